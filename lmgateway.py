@@ -1,0 +1,5084 @@
+#!/usr/bin/env python3
+"""lmgateway: a gateway, log monitor and dashboard for LM Studio, in one file.
+
+It forwards every request to LM Studio unchanged, with keys and metering; it follows LM Studio's
+log files and turns them into typed events, whichever engine wrote them; and it hands those, joined
+with the requests that caused them, to /debug/stream, a dashboard, a terminal and Prometheus.
+
+Words used throughout:
+
+    chunk      bytes that one look at a log file brought
+    entry      one log record: a header line and the lines that continue it
+    rule       one wording of LM Studio's log, and the fact that it states
+    fact       what a line states, in words that no engine owns ("prompt is read", "client left")
+    chat       one run of a model as the log shows it
+    event      what listeners receive: a name and JSON
+    request    one HTTP request of a client; a record is what is kept of it
+    dialect    one of the APIs that LM Studio speaks: where it puts usage, tokens and errors
+    meter      what reads a dialect's answer while it passes
+    view       a function (gateway, request) -> Response
+    upstream   LM Studio's server
+
+Threads, and what each may write:
+
+    main       nothing after start-up; it waits for a signal
+    tail       the parser, which only it owns; Hub.publish
+    http-*     one per connection: its own sockets, its own meter; Hub.publish, Hub.begin, Hub.end
+    watcher    shuts down the upstream sockets of clients that left
+    history    the SQLite file, fed through a queue
+    demo-*     the imitation of LM Studio, with --demo only
+
+Hub is the only object that several threads write; it has one lock.  CORE is pure: no file, no
+socket, no clock, no thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import datetime
+import difflib
+import hashlib
+import hmac
+import http.client
+import http.server
+import ipaddress
+import itertools
+import json
+import logging
+import logging.handlers
+import math
+import os
+import platform
+import queue
+import random
+import re
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import socketserver
+import ssl
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple
+
+VERSION = "1.0.0"
+log = logging.getLogger("lmgateway")
+
+# === 1. ERRORS ===============================================================
+# One class per remedy.  The message tells the user what to do.
+
+
+class GatewayError(Exception):
+    """Base of every error this program raises on purpose.  exit_status is for main()."""
+
+    exit_status = 1
+
+
+class ConfigError(GatewayError):
+    """An option, a variable or a file has a value that cannot be used.  Remedy: change it."""
+
+    exit_status = 2
+
+
+class StartError(GatewayError):
+    """The machine does not let us start: a port in use, a file that cannot be written."""
+
+
+class HttpError(GatewayError):
+    """An answer of the gateway's own with a status of 400 or more.
+
+    code is for programs, message for people; headers are sent along; close ends the connection
+    because what follows on it cannot be trusted."""
+
+    def __init__(self, status, code, message, headers=(), close=False):
+        super().__init__(message)
+        self.status, self.code, self.headers, self.close = status, code, list(headers), close
+
+
+class ClientLeft(GatewayError):
+    """The client's connection is gone: there is nobody to answer."""
+
+
+# === 2. CONFIG ===============================================================
+# A row of OPTIONS is the whole declaration of an option.  Its flag, environment variable, `.env`
+# name, place in --help and line in the README's table are derived from it.
+
+
+class Option(NamedTuple):
+    """One option.  parse turns text into the value or raises ValueError with the remedy."""
+
+    name: str
+    variable: str
+    flag: str | None
+    default: Any
+    parse: Callable[[str], Any]
+    about: str
+    group: str = "Gateway"
+    value: str = "VALUE"  # what --help shows for it
+
+
+def text(value):
+    return value
+
+
+def boolean(value):
+    known = {
+        "true": True,
+        "1": True,
+        "yes": True,
+        "on": True,
+        "false": False,
+        "0": False,
+        "no": False,
+        "off": False,
+    }
+    if value.strip().lower() not in known:
+        raise ValueError("use true or false")
+    return known[value.strip().lower()]
+
+
+def whole(low, high, hint):
+    """A parser of whole numbers from low to high."""
+
+    def parse(value):
+        try:
+            result = int(value.strip())
+        except ValueError:
+            raise ValueError(hint) from None
+        if not low <= result <= high:
+            raise ValueError(hint)
+        return result
+
+    return parse
+
+
+def base_url(value):
+    """http://HOST[:PORT], without a path."""
+    parts = urllib.parse.urlsplit(value.strip().rstrip("/"))
+    try:
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or parts.path or parts.query or parts.username:
+        raise ValueError("use the form http://127.0.0.1:1234")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def level(value):
+    if value.strip().lower() not in LEVELS:
+        raise ValueError("use error, warn, info or debug")
+    return value.strip().lower()
+
+
+def networks(value):
+    """A tuple of networks from addresses and CIDR ranges; None for `*`, which is every address."""
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if "*" in parts:
+        return None
+    try:
+        return tuple(ipaddress.ip_network(part, strict=False) for part in parts)
+    except ValueError:
+        raise ValueError("use addresses and ranges such as 192.168.1.0/24,fd00::/8, or *") from None
+
+
+def api_keys(value):
+    """{name: key} from one key, or from name=key,name=key.  A lone key may end in `=`."""
+    keys: dict[str, str] = {}
+    for part in (part.strip() for part in value.split(",")):
+        if not part:
+            continue
+        name, equals, key = part.partition("=")
+        if not equals or "=" not in part.rstrip("="):
+            name, key = ("default" if not keys else f"key{len(keys) + 1}"), part
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ValueError("a key is made of printable ASCII without blanks")
+        if name.strip() in keys:
+            raise ValueError(f"the name {name.strip()} stands there twice")
+        keys[name.strip()] = key
+    return keys
+
+
+def words(value):
+    return tuple(word.strip().rstrip("/") for word in value.split(",") if word.strip())
+
+
+LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
+MILLISECONDS = whole(0, 10**9, "use milliseconds, 0 for never")
+
+
+OPTIONS = (
+    Option(
+        "upstream",
+        "LMSTUDIO_BASE_URL",
+        "--upstream",
+        "http://127.0.0.1:1234",
+        base_url,
+        "LM Studio's server; when not given, its port is read from LM Studio's settings",
+        value="URL",
+    ),
+    Option(
+        "host",
+        "GATEWAY_HOST",
+        "--host",
+        "127.0.0.1",
+        text,
+        "address to listen on; 0.0.0.0 for the LAN",
+        value="HOST",
+    ),
+    Option(
+        "port",
+        "GATEWAY_PORT",
+        "--port",
+        8001,
+        whole(0, 65535, "use a port from 0 to 65535"),
+        "port to listen on; 0 lets the system choose",
+        value="PORT",
+    ),
+    Option(
+        "proxy_timeout",
+        "PROXY_TIMEOUT",
+        None,
+        600000,
+        MILLISECONDS,
+        "ms without a byte from LM Studio on a plain request; 0 never",
+    ),
+    Option(
+        "proxy_stream_timeout",
+        "PROXY_STREAM_TIMEOUT",
+        None,
+        0,
+        MILLISECONDS,
+        "the same for a streaming request",
+    ),
+    Option(
+        "api_key",
+        "GATEWAY_API_KEY",
+        "--api-key",
+        {},
+        api_keys,
+        "one key, or several as name=key,name=key",
+        "Access",
+        "KEY",
+    ),
+    Option(
+        "no_auth", "NO_AUTH", "--no-auth", False, boolean, "listen beyond loopback without a key", "Access"
+    ),
+    Option(
+        "allow",
+        "IP_ALLOWLIST",
+        "--allow",
+        None,
+        networks,
+        "addresses and CIDR ranges that may connect, IPv4 and IPv6",
+        "Access",
+        "LIST",
+    ),
+    Option(
+        "require_auth_for_health",
+        "REQUIRE_AUTH_FOR_HEALTH",
+        None,
+        False,
+        boolean,
+        "ask for a key on /health and /ready, too",
+        "Access",
+    ),
+    Option(
+        "log_dir",
+        "LMSTUDIO_LOG_DIR",
+        "--log-dir",
+        None,
+        text,
+        "LM Studio's server-logs directory; found under the home directory when not given",
+        "Logs",
+        "DIR",
+    ),
+    Option(
+        "enable_log_monitoring",
+        "ENABLE_LOG_MONITORING",
+        None,
+        True,
+        boolean,
+        "follow LM Studio's logs",
+        "Logs",
+    ),
+    Option(
+        "log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs", "LEVEL"
+    ),
+)
+
+
+class Config:
+    """The value of every option, by the option's name.  Nothing changes it once it is made."""
+
+    def __init__(self, **values):
+        self.__dict__.update({option.name: option.default for option in OPTIONS}, **values)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    def but(self, **changes):
+        """This Config with other values for some options."""
+        return Config(**{**self.__dict__, **changes})
+
+
+PREFIXES = ("LMSTUDIO_", "GATEWAY_", "IP_", "REQUIRE_", "LOG_", "PROXY_", "ENABLE_")
+
+
+class Setting(NamedTuple):
+    """An option's text and where it came from."""
+
+    text: str
+    source: str
+
+
+def load_config(args, environ, env_file=None):
+    """(Config, {option name: source}, warnings) from flags, else environment, else `.env`, else defaults.
+
+    args maps option names to the text of their flags.  Raises ConfigError."""
+    from_file, warnings = read_env_file(env_file)
+    values, sources = {}, {}
+    for row in OPTIONS:
+        setting = find_setting(row, args.get(row.name), environ, from_file)
+        if setting:
+            values[row.name] = parse_setting(row, setting)
+            sources[row.name] = setting.source
+    return Config(**values), sources, warnings
+
+
+def find_setting(row, from_flag, environ, from_file):
+    """The Setting of an option, or None for its default.  An empty variable counts as not set."""
+    if from_flag is not None:
+        return Setting(from_flag, row.flag)
+    if environ.get(row.variable, "").strip():
+        return Setting(environ[row.variable], f"environment variable {row.variable}")
+    return from_file.get(row.variable)
+
+
+def parse_setting(row, setting):
+    try:
+        return row.parse(setting.text)
+    except ValueError as error:
+        shown = "..." if row.variable in SECRET else repr(setting.text)
+        raise ConfigError(f"{setting.source}: {shown} is no value for {row.variable}: {error}") from None
+
+
+SECRET = ("GATEWAY_API_KEY", "UPSTREAM_TOKEN")
+ENV_LINE = re.compile(
+    r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$"
+)
+
+
+def read_env_file(path):
+    """({variable: Setting}, warnings) of a `.env` file; without a path, of the working directory's.
+
+    Raises ConfigError when a named file cannot be read or a line is no NAME=value."""
+    try:
+        content = Path(path or ".env").read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        if path is None:
+            return {}, []
+        raise ConfigError(f"--env-file {path}: {error.strerror}; name a file that can be read") from None
+    variables = [row.variable for row in OPTIONS]
+    found, warnings = {}, []
+    for line_number, line in enumerate(content.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        source, match = f"{path or '.env'} line {line_number}", ENV_LINE.match(line)
+        if not match:
+            raise ConfigError(f"{source}: not of the form NAME=value; mend the line or put # before it")
+        name, value = match[1], next((part for part in match.groups()[1:] if part is not None), "")
+        if name in variables:
+            if value.strip():
+                found[name] = Setting(value, source)
+        elif name.startswith(PREFIXES):
+            nearest = difflib.get_close_matches(name, variables, 1, 0.5)
+            warnings.append(
+                f"{source}: {name} is not a known option"
+                + (f"; did you mean {nearest[0]}?" if nearest else "")
+            )
+    return found, warnings
+
+
+def shown_default(row):
+    """A default as a person would write it."""
+    if row.name == "allow":
+        return "*"
+    if isinstance(row.default, bool):
+        return str(row.default).lower()
+    return "none" if row.default in (None, (), {}) else str(row.default)
+
+
+def options_table():
+    """The README's table of options; a test holds the README to it."""
+    lines = [
+        f"| `{row.variable}` | {f'`{row.flag}`' if row.flag else ''} | `{shown_default(row)}` | {row.about} |"
+        for row in OPTIONS
+    ]
+    return "\n".join(["| variable | flag | default | meaning |", "|---|---|---|---|", *lines])
+
+
+def loopback(host):
+    """True for localhost and the addresses that only this machine reaches."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+        mapped = getattr(address, "ipv4_mapped", None)
+        return (mapped or address).is_loopback
+    return host.lower() == "localhost" or host.lower().endswith(".localhost")
+
+
+# === 3. CORE: bytes in, events out ===========================================
+# Pure: no file, no socket, no clock, no thread.  The time zone database of the system is
+# the only thing asked for, to turn the log's local time into UTC.
+
+
+class Event(NamedTuple):
+    """What every listener receives.  data is strict JSON; chat is the Chat it belongs to, or None."""
+
+    name: str
+    data: dict
+    chat: object = None
+
+
+# --- 3.1 log rules: the only place that knows a wording of LM Studio's log ---
+# A new wording is one new row: write down the fact that the line states, its pattern and a
+# sample line.  Facts are methods of Story (3.3), on_<fact>; "" is a known line that states
+# nothing we use.  A line that fits no row is counted as unknown and shown in /debug/status.
+
+
+class Rule(NamedTuple):
+    """One wording.  The pattern is matched where the line's tags, clock and slot have been cut off."""
+
+    fact: str  # what it states: Story.on_<fact> takes the pattern's named groups
+    where: str  # "app": first line of an entry; "engine": any line of a DEBUG entry
+    shape: str  # "line", "json" (goes on to a brace in column 1) or "text" (a user's words)
+    engines: str  # who writes it: App, or the engine generations of LOGS.md
+    pattern: str
+    sample: str
+
+
+NUMBER = r"(?:-?[\d.]+(?:e[+-]?\d+)?|-?inf|-?nan)"
+TIMING = (r"(?: +\( *{n} ms per token, +(?P<rate>{n}) tokens per second\))?").format(n=NUMBER)
+
+RULES = (
+    # --- the app's own lines: every engine, since 04-2025 unless a date says otherwise
+    Rule(
+        "progress",
+        "app",
+        "line",
+        "App",
+        r"Prompt processing progress: (?P<percent>\d+(?:[.,]\d+)?)%",
+        "Prompt processing progress: 36.6%",
+    ),
+    Rule(
+        "start",
+        "app",
+        "line",
+        "App",
+        r"Running chat completion on conversation with (?P<messages>\d+) messages?\.",
+        "Running chat completion on conversation with 2 messages.",
+    ),
+    Rule("stream", "app", "line", "App", r"Streaming response\.\.\.", "Streaming response..."),
+    Rule(
+        "first_token",
+        "app",
+        "line",
+        "App",
+        r"First token generated\. Continuing to stream response",
+        "First token generated. Continuing to stream response..",
+    ),
+    Rule("finish", "app", "line", "App", r"Finished streaming response", "Finished streaming response"),
+    Rule("prediction", "app", "json", "App", r"Generated prediction: ", "Generated prediction: {"),
+    Rule(
+        "response",
+        "app",
+        "json",
+        "App",
+        r"Generated synchronous v1/responses response: ",
+        "Generated synchronous v1/responses response: {",
+    ),
+    Rule(
+        "disconnect",
+        "app",
+        "line",
+        "App",
+        r"Client disconnected\. Stopping generation",
+        "Client disconnected. Stopping generation... (If the model is busy processing the prompt, it "
+        "will finish first.)",
+    ),
+    Rule("stopped", "app", "line", "App", r"Server stopped\.", "Server stopped."),
+    Rule(
+        "",
+        "app",
+        "json",
+        "App",
+        r"Received request: [A-Z]+ to ",
+        "Received request: POST to /v1/chat/completions with body {",
+    ),
+    Rule("", "app", "json", "App", r"Model generated tool calls: ", "Model generated tool calls: []"),
+    Rule("", "app", "text", "App", r"Generated packet: ", "Generated packet: {"),
+    Rule("", "app", "text", "App", r"Accumulat(?:ed|ing) ", "Accumulated 5 tokens in response  first line"),
+    Rule(
+        "",
+        "app",
+        "text",
+        "App",
+        r"Received request to embed: ",
+        "Received request to embed: BeginProcessingPrompt",
+    ),
+    Rule(
+        "",
+        "app",
+        "text",
+        "App",
+        r"Received request for .* with invalid JSON",
+        "Received request for /v1/models with invalid JSON",
+    ),
+    Rule(
+        "",
+        "app",
+        "line",
+        "App",
+        r"Start thinking\.\.\.|Done (?:thinking|reasoning)\.",
+        "Done reasoning. Reasoned for 6.13 seconds.",
+    ),
+    Rule(
+        "",
+        "app",
+        "line",
+        "App",
+        r"Generating synchronous v1/responses response",
+        "Generating synchronous v1/responses response...",
+    ),
+    Rule("", "app", "line", "App", r"Returning \d+ models", "Returning 5 models from v1 API"),
+    Rule("", "app", "text", "App", r"Returning \{", "Returning {"),
+    Rule(
+        "",
+        "app",
+        "line",
+        "App",
+        r"A value was passed to the 'Authorization' header|Developer role detected",
+        "Developer role detected - replacing it with system role.",
+    ),
+    Rule(
+        "",
+        "app",
+        "line",
+        "App",
+        r"Requested model \(.*\) is not loaded\.|Just-in-time model loading (?:in)?active",
+        "Just-in-time model loading active.",
+    ),
+    Rule(
+        "",
+        "app",
+        "line",
+        "App",
+        r"Server started\.|Success! HTTP server listening|Logs are saved into |The server can be reached",
+        "Success! HTTP server listening on port 1234",
+    ),
+    Rule(
+        "",
+        "app",
+        "line",
+        "App",
+        r"Supported endpoints:|  OpenAI-compatible| *-> +[A-Z]+ +http",
+        "   ->  GET  http://localhost:1234/v1/models",
+    ),
+    # --- errors: the first line of an ERROR entry
+    Rule(
+        "render_error",
+        "error",
+        "text",
+        "App",
+        r"Error rendering prompt with jinja template",
+        'Error rendering prompt with jinja template: "No user turn to render".',
+    ),
+    Rule("channel_error", "error", "text", "App", r"Error: Channel Error", "Error: Channel Error"),
+    Rule(
+        "crash",
+        "error",
+        "text",
+        "App",
+        r"(?:Error: )?The model has crashed",
+        "Error: The model has crashed without additional information. (Exit code: 18446744072635812000)",
+    ),
+    # --- G3 (06-2026 on, every line with its clock) and G2 "LlamaV4" (03 to 06-2026)
+    Rule(
+        "cached",
+        "engine",
+        "line",
+        "G2 G3",
+        r"(?:cached )?n_tokens = (?P<reused>\d+), memory_seq_rm",
+        "1.02.003.004 I slot   operator(): id  3 | task 241 | cached n_tokens = 609, memory_seq_rm [609, "
+        "end)",
+    ),
+    Rule(
+        "read",
+        "engine",
+        "line",
+        "G2",
+        r"prompt processing progress, n_tokens = +(?P<tokens>\d+), batch\.n_tokens = \d+, progress = "
+        r"(?P<share>[\d.]+)",
+        "slot update_slots: id  3 | task 302 | prompt processing progress, n_tokens = 512, "
+        "batch.n_tokens = 512, progress = 0.17",
+    ),
+    Rule(
+        "read",
+        "engine",
+        "line",
+        "G3",
+        r"prompt processing, n_tokens = +(?P<tokens>\d+), progress = (?P<share>[\d.]+)(?:, t = +[\d.]+ s "
+        r"/ (?P<rate>[\d.]+))?",
+        "1.02.003.004 I slot print_timing: id  2 | task 9 | prompt processing, n_tokens =   1024, "
+        "progress = 0.39, "
+        "t =   0.44 s / 2337.12 tokens per second",
+    ),
+    Rule(
+        "decoded",
+        "engine",
+        "line",
+        "G3",
+        r"n_decoded = +(?P<tokens>\d+), tg = +(?P<rate>[\d.]+) t/s",
+        "1.02.003.004 I slot print_timing: id  2 | task 9 | n_decoded =    197, tg =  32.55 t/s, tg_3s = "
+        " 32.18 t/s",
+    ),
+    Rule(
+        "prompt_eval",
+        "engine",
+        "line",
+        "G1 G2 G3",
+        r"prompt eval time = +(?P<ms>" + NUMBER + r") ms / +(?P<tokens>\d+) tokens" + TIMING,
+        "llama_perf_context_print: prompt eval time =     335.72 ms /    78 tokens (    4.30 ms per "
+        "token,   232.34 tokens per second)",
+    ),
+    Rule(
+        "eval",
+        "engine",
+        "line",
+        "G1 G2 G3",
+        r"eval time = +(?P<ms>"
+        + NUMBER
+        + r") ms / +(?P<tokens>\d+) (?:tokens|runs)\b"
+        + TIMING.replace(" +\\(", " *\\("),
+        "       eval time =   13307.75 ms /   299 tokens (   44.51 ms per token,    22.47 tokens per second)",
+    ),
+    Rule(
+        "total",
+        "engine",
+        "line",
+        "G1 G2 G3",
+        r"total time = +(?P<ms>" + NUMBER + r") ms / +\d+ tokens",
+        "      total time =   17671.75 ms /  4096 tokens",
+    ),
+    Rule(
+        "draft",
+        "engine",
+        "line",
+        "G2 G3",
+        r"draft acceptance(?: rate)? = +\S+ \( *(?P<accepted>\d+) accepted / +(?P<generated>\d+) generated\)",
+        "1.02.003.004 I slot print_timing: id  0 | task 9 | draft acceptance = 0.95455 (   63 accepted / "
+        "   66 generated), mean len =  3.86",
+    ),
+    Rule("timings", "engine", "line", "G2", r"(?<=\| )$", "slot print_timing: id  1 | task 3416 | "),
+    Rule(
+        "prompt",
+        "engine",
+        "line",
+        "G2 G3",
+        r"new prompt, n_ctx_slot = (?P<n_ctx>\d+), n_keep = (?P<n_keep>-?\d+), task\.n_tokens = "
+        r"(?P<total>\d+)",
+        "slot update_slots: id  1 | task 3416 | new prompt, n_ctx_slot = 4096, n_keep = 1571, "
+        "task.n_tokens = 3797",
+    ),
+    Rule(
+        "launch",
+        "engine",
+        "line",
+        "G2 G3",
+        r"processing task\b",
+        "slot launch_slot_: id  3 | task 302 | processing task, is_child = 0",
+    ),
+    Rule(
+        "sampler",
+        "engine",
+        "line",
+        "G2 G3",
+        r"init sampler, took .*total = (?P<total>\d+)",
+        "slot init_sampler: id  1 | task 302 | init sampler, took 0.33 ms, tokens: text = 900, total = 900",
+    ),
+    Rule(
+        "release",
+        "engine",
+        "line",
+        "G2 G3",
+        r"stop processing: n_tokens = (?P<context>\d+), truncated = (?P<truncated>\d)",
+        "slot      release: id  1 | task 3416 | stop processing: n_tokens = 4095, truncated = 1",
+    ),
+    Rule(
+        "",
+        "engine",
+        "line",
+        "G2 G3",
+        r"cancel task, id_task = (?P<cancelled>\d+)",
+        "srv          stop: cancel task, id_task = 21",
+    ),
+    Rule(
+        "",
+        "engine",
+        "line",
+        "G2 G3",
+        r"forcing full prompt re-processing",
+        "slot update_slots: id  1 | task 7 | forcing full prompt re-processing due to lack of cache data",
+    ),
+    Rule(
+        "",
+        "engine",
+        "line",
+        "G2 G3",
+        r"prompt processing done|selected slot by|sampler chain:|updating prompt cache|prompt cache "
+        r"update took|all slots are idle"
+        r"|cache reuse is not supported|n_past = |restored context|created context|erased invalidated"
+        r"|checking checkpoint"
+        r"|- cache state: |- prompt [0-9A-F]+:|saving idle slot|- saving prompt|clearing prompt|chat "
+        r"format: |graphs reused"
+        r"|loading model|initializing, n_slots|prompt_save: |statistics ",
+        "0.30.013.273 I slot get_availabl: id  3 | task -1 | selected slot by LRU, t_last = -1",
+    ),
+    Rule("", "engine", "line", "G2", r"LlamaV4\b", "LlamaV4: server assigned slot 1 to task 3416"),
+    Rule(
+        "", "engine", "line", "G3", r"[IWED]?(?<=[\dIWED|])$", "0.30.015.244 I"
+    ),  # the rest is under the next header
+    # --- sampling parameters: G1 writes the first on the heading's line, G3 on lines of their own
+    Rule(
+        "sampling",
+        "engine",
+        "line",
+        "G1 G3",
+        r"(?:Sampling|sampling|sampler) params:(?P<pairs>[^\n]*)",
+        "Sampling params:\trepeat_last_n = 64, repeat_penalty = 1.100",
+    ),
+    Rule(
+        "params",
+        "engine",
+        "line",
+        "G1 G3",
+        r"(?P<pairs>[a-z]\w* = -?[\d.]+(?:, +[a-z]\w* = -?[\d.]+)*,? *)$",
+        "\ttop_k = 40, top_p = 0.950, temp = 0.700",
+    ),
+    # --- G1 (mid-2025 to 01-2026) and its early wording (up to 04-2025)
+    Rule(
+        "generate",
+        "engine",
+        "line",
+        "G1",
+        r"[Gg]enerate: n_ctx = (?P<n_ctx>-?\d+), n_batch = (?P<n_batch>-?\d+), n_predict = "
+        r"(?P<n_predict>-?\d+), n_keep = (?P<n_keep>-?\d+)",
+        "Generate: n_ctx = 4096, n_batch = 512, n_predict = 512, n_keep = 42",
+    ),
+    Rule(
+        "reuse",
+        "engine",
+        "line",
+        "G1",
+        r"Cache reuse summary: (?P<reused>\d+)/(?P<total>\d+) of prompt \(\S+\), (?P<prefix>\d+) prefix, "
+        r"(?P<other>\d+) non-prefix",
+        "Cache reuse summary: 69/147 of prompt (46.9388%), 69 prefix, 0 non-prefix",
+    ),
+    Rule(
+        "prompt_total",
+        "engine",
+        "line",
+        "G1",
+        r"Total prompt tokens: (?P<total>\d+)",
+        "Total prompt tokens: 147",
+    ),
+    Rule(
+        "to_decode",
+        "engine",
+        "line",
+        "G1",
+        r"Prompt tokens to decode: (?P<tokens>\d+)",
+        "Prompt tokens to decode: 78",
+    ),
+    Rule("begin", "engine", "line", "G1", r"BeginProcessingPrompt$", "BeginProcessingPrompt"),
+    Rule(
+        "early_progress",
+        "engine",
+        "line",
+        "G1",
+        r"PromptProcessing: (?P<percent>[\d.]+)",
+        "PromptProcessing: 73.6691",
+    ),
+    Rule(
+        "finished_prompt",
+        "engine",
+        "line",
+        "G1",
+        r"FinishedProcessingPrompt\b",
+        "FinishedProcessingPrompt. Progress: 100",
+    ),
+    Rule(
+        "",
+        "engine",
+        "line",
+        "G1",
+        r"[Ss]ampling: *$|logits ->|[Tt]arget model llama_perf stats:|load time = |graphs reused|sampling "
+        r"time = "
+        r"|llama_memory_breakdown_print|Incomplete UTF-8 character|Looking for non-prefix contiguous"
+        r"|memory breakdown",
+        "Target model llama_perf stats:",
+    ),
+    # --- MLX: cache_wrapper since 04-2025, its "using" since 04-2026, coordinator since 05-2026
+    Rule(
+        "mlx_cache",
+        "engine",
+        "line",
+        "MLX",
+        r"\[\w+\]\[INFO\]: Prompt cache: using (?P<reused>\d+)/(?P<total>\d+) tokens from cache",
+        "[cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache",
+    ),
+    Rule(
+        "mlx_cache",
+        "engine",
+        "line",
+        "MLX",
+        r"\[\w+\]\[INFO\]: Prompt cache restore: cached_tokens=(?P<reused>\d+) "
+        r"uncached_tokens=(?P<fresh>\d+)",
+        "[coordinator][INFO]: Prompt cache restore: cached_tokens=14336 uncached_tokens=113 "
+        "lifetime_efficiency=47.94%",
+    ),
+    Rule(
+        "",
+        "engine",
+        "line",
+        "MLX",
+        r"\[(?:cache_wrapper|coordinator|cache_store|model_kit|INFO|WARNING)\]",
+        "[cache_wrapper][INFO]: Trimmed 41 tokens from the prompt cache",
+    ),
+    # --- Splash (2026)
+    Rule(
+        "splash",
+        "engine",
+        "line",
+        "Splash",
+        r"\d\d:\d\d:\d\d (?:Done|Cancelled|Error) · input (?P<total>[\d,]+) · cached (?P<reused>[\d,]+)"
+        r"(?: · output (?P<output>[\d,]+))?(?: · TTFT (?P<ttft>[\d.,]+)s)?(?: · (?P<rate>[\d.,]+) tok/s)?",
+        "00:54:42 Done · input 26 · cached 0 · output 1,092 · TTFT 0.5s · 92.9 tok/s",
+    ),
+)
+
+STRANGER = re.compile(r"\[(?:Plugin\(|Client=|LMSAuthenticator)")  # entries of plugins and SDK clients
+TAG = re.compile(r"\[([^\[\]\n]{1,200})\] ?")
+SERVER_TAG = "LM STUDIO SERVER"  # stands where later versions name the model; never a model
+
+
+def compile_rules(where, prefix="", suffix=""):
+    """The rules of one place as one pattern, and {outer group: (rule, [(field, group index)])}."""
+    parts, rows = [], {}
+    for number, rule in enumerate(RULES):
+        if rule.where == where:
+            parts.append(f"(?P<r{number}>{rule.pattern.replace('(?P<', f'(?P<r{number}_')})")
+            rows[f"r{number}"] = rule
+    pattern = re.compile(prefix + "(?:" + "|".join(parts) + ")" + suffix, re.MULTILINE)
+    return pattern, {name: (rule, fields_of(pattern, name)) for name, rule in rows.items()}
+
+
+def fields_of(pattern, name):
+    """[(field, group index)] of one rule's named groups inside a compiled alternation."""
+    return [
+        (group[len(name) + 1 :], index)
+        for group, index in pattern.groupindex.items()
+        if group.startswith(name + "_")
+    ]
+
+
+# G3 puts its clock (minutes.seconds.ms.us since the engine started) and a level before each line;
+# G2 and G3 say which slot and task a line is about; G1 says which printer wrote it.
+ENGINE_PREFIX = (
+    r"(?P<clock>\d+\.\d\d\.\d{3}\.\d{3} ?)?(?:[IWED] )?"
+    r"(?:slot +[^:\n]*: +id +(?P<slot>\d+) \| +task +(?P<task>-?\d+) \| *|srv +[^:\n]*: *|llama_perf\w*: "
+    r"*|[ \t]+)?"
+)
+
+APP, APP_ROWS = compile_rules("app")
+ERRORS, ERROR_ROWS = compile_rules("error")
+ENGINE, ENGINE_ROWS = compile_rules("engine", "^(?:" + ENGINE_PREFIX, r")[^\n]*|^(?P<unknown>[^\n]*\S[^\n]*)")
+
+
+def number(text):
+    """int or float of the log's text; None for inf, nan and what is no number at all."""
+    try:
+        value = float(text.replace(",", ""))
+    except (ValueError, AttributeError):
+        return None
+    if not math.isfinite(value):
+        return None
+    return int(value) if value == int(value) and "." not in text and "e" not in text else value
+
+
+def figures(**values):
+    """values without those that the log never gave."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+# --- 3.2 entries: bytes to log records ---------------------------------------
+
+# The file's header, or the one that the Developer Logs panel copies (LOGS.md section 1).
+HEADER = re.compile(
+    r"\n(?:\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\]\[(DEBUG|INFO|WARN|ERROR)\] ?"
+    r"|(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\n|\Z))"
+)
+ENTRY_LIMIT = 256 * 1024  # characters; what an entry has beyond them is read and not kept
+CLOSED = re.compile(r"\n[}\]]$")  # the end of pretty-printed JSON
+PANEL_GAP = re.compile(r"(?<=[^ \n])  (?=[{\[](?:\n|$))")  # the panel's second blank before JSON
+UNKNOWN_SAMPLES = 8
+NO_MODEL = frozenset((SERVER_TAG, "JIT", "Server Error", "INFO", "WARNING"))
+
+
+class Moment(NamedTuple):
+    """When an entry was written: the log's own text, the same in UTC, and epoch seconds."""
+
+    text: str
+    utc: str
+    epoch: float
+
+
+class Calendar:
+    """The log's local time to UTC, in file order.
+
+    The log has no zone (LOGS.md 3g), so the hour that a change to winter time repeats is told
+    apart by order: a time that would run back by more than a minute is the second one."""
+
+    def __init__(self):
+        self._last = Moment("", "", 0.0)
+
+    def moment(self, text):
+        """The Moment of a header's time; a time that no calendar has keeps its text."""
+        if text != self._last.text:
+            self._last = self._resolve(text)
+        return self._last
+
+    def _resolve(self, text):
+        try:
+            local = datetime.datetime(
+                int(text[:4]),
+                int(text[5:7]),
+                int(text[8:10]),
+                int(text[11:13]),
+                int(text[14:16]),
+                int(text[17:19]),
+            )
+            epoch = local.timestamp()
+            if epoch < self._last.epoch - 60:
+                epoch = max(epoch, local.replace(fold=1).timestamp())
+            return Moment(text, utc_text(epoch), epoch)
+        except (ValueError, OverflowError, OSError):
+            return Moment(text, text.replace(" ", "T") + "Z", self._last.epoch)
+
+
+def utc_text(epoch):
+    """Epoch seconds as 2025-11-17T10:59:23Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch))
+
+
+class Entry:
+    """One log record while its lines come in."""
+
+    __slots__ = (
+        "moment",
+        "level",
+        "panel",
+        "text",
+        "tags",
+        "shape",
+        "model",
+        "row",
+        "fields",
+        "sent",
+        "cut",
+        "told",
+    )
+
+    def __init__(self, moment, level, panel):
+        self.moment, self.level, self.panel = moment, level, panel
+        self.text = ""
+        self.tags = []
+        self.shape = None  # "line", "json", "text", "engine", "foreign"; None before its first text
+        self.model = None
+        self.row, self.fields = None, {}  # the app rule that it fits, and that rule's fields
+        self.sent = -1  # characters of text that events have carried; -1 before the first event
+        self.cut = False  # lines were left out
+        self.told = False  # Story knows it
+
+
+class Parser:
+    """Bytes of one log, in any pieces, to events.
+
+    feed() takes news and gives the events that are certain; quiet() says that nothing was added
+    for a while, so that the last entry is complete; end() says that nothing will follow the
+    bytes so far (end of a file, a replaced file)."""
+
+    def __init__(self):
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = "\n"  # the unfinished last line, after the "\n" that ends the one before
+        self._entry = None
+        self._torn = None  # (line, epoch) when the last line of the engine was unknown
+        self._calendar = Calendar()
+        self._events: list[Event] = []
+        self.story = Story(self._events)
+        self.entries = self.lines = self.unknown = self.headless = 0
+        self.by_event: Counter[str] = Counter()
+        self.by_engine: Counter[str] = Counter()
+        self.by_level: Counter[str] = Counter()
+        self.samples: deque[str] = deque(maxlen=UNKNOWN_SAMPLES)
+        self.last_moment = None
+
+    def feed(self, chunk):
+        """The events that the bytes complete, in order."""
+        text = self._rest + self._decoder.decode(chunk)
+        end = text.rfind("\n")
+        if end > 0:
+            self._rest = text[end:]
+            self._block(text[:end])
+        elif len(text) > ENTRY_LIMIT:
+            self._rest = text[:ENTRY_LIMIT]  # a line without end: keep its start
+            if self._entry:
+                self._entry.cut = True
+        else:
+            self._rest = text
+        return self._taken()
+
+    def quiet(self):
+        """The events of the entry that was open.  A line that has not ended stays open."""
+        if len(self._rest) == 1:
+            self._complete()
+            self.story.quiet()
+        return self._taken()
+
+    def end(self):
+        """The events of all that is there, the unfinished line included."""
+        rest = self._rest + self._decoder.decode(b"", True)
+        self._decoder.reset()
+        self._rest = "\n"
+        if len(rest) > 1:
+            self._block(rest)
+        self._complete(final=True)
+        self.story.quiet(final=True)
+        return self._taken()
+
+    def forget(self):
+        """The bytes that follow are another file's: lines before its first header continue nothing."""
+        self._entry = self._torn = None
+
+    @property
+    def waiting(self):
+        """True while an entry or a line is open."""
+        return len(self._rest) > 1 or (self._entry is not None and self._entry.sent < len(self._entry.text))
+
+    @property
+    def midline(self):
+        """True while the last line has not ended."""
+        return len(self._rest) > 1
+
+    def _taken(self):
+        events, self._events[:] = self._events[:], []
+        for event in events:
+            self.by_event[event.name] += 1
+        return events
+
+    def _block(self, block):
+        """Whole lines, the first after its "\n"."""
+        if "\r" in block:
+            block = block.replace("\r\n", "\n")
+            block = block[:-1] if block.endswith("\r") else block
+        self.lines += block.count("\n")
+        position = 0
+        for header in HEADER.finditer(block):
+            if header.start() > position:
+                self._add(block[position : header.start()])
+            self._open(header)
+            position = header.end()
+        if position < len(block):
+            self._add(block[position:])
+
+    def _open(self, header):
+        self._complete(final=True)
+        if self._entry and self._entry.shape != "engine":
+            self._torn = None
+        stamp, level, panel_stamp, panel_level = header.groups()
+        self.entries += 1
+        self.last_moment = self._calendar.moment(stamp or panel_stamp)
+        self._entry = Entry(self.last_moment, level or panel_level, stamp is None)
+        self.by_level[self._entry.level] += 1
+
+    def _add(self, lines):
+        """More lines of the open entry."""
+        entry = self._entry
+        if entry is None:
+            self.headless += lines.count("\n")
+            return
+        room = ENTRY_LIMIT - len(entry.text)
+        entry.cut = entry.cut or len(lines) > room
+        entry.text += lines[:room] if entry.cut else lines
+        if entry.shape is None:
+            lines = self._begin(entry)
+        if entry.shape == "engine":
+            self._engine_lines(lines, entry.moment)
+        elif entry.shape == "line" and entry.sent < 0 or entry.shape == "json" and CLOSED.search(lines):
+            self._conclude(entry)
+
+    def _begin(self, entry):
+        """Learn the entry's kind from its first line that has text.  Gives the lines there are."""
+        if entry.panel and entry.text:
+            entry.text = PANEL_GAP.sub(" ", entry.text[2 if entry.text.startswith("\n ") else 1 :], count=1)
+            entry.panel = False
+        text = entry.text.lstrip("\n")
+        if text:
+            first = text.partition("\n")[0]
+            entry.shape = "foreign" if STRANGER.match(first) else self._recognise(entry, first)
+        return text
+
+    def _recognise(self, entry, first):
+        """The shape of an entry of LM Studio's own, by its first line."""
+        message = self._cut_tags(entry, first)
+        match = APP.match(message) if entry.level != "ERROR" and len(entry.tags) < 2 else None
+        if match:
+            entry.row, fields = APP_ROWS[match.lastgroup]
+            entry.fields = {name: match[index] for name, index in fields}
+            whole = entry.row.shape == "json" and not message.endswith(("{", "["))
+            return "line" if whole else entry.row.shape
+        if entry.level == "DEBUG":
+            return "engine"
+        if entry.level != "ERROR":
+            self._unknown_line(message)
+        return "text"
+
+    def _cut_tags(self, entry, first):
+        """The first line without its leading tags.  The only tag of an app line is its model."""
+        position = 0
+        while match := TAG.match(first, position):
+            entry.tags.append(match[1])
+            position = match.end()
+        if len(entry.tags) == 1 and entry.level != "DEBUG" and entry.tags[0] not in NO_MODEL:
+            entry.model = entry.tags[0]
+        return first[position:]
+
+    def _engine_lines(self, lines, moment):
+        """Facts from lines of a DEBUG entry.  A line broken over two headers is mended here."""
+        torn, self._torn = self._torn, None
+        for match in ENGINE.finditer(lines):
+            known = match if match.lastgroup != "unknown" else self._mended(torn, match, moment)
+            torn = None
+            if known is None:
+                continue
+            self._torn = None
+            rule, fields = ENGINE_ROWS[known.lastgroup]
+            self.by_engine[engine_of(rule, known)] += 1
+            if rule.fact:
+                self.story.engine(rule.fact, {name: known[index] for name, index in fields}, known, moment)
+
+    def _mended(self, torn, match, moment):
+        """The match of an unknown line together with the torn one before it; None without."""
+        line = match[0]
+        if torn and moment.epoch - torn[1] <= 1:
+            for glue in (" ", ""):
+                joined = ENGINE.match(torn[0] + glue + line)
+                if joined.lastgroup != "unknown":
+                    self.unknown -= 1
+                    return joined
+        self._torn = (line, moment.epoch)
+        self._unknown_line(line)
+        return None
+
+    def _unknown_line(self, line):
+        self.unknown += 1
+        self.samples.append(redacted(line))
+
+    def _conclude(self, entry):
+        """A known entry is whole: tell its fact and send it, without waiting for the next header."""
+        if entry.row and entry.row.fact and not entry.told:
+            entry.told = True
+            self.story.app(entry)
+        self._send(entry)
+
+    def _complete(self, final=False):
+        """Nothing has been added for a while, or (final) nothing will be."""
+        entry = self._entry
+        if entry is None:
+            return
+        if entry.level == "ERROR" and entry.shape == "text" and not entry.told:
+            entry.told = True
+            self.story.error(entry)
+        if final:
+            self._conclude(entry)
+        else:
+            self._send(entry)
+
+    def _send(self, entry):
+        """One lmstudio_log with the text that no event has carried yet."""
+        if entry.sent == len(entry.text):
+            return
+        data = {
+            "timestamp": entry.moment.text,
+            "level": entry.level,
+            "message": entry.text if entry.sent <= 0 else entry.text[entry.sent :].lstrip("\n"),
+            "tags": entry.tags,
+        }
+        if entry.sent >= 0:
+            data["continued"] = True
+        if entry.cut:
+            data["truncated"] = True
+        entry.sent = len(entry.text)
+        self._events.append(Event("lmstudio_log", data))
+
+
+def engine_of(rule, match):
+    """The engine generation that wrote a line."""
+    if " " not in rule.engines:
+        return rule.engines
+    if match["clock"]:
+        return "G3"
+    return "G2" if match["task"] or "G1" not in rule.engines else "G1"
+
+
+QUOTED = re.compile(r'"[^"]*"?|\'[^\']*\'?')
+WORD = re.compile(r"[^\W\d_]{4,}|\d+")
+
+
+def redacted(line):
+    """A line as a specimen without what a user may have written: quotes emptied, words cut, digits to 0."""
+    line = QUOTED.sub('"..."', line[:160])
+    return WORD.sub(lambda word: "0" if word[0].isdigit() else word[0][:3] + "~", line)[:100]
+
+
+# --- 3.3 story: facts to events ----------------------------------------------
+
+CHATS_KEPT = 64  # running chats that are remembered; one that never ends is forgotten at last
+ENDED_KEPT = 8  # ended chats that late lines can still mean
+SWALLOW_S = 1  # a disconnect line this soon after an end says nothing new (LOGS.md, case 8)
+
+
+class Chat:
+    """One run of a model, as the log shows it: a chat over HTTP, or one inside the app."""
+
+    def __init__(self, number, moment, model=None, api=True, messages=None):
+        self.number, self.started, self.model = number, moment, model
+        self.api = api  # it has a line of the app's: it came over HTTP
+        self.messages = messages
+        self.stream = False
+        self.engine = False  # the engine's lines have begun
+        self.engine_model = None  # model, where it is certain that those lines are this chat's
+        self.certain = True  # no other chat could have been meant by any line
+        self.task = None  # G2 and G3: the engine's number for it
+        self.app_progress = False
+        self.first_token = False
+        self.said = set()  # names of events that come once
+        self.tokens = {}  # of lmstudio_token_info
+        self.total = self.cached = None  # tokens of the prompt; those of them that were cached
+        self.stats = {}  # of lmstudio_prediction_stats
+        self.decoded = None  # tokens that the engine has generated so far
+        self.timed = None  # the Moment of the engine's last timing, until the stats are told
+        self.ended = None  # outcome
+        self.ended_at = 0.0
+        self.left = False  # a disconnect line has been taken for it
+        self.predicted = False
+
+
+def pick(chats, *preferences):
+    """The oldest of the chats that fit the most preferences, taken in order; None of none."""
+    for prefers in preferences:
+        chats = [chat for chat in chats if prefers(chat)] or chats
+    return chats[0] if chats else None
+
+
+def shared_model(chats):
+    """The model that all chats have in common, else None."""
+    models = {chat.model for chat in chats}
+    return models.pop() if len(models) == 1 else None
+
+
+class Story:
+    """What the log says about chats, told once each.  Facts come in as on_<fact>, events go to a list.
+
+    An app line (INFO) names a model and never a chat; an engine line (DEBUG) names neither, at best a
+    task.  A line belongs to the chats that it could mean, and to the first of them by the preferences
+    given with each fact; it carries a model only if all of them have it."""
+
+    def __init__(self, events):
+        self._events = events
+        self.running = []  # the chats that have not ended, oldest first
+        self._ended: deque[Chat] = deque(maxlen=ENDED_KEPT)
+        self._tasks = {}  # G2, G3: task -> chat
+        self._slots = {}  # slot -> chat whose sampler was set up and whose task is not known yet
+        self._engine = None  # the chat whose engine lines came last
+        self._sampling = None  # (chat, moment, parameters so far) while the block is open
+        self._timing = None  # G2: the task that bare timing lines belong to
+        self._numbers = itertools.count(1)
+        self._facts = {rule.fact: getattr(self, "on_" + rule.fact) for rule in RULES if rule.fact}
+
+    def app(self, entry):
+        """A recognised entry of the app."""
+        self._close_sampling()
+        self._facts[entry.row.fact](entry)
+
+    def engine(self, fact, fields, match, moment):
+        """A recognised line of an engine."""
+        if self._sampling and fact != "params":
+            self._close_sampling()
+        if self._engine and self._engine.timed and fact not in TIMINGS:
+            self._give_stats(self._engine, moment)
+        fields["task"], fields["slot"] = match["task"], match["slot"]
+        self._facts[fact](fields, moment)
+
+    def error(self, entry):
+        """An ERROR entry of LM Studio's own, complete."""
+        message = entry.text.strip()
+        first = message.partition("\n")[0]
+        for tag in entry.tags:
+            first = first.replace(f"[{tag}]", "", 1).lstrip()
+        self._say("lmstudio_error", None, entry.moment, entry.model, message=message)
+        match = ERRORS.match(first)
+        if match:
+            entry.row = ERROR_ROWS[match.lastgroup][0]
+            self._facts[entry.row.fact](entry, first)
+
+    def quiet(self, final=False):
+        """Nothing has come for a while, or (final) nothing will: what waited for a further line is told."""
+        if final:
+            self._close_sampling()
+        if self._engine and self._engine.timed:
+            self._give_stats(self._engine, self._engine.timed)
+
+    # --- the app's facts
+
+    def on_start(self, entry):
+        chat = self._new(entry.moment, entry.model, messages=int(entry.fields["messages"]))
+        self._say(
+            "lmstudio_chat_start",
+            chat,
+            entry.moment,
+            entry.model,
+            message=first_line(entry),
+            messages=chat.messages,
+        )
+
+    def on_stream(self, entry):
+        found = [chat for chat in self._of(entry) if not chat.stream and not chat.engine] or self._of(entry)
+        if found:
+            found[-1].stream = True
+
+    def on_progress(self, entry):
+        percent = number(entry.fields["percent"].replace(",", "."))
+        found = self._of(entry, ended=True)
+        chat = (
+            found[0]
+            if len(found) == 1
+            else pick(
+                found,
+                lambda c: c.ended is None,
+                lambda c: "lmstudio_generation_start" not in c.said,
+                lambda c: c.engine,
+            )
+        )
+        if chat is None:
+            chat = self._new(entry.moment, entry.model)  # we came in the middle
+            if percent:
+                chat.said.add("lmstudio_processing_start")
+        chat.certain = chat.certain and len([c for c in found if c.ended is None]) < 2
+        chat.app_progress = True
+        self._begin_processing(chat, entry.moment, entry.model)
+        self._say(
+            "lmstudio_prompt_progress",
+            chat,
+            entry.moment,
+            entry.model,
+            progress=percent,
+            message=first_line(entry),
+        )
+        if percent >= 100:
+            self._begin_generation(chat, entry.moment, entry.model)
+
+    def on_first_token(self, entry):
+        chat = pick(
+            [c for c in self._of(entry) if not c.first_token],
+            lambda c: c.stream,
+            lambda c: c.engine,
+            lambda c: c.app_progress,
+        )
+        if chat:
+            chat.first_token = True
+            self._begin_generation(chat, entry.moment, entry.model)
+
+    def on_finish(self, entry):
+        found = [chat for chat in self._of(entry) if chat.stream]
+        left = [
+            chat
+            for chat in self._of(entry, ended=True)
+            if chat.ended == "disconnected" and not chat.predicted
+        ]
+        chat = pick(
+            found,
+            lambda c: c.timed or "lmstudio_prediction_stats" in c.said,
+            lambda c: c.engine,
+            lambda c: "lmstudio_generation_start" in c.said,
+        )
+        if left and (chat is None or not chat.timed and entry.moment.epoch - left[-1].ended_at <= 2):
+            left[-1].predicted = True  # it finished because its client had left
+            return
+        self._end(chat, entry.moment, "finished", first_line(entry), entry.model or shared_model(found))
+
+    def on_prediction(self, entry):
+        found = [
+            chat
+            for chat in self._of(entry, ended=True)
+            if not chat.predicted and not chat.stream and (chat.ended is None or chat.ended == "disconnected")
+        ]
+        chat = pick(found, lambda c: c.timed, lambda c: c.engine, lambda c: c.app_progress)
+        body = prediction_of(entry.text)
+        model = entry.model or body.get("model") or shared_model(found)
+        if chat:
+            chat.predicted = True
+        else:
+            chat = self._new(entry.moment, model)
+            chat.certain = False
+        self._predicted(chat, body)
+        self._give_stats(chat, entry.moment, model)
+        if chat.ended is None:
+            self._end(chat, entry.moment, "finished", "Generated prediction", model)
+
+    def on_response(self, entry):
+        found = [chat for chat in self._of(entry) if not chat.stream]
+        chat = pick(found, lambda c: c.timed, lambda c: c.engine)
+        if chat:
+            self._predicted(chat, prediction_of(entry.text))
+            self._give_stats(chat, entry.moment, entry.model)
+            self._end(
+                chat, entry.moment, "finished", "Generated synchronous v1/responses response", entry.model
+            )
+
+    def on_disconnect(self, entry):
+        now = entry.moment.epoch
+        for chat in self._ended:
+            if chat.ended == "finished" and not chat.left and now - chat.ended_at <= SWALLOW_S:
+                chat.left = True
+                return
+        found = [chat for chat in self._of(entry) if chat.api]
+        chat = pick(found, lambda c: c.engine or c.app_progress)
+        if chat:
+            chat.certain = chat.certain and len(found) == 1
+        self._end(
+            chat, entry.moment, "disconnected", first_line(entry), shared_model(found) if found else None
+        )
+
+    def on_stopped(self, entry):
+        for chat in self.running[:]:
+            self._close(chat, "stopped", entry.moment)
+        self._engine = None
+
+    # --- errors that end chats
+
+    def on_render_error(self, entry, message):
+        found = self._of(entry)
+        self._end(
+            pick(found[::-1], lambda c: not c.engine),
+            entry.moment,
+            "error",
+            message,
+            entry.model or shared_model(found),
+        )
+
+    def on_channel_error(self, entry, message):
+        found = self._of(entry)
+        self._end(pick(found), entry.moment, "error", message, entry.model or shared_model(found))
+
+    def on_crash(self, entry, message):
+        for chat in self._of(entry):
+            self._end(chat, entry.moment, "error", message, chat.model)
+        self._engine = None
+
+    # --- G1
+
+    def on_sampling(self, fields, moment):
+        chat = self._attach(moment, fields["slot"], fields["task"])
+        self._sampling = (chat, moment, {})
+        if fields["pairs"]:
+            self.on_params(fields, moment)
+
+    def on_params(self, fields, moment):
+        if self._sampling is None:
+            if "repeat_last_n" not in fields["pairs"]:
+                return
+            self._sampling = (self._attach(moment), moment, {})  # the heading was not seen
+        pairs = fields["pairs"].strip()
+        for pair in pairs.split(","):
+            name, _, value = pair.partition(" = ")
+            value = number(value.strip())
+            if value is not None:
+                self._sampling[2][name.strip()] = value
+        if "mirostat_ent" in pairs and not pairs.endswith(","):
+            self._close_sampling()
+
+    def on_generate(self, fields, moment):
+        chat = self._at_work(moment)
+        chat.tokens.update(
+            figures(
+                n_ctx=number(fields["n_ctx"]),
+                n_batch=number(fields["n_batch"]),
+                n_predict=number(fields["n_predict"]),
+                n_keep=number(fields["n_keep"]),
+            )
+        )
+
+    def on_reuse(self, fields, moment):
+        chat = self._at_work(moment)
+        chat.total = int(fields["total"])
+        self._give_cache(chat, moment, int(fields["reused"]), int(fields["prefix"]), int(fields["other"]))
+
+    def on_prompt_total(self, fields, moment):
+        self._at_work(moment).total = int(fields["total"])
+
+    def on_to_decode(self, fields, moment):
+        chat, decode = self._at_work(moment), int(fields["tokens"])
+        chat.tokens["promptTokensToDecode"] = decode
+        self._give_tokens(chat, moment)
+        if chat.total == decode:
+            self._give_cache(chat, moment, 0, 0, 0)
+
+    def on_begin(self, fields, moment):
+        chat = self._at_work(moment)
+        if "lmstudio_processing_start" in chat.said and not chat.app_progress:
+            chat = self._attach(moment)  # a run of its own: no sampling block came before it
+        self._give_tokens(chat, moment)
+        self._begin_processing(chat, moment, chat.engine_model)
+
+    def on_early_progress(self, fields, moment):
+        chat = self._at_work(moment)
+        if not chat.app_progress:
+            self._progress(chat, moment, number(fields["percent"]))
+
+    def on_finished_prompt(self, fields, moment):
+        chat = self._at_work(moment)
+        self._give_tokens(chat, moment)
+        self._begin_generation(chat, moment, chat.engine_model)
+
+    # --- G2 and G3
+
+    def on_launch(self, fields, moment):
+        self._attach(moment, fields["slot"], fields["task"])
+
+    def on_prompt(self, fields, moment):
+        chat = self._at_work(moment, fields)
+        if chat.task is None:
+            chat = self._attach(moment, fields["slot"], fields["task"])
+        chat.total = int(fields["total"])
+        chat.tokens.update(n_ctx=int(fields["n_ctx"]), n_keep=int(fields["n_keep"]))
+        self._begin_processing(chat, moment, chat.engine_model)
+
+    def on_cached(self, fields, moment):
+        chat, reused = self._at_work(moment, fields), int(fields["reused"])
+        if chat.total is None or chat.cached is not None or "n_ctx" not in chat.tokens:
+            return  # later lines of a task tell how far the prompt has been read
+        chat.tokens["promptTokensToDecode"] = chat.total - reused
+        self._give_tokens(chat, moment)
+        self._give_cache(chat, moment, reused, reused, 0)
+
+    def on_read(self, fields, moment):
+        chat = self._at_work(moment, fields)
+        if not chat.api:
+            self._progress(chat, moment, round(100 * float(fields["share"]), 4))
+
+    def on_decoded(self, fields, moment):
+        chat = self._at_work(moment, fields)
+        chat.decoded = int(fields["tokens"])
+
+    def on_sampler(self, fields, moment):
+        self._at_work(moment, fields).total = int(fields["total"])
+
+    def on_release(self, fields, moment):
+        chat = self._tasks.pop(fields["task"], None)
+        if chat:
+            self._give_stats(chat, moment)
+            self._close_in_app(chat, moment)
+
+    # --- timings, in every generation of llama.cpp
+
+    def on_timings(self, fields, moment):
+        self._timing = fields["task"]
+
+    def on_prompt_eval(self, fields, moment):
+        stats = self._timed(fields, moment).stats
+        stats["evaluated"] = int(fields["tokens"])
+        stats["promptTokensPerSecond"] = rate(fields)
+
+    def on_eval(self, fields, moment):
+        stats = self._timed(fields, moment).stats
+        stats["completionTokens"] = int(fields["tokens"])
+        stats["tokensPerSecond"] = rate(fields)
+
+    def on_total(self, fields, moment):
+        chat = self._timed(fields, moment)
+        chat.stats["totalMs"] = number(fields["ms"])
+        chat.timed = moment
+
+    def on_draft(self, fields, moment):
+        self._timed(fields, moment).stats.update(
+            draftTokens=int(fields["generated"]), acceptedDraftTokens=int(fields["accepted"])
+        )
+
+    # --- MLX and Splash
+
+    def on_mlx_cache(self, fields, moment):
+        chat = self._attach(moment)
+        reused = int(fields["reused"])
+        chat.total = int(fields["total"]) if "total" in fields else reused + int(fields["fresh"])
+        self._give_cache(chat, moment, reused, reused, 0)
+        chat.tokens["promptTokensToDecode"] = chat.total - reused
+        self._give_tokens(chat, moment)
+        self._begin_processing(chat, moment, chat.engine_model)
+
+    def on_splash(self, fields, moment):
+        waiting = [chat for chat in self.running if not chat.engine]
+        chat = pick(waiting, lambda c: "lmstudio_generation_start" in c.said, lambda c: c.app_progress)
+        chat = self._attach(moment, chosen=chat)
+        chat.total, reused = number(fields["total"]), number(fields["reused"])
+        chat.tokens["promptTokensToDecode"] = chat.total - reused
+        self._give_tokens(chat, moment)
+        self._give_cache(chat, moment, reused, reused, 0)
+        ttft = number(fields["ttft"])
+        chat.stats.update(
+            completionTokens=number(fields["output"]),
+            tokensPerSecond=number(fields["rate"]),
+            timeToFirstTokenMs=ttft and round(ttft * 1000, 3),
+        )
+        if chat.stream or not chat.api:
+            self._give_stats(chat, moment)
+
+    # --- which chat a line means
+
+    def _new(self, moment, model=None, **about):
+        chat = Chat(next(self._numbers), moment, model, **about)
+        self.running.append(chat)
+        if len(self.running) > CHATS_KEPT:
+            self._close(self.running[0], "forgotten", moment)
+        return chat
+
+    def _close(self, chat, outcome, moment):
+        if chat.ended is None:
+            self.running.remove(chat)
+            self._ended.append(chat)
+        chat.ended, chat.ended_at = outcome, moment.epoch
+
+    def _of(self, entry, ended=False):
+        """The chats that an app line can mean: those of its model, or all if it names none."""
+        chats = [*self._ended, *self.running] if ended else self.running
+        return [
+            chat
+            for chat in chats
+            if chat.api and (entry.model is None or chat.model is None or chat.model == entry.model)
+        ]
+
+    def _attach(self, moment, slot=None, task=None, chosen=None):
+        """The chat that an engine now begins with: the oldest that waits for one, else one inside the app."""
+        known = self._slots.pop(slot, None) or self._tasks.get(task)
+        if known is None:
+            waiting = [chat for chat in self.running if chat.api and not chat.engine]
+            fresh = [chat for chat in waiting if not chat.app_progress] or waiting
+            known = chosen or pick(fresh) or self._new(moment, api=False)
+            known.engine, known.engine_model = True, shared_model(fresh) if fresh else None
+            known.certain = known.certain and len(fresh) == 1
+        self._engine = known
+        if task not in (None, "-1"):
+            self._tasks[task], known.task = known, task
+            while len(self._tasks) > CHATS_KEPT:
+                del self._tasks[next(iter(self._tasks))]
+        elif slot is not None:
+            self._slots[slot] = known
+        return known
+
+    def _at_work(self, moment, fields=None):
+        """The chat that an engine line is about: its task's, else the one whose lines came last."""
+        task = fields and fields["task"]
+        chat = self._tasks.get(task) if task else self._engine
+        if chat is None:
+            chat = self._attach(moment, fields and fields["slot"], task)
+        return chat
+
+    def _timed(self, fields, moment):
+        """The chat that a timing line is about.  G2's have their task on a line before them."""
+        task = fields["task"] or self._timing
+        if self._engine and self._engine.timed and task is None:
+            self._engine = None  # G1: these are of a further run whose start was not seen
+        return self._at_work(moment, {"task": task, "slot": None})
+
+    # --- telling
+
+    def _say(self, name, chat, moment, model=None, **data):
+        data = {"timestamp": moment.utc, **data}
+        if model:
+            data["model"] = model
+        self._events.append(Event(name, data, chat))
+
+    def _say_once(self, name, chat, moment, model=None, **data):
+        if name not in chat.said:
+            chat.said.add(name)
+            self._say(name, chat, moment, model, **data)
+
+    def _begin_processing(self, chat, moment, model):
+        self._say_once("lmstudio_processing_start", chat, moment, model, message="BeginProcessingPrompt")
+
+    def _begin_generation(self, chat, moment, model):
+        self._say_once(
+            "lmstudio_generation_start",
+            chat,
+            moment,
+            model,
+            message="The prompt is read, the first token is next",
+        )
+
+    def _progress(self, chat, moment, percent):
+        self._begin_processing(chat, moment, chat.engine_model)
+        self._say(
+            "lmstudio_prompt_progress",
+            chat,
+            moment,
+            chat.engine_model,
+            progress=percent,
+            message=f"Prompt processing progress: {percent:.1f}%",
+        )
+
+    def _give_cache(self, chat, moment, reused, prefix, other):
+        chat.cached, total = reused, chat.total
+        share = 100 * reused / total if total else 0.0
+        self._say_once(
+            "lmstudio_cache_stats",
+            chat,
+            moment,
+            chat.engine_model,
+            reused=reused,
+            total=total,
+            percentage=round(share, 2),
+            prefix=prefix,
+            nonPrefix=other,
+            message=f"Cache reuse summary: {reused}/{total} of prompt ({share:g}%), "
+            f"{prefix} prefix, {other} non-prefix",
+        )
+
+    def _give_tokens(self, chat, moment):
+        if chat.total is not None:
+            chat.tokens["totalPromptTokens"] = chat.total
+        if chat.tokens:
+            self._say_once("lmstudio_token_info", chat, moment, chat.engine_model, **chat.tokens)
+
+    @staticmethod
+    def _predicted(chat, body):
+        """Take the figures of a prediction: its counts, and its speed where the engine gave none."""
+        counts, speeds = prediction_figures(body)
+        chat.stats = {**speeds, **chat.stats, **counts}
+
+    def _close_sampling(self):
+        if self._sampling:
+            (chat, moment, values), self._sampling = self._sampling, None
+            if values:
+                self._say("lmstudio_sampling_params", chat, moment, chat.engine_model, **values)
+
+    def _give_stats(self, chat, moment, model=None):
+        """lmstudio_prediction_stats, unless a prediction with more is still to come."""
+        chat.timed = None
+        if model is None and chat.api and not chat.stream and not chat.predicted and chat.ended != "finished":
+            return
+        stats = chat.stats
+        known = figures(
+            promptTokens=stats.get("promptTokens") or chat.total or stats.get("evaluated"),
+            **{name: stats.get(name) for name in STATS},
+        )
+        if known.keys() - {"promptTokens"}:
+            self._say_once("lmstudio_prediction_stats", chat, moment, model or chat.engine_model, **known)
+            self._close_in_app(chat, moment)
+
+    def _close_in_app(self, chat, moment):
+        """A chat inside the app has no line for its end: its last figures are it."""
+        if not chat.api and chat.ended is None:
+            self._close(chat, "finished", moment)
+
+    def _end(self, chat, moment, outcome, message, model):
+        if chat:
+            if outcome == "finished":
+                self._give_stats(chat, moment, model)
+            if chat.engine and "n_ctx" in chat.tokens:
+                self._give_tokens(chat, moment)
+            self._close(chat, outcome, moment)
+        self._say("lmstudio_chat_end", chat, moment, model, outcome=outcome, message=message)
+
+
+TIMINGS = frozenset(("timings", "prompt_eval", "eval", "total", "draft", "release"))
+STATS = (
+    "completionTokens",
+    "promptTokensPerSecond",
+    "tokensPerSecond",
+    "timeToFirstTokenMs",
+    "totalMs",
+    "draftTokens",
+    "acceptedDraftTokens",
+)
+
+
+def first_line(entry):
+    """The entry's first line that has text, its tags cut off."""
+    line = entry.text.lstrip("\n").partition("\n")[0]
+    for tag in entry.tags:
+        line = line.replace(f"[{tag}]", "", 1)
+    return line.strip()
+
+
+def rate(fields):
+    """Tokens per second of a timing line; worked out where the line does not give it."""
+    if fields["rate"]:
+        return number(fields["rate"])
+    ms = number(fields["ms"])
+    return round(1000 * int(fields["tokens"]) / ms, 2) if ms else None
+
+
+def prediction_of(text):
+    """The JSON of a Generated prediction, {} where it is hidden or cut."""
+    try:
+        body = json.loads(text[text.index("{") :])
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def prediction_figures(body):
+    """(counts, speeds) of a prediction: /v1 has usage, /api/v0 also stats in s, /api/v1/chat only stats."""
+    usage, stats = (
+        {name: value for name, value in part.items() if isinstance(value, (int, float))}
+        for part in (body.get(key) if isinstance(body.get(key), dict) else {} for key in ("usage", "stats"))
+    )
+    first = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
+    both = {**stats, **usage}
+    counts = figures(
+        promptTokens=both.get("prompt_tokens", both.get("input_tokens")),
+        completionTokens=both.get(
+            "completion_tokens", both.get("total_output_tokens", both.get("output_tokens"))
+        ),
+        timeToFirstTokenMs=None if first is None else round(first * 1000, 3),
+        draftTokens=both.get("total_draft_tokens_count"),
+        acceptedDraftTokens=both.get("accepted_draft_tokens_count"),
+    )
+    return counts, figures(tokensPerSecond=stats.get("tokens_per_second"))
+
+
+# --- 3.4 dialects: where each API of LM Studio puts model, tokens and usage ---
+
+
+class Dialect(NamedTuple):
+    """One inference API.  The functions take the parsed JSON of a streamed event or of a whole body."""
+
+    name: str
+    anthropic: bool  # errors in Anthropic's shape
+    asks_usage: bool  # a stream carries usage only with stream_options.include_usage
+    has_token: Callable  # event -> True when it holds a first token: content, reasoning or a tool call
+    messages: Callable  # request body -> how many messages the log will count, None when unknown
+
+
+def openai_token(event):
+    for choice in listed(event.get("choices")):
+        delta = choice.get("delta") or {}
+        if (
+            choice.get("text")
+            or isinstance(delta, dict)
+            and any(delta.get(name) for name in ("content", "reasoning", "reasoning_content", "tool_calls"))
+        ):
+            return True
+    return False
+
+
+def delta_token(event):
+    """Named events: /v1/responses, /v1/messages and /api/v1/chat write one `...delta` for each piece."""
+    kind = event.get("type")
+    return isinstance(kind, str) and (
+        kind.endswith(".delta") or kind in ("content_block_delta", "tool_call.arguments")
+    )
+
+
+def count_messages(body):
+    messages = body.get("messages")
+    return len(messages) if isinstance(messages, list) else None
+
+
+def unknown_count(body):
+    return None
+
+
+CHAT = Dialect("chat", False, True, openai_token, count_messages)
+COMPLETIONS = Dialect("completions", False, True, openai_token, unknown_count)
+EMBEDDINGS = Dialect("embeddings", False, False, delta_token, unknown_count)
+RESPONSES = Dialect("responses", False, False, delta_token, unknown_count)
+MESSAGES = Dialect("messages", True, False, delta_token, unknown_count)
+NATIVE = Dialect("native", False, False, delta_token, unknown_count)
+OTHER = Dialect("other", False, False, delta_token, unknown_count)
+
+DIALECTS = {  # POST to these paths is an inference (LMSTUDIO.md 1.1)
+    "/v1/chat/completions": CHAT,
+    "/api/v0/chat/completions": CHAT,
+    "/v1/completions": COMPLETIONS,
+    "/api/v0/completions": COMPLETIONS,
+    "/v1/embeddings": EMBEDDINGS,
+    "/api/v0/embeddings": EMBEDDINGS,
+    "/v1/responses": RESPONSES,
+    "/v1/messages": MESSAGES,
+    "/api/v1/chat": NATIVE,
+    "/v1/decisions": OTHER,
+    "/v1/systemone": OTHER,
+}
+
+
+def listed(value):
+    """The dicts of a list, [] for anything else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def json_object(data):
+    """The JSON object in bytes; None for anything else.  Never raises."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+# --- 3.5 meter: what an answer cost, read while it passes --------------------
+
+WHOLE_LIMIT = 32 * 1024 * 1024  # a JSON body beyond this is passed on unread
+STREAM_LIMIT = 4 * 1024 * 1024  # one event of a stream beyond this, too
+EVENT_END = re.compile(rb"\r?\n\r?\n")
+TELLING = re.compile(
+    rb'"usage"|"finish_reason": ?"|"stop_reason": ?"|"stats"|error|"response\.(?:completed|incomplete|failed)'
+)
+
+
+class Usage:
+    """What is known of an answer.  Token counts that LM Studio did not give are None."""
+
+    def __init__(self):
+        self.prompt = self.completion = self.total = None
+        self.cached = self.reasoning = None
+        self.finish = self.model = self.error = None
+        self.speed = None  # tokens a second and ms to the first token, as LM Studio reports them
+        self.first_ms = None
+        self.created = self.answer_id = None
+
+    def take(self, body):
+        """Learn from a body, a streamed event, or the answer inside one."""
+        for inner in (body.get("response"), body.get("result"), body.get("message")):
+            if isinstance(inner, dict):
+                self.take(inner)
+        self._take_error(body)
+        self._take_identity(body)
+        self._take_finish(body)
+        usage, stats = body.get("usage"), body.get("stats")
+        if isinstance(usage, dict):
+            self._take_usage(usage)
+        if isinstance(stats, dict):
+            self._take_stats(stats)
+
+    def _take_error(self, body):
+        error = body.get("error")
+        if error:
+            message = error.get("message") if isinstance(error, dict) else error
+            self.error = str(message or error)[:500]
+
+    def _take_identity(self, body):
+        model = body.get("model") or body.get("model_instance_id")
+        if isinstance(model, str) and model:
+            self.model = model
+        if isinstance(body.get("created"), int):
+            self.created = body["created"]
+        if isinstance(body.get("id"), str):
+            self.answer_id = body["id"]
+
+    def _take_finish(self, body):
+        delta = body.get("delta")
+        reasons = [choice.get("finish_reason") for choice in listed(body.get("choices"))]
+        reasons += [body.get("stop_reason"), delta.get("stop_reason") if isinstance(delta, dict) else None]
+        if body.get("object") == "response" and isinstance(body.get("status"), str):
+            reasons.append(body["status"])
+        self.finish = next((reason for reason in reasons if isinstance(reason, str)), self.finish)
+
+    def _take_usage(self, usage):
+        prompt = count(usage, "prompt_tokens", "input_tokens")
+        completion = count(usage, "completion_tokens", "output_tokens")
+        self.prompt = max((n for n in (self.prompt, prompt) if n is not None), default=None)
+        self.completion = max((n for n in (self.completion, completion) if n is not None), default=None)
+        self.total = count(usage, "total_tokens")
+        for name, field in (
+            ("prompt_tokens_details", "cached"),
+            ("input_tokens_details", "cached"),
+            ("completion_tokens_details", "reasoning"),
+            ("output_tokens_details", "reasoning"),
+        ):
+            details = usage.get(name)
+            if isinstance(details, dict) and count(details, f"{field}_tokens") is not None:
+                setattr(self, field, count(details, f"{field}_tokens"))
+
+    def _take_stats(self, stats):
+        """/api/v0 gives speeds in stats, /api/v1/chat its counts as well; times are in seconds."""
+        self.prompt = count(stats, "input_tokens", default=self.prompt)
+        self.completion = count(stats, "total_output_tokens", default=self.completion)
+        self.reasoning = count(stats, "reasoning_output_tokens", default=self.reasoning)
+        if isinstance(stats.get("tokens_per_second"), (int, float)):
+            self.speed = round(stats["tokens_per_second"], 2)
+        first = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
+        if isinstance(first, (int, float)):
+            self.first_ms = round(1000 * first, 1)
+        if isinstance(stats.get("stop_reason"), str) and not self.finish:
+            self.finish = stats["stop_reason"]
+
+    def tokens(self):
+        """tokenUsage of the events; None when LM Studio gave no count."""
+        if self.prompt is None and self.completion is None:
+            return None
+        total = self.total
+        if total is None:
+            total = (self.prompt or 0) + (self.completion or 0)
+        return {
+            "promptTokens": self.prompt,
+            "completionTokens": self.completion or 0,
+            "totalTokens": total,
+            **figures(cachedTokens=self.cached, reasoningTokens=self.reasoning),
+        }
+
+
+def count(values, *names, default=None):
+    """The first whole number among the values of those names."""
+    return next(
+        (
+            values[name]
+            for name in names
+            if isinstance(values.get(name), int) and not isinstance(values[name], bool)
+        ),
+        default,
+    )
+
+
+class Meter:
+    """Reads an answer while it passes.  feed() gives the bytes for the client, at once.
+
+    With cut, the chunk that carries only the usage we asked for is taken out again; then an event
+    that has not ended is held back until it has."""
+
+    def __init__(self, dialect, stream, cut=False, encoding=""):
+        self.usage = Usage()
+        self.stream, self._dialect, self._cut = stream, dialect, cut
+        self._rest = bytearray()  # of a stream the event that has not ended, else the whole body
+        self._decode = decoder(encoding)
+        self._readable = self._decode is not None
+        self.first = self.last = None  # clock readings of the first and the latest token
+        self.pieces = 0  # events with a token
+
+    def feed(self, piece, now):
+        """The bytes to pass on for the bytes that came at the clock reading now."""
+        if not self._readable:
+            return piece
+        data = self._decode(piece) if self._decode is not identity else piece
+        if data is None:
+            self._readable = False  # not what its Content-Encoding says: pass it on unread
+            return piece
+        if not self.stream:
+            if len(self._rest) + len(data) <= WHOLE_LIMIT:
+                self._rest += data
+            return piece
+        return self._events(data, now) if self._cut else (self._events(data, now), piece)[1]
+
+    def end(self):
+        """The answer is over.  Gives the bytes that were held back."""
+        rest = bytes(self._rest)
+        self._rest.clear()
+        if not self.stream and self._readable:
+            body = json_object(rest)
+            if body is not None:
+                self.usage.take(body)
+            return b""
+        if rest and self._readable:
+            self._event(rest, None)
+        return rest if self._cut else b""
+
+    def _events(self, data, now):
+        """Read the events that data completes; give their bytes without those that were ours alone."""
+        self._rest += data
+        if len(self._rest) > STREAM_LIMIT:
+            self._readable, held = False, bytes(self._rest)
+            self._rest.clear()
+            return held
+        kept, position = [], 0
+        for end in EVENT_END.finditer(self._rest):
+            event = bytes(self._rest[position : end.end()])
+            position = end.end()
+            if not (self._event(event, now) and self._cut):
+                kept.append(event)
+        del self._rest[:position]
+        return b"".join(kept)
+
+    def _event(self, event, now):
+        """Learn from one event.  True when it is the usage-only chunk that we asked for."""
+        if event.startswith(b":"):
+            return False
+        telling = TELLING.search(event)
+        if not telling and self.first is not None:
+            self.pieces += 1  # everything between the first token and the end is tokens
+            self.last = now
+            return False
+        body = json_object(event_data(event))
+        if body is None:
+            return False
+        if self._dialect.has_token(body):
+            self.pieces += 1
+            self.first, self.last = self.first or now, now
+        self.usage.take(body)
+        if event.startswith(b"event: error") and not self.usage.error:
+            self.usage.error = str(body.get("message") or body)[:500]
+        return isinstance(body.get("usage"), dict) and body.get("choices") == []
+
+
+def event_data(event):
+    """The data of one SSE event: its data lines, joined (WHATWG HTML, 9.2.6)."""
+    return b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
+
+
+def identity(data):
+    return data
+
+
+def decoder(encoding):
+    """A function that decodes pieces of a body of that Content-Encoding and gives None for one that
+    is broken; None for an encoding that the standard library cannot read."""
+    name = encoding.strip().lower()
+    if name in ("", "identity"):
+        return identity
+    if name not in ("gzip", "x-gzip", "deflate"):
+        return None
+    inflater = zlib.decompressobj(47 if name != "deflate" else 15)
+
+    def decode(data):
+        try:
+            return inflater.decompress(data, WHOLE_LIMIT)
+        except zlib.error:
+            return None
+
+    return decode
+
+
+# --- 3.6 request bodies: what LM Studio is asked -----------------------------
+
+
+class Asked(NamedTuple):
+    """What a request body says."""
+
+    model: str | None = None
+    stream: bool = False
+    messages: int | None = None
+    cut: bool = False  # usage was asked for on the client's behalf
+    body: bytes | None = None  # the bytes to send: the client's, or with the question for usage
+
+
+def read_request(dialect, data):
+    """The Asked of a request body.  A body that is not a JSON object is passed on untouched."""
+    body = json_object(data) if data and len(data) <= WHOLE_LIMIT else None
+    if body is None:
+        return Asked(body=data)
+    model, stream = body.get("model"), body.get("stream") is True
+    options = body.get("stream_options")
+    amend = (
+        stream
+        and dialect.asks_usage
+        and (options is None or isinstance(options, dict) and options.get("include_usage") is not True)
+    )
+    return Asked(
+        model if isinstance(model, str) else None,
+        stream,
+        dialect.messages(body),
+        amend,
+        ask_usage(data, body) if amend else data,
+    )
+
+
+def ask_usage(data, body):
+    """The request with stream_options.include_usage, its other bytes as they are where possible."""
+    if "stream_options" not in body:
+        start = data.index(b"{") + 1
+        return bytes(data[:start]) + b'"stream_options":{"include_usage":true},' + bytes(data[start:])
+    options = {**(body["stream_options"] or {}), "include_usage": True}
+    return json.dumps({**body, "stream_options": options}, ensure_ascii=False).encode(
+        "utf-8", "surrogatepass"
+    )
+
+
+# --- 3.7 records: what is kept of a request ----------------------------------
+
+RECORDS = 100  # finished requests that are kept
+TIMELINE = 400  # events of one request that are kept
+
+
+class Record:
+    """One inference request, from its arrival to its end.  Hub's lock guards it once it has begun."""
+
+    def __init__(self, request_id, epoch, clock, **about):
+        self.id, self.started, self.clock = request_id, epoch, clock
+        self.source = "gateway"  # or "lmstudio": a chat that did not come through us
+        self.method = self.path = self.dialect = self.client = self.key = None
+        self.model_asked = self.messages = None
+        self.stream = False
+        self.__dict__.update(about)
+        self.model = None  # what answered, once an answer or the log has named it
+        self.state = "waiting"
+        self.status = None
+        self.usage = None  # tokenUsage
+        self.first_ms = self.total_ms = self.speed = None
+        self.finish = self.error = self.operation = None
+        self.timeline = []  # (ms after the start, event name, data)
+        self.chat = None  # the log's Chat that it caused
+        self.binding = "none"  # "exact", "likely"
+
+    def shown(self, clock):
+        """The record as /debug/requests shows it."""
+        return {
+            "requestId": self.id,
+            "source": self.source,
+            "method": self.method,
+            "path": self.path,
+            "model": self.model or self.model_asked,
+            "modelAsked": self.model_asked,
+            "stream": self.stream,
+            "client": self.client,
+            "key": self.key,
+            "state": self.state,
+            "startedAt": utc_text(self.started),
+            "elapsedMs": self.total_ms
+            if self.total_ms is not None
+            else round(1000 * (clock - self.clock), 1),
+            "status": self.status,
+            "totalTimeMs": self.total_ms,
+            "timeToFirstTokenMs": self.first_ms,
+            "tokensPerSecond": self.speed,
+            "tokenUsage": self.usage,
+            "finishReason": self.finish,
+            "error": self.error,
+            "operation": self.operation,
+            "binding": self.binding,
+        }
+
+    def start_data(self):
+        return {
+            "requestId": self.id,
+            "method": self.method,
+            "path": self.path,
+            "model": self.model_asked,
+            "stream": self.stream,
+            "client": self.client,
+            "key": self.key,
+        }
+
+    def end_event(self, now):
+        """The one event that ends it."""
+        data = {"timestamp": now, "requestId": self.id}
+        if self.error is not None:
+            return Event(
+                "error",
+                {
+                    **data,
+                    "error": self.error,
+                    "operation": self.operation,
+                    "status": self.status,
+                    "model": self.model or self.model_asked,
+                    "totalTimeMs": self.total_ms,
+                    "tokenUsage": self.usage,
+                },
+            )
+        return Event(
+            "inference_complete",
+            {
+                **data,
+                "totalTimeMs": self.total_ms,
+                "status": self.status,
+                "tokenUsage": self.usage,
+                "timeToFirstTokenMs": self.first_ms,
+                "tokensPerSecond": self.speed,
+                "finishReason": self.finish,
+                "model": self.model or self.model_asked,
+            },
+        )
+
+
+# --- 3.8 wire formats of events ----------------------------------------------
+
+quote = json.encoder.encode_basestring_ascii
+
+
+def data_json(event):
+    """The event's data as one line of strict JSON, ASCII only."""
+    data = event.data
+    if event.name == "lmstudio_log" and len(data) == 4:  # most events are these: no dict encoder for them
+        tags = json.dumps(data["tags"]) if data["tags"] else "[]"
+        return (
+            f'{{"timestamp": "{data["timestamp"]}", "level": "{data["level"]}", '
+            f'"message": {quote(data["message"])}, "tags": {tags}}}'
+        )
+    return json.dumps(data)
+
+
+def sse_frame(event_id, name, data, retry=""):
+    """One frame of a text/event-stream (WHATWG HTML, 9.2)."""
+    return f"{retry}id: {event_id}\nevent: {name}\ndata: {data}\n\n".encode()
+
+
+def json_line(event_id, event):
+    """The event as --json prints it."""
+    return f'{{"id": "{event_id}", "event": "{event.name}", "data": {data_json(event)}}}\n'
+
+
+# === 4. HUB: the shared state ================================================
+
+RING = 10_000  # events that a client can still be given after the fact
+RETRY_MS = 2000  # what a browser waits before it connects again
+BATCH = 512  # frames that one wake-up writes
+
+
+class Gap(NamedTuple):
+    """Events that a client will never get.  Ids, both included; events None when nobody knows how many."""
+
+    first: str
+    last: str
+    events: int | None
+
+
+class Hub:
+    """Hands every event to every listener, remembers the latest, and keeps the records of requests.
+
+    A listener is a cursor and a bell: publish appends to one ring and rings the bells; each listener
+    then takes the frames behind its cursor.  Publishing never waits, and a frame is made once."""
+
+    def __init__(self, now=time.time):
+        # Guards every field below.  Held for memory work only, never across I/O.
+        self._lock = threading.Lock()
+        self.epoch = secrets.token_hex(4)
+        self._frames = []  # (event name, frame) of the events _first.. _first + len - 1
+        self._first = 1  # SEQ of _frames[0]
+        self._bells = set()  # a queue.Queue(1) for each listener
+        self._closed = False
+        self._now = now
+        self.counts: Counter[str] = Counter()  # events published, by name
+        self.dropped = 0  # events that slow listeners lost
+        self._running = {}  # id -> Record
+        self._finished: deque[Record] = deque(maxlen=RECORDS)
+        self.requests = self.errors = 0
+
+    @property
+    def last(self):
+        """SEQ of the latest event; 0 before the first."""
+        return self._first + len(self._frames) - 1
+
+    def event_id(self, seq):
+        return f"{self.epoch}-{seq}"
+
+    def now(self):
+        """This moment as the events have it."""
+        return utc_text(self._now())
+
+    def publish(self, events):
+        """Any thread.  Appends the events in order and wakes the listeners.  Never blocks."""
+        encoded = [(event.name, data_json(event)) for event in events]
+        if not encoded:
+            return
+        with self._lock:
+            seq = self.last
+            for name, data in encoded:
+                seq += 1
+                self._frames.append((name, sse_frame(f"{self.epoch}-{seq}", name, data)))
+                self.counts[name] += 1
+            if len(self._frames) > RING + RING // 4:  # cut in one go, so that a publish costs no shift
+                surplus = len(self._frames) - RING
+                del self._frames[:surplus]
+                self._first += surplus
+            bells = list(self._bells)
+        for bell in bells:
+            ring(bell)
+
+    def begin(self, record):
+        """Any thread.  A request goes to LM Studio."""
+        with self._lock:
+            self._running[record.id] = record
+            self.requests += 1
+        self.tell("inference_start", **record.start_data())
+
+    def end(self, record):
+        """Any thread.  A request is over; its record says how.  Later calls do nothing."""
+        with self._lock:
+            if self._running.pop(record.id, None) is None:
+                return
+            self._finished.append(record)
+            self.errors += record.error is not None
+        self.publish([record.end_event(self.now())])
+
+    def running(self):
+        """Any thread.  The records of running requests, oldest first."""
+        with self._lock:
+            return list(self._running.values())
+
+    def finished(self):
+        """Any thread.  The records of finished requests, newest first."""
+        with self._lock:
+            return list(reversed(self._finished))
+
+    def find(self, request_id):
+        """Any thread.  A record by its id, or None."""
+        return next(
+            (record for record in (*self.running(), *self.finished()) if record.id == request_id), None
+        )
+
+    def tell(self, name, **data):
+        """Any thread.  Publishes one event of the gateway's own."""
+        self.publish([Event(name, {"timestamp": self.now(), **data})])
+
+    @contextlib.contextmanager
+    def listening(self):
+        """Any thread.  Yields a queue.Queue that holds an item whenever there may be news."""
+        bell: queue.Queue[bool] = queue.Queue(1)
+        with self._lock:
+            self._bells.add(bell)
+        try:
+            yield bell
+        finally:
+            with self._lock:
+                self._bells.discard(bell)
+
+    def cursor(self, since):
+        """Any thread.  (SEQ after which to read, Gap or None) for the id that a client saw last."""
+        match = re.fullmatch(r"(?:([0-9a-zA-Z]+)-)?(\d{1,18})", since or "")
+        with self._lock:
+            if match is None:
+                return self.last, None
+            epoch, seq = match[1] or self.epoch, int(match[2])
+            if epoch != self.epoch:
+                return self._first - 1, Gap(f"{epoch}-{seq + 1}", self.event_id(self._first - 1), None)
+            return min(seq, self.last), None
+
+    def read(self, cursor):
+        """Any thread.  (frames after the cursor, new cursor, Gap or None), at most BATCH frames."""
+        with self._lock:
+            gap = None
+            if cursor < self._first - 1:
+                gap = Gap(self.event_id(cursor + 1), self.event_id(self._first - 1), self._first - 1 - cursor)
+                self.dropped += self._first - 1 - cursor
+                cursor = self._first - 1
+            start = cursor - self._first + 1
+            frames = self._frames[start : start + BATCH]
+        return frames, cursor + len(frames), gap
+
+    @property
+    def closed(self):
+        return self._closed
+
+    @property
+    def listeners(self):
+        return len(self._bells)
+
+    def close(self):
+        """Any thread.  Wakes every listener; closed is True from now on."""
+        with self._lock:
+            self._closed = True
+            bells = list(self._bells)
+        for bell in bells:
+            ring(bell)
+
+
+def ring(bell):
+    """Wake a listener.  One that has not yet come for the last time is awake already."""
+    with contextlib.suppress(queue.Full):
+        bell.put_nowait(True)
+
+
+def gap_data(gap, now):
+    return json.dumps({"timestamp": now, "from": gap.first, "to": gap.last, "count": gap.events})
+
+
+# === 5. TAIL: files to chunks ================================================
+
+PIECE = 64 * 1024  # bytes of one read: more would hold up the proxy (the GIL), fewer cost calls
+BUSY_S, IDLE_S = 0.01, 0.1  # pauses between looks while bytes flow, and after QUIET_S .. CALM_S without any
+CALM_S = 5.0
+QUIET_S = 0.2  # an entry without a next header is complete after this
+PATIENCE_S = 10.0  # an old file that cannot be read holds up a newer one for so long
+MIDLINE_S = 2.0  # a line without an end is taken as it is after this
+LOOK_S, SCAN_S = 0.1, 2.0  # between glances at the directories' times, and between full listings
+ANCHOR = 64  # bytes before our position that must still be there
+HEAD = 1024  # first bytes that tell a file from its replacement
+MONTH = re.compile(r"\d{4}-\d\d")
+LOG_NAME = re.compile(r"(\d{4}-\d\d-\d\d)\.(\d+)\.log")
+
+
+class LogFile(NamedTuple):
+    """A server log by its place in time.  N is a number: 10 follows 9."""
+
+    month: str
+    day: str
+    number: int
+    path: str
+
+
+def list_logs(directory, since=None):
+    """The server logs of a log directory, oldest first; only those of since's month and later.
+
+    Raises OSError when the directory itself cannot be listed."""
+    found = []
+    for month in sorted(os.listdir(directory)):
+        if MONTH.fullmatch(month) and (since is None or month >= since.month):
+            with contextlib.suppress(OSError):
+                found += [
+                    LogFile(month, match[1], int(match[2]), os.path.join(directory, month, match[0]))
+                    for match in map(LOG_NAME.fullmatch, os.listdir(os.path.join(directory, month)))
+                    if match
+                ]
+    return sorted(log_file for log_file in found if since is None or log_file > since)
+
+
+def switch_event(old, new, utc):
+    """The event for the way from one log file to the next; old and new are LogFile or plain paths."""
+    old_path, new_path = getattr(old, "path", old), getattr(new, "path", new)
+    months = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in (old_path, new_path)]
+    if months[0] != months[1] and all(map(MONTH.fullmatch, months)):
+        return Event(
+            "lmstudio_month_transition",
+            {
+                "timestamp": utc,
+                "oldDirectory": os.path.dirname(old_path),
+                "newDirectory": os.path.dirname(new_path),
+                "newLogFile": new_path,
+            },
+        )
+    return Event("lmstudio_file_switch", {"timestamp": utc, "oldLogFile": old_path, "newLogFile": new_path})
+
+
+def find_home(environ=None, home=None):
+    """LM Studio's home directory, as its own SDK finds it: the pointer file, else ~/.cache/lm-studio,
+    else ~/.lmstudio (lmstudio-js, findLMStudioHome.ts).  Never writes the pointer."""
+    home = Path(home) if home else Path.home()
+    with contextlib.suppress(OSError):
+        pointed = (home / ".lmstudio-home-pointer").read_text(encoding="utf-8", errors="replace").strip()
+        if pointed:
+            return Path(pointed)
+    cache = home / ".cache" / "lm-studio"
+    return cache if cache.is_dir() else home / ".lmstudio"
+
+
+def find_log_dir(home):
+    """The log directory under LM Studio's home: of the app and of Bionic (LOGS.md section 6), the one
+    that holds the newest file; the app's when neither holds any."""
+    places = [home / "server-logs", home / "apps" / "bionic" / "server-logs"]
+    return str(max(places, key=newest_write))
+
+
+def newest_write(directory):
+    """When the newest server log below a directory was written; 0 without one."""
+    with contextlib.suppress(OSError):
+        logs = list_logs(directory)
+        if logs:
+            return os.stat(logs[-1].path).st_mtime
+    return 0
+
+
+def file_state(path):
+    """os.stat_result of a file, by opening it where the directory's figures can be stale (Windows)."""
+    if os.name != "nt":
+        return os.stat(path)
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno())
+
+
+class Follower:
+    """Follows the newest log of a directory.  next_news() gives what there is; it never waits.
+
+    Only the tail thread calls methods; other threads may read the fields."""
+
+    def __init__(self, directory, from_start=False, started=0.0):
+        self.directory = directory
+        self._started = started  # epoch seconds: files that were written before are history
+        self.file: Any = None  # LogFile that is read, None before the first
+        self.position = 0  # bytes of it that have been read
+        self.size = 0  # its size when last looked at
+        self.problem = None  # why nothing can be read, in words for a person
+        self._seen = None  # (device, inode, mtime) of the file when last read
+        self._unread_since = None  # when reading it began to fail
+        self._head = self._anchor = b""
+        self._from_start = from_start
+        self._first_look = True
+        self._glanced = self._scanned = -math.inf
+        self._times = None  # modification times of the directories when last glanced at
+        self._newer = []  # log files after self.file, oldest first
+
+    @property
+    def behind(self):
+        """Bytes that are written and not yet read."""
+        return max(0, self.size - self.position)
+
+    def next_news(self, now):
+        """A chunk (bytes), a LogFile to which reading went on, None for a file that was replaced or
+        ended, or b"" for nothing new.  now: seconds of a clock that does not jump."""
+        self._look_around(now)
+        if self.file is None:
+            return self._advance() if self._newer else b""
+        try:
+            finished = self._may_advance()  # asked first: what the old file holds by then is all of it
+            news = self._read()
+            self._unread_since = None
+            return self._advance() if news == b"" and finished else news
+        except FileNotFoundError:
+            return self._advance() if self._newer else b""  # its directory tells what is wrong
+        except OSError as error:
+            self._complain(f"cannot read {self.file.path}: {error.strerror or error}")
+            self._unread_since = self._unread_since or now
+            late = now - self._unread_since > PATIENCE_S
+            return self._advance() if late and self._may_advance() else b""
+
+    def _look_around(self, now):
+        """Notice newer files.  Directory times are looked at often, all names now and then."""
+        if now - self._glanced < LOOK_S:
+            return
+        self._glanced = now
+        try:
+            times = self.file and [
+                os.stat(path).st_mtime_ns for path in (self.directory, os.path.dirname(self.file.path))
+            ]
+        except OSError:
+            times = None
+        if times is None or times != self._times or now - self._scanned >= SCAN_S:
+            self._times, self._scanned = times, now
+            self._scan()
+
+    def _scan(self):
+        try:
+            logs = list_logs(self.directory, self.file)
+        except OSError as error:
+            self._newer, self._first_look = [], False
+            self._complain(f"cannot read the log directory {self.directory}: {error.strerror or error}")
+            return
+        if self.file is None and not logs:
+            self._complain(f"no log files in {self.directory} yet")
+        elif self._unread_since is None:
+            self.problem = None
+        self._newer = self._begin(logs) if self.file is None and logs else logs
+        self._first_look = False
+
+    def _begin(self, logs):
+        """The files to read when none has been read yet.  What is there at start-up is history."""
+        if self._first_look and self._from_start:
+            return logs[-1:]
+        if not self._first_look:
+            with contextlib.suppress(OSError):
+                logs = [
+                    log_file for log_file in logs if file_state(log_file.path).st_mtime >= self._started
+                ] or logs[-1:]
+                if file_state(logs[0].path).st_mtime >= self._started:
+                    return logs
+        self._start_at_end(logs[-1])
+        return []
+
+    def _start_at_end(self, log_file):
+        self.file = log_file
+        try:
+            found = file_state(log_file.path)
+            self.position = self.size = found.st_size
+            self._seen = (found.st_dev, found.st_ino, found.st_mtime_ns)
+            with open(log_file.path, "rb") as file:
+                self._head = file.read(min(HEAD, self.size))
+                file.seek(max(0, self.size - ANCHOR))
+                self._anchor = file.read(min(ANCHOR, self.size))
+        except OSError as error:
+            self._complain(f"cannot read {log_file.path}: {error.strerror or error}")
+        log.info("Monitoring log file: %s", log_file.path)
+
+    def _may_advance(self):
+        """True when a newer file has bytes, so that the old one will get no more."""
+        for log_file in self._newer:
+            with contextlib.suppress(OSError):
+                if file_state(log_file.path).st_size:
+                    return True
+        return False
+
+    def _advance(self):
+        self.file, self._newer = self._newer[0], self._newer[1:]
+        self.position = self.size = 0
+        self._seen, self._head, self._anchor = None, b"", b""
+        self.problem = self._unread_since = None
+        log.info("Monitoring log file: %s", self.file.path)
+        return self.file
+
+    def _read(self):
+        """The next piece of the file; b"" at its end; None when it is not the file we knew."""
+        found = file_state(self.file.path)
+        self.size, seen = found.st_size, (found.st_dev, found.st_ino, found.st_mtime_ns)
+        if self.size == self.position and seen == self._seen:
+            return b""
+        with open(self.file.path, "rb") as file:
+            if (
+                self._seen
+                and (self.size < self.position or seen[:2] != self._seen[:2])
+                and not self._still_ours(file)
+            ):
+                return None
+            file.seek(self.position - len(self._anchor))
+            data = file.read(len(self._anchor) + PIECE)
+            if len(self._head) < HEAD and data:
+                file.seek(0)
+                self._head = file.read(min(HEAD, self.position + len(data) - len(self._anchor)))
+        if not data.startswith(self._anchor):
+            self._start_over()
+            return None
+        self._seen, self.problem = seen, None
+        chunk = data[len(self._anchor) :]
+        self._anchor = data[-ANCHOR:]
+        self.position += len(chunk)
+        return chunk
+
+    def _still_ours(self, file):
+        """True when a file that shrank or changed identity still has the bytes that we read.
+
+        One that was cut short goes on where it ends now; another is read from its start."""
+        head = file.read(len(self._head))
+        if self.size >= self.position and head == self._head:
+            return True
+        if 0 < self.size < self.position and head == self._head[: self.size]:
+            self.position, self._head = self.size, head
+            file.seek(max(0, self.size - ANCHOR))
+            self._anchor = file.read(ANCHOR)[: self.size]
+            self._seen = None
+        else:
+            self._start_over()
+        return False
+
+    def _start_over(self):
+        self.position, self._head, self._anchor, self._seen = 0, b"", b"", None
+
+    def _complain(self, problem):
+        if problem != self.problem:
+            self.problem = problem
+            log.warning(
+                "%s; I keep looking. Start LM Studio's server, or name its log directory with --log-dir "
+                "(LMSTUDIO_LOG_DIR)",
+                problem,
+            )
+
+
+class Monitor:
+    """The tail thread's work: a Follower's news through a Parser, as lists of events."""
+
+    def __init__(self, follower, clock=time.monotonic, now=time.time):
+        self.follower, self.parser = follower, Parser()
+        self._clock, self._now = clock, now
+        self._last_news = -math.inf  # when bytes came last
+        self._settled = True  # quiet() has been told since then
+        self.read = 0  # bytes
+        self.switches: Counter[str] = Counter()
+
+    def run(self, publish, wait):
+        """Until wait(seconds) returns True.  publish takes a list of events."""
+        while True:
+            events, pause = self.step()
+            if events:
+                publish(events)
+            if wait(pause):
+                return
+
+    def step(self):
+        """(events, seconds to wait before the next step)."""
+        now, follower = self._clock(), self.follower
+        old = follower.file
+        news = follower.next_news(now)
+        if news:
+            return self._take(news, old, now), 0
+        if news is None:
+            return self.parser.end(), 0
+        since = now - self._last_news
+        if not self._settled and since >= (MIDLINE_S if self.parser.midline else QUIET_S):
+            self._settled = True
+            return (self.parser.end() if self.parser.midline else self.parser.quiet()), BUSY_S
+        return [], BUSY_S if since < CALM_S else IDLE_S
+
+    def _take(self, news, old, now):
+        if isinstance(news, bytes):
+            self._last_news, self._settled = now, False
+            self.read += len(news)
+            return self.parser.feed(news)
+        if old is None:
+            return []
+        events = self.parser.end()
+        self.parser.forget()
+        event = switch_event(old, news, utc_text(self._now()))
+        self.switches[event.name] += 1
+        return [*events, event]
+
+
+def replay(paths, publish):
+    """Every event of saved logs, file after file.  Raises StartError for a path that cannot be read."""
+    parser, old = Parser(), None
+    for path in paths:
+        if old is not None:
+            publish(parser.end())
+            parser.forget()
+            moment = parser.last_moment
+            publish([switch_event(old, path, moment.utc if moment else utc_text(0))])
+        old = path
+        try:
+            with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+                while piece := file.read(PIECE):
+                    publish(parser.feed(piece))
+        except OSError as error:
+            publish(parser.end())
+            raise StartError(f"{path}: {error.strerror or error}") from None
+    publish(parser.end())
+    return parser
+
+
+def saved_logs(paths):
+    """The files that paths name, each directory's in date order.  Raises ConfigError for none."""
+    files = []
+    for path in paths:
+        if path != "-" and not os.path.exists(path):
+            raise ConfigError(f"{path}: no such file or directory; name a saved log or a log directory")
+        if path == "-" or not os.path.isdir(path):
+            files.append(path)
+            continue
+        inside = [log_file.path for log_file in list_logs(path)] or flat_logs(path)
+        if not inside:
+            raise ConfigError(
+                f"{path}: no log files in it; name a directory with YYYY-MM/YYYY-MM-DD.N.log or *.log files"
+            )
+        files += inside
+    return files
+
+
+def flat_logs(directory):
+    """The logs that lie directly in a directory, server logs by date and number, others by name."""
+
+    def place(name):
+        match = LOG_NAME.fullmatch(name)
+        return (match[1], int(match[2]), name) if match else ("", 0, name)
+
+    return [
+        os.path.join(directory, name)
+        for name in sorted(os.listdir(directory), key=place)
+        if name.endswith(".log")
+    ]
+
+
+# === 6. UPSTREAM: requests to LM Studio ======================================
+
+REUSE_S = 2.0  # LM Studio closes a kept connection after 5 s without a request
+CONNECT_S = 10.0
+HOP_BY_HOP = frozenset(
+    (
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    )
+)  # RFC 9110, 7.6.1
+
+
+class UpstreamError(GatewayError):
+    """LM Studio gave no answer.  kind is refused, timeout or reset."""
+
+    def __init__(self, kind, message):
+        super().__init__(message)
+        self.kind = kind
+
+
+class Call(urllib.request.Request):
+    """A request with its headers as the client sent them: order, case and repeats kept."""
+
+    def __init__(self, url, method, headers, body, timeout_s):
+        super().__init__(url, method=method)
+        self.raw_headers, self.body, self.timeout_s = headers, body, timeout_s
+        self.connection = None  # while it runs: what cancel() shuts down
+        self.cancelled = False
+
+    def cancel(self):
+        """Any thread.  Ends the exchange, so that LM Studio stops working for it."""
+        self.cancelled = True
+        sock = getattr(self.connection, "sock", None)
+        if sock:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+class Answer(http.client.HTTPResponse):
+    """A response whose informational forerunners (1xx, RFC 9110, 15.2) have been skipped."""
+
+    def _read_status(self):
+        version, status, reason = super()._read_status()  # type: ignore[misc]
+        while 102 <= status <= 199:
+            http.client.parse_headers(self.fp)
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+        return version, status, reason
+
+
+class KeptConnections(urllib.request.BaseHandler):
+    """Opens http and https for an OpenerDirector over connections that are used again.
+
+    One is used again only if it has been idle for less than REUSE_S and is not readable (readable
+    means closed); if it then fails before the first byte of an answer, the request is tried once on a
+    fresh one.  No redirects, no proxies, no error handling: the answer is passed on as it is."""
+
+    def __init__(self):
+        self._idle: deque[tuple] = deque()  # (connection, monotonic seconds); append and pop are atomic
+
+    def http_open(self, call):
+        return self._exchange(call, http.client.HTTPConnection)
+
+    def https_open(self, call):
+        return self._exchange(call, http.client.HTTPSConnection)
+
+    def keep(self, connection):
+        """Any thread.  An answer was read to its end and its connection may serve another request."""
+        if connection.sock and len(self._idle) < 64:
+            self._idle.append((connection, time.monotonic()))
+        else:
+            connection.close()
+
+    def _exchange(self, call, factory):
+        connection = self._kept()
+        if connection:
+            try:
+                return self._send(call, connection)
+            except (OSError, http.client.HTTPException):
+                connection.close()
+                if call.cancelled or isinstance(sys.exc_info()[1], TimeoutError):
+                    raise
+        call.connection = None
+        return self._send(call, self._connect(call, factory))
+
+    @staticmethod
+    def _connect(call, factory):
+        """A new connection.  localhost is asked as 127.0.0.1: LM Studio listens on IPv4 only."""
+        host, _, port = (
+            call.host.rpartition(":") if ":" in call.host.rpartition("]")[2] else (call.host, "", "")
+        )
+        host = "127.0.0.1" if host == "localhost" else host.strip("[]")
+        connection = factory(host, int(port) if port else None, timeout=CONNECT_S)
+        connection.response_class = Answer
+        connection.connect()
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
+    def _kept(self):
+        while self._idle:
+            with contextlib.suppress(IndexError):
+                connection, since = self._idle.pop()
+                if time.monotonic() - since < REUSE_S and not readable(connection.sock):
+                    return connection
+                connection.close()
+        return None
+
+    @staticmethod
+    def _send(call, connection):
+        call.connection = connection
+        if call.cancelled:
+            raise ConnectionAbortedError("the client left")
+        connection.sock.settimeout(call.timeout_s)
+        connection.putrequest(call.get_method(), call.selector, skip_host=True, skip_accept_encoding=True)
+        for name, value in call.raw_headers:
+            connection.putheader(name, value.encode("latin-1"))
+        connection.endheaders()
+        if call.body:
+            connection.send(call.body)
+        return connection.getresponse()
+
+
+def readable(sock):
+    """True when a socket has something to read, which for a resting one is its end."""
+    if sock is None:
+        return True
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0))
+
+
+class Upstream:
+    """LM Studio's server.  Any thread may call."""
+
+    def __init__(self, base, token=None):
+        self.base, self._token = base, token
+        self._connections = KeptConnections()
+        self._opener = urllib.request.OpenerDirector()  # bare: none of urllib's own handlers
+        self._opener.add_handler(self._connections)
+        self._lock = threading.Lock()  # guards _health
+        self._health = (-math.inf, None)  # monotonic seconds, reason why not or ""
+
+    def call(self, method, target, headers, body, timeout_s):
+        """A Call ready for open()."""
+        host = self.base.partition("://")[2]
+        sent = [("Host", host), *((name, value) for name, value in headers if name.lower() != "host")]
+        if self._token:
+            sent.append(("Authorization", f"Bearer {self._token}"))
+        call = Call(self.base, method, sent, body, timeout_s or None)
+        call.selector = target
+        return call
+
+    def open(self, call):
+        """The Answer, its body unread.  Raises UpstreamError."""
+        try:
+            return self._opener.open(call)
+        except (TimeoutError, socket.timeout):
+            if call.connection is None:
+                raise UpstreamError(
+                    "refused",
+                    f"LM Studio does not answer at {self.base}: the connection timed out. "
+                    "Check the address (--upstream) and the firewall",
+                ) from None
+            raise UpstreamError(
+                "timeout",
+                "LM Studio was silent for too long. Raise PROXY_TIMEOUT, or look at its log "
+                "for what it is doing",
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            if call.connection is None:
+                raise UpstreamError(
+                    "refused",
+                    f"LM Studio is not reachable at {self.base} ({error_text(error)}). Start its "
+                    "server (Developer > Start server, or: lms server start), or give its address with "
+                    "--upstream",
+                ) from None
+            raise UpstreamError(
+                "reset",
+                f"LM Studio closed the connection before it answered ({error_text(error)}). "
+                "Try again; its log may say why",
+            ) from None
+
+    def done(self, call, answer):
+        """An answer was read to its end: keep its connection if it allows that."""
+        answer.close()
+        if call.connection and not answer.will_close and not call.cancelled:
+            connection, call.connection = call.connection, None
+            self._connections.keep(connection)
+        else:
+            self.drop(call)
+
+    @staticmethod
+    def drop(call):
+        """Close a call's connection, whatever its state."""
+        if call.connection:
+            call.connection.close()
+
+    def health(self, max_age_s=3.0):
+        """Why LM Studio does not answer /lmstudio-greeting; empty when it does.  Remembered for max_age_s."""
+        with self._lock:
+            asked, reason = self._health
+        if time.monotonic() - asked < max_age_s:
+            return reason
+        reason = self._ask()
+        with self._lock:
+            self._health = (time.monotonic(), reason)
+        return reason
+
+    def _ask(self):
+        call = self.call("GET", "/lmstudio-greeting", [("Accept", "application/json")], None, 0.4)
+        try:
+            answer = self.open(call)
+            greeting = json.loads(answer.read(4096))
+            self.done(call, answer)
+        except UpstreamError as error:
+            self.drop(call)
+            return str(error)
+        except (OSError, ValueError, http.client.HTTPException):
+            self.drop(call)
+            return f"what answers at {self.base} is not LM Studio. Give LM Studio's address with --upstream"
+        known = isinstance(greeting, dict) and greeting.get("lmstudio")
+        return (
+            "" if known else f"what answers at {self.base} is not LM Studio. Give its address with --upstream"
+        )
+
+
+def error_text(error):
+    """An exception in a few words for a person."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+# === 7. HTTP: wire, walls, views, routes =====================================
+
+HEAD_LIMIT = 64 * 1024  # bytes of a request's head
+LINE_LIMIT = 8 * 1024  # bytes of its first line (RFC 9112, section 3: at least 8000)
+HEADERS_LIMIT = 128
+HEAD_S = 30.0  # for a head to arrive; then 408
+REST_S = 75.0  # a connection without a request is closed after this
+BODY_S = 60.0  # without a byte of a body
+WRITE_S = 60.0  # without room in a client's socket
+PING_S = 15.0
+GRACE_S = 10.0  # for running requests at the end
+STREAM_MARKS = ("text/event-stream", "application/x-ndjson")
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+FIRST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,40}) ([!-~]+) HTTP/(\d)\.(\d)")
+HEADER_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+class Request(NamedTuple):
+    """One request as it stood on the wire."""
+
+    method: str
+    target: str  # origin form, as sent
+    version: tuple  # (1, 0) or (1, 1)
+    headers: list  # [(name, value)], order, case and repeats kept
+    client: str  # address
+    encrypted: bool = False
+    body: Any = b""  # bytes-like
+    identity: Any = None  # whose key it carried, once it has been checked
+    connection: Any = None  # the client's socket
+
+    @property
+    def path(self):
+        return self.target.partition("?")[0]
+
+    @property
+    def query(self):
+        return dict(urllib.parse.parse_qsl(self.target.partition("?")[2], keep_blank_values=True))
+
+    def header(self, name, default=""):
+        """The header's values, joined as RFC 9110, 5.3 has it."""
+        values = [value for key, value in self.headers if key.lower() == name]
+        return ", ".join(values) if values else default
+
+
+class Response(NamedTuple):
+    """What a view gives.  body: bytes, or an iterable of bytes that is written as it comes."""
+
+    status: int
+    headers: list
+    body: Any = b""  # None where HTTP has none: HEAD, 204, 304
+    reason: str | None = None
+
+
+def json_response(value, status=200, headers=()):
+    body = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+    return Response(status, [("Content-Type", "application/json; charset=utf-8"), *headers], body)
+
+
+# --- 7.1 wire: bytes of a socket to requests ---------------------------------
+
+
+class Wire:
+    """The reading side of a client's connection, strict where leniency lets requests be smuggled
+    (RFC 9112, section 11.2).  Raises HttpError for what is no proper HTTP, ClientLeft at its end."""
+
+    def __init__(self, sock):
+        self.sock = sock
+        self.buffer = bytearray()
+
+    def _more(self, timeout_s):
+        self.sock.settimeout(max(0.001, timeout_s))
+        piece = self.sock.recv(64 * 1024)
+        if not piece:
+            raise ClientLeft
+        self.buffer += piece
+
+    def head(self):
+        """The lines of the next request's head.  A client that says nothing gets ClientLeft."""
+        try:
+            while not self.buffer.strip(b"\r\n"):
+                del self.buffer[:]  # empty lines before a request are skipped (RFC 9112, 2.2)
+                self._more(REST_S)
+        except (TimeoutError, socket.timeout):
+            raise ClientLeft from None
+        if self.buffer[:2] == b"\r\n":
+            del self.buffer[:2]
+        deadline = time.monotonic() + HEAD_S
+        end = self.buffer.find(b"\r\n\r\n")
+        while end < 0:
+            self._check_size()
+            try:
+                self._more(deadline - time.monotonic())
+            except (TimeoutError, socket.timeout):
+                raise HttpError(
+                    408,
+                    "head_timeout",
+                    f"the head of the request did not arrive within {HEAD_S:.0f} s; send it at once",
+                    close=True,
+                ) from None
+            end = self.buffer.find(b"\r\n\r\n")
+        self._check_size(end)
+        head = self.buffer[:end].decode("latin-1")
+        del self.buffer[: end + 4]
+        return head.split("\r\n")
+
+    def _check_size(self, end=None):
+        line = self.buffer.find(b"\r\n", 0, LINE_LIMIT + 2)
+        if line < 0 and len(self.buffer) > LINE_LIMIT:
+            raise HttpError(
+                414, "target_too_long", f"the request line is longer than {LINE_LIMIT} bytes", close=True
+            )
+        if line < 0 and b"\n" in self.buffer:
+            raise bad("a line ends in a bare LF")
+        if (len(self.buffer) if end is None else end) > HEAD_LIMIT:
+            raise HttpError(
+                431,
+                "head_too_large",
+                f"the head of the request is larger than {HEAD_LIMIT} bytes",
+                close=True,
+            )
+
+    def body(self, request, limit):
+        """The body of a request, whole.  Raises HttpError 413 before more than limit is read."""
+        length, chunked = framing(request)
+        if length is not None and length > limit:
+            raise too_large(limit)
+        if request.header("expect").lower() == "100-continue" and (length or chunked) and not self.buffer:
+            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            if chunked:
+                return self._chunks(limit)
+            return self._exactly(length) if length else b""
+        except (TimeoutError, socket.timeout):
+            raise HttpError(
+                408, "body_timeout", "the body of the request stopped coming", close=True
+            ) from None
+
+    def _exactly(self, length):
+        """length bytes, read into one buffer: a large body is not copied."""
+        data = bytearray(length)
+        have = min(length, len(self.buffer))
+        data[:have] = self.buffer[:have]
+        del self.buffer[:have]
+        self.sock.settimeout(BODY_S)
+        with memoryview(data) as view:
+            while have < length:
+                got = self.sock.recv_into(view[have:])
+                if not got:
+                    raise ClientLeft
+                have += got
+        return data
+
+    def _line(self):
+        while (end := self.buffer.find(b"\r\n")) < 0:
+            if len(self.buffer) > LINE_LIMIT or b"\n" in self.buffer:
+                raise bad("a chunk's size line is malformed")
+            self._more(BODY_S)
+        line = bytes(self.buffer[:end])
+        del self.buffer[: end + 2]
+        return line
+
+    def _chunks(self, limit):
+        """A chunked body, decoded (RFC 9112, 7.1).  Trailers are read and dropped."""
+        data = bytearray()
+        while True:
+            size = re.fullmatch(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?", self._line())
+            if not size:
+                raise bad("a chunk's size line is malformed")
+            length = int(size[1], 16)
+            if len(data) + length > limit:
+                raise too_large(limit)
+            if not length:
+                break
+            data += self._exactly(length)
+            if self._exactly(2) != b"\r\n":
+                raise bad("a chunk does not end where its size says")
+        trailers = 0
+        while line := self._line():
+            trailers += len(line)
+            if trailers > LINE_LIMIT or not HEADER_LINE.fullmatch(line.decode("latin-1")):
+                raise bad("the trailers are malformed")
+        return data
+
+
+def bad(what):
+    return HttpError(400, "bad_request", f"this is not proper HTTP: {what}", close=True)
+
+
+def too_large(limit):
+    return HttpError(
+        413,
+        "body_too_large",
+        f"the body is larger than {limit} bytes; raise MAX_BODY_BYTES or send less",
+        close=True,
+    )
+
+
+def parse_head(lines, client, encrypted=False):
+    """The Request of a head's lines, body not yet read.  Raises HttpError."""
+    first = FIRST_LINE.fullmatch(lines[0])
+    if not first:
+        if re.search(r" HTTP/\d+(?:\.\d+)?$", lines[0]) and not re.search(r" HTTP/[01]\.\d$", lines[0]):
+            raise HttpError(505, "http_version", "use HTTP/1.1", close=True)
+        raise bad("the request line is malformed")
+    method, target, version = first[1], first[2], (int(first[3]), int(first[4]))
+    if version[0] != 1:
+        raise HttpError(505, "http_version", "use HTTP/1.1", close=True)
+    if len(lines) - 1 > HEADERS_LIMIT:
+        raise HttpError(431, "head_too_large", f"more than {HEADERS_LIMIT} headers", close=True)
+    headers = []
+    for line in lines[1:]:
+        match = HEADER_LINE.fullmatch(line)
+        if not match:
+            raise bad("a header line is malformed")
+        headers.append((match[1], match[2]))
+    request = Request(method, target, min(version, (1, 1)), headers, client, encrypted)
+    if method not in METHODS:
+        raise HttpError(501, "method_unknown", f"the method {method} is not supported", close=True)
+    if not target.startswith("/"):
+        raise bad("the request target must be a path")
+    hosts = [value for name, value in headers if name.lower() == "host"]
+    if (
+        len(hosts) > 1
+        or (not hosts and version >= (1, 1))
+        or (hosts and not re.fullmatch(r"[\w.\-:\[\]%]*", hosts[0]))
+    ):
+        raise bad("exactly one Host header is needed")
+    framing(request)
+    return request
+
+
+def framing(request):
+    """(Content-Length or None, True for a chunked body), one way of framing only (RFC 9112, 6.3)."""
+    lengths = [value for name, value in request.headers if name.lower() == "content-length"]
+    codings = request.header("transfer-encoding").lower()
+    if codings and (lengths or request.version < (1, 1)):
+        raise bad("Transfer-Encoding and Content-Length do not go together")
+    if codings and codings != "chunked":
+        raise HttpError(501, "coding_unknown", "the only Transfer-Encoding supported is chunked", close=True)
+    if len(lengths) > 1 or lengths and not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
+        raise bad("Content-Length must be one number")
+    if request.header("expect") and request.header("expect").lower() != "100-continue":
+        raise HttpError(
+            417, "expectation_unknown", "the only expectation supported is 100-continue", close=True
+        )
+    return (int(lengths[0]) if lengths else None), bool(codings)
+
+
+def keeps_alive(request):
+    """True when the client wants the connection for further requests (RFC 9112, 9.3)."""
+    options = {part.strip() for part in request.header("connection").lower().split(",")}
+    return "close" not in options and (request.version >= (1, 1) or "keep-alive" in options)
+
+
+def head_bytes(status, reason, headers):
+    """A response's head."""
+    lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in headers), "", ""]
+    return "\r\n".join(lines).encode("latin-1", "replace")
+
+
+def reason_of(status):
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return ""
+
+
+# --- 7.2 watcher: clients that leave while nobody reads from them ------------
+
+
+class Watcher:
+    """One thread that notices when a client leaves while its handler waits for something else.
+
+    Watching costs a request two dictionary operations; the thread looks at all sockets four times a
+    second, so that a client that left is known within half a second."""
+
+    TICK_S = 0.25
+
+    def __init__(self):
+        # Guards _watched; held while sockets are looked at, so that none is closed meanwhile.
+        self._lock = threading.Lock()
+        self._watched = {}  # socket -> callback
+        threading.Thread(target=self._run, name="watcher", daemon=True).start()
+
+    @contextlib.contextmanager
+    def watching(self, sock, callback):
+        """Any thread.  Until the block ends, callback() is called once if the client leaves."""
+        with self._lock:
+            self._watched[sock] = callback
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watched.pop(sock, None)
+
+    def _run(self):
+        while True:
+            time.sleep(self.TICK_S)
+            if self._watched:
+                for callback in self._left():
+                    callback()
+
+    def _left(self):
+        """The callbacks of the clients that left; they are watched no more."""
+        with self._lock, selectors.DefaultSelector() as selector:
+            for sock in self._watched:
+                with contextlib.suppress(ValueError, OSError):
+                    selector.register(sock, selectors.EVENT_READ)
+            gone = [key.fileobj for key, _ in selector.select(0) if has_left(key.fileobj)]
+            return [self._watched.pop(sock) for sock in gone]
+
+
+def has_left(sock):
+    """True when a readable client socket has ended; False when it holds bytes."""
+    try:
+        first = socket.socket.recv(sock, 1, socket.MSG_PEEK)  # of the plain socket, below TLS
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return not first or isinstance(sock, ssl.SSLSocket) and first == b"\x15"  # a TLS alert: close_notify
+
+
+# --- 7.3 walls: who may do what ----------------------------------------------
+
+SESSION = "lmgateway_session"
+LOCAL_ONLY = "without a key only this machine is served: use http://127.0.0.1, or set GATEWAY_API_KEY"
+
+
+class Identity(NamedTuple):
+    """Whose request it is.  name is the key's; None where no key is asked for."""
+
+    name: str | None
+    by_cookie: bool = False
+
+
+class Walls:
+    """Addresses, origins and keys.  Any thread may call; all state is fixed at start but sessions."""
+
+    def __init__(self, config):
+        self._config = config
+        self._digests = [(name, digest(key)) for name, key in config.api_key.items()]
+        self._sessions = OrderedDict()  # digest of the cookie -> key name; a dict's methods are atomic
+
+    def admit_address(self, address):
+        """Raises HttpError 403 for an address that the allowlist does not name."""
+        if self._config.allow is None:
+            return
+        found = ipaddress.ip_address(address.partition("%")[0])
+        found = getattr(found, "ipv4_mapped", None) or found
+        if not any(found in network for network in self._config.allow):
+            raise HttpError(
+                403,
+                "address_not_allowed",
+                f"{address} is not in IP_ALLOWLIST; add it there to let it in",
+                close=True,
+            )
+
+    def identify(self, request, query_key=False):
+        """The Identity of a request.  Raises HttpError 401."""
+        if not self._digests:
+            return Identity(None)
+        name = next((name for key in credentials(request, query_key) if (name := self._name_of(key))), None)
+        if name:
+            return Identity(name)
+        cookie = session_of(request)
+        name = cookie and self._sessions.get(digest(cookie))
+        if name:
+            return Identity(name, by_cookie=True)
+        raise HttpError(
+            401,
+            "key_needed",
+            "send a valid key as Authorization: Bearer KEY or X-API-Key: KEY",
+            [("WWW-Authenticate", "Bearer")],
+        )
+
+    def _name_of(self, key):
+        """The name of a key, compared with every key in constant time."""
+        given, found = digest(key), None
+        for name, known in self._digests:
+            if hmac.compare_digest(given, known):
+                found = name
+        return found
+
+    def open_session(self, key):
+        """The cookie for a key; None for a wrong one."""
+        name = self._name_of(key) if self._digests else None
+        if name is None:
+            return None
+        cookie = secrets.token_urlsafe(32)
+        self._sessions[digest(cookie)] = name
+        while len(self._sessions) > 1000:
+            self._sessions.popitem(last=False)
+        return cookie
+
+    def check_origin(self, request, identity):
+        """Raises HttpError 403 where a web page could be using this browser's reach (CSRF, DNS rebinding)."""
+        if not self._digests and not self._config.no_auth and not loopback(host_of(request)):
+            raise HttpError(403, "host_not_local", LOCAL_ONLY)
+        origin = request.header("origin")
+        if request.method in ("GET", "HEAD") or not origin or (identity.name and not identity.by_cookie):
+            return
+        if origin.partition("://")[2] != request.header("host"):
+            raise HttpError(403, "origin_not_allowed", f"a page of {origin[:100]} may not do this")
+
+
+def digest(secret):
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
+
+
+def credentials(request, query_key=False):
+    """The keys that a request offers, in the forms of the OpenAI SDKs, the Anthropic SDKs and EventSource."""
+    scheme, _, token = request.header("authorization").partition(" ")
+    offered = [token.strip()] if scheme.lower() == "bearer" else []
+    offered.append(request.header("x-api-key"))
+    if query_key and request.method == "GET":
+        offered.append(request.query.get("api_key", ""))
+    return [key for key in offered if key]
+
+
+def host_of(request):
+    """The host name of the Host header, without its port."""
+    host = request.header("host")
+    return host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+
+
+def cookies_of(request):
+    return [part.strip() for part in request.header("cookie").replace(", ", "; ").split(";") if part.strip()]
+
+
+def session_of(request):
+    prefix = SESSION + "="
+    return next((part[len(prefix) :] for part in cookies_of(request) if part.startswith(prefix)), None)
+
+
+# --- 7.4 forwarding ----------------------------------------------------------
+
+ALIASES = ("chat/completions", "completions", "models", "embeddings", "responses", "messages")
+OURS_ONLY = frozenset(("authorization", "x-api-key", "cookie", "expect", "content-length", "host"))
+
+
+class Unfinished(GatewayError):
+    """An answer broke off: the client's connection is closed so that it cannot look complete."""
+
+
+class Gateway:
+    """What views may reach.  Built once in main()."""
+
+    def __init__(self, config, hub, upstream, monitor=None, sources=None):
+        self.config, self.hub, self.upstream, self.monitor = config, hub, upstream, monitor
+        self.sources = sources or {}
+        self.walls = Walls(config)
+        self.watcher = Watcher()
+        self.started = time.time()
+        self.address = ""
+
+
+def upstream_target(target, keys_are_set):
+    """The target to forward: short OpenAI paths under /v1, and without our own ?api_key=."""
+    path, mark, query = target.partition("?")
+    stem = path.strip("/")
+    if path[:1] == "/" and (stem in ALIASES or stem.startswith("models/")) and not path.startswith("//"):
+        path = "/v1" + path
+    if mark and keys_are_set:
+        parts = [
+            part
+            for part in query.split("&")
+            if urllib.parse.unquote_plus(part.partition("=")[0]) != "api_key"
+        ]
+        query, mark = "&".join(parts), "?" if parts else ""
+    return path + mark + query
+
+
+def upstream_headers(request, body):
+    """The end-to-end headers of a request, without the client's credentials."""
+    named = {part.strip().lower() for part in request.header("connection").split(",")}
+    dropped = HOP_BY_HOP | OURS_ONLY | named - {"content-type", "accept", "user-agent"}
+    headers = [(name, value) for name, value in request.headers if name.lower() not in dropped]
+    cookies = [part for part in cookies_of(request) if not part.startswith(SESSION + "=")]
+    if cookies:
+        headers.append(("Cookie", "; ".join(cookies)))
+    length, chunked = framing(request)
+    if length is not None or chunked:
+        headers.append(("Content-Length", str(len(body or b""))))
+    return headers
+
+
+def client_headers(answer, cut):
+    """The end-to-end headers of an answer, in order.  CORS is ours to say."""
+    named = {part.strip().lower() for part in (answer.headers.get("connection") or "").split(",")}
+    return [
+        (name, value)
+        for name, value in answer.headers.items()
+        if name.lower() not in HOP_BY_HOP
+        and name.lower() not in named
+        and not name.lower().startswith("access-control-")
+        and not (cut and name.lower() == "content-length")
+    ]
+
+
+def forward(gateway, request):
+    """Any other path: LM Studio's answer, unchanged, metered where it is an inference."""
+    if request.header("upgrade"):
+        raise HttpError(
+            501,
+            "upgrade_unsupported",
+            "WebSocket connections (LM Studio's SDKs and lms) are not passed on: "
+            "use the REST API, or connect to LM Studio itself",
+        )
+    target = upstream_target(request.target, bool(gateway.config.api_key))
+    dialect = DIALECTS.get(target.partition("?")[0].rstrip("/")) if request.method == "POST" else None
+    asked = read_request(dialect, request.body) if dialect else Asked(body=request.body)
+    timeout = gateway.config.proxy_stream_timeout if asked.stream else gateway.config.proxy_timeout
+    call = gateway.upstream.call(
+        request.method, target, upstream_headers(request, asked.body), asked.body, timeout / 1000
+    )
+    exchange = (
+        Exchange(gateway, request, call, dialect, asked) if dialect else Passage(gateway, request, call)
+    )
+    answer = exchange.open()
+    headers = client_headers(answer, asked.cut)
+    if request.method == "HEAD" or answer.status in (204, 304):
+        exchange.finish(answer)
+        return Response(answer.status, headers, None, answer.reason)
+    return Response(answer.status, headers, exchange.relay(answer), answer.reason)
+
+
+class Passage:
+    """One request on its way through, without metering."""
+
+    def __init__(self, gateway, request, call):
+        self._gateway, self._request, self._call = gateway, request, call
+
+    def open(self):
+        """LM Studio's Answer.  Raises HttpError 502 or 504, ClientLeft."""
+        try:
+            with self._watching():
+                return self._gateway.upstream.open(self._call)
+        except UpstreamError as error:
+            self._gateway.upstream.drop(self._call)
+            if self._call.cancelled:
+                self.left("before the answer")
+                raise ClientLeft from None
+            self.failed(error)
+            status, code = (
+                (504, "upstream_timeout") if error.kind == "timeout" else (502, UPSTREAM_CODES[error.kind])
+            )
+            raise HttpError(status, code, str(error)) from None
+
+    def relay(self, answer):
+        """The answer's pieces as they arrive.  Raises Unfinished where they break off."""
+        remaining = answer.length
+        try:
+            with self._watching():
+                while remaining is None or remaining:
+                    piece = answer.read1(PIECE if remaining is None else min(PIECE, remaining))
+                    if not piece:
+                        break
+                    remaining = remaining and remaining - len(piece)
+                    yield self.passed(piece, answer)
+            if remaining:
+                raise http.client.IncompleteRead(b"", remaining)
+        except (OSError, http.client.HTTPException) as error:
+            self._gateway.upstream.drop(self._call)
+            self.broke(answer, error)
+            raise Unfinished from None
+        except GeneratorExit:
+            self._gateway.upstream.drop(self._call)
+            self.left("during the answer", answer)
+            raise
+        held = self.finish(answer)
+        if held:
+            yield held
+
+    def finish(self, answer):
+        """The answer is complete.  Gives bytes that were held back."""
+        self._gateway.upstream.done(self._call, answer)
+        return b""
+
+    def passed(self, piece, answer):
+        return piece
+
+    def failed(self, error):
+        log.warning("%s %s: %s", self._request.method, self._request.path, error)
+
+    def broke(self, answer, error):
+        log.warning(
+            "%s %s: LM Studio's answer broke off: %s",
+            self._request.method,
+            self._request.path,
+            error_text(error),
+        )
+
+    def left(self, phase, answer=None):
+        log.info("%s %s: the client left %s", self._request.method, self._request.path, phase)
+
+    def _watching(self):
+        return self._gateway.watcher.watching(self._request.connection, self._call.cancel)
+
+
+UPSTREAM_CODES = {"refused": "upstream_unreachable", "reset": "upstream_reset"}
+
+
+class Exchange(Passage):
+    """One inference: a Passage with a record, a meter and the events of its beginning and end."""
+
+    def __init__(self, gateway, request, call, dialect, asked):
+        super().__init__(gateway, request, call)
+        self._dialect, self._asked, self._meter = dialect, asked, None
+        self.record = Record(
+            "req_" + secrets.token_hex(8),
+            time.time(),
+            time.monotonic(),
+            method=request.method,
+            path=request.path,
+            dialect=dialect.name,
+            client=request.client,
+            key=request.identity.name,
+            model_asked=asked.model,
+            messages=asked.messages,
+            stream=asked.stream,
+        )
+        gateway.hub.begin(self.record)
+
+    def passed(self, piece, answer):
+        if self._meter is None:
+            kind = (answer.headers.get("content-type") or "").lower()
+            stream = kind.startswith(STREAM_MARKS)
+            encoding = answer.headers.get("content-encoding") or ""
+            self._meter = Meter(self._dialect, stream, self._asked.cut and stream and not encoding, encoding)
+        return self._meter.feed(piece, time.monotonic())
+
+    def finish(self, answer):
+        super().finish(answer)
+        held = self._meter.end() if self._meter else b""
+        error = self._error_of(answer)
+        self._end(answer.status, error, "upstream_error" if error else None)
+        return held
+
+    def _error_of(self, answer):
+        usage = self._meter.usage if self._meter else Usage()
+        if answer.status >= 400:
+            return usage.error or f"LM Studio answered {answer.status} {answer.reason}"
+        return usage.error
+
+    def failed(self, error):
+        super().failed(error)
+        self._end(
+            None, str(error), {"timeout": "upstream_timeout"}.get(error.kind) or UPSTREAM_CODES[error.kind]
+        )
+
+    def broke(self, answer, error):
+        if self._call.cancelled:
+            self.left("during the answer", answer)
+            return
+        super().broke(answer, error)
+        silent = isinstance(error, (TimeoutError, socket.timeout))
+        self._end(
+            answer.status,
+            "LM Studio was silent for too long" if silent else "LM Studio's answer broke off before its end",
+            "upstream_timeout" if silent else "upstream_reset",
+        )
+
+    def left(self, phase, answer=None):
+        if phase == "during the answer" and (self._meter is None or self._meter.first is None):
+            phase = "while the prompt was read"
+        super().left(phase, answer)
+        self._end(answer.status if answer else None, f"the client left {phase}", "client_disconnected")
+
+    def _end(self, status, error, operation):
+        """Fill in the record and publish its end, once."""
+        record, meter = self.record, self._meter
+        now = time.monotonic()
+        record.total_ms = round(1000 * (now - record.clock), 1)
+        record.status, record.error, record.operation = status, error, operation
+        record.state = (
+            "done" if error is None else "abandoned" if operation == "client_disconnected" else "failed"
+        )
+        if meter:
+            self._take_figures(record, meter)
+        self._gateway.hub.end(record)
+        usage = record.usage or {}
+        log.info(
+            "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
+            record.client,
+            record.key or "-",
+            record.path,
+            record.model or record.model_asked or "-",
+            status or "-",
+            record.total_ms,
+            usage.get("promptTokens", "?"),
+            usage.get("completionTokens", "?"),
+            f": {error}" if error else "",
+        )
+
+    @staticmethod
+    def _take_figures(record, meter):
+        usage = meter.usage
+        record.model, record.finish = usage.model, usage.finish
+        record.usage, record.first_ms, record.speed = usage.tokens(), usage.first_ms, usage.speed
+        if meter.first is not None:
+            record.first_ms = round(1000 * (meter.first - record.clock), 1)
+            duration = meter.last - meter.first
+            if record.speed is None and usage.completion and duration > 0:
+                record.speed = round(usage.completion / duration, 2)
+        if record.usage is None and meter.pieces:
+            record.usage = {"completionTokens": meter.pieces, "estimated": True}
+
+
+# --- 7.5 views: the gateway's own pages --------------------------------------
+
+
+def dashboard(gateway, request):
+    nonce = secrets.token_urlsafe(16)
+    policy = (
+        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+        "img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    )
+    return Response(
+        200,
+        [
+            ("Content-Type", "text/html; charset=utf-8"),
+            ("Cache-Control", "no-store"),
+            ("Content-Security-Policy", policy),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
+        ],
+        DASHBOARD.replace(b"@NONCE@", nonce.encode()),
+    )
+
+
+def health(gateway, request):
+    return json_response(
+        {
+            "status": "ok",
+            "timestamp": gateway.hub.now(),
+            "uptime": round(time.time() - gateway.started, 1),
+            "version": VERSION,
+        }
+    )
+
+
+def ready(gateway, request):
+    reason = gateway.upstream.health()
+    if reason:
+        raise HttpError(503, "upstream_unreachable", reason, [("Retry-After", "5")])
+    return json_response({"status": "ready", "timestamp": gateway.hub.now()})
+
+
+def greeting_page(gateway, request):
+    """What LM Studio's own SDKs and `lms` look for before they connect (LMSTUDIO.md 3.2)."""
+    reason = gateway.upstream.health(max_age_s=1.0)
+    if reason:
+        raise HttpError(503, "upstream_unreachable", reason, [("Retry-After", "5")])
+    return json_response({"lmstudio": True})
+
+
+def event_stream(gateway, request):
+    """Events as Server-Sent Events; ?events= filters, Last-Event-ID or ?since= resumes."""
+    names = frozenset(words(request.query.get("events", "")))
+    since = request.header("last-event-id") or request.query.get("since", "")
+    return Response(
+        200,
+        [
+            ("Content-Type", "text/event-stream; charset=utf-8"),
+            ("Cache-Control", "no-store"),
+            ("X-Accel-Buffering", "no"),
+        ],
+        stream_frames(gateway.hub, since, names, gateway.watcher, request),
+    )
+
+
+def stream_frames(hub, since, names, watcher=None, request=None):
+    """Frames for one listener until the hub closes: connected, what it missed, what comes, pings."""
+    with hub.listening() as bell, watching(watcher, request, bell) as left:
+        cursor, gap = hub.cursor(since)
+        last = hub.event_id(cursor)  # the id that the listener holds: repeated by what is no event
+        message = json.dumps({"timestamp": hub.now(), "message": "Connected to lmgateway"})
+        yield sse_frame(last, "connected", message, retry=f"retry: {RETRY_MS}\n")
+        while True:
+            frames, cursor, lost = hub.read(cursor)
+            parts = [frame for name, frame in frames if not names or name in names]
+            for missed in (gap, lost):
+                if missed and frames:
+                    parts.insert(0, sse_frame(last, "gap", gap_data(missed, hub.now())))
+            if gap and not frames:
+                parts.append(sse_frame(last, "gap", gap_data(gap, hub.now())))
+            gap = None
+            if parts:
+                last = hub.event_id(cursor)
+                yield b"".join(parts)
+            if len(frames) == BATCH:
+                continue
+            if hub.closed or left.is_set():
+                return
+            try:
+                bell.get(timeout=PING_S)
+            except queue.Empty:
+                yield sse_frame(last, "ping", json.dumps({"timestamp": hub.now()}))
+
+
+@contextlib.contextmanager
+def watching(watcher, request, bell):
+    """Ring the bell when the listener leaves, so that its thread ends at once and not with the next ping."""
+    left = threading.Event()
+
+    def leave():
+        left.set()
+        ring(bell)
+
+    with watcher.watching(request.connection, leave) if watcher else contextlib.nullcontext():
+        yield left
+
+
+def status_page(gateway, request):
+    """What is going on, what the monitor reads and how far behind it is."""
+    hub, running = gateway.hub, gateway.hub.running()
+    clock = time.monotonic()
+    reason = gateway.upstream.health(max_age_s=10.0)
+    return json_response(
+        {
+            "status": "degraded" if reason else "ok",
+            "version": VERSION,
+            "timestamp": hub.now(),
+            "uptime": round(time.time() - gateway.started, 1),
+            "currentOperation": operation_of(running),
+            "activeModel": active_model(running, hub.finished()),
+            "recentRequests": [record.shown(clock) for record in hub.finished()[:10]],
+            "running": [record.shown(clock) for record in running],
+            "totalRequests": hub.requests,
+            "totalErrors": hub.errors,
+            "gateway": {
+                "address": gateway.address,
+                "upstream": gateway.upstream.base,
+                "keyNeeded": bool(gateway.config.api_key),
+            },
+            "lmstudio": {"up": not reason, "reason": reason or None},
+            "log": log_status(gateway.monitor),
+            "stream": {"clients": hub.listeners, "lastId": hub.event_id(hub.last), "dropped": hub.dropped},
+        }
+    )
+
+
+def operation_of(running):
+    """The furthest state of the running requests, in a word."""
+    order = ("generating", "prompt", "loading", "queued", "waiting")
+    states = {record.state for record in running}
+    return next((state for state in order if state in states), "idle")
+
+
+def active_model(running, finished):
+    return next(
+        (
+            record.model or record.model_asked
+            for record in (*running[::-1], *finished)
+            if record.model or record.model_asked
+        ),
+        None,
+    )
+
+
+def log_status(monitor):
+    """The monitor's state; plain reads of numbers that only the tail thread writes."""
+    if monitor is None:
+        return {"enabled": False}
+    follower, parser = monitor.follower, monitor.parser
+    moment = parser.last_moment
+    return {
+        "enabled": True,
+        "directory": follower.directory,
+        "file": follower.file.path if follower.file else None,
+        "position": follower.position,
+        "size": follower.size,
+        "behindBytes": follower.behind,
+        "bytesRead": monitor.read,
+        "lastEntryAt": moment.utc if moment else None,
+        "entries": parser.entries,
+        "lines": parser.lines,
+        "events": dict(parser.by_event),
+        "generations": dict(parser.by_engine),
+        "levels": dict(parser.by_level),
+        "unknownLines": parser.unknown,
+        "unknownSamples": list(parser.samples),
+        "headlessLines": parser.headless,
+        "verbose": bool(parser.by_level["DEBUG"]) if parser.entries else None,
+        "problem": follower.problem,
+    }
+
+
+def requests_list(gateway, request):
+    clock = time.monotonic()
+    records = [*reversed(gateway.hub.running()), *gateway.hub.finished()]
+    return json_response({"requests": [record.shown(clock) for record in records[:RECORDS]]})
+
+
+def request_detail(gateway, request):
+    record = gateway.hub.find(request.path.rpartition("/")[2])
+    if record is None:
+        raise HttpError(404, "request_unknown", "no such request among the latest; see /debug/requests")
+    timeline = [{"ms": ms, "event": name, "data": data} for ms, name, data in list(record.timeline)]
+    return json_response({**record.shown(time.monotonic()), "timeline": timeline})
+
+
+def login(gateway, request):
+    """A session cookie for what a browser's EventSource reads."""
+    kind = request.header("content-type").partition(";")[0].strip().lower()
+    if kind == "application/x-www-form-urlencoded":
+        key = dict(urllib.parse.parse_qsl(bytes(request.body).decode("utf-8", "replace"))).get("key", "")
+    else:
+        key = (json_object(bytes(request.body)) or {}).get("key", "")
+    cookie = gateway.walls.open_session(key) if isinstance(key, str) else None
+    if cookie is None:
+        raise HttpError(401, "key_wrong", "that is no key of this gateway")
+    attributes = f"{SESSION}={cookie}; Path=/; HttpOnly; SameSite=Strict" + (
+        "; Secure" if request.encrypted else ""
+    )
+    return json_response(
+        {"status": "ok"}, headers=[("Set-Cookie", attributes), ("Cache-Control", "no-store")]
+    )
+
+
+class Route(NamedTuple):
+    method: str
+    path: str  # ending in /*: one more part
+    view: Callable[[Gateway, Request], Response]
+    access: str  # "open", "health" or "key"
+    about: str
+
+
+ROUTES = (
+    Route("GET", "/", dashboard, "open", "the dashboard"),
+    Route("GET", "/health", health, "health", "this gateway is up"),
+    Route("GET", "/ready", ready, "health", "LM Studio answers, else 503 with the reason"),
+    Route(
+        "GET", "/lmstudio-greeting", greeting_page, "open", "LM Studio's own sign of life, while it answers"
+    ),
+    Route("GET", "/debug/stream", event_stream, "key", "events as Server-Sent Events"),
+    Route("GET", "/debug/status", status_page, "key", "what is going on, and how the log monitor does"),
+    Route("GET", "/debug/requests", requests_list, "key", "the latest requests, newest first"),
+    Route("GET", "/debug/requests/*", request_detail, "key", "one request with its timeline"),
+    Route("POST", "/login", login, "open", "a session cookie for a key"),
+)
+FORWARD = Route("*", "*", forward, "key", "LM Studio's answer, unchanged")
+
+
+def find_route(request):
+    """The Route of a request; FORWARD where no path of ours fits.  Raises HttpError 405."""
+    path = request.path
+    ours = [
+        route
+        for route in ROUTES
+        if path == route.path
+        or route.path.endswith("/*")
+        and path.startswith(route.path[:-1])
+        and "/" not in path[len(route.path) - 1 :]
+        and path != route.path[:-1]
+    ]
+    for route in ours:
+        if request.method == route.method or (request.method == "HEAD" and route.method == "GET"):
+            return route
+    if ours:
+        methods = ", ".join({route.method for route in ours})
+        raise HttpError(405, "method_not_allowed", f"use {methods} here", [("Allow", methods)])
+    return FORWARD
+
+
+def error_response(error, anthropic=False):
+    """An error of ours as JSON, in OpenAI's shape or in Anthropic's."""
+    kind = ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    detail = {"message": str(error), "type": kind, "code": error.code}
+    body = {"type": "error", "error": detail} if anthropic else {"error": detail}
+    return json_response(body, error.status, error.headers)
+
+
+ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+# --- 7.6 server: connections to views ----------------------------------------
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """One connection: its requests to views, their responses to the socket.  Nothing else is decided here."""
+
+    server: Server
+
+    def handle(self):
+        self.wire = Wire(self.request)
+        with contextlib.suppress(ClientLeft, OSError, Unfinished):
+            while self._serve_one():
+                pass
+
+    def _serve_one(self):
+        """Answer one request.  True when the connection can take another."""
+        gateway = self.server.gateway
+        request, anthropic = None, False
+        try:
+            lines = self.wire.head()
+            with self.server.busy(self.request):
+                request = parse_head(lines, self.client_address[0], isinstance(self.request, ssl.SSLSocket))
+                anthropic = request.path.endswith("/v1/messages")
+                response, request = self._respond(gateway, request)
+                return self._write(request, response)
+        except HttpError as error:
+            with self.server.busy(self.request):
+                alive = self._write(request, error_response(error, anthropic), close=error.close)
+            return alive and not error.close
+        except (ClientLeft, Unfinished, OSError):
+            raise
+        except Exception:  # the end of the line for one request: a fault of ours must not end the server
+            log.exception("a fault in lmgateway: please report it")
+            fault = HttpError(500, "internal_error", "a fault in lmgateway; its log says more")
+            self._write(request, error_response(fault, anthropic), close=True)
+            return False
+
+    def _respond(self, gateway, request):
+        """(Response, the request as it was answered) after all walls."""
+        gateway.walls.admit_address(request.client)
+        route = find_route(request)
+        identity = self._identify(gateway, request, route)
+        gateway.walls.check_origin(request, identity)
+        body = self.wire.body(request, MAX_BODY)
+        request = request._replace(body=body, identity=identity, connection=self.request)
+        return route.view(gateway, request), request
+
+    @staticmethod
+    def _identify(gateway, request, route):
+        if route.access == "open" or (
+            route.access == "health" and not gateway.config.require_auth_for_health
+        ):
+            return Identity(None)
+        return gateway.walls.identify(request, query_key=request.path.startswith("/debug/"))
+
+    def _write(self, request, response, close=False):
+        """Send a response.  True when the connection can take another request."""
+        sock, body = self.request, response.body
+        sock.settimeout(WRITE_S)
+        headers, alive = list(response.headers), bool(request) and keeps_alive(request) and not close
+        whole, chunked = body is None or isinstance(body, (bytes, bytearray)), False
+        if not any(name.lower() == "date" for name, _ in headers):
+            headers.append(("Date", http_date()))
+        if whole and body is not None:
+            headers.append(("Content-Length", str(len(body))))
+        elif not whole and not any(name.lower() == "content-length" for name, _ in headers):
+            chunked = request.version >= (1, 1)
+            alive = alive and chunked
+            headers += [("Transfer-Encoding", "chunked")] if chunked else []
+        if not alive:
+            headers.append(("Connection", "close"))
+        elif request.version < (1, 1):
+            headers.append(("Connection", "keep-alive"))
+        reason = response.reason if response.reason is not None else reason_of(response.status)
+        head = head_bytes(response.status, reason, headers)
+        if whole:
+            sock.sendall(
+                head + (b"" if body is None or request and request.method == "HEAD" else bytes(body))
+            )
+        else:
+            self._write_pieces(head, body, chunked, request.method == "HEAD")
+        return alive
+
+    def _write_pieces(self, head, pieces, chunked, no_body):
+        """A head, then each piece in one write the moment it comes."""
+        sock = self.request
+        with contextlib.closing(generator(pieces)) as source:
+            sock.sendall(head)
+            for piece in source:
+                if piece and not no_body:
+                    sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            if chunked and not no_body:
+                sock.sendall(b"0\r\n\r\n")
+
+
+def generator(pieces):
+    """pieces as a generator, whose close() reaches pieces that are one themselves."""
+    yield from pieces
+
+
+def http_date():
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+
+
+MAX_BODY = 256 * 1024 * 1024
+MAX_CONNECTIONS = 512
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Carries the gateway to its handlers, and bounds how many connections there are."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, gateway, host, port, context=None):
+        self.gateway, self._context = gateway, context
+        self._lock = threading.Lock()  # guards the two below
+        self._resting = OrderedDict()  # sockets without a request, the longest resting first
+        self._working = set()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
+
+    def server_bind(self):
+        if os.name != "nt":
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        socketserver.TCPServer.server_bind(self)
+
+    allow_reuse_address = False  # on Windows it would let two servers share a port
+
+    @property
+    def port(self):
+        return self.server_address[1]
+
+    @property
+    def working(self):
+        return len(self._working)
+
+    def process_request(self, request, client_address):
+        """A connection was accepted.  When there are too many, the one that has rested longest gives way."""
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with self._lock:
+            self._resting[request] = client_address
+            full = len(self._resting) + len(self._working) > MAX_CONNECTIONS
+            oldest = next(iter(self._resting)) if full else None
+        if oldest:
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread can be started: the machine is full
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request):
+        with self._lock:
+            self._resting.pop(request, None)
+            self._working.discard(request)
+        super().shutdown_request(request)
+
+    @contextlib.contextmanager
+    def busy(self, request):
+        """While a request is answered its connection does not count as resting."""
+        with self._lock:
+            self._resting.pop(request, None)
+            self._working.add(request)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._working.discard(request)
+                self._resting[request] = None
+
+    def handle_error(self, request, client_address):
+        log.debug("connection from %s ended: %s", client_address[0], sys.exc_info()[1])
+
+    def finish_requests(self, seconds):
+        """Let running requests finish, at most that long; connections without one are closed."""
+        with self._lock:
+            resting = list(self._resting)
+        for sock in resting:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        deadline = time.monotonic() + seconds
+        while self._working and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+# === 8. DEMO: an imitation of LM Studio ======================================
+# Answers models and chat completions as LM Studio does and writes the log that the newest llama.cpp
+# engine writes.  It serves --demo and the tests; nothing here is used beside the real LM Studio.
+
+DEMO_MODELS = ("demo/kestrel-8b", "demo/wren-2b")
+DEMO_TEXT = (
+    "The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
+    "upstairs reads aloud from a letter about copper, rivers and the price of bread."
+)
+DEMO_WORDS = DEMO_TEXT.split()
+DEMO_PROMPTS = (
+    "Summarise the minutes of the garden club.",
+    "Why is the sky dark at night?",
+    "Write a haiku about a patient printer.",
+    "Which of these invoices is overdue?",
+)
+
+
+class DemoLog:
+    """LM Studio's log directory, written as LM Studio writes it: whole entries, the file opened for each."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self._lock = threading.Lock()  # entries do not mix
+        self._started = time.monotonic()
+        self._tasks = itertools.count(1)
+
+    def task(self):
+        return next(self._tasks)
+
+    def write(self, level, text, tag=""):
+        """Append one entry; its continuation lines are in text."""
+        now = time.localtime()
+        path = Path(self.directory, time.strftime("%Y-%m", now), time.strftime("%Y-%m-%d.1.log", now))
+        space = "" if tag or text.startswith("[") else " "
+        label = f"[{tag}] " if tag else ""
+        entry = f"[{time.strftime('%Y-%m-%d %H:%M:%S', now)}][{level}]{space}{label}{text}\n"
+        with self._lock:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8", newline="\n") as file:
+                file.write(entry)
+
+    def engine(self, *lines):
+        """One entry of engine lines, each after the engine's clock."""
+        us = int(1e6 * (time.monotonic() - self._started))
+        clock = f"{us // 60_000_000}.{us // 1_000_000 % 60:02}.{us // 1000 % 1000:03}.{us % 1000:03} I "
+        self.write("DEBUG", "\n".join(clock + line for line in lines))
+
+
+class DemoRun:
+    """One chat in the imitation: the same figures in its answer and in its log."""
+
+    def __init__(self, server, body):
+        self.log, self.server, self.body = server.demo_log, server, body
+        self.model = body.get("model") if body.get("model") in DEMO_MODELS else DEMO_MODELS[0]
+        self.stream = body.get("stream") is True
+        self.created = int(time.time())
+        self.id = "chatcmpl-" + secrets.token_hex(12)
+        characters = sum(len(str(message.get("content"))) for message in listed(body.get("messages")))
+        self.prompt = max(40, server.prompt_tokens or 400 + 7 * characters)
+        self.cached = int(self.prompt * server.cached_share)
+        limit = body.get("max_tokens")
+        self.completion = (
+            min(server.answer_tokens, limit) if isinstance(limit, int) and limit > 0 else server.answer_tokens
+        )
+        self.task = self.log.task()
+        self.slot = f"id  {self.task % 4} | task {self.task} | "
+
+    def received(self, path):
+        shown = json.dumps(self.body, indent=2, ensure_ascii=False)
+        self.log.write("DEBUG", f"Received request: POST to {path} with body {shown}")
+        messages = len(listed(self.body.get("messages")))
+        self.log.write(
+            "INFO", f"Running chat completion on conversation with {messages} messages.", self.model
+        )
+        if self.stream:
+            self.log.write("INFO", "Streaming response...", self.model)
+
+    def read_prompt(self, alive):
+        """The prompt phase, in steps of a batch; stops when alive() is False."""
+        self.log.engine(
+            f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
+            " repeat_last_n = 64, repeat_penalty = 1.000, frequency_penalty = 0.000, presence_penalty = "
+            "0.000\n"
+            " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
+            " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000"
+        )
+        self.log.engine(
+            f"slot launch_slot_: {self.slot}processing task, is_child = 0",
+            f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 8192, n_keep = 20, task.n_tokens = "
+            f"{self.prompt}",
+            f"slot   operator(): {self.slot}cached n_tokens = {self.cached}, memory_seq_rm "
+            f"[{self.cached}, end)",
+        )
+        self.progress(0)
+        steps = self.server.prompt_steps
+        for step in range(1, steps + 1):
+            if not alive() or self.server.pause(self.server.step_s):
+                return False
+            self.progress(100 * (self.cached + (self.prompt - self.cached) * step / steps) / self.prompt)
+        self.log.engine(
+            f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, tokens: text = {self.prompt}, "
+            f"total = {self.prompt}"
+        )
+        return True
+
+    def progress(self, percent):
+        self.log.write("INFO", f"Prompt processing progress: {percent:.1f}%", self.model)
+
+    def tokens(self, alive):
+        """The words of the answer, one after the other at the imitation's speed."""
+        for count in range(self.completion):
+            if not alive() or self.server.pause(self.server.token_s):
+                return
+            yield DEMO_WORDS[count % len(DEMO_WORDS)] + " "
+
+    def finished(self, usage):
+        """The engine's timings and the app's last line."""
+        fresh = self.prompt - self.cached
+        read_ms = max(0.01, 1000 * self.server.step_s * self.server.prompt_steps)
+        write_ms = max(0.01, 1000 * self.server.token_s * self.completion)
+        self.log.engine(
+            f"slot print_timing: {self.slot}prompt eval time = {read_ms:10.2f} ms / {fresh:5} tokens "
+            f"({read_ms / max(1, fresh):8.2f} ms per token, {1000 * fresh / read_ms:8.2f} tokens per second)",
+            f"slot print_timing: {self.slot}       eval time = {write_ms:10.2f} ms / {self.completion:5} "
+            "tokens "
+            f"({write_ms / max(1, self.completion):8.2f} ms per token, "
+            f"{1000 * self.completion / write_ms:8.2f} tokens per second)",
+            f"slot print_timing: {self.slot}      total time = {read_ms + write_ms:10.2f} ms / "
+            f"{fresh + self.completion:5} tokens",
+            f"slot      release: {self.slot}stop processing: n_tokens = "
+            f"{self.prompt + self.completion - 1}, truncated = 0",
+            "srv  update_slots: all slots are idle",
+        )
+        if self.stream:
+            self.log.write("INFO", "Finished streaming response", self.model)
+        else:
+            self.log.write("INFO", "Model generated tool calls: []", self.model)
+            shown = json.dumps({**self.answer(""), "usage": usage, "stats": {}}, indent=2)
+            self.log.write("INFO", f"Generated prediction: {shown}", self.model)
+
+    def abandoned(self):
+        self.log.write(
+            "INFO",
+            "Client disconnected. Stopping generation... (If the model is busy processing the prompt, "
+            "it will finish first.)",
+            SERVER_TAG,
+        )
+        self.log.engine(
+            f"srv          stop: cancel task, id_task = {self.task}",
+            f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, truncated = 0",
+        )
+
+    def usage(self):
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+        }
+
+    def answer(self, content):
+        message = {"role": "assistant", "content": content, "tool_calls": []}
+        return {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
+        }
+
+    def chunk(self, delta, finish=None):
+        return {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.model,
+            "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}],
+        }
+
+
+class DemoHandler(http.server.BaseHTTPRequestHandler):
+    """The imitation's answers."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = 64 * 1024
+    disable_nagle_algorithm = True
+    server: DemoServer
+
+    def do_GET(self):
+        if self.path == "/lmstudio-greeting":
+            return self._json({"lmstudio": True})
+        if self.path in ("/v1/models", "/api/v0/models"):
+            self.server.demo_log.write("DEBUG", f"Received request: GET to {self.path}")
+            self.server.demo_log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
+            models = [
+                {"id": name, "object": "model", "owned_by": "organization_owner"} for name in DEMO_MODELS
+            ]
+            return self._json({"data": models, "object": "list"})
+        return self._unexpected()
+
+    def do_POST(self):
+        body = json_object(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+        if self.path not in ("/v1/chat/completions", "/api/v0/chat/completions"):
+            return self._unexpected()
+        if body is None or not listed(body.get("messages")):
+            return self._json({"error": "'messages' field is required"}, 400)
+        run = DemoRun(self.server, body)
+        run.received(self.path)
+        with self.server.engine:  # one chat at a time, the others wait
+            return self._stream(run) if run.stream else self._whole(run)
+
+    def _whole(self, run):
+        if run.read_prompt(self._alive):
+            content = "".join(run.tokens(self._alive))
+            if self._alive():
+                run.finished(run.usage())
+                return self._json(
+                    {
+                        **run.answer(content.strip()),
+                        "usage": run.usage(),
+                        "stats": {},
+                        "system_fingerprint": run.model,
+                    }
+                )
+        return self._abandon(run)
+
+    def _stream(self, run):
+        self.send_response(200)
+        self.send_header("X-Powered-By", "Express")
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-cache")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.flush()
+        try:
+            if not run.read_prompt(self._alive):
+                return self._abandon(run)
+            for word in run.tokens(self._alive):
+                self._event(run.chunk({"role": "assistant", "content": word}))
+            if not self._alive():
+                return self._abandon(run)
+            self._event(run.chunk({}, "stop"))
+            if (run.body.get("stream_options") or {}).get("include_usage"):
+                self._event({**run.chunk({}), "choices": [], "usage": run.usage()})
+            self._write(b"data: [DONE]\n\n")
+            run.finished(run.usage())
+            self.wfile.write(b"0\r\n\r\n")
+            return None
+        except OSError:
+            return self._abandon(run)
+
+    def _event(self, value):
+        self._write(b"data: " + json.dumps(value).encode() + b"\n\n")
+
+    def _write(self, data):
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self.wfile.flush()
+
+    def _alive(self):
+        return not self.server.stopping.is_set() and not (
+            readable(self.connection) and has_left(self.connection)
+        )
+
+    def _abandon(self, run):
+        run.abandoned()
+        self.close_connection = True
+
+    def _json(self, value, status=200):
+        data = json.dumps(value, indent=2).encode()
+        self.send_response(status)
+        self.send_header("X-Powered-By", "Express")
+        self.send_header("Content-Type", "application/json; charset=utf-8")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _unexpected(self):
+        """LM Studio's answer to a path that it does not know (LMSTUDIO.md 2.3)."""
+        what = f"Unexpected endpoint or method. ({self.command} {self.path})"
+        self.server.demo_log.write("ERROR", what + ". Returning 200 anyway")
+        self._json({"error": what})
+
+    def log_message(self, format, *args):
+        pass
+
+
+class DemoServer(http.server.ThreadingHTTPServer):
+    """The imitation on a port of its own.  Its speed is set by the fields; it serves from start to stop()."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, directory, step_s=0.35, token_s=0.03):
+        super().__init__(("127.0.0.1", 0), DemoHandler)
+        self.demo_log = DemoLog(directory)
+        self.engine = threading.Semaphore(1)
+        self.stopping = threading.Event()
+        self.pause = self.stopping.wait
+        self.step_s, self.token_s = step_s, token_s
+        self.prompt_steps, self.prompt_tokens, self.answer_tokens, self.cached_share = 6, 0, 60, 0.3
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def start(self):
+        self.demo_log.write(
+            "INFO", f"Success! HTTP server listening on port {self.server_address[1]}", SERVER_TAG
+        )
+        threading.Thread(target=self.serve_forever, args=(0.05,), name="demo-server", daemon=True).start()
+
+    def stop(self):
+        self.stopping.set()
+        self.shutdown()
+        self.server_close()
+
+
+def demo_traffic(address, key, pause):
+    """Thread body: a little traffic of its own, until pause(seconds) returns True.  Some clients leave."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for number in itertools.count():
+        if pause(1.0 if number == 0 else random.uniform(1.5, 4.0)):
+            return
+        body = {
+            "model": DEMO_MODELS[number % 2],
+            "stream": number % 3 != 2,
+            "max_tokens": random.randrange(20, 90),
+            "messages": [{"role": "system", "content": "You are brief."} for _ in range(number % 2)]
+            + [{"role": "user", "content": random.choice(DEMO_PROMPTS) * random.randrange(1, 5)}],
+        }
+        sent = urllib.request.Request(
+            address + "/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
+        )
+        with contextlib.suppress(OSError, http.client.HTTPException), opener.open(sent, timeout=60) as answer:
+            answer.read(700 if number % 7 == 6 else None)
+
+
+# === 9. COMMAND ==============================================================
+
+USAGE = """\
+lmgateway.py [options]                     gateway, log monitor and dashboard beside LM Studio
+       lmgateway.py --tail-only [PATH ...]        print the log's events; with PATH, replay saved logs
+       lmgateway.py --demo                        try it all, without LM Studio"""
+
+
+def build_parser():
+    """The ArgumentParser: commands by hand, options from OPTIONS."""
+    parser = Arguments(
+        prog="lmgateway.py",
+        usage=USAGE,
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+        description="A gateway, log monitor and dashboard for LM Studio.",
+        epilog="Options are read from flags, else the environment, else .env, else their defaults. "
+        "The README lists all of them, those without a flag included.",
+    )
+    commands = parser.add_argument_group("Commands")
+    commands.add_argument(
+        "--tail-only", action="store_true", help="print events, no server; PATH: replay files or directories"
+    )
+    commands.add_argument("--demo", action="store_true", help="run beside a built-in imitation of LM Studio")
+    commands.add_argument("--help", "-h", action="help", help="show this and exit")
+    commands.add_argument(
+        "--version", action="version", version=f"lmgateway {VERSION}", help="show the version and exit"
+    )
+    commands.add_argument("paths", nargs="*", metavar="PATH", help=argparse.SUPPRESS)
+    printing = parser.add_argument_group("Printing (--tail-only)")
+    printing.add_argument("--json", action="store_true", help="one JSON object a line")
+    printing.add_argument("--events", metavar="LIST", help="only these events, comma-separated")
+    printing.add_argument(
+        "--from-start", action="store_true", help="begin at the start of the newest file, not at its end"
+    )
+    groups: dict[str, Any] = {}
+    for row in OPTIONS:
+        if row.flag:
+            group = groups.get(row.group) or groups.setdefault(
+                row.group, parser.add_argument_group(row.group)
+            )
+            kind = (
+                {"action": "store_const", "const": "true"} if row.default is False else {"metavar": row.value}
+            )
+            default = "" if row.default in (None, False, {}) else f" [{shown_default(row)}]"
+            group.add_argument(row.flag, dest=row.name, help=row.about.replace("%", "%%") + default, **kind)
+    groups["Gateway"].add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
+    return parser
+
+
+class Arguments(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are ConfigErrors with a remedy."""
+
+    def error(self, message):
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            near = difflib.get_close_matches(
+                unknown[1].partition("=")[0], self._option_string_actions, 1, 0.6
+            )
+            message = f"{unknown[1]} is not a known option" + (
+                f"; did you mean {near[0]}?" if near else "; see --help"
+            )
+        raise ConfigError(message)
+
+
+def main(argv=None):
+    """Run a command.  Returns its exit status."""
+    quiet_streams()
+    try:
+        args = build_parser().parse_args(argv)
+        config, sources, warnings = load_config(vars(args), os.environ, args.env_file)
+        check_command(args)
+        set_up_logging(config)
+        for warning in warnings:
+            log.warning(warning)
+        if args.tail_only:
+            return tail_only(args, config)
+        return serve(args, config, sources)
+    except GatewayError as error:
+        print(f"lmgateway: {error}", file=sys.stderr)
+        return error.exit_status
+    except BrokenPipeError:
+        return closed_pipe()
+
+
+def check_command(args):
+    """Raises ConfigError for flags that do not go together."""
+    if args.paths and not args.tail_only:
+        raise ConfigError(f"{args.paths[0]}: a path goes with --tail-only; see --help")
+    if args.tail_only and args.demo:
+        raise ConfigError("--tail-only and --demo do not go together; choose one")
+    for name in ("json", "events", "from_start"):
+        if getattr(args, name) and not args.tail_only:
+            raise ConfigError(f"--{name.replace('_', '-')} goes with --tail-only")
+    unknown = [name for name in words(args.events or "") if name not in EVENTS]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], EVENTS, 1)
+        raise ConfigError(
+            f"--events: {unknown[0]} is not an event"
+            + (f"; did you mean {near[0]}?" if near else "; see the README")
+        )
+
+
+def quiet_streams():
+    """Whatever a log holds can be printed: Windows' cp1252 has no place for much of it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def closed_pipe():
+    """Output went into a closed pipe: end quietly, and keep Python from complaining at exit."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def set_up_logging(config):
+    """2025-11-17 12:00:00 [info]: message, on stderr."""
+    for number, name in ((10, "debug"), (20, "info"), (30, "warn"), (40, "error")):
+        logging.addLevelName(number, name)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s]: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(LEVELS[config.log_level])
+
+
+# --- 9.1 the terminal view ---------------------------------------------------
+
+CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+COLOURS = {
+    "lmstudio_error": "31",
+    "error": "31",
+    "lmstudio_chat_start": "36",
+    "inference_start": "36",
+    "lmstudio_chat_end": "32",
+    "inference_complete": "32",
+    "lmstudio_prompt_progress": "33",
+    "lmstudio_log": "2",
+    "gap": "35",
+}
+
+
+class Printer:
+    """Events as JSON lines, or as aligned lines for people.  Flushes after each batch."""
+
+    def __init__(self, out, as_json, names, live):
+        self._out, self._json, self._names = out, as_json, frozenset(names)
+        self._epoch, self._seq = secrets.token_hex(4), 0
+        tty = out.isatty()
+        self._colour = tty and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        self._redraw = tty and live
+        self._open_line = False  # a progress line stands there without its end
+
+    def __call__(self, events):
+        parts = []
+        for event in events:
+            self._seq += 1
+            if not self._names or event.name in self._names:
+                parts.append(
+                    json_line(f"{self._epoch}-{self._seq}", event) if self._json else self._line(event)
+                )
+        if parts:
+            self._out.write("".join(parts))
+            self._out.flush()
+
+    def finish(self):
+        if self._open_line:
+            self._out.write("\n")
+            self._out.flush()
+
+    def _line(self, event):
+        time_of_day = str(event.data.get("timestamp", ""))[11:19]
+        line = f"{time_of_day:8}  {event.name.replace('lmstudio_', ''):17}  {summary(event)}".rstrip()
+        progress = event.name == "lmstudio_prompt_progress"
+        if self._redraw:
+            line = line[: shutil.get_terminal_size().columns - 1]
+        if self._colour:
+            line = f"\x1b[{COLOURS.get(event.name, '0')}m{line}\x1b[0m"
+        if not self._redraw:
+            return line + "\n"
+        start = "\r\x1b[K" if self._open_line and progress else "\n" if self._open_line else ""
+        self._open_line = progress
+        return start + line + ("" if progress else "\n")
+
+
+def summary(event):
+    """An event's data in one line for a person, without control characters."""
+    data = event.data
+    model = f"{data['model']}  " if data.get("model") else ""
+    shown = model + (SUMMARIES[event.name](data) if event.name in SUMMARIES else str(data.get("message", "")))
+    return shown.replace("\n", " | ").replace("\t", " ").translate(CONTROL)
+
+
+def percent_bar(data):
+    done = max(0, min(20, round(data["progress"] / 5)))
+    return f"[{'#' * done}{'.' * (20 - done)}] {data['progress']:5.1f} %"
+
+
+def fields_of_data(**labels):
+    """A summary from fields: label=field for those that are there."""
+    return lambda data: "  ".join(
+        f"{label} {data[field]}" for label, field in labels.items() if data.get(field) is not None
+    )
+
+
+SUMMARIES: dict[str, Callable[[dict], str]] = {
+    "lmstudio_log": lambda data: f"{data['level']:5}  " + data["message"].strip().partition("\n")[0][:400],
+    "lmstudio_chat_start": lambda data: f"{data['messages']} messages",
+    "lmstudio_prompt_progress": percent_bar,
+    "lmstudio_cache_stats": lambda data: (
+        f"{data['reused']} of {data['total']} tokens from the cache ({data['percentage']} %)"
+    ),
+    "lmstudio_token_info": fields_of_data(
+        prompt="totalPromptTokens", fresh="promptTokensToDecode", context="n_ctx", limit="n_predict"
+    ),
+    "lmstudio_sampling_params": fields_of_data(
+        temp="temp", top_k="top_k", top_p="top_p", min_p="min_p", repeat="repeat_penalty"
+    ),
+    "lmstudio_prediction_stats": fields_of_data(
+        prompt="promptTokens",
+        output="completionTokens",
+        read="promptTokensPerSecond",
+        wrote="tokensPerSecond",
+        first_ms="timeToFirstTokenMs",
+        total_ms="totalMs",
+    ),
+    "lmstudio_chat_end": lambda data: f"{data['outcome']}: {data['message'][:200]}",
+    "lmstudio_generation_start": lambda data: "prompt read, generating",
+    "lmstudio_month_transition": fields_of_data(to="newLogFile"),
+    "lmstudio_file_switch": fields_of_data(to="newLogFile"),
+    "inference_start": fields_of_data(id="requestId", path="path", client="client", key="key"),
+    "inference_complete": fields_of_data(
+        id="requestId", status="status", ms="totalTimeMs", rate="tokensPerSecond"
+    ),
+    "error": fields_of_data(id="requestId", what="error"),
+    "gap": fields_of_data(first="from", last="to", count="count"),
+}
+EVENTS = {  # every event of the stream, and what it says; a test holds the README's table to it
+    "connected": "you are listening",
+    "inference_start": "a client's request goes to LM Studio",
+    "inference_complete": "it was answered: status, times, tokens",
+    "error": "it was not: refused, failed, broken off or abandoned",
+    "lmstudio_log": "one entry of LM Studio's log, as it stands there",
+    "lmstudio_chat_start": "LM Studio took a chat on",
+    "lmstudio_sampling_params": "how the engine samples",
+    "lmstudio_token_info": "context size, prompt tokens and how many of them are to be read",
+    "lmstudio_cache_stats": "how much of the prompt was in the cache",
+    "lmstudio_processing_start": "the engine begins to read the prompt",
+    "lmstudio_prompt_progress": "how much of the prompt has been read, in percent",
+    "lmstudio_generation_start": "the prompt is read, the first token is next",
+    "lmstudio_prediction_stats": "tokens and speeds of the finished run",
+    "lmstudio_chat_end": "finished, disconnected or error",
+    "lmstudio_error": "an ERROR entry of LM Studio's own",
+    "lmstudio_file_switch": "the log goes on in a new file of the same month",
+    "lmstudio_month_transition": "the log goes on in a new month",
+    "gap": "events that this listener will never get",
+    "ping": "15 s of silence",
+}
+
+
+def events_table():
+    """The README's table of events; a test holds the README to it."""
+    return "\n".join(
+        ["| event | says |", "|---|---|", *(f"| `{name}` | {about} |" for name, about in EVENTS.items())]
+    )
+
+
+def tail_only(args, config):
+    """--tail-only: replay PATHs, or follow the live log until a signal.  Returns the exit status."""
+    printer = Printer(sys.stdout, args.json, words(args.events or ""), live=not args.paths)
+    stop = Stop()
+    try:
+        if args.paths:
+            replay(saved_logs(args.paths), printer)
+            return 0
+        directory = config.log_dir or find_log_dir(find_home())
+        follower = Follower(directory, args.from_start, time.time())
+        log.info("lmgateway %s, log directory: %s", VERSION, directory)
+        Monitor(follower).run(printer, stop.wait)
+        return stop.status
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        with contextlib.suppress(OSError):
+            printer.finish()
+
+
+class Stop:
+    """Signals as one question: wait(seconds) is True once the program shall end."""
+
+    def __init__(self):
+        self._event = threading.Event()
+        self.status = 0
+        self.signals = 0
+        signal.signal(signal.SIGTERM, self._signalled)
+        signal.signal(signal.SIGINT, self._signalled)
+
+    def _signalled(self, number, frame):
+        self.signals += 1
+        self.status = 130 if number == signal.SIGINT else 0
+        self._event.set()
+        if self.signals > 1:
+            os._exit(self.status)
+
+    def wait(self, seconds=None):
+        return self._event.wait(seconds)
+
+    def set(self):
+        self._event.set()
+
+
+# --- 9.2 the server ----------------------------------------------------------
+
+
+def serve(args, config, sources):
+    """The gateway until a signal.  Returns the exit status."""
+    stop = Stop()
+    with contextlib.ExitStack() as cleanup:
+        config = start_demo(config, cleanup) if args.demo else find_upstream(config, sources)
+        check_exposure(config)
+        hub = Hub()
+        monitor = start_monitor(config, hub, stop)
+        gateway = Gateway(config, hub, Upstream(config.upstream), monitor, sources)
+        server = open_server(gateway)
+        gateway.address = f"http://{shown_host(config.host)}:{server.port}"
+        threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+        announce(gateway)
+        if args.demo:
+            key = next(iter(config.api_key.values()), "")
+            threading.Thread(
+                target=demo_traffic,
+                args=(f"http://127.0.0.1:{server.port}", key, stop.wait),
+                name="demo-traffic",
+                daemon=True,
+            ).start()
+        stop.wait()
+        log.info("Stopping: %d requests are running, they have %.0f s", server.working, GRACE_S)
+        hub.close()
+        server.shutdown()
+        server.finish_requests(GRACE_S)
+        server.server_close()
+    return 0
+
+
+def start_demo(config, cleanup):
+    """Start the imitation; gives the Config that points to it."""
+    directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
+    cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
+    demo = DemoServer(directory)
+    cleanup.callback(demo.stop)
+    demo.start()
+    return config.but(upstream=demo.url, log_dir=directory, enable_log_monitoring=True)
+
+
+def find_upstream(config, sources):
+    """The Config with LM Studio's port from its own settings file, where no address was given."""
+    if "upstream" in sources:
+        return config
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        settings = json.loads(
+            (find_home() / ".internal" / "http-server-config.json").read_text(encoding="utf-8")
+        )
+        port = int(settings.get("port"))
+        if 0 < port < 65536:
+            return config.but(upstream=f"http://127.0.0.1:{port}")
+    return config
+
+
+def check_exposure(config):
+    """Raises ConfigError where the LAN could come in without a key."""
+    if not loopback(config.host) and not config.api_key and not config.no_auth:
+        raise ConfigError(
+            f"--host {config.host} (GATEWAY_HOST) listens beyond this machine, and no key is set: set "
+            "GATEWAY_API_KEY, or say --no-auth to let everybody in"
+        )
+
+
+def start_monitor(config, hub, stop):
+    """The tail thread on LM Studio's log directory; None when it is switched off."""
+    if not config.enable_log_monitoring:
+        return None
+    monitor = Monitor(Follower(config.log_dir or find_log_dir(find_home()), started=time.time()))
+    threading.Thread(target=run_monitor, args=(monitor, hub, stop), name="tail", daemon=True).start()
+    return monitor
+
+
+def run_monitor(monitor, hub, stop):
+    """Body of the tail thread.  A fault of ours costs the events of one step, not the monitor."""
+    while True:
+        try:
+            return monitor.run(hub.publish, stop.wait)
+        except Exception:  # the end of the line for the thread: it says so and goes on
+            log.exception("a fault in lmgateway's log monitor: please report it")
+            if stop.wait(1.0):
+                return None
+
+
+def open_server(gateway):
+    """The Server, bound.  Raises StartError with who to ask."""
+    config = gateway.config
+    try:
+        return Server(gateway, config.host, config.port)
+    except OSError as error:
+        if error.errno in (48, 98, 10048):
+            raise StartError(
+                f"port {config.port} is in use on {config.host}: stop what holds it "
+                f"({port_question(config.port)} tells) or choose another with --port (GATEWAY_PORT)"
+            ) from None
+        raise StartError(
+            f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose another address with "
+            "--host (GATEWAY_HOST) and --port"
+        ) from None
+    except OverflowError as error:
+        raise StartError(f"cannot listen on {config.host}:{config.port}: {error}") from None
+
+
+def port_question(port):
+    """The command that tells who holds a port."""
+    if os.name == "nt":
+        return f"netstat -ano | findstr :{port}"
+    return f"lsof -i :{port}" if sys.platform == "darwin" else f"ss -ltnp 'sport = :{port}'"
+
+
+def shown_host(host):
+    return f"[{host}]" if ":" in host else host
+
+
+def announce(gateway):
+    """What a person needs to know first.  Never a key."""
+    config, monitor = gateway.config, gateway.monitor
+    log.info("lmgateway %s on Python %s", VERSION, platform.python_version())
+    log.info("Listening on %s (dashboard); base URL for clients: %s/v1", gateway.address, gateway.address)
+    log.info("LM Studio: %s", config.upstream)
+    log.info("Key: %s", "needed" if config.api_key else "none is asked for")
+    log.info(
+        "Log directory: %s",
+        monitor.follower.directory if monitor else "not monitored (ENABLE_LOG_MONITORING=false)",
+    )
+
+
+# === 10. DASHBOARD ===========================================================
+# One complete HTML document, served as it is.  Raw, so that JavaScript keeps its backslashes;
+# never formatted, so that CSS and JavaScript keep their braces.  @NONCE@ is filled in for each view.
+
+DASHBOARD = rb"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>lmgateway</title>
+<p>The dashboard follows.</p>
+</html>
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())
