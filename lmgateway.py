@@ -39,6 +39,7 @@ import codecs
 import contextlib
 import datetime
 import difflib
+import gc
 import hashlib
 import hmac
 import http.client
@@ -55,6 +56,7 @@ import queue
 import random
 import re
 import secrets
+import select
 import selectors
 import shutil
 import signal
@@ -249,6 +251,34 @@ OPTIONS = (
         value="PORT",
     ),
     Option(
+        "tls_cert", "TLS_CERT", "--tls-cert", None, text, "certificate (PEM), to serve HTTPS", value="FILE"
+    ),
+    Option("tls_key", "TLS_KEY", "--tls-key", None, text, "its private key (PEM)", value="FILE"),
+    Option(
+        "upstream_token",
+        "UPSTREAM_TOKEN",
+        None,
+        None,
+        text,
+        "LM Studio's own API token, where its server asks for one",
+    ),
+    Option(
+        "max_body",
+        "MAX_BODY_BYTES",
+        None,
+        256 * 1024 * 1024,
+        whole(1, 10**12, "use a number of bytes"),
+        "largest request body; 413 beyond it",
+    ),
+    Option(
+        "max_connections",
+        "MAX_CONNECTIONS",
+        None,
+        512,
+        whole(8, 100000, "use a number from 8 to 100000"),
+        "connections at once; beyond them the one that has rested longest is closed",
+    ),
+    Option(
         "proxy_timeout",
         "PROXY_TIMEOUT",
         None,
@@ -275,6 +305,16 @@ OPTIONS = (
         "KEY",
     ),
     Option(
+        "keys_file",
+        "KEYS_FILE",
+        "--keys-file",
+        None,
+        text,
+        "where --new-key keeps hashed keys; in the user's configuration directory when not given",
+        "Access",
+        "FILE",
+    ),
+    Option(
         "no_auth", "NO_AUTH", "--no-auth", False, boolean, "listen beyond loopback without a key", "Access"
     ),
     Option(
@@ -286,6 +326,25 @@ OPTIONS = (
         "addresses and CIDR ranges that may connect, IPv4 and IPv6",
         "Access",
         "LIST",
+    ),
+    Option(
+        "cors_origins",
+        "CORS_ORIGINS",
+        "--cors-origins",
+        (),
+        words,
+        "origins whose pages may call, such as https://chat.example, or *",
+        "Access",
+        "LIST",
+    ),
+    Option(
+        "trusted_proxies",
+        "TRUSTED_PROXIES",
+        None,
+        (),
+        networks,
+        "proxies (addresses and ranges) whose X-Forwarded-For is believed",
+        "Access",
     ),
     Option(
         "require_auth_for_health",
@@ -318,6 +377,16 @@ OPTIONS = (
     Option(
         "log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs", "LEVEL"
     ),
+    Option(
+        "log_file",
+        "LOG_FILE",
+        "--log-file",
+        None,
+        text,
+        "write our own log there and not to stderr; turned over at 5 MB",
+        "Logs",
+        "FILE",
+    ),
 )
 
 
@@ -335,7 +404,7 @@ class Config:
         return Config(**{**self.__dict__, **changes})
 
 
-PREFIXES = ("LMSTUDIO_", "GATEWAY_", "IP_", "REQUIRE_", "LOG_", "PROXY_", "ENABLE_")
+PREFIXES = ("LMSTUDIO_", "GATEWAY_", "IP_", "REQUIRE_", "LOG_", "PROXY_", "ENABLE_", "TLS_", "CORS_", "MAX_")
 
 
 class Setting(NamedTuple):
@@ -2383,11 +2452,16 @@ class Hub:
         self._running = {}  # id -> Record
         self._finished: deque[Record] = deque(maxlen=RECORDS)
         self.requests = self.errors = 0
+        self._ids = itertools.count(1)
 
     @property
     def last(self):
         """SEQ of the latest event; 0 before the first."""
         return self._first + len(self._frames) - 1
+
+    def request_id(self):
+        """Any thread.  A new id, like no other of this or another start."""
+        return f"req_{self.epoch}{next(self._ids):06x}"
 
     def event_id(self, seq):
         return f"{self.epoch}-{seq}"
@@ -2399,28 +2473,29 @@ class Hub:
     def publish(self, events):
         """Any thread.  Appends the events in order and wakes the listeners.  Never blocks."""
         encoded = [(event.name, data_json(event)) for event in events]
-        if not encoded:
-            return
         with self._lock:
-            seq = self.last
-            for name, data in encoded:
-                seq += 1
-                self._frames.append((name, sse_frame(f"{self.epoch}-{seq}", name, data)))
-                self.counts[name] += 1
-            if len(self._frames) > RING + RING // 4:  # cut in one go, so that a publish costs no shift
-                surplus = len(self._frames) - RING
-                del self._frames[:surplus]
-                self._first += surplus
-            bells = list(self._bells)
+            self._append(encoded)
+            bells = tuple(self._bells)
         for bell in bells:
             ring(bell)
+
+    def _append(self, encoded):     # lock held
+        seq = self.last
+        for name, data in encoded:
+            seq += 1
+            self._frames.append((name, sse_frame(f"{self.epoch}-{seq}", name, data)))
+            self.counts[name] += 1
+        if len(self._frames) > RING + RING // 4:    # cut in one go, so that a publish costs no shift
+            surplus = len(self._frames) - RING
+            del self._frames[:surplus]
+            self._first += surplus
 
     def begin(self, record):
         """Any thread.  A request goes to LM Studio."""
         with self._lock:
             self._running[record.id] = record
             self.requests += 1
-        self.tell("inference_start", **record.start_data())
+        self.publish([Event("inference_start", {"timestamp": self.now(), **record.start_data()})])
 
     def end(self, record):
         """Any thread.  A request is over; its record says how.  Later calls do nothing."""
@@ -2928,14 +3003,46 @@ class Call(urllib.request.Request):
 
 
 class Answer(http.client.HTTPResponse):
-    """A response whose informational forerunners (1xx, RFC 9110, 15.2) have been skipped."""
+    """A response whose head is read without the email parser, which costs more than all else here, and
+    whose informational forerunners (1xx, RFC 9110, 15.2) are skipped.  Its body is http.client's matter."""
 
-    def _read_status(self):
-        version, status, reason = super()._read_status()  # type: ignore[misc]
-        while 102 <= status <= 199:
-            http.client.parse_headers(self.fp)
-            version, status, reason = super()._read_status()  # type: ignore[misc]
-        return version, status, reason
+    def begin(self):
+        """Read the head.  Raises OSError and HTTPException."""
+        status = 100
+        while 100 <= status < 200 and status != 101:
+            version, status, reason = self._read_status()   # type: ignore[attr-defined]
+            self.headers = self.msg = read_headers(self.fp)
+        self.version = 10 if version in ("HTTP/1.0", "HTTP/0.9") else 11
+        self.code = self.status = status
+        self.reason = reason.strip()
+        self.chunked = (self.headers.get("transfer-encoding") or "").lower() == "chunked"
+        self.chunk_left = None
+        self.will_close = self._check_close()   # type: ignore[attr-defined]
+        length = self.headers.get("content-length") or ""
+        bodiless = status in (204, 304) or self._method == "HEAD"   # type: ignore[attr-defined]
+        self.length = 0 if bodiless else int(length) if length.isdigit() and not self.chunked else None
+        self.will_close = self.will_close or self.length is None and not self.chunked
+
+
+def read_headers(file):
+    """The header lines of a response as an HTTPMessage: order, case and repeats kept."""
+    headers = http.client.HTTPMessage()
+    name, value, size = "", "", 0
+    while True:
+        line = file.readline(65537)
+        size += len(line)
+        if size > 262144:
+            raise http.client.LineTooLong("response head")
+        folded = line[:1] in (b" ", b"\t") and name    # an old form that may still come (RFC 9112, 5.2)
+        if folded:
+            value += " " + line.decode("latin-1").strip()
+            continue
+        if name:
+            headers[name] = value
+        if line in (b"\r\n", b"\n", b""):
+            return headers
+        name, _, value = line.decode("latin-1").partition(":")
+        name, value = name.strip(), value.strip()
 
 
 class KeptConnections(urllib.request.BaseHandler):
@@ -3000,7 +3107,7 @@ class KeptConnections(urllib.request.BaseHandler):
         call.connection = connection
         if call.cancelled:
             raise ConnectionAbortedError("the client left")
-        connection.sock.settimeout(call.timeout_s)
+        set_timeout(connection.sock, call.timeout_s)
         connection.putrequest(call.get_method(), call.selector, skip_host=True, skip_accept_encoding=True)
         for name, value in call.raw_headers:
             connection.putheader(name, value.encode("latin-1"))
@@ -3011,12 +3118,20 @@ class KeptConnections(urllib.request.BaseHandler):
 
 
 def readable(sock):
-    """True when a socket has something to read, which for a resting one is its end."""
+    """True when a socket has something to read or has ended."""
     if sock is None:
         return True
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(0))
+    if hasattr(select, "poll"):
+        look = select.poll()
+        look.register(sock, select.POLLIN)
+        return bool(look.poll(0))
+    return bool(select.select([sock], [], [], 0)[0])
+
+
+def set_timeout(sock, seconds):
+    """sock.settimeout, but only where it changes something: each one is a system call."""
+    if sock.gettimeout() != seconds:
+        sock.settimeout(seconds)
 
 
 class Upstream:
@@ -3125,10 +3240,9 @@ HEAD_LIMIT = 64 * 1024  # bytes of a request's head
 LINE_LIMIT = 8 * 1024  # bytes of its first line (RFC 9112, section 3: at least 8000)
 HEADERS_LIMIT = 128
 HEAD_S = 30.0  # for a head to arrive; then 408
-REST_S = 75.0  # a connection without a request is closed after this
-BODY_S = 60.0  # without a byte of a body
-WRITE_S = 60.0  # without room in a client's socket
+CLIENT_S = 60.0     # for the next request, for a byte of a body, for room in a client's socket
 PING_S = 15.0
+LINGER_S, LINGER_BYTES = 1.0, 4 * 1024 * 1024  # what is read of a request that was refused
 GRACE_S = 10.0  # for running requests at the end
 STREAM_MARKS = ("text/event-stream", "application/x-ndjson")
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -3190,7 +3304,7 @@ class Wire:
         self.buffer = bytearray()
 
     def _more(self, timeout_s):
-        self.sock.settimeout(max(0.001, timeout_s))
+        set_timeout(self.sock, max(0.001, timeout_s))
         piece = self.sock.recv(64 * 1024)
         if not piece:
             raise ClientLeft
@@ -3201,7 +3315,7 @@ class Wire:
         try:
             while not self.buffer.strip(b"\r\n"):
                 del self.buffer[:]  # empty lines before a request are skipped (RFC 9112, 2.2)
-                self._more(REST_S)
+                self._more(CLIENT_S)
         except (TimeoutError, socket.timeout):
             raise ClientLeft from None
         if self.buffer[:2] == b"\r\n":
@@ -3263,7 +3377,7 @@ class Wire:
         have = min(length, len(self.buffer))
         data[:have] = self.buffer[:have]
         del self.buffer[:have]
-        self.sock.settimeout(BODY_S)
+        set_timeout(self.sock, CLIENT_S)
         with memoryview(data) as view:
             while have < length:
                 got = self.sock.recv_into(view[have:])
@@ -3272,11 +3386,24 @@ class Wire:
                 have += got
         return data
 
+    def linger(self):
+        """Read what a refused client still sends, for a moment: closing at once would destroy the answer
+        on its way (RFC 9112, 9.6)."""
+        deadline, dropped = time.monotonic() + LINGER_S, 0
+        with contextlib.suppress(OSError, ValueError):
+            self.sock.shutdown(socket.SHUT_WR)
+            while dropped < LINGER_BYTES and time.monotonic() < deadline:
+                self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+                got = len(self.sock.recv(64 * 1024))
+                if not got:
+                    return
+                dropped += got
+
     def _line(self):
         while (end := self.buffer.find(b"\r\n")) < 0:
             if len(self.buffer) > LINE_LIMIT or b"\n" in self.buffer:
                 raise bad("a chunk's size line is malformed")
-            self._more(BODY_S)
+            self._more(CLIENT_S)
         line = bytes(self.buffer[:end])
         del self.buffer[: end + 2]
         return line
@@ -3399,37 +3526,37 @@ class Watcher:
     TICK_S = 0.25
 
     def __init__(self):
-        # Guards _watched; held while sockets are looked at, so that none is closed meanwhile.
-        self._lock = threading.Lock()
-        self._watched = {}  # socket -> callback
+        # socket -> callback.  No lock: what matters is who pops an item, and a dict's pop is atomic.
+        self._watched = {}
         threading.Thread(target=self._run, name="watcher", daemon=True).start()
 
     @contextlib.contextmanager
     def watching(self, sock, callback):
         """Any thread.  Until the block ends, callback() is called once if the client leaves."""
-        with self._lock:
-            self._watched[sock] = callback
+        self._watched[sock] = callback
         try:
             yield
         finally:
-            with self._lock:
-                self._watched.pop(sock, None)
+            self._watched.pop(sock, None)
 
     def _run(self):
         while True:
             time.sleep(self.TICK_S)
-            if self._watched:
-                for callback in self._left():
+            for sock in self._left(list(self._watched)):
+                callback = self._watched.pop(sock, None)
+                if callback:
                     callback()
 
-    def _left(self):
-        """The callbacks of the clients that left; they are watched no more."""
-        with self._lock, selectors.DefaultSelector() as selector:
-            for sock in self._watched:
-                with contextlib.suppress(ValueError, OSError):
+    @staticmethod
+    def _left(sockets):
+        """Those of the sockets whose clients left.  One that is closed meanwhile counts as left."""
+        if not sockets:
+            return []
+        with selectors.DefaultSelector() as selector:
+            for sock in sockets:
+                with contextlib.suppress(ValueError, OSError, KeyError):
                     selector.register(sock, selectors.EVENT_READ)
-            gone = [key.fileobj for key, _ in selector.select(0) if has_left(key.fileobj)]
-            return [self._watched.pop(sock) for sock in gone]
+            return [key.fileobj for key, _ in selector.select(0) if has_left(key.fileobj)]
 
 
 def has_left(sock):
@@ -3453,24 +3580,152 @@ class Identity(NamedTuple):
     """Whose request it is.  name is the key's; None where no key is asked for."""
 
     name: str | None
+    rights: frozenset = frozenset(("infer", "view", "admin"))
     by_cookie: bool = False
 
 
+class Key(NamedTuple):
+    """A key that is accepted.  Only its digest is kept."""
+
+    name: str
+    digest: bytes
+    rights: frozenset
+    created: str = ""
+
+
+class KeyFile:
+    """Minted keys: JSON of names, SHA-256 digests, rights and dates, readable by its owner only.
+
+    A minted key has 160 random bits, so that a plain hash does not give it away."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self._lock = threading.Lock()  # guards the two below
+        self._seen = None  # modification time and size when last read
+        self._keys = None  # the Keys, None without a file
+        self._asked = -math.inf
+
+    def keys(self):
+        """Any thread.  The Keys, read again when the file has changed; None when there is no file."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._asked >= 0.5:
+                self._asked = now
+                self._refresh()
+            return self._keys
+
+    def _refresh(self):
+        try:
+            found = os.stat(self.path)
+            if (found.st_mtime_ns, found.st_size) != self._seen:
+                self._keys = self.read()
+                self._seen = (found.st_mtime_ns, found.st_size)
+        except FileNotFoundError:
+            self._keys = self._seen and []  # a file that vanished opens no door
+        except (OSError, ConfigError) as error:
+            log.error("%s; the keys known so far go on", error)
+
+    def read(self):
+        """The file's Keys.  Raises OSError, and ConfigError when it is damaged."""
+        try:
+            rows = json.loads(self.path.read_text(encoding="utf-8"))["keys"]
+            return [
+                Key(
+                    row["name"],
+                    bytes.fromhex(row["sha256"]),
+                    frozenset(row["rights"]),
+                    row.get("created", ""),
+                )
+                for row in rows
+            ]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"--keys-file {self.path}: damaged; mend it, or move it away and mint keys anew"
+            ) from None
+
+    def write(self, keys):
+        """Replace the file in one step.  Raises OSError."""
+        rows = [
+            {
+                "name": key.name,
+                "sha256": key.digest.hex(),
+                "rights": sorted(key.rights),
+                "created": key.created,
+            }
+            for key in keys
+        ]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(self.path.name + ".new")
+        with open(
+            os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+        ) as file:
+            json.dump({"keys": rows}, file, indent=2)
+        os.replace(draft, self.path)
+
+
+RIGHTS = (
+    "infer",
+    "view",
+    "admin",
+)  # to ask models; to see /debug, /metrics; to load, unload, download models
+ALPHANUMERIC = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+
+
+def mint_key():
+    """A key in the form of LM Studio's own tokens, which its SDKs insist on (LMSTUDIO.md 2.1)."""
+    letters = "".join(secrets.choice(ALPHANUMERIC) for _ in range(28))
+    return f"sk-lm-{letters[:8]}:{letters[8:]}"
+
+
+def keys_path(config):
+    """Where minted keys are kept."""
+    if config.keys_file:
+        return Path(config.keys_file)
+    if os.name == "nt" and os.environ.get("APPDATA"):
+        return Path(os.environ["APPDATA"], "lmgateway", "keys.json")
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "lmgateway", "keys.json")
+
+
+FREE_FAILURES = 3  # wrong keys an address may offer before it is made to wait
+FAILURES_S = 60.0  # after this they are forgotten
+LONGEST_WAIT_S = 3.0
+
+
 class Walls:
-    """Addresses, origins and keys.  Any thread may call; all state is fixed at start but sessions."""
+    """Addresses, origins and keys.  Any thread may call."""
 
     def __init__(self, config):
         self._config = config
-        self._digests = [(name, digest(key)) for name, key in config.api_key.items()]
-        self._sessions = OrderedDict()  # digest of the cookie -> key name; a dict's methods are atomic
+        self._fixed = [Key(name, digest(key), frozenset(RIGHTS)) for name, key in config.api_key.items()]
+        self._file = KeyFile(keys_path(config))
+        # Methods of a dict are atomic, and nothing here depends on two of them.
+        self._sessions: OrderedDict = OrderedDict()  # digest of the cookie -> Key
+        self._failures: OrderedDict = OrderedDict()  # address -> (how many, monotonic seconds of the last)
+
+    @property
+    def health_needs_key(self):
+        return self._config.require_auth_for_health
+
+    @property
+    def need_key(self):
+        """True when a key is asked for: one is set, or a keys file is there."""
+        return bool(self._fixed) or self._file.keys() is not None
+
+    def _keys(self):
+        return [*self._fixed, *(self._file.keys() or ())]
+
+    def client_of(self, request):
+        """The client's address; behind a proxy that is trusted, the last one that it names and is not trusted."""
+        address = request.client
+        trusted = self._config.trusted_proxies
+        named = [part.strip() for part in request.header("x-forwarded-for").split(",") if part.strip()]
+        while named and within(address, trusted):
+            address = named.pop()
+        return address
 
     def admit_address(self, address):
         """Raises HttpError 403 for an address that the allowlist does not name."""
-        if self._config.allow is None:
-            return
-        found = ipaddress.ip_address(address.partition("%")[0])
-        found = getattr(found, "ipv4_mapped", None) or found
-        if not any(found in network for network in self._config.allow):
+        if self._config.allow is not None and not within(address, self._config.allow):
             raise HttpError(
                 403,
                 "address_not_allowed",
@@ -3480,50 +3735,117 @@ class Walls:
 
     def identify(self, request, query_key=False):
         """The Identity of a request.  Raises HttpError 401."""
-        if not self._digests:
+        if not self.need_key:
             return Identity(None)
-        name = next((name for key in credentials(request, query_key) if (name := self._name_of(key))), None)
-        if name:
-            return Identity(name)
+        offered = credentials(request, query_key)
         cookie = session_of(request)
-        name = cookie and self._sessions.get(digest(cookie))
-        if name:
-            return Identity(name, by_cookie=True)
+        found = next(filter(None, map(self._find, offered)), None)
+        if found:
+            return Identity(found.name, found.rights)
+        session = self._sessions.get(digest(cookie)) if cookie else None
+        if session and session in self._keys():  # a revoked key's sessions end with it
+            return Identity(session.name, session.rights, by_cookie=True)
+        if offered or cookie:
+            self._slow_down(request.client)
         raise HttpError(
             401,
-            "key_needed",
+            "key_wrong" if offered else "key_needed",
             "send a valid key as Authorization: Bearer KEY or X-API-Key: KEY",
             [("WWW-Authenticate", "Bearer")],
         )
 
-    def _name_of(self, key):
-        """The name of a key, compared with every key in constant time."""
-        given, found = digest(key), None
-        for name, known in self._digests:
-            if hmac.compare_digest(given, known):
-                found = name
+    def _find(self, offered):
+        """The Key that was offered, or None.  Every key is compared, in constant time."""
+        given, found = digest(offered), None
+        for key in self._keys():
+            if hmac.compare_digest(given, key.digest):
+                found = key
         return found
 
-    def open_session(self, key):
+    def _slow_down(self, address):
+        """Make an address that offers wrong keys wait, in its own thread; others go on."""
+        now = time.monotonic()
+        failures, last = self._failures.pop(address, (0, now))
+        failures = 1 if now - last > FAILURES_S else failures + 1
+        self._failures[address] = (failures, now)
+        while len(self._failures) > 10000:
+            self._failures.popitem(last=False)
+        if failures > FREE_FAILURES:
+            time.sleep(min(LONGEST_WAIT_S, 0.1 * 2 ** (failures - FREE_FAILURES)))
+
+    def open_session(self, key, address):
         """The cookie for a key; None for a wrong one."""
-        name = self._name_of(key) if self._digests else None
-        if name is None:
+        found = self._find(key)
+        if found is None:
+            self._slow_down(address)
             return None
         cookie = secrets.token_urlsafe(32)
-        self._sessions[digest(cookie)] = name
+        self._sessions[digest(cookie)] = found
         while len(self._sessions) > 1000:
             self._sessions.popitem(last=False)
         return cookie
 
     def check_origin(self, request, identity):
         """Raises HttpError 403 where a web page could be using this browser's reach (CSRF, DNS rebinding)."""
-        if not self._digests and not self._config.no_auth and not loopback(host_of(request)):
+        host, config = host_of(request), self._config
+        local_only = not self.need_key and (loopback(config.host) or not config.no_auth)
+        if local_only and not loopback(host) and (host or request.version >= (1, 1)):
             raise HttpError(403, "host_not_local", LOCAL_ONLY)
         origin = request.header("origin")
         if request.method in ("GET", "HEAD") or not origin or (identity.name and not identity.by_cookie):
             return
-        if origin.partition("://")[2] != request.header("host"):
-            raise HttpError(403, "origin_not_allowed", f"a page of {origin[:100]} may not do this")
+        if origin.partition("://")[2] != request.header("host") and not self.allows_origin(origin):
+            raise HttpError(
+                403,
+                "origin_not_allowed",
+                f"pages of {origin[:100]} may not do this; CORS_ORIGINS can let them in",
+            )
+
+    def allows_origin(self, origin):
+        """True when pages of this origin may call."""
+        allowed = self._config.cors_origins
+        return bool(origin) and origin != "null" and (origin in allowed or "*" in allowed)
+
+
+def within(address, ranges):
+    """True when an address lies in one of the networks.  An IPv4 address mapped into IPv6 is that IPv4 address."""
+    if ranges is None:
+        return True
+    with contextlib.suppress(ValueError):
+        found = ipaddress.ip_address(address.partition("%")[0])
+        found = getattr(found, "ipv4_mapped", None) or found
+        return any(found in network for network in ranges)
+    return False
+
+
+def cors_headers(walls, request):
+    """What lets pages of an allowed origin read an answer (Fetch, 3.3)."""
+    origin = request.header("origin")
+    if not walls.allows_origin(origin):
+        return []
+    return [
+        ("Access-Control-Allow-Origin", origin),
+        ("Vary", "Origin"),
+        ("Access-Control-Expose-Headers", "*"),
+    ]
+
+
+def preflight(walls, request):
+    """The answer to a browser that asks before it sends; Private Network Access included."""
+    if not walls.allows_origin(request.header("origin")):
+        raise HttpError(
+            403, "origin_not_allowed", "pages of this origin may not call; CORS_ORIGINS can let them in"
+        )
+    asked = request.header("access-control-request-headers") or "authorization, x-api-key, content-type"
+    headers = [
+        *cors_headers(walls, request),
+        ("Access-Control-Allow-Methods", ", ".join(METHODS)),
+        ("Access-Control-Allow-Headers", asked),
+        ("Access-Control-Max-Age", "600"),
+    ]
+    if request.header("access-control-request-private-network").lower() == "true":
+        headers.append(("Access-Control-Allow-Private-Network", "true"))
+    return Response(204, headers, None)
 
 
 def digest(secret):
@@ -3629,7 +3951,7 @@ def forward(gateway, request):
             "WebSocket connections (LM Studio's SDKs and lms) are not passed on: "
             "use the REST API, or connect to LM Studio itself",
         )
-    target = upstream_target(request.target, bool(gateway.config.api_key))
+    target = upstream_target(request.target, gateway.walls.need_key)
     dialect = DIALECTS.get(target.partition("?")[0].rstrip("/")) if request.method == "POST" else None
     asked = read_request(dialect, request.body) if dialect else Asked(body=request.body)
     timeout = gateway.config.proxy_stream_timeout if asked.stream else gateway.config.proxy_timeout
@@ -3730,7 +4052,7 @@ class Exchange(Passage):
         super().__init__(gateway, request, call)
         self._dialect, self._asked, self._meter = dialect, asked, None
         self.record = Record(
-            "req_" + secrets.token_hex(8),
+            gateway.hub.request_id(),
             time.time(),
             time.monotonic(),
             method=request.method,
@@ -3954,7 +4276,7 @@ def status_page(gateway, request):
             "gateway": {
                 "address": gateway.address,
                 "upstream": gateway.upstream.base,
-                "keyNeeded": bool(gateway.config.api_key),
+                "keyNeeded": gateway.walls.need_key,
             },
             "lmstudio": {"up": not reason, "reason": reason or None},
             "log": log_status(gateway.monitor),
@@ -4030,7 +4352,7 @@ def login(gateway, request):
         key = dict(urllib.parse.parse_qsl(bytes(request.body).decode("utf-8", "replace"))).get("key", "")
     else:
         key = (json_object(bytes(request.body)) or {}).get("key", "")
-    cookie = gateway.walls.open_session(key) if isinstance(key, str) else None
+    cookie = gateway.walls.open_session(key, request.client) if isinstance(key, str) else None
     if cookie is None:
         raise HttpError(401, "key_wrong", "that is no key of this gateway")
     attributes = f"{SESSION}={cookie}; Path=/; HttpOnly; SameSite=Strict" + (
@@ -4045,7 +4367,7 @@ class Route(NamedTuple):
     method: str
     path: str  # ending in /*: one more part
     view: Callable[[Gateway, Request], Response]
-    access: str  # "open", "health" or "key"
+    access: str  # "open", "health", or the right that it needs
     about: str
 
 
@@ -4056,13 +4378,13 @@ ROUTES = (
     Route(
         "GET", "/lmstudio-greeting", greeting_page, "open", "LM Studio's own sign of life, while it answers"
     ),
-    Route("GET", "/debug/stream", event_stream, "key", "events as Server-Sent Events"),
-    Route("GET", "/debug/status", status_page, "key", "what is going on, and how the log monitor does"),
-    Route("GET", "/debug/requests", requests_list, "key", "the latest requests, newest first"),
-    Route("GET", "/debug/requests/*", request_detail, "key", "one request with its timeline"),
+    Route("GET", "/debug/stream", event_stream, "view", "events as Server-Sent Events"),
+    Route("GET", "/debug/status", status_page, "view", "what is going on, and how the log monitor does"),
+    Route("GET", "/debug/requests", requests_list, "view", "the latest requests, newest first"),
+    Route("GET", "/debug/requests/*", request_detail, "view", "one request with its timeline"),
     Route("POST", "/login", login, "open", "a session cookie for a key"),
 )
-FORWARD = Route("*", "*", forward, "key", "LM Studio's answer, unchanged")
+FORWARD = Route("*", "*", forward, "infer", "LM Studio's answer, unchanged")
 
 
 def find_route(request):
@@ -4105,6 +4427,11 @@ ERROR_TYPES = {
 # --- 7.6 server: connections to views ----------------------------------------
 
 
+ADMIN = re.compile(
+    r"/+api/v1/models/(?:load|unload|download)\b"
+)  # these change the machine, they ask nothing
+
+
 class Handler(socketserver.BaseRequestHandler):
     """One connection: its requests to views, their responses to the socket.  Nothing else is decided here."""
 
@@ -4118,49 +4445,78 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _serve_one(self):
         """Answer one request.  True when the connection can take another."""
-        gateway = self.server.gateway
-        request, anthropic = None, False
+        self.seen = None  # the Request, once its head is understood
+        self.unread = True  # its body is still on the wire
         try:
             lines = self.wire.head()
             with self.server.busy(self.request):
-                request = parse_head(lines, self.client_address[0], isinstance(self.request, ssl.SSLSocket))
-                anthropic = request.path.endswith("/v1/messages")
-                response, request = self._respond(gateway, request)
-                return self._write(request, response)
+                self.seen = parse_head(lines, self.client_address[0], isinstance(self.request, ssl.SSLSocket))
+                return self._write(*self._respond(self.server.gateway, self.seen))
         except HttpError as error:
-            with self.server.busy(self.request):
-                alive = self._write(request, error_response(error, anthropic), close=error.close)
-            return alive and not error.close
+            return self._refuse(error)
         except (ClientLeft, Unfinished, OSError):
             raise
         except Exception:  # the end of the line for one request: a fault of ours must not end the server
             log.exception("a fault in lmgateway: please report it")
-            fault = HttpError(500, "internal_error", "a fault in lmgateway; its log says more")
-            self._write(request, error_response(fault, anthropic), close=True)
-            return False
+            return self._refuse(
+                HttpError(500, "internal_error", "a fault in lmgateway; its log says more", close=True)
+            )
+
+    def _refuse(self, error):
+        """Send an error of ours.  True when the connection can take another request."""
+        request = self.seen
+        response = error_response(error, bool(request) and request.path.endswith("/v1/messages"))
+        close = (
+            error.close
+            or request is None
+            or self.unread
+            and framing(request) not in ((None, False), (0, False))
+        )
+        if request:
+            response.headers.extend(cors_headers(self.server.gateway.walls, request))
+        with self.server.busy(self.request):
+            alive = self._write(response, request, close)
+            if close:
+                self.wire.linger()
+        return alive
 
     def _respond(self, gateway, request):
         """(Response, the request as it was answered) after all walls."""
-        gateway.walls.admit_address(request.client)
+        walls = gateway.walls
+        request = request._replace(client=walls.client_of(request), connection=self.request)
+        walls.admit_address(request.client)
+        if request.method == "OPTIONS" and request.header("access-control-request-method"):
+            return preflight(walls, request), request
         route = find_route(request)
-        identity = self._identify(gateway, request, route)
-        gateway.walls.check_origin(request, identity)
-        body = self.wire.body(request, MAX_BODY)
-        request = request._replace(body=body, identity=identity, connection=self.request)
-        return route.view(gateway, request), request
+        identity = self._identify(walls, request, route)
+        walls.check_origin(request, identity)
+        request = request._replace(body=self.wire.body(request, gateway.config.max_body), identity=identity)
+        self.unread = False
+        response = route.view(gateway, request)
+        allowed = cors_headers(walls, request)
+        return (response._replace(headers=[*response.headers, *allowed]) if allowed else response), request
 
     @staticmethod
-    def _identify(gateway, request, route):
-        if route.access == "open" or (
-            route.access == "health" and not gateway.config.require_auth_for_health
-        ):
+    def _identify(walls, request, route):
+        """Whose request it is.  Raises HttpError 401, and 403 for a key without the right."""
+        open_to_all = route.access == "open" or route.access == "health" and not walls.health_needs_key
+        if open_to_all:
             return Identity(None)
-        return gateway.walls.identify(request, query_key=request.path.startswith("/debug/"))
+        identity = walls.identify(request, query_key=request.path.startswith("/debug/"))
+        right = "admin" if route.access == "infer" and ADMIN.match(request.path) else route.access
+        if right in RIGHTS and right not in identity.rights:
+            raise HttpError(
+                403,
+                "right_missing",
+                f"the key {identity.name} has no right to {right}; mint one with "
+                f"--new-key NAME --rights {right}",
+            )
+        return identity
 
-    def _write(self, request, response, close=False):
+    def _write(self, response, request, close=False):
         """Send a response.  True when the connection can take another request."""
         sock, body = self.request, response.body
-        sock.settimeout(WRITE_S)
+        set_timeout(sock, CLIENT_S)
         headers, alive = list(response.headers), bool(request) and keeps_alive(request) and not close
         whole, chunked = body is None or isinstance(body, (bytes, bytearray)), False
         if not any(name.lower() == "date" for name, _ in headers):
@@ -4186,15 +4542,21 @@ class Handler(socketserver.BaseRequestHandler):
         return alive
 
     def _write_pieces(self, head, pieces, chunked, no_body):
-        """A head, then each piece in one write the moment it comes."""
+        """A head, then each piece in one write the moment it comes.  A head with a length waits for its
+        first piece: LM Studio sends both at once."""
         sock = self.request
         with contextlib.closing(generator(pieces)) as source:
-            sock.sendall(head)
+            if chunked or no_body:
+                sock.sendall(head)
+                head = b""
             for piece in source:
                 if piece and not no_body:
-                    sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                    sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else head + piece)
+                    head = b""
             if chunked and not no_body:
                 sock.sendall(b"0\r\n\r\n")
+            elif head:
+                sock.sendall(head)
 
 
 def generator(pieces):
@@ -4206,10 +4568,6 @@ def http_date():
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
-MAX_BODY = 256 * 1024 * 1024
-MAX_CONNECTIONS = 512
-
-
 class Server(http.server.ThreadingHTTPServer):
     """Carries the gateway to its handlers, and bounds how many connections there are."""
 
@@ -4217,10 +4575,10 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 256
 
     def __init__(self, gateway, host, port, context=None):
-        self.gateway, self._context = gateway, context
-        self._lock = threading.Lock()  # guards the two below
-        self._resting = OrderedDict()  # sockets without a request, the longest resting first
-        self._working = set()
+        self.gateway, self._context = gateway, context  # an ssl.SSLContext, or None for plain HTTP
+        # No lock: each item is put in and taken out by its own connection's thread, one at a time.
+        self._resting: dict = {}        # sockets without a request, the longest resting first
+        self._working: dict = {}
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
 
@@ -4230,6 +4588,14 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
 
     allow_reuse_address = False  # on Windows it would let two servers share a port
+
+    def get_request(self):
+        """A new connection.  A TLS handshake is left to its handler: a slow one must not hold up the others."""
+        sock, address = super().get_request()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._context:
+            sock = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        return sock, address
 
     @property
     def port(self):
@@ -4241,46 +4607,37 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         """A connection was accepted.  When there are too many, the one that has rested longest gives way."""
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with self._lock:
-            self._resting[request] = client_address
-            full = len(self._resting) + len(self._working) > MAX_CONNECTIONS
-            oldest = next(iter(self._resting)) if full else None
-        if oldest:
+        self._resting[request] = None
+        if len(self._resting) + len(self._working) > self.gateway.config.max_connections:
             with contextlib.suppress(OSError):
-                oldest.shutdown(socket.SHUT_RDWR)
+                list(self._resting)[0].shutdown(socket.SHUT_RDWR)
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # no thread can be started: the machine is full
+        except RuntimeError:        # no thread can be started: the machine is full
             self.shutdown_request(request)
 
     def shutdown_request(self, request):
-        with self._lock:
-            self._resting.pop(request, None)
-            self._working.discard(request)
+        self._resting.pop(request, None)
+        self._working.pop(request, None)
         super().shutdown_request(request)
 
     @contextlib.contextmanager
     def busy(self, request):
         """While a request is answered its connection does not count as resting."""
-        with self._lock:
-            self._resting.pop(request, None)
-            self._working.add(request)
+        self._resting.pop(request, None)
+        self._working[request] = None
         try:
             yield
         finally:
-            with self._lock:
-                self._working.discard(request)
-                self._resting[request] = None
+            self._working.pop(request, None)
+            self._resting[request] = None
 
     def handle_error(self, request, client_address):
         log.debug("connection from %s ended: %s", client_address[0], sys.exc_info()[1])
 
     def finish_requests(self, seconds):
         """Let running requests finish, at most that long; connections without one are closed."""
-        with self._lock:
-            resting = list(self._resting)
-        for sock in resting:
+        for sock in list(self._resting):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         deadline = time.monotonic() + seconds
@@ -4548,9 +4905,9 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _alive(self):
-        return not self.server.stopping.is_set() and not (
-            readable(self.connection) and has_left(self.connection)
-        )
+        if self.server.stopping.is_set():
+            return False
+        return not (readable(self.connection) and has_left(self.connection))
 
     def _abandon(self, run):
         run.abandoned()
@@ -4653,6 +5010,10 @@ def build_parser():
         "--tail-only", action="store_true", help="print events, no server; PATH: replay files or directories"
     )
     commands.add_argument("--demo", action="store_true", help="run beside a built-in imitation of LM Studio")
+    commands.add_argument("--new-key", metavar="NAME", help="mint a key; its hash goes to the keys file")
+    commands.add_argument("--rights", metavar="LIST", help="what it may do: infer, view, admin [infer,view]")
+    commands.add_argument("--list-keys", action="store_true", help="names, rights and dates of minted keys")
+    commands.add_argument("--revoke-key", metavar="NAME", help="take a minted key away")
     commands.add_argument("--help", "-h", action="help", help="show this and exit")
     commands.add_argument(
         "--version", action="version", version=f"lmgateway {VERSION}", help="show the version and exit"
@@ -4704,8 +5065,14 @@ def main(argv=None):
         set_up_logging(config)
         for warning in warnings:
             log.warning(warning)
-        if args.tail_only:
-            return tail_only(args, config)
+        for name, command in (
+            ("new_key", new_key),
+            ("list_keys", list_keys),
+            ("revoke_key", revoke_key),
+            ("tail_only", tail_only),
+        ):
+            if getattr(args, name):
+                return command(args, config)
         return serve(args, config, sources)
     except GatewayError as error:
         print(f"lmgateway: {error}", file=sys.stderr)
@@ -4747,13 +5114,98 @@ def closed_pipe():
 
 
 def set_up_logging(config):
-    """2025-11-17 12:00:00 [info]: message, on stderr."""
+    """2025-11-17 12:00:00 [info]: message, on stderr or in LOG_FILE.  Raises ConfigError."""
     for number, name in ((10, "debug"), (20, "info"), (30, "warn"), (40, "error")):
         logging.addLevelName(number, name)
-    handler = logging.StreamHandler()
+    handler: logging.Handler = logging.StreamHandler()
+    if config.log_file:
+        try:
+            handler = logging.handlers.RotatingFileHandler(
+                config.log_file,
+                maxBytes=5_000_000,
+                backupCount=3,
+                encoding="utf-8",
+                errors="backslashreplace",
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"--log-file {config.log_file}: {error_text(error)}; name a file that can be written"
+            ) from None
     handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s]: %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(LEVELS[config.log_level])
+    logging.raiseExceptions = False  # a log that cannot be written is no reason for a traceback
+
+
+# --- 9.0 keys ----------------------------------------------------------------
+
+
+def new_key(args, config):
+    """--new-key NAME: mint a key, keep its hash, print it once."""
+    name, rights = args.new_key.strip(), words(args.rights or "infer,view")
+    wrong = [right for right in rights if right not in RIGHTS]
+    if wrong:
+        raise ConfigError(f"--rights {wrong[0]}: choose from {', '.join(RIGHTS)}")
+    if not re.fullmatch(r"[\w.@-]{1,64}", name):
+        raise ConfigError("--new-key: a name is made of up to 64 letters, digits and . _ - @")
+    file, keys = open_key_file(config)
+    if any(key.name == name for key in keys) or name in config.api_key:
+        raise ConfigError(
+            f"--new-key {name}: there is a key of that name; choose another, or --revoke-key {name} first"
+        )
+    key = mint_key()
+    save_keys(file, [*keys, Key(name, digest(key), frozenset(rights), time.strftime("%Y-%m-%d"))])
+    print(key)
+    print(
+        f"lmgateway: this is the only time the key of {name} is shown; its hash is in {file.path}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def list_keys(args, config):
+    """--list-keys: names, rights and dates."""
+    file, keys = open_key_file(config)
+    rows = [(key.name, ",".join(sorted(key.rights)), key.created) for key in keys]
+    rows += [(name, ",".join(sorted(RIGHTS)), "GATEWAY_API_KEY") for name in config.api_key]
+    for name, rights, created in rows:
+        print(f"{name:24}  {rights:18}  {created}")
+    if not rows:
+        print(f"lmgateway: no keys in {file.path}; --new-key NAME mints one", file=sys.stderr)
+    return 0
+
+
+def revoke_key(args, config):
+    """--revoke-key NAME: a running gateway notices within a second."""
+    file, keys = open_key_file(config)
+    left = [key for key in keys if key.name != args.revoke_key]
+    if len(left) == len(keys):
+        raise ConfigError(
+            f"--revoke-key {args.revoke_key}: no such key in {file.path}; --list-keys shows them"
+        )
+    save_keys(file, left)
+    print(f"lmgateway: {args.revoke_key} is revoked", file=sys.stderr)
+    return 0
+
+
+def open_key_file(config):
+    """(KeyFile, its Keys).  Raises ConfigError when it cannot be read."""
+    file = KeyFile(keys_path(config))
+    try:
+        return file, file.read() if file.path.exists() else []
+    except OSError as error:
+        raise ConfigError(
+            f"--keys-file {file.path}: {error_text(error)}; name a file that can be read"
+        ) from None
+
+
+def save_keys(file, keys):
+    try:
+        file.write(keys)
+    except OSError as error:
+        raise ConfigError(
+            f"--keys-file {file.path}: {error_text(error)}; name a file that can be written"
+        ) from None
 
 
 # --- 9.1 the terminal view ---------------------------------------------------
@@ -4903,11 +5355,13 @@ def tail_only(args, config):
     stop = Stop()
     try:
         if args.paths:
+            settle()
             replay(saved_logs(args.paths), printer)
             return 0
         directory = config.log_dir or find_log_dir(find_home())
         follower = Follower(directory, args.from_start, time.time())
         log.info("lmgateway %s, log directory: %s", VERSION, directory)
+        settle()
         Monitor(follower).run(printer, stop.wait)
         return stop.status
     except KeyboardInterrupt:
@@ -4941,6 +5395,17 @@ class Stop:
         self._event.set()
 
 
+def settle():
+    """Start-up is over: what it made stays out of later garbage collections, and what compiling this file
+    took goes back to the system (7 MB with glibc, which would keep it)."""
+    gc.collect()
+    gc.freeze()
+    if sys.platform == "linux":
+        with contextlib.suppress(ImportError, OSError, AttributeError):
+            import ctypes
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 # --- 9.2 the server ----------------------------------------------------------
 
 
@@ -4952,11 +5417,12 @@ def serve(args, config, sources):
         check_exposure(config)
         hub = Hub()
         monitor = start_monitor(config, hub, stop)
-        gateway = Gateway(config, hub, Upstream(config.upstream), monitor, sources)
+        gateway = Gateway(config, hub, Upstream(config.upstream, config.upstream_token), monitor, sources)
         server = open_server(gateway)
-        gateway.address = f"http://{shown_host(config.host)}:{server.port}"
+        gateway.address = f"http{'s' if config.tls_cert else ''}://{shown_host(config.host)}:{server.port}"
         threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
         announce(gateway)
+        settle()
         if args.demo:
             key = next(iter(config.api_key.values()), "")
             threading.Thread(
@@ -5000,7 +5466,7 @@ def find_upstream(config, sources):
 
 def check_exposure(config):
     """Raises ConfigError where the LAN could come in without a key."""
-    if not loopback(config.host) and not config.api_key and not config.no_auth:
+    if not loopback(config.host) and not Walls(config).need_key and not config.no_auth:
         raise ConfigError(
             f"--host {config.host} (GATEWAY_HOST) listens beyond this machine, and no key is set: set "
             "GATEWAY_API_KEY, or say --no-auth to let everybody in"
@@ -5031,7 +5497,7 @@ def open_server(gateway):
     """The Server, bound.  Raises StartError with who to ask."""
     config = gateway.config
     try:
-        return Server(gateway, config.host, config.port)
+        return Server(gateway, config.host, config.port, tls_context(config))
     except OSError as error:
         if error.errno in (48, 98, 10048):
             raise StartError(
@@ -5044,6 +5510,32 @@ def open_server(gateway):
         ) from None
     except OverflowError as error:
         raise StartError(f"cannot listen on {config.host}:{config.port}: {error}") from None
+
+
+def tls_context(config):
+    """The SSLContext of --tls-cert and --tls-key; None without them.  Raises ConfigError."""
+    if not config.tls_cert and not config.tls_key:
+        return None
+    if not config.tls_cert or not config.tls_key:
+        raise ConfigError("--tls-cert (TLS_CERT) and --tls-key (TLS_KEY) go together: name both files")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key, password=refuse_password)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: no matching pair of PEM files "
+            f"({error.reason or error}); see the README for a line that makes one"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: {error_text(error)}"
+        ) from None
+    return context
+
+
+def refuse_password():
+    raise ValueError("the private key asks for a password; store it without one, readable by this user only")
 
 
 def port_question(port):
@@ -5063,7 +5555,7 @@ def announce(gateway):
     log.info("lmgateway %s on Python %s", VERSION, platform.python_version())
     log.info("Listening on %s (dashboard); base URL for clients: %s/v1", gateway.address, gateway.address)
     log.info("LM Studio: %s", config.upstream)
-    log.info("Key: %s", "needed" if config.api_key else "none is asked for")
+    log.info("Key: %s", "needed" if gateway.walls.need_key else "none is asked for")
     log.info(
         "Log directory: %s",
         monitor.follower.directory if monitor else "not monitored (ENABLE_LOG_MONITORING=false)",
