@@ -138,16 +138,8 @@ def text(value):
 
 
 def boolean(value):
-    known = {
-        "true": True,
-        "1": True,
-        "yes": True,
-        "on": True,
-        "false": False,
-        "0": False,
-        "no": False,
-        "off": False,
-    }
+    known = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
+             "off": False}
     if value.strip().lower() not in known:
         raise ValueError("use true or false")
     return known[value.strip().lower()]
@@ -223,170 +215,50 @@ MILLISECONDS = whole(0, 10**9, "use milliseconds, 0 for never")
 
 
 OPTIONS = (
-    Option(
-        "upstream",
-        "LMSTUDIO_BASE_URL",
-        "--upstream",
-        "http://127.0.0.1:1234",
-        base_url,
-        "LM Studio's server; when not given, its port is read from LM Studio's settings",
-        value="URL",
-    ),
-    Option(
-        "host",
-        "GATEWAY_HOST",
-        "--host",
-        "127.0.0.1",
-        text,
-        "address to listen on; 0.0.0.0 for the LAN",
-        value="HOST",
-    ),
-    Option(
-        "port",
-        "GATEWAY_PORT",
-        "--port",
-        8001,
-        whole(0, 65535, "use a port from 0 to 65535"),
-        "port to listen on; 0 lets the system choose",
-        value="PORT",
-    ),
-    Option(
-        "tls_cert", "TLS_CERT", "--tls-cert", None, text, "certificate (PEM), to serve HTTPS", value="FILE"
-    ),
+    Option("upstream", "LMSTUDIO_BASE_URL", "--upstream", "http://127.0.0.1:1234", base_url,
+           "LM Studio's server; when not given, its port is read from LM Studio's settings", value="URL"),
+    Option("host", "GATEWAY_HOST", "--host", "127.0.0.1", text, "address to listen on; 0.0.0.0 for the LAN",
+           value="HOST"),
+    Option("port", "GATEWAY_PORT", "--port", 8001, whole(0, 65535, "use a port from 0 to 65535"),
+           "port to listen on; 0 lets the system choose", value="PORT"),
+    Option("tls_cert", "TLS_CERT", "--tls-cert", None, text, "certificate (PEM), to serve HTTPS",
+           value="FILE"),
     Option("tls_key", "TLS_KEY", "--tls-key", None, text, "its private key (PEM)", value="FILE"),
-    Option(
-        "upstream_token",
-        "UPSTREAM_TOKEN",
-        None,
-        None,
-        text,
-        "LM Studio's own API token, where its server asks for one",
-    ),
-    Option(
-        "max_body",
-        "MAX_BODY_BYTES",
-        None,
-        256 * 1024 * 1024,
-        whole(1, 10**12, "use a number of bytes"),
-        "largest request body; 413 beyond it",
-    ),
-    Option(
-        "max_connections",
-        "MAX_CONNECTIONS",
-        None,
-        512,
-        whole(8, 100000, "use a number from 8 to 100000"),
-        "connections at once; beyond them the one that has rested longest is closed",
-    ),
-    Option(
-        "proxy_timeout",
-        "PROXY_TIMEOUT",
-        None,
-        600000,
-        MILLISECONDS,
-        "ms without a byte from LM Studio on a plain request; 0 never",
-    ),
-    Option(
-        "proxy_stream_timeout",
-        "PROXY_STREAM_TIMEOUT",
-        None,
-        0,
-        MILLISECONDS,
-        "the same for a streaming request",
-    ),
-    Option(
-        "api_key",
-        "GATEWAY_API_KEY",
-        "--api-key",
-        {},
-        api_keys,
-        "one key, or several as name=key,name=key",
-        "Access",
-        "KEY",
-    ),
-    Option(
-        "keys_file",
-        "KEYS_FILE",
-        "--keys-file",
-        None,
-        text,
-        "where --new-key keeps hashed keys; in the user's configuration directory when not given",
-        "Access",
-        "FILE",
-    ),
-    Option(
-        "no_auth", "NO_AUTH", "--no-auth", False, boolean, "listen beyond loopback without a key", "Access"
-    ),
-    Option(
-        "allow",
-        "IP_ALLOWLIST",
-        "--allow",
-        None,
-        networks,
-        "addresses and CIDR ranges that may connect, IPv4 and IPv6",
-        "Access",
-        "LIST",
-    ),
-    Option(
-        "cors_origins",
-        "CORS_ORIGINS",
-        "--cors-origins",
-        (),
-        words,
-        "origins whose pages may call, such as https://chat.example, or *",
-        "Access",
-        "LIST",
-    ),
-    Option(
-        "trusted_proxies",
-        "TRUSTED_PROXIES",
-        None,
-        (),
-        networks,
-        "proxies (addresses and ranges) whose X-Forwarded-For is believed",
-        "Access",
-    ),
-    Option(
-        "require_auth_for_health",
-        "REQUIRE_AUTH_FOR_HEALTH",
-        None,
-        False,
-        boolean,
-        "ask for a key on /health and /ready, too",
-        "Access",
-    ),
-    Option(
-        "log_dir",
-        "LMSTUDIO_LOG_DIR",
-        "--log-dir",
-        None,
-        text,
-        "LM Studio's server-logs directory; found under the home directory when not given",
-        "Logs",
-        "DIR",
-    ),
-    Option(
-        "enable_log_monitoring",
-        "ENABLE_LOG_MONITORING",
-        None,
-        True,
-        boolean,
-        "follow LM Studio's logs",
-        "Logs",
-    ),
-    Option(
-        "log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs", "LEVEL"
-    ),
-    Option(
-        "log_file",
-        "LOG_FILE",
-        "--log-file",
-        None,
-        text,
-        "write our own log there and not to stderr; turned over at 5 MB",
-        "Logs",
-        "FILE",
-    ),
+    Option("upstream_token", "UPSTREAM_TOKEN", None, None, text,
+           "LM Studio's own API token, where its server asks for one"),
+    Option("max_body", "MAX_BODY_BYTES", None, 256 * 1024 * 1024, whole(1, 10**12, "use a number of bytes"),
+           "largest request body; 413 beyond it"),
+    Option("max_connections", "MAX_CONNECTIONS", None, 512,
+           whole(8, 100000, "use a number from 8 to 100000"),
+           "connections at once; beyond them the one that has rested longest is closed"),
+    Option("proxy_timeout", "PROXY_TIMEOUT", None, 600000, MILLISECONDS,
+           "ms without a byte from LM Studio on a plain request; 0 never"),
+    Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", None, 0, MILLISECONDS,
+           "the same for a streaming request"),
+    Option("api_key", "GATEWAY_API_KEY", "--api-key", {}, api_keys,
+           "one key, or several as name=key,name=key", "Access", "KEY"),
+    Option("keys_file", "KEYS_FILE", "--keys-file", None, text,
+           "where --new-key keeps hashed keys; in the user's configuration directory when not given",
+           "Access", "FILE"),
+    Option("no_auth", "NO_AUTH", "--no-auth", False, boolean, "listen beyond loopback without a key",
+           "Access"),
+    Option("allow", "IP_ALLOWLIST", "--allow", None, networks,
+           "addresses and CIDR ranges that may connect, IPv4 and IPv6", "Access", "LIST"),
+    Option("cors_origins", "CORS_ORIGINS", "--cors-origins", (), words,
+           "origins whose pages may call, such as https://chat.example, or *", "Access", "LIST"),
+    Option("trusted_proxies", "TRUSTED_PROXIES", None, (), networks,
+           "proxies (addresses and ranges) whose X-Forwarded-For is believed", "Access"),
+    Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", None, False, boolean,
+           "ask for a key on /health and /ready, too", "Access"),
+    Option("log_dir", "LMSTUDIO_LOG_DIR", "--log-dir", None, text,
+           "LM Studio's server-logs directory; found under the home directory when not given", "Logs",
+           "DIR"),
+    Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", None, True, boolean, "follow LM Studio's logs",
+           "Logs"),
+    Option("log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs",
+           "LEVEL"),
+    Option("log_file", "LOG_FILE", "--log-file", None, text,
+           "write our own log there and not to stderr; turned over at 5 MB", "Logs", "FILE"),
 )
 
 
@@ -446,9 +318,7 @@ def parse_setting(row, setting):
 
 
 SECRET = ("GATEWAY_API_KEY", "UPSTREAM_TOKEN")
-ENV_LINE = re.compile(
-    r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$"
-)
+ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
 
 
 def read_env_file(path):
@@ -475,10 +345,8 @@ def read_env_file(path):
                 found[name] = Setting(value, source)
         elif name.startswith(PREFIXES):
             nearest = difflib.get_close_matches(name, variables, 1, 0.5)
-            warnings.append(
-                f"{source}: {name} is not a known option"
-                + (f"; did you mean {nearest[0]}?" if nearest else "")
-            )
+            warnings.append(f"{source}: {name} is not a known option"
+                            + (f"; did you mean {nearest[0]}?" if nearest else ""))
     return found, warnings
 
 
@@ -493,10 +361,8 @@ def shown_default(row):
 
 def options_table():
     """The README's table of options; a test holds the README to it."""
-    lines = [
-        f"| `{row.variable}` | {f'`{row.flag}`' if row.flag else ''} | `{shown_default(row)}` | {row.about} |"
-        for row in OPTIONS
-    ]
+    lines = [f"| `{row.variable}` | {f'`{row.flag}`' if row.flag else ''} | `{shown_default(row)}` | {row.about} |"
+             for row in OPTIONS]
     return "\n".join(["| variable | flag | default | meaning |", "|---|---|---|---|", *lines])
 
 
@@ -544,409 +410,158 @@ TIMING = (r"(?: +\( *{n} ms per token, +(?P<rate>{n}) tokens per second\))?").fo
 
 RULES = (
     # --- the app's own lines: every engine, since 04-2025 unless a date says otherwise
-    Rule(
-        "progress",
-        "app",
-        "line",
-        "App",
-        r"Prompt processing progress: (?P<percent>\d+(?:[.,]\d+)?)%",
-        "Prompt processing progress: 36.6%",
-    ),
-    Rule(
-        "start",
-        "app",
-        "line",
-        "App",
-        r"Running chat completion on conversation with (?P<messages>\d+) messages?\.",
-        "Running chat completion on conversation with 2 messages.",
-    ),
+    Rule("progress", "app", "line", "App", r"Prompt processing progress: (?P<percent>\d+(?:[.,]\d+)?)%",
+         "Prompt processing progress: 36.6%"),
+    Rule("start", "app", "line", "App",
+         r"Running chat completion on conversation with (?P<messages>\d+) messages?\.",
+         "Running chat completion on conversation with 2 messages."),
     Rule("stream", "app", "line", "App", r"Streaming response\.\.\.", "Streaming response..."),
-    Rule(
-        "first_token",
-        "app",
-        "line",
-        "App",
-        r"First token generated\. Continuing to stream response",
-        "First token generated. Continuing to stream response..",
-    ),
+    Rule("first_token", "app", "line", "App", r"First token generated\. Continuing to stream response",
+         "First token generated. Continuing to stream response.."),
     Rule("finish", "app", "line", "App", r"Finished streaming response", "Finished streaming response"),
     Rule("prediction", "app", "json", "App", r"Generated prediction: ", "Generated prediction: {"),
-    Rule(
-        "response",
-        "app",
-        "json",
-        "App",
-        r"Generated synchronous v1/responses response: ",
-        "Generated synchronous v1/responses response: {",
-    ),
-    Rule(
-        "disconnect",
-        "app",
-        "line",
-        "App",
-        r"Client disconnected\. Stopping generation",
-        "Client disconnected. Stopping generation... (If the model is busy processing the prompt, it "
-        "will finish first.)",
-    ),
+    Rule("response", "app", "json", "App", r"Generated synchronous v1/responses response: ",
+         "Generated synchronous v1/responses response: {"),
+    Rule("disconnect", "app", "line", "App", r"Client disconnected\. Stopping generation",
+         "Client disconnected. Stopping generation... (If the model is busy processing the prompt, it "
+         "will finish first.)"),
     Rule("stopped", "app", "line", "App", r"Server stopped\.", "Server stopped."),
-    Rule(
-        "",
-        "app",
-        "json",
-        "App",
-        r"Received request: [A-Z]+ to ",
-        "Received request: POST to /v1/chat/completions with body {",
-    ),
+    Rule("", "app", "json", "App", r"Received request: [A-Z]+ to ",
+         "Received request: POST to /v1/chat/completions with body {"),
     Rule("", "app", "json", "App", r"Model generated tool calls: ", "Model generated tool calls: []"),
     Rule("", "app", "text", "App", r"Generated packet: ", "Generated packet: {"),
     Rule("", "app", "text", "App", r"Accumulat(?:ed|ing) ", "Accumulated 5 tokens in response  first line"),
-    Rule(
-        "",
-        "app",
-        "text",
-        "App",
-        r"Received request to embed: ",
-        "Received request to embed: BeginProcessingPrompt",
-    ),
-    Rule(
-        "",
-        "app",
-        "text",
-        "App",
-        r"Received request for .* with invalid JSON",
-        "Received request for /v1/models with invalid JSON",
-    ),
-    Rule(
-        "",
-        "app",
-        "line",
-        "App",
-        r"Start thinking\.\.\.|Done (?:thinking|reasoning)\.",
-        "Done reasoning. Reasoned for 6.13 seconds.",
-    ),
-    Rule(
-        "",
-        "app",
-        "line",
-        "App",
-        r"Generating synchronous v1/responses response",
-        "Generating synchronous v1/responses response...",
-    ),
+    Rule("", "app", "text", "App", r"Received request to embed: ",
+         "Received request to embed: BeginProcessingPrompt"),
+    Rule("", "app", "text", "App", r"Received request for .* with invalid JSON",
+         "Received request for /v1/models with invalid JSON"),
+    Rule("", "app", "line", "App", r"Start thinking\.\.\.|Done (?:thinking|reasoning)\.",
+         "Done reasoning. Reasoned for 6.13 seconds."),
+    Rule("", "app", "line", "App", r"Generating synchronous v1/responses response",
+         "Generating synchronous v1/responses response..."),
     Rule("", "app", "line", "App", r"Returning \d+ models", "Returning 5 models from v1 API"),
     Rule("", "app", "text", "App", r"Returning \{", "Returning {"),
-    Rule(
-        "",
-        "app",
-        "line",
-        "App",
-        r"A value was passed to the 'Authorization' header|Developer role detected",
-        "Developer role detected - replacing it with system role.",
-    ),
-    Rule(
-        "",
-        "app",
-        "line",
-        "App",
-        r"Requested model \(.*\) is not loaded\.|Just-in-time model loading (?:in)?active",
-        "Just-in-time model loading active.",
-    ),
-    Rule(
-        "",
-        "app",
-        "line",
-        "App",
-        r"Server started\.|Success! HTTP server listening|Logs are saved into |The server can be reached",
-        "Success! HTTP server listening on port 1234",
-    ),
-    Rule(
-        "",
-        "app",
-        "line",
-        "App",
-        r"Supported endpoints:|  OpenAI-compatible| *-> +[A-Z]+ +http",
-        "   ->  GET  http://localhost:1234/v1/models",
-    ),
+    Rule("", "app", "line", "App",
+         r"A value was passed to the 'Authorization' header|Developer role detected",
+         "Developer role detected - replacing it with system role."),
+    Rule("", "app", "line", "App",
+         r"Requested model \(.*\) is not loaded\.|Just-in-time model loading (?:in)?active",
+         "Just-in-time model loading active."),
+    Rule("", "app", "line", "App",
+         r"Server started\.|Success! HTTP server listening|Logs are saved into |The server can be reached",
+         "Success! HTTP server listening on port 1234"),
+    Rule("", "app", "line", "App", r"Supported endpoints:|  OpenAI-compatible| *-> +[A-Z]+ +http",
+         "   ->  GET  http://localhost:1234/v1/models"),
     # --- errors: the first line of an ERROR entry
-    Rule(
-        "render_error",
-        "error",
-        "text",
-        "App",
-        r"Error rendering prompt with jinja template",
-        'Error rendering prompt with jinja template: "No user turn to render".',
-    ),
+    Rule("render_error", "error", "text", "App", r"Error rendering prompt with jinja template",
+         'Error rendering prompt with jinja template: "No user turn to render".'),
     Rule("channel_error", "error", "text", "App", r"Error: Channel Error", "Error: Channel Error"),
-    Rule(
-        "crash",
-        "error",
-        "text",
-        "App",
-        r"(?:Error: )?The model has crashed",
-        "Error: The model has crashed without additional information. (Exit code: 18446744072635812000)",
-    ),
+    Rule("crash", "error", "text", "App", r"(?:Error: )?The model has crashed",
+         "Error: The model has crashed without additional information. (Exit code: 18446744072635812000)"),
     # --- G3 (06-2026 on, every line with its clock) and G2 "LlamaV4" (03 to 06-2026)
-    Rule(
-        "cached",
-        "engine",
-        "line",
-        "G2 G3",
-        r"(?:cached )?n_tokens = (?P<reused>\d+), memory_seq_rm",
-        "1.02.003.004 I slot   operator(): id  3 | task 241 | cached n_tokens = 609, memory_seq_rm [609, "
-        "end)",
-    ),
-    Rule(
-        "read",
-        "engine",
-        "line",
-        "G2",
-        r"prompt processing progress, n_tokens = +(?P<tokens>\d+), batch\.n_tokens = \d+, progress = "
-        r"(?P<share>[\d.]+)",
-        "slot update_slots: id  3 | task 302 | prompt processing progress, n_tokens = 512, "
-        "batch.n_tokens = 512, progress = 0.17",
-    ),
-    Rule(
-        "read",
-        "engine",
-        "line",
-        "G3",
-        r"prompt processing, n_tokens = +(?P<tokens>\d+), progress = (?P<share>[\d.]+)(?:, t = +[\d.]+ s "
-        r"/ (?P<rate>[\d.]+))?",
-        "1.02.003.004 I slot print_timing: id  2 | task 9 | prompt processing, n_tokens =   1024, "
-        "progress = 0.39, "
-        "t =   0.44 s / 2337.12 tokens per second",
-    ),
-    Rule(
-        "decoded",
-        "engine",
-        "line",
-        "G3",
-        r"n_decoded = +(?P<tokens>\d+), tg = +(?P<rate>[\d.]+) t/s",
-        "1.02.003.004 I slot print_timing: id  2 | task 9 | n_decoded =    197, tg =  32.55 t/s, tg_3s = "
-        " 32.18 t/s",
-    ),
-    Rule(
-        "prompt_eval",
-        "engine",
-        "line",
-        "G1 G2 G3",
-        r"prompt eval time = +(?P<ms>" + NUMBER + r") ms / +(?P<tokens>\d+) tokens" + TIMING,
-        "llama_perf_context_print: prompt eval time =     335.72 ms /    78 tokens (    4.30 ms per "
-        "token,   232.34 tokens per second)",
-    ),
-    Rule(
-        "eval",
-        "engine",
-        "line",
-        "G1 G2 G3",
-        r"eval time = +(?P<ms>"
-        + NUMBER
-        + r") ms / +(?P<tokens>\d+) (?:tokens|runs)\b"
-        + TIMING.replace(" +\\(", " *\\("),
-        "       eval time =   13307.75 ms /   299 tokens (   44.51 ms per token,    22.47 tokens per second)",
-    ),
-    Rule(
-        "total",
-        "engine",
-        "line",
-        "G1 G2 G3",
-        r"total time = +(?P<ms>" + NUMBER + r") ms / +\d+ tokens",
-        "      total time =   17671.75 ms /  4096 tokens",
-    ),
-    Rule(
-        "draft",
-        "engine",
-        "line",
-        "G2 G3",
-        r"draft acceptance(?: rate)? = +\S+ \( *(?P<accepted>\d+) accepted / +(?P<generated>\d+) generated\)",
-        "1.02.003.004 I slot print_timing: id  0 | task 9 | draft acceptance = 0.95455 (   63 accepted / "
-        "   66 generated), mean len =  3.86",
-    ),
+    Rule("cached", "engine", "line", "G2 G3", r"(?:cached )?n_tokens = (?P<reused>\d+), memory_seq_rm",
+         "1.02.003.004 I slot   operator(): id  3 | task 241 | cached n_tokens = 609, memory_seq_rm [609, "
+         "end)"),
+    Rule("read", "engine", "line", "G2",
+         r"prompt processing progress, n_tokens = +(?P<tokens>\d+), batch\.n_tokens = \d+, progress = "
+         r"(?P<share>[\d.]+)",
+         "slot update_slots: id  3 | task 302 | prompt processing progress, n_tokens = 512, "
+         "batch.n_tokens = 512, progress = 0.17"),
+    Rule("read", "engine", "line", "G3",
+         r"prompt processing, n_tokens = +(?P<tokens>\d+), progress = (?P<share>[\d.]+)(?:, t = +[\d.]+ s "
+         r"/ (?P<rate>[\d.]+))?",
+         "1.02.003.004 I slot print_timing: id  2 | task 9 | prompt processing, n_tokens =   1024, "
+         "progress = 0.39, " "t =   0.44 s / 2337.12 tokens per second"),
+    Rule("decoded", "engine", "line", "G3", r"n_decoded = +(?P<tokens>\d+), tg = +(?P<rate>[\d.]+) t/s",
+         "1.02.003.004 I slot print_timing: id  2 | task 9 | n_decoded =    197, tg =  32.55 t/s, tg_3s = "
+         " 32.18 t/s"),
+    Rule("prompt_eval", "engine", "line", "G1 G2 G3",
+         r"prompt eval time = +(?P<ms>" + NUMBER + r") ms / +(?P<tokens>\d+) tokens" + TIMING,
+         "llama_perf_context_print: prompt eval time =     335.72 ms /    78 tokens (    4.30 ms per "
+         "token,   232.34 tokens per second)"),
+    Rule("eval", "engine", "line", "G1 G2 G3", r"eval time = +(?P<ms>" + NUMBER
+         + r") ms / +(?P<tokens>\d+) (?:tokens|runs)\b" + TIMING.replace(" +\\(", " *\\("),
+         "       eval time =   13307.75 ms /   299 tokens (   44.51 ms per token,    22.47 tokens per second)"),
+    Rule("total", "engine", "line", "G1 G2 G3", r"total time = +(?P<ms>" + NUMBER + r") ms / +\d+ tokens",
+         "      total time =   17671.75 ms /  4096 tokens"),
+    Rule("draft", "engine", "line", "G2 G3",
+         r"draft acceptance(?: rate)? = +\S+ \( *(?P<accepted>\d+) accepted / +(?P<generated>\d+) generated\)",
+         "1.02.003.004 I slot print_timing: id  0 | task 9 | draft acceptance = 0.95455 (   63 accepted / "
+         "   66 generated), mean len =  3.86"),
     Rule("timings", "engine", "line", "G2", r"(?<=\| )$", "slot print_timing: id  1 | task 3416 | "),
-    Rule(
-        "prompt",
-        "engine",
-        "line",
-        "G2 G3",
-        r"new prompt, n_ctx_slot = (?P<n_ctx>\d+), n_keep = (?P<n_keep>-?\d+), task\.n_tokens = "
-        r"(?P<total>\d+)",
-        "slot update_slots: id  1 | task 3416 | new prompt, n_ctx_slot = 4096, n_keep = 1571, "
-        "task.n_tokens = 3797",
-    ),
-    Rule(
-        "launch",
-        "engine",
-        "line",
-        "G2 G3",
-        r"processing task\b",
-        "slot launch_slot_: id  3 | task 302 | processing task, is_child = 0",
-    ),
-    Rule(
-        "sampler",
-        "engine",
-        "line",
-        "G2 G3",
-        r"init sampler, took .*total = (?P<total>\d+)",
-        "slot init_sampler: id  1 | task 302 | init sampler, took 0.33 ms, tokens: text = 900, total = 900",
-    ),
-    Rule(
-        "release",
-        "engine",
-        "line",
-        "G2 G3",
-        r"stop processing: n_tokens = (?P<context>\d+), truncated = (?P<truncated>\d)",
-        "slot      release: id  1 | task 3416 | stop processing: n_tokens = 4095, truncated = 1",
-    ),
-    Rule(
-        "",
-        "engine",
-        "line",
-        "G2 G3",
-        r"cancel task, id_task = (?P<cancelled>\d+)",
-        "srv          stop: cancel task, id_task = 21",
-    ),
-    Rule(
-        "",
-        "engine",
-        "line",
-        "G2 G3",
-        r"forcing full prompt re-processing",
-        "slot update_slots: id  1 | task 7 | forcing full prompt re-processing due to lack of cache data",
-    ),
-    Rule(
-        "",
-        "engine",
-        "line",
-        "G2 G3",
-        r"prompt processing done|selected slot by|sampler chain:|updating prompt cache|prompt cache "
-        r"update took|all slots are idle"
-        r"|cache reuse is not supported|n_past = |restored context|created context|erased invalidated"
-        r"|checking checkpoint"
-        r"|- cache state: |- prompt [0-9A-F]+:|saving idle slot|- saving prompt|clearing prompt|chat "
-        r"format: |graphs reused"
-        r"|loading model|initializing, n_slots|prompt_save: |statistics ",
-        "0.30.013.273 I slot get_availabl: id  3 | task -1 | selected slot by LRU, t_last = -1",
-    ),
+    Rule("prompt", "engine", "line", "G2 G3",
+         r"new prompt, n_ctx_slot = (?P<n_ctx>\d+), n_keep = (?P<n_keep>-?\d+), task\.n_tokens = "
+         r"(?P<total>\d+)",
+         "slot update_slots: id  1 | task 3416 | new prompt, n_ctx_slot = 4096, n_keep = 1571, "
+         "task.n_tokens = 3797"),
+    Rule("launch", "engine", "line", "G2 G3", r"processing task\b",
+         "slot launch_slot_: id  3 | task 302 | processing task, is_child = 0"),
+    Rule("sampler", "engine", "line", "G2 G3", r"init sampler, took .*total = (?P<total>\d+)",
+         "slot init_sampler: id  1 | task 302 | init sampler, took 0.33 ms, tokens: text = 900, total = 900"),
+    Rule("release", "engine", "line", "G2 G3",
+         r"stop processing: n_tokens = (?P<context>\d+), truncated = (?P<truncated>\d)",
+         "slot      release: id  1 | task 3416 | stop processing: n_tokens = 4095, truncated = 1"),
+    Rule("", "engine", "line", "G2 G3", r"cancel task, id_task = (?P<cancelled>\d+)",
+         "srv          stop: cancel task, id_task = 21"),
+    Rule("", "engine", "line", "G2 G3", r"forcing full prompt re-processing",
+         "slot update_slots: id  1 | task 7 | forcing full prompt re-processing due to lack of cache data"),
+    Rule("", "engine", "line", "G2 G3",
+         r"prompt processing done|selected slot by|sampler chain:|updating prompt cache|prompt cache "
+         r"update took|all slots are idle"
+         r"|cache reuse is not supported|n_past = |restored context|created context|erased invalidated"
+         r"|checking checkpoint"
+         r"|- cache state: |- prompt [0-9A-F]+:|saving idle slot|- saving prompt|clearing prompt|chat "
+         r"format: |graphs reused" r"|loading model|initializing, n_slots|prompt_save: |statistics ",
+         "0.30.013.273 I slot get_availabl: id  3 | task -1 | selected slot by LRU, t_last = -1"),
     Rule("", "engine", "line", "G2", r"LlamaV4\b", "LlamaV4: server assigned slot 1 to task 3416"),
-    Rule(
-        "", "engine", "line", "G3", r"[IWED]?(?<=[\dIWED|])$", "0.30.015.244 I"
-    ),  # the rest is under the next header
+    Rule("", "engine", "line", "G3", r"[IWED]?(?<=[\dIWED|])$", "0.30.015.244 I"),
+    # the rest is under the next header
     # --- sampling parameters: G1 writes the first on the heading's line, G3 on lines of their own
-    Rule(
-        "sampling",
-        "engine",
-        "line",
-        "G1 G3",
-        r"(?:Sampling|sampling|sampler) params:(?P<pairs>[^\n]*)",
-        "Sampling params:\trepeat_last_n = 64, repeat_penalty = 1.100",
-    ),
-    Rule(
-        "params",
-        "engine",
-        "line",
-        "G1 G3",
-        r"(?P<pairs>[a-z]\w* = -?[\d.]+(?:, +[a-z]\w* = -?[\d.]+)*,? *)$",
-        "\ttop_k = 40, top_p = 0.950, temp = 0.700",
-    ),
+    Rule("sampling", "engine", "line", "G1 G3", r"(?:Sampling|sampling|sampler) params:(?P<pairs>[^\n]*)",
+         "Sampling params:\trepeat_last_n = 64, repeat_penalty = 1.100"),
+    Rule("params", "engine", "line", "G1 G3",
+         r"(?P<pairs>[a-z]\w* = -?[\d.]+(?:, +[a-z]\w* = -?[\d.]+)*,? *)$",
+         "\ttop_k = 40, top_p = 0.950, temp = 0.700"),
     # --- G1 (mid-2025 to 01-2026) and its early wording (up to 04-2025)
-    Rule(
-        "generate",
-        "engine",
-        "line",
-        "G1",
-        r"[Gg]enerate: n_ctx = (?P<n_ctx>-?\d+), n_batch = (?P<n_batch>-?\d+), n_predict = "
-        r"(?P<n_predict>-?\d+), n_keep = (?P<n_keep>-?\d+)",
-        "Generate: n_ctx = 4096, n_batch = 512, n_predict = 512, n_keep = 42",
-    ),
-    Rule(
-        "reuse",
-        "engine",
-        "line",
-        "G1",
-        r"Cache reuse summary: (?P<reused>\d+)/(?P<total>\d+) of prompt \(\S+\), (?P<prefix>\d+) prefix, "
-        r"(?P<other>\d+) non-prefix",
-        "Cache reuse summary: 69/147 of prompt (46.9388%), 69 prefix, 0 non-prefix",
-    ),
-    Rule(
-        "prompt_total",
-        "engine",
-        "line",
-        "G1",
-        r"Total prompt tokens: (?P<total>\d+)",
-        "Total prompt tokens: 147",
-    ),
-    Rule(
-        "to_decode",
-        "engine",
-        "line",
-        "G1",
-        r"Prompt tokens to decode: (?P<tokens>\d+)",
-        "Prompt tokens to decode: 78",
-    ),
+    Rule("generate", "engine", "line", "G1",
+         r"[Gg]enerate: n_ctx = (?P<n_ctx>-?\d+), n_batch = (?P<n_batch>-?\d+), n_predict = "
+         r"(?P<n_predict>-?\d+), n_keep = (?P<n_keep>-?\d+)",
+         "Generate: n_ctx = 4096, n_batch = 512, n_predict = 512, n_keep = 42"),
+    Rule("reuse", "engine", "line", "G1",
+         r"Cache reuse summary: (?P<reused>\d+)/(?P<total>\d+) of prompt \(\S+\), (?P<prefix>\d+) prefix, "
+         r"(?P<other>\d+) non-prefix",
+         "Cache reuse summary: 69/147 of prompt (46.9388%), 69 prefix, 0 non-prefix"),
+    Rule("prompt_total", "engine", "line", "G1", r"Total prompt tokens: (?P<total>\d+)",
+         "Total prompt tokens: 147"),
+    Rule("to_decode", "engine", "line", "G1", r"Prompt tokens to decode: (?P<tokens>\d+)",
+         "Prompt tokens to decode: 78"),
     Rule("begin", "engine", "line", "G1", r"BeginProcessingPrompt$", "BeginProcessingPrompt"),
-    Rule(
-        "early_progress",
-        "engine",
-        "line",
-        "G1",
-        r"PromptProcessing: (?P<percent>[\d.]+)",
-        "PromptProcessing: 73.6691",
-    ),
-    Rule(
-        "finished_prompt",
-        "engine",
-        "line",
-        "G1",
-        r"FinishedProcessingPrompt\b",
-        "FinishedProcessingPrompt. Progress: 100",
-    ),
-    Rule(
-        "",
-        "engine",
-        "line",
-        "G1",
-        r"[Ss]ampling: *$|logits ->|[Tt]arget model llama_perf stats:|load time = |graphs reused|sampling "
-        r"time = "
-        r"|llama_memory_breakdown_print|Incomplete UTF-8 character|Looking for non-prefix contiguous"
-        r"|memory breakdown",
-        "Target model llama_perf stats:",
-    ),
+    Rule("early_progress", "engine", "line", "G1", r"PromptProcessing: (?P<percent>[\d.]+)",
+         "PromptProcessing: 73.6691"),
+    Rule("finished_prompt", "engine", "line", "G1", r"FinishedProcessingPrompt\b",
+         "FinishedProcessingPrompt. Progress: 100"),
+    Rule("", "engine", "line", "G1",
+         r"[Ss]ampling: *$|logits ->|[Tt]arget model llama_perf stats:|load time = |graphs reused|sampling "
+         r"time = "
+         r"|llama_memory_breakdown_print|Incomplete UTF-8 character|Looking for non-prefix contiguous"
+         r"|memory breakdown", "Target model llama_perf stats:"),
     # --- MLX: cache_wrapper since 04-2025, its "using" since 04-2026, coordinator since 05-2026
-    Rule(
-        "mlx_cache",
-        "engine",
-        "line",
-        "MLX",
-        r"\[\w+\]\[INFO\]: Prompt cache: using (?P<reused>\d+)/(?P<total>\d+) tokens from cache",
-        "[cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache",
-    ),
-    Rule(
-        "mlx_cache",
-        "engine",
-        "line",
-        "MLX",
-        r"\[\w+\]\[INFO\]: Prompt cache restore: cached_tokens=(?P<reused>\d+) "
-        r"uncached_tokens=(?P<fresh>\d+)",
-        "[coordinator][INFO]: Prompt cache restore: cached_tokens=14336 uncached_tokens=113 "
-        "lifetime_efficiency=47.94%",
-    ),
-    Rule(
-        "",
-        "engine",
-        "line",
-        "MLX",
-        r"\[(?:cache_wrapper|coordinator|cache_store|model_kit|INFO|WARNING)\]",
-        "[cache_wrapper][INFO]: Trimmed 41 tokens from the prompt cache",
-    ),
+    Rule("mlx_cache", "engine", "line", "MLX",
+         r"\[\w+\]\[INFO\]: Prompt cache: using (?P<reused>\d+)/(?P<total>\d+) tokens from cache",
+         "[cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache"),
+    Rule("mlx_cache", "engine", "line", "MLX",
+         r"\[\w+\]\[INFO\]: Prompt cache restore: cached_tokens=(?P<reused>\d+) "
+         r"uncached_tokens=(?P<fresh>\d+)",
+         "[coordinator][INFO]: Prompt cache restore: cached_tokens=14336 uncached_tokens=113 "
+         "lifetime_efficiency=47.94%"),
+    Rule("", "engine", "line", "MLX",
+         r"\[(?:cache_wrapper|coordinator|cache_store|model_kit|INFO|WARNING)\]",
+         "[cache_wrapper][INFO]: Trimmed 41 tokens from the prompt cache"),
     # --- Splash (2026)
-    Rule(
-        "splash",
-        "engine",
-        "line",
-        "Splash",
-        r"\d\d:\d\d:\d\d (?:Done|Cancelled|Error) · input (?P<total>[\d,]+) · cached (?P<reused>[\d,]+)"
-        r"(?: · output (?P<output>[\d,]+))?(?: · TTFT (?P<ttft>[\d.,]+)s)?(?: · (?P<rate>[\d.,]+) tok/s)?",
-        "00:54:42 Done · input 26 · cached 0 · output 1,092 · TTFT 0.5s · 92.9 tok/s",
-    ),
+    Rule("splash", "engine", "line", "Splash",
+         r"\d\d:\d\d:\d\d (?:Done|Cancelled|Error) · input (?P<total>[\d,]+) · cached (?P<reused>[\d,]+)"
+         r"(?: · output (?P<output>[\d,]+))?(?: · TTFT (?P<ttft>[\d.,]+)s)?(?: · (?P<rate>[\d.,]+) tok/s)?",
+         "00:54:42 Done · input 26 · cached 0 · output 1,092 · TTFT 0.5s · 92.9 tok/s"),
 )
 
 STRANGER = re.compile(r"\[(?:Plugin\(|Client=|LMSAuthenticator)")  # entries of plugins and SDK clients
@@ -967,20 +582,15 @@ def compile_rules(where, prefix="", suffix=""):
 
 def fields_of(pattern, name):
     """[(field, group index)] of one rule's named groups inside a compiled alternation."""
-    return [
-        (group[len(name) + 1 :], index)
-        for group, index in pattern.groupindex.items()
-        if group.startswith(name + "_")
-    ]
+    return [(group[len(name) + 1 :], index) for group, index in pattern.groupindex.items()
+            if group.startswith(name + "_")]
 
 
 # G3 puts its clock (minutes.seconds.ms.us since the engine started) and a level before each line;
 # G2 and G3 say which slot and task a line is about; G1 says which printer wrote it.
-ENGINE_PREFIX = (
-    r"(?P<clock>\d+\.\d\d\.\d{3}\.\d{3} ?)?(?:[IWED] )?"
-    r"(?:slot +[^:\n]*: +id +(?P<slot>\d+) \| +task +(?P<task>-?\d+) \| *|srv +[^:\n]*: *|llama_perf\w*: "
-    r"*|[ \t]+)?"
-)
+ENGINE_PREFIX = (r"(?P<clock>\d+\.\d\d\.\d{3}\.\d{3} ?)?(?:[IWED] )?"
+                 r"(?:slot +[^:\n]*: +id +(?P<slot>\d+) \| +task +(?P<task>-?\d+) \| *|srv +[^:\n]*: *|llama_perf\w*: "
+                 r"*|[ \t]+)?")
 
 APP, APP_ROWS = compile_rules("app")
 ERRORS, ERROR_ROWS = compile_rules("error")
@@ -1006,10 +616,8 @@ def figures(**values):
 # --- 3.2 entries: bytes to log records ---------------------------------------
 
 # The file's header, or the one that the Developer Logs panel copies (LOGS.md section 1).
-HEADER = re.compile(
-    r"\n(?:\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\]\[(DEBUG|INFO|WARN|ERROR)\] ?"
-    r"|(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\n|\Z))"
-)
+HEADER = re.compile(r"\n(?:\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\]\[(DEBUG|INFO|WARN|ERROR)\] ?"
+                    r"|(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\n|\Z))")
 ENTRY_LIMIT = 256 * 1024  # characters; what an entry has beyond them is read and not kept
 CLOSED = re.compile(r"\n[}\]]$")  # the end of pretty-printed JSON
 PANEL_GAP = re.compile(r"(?<=[^ \n])  (?=[{\[](?:\n|$))")  # the panel's second blank before JSON
@@ -1042,14 +650,8 @@ class Calendar:
 
     def _resolve(self, text):
         try:
-            local = datetime.datetime(
-                int(text[:4]),
-                int(text[5:7]),
-                int(text[8:10]),
-                int(text[11:13]),
-                int(text[14:16]),
-                int(text[17:19]),
-            )
+            local = datetime.datetime(int(text[:4]), int(text[5:7]), int(text[8:10]), int(text[11:13]),
+                                      int(text[14:16]), int(text[17:19]))
             epoch = local.timestamp()
             if epoch < self._last.epoch - 60:
                 epoch = max(epoch, local.replace(fold=1).timestamp())
@@ -1066,20 +668,8 @@ def utc_text(epoch):
 class Entry:
     """One log record while its lines come in."""
 
-    __slots__ = (
-        "moment",
-        "level",
-        "panel",
-        "text",
-        "tags",
-        "shape",
-        "model",
-        "row",
-        "fields",
-        "sent",
-        "cut",
-        "told",
-    )
+    __slots__ = ("moment", "level", "panel", "text", "tags", "shape", "model", "row", "fields", "sent",
+                 "cut", "told")
 
     def __init__(self, moment, level, panel):
         self.moment, self.level, self.panel = moment, level, panel
@@ -1300,12 +890,9 @@ class Parser:
         """One lmstudio_log with the text that no event has carried yet."""
         if entry.sent == len(entry.text):
             return
-        data = {
-            "timestamp": entry.moment.text,
-            "level": entry.level,
-            "message": entry.text if entry.sent <= 0 else entry.text[entry.sent :].lstrip("\n"),
-            "tags": entry.tags,
-        }
+        data = {"timestamp": entry.moment.text, "level": entry.level,
+                "message": entry.text if entry.sent <= 0 else entry.text[entry.sent :].lstrip("\n"),
+                "tags": entry.tags}
         if entry.sent >= 0:
             data["continued"] = True
         if entry.cut:
@@ -1435,14 +1022,8 @@ class Story:
 
     def on_start(self, entry):
         chat = self._new(entry.moment, entry.model, messages=int(entry.fields["messages"]))
-        self._say(
-            "lmstudio_chat_start",
-            chat,
-            entry.moment,
-            entry.model,
-            message=first_line(entry),
-            messages=chat.messages,
-        )
+        self._say("lmstudio_chat_start", chat, entry.moment, entry.model, message=first_line(entry),
+                  messages=chat.messages)
 
     def on_stream(self, entry):
         found = [chat for chat in self._of(entry) if not chat.stream and not chat.engine] or self._of(entry)
@@ -1452,16 +1033,10 @@ class Story:
     def on_progress(self, entry):
         percent = number(entry.fields["percent"].replace(",", "."))
         found = self._of(entry, ended=True)
-        chat = (
-            found[0]
-            if len(found) == 1
-            else pick(
-                found,
-                lambda c: c.ended is None,
-                lambda c: "lmstudio_generation_start" not in c.said,
-                lambda c: c.engine,
-            )
-        )
+        chat = (found[0] if len(found) == 1
+                else pick(found, lambda c: c.ended is None,
+                          lambda c: "lmstudio_generation_start" not in c.said,
+                          lambda c: c.engine))
         if chat is None:
             chat = self._new(entry.moment, entry.model)  # we came in the middle
             if percent:
@@ -1469,52 +1044,33 @@ class Story:
         chat.certain = chat.certain and len([c for c in found if c.ended is None]) < 2
         chat.app_progress = True
         self._begin_processing(chat, entry.moment, entry.model)
-        self._say(
-            "lmstudio_prompt_progress",
-            chat,
-            entry.moment,
-            entry.model,
-            progress=percent,
-            message=first_line(entry),
-        )
+        self._say("lmstudio_prompt_progress", chat, entry.moment, entry.model, progress=percent,
+                  message=first_line(entry))
         if percent >= 100:
             self._begin_generation(chat, entry.moment, entry.model)
 
     def on_first_token(self, entry):
-        chat = pick(
-            [c for c in self._of(entry) if not c.first_token],
-            lambda c: c.stream,
-            lambda c: c.engine,
-            lambda c: c.app_progress,
-        )
+        chat = pick([c for c in self._of(entry) if not c.first_token], lambda c: c.stream,
+                    lambda c: c.engine, lambda c: c.app_progress)
         if chat:
             chat.first_token = True
             self._begin_generation(chat, entry.moment, entry.model)
 
     def on_finish(self, entry):
         found = [chat for chat in self._of(entry) if chat.stream]
-        left = [
-            chat
-            for chat in self._of(entry, ended=True)
-            if chat.ended == "disconnected" and not chat.predicted
-        ]
-        chat = pick(
-            found,
-            lambda c: c.timed or "lmstudio_prediction_stats" in c.said,
-            lambda c: c.engine,
-            lambda c: "lmstudio_generation_start" in c.said,
-        )
+        left = [chat for chat in self._of(entry, ended=True)
+                if chat.ended == "disconnected" and not chat.predicted]
+        chat = pick(found, lambda c: c.timed or "lmstudio_prediction_stats" in c.said, lambda c: c.engine,
+                    lambda c: "lmstudio_generation_start" in c.said)
         if left and (chat is None or not chat.timed and entry.moment.epoch - left[-1].ended_at <= 2):
             left[-1].predicted = True  # it finished because its client had left
             return
         self._end(chat, entry.moment, "finished", first_line(entry), entry.model or shared_model(found))
 
     def on_prediction(self, entry):
-        found = [
-            chat
-            for chat in self._of(entry, ended=True)
-            if not chat.predicted and not chat.stream and (chat.ended is None or chat.ended == "disconnected")
-        ]
+        found = [chat for chat in self._of(entry, ended=True)
+                 if not chat.predicted and not chat.stream
+                 and (chat.ended is None or chat.ended == "disconnected")]
         chat = pick(found, lambda c: c.timed, lambda c: c.engine, lambda c: c.app_progress)
         body = prediction_of(entry.text)
         model = entry.model or body.get("model") or shared_model(found)
@@ -1534,9 +1090,8 @@ class Story:
         if chat:
             self._predicted(chat, prediction_of(entry.text))
             self._give_stats(chat, entry.moment, entry.model)
-            self._end(
-                chat, entry.moment, "finished", "Generated synchronous v1/responses response", entry.model
-            )
+            self._end(chat, entry.moment, "finished", "Generated synchronous v1/responses response",
+                      entry.model)
 
     def on_disconnect(self, entry):
         now = entry.moment.epoch
@@ -1548,9 +1103,8 @@ class Story:
         chat = pick(found, lambda c: c.engine or c.app_progress)
         if chat:
             chat.certain = chat.certain and len(found) == 1
-        self._end(
-            chat, entry.moment, "disconnected", first_line(entry), shared_model(found) if found else None
-        )
+        self._end(chat, entry.moment, "disconnected", first_line(entry), shared_model(found) if found
+                  else None)
 
     def on_stopped(self, entry):
         for chat in self.running[:]:
@@ -1561,13 +1115,8 @@ class Story:
 
     def on_render_error(self, entry, message):
         found = self._of(entry)
-        self._end(
-            pick(found[::-1], lambda c: not c.engine),
-            entry.moment,
-            "error",
-            message,
-            entry.model or shared_model(found),
-        )
+        self._end(pick(found[::-1], lambda c: not c.engine), entry.moment, "error", message,
+                  entry.model or shared_model(found))
 
     def on_channel_error(self, entry, message):
         found = self._of(entry)
@@ -1602,14 +1151,8 @@ class Story:
 
     def on_generate(self, fields, moment):
         chat = self._at_work(moment)
-        chat.tokens.update(
-            figures(
-                n_ctx=number(fields["n_ctx"]),
-                n_batch=number(fields["n_batch"]),
-                n_predict=number(fields["n_predict"]),
-                n_keep=number(fields["n_keep"]),
-            )
-        )
+        chat.tokens.update(figures(n_ctx=number(fields["n_ctx"]), n_batch=number(fields["n_batch"]),
+                                   n_predict=number(fields["n_predict"]), n_keep=number(fields["n_keep"])))
 
     def on_reuse(self, fields, moment):
         chat = self._at_work(moment)
@@ -1704,8 +1247,7 @@ class Story:
 
     def on_draft(self, fields, moment):
         self._timed(fields, moment).stats.update(
-            draftTokens=int(fields["generated"]), acceptedDraftTokens=int(fields["accepted"])
-        )
+            draftTokens=int(fields["generated"]), acceptedDraftTokens=int(fields["accepted"]))
 
     # --- MLX and Splash
 
@@ -1727,11 +1269,8 @@ class Story:
         self._give_tokens(chat, moment)
         self._give_cache(chat, moment, reused, reused, 0)
         ttft = number(fields["ttft"])
-        chat.stats.update(
-            completionTokens=number(fields["output"]),
-            tokensPerSecond=number(fields["rate"]),
-            timeToFirstTokenMs=ttft and round(ttft * 1000, 3),
-        )
+        chat.stats.update(completionTokens=number(fields["output"]), tokensPerSecond=number(fields["rate"]),
+                          timeToFirstTokenMs=ttft and round(ttft * 1000, 3))
         if chat.stream or not chat.api:
             self._give_stats(chat, moment)
 
@@ -1753,11 +1292,8 @@ class Story:
     def _of(self, entry, ended=False):
         """The chats that an app line can mean: those of its model, or all if it names none."""
         chats = [*self._ended, *self.running] if ended else self.running
-        return [
-            chat
-            for chat in chats
-            if chat.api and (entry.model is None or chat.model is None or chat.model == entry.model)
-        ]
+        return [chat for chat in chats
+                if chat.api and (entry.model is None or chat.model is None or chat.model == entry.model)]
 
     def _attach(self, moment, slot=None, task=None, chosen=None):
         """The chat that an engine now begins with: the oldest that waits for one, else one inside the app."""
@@ -1809,41 +1345,21 @@ class Story:
         self._say_once("lmstudio_processing_start", chat, moment, model, message="BeginProcessingPrompt")
 
     def _begin_generation(self, chat, moment, model):
-        self._say_once(
-            "lmstudio_generation_start",
-            chat,
-            moment,
-            model,
-            message="The prompt is read, the first token is next",
-        )
+        self._say_once("lmstudio_generation_start", chat, moment, model,
+                       message="The prompt is read, the first token is next")
 
     def _progress(self, chat, moment, percent):
         self._begin_processing(chat, moment, chat.engine_model)
-        self._say(
-            "lmstudio_prompt_progress",
-            chat,
-            moment,
-            chat.engine_model,
-            progress=percent,
-            message=f"Prompt processing progress: {percent:.1f}%",
-        )
+        self._say("lmstudio_prompt_progress", chat, moment, chat.engine_model, progress=percent,
+                  message=f"Prompt processing progress: {percent:.1f}%")
 
     def _give_cache(self, chat, moment, reused, prefix, other):
         chat.cached, total = reused, chat.total
         share = 100 * reused / total if total else 0.0
-        self._say_once(
-            "lmstudio_cache_stats",
-            chat,
-            moment,
-            chat.engine_model,
-            reused=reused,
-            total=total,
-            percentage=round(share, 2),
-            prefix=prefix,
-            nonPrefix=other,
-            message=f"Cache reuse summary: {reused}/{total} of prompt ({share:g}%), "
-            f"{prefix} prefix, {other} non-prefix",
-        )
+        self._say_once("lmstudio_cache_stats", chat, moment, chat.engine_model, reused=reused, total=total,
+                       percentage=round(share, 2), prefix=prefix, nonPrefix=other,
+                       message=f"Cache reuse summary: {reused}/{total} of prompt ({share:g}%), "
+                       f"{prefix} prefix, {other} non-prefix")
 
     def _give_tokens(self, chat, moment):
         if chat.total is not None:
@@ -1869,10 +1385,8 @@ class Story:
         if model is None and chat.api and not chat.stream and not chat.predicted and chat.ended != "finished":
             return
         stats = chat.stats
-        known = figures(
-            promptTokens=stats.get("promptTokens") or chat.total or stats.get("evaluated"),
-            **{name: stats.get(name) for name in STATS},
-        )
+        known = figures(promptTokens=stats.get("promptTokens") or chat.total or stats.get("evaluated"),
+                        **{name: stats.get(name) for name in STATS})
         if known.keys() - {"promptTokens"}:
             self._say_once("lmstudio_prediction_stats", chat, moment, model or chat.engine_model, **known)
             self._close_in_app(chat, moment)
@@ -1893,15 +1407,8 @@ class Story:
 
 
 TIMINGS = frozenset(("timings", "prompt_eval", "eval", "total", "draft", "release"))
-STATS = (
-    "completionTokens",
-    "promptTokensPerSecond",
-    "tokensPerSecond",
-    "timeToFirstTokenMs",
-    "totalMs",
-    "draftTokens",
-    "acceptedDraftTokens",
-)
+STATS = ("completionTokens", "promptTokensPerSecond", "tokensPerSecond", "timeToFirstTokenMs", "totalMs",
+         "draftTokens", "acceptedDraftTokens")
 
 
 def first_line(entry):
@@ -1931,21 +1438,17 @@ def prediction_of(text):
 
 def prediction_figures(body):
     """(counts, speeds) of a prediction: /v1 has usage, /api/v0 also stats in s, /api/v1/chat only stats."""
-    usage, stats = (
-        {name: value for name, value in part.items() if isinstance(value, (int, float))}
-        for part in (body.get(key) if isinstance(body.get(key), dict) else {} for key in ("usage", "stats"))
-    )
+    usage, stats = ({name: value for name, value in part.items() if isinstance(value, (int, float))}
+                    for part in (body.get(key) if isinstance(body.get(key), dict) else {}
+                                 for key in ("usage", "stats")))
     first = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
     both = {**stats, **usage}
-    counts = figures(
-        promptTokens=both.get("prompt_tokens", both.get("input_tokens")),
-        completionTokens=both.get(
-            "completion_tokens", both.get("total_output_tokens", both.get("output_tokens"))
-        ),
-        timeToFirstTokenMs=None if first is None else round(first * 1000, 3),
-        draftTokens=both.get("total_draft_tokens_count"),
-        acceptedDraftTokens=both.get("accepted_draft_tokens_count"),
-    )
+    counts = figures(promptTokens=both.get("prompt_tokens", both.get("input_tokens")),
+                     completionTokens=both.get("completion_tokens",
+                                               both.get("total_output_tokens", both.get("output_tokens"))),
+                     timeToFirstTokenMs=None if first is None else round(first * 1000, 3),
+                     draftTokens=both.get("total_draft_tokens_count"),
+                     acceptedDraftTokens=both.get("accepted_draft_tokens_count"))
     return counts, figures(tokensPerSecond=stats.get("tokens_per_second"))
 
 
@@ -1965,11 +1468,9 @@ class Dialect(NamedTuple):
 def openai_token(event):
     for choice in listed(event.get("choices")):
         delta = choice.get("delta") or {}
-        if (
-            choice.get("text")
-            or isinstance(delta, dict)
-            and any(delta.get(name) for name in ("content", "reasoning", "reasoning_content", "tool_calls"))
-        ):
+        if (choice.get("text") or isinstance(delta, dict)
+                and any(delta.get(name)
+                        for name in ("content", "reasoning", "reasoning_content", "tool_calls"))):
             return True
     return False
 
@@ -1977,9 +1478,8 @@ def openai_token(event):
 def delta_token(event):
     """Named events: /v1/responses, /v1/messages and /api/v1/chat write one `...delta` for each piece."""
     kind = event.get("type")
-    return isinstance(kind, str) and (
-        kind.endswith(".delta") or kind in ("content_block_delta", "tool_call.arguments")
-    )
+    return isinstance(kind, str) and (kind.endswith(".delta")
+                                      or kind in ("content_block_delta", "tool_call.arguments"))
 
 
 def count_messages(body):
@@ -2033,9 +1533,7 @@ def json_object(data):
 WHOLE_LIMIT = 32 * 1024 * 1024  # a JSON body beyond this is passed on unread
 STREAM_LIMIT = 4 * 1024 * 1024  # one event of a stream beyond this, too
 EVENT_END = re.compile(rb"\r?\n\r?\n")
-TELLING = re.compile(
-    rb'"usage"|"finish_reason": ?"|"stop_reason": ?"|"stats"|error|"response\.(?:completed|incomplete|failed)'
-)
+TELLING = re.compile(rb'"usage"|"finish_reason": ?"|"stop_reason": ?"|"stats"|error|"response\.(?:completed|incomplete|failed)')
 
 
 class Usage:
@@ -2092,12 +1590,9 @@ class Usage:
         self.prompt = max((n for n in (self.prompt, prompt) if n is not None), default=None)
         self.completion = max((n for n in (self.completion, completion) if n is not None), default=None)
         self.total = count(usage, "total_tokens")
-        for name, field in (
-            ("prompt_tokens_details", "cached"),
-            ("input_tokens_details", "cached"),
-            ("completion_tokens_details", "reasoning"),
-            ("output_tokens_details", "reasoning"),
-        ):
+        for name, field in (("prompt_tokens_details", "cached"), ("input_tokens_details", "cached"),
+                            ("completion_tokens_details", "reasoning"),
+                            ("output_tokens_details", "reasoning")):
             details = usage.get(name)
             if isinstance(details, dict) and count(details, f"{field}_tokens") is not None:
                 setattr(self, field, count(details, f"{field}_tokens"))
@@ -2122,24 +1617,14 @@ class Usage:
         total = self.total
         if total is None:
             total = (self.prompt or 0) + (self.completion or 0)
-        return {
-            "promptTokens": self.prompt,
-            "completionTokens": self.completion or 0,
-            "totalTokens": total,
-            **figures(cachedTokens=self.cached, reasoningTokens=self.reasoning),
-        }
+        return {"promptTokens": self.prompt, "completionTokens": self.completion or 0, "totalTokens": total,
+                **figures(cachedTokens=self.cached, reasoningTokens=self.reasoning)}
 
 
 def count(values, *names, default=None):
     """The first whole number among the values of those names."""
-    return next(
-        (
-            values[name]
-            for name in names
-            if isinstance(values.get(name), int) and not isinstance(values[name], bool)
-        ),
-        default,
-    )
+    return next((values[name] for name in names
+                 if isinstance(values.get(name), int) and not isinstance(values[name], bool)), default)
 
 
 class Meter:
@@ -2269,18 +1754,10 @@ def read_request(dialect, data):
         return Asked(body=data)
     model, stream = body.get("model"), body.get("stream") is True
     options = body.get("stream_options")
-    amend = (
-        stream
-        and dialect.asks_usage
-        and (options is None or isinstance(options, dict) and options.get("include_usage") is not True)
-    )
-    return Asked(
-        model if isinstance(model, str) else None,
-        stream,
-        dialect.messages(body),
-        amend,
-        ask_usage(data, body) if amend else data,
-    )
+    amend = (stream and dialect.asks_usage
+             and (options is None or isinstance(options, dict) and options.get("include_usage") is not True))
+    return Asked(model if isinstance(model, str) else None, stream, dialect.messages(body), amend,
+                 ask_usage(data, body) if amend else data)
 
 
 def ask_usage(data, body):
@@ -2290,8 +1767,7 @@ def ask_usage(data, body):
         return bytes(data[:start]) + b'"stream_options":{"include_usage":true},' + bytes(data[start:])
     options = {**(body["stream_options"] or {}), "include_usage": True}
     return json.dumps({**body, "stream_options": options}, ensure_ascii=False).encode(
-        "utf-8", "surrogatepass"
-    )
+        "utf-8", "surrogatepass")
 
 
 # --- 3.7 records: what is kept of a request ----------------------------------
@@ -2322,72 +1798,31 @@ class Record:
 
     def shown(self, clock):
         """The record as /debug/requests shows it."""
-        return {
-            "requestId": self.id,
-            "source": self.source,
-            "method": self.method,
-            "path": self.path,
-            "model": self.model or self.model_asked,
-            "modelAsked": self.model_asked,
-            "stream": self.stream,
-            "client": self.client,
-            "key": self.key,
-            "state": self.state,
-            "startedAt": utc_text(self.started),
-            "elapsedMs": self.total_ms
-            if self.total_ms is not None
-            else round(1000 * (clock - self.clock), 1),
-            "status": self.status,
-            "totalTimeMs": self.total_ms,
-            "timeToFirstTokenMs": self.first_ms,
-            "tokensPerSecond": self.speed,
-            "tokenUsage": self.usage,
-            "finishReason": self.finish,
-            "error": self.error,
-            "operation": self.operation,
-            "binding": self.binding,
-        }
+        return {"requestId": self.id, "source": self.source, "method": self.method, "path": self.path,
+                "model": self.model or self.model_asked, "modelAsked": self.model_asked,
+                "stream": self.stream, "client": self.client, "key": self.key, "state": self.state,
+                "startedAt": utc_text(self.started), "elapsedMs": self.total_ms if self.total_ms is not None
+                else round(1000 * (clock - self.clock), 1), "status": self.status,
+                "totalTimeMs": self.total_ms, "timeToFirstTokenMs": self.first_ms,
+                "tokensPerSecond": self.speed, "tokenUsage": self.usage, "finishReason": self.finish,
+                "error": self.error, "operation": self.operation, "binding": self.binding}
 
     def start_data(self):
-        return {
-            "requestId": self.id,
-            "method": self.method,
-            "path": self.path,
-            "model": self.model_asked,
-            "stream": self.stream,
-            "client": self.client,
-            "key": self.key,
-        }
+        return {"requestId": self.id, "method": self.method, "path": self.path, "model": self.model_asked,
+                "stream": self.stream, "client": self.client, "key": self.key}
 
     def end_event(self, now):
         """The one event that ends it."""
         data = {"timestamp": now, "requestId": self.id}
         if self.error is not None:
-            return Event(
-                "error",
-                {
-                    **data,
-                    "error": self.error,
-                    "operation": self.operation,
-                    "status": self.status,
-                    "model": self.model or self.model_asked,
-                    "totalTimeMs": self.total_ms,
-                    "tokenUsage": self.usage,
-                },
-            )
-        return Event(
-            "inference_complete",
-            {
-                **data,
-                "totalTimeMs": self.total_ms,
-                "status": self.status,
-                "tokenUsage": self.usage,
-                "timeToFirstTokenMs": self.first_ms,
-                "tokensPerSecond": self.speed,
-                "finishReason": self.finish,
-                "model": self.model or self.model_asked,
-            },
-        )
+            return Event("error",
+                         {**data, "error": self.error, "operation": self.operation, "status": self.status,
+                          "model": self.model or self.model_asked, "totalTimeMs": self.total_ms,
+                          "tokenUsage": self.usage})
+        return Event("inference_complete",
+                     {**data, "totalTimeMs": self.total_ms, "status": self.status, "tokenUsage": self.usage,
+                      "timeToFirstTokenMs": self.first_ms, "tokensPerSecond": self.speed,
+                      "finishReason": self.finish, "model": self.model or self.model_asked})
 
 
 # --- 3.8 wire formats of events ----------------------------------------------
@@ -2400,10 +1835,8 @@ def data_json(event):
     data = event.data
     if event.name == "lmstudio_log" and len(data) == 4:  # most events are these: no dict encoder for them
         tags = json.dumps(data["tags"]) if data["tags"] else "[]"
-        return (
-            f'{{"timestamp": "{data["timestamp"]}", "level": "{data["level"]}", '
-            f'"message": {quote(data["message"])}, "tags": {tags}}}'
-        )
+        return (f'{{"timestamp": "{data["timestamp"]}", "level": "{data["level"]}", '
+                f'"message": {quote(data["message"])}, "tags": {tags}}}')
     return json.dumps(data)
 
 
@@ -2479,7 +1912,7 @@ class Hub:
         for bell in bells:
             ring(bell)
 
-    def _append(self, encoded):     # lock held
+    def _append(self, encoded):  # lock held
         seq = self.last
         for name, data in encoded:
             seq += 1
@@ -2518,9 +1951,8 @@ class Hub:
 
     def find(self, request_id):
         """Any thread.  A record by its id, or None."""
-        return next(
-            (record for record in (*self.running(), *self.finished()) if record.id == request_id), None
-        )
+        return next((record for record in (*self.running(), *self.finished()) if record.id == request_id),
+                    None)
 
     def tell(self, name, **data):
         """Any thread.  Publishes one event of the gateway's own."""
@@ -2620,11 +2052,9 @@ def list_logs(directory, since=None):
     for month in sorted(os.listdir(directory)):
         if MONTH.fullmatch(month) and (since is None or month >= since.month):
             with contextlib.suppress(OSError):
-                found += [
-                    LogFile(month, match[1], int(match[2]), os.path.join(directory, month, match[0]))
-                    for match in map(LOG_NAME.fullmatch, os.listdir(os.path.join(directory, month)))
-                    if match
-                ]
+                found += [LogFile(month, match[1], int(match[2]), os.path.join(directory, month, match[0]))
+                          for match in map(LOG_NAME.fullmatch, os.listdir(os.path.join(directory, month)))
+                          if match]
     return sorted(log_file for log_file in found if since is None or log_file > since)
 
 
@@ -2633,15 +2063,9 @@ def switch_event(old, new, utc):
     old_path, new_path = getattr(old, "path", old), getattr(new, "path", new)
     months = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in (old_path, new_path)]
     if months[0] != months[1] and all(map(MONTH.fullmatch, months)):
-        return Event(
-            "lmstudio_month_transition",
-            {
-                "timestamp": utc,
-                "oldDirectory": os.path.dirname(old_path),
-                "newDirectory": os.path.dirname(new_path),
-                "newLogFile": new_path,
-            },
-        )
+        return Event("lmstudio_month_transition",
+                     {"timestamp": utc, "oldDirectory": os.path.dirname(old_path),
+                      "newDirectory": os.path.dirname(new_path), "newLogFile": new_path})
     return Event("lmstudio_file_switch", {"timestamp": utc, "oldLogFile": old_path, "newLogFile": new_path})
 
 
@@ -2732,9 +2156,8 @@ class Follower:
             return
         self._glanced = now
         try:
-            times = self.file and [
-                os.stat(path).st_mtime_ns for path in (self.directory, os.path.dirname(self.file.path))
-            ]
+            times = self.file and [os.stat(path).st_mtime_ns
+                                   for path in (self.directory, os.path.dirname(self.file.path))]
         except OSError:
             times = None
         if times is None or times != self._times or now - self._scanned >= SCAN_S:
@@ -2761,9 +2184,8 @@ class Follower:
             return logs[-1:]
         if not self._first_look:
             with contextlib.suppress(OSError):
-                logs = [
-                    log_file for log_file in logs if file_state(log_file.path).st_mtime >= self._started
-                ] or logs[-1:]
+                logs = [log_file for log_file in logs
+                        if file_state(log_file.path).st_mtime >= self._started] or logs[-1:]
                 if file_state(logs[0].path).st_mtime >= self._started:
                     return logs
         self._start_at_end(logs[-1])
@@ -2806,11 +2228,8 @@ class Follower:
         if self.size == self.position and seen == self._seen:
             return b""
         with open(self.file.path, "rb") as file:
-            if (
-                self._seen
-                and (self.size < self.position or seen[:2] != self._seen[:2])
-                and not self._still_ours(file)
-            ):
+            if (self._seen and (self.size < self.position or seen[:2] != self._seen[:2])
+                    and not self._still_ours(file)):
                 return None
             file.seek(self.position - len(self._anchor))
             data = file.read(len(self._anchor) + PIECE)
@@ -2848,11 +2267,8 @@ class Follower:
     def _complain(self, problem):
         if problem != self.problem:
             self.problem = problem
-            log.warning(
-                "%s; I keep looking. Start LM Studio's server, or name its log directory with --log-dir "
-                "(LMSTUDIO_LOG_DIR)",
-                problem,
-            )
+            log.warning("%s; I keep looking. Start LM Studio's server, or name its log directory with --log-dir "
+                        "(LMSTUDIO_LOG_DIR)", problem)
 
 
 class Monitor:
@@ -2936,9 +2352,7 @@ def saved_logs(paths):
             continue
         inside = [log_file.path for log_file in list_logs(path)] or flat_logs(path)
         if not inside:
-            raise ConfigError(
-                f"{path}: no log files in it; name a directory with YYYY-MM/YYYY-MM-DD.N.log or *.log files"
-            )
+            raise ConfigError(f"{path}: no log files in it; name a directory with YYYY-MM/YYYY-MM-DD.N.log or *.log files")
         files += inside
     return files
 
@@ -2950,30 +2364,17 @@ def flat_logs(directory):
         match = LOG_NAME.fullmatch(name)
         return (match[1], int(match[2]), name) if match else ("", 0, name)
 
-    return [
-        os.path.join(directory, name)
-        for name in sorted(os.listdir(directory), key=place)
-        if name.endswith(".log")
-    ]
+    return [os.path.join(directory, name) for name in sorted(os.listdir(directory), key=place)
+            if name.endswith(".log")]
 
 
 # === 6. UPSTREAM: requests to LM Studio ======================================
 
 REUSE_S = 2.0  # LM Studio closes a kept connection after 5 s without a request
 CONNECT_S = 10.0
-HOP_BY_HOP = frozenset(
-    (
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    )
-)  # RFC 9110, 7.6.1
+HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
+                        "proxy-connection", "te",
+                        "trailer", "transfer-encoding", "upgrade"))  # RFC 9110, 7.6.1
 
 
 class UpstreamError(GatewayError):
@@ -3083,9 +2484,8 @@ class KeptConnections(urllib.request.BaseHandler):
     @staticmethod
     def _connect(call, factory):
         """A new connection.  localhost is asked as 127.0.0.1: LM Studio listens on IPv4 only."""
-        host, _, port = (
-            call.host.rpartition(":") if ":" in call.host.rpartition("]")[2] else (call.host, "", "")
-        )
+        host, _, port = (call.host.rpartition(":") if ":" in call.host.rpartition("]")[2]
+                         else (call.host, "", ""))
         host = "127.0.0.1" if host == "localhost" else host.strip("[]")
         connection = factory(host, int(port) if port else None, timeout=CONNECT_S)
         connection.response_class = Answer
@@ -3161,29 +2561,21 @@ class Upstream:
             return self._opener.open(call)
         except (TimeoutError, socket.timeout):
             if call.connection is None:
-                raise UpstreamError(
-                    "refused",
-                    f"LM Studio does not answer at {self.base}: the connection timed out. "
-                    "Check the address (--upstream) and the firewall",
-                ) from None
-            raise UpstreamError(
-                "timeout",
-                "LM Studio was silent for too long. Raise PROXY_TIMEOUT, or look at its log "
-                "for what it is doing",
-            ) from None
+                raise UpstreamError("refused",
+                                    f"LM Studio does not answer at {self.base}: the connection timed out. "
+                                    "Check the address (--upstream) and the firewall") from None
+            raise UpstreamError("timeout",
+                                "LM Studio was silent for too long. Raise PROXY_TIMEOUT, or look at its log "
+                                "for what it is doing") from None
         except (OSError, http.client.HTTPException) as error:
             if call.connection is None:
-                raise UpstreamError(
-                    "refused",
-                    f"LM Studio is not reachable at {self.base} ({error_text(error)}). Start its "
-                    "server (Developer > Start server, or: lms server start), or give its address with "
-                    "--upstream",
-                ) from None
-            raise UpstreamError(
-                "reset",
-                f"LM Studio closed the connection before it answered ({error_text(error)}). "
-                "Try again; its log may say why",
-            ) from None
+                raise UpstreamError("refused",
+                                    f"LM Studio is not reachable at {self.base} ({error_text(error)}). Start its "
+                                    "server (Developer > Start server, or: lms server start), or give its address with "
+                                    "--upstream") from None
+            raise UpstreamError("reset",
+                                f"LM Studio closed the connection before it answered ({error_text(error)}). "
+                                "Try again; its log may say why") from None
 
     def done(self, call, answer):
         """An answer was read to its end: keep its connection if it allows that."""
@@ -3224,9 +2616,8 @@ class Upstream:
             self.drop(call)
             return f"what answers at {self.base} is not LM Studio. Give LM Studio's address with --upstream"
         known = isinstance(greeting, dict) and greeting.get("lmstudio")
-        return (
-            "" if known else f"what answers at {self.base} is not LM Studio. Give its address with --upstream"
-        )
+        return ("" if known
+                else f"what answers at {self.base} is not LM Studio. Give its address with --upstream")
 
 
 def error_text(error):
@@ -3327,12 +2718,9 @@ class Wire:
             try:
                 self._more(deadline - time.monotonic())
             except (TimeoutError, socket.timeout):
-                raise HttpError(
-                    408,
-                    "head_timeout",
-                    f"the head of the request did not arrive within {HEAD_S:.0f} s; send it at once",
-                    close=True,
-                ) from None
+                raise HttpError(408, "head_timeout",
+                                f"the head of the request did not arrive within {HEAD_S:.0f} s; send it at once",
+                                close=True) from None
             end = self.buffer.find(b"\r\n\r\n")
         self._check_size(end)
         head = self.buffer[:end].decode("latin-1")
@@ -3342,18 +2730,13 @@ class Wire:
     def _check_size(self, end=None):
         line = self.buffer.find(b"\r\n", 0, LINE_LIMIT + 2)
         if line < 0 and len(self.buffer) > LINE_LIMIT:
-            raise HttpError(
-                414, "target_too_long", f"the request line is longer than {LINE_LIMIT} bytes", close=True
-            )
+            raise HttpError(414, "target_too_long", f"the request line is longer than {LINE_LIMIT} bytes",
+                            close=True)
         if line < 0 and b"\n" in self.buffer:
             raise bad("a line ends in a bare LF")
         if (len(self.buffer) if end is None else end) > HEAD_LIMIT:
-            raise HttpError(
-                431,
-                "head_too_large",
-                f"the head of the request is larger than {HEAD_LIMIT} bytes",
-                close=True,
-            )
+            raise HttpError(431, "head_too_large",
+                            f"the head of the request is larger than {HEAD_LIMIT} bytes", close=True)
 
     def body(self, request, limit):
         """The body of a request, whole.  Raises HttpError 413 before more than limit is read."""
@@ -3367,9 +2750,8 @@ class Wire:
                 return self._chunks(limit)
             return self._exactly(length) if length else b""
         except (TimeoutError, socket.timeout):
-            raise HttpError(
-                408, "body_timeout", "the body of the request stopped coming", close=True
-            ) from None
+            raise HttpError(408, "body_timeout", "the body of the request stopped coming",
+                            close=True) from None
 
     def _exactly(self, length):
         """length bytes, read into one buffer: a large body is not copied."""
@@ -3436,12 +2818,9 @@ def bad(what):
 
 
 def too_large(limit):
-    return HttpError(
-        413,
-        "body_too_large",
-        f"the body is larger than {limit} bytes; raise MAX_BODY_BYTES or send less",
-        close=True,
-    )
+    return HttpError(413, "body_too_large",
+                     f"the body is larger than {limit} bytes; raise MAX_BODY_BYTES or send less",
+                     close=True)
 
 
 def parse_head(lines, client, encrypted=False):
@@ -3468,11 +2847,8 @@ def parse_head(lines, client, encrypted=False):
     if not target.startswith("/"):
         raise bad("the request target must be a path")
     hosts = [value for name, value in headers if name.lower() == "host"]
-    if (
-        len(hosts) > 1
-        or (not hosts and version >= (1, 1))
-        or (hosts and not re.fullmatch(r"[\w.\-:\[\]%]*", hosts[0]))
-    ):
+    if (len(hosts) > 1 or (not hosts and version >= (1, 1))
+            or (hosts and not re.fullmatch(r"[\w.\-:\[\]%]*", hosts[0]))):
         raise bad("exactly one Host header is needed")
     framing(request)
     return request
@@ -3489,9 +2865,8 @@ def framing(request):
     if len(lengths) > 1 or lengths and not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
         raise bad("Content-Length must be one number")
     if request.header("expect") and request.header("expect").lower() != "100-continue":
-        raise HttpError(
-            417, "expectation_unknown", "the only expectation supported is 100-continue", close=True
-        )
+        raise HttpError(417, "expectation_unknown", "the only expectation supported is 100-continue",
+                        close=True)
     return (int(lengths[0]) if lengths else None), bool(codings)
 
 
@@ -3629,45 +3004,25 @@ class KeyFile:
         """The file's Keys.  Raises OSError, and ConfigError when it is damaged."""
         try:
             rows = json.loads(self.path.read_text(encoding="utf-8"))["keys"]
-            return [
-                Key(
-                    row["name"],
-                    bytes.fromhex(row["sha256"]),
-                    frozenset(row["rights"]),
-                    row.get("created", ""),
-                )
-                for row in rows
-            ]
+            return [Key(row["name"], bytes.fromhex(row["sha256"]), frozenset(row["rights"]),
+                        row.get("created", "")) for row in rows]
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(
-                f"--keys-file {self.path}: damaged; mend it, or move it away and mint keys anew"
-            ) from None
+            raise ConfigError(f"--keys-file {self.path}: damaged; mend it, or move it away and mint keys anew") from None
 
     def write(self, keys):
         """Replace the file in one step.  Raises OSError."""
-        rows = [
-            {
-                "name": key.name,
-                "sha256": key.digest.hex(),
-                "rights": sorted(key.rights),
-                "created": key.created,
-            }
-            for key in keys
-        ]
+        rows = [{"name": key.name, "sha256": key.digest.hex(), "rights": sorted(key.rights),
+                 "created": key.created} for key in keys]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(self.path.name + ".new")
-        with open(
-            os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
-        ) as file:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w",
+                  encoding="utf-8") as file:
             json.dump({"keys": rows}, file, indent=2)
         os.replace(draft, self.path)
 
 
-RIGHTS = (
-    "infer",
-    "view",
-    "admin",
-)  # to ask models; to see /debug, /metrics; to load, unload, download models
+RIGHTS = ("infer", "view",
+          "admin")  # to ask models; to see /debug, /metrics; to load, unload, download models
 ALPHANUMERIC = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -3726,12 +3081,8 @@ class Walls:
     def admit_address(self, address):
         """Raises HttpError 403 for an address that the allowlist does not name."""
         if self._config.allow is not None and not within(address, self._config.allow):
-            raise HttpError(
-                403,
-                "address_not_allowed",
-                f"{address} is not in IP_ALLOWLIST; add it there to let it in",
-                close=True,
-            )
+            raise HttpError(403, "address_not_allowed",
+                            f"{address} is not in IP_ALLOWLIST; add it there to let it in", close=True)
 
     def identify(self, request, query_key=False):
         """The Identity of a request.  Raises HttpError 401."""
@@ -3747,12 +3098,9 @@ class Walls:
             return Identity(session.name, session.rights, by_cookie=True)
         if offered or cookie:
             self._slow_down(request.client)
-        raise HttpError(
-            401,
-            "key_wrong" if offered else "key_needed",
-            "send a valid key as Authorization: Bearer KEY or X-API-Key: KEY",
-            [("WWW-Authenticate", "Bearer")],
-        )
+        raise HttpError(401, "key_wrong" if offered else "key_needed",
+                        "send a valid key as Authorization: Bearer KEY or X-API-Key: KEY",
+                        [("WWW-Authenticate", "Bearer")])
 
     def _find(self, offered):
         """The Key that was offered, or None.  Every key is compared, in constant time."""
@@ -3795,11 +3143,8 @@ class Walls:
         if request.method in ("GET", "HEAD") or not origin or (identity.name and not identity.by_cookie):
             return
         if origin.partition("://")[2] != request.header("host") and not self.allows_origin(origin):
-            raise HttpError(
-                403,
-                "origin_not_allowed",
-                f"pages of {origin[:100]} may not do this; CORS_ORIGINS can let them in",
-            )
+            raise HttpError(403, "origin_not_allowed",
+                            f"pages of {origin[:100]} may not do this; CORS_ORIGINS can let them in")
 
     def allows_origin(self, origin):
         """True when pages of this origin may call."""
@@ -3823,26 +3168,18 @@ def cors_headers(walls, request):
     origin = request.header("origin")
     if not walls.allows_origin(origin):
         return []
-    return [
-        ("Access-Control-Allow-Origin", origin),
-        ("Vary", "Origin"),
-        ("Access-Control-Expose-Headers", "*"),
-    ]
+    return [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
+            ("Access-Control-Expose-Headers", "*")]
 
 
 def preflight(walls, request):
     """The answer to a browser that asks before it sends; Private Network Access included."""
     if not walls.allows_origin(request.header("origin")):
-        raise HttpError(
-            403, "origin_not_allowed", "pages of this origin may not call; CORS_ORIGINS can let them in"
-        )
+        raise HttpError(403, "origin_not_allowed",
+                        "pages of this origin may not call; CORS_ORIGINS can let them in")
     asked = request.header("access-control-request-headers") or "authorization, x-api-key, content-type"
-    headers = [
-        *cors_headers(walls, request),
-        ("Access-Control-Allow-Methods", ", ".join(METHODS)),
-        ("Access-Control-Allow-Headers", asked),
-        ("Access-Control-Max-Age", "600"),
-    ]
+    headers = [*cors_headers(walls, request), ("Access-Control-Allow-Methods", ", ".join(METHODS)),
+               ("Access-Control-Allow-Headers", asked), ("Access-Control-Max-Age", "600")]
     if request.header("access-control-request-private-network").lower() == "true":
         headers.append(("Access-Control-Allow-Private-Network", "true"))
     return Response(204, headers, None)
@@ -3906,11 +3243,8 @@ def upstream_target(target, keys_are_set):
     if path[:1] == "/" and (stem in ALIASES or stem.startswith("models/")) and not path.startswith("//"):
         path = "/v1" + path
     if mark and keys_are_set:
-        parts = [
-            part
-            for part in query.split("&")
-            if urllib.parse.unquote_plus(part.partition("=")[0]) != "api_key"
-        ]
+        parts = [part for part in query.split("&")
+                 if urllib.parse.unquote_plus(part.partition("=")[0]) != "api_key"]
         query, mark = "&".join(parts), "?" if parts else ""
     return path + mark + query
 
@@ -3932,35 +3266,25 @@ def upstream_headers(request, body):
 def client_headers(answer, cut):
     """The end-to-end headers of an answer, in order.  CORS is ours to say."""
     named = {part.strip().lower() for part in (answer.headers.get("connection") or "").split(",")}
-    return [
-        (name, value)
-        for name, value in answer.headers.items()
-        if name.lower() not in HOP_BY_HOP
-        and name.lower() not in named
-        and not name.lower().startswith("access-control-")
-        and not (cut and name.lower() == "content-length")
-    ]
+    return [(name, value) for name, value in answer.headers.items() if name.lower() not in HOP_BY_HOP
+            and name.lower() not in named and not name.lower().startswith("access-control-")
+            and not (cut and name.lower() == "content-length")]
 
 
 def forward(gateway, request):
     """Any other path: LM Studio's answer, unchanged, metered where it is an inference."""
     if request.header("upgrade"):
-        raise HttpError(
-            501,
-            "upgrade_unsupported",
-            "WebSocket connections (LM Studio's SDKs and lms) are not passed on: "
-            "use the REST API, or connect to LM Studio itself",
-        )
+        raise HttpError(501, "upgrade_unsupported",
+                        "WebSocket connections (LM Studio's SDKs and lms) are not passed on: "
+                        "use the REST API, or connect to LM Studio itself")
     target = upstream_target(request.target, gateway.walls.need_key)
     dialect = DIALECTS.get(target.partition("?")[0].rstrip("/")) if request.method == "POST" else None
     asked = read_request(dialect, request.body) if dialect else Asked(body=request.body)
     timeout = gateway.config.proxy_stream_timeout if asked.stream else gateway.config.proxy_timeout
-    call = gateway.upstream.call(
-        request.method, target, upstream_headers(request, asked.body), asked.body, timeout / 1000
-    )
-    exchange = (
-        Exchange(gateway, request, call, dialect, asked) if dialect else Passage(gateway, request, call)
-    )
+    call = gateway.upstream.call(request.method, target, upstream_headers(request, asked.body), asked.body,
+                                 timeout / 1000)
+    exchange = (Exchange(gateway, request, call, dialect, asked) if dialect
+                else Passage(gateway, request, call))
     answer = exchange.open()
     headers = client_headers(answer, asked.cut)
     if request.method == "HEAD" or answer.status in (204, 304):
@@ -3986,9 +3310,8 @@ class Passage:
                 self.left("before the answer")
                 raise ClientLeft from None
             self.failed(error)
-            status, code = (
-                (504, "upstream_timeout") if error.kind == "timeout" else (502, UPSTREAM_CODES[error.kind])
-            )
+            status, code = ((504, "upstream_timeout") if error.kind == "timeout"
+                            else (502, UPSTREAM_CODES[error.kind]))
             raise HttpError(status, code, str(error)) from None
 
     def relay(self, answer):
@@ -4028,12 +3351,8 @@ class Passage:
         log.warning("%s %s: %s", self._request.method, self._request.path, error)
 
     def broke(self, answer, error):
-        log.warning(
-            "%s %s: LM Studio's answer broke off: %s",
-            self._request.method,
-            self._request.path,
-            error_text(error),
-        )
+        log.warning("%s %s: LM Studio's answer broke off: %s", self._request.method, self._request.path,
+                    error_text(error))
 
     def left(self, phase, answer=None):
         log.info("%s %s: the client left %s", self._request.method, self._request.path, phase)
@@ -4051,19 +3370,10 @@ class Exchange(Passage):
     def __init__(self, gateway, request, call, dialect, asked):
         super().__init__(gateway, request, call)
         self._dialect, self._asked, self._meter = dialect, asked, None
-        self.record = Record(
-            gateway.hub.request_id(),
-            time.time(),
-            time.monotonic(),
-            method=request.method,
-            path=request.path,
-            dialect=dialect.name,
-            client=request.client,
-            key=request.identity.name,
-            model_asked=asked.model,
-            messages=asked.messages,
-            stream=asked.stream,
-        )
+        self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), method=request.method,
+                             path=request.path, dialect=dialect.name, client=request.client,
+                             key=request.identity.name, model_asked=asked.model, messages=asked.messages,
+                             stream=asked.stream)
         gateway.hub.begin(self.record)
 
     def passed(self, piece, answer):
@@ -4089,9 +3399,8 @@ class Exchange(Passage):
 
     def failed(self, error):
         super().failed(error)
-        self._end(
-            None, str(error), {"timeout": "upstream_timeout"}.get(error.kind) or UPSTREAM_CODES[error.kind]
-        )
+        self._end(None, str(error), {"timeout": "upstream_timeout"}.get(error.kind)
+                  or UPSTREAM_CODES[error.kind])
 
     def broke(self, answer, error):
         if self._call.cancelled:
@@ -4099,11 +3408,10 @@ class Exchange(Passage):
             return
         super().broke(answer, error)
         silent = isinstance(error, (TimeoutError, socket.timeout))
-        self._end(
-            answer.status,
-            "LM Studio was silent for too long" if silent else "LM Studio's answer broke off before its end",
-            "upstream_timeout" if silent else "upstream_reset",
-        )
+        self._end(answer.status,
+                  "LM Studio was silent for too long" if silent
+                  else "LM Studio's answer broke off before its end",
+                  "upstream_timeout" if silent else "upstream_reset")
 
     def left(self, phase, answer=None):
         if phase == "during the answer" and (self._meter is None or self._meter.first is None):
@@ -4117,25 +3425,16 @@ class Exchange(Passage):
         now = time.monotonic()
         record.total_ms = round(1000 * (now - record.clock), 1)
         record.status, record.error, record.operation = status, error, operation
-        record.state = (
-            "done" if error is None else "abandoned" if operation == "client_disconnected" else "failed"
-        )
+        record.state = ("done" if error is None else "abandoned" if operation == "client_disconnected"
+                        else "failed")
         if meter:
             self._take_figures(record, meter)
         self._gateway.hub.end(record)
         usage = record.usage or {}
-        log.info(
-            "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
-            record.client,
-            record.key or "-",
-            record.path,
-            record.model or record.model_asked or "-",
-            status or "-",
-            record.total_ms,
-            usage.get("promptTokens", "?"),
-            usage.get("completionTokens", "?"),
-            f": {error}" if error else "",
-        )
+        log.info("%s %s %s %s: %s, %.0f ms, %s + %s tokens%s", record.client, record.key or "-",
+                 record.path, record.model or record.model_asked or "-", status or "-", record.total_ms,
+                 usage.get("promptTokens", "?"), usage.get("completionTokens", "?"),
+                 f": {error}" if error else "")
 
     @staticmethod
     def _take_figures(record, meter):
@@ -4156,32 +3455,18 @@ class Exchange(Passage):
 
 def dashboard(gateway, request):
     nonce = secrets.token_urlsafe(16)
-    policy = (
-        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
-        "img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-    )
-    return Response(
-        200,
-        [
-            ("Content-Type", "text/html; charset=utf-8"),
-            ("Cache-Control", "no-store"),
-            ("Content-Security-Policy", policy),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-        ],
-        DASHBOARD.replace(b"@NONCE@", nonce.encode()),
-    )
+    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+              "img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
+    return Response(200,
+                    [("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store"),
+                     ("Content-Security-Policy", policy), ("X-Content-Type-Options", "nosniff"),
+                     ("Referrer-Policy", "no-referrer")], DASHBOARD.replace(b"@NONCE@", nonce.encode()))
 
 
 def health(gateway, request):
-    return json_response(
-        {
-            "status": "ok",
-            "timestamp": gateway.hub.now(),
-            "uptime": round(time.time() - gateway.started, 1),
-            "version": VERSION,
-        }
-    )
+    return json_response({"status": "ok", "timestamp": gateway.hub.now(),
+                          "uptime": round(time.time() - gateway.started, 1),
+                          "version": VERSION})
 
 
 def ready(gateway, request):
@@ -4203,15 +3488,10 @@ def event_stream(gateway, request):
     """Events as Server-Sent Events; ?events= filters, Last-Event-ID or ?since= resumes."""
     names = frozenset(words(request.query.get("events", "")))
     since = request.header("last-event-id") or request.query.get("since", "")
-    return Response(
-        200,
-        [
-            ("Content-Type", "text/event-stream; charset=utf-8"),
-            ("Cache-Control", "no-store"),
-            ("X-Accel-Buffering", "no"),
-        ],
-        stream_frames(gateway.hub, since, names, gateway.watcher, request),
-    )
+    return Response(200,
+                    [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-store"),
+                     ("X-Accel-Buffering", "no")],
+                    stream_frames(gateway.hub, since, names, gateway.watcher, request))
 
 
 def stream_frames(hub, since, names, watcher=None, request=None):
@@ -4261,28 +3541,21 @@ def status_page(gateway, request):
     hub, running = gateway.hub, gateway.hub.running()
     clock = time.monotonic()
     reason = gateway.upstream.health(max_age_s=10.0)
-    return json_response(
-        {
-            "status": "degraded" if reason else "ok",
-            "version": VERSION,
-            "timestamp": hub.now(),
-            "uptime": round(time.time() - gateway.started, 1),
-            "currentOperation": operation_of(running),
-            "activeModel": active_model(running, hub.finished()),
-            "recentRequests": [record.shown(clock) for record in hub.finished()[:10]],
-            "running": [record.shown(clock) for record in running],
-            "totalRequests": hub.requests,
-            "totalErrors": hub.errors,
-            "gateway": {
-                "address": gateway.address,
-                "upstream": gateway.upstream.base,
-                "keyNeeded": gateway.walls.need_key,
-            },
-            "lmstudio": {"up": not reason, "reason": reason or None},
-            "log": log_status(gateway.monitor),
-            "stream": {"clients": hub.listeners, "lastId": hub.event_id(hub.last), "dropped": hub.dropped},
-        }
-    )
+    return json_response({"status": "degraded" if reason else "ok", "version": VERSION,
+                          "timestamp": hub.now(),
+                          "uptime": round(time.time() - gateway.started, 1),
+                          "currentOperation": operation_of(running),
+                          "activeModel": active_model(running, hub.finished()),
+                          "recentRequests": [record.shown(clock) for record in hub.finished()[:10]],
+                          "running": [record.shown(clock) for record in running],
+                          "totalRequests": hub.requests,
+                          "totalErrors": hub.errors,
+                          "gateway": {"address": gateway.address, "upstream": gateway.upstream.base,
+                                      "keyNeeded": gateway.walls.need_key},
+                          "lmstudio": {"up": not reason, "reason": reason or None},
+                          "log": log_status(gateway.monitor),
+                          "stream": {"clients": hub.listeners, "lastId": hub.event_id(hub.last),
+                                     "dropped": hub.dropped}})
 
 
 def operation_of(running):
@@ -4293,14 +3566,8 @@ def operation_of(running):
 
 
 def active_model(running, finished):
-    return next(
-        (
-            record.model or record.model_asked
-            for record in (*running[::-1], *finished)
-            if record.model or record.model_asked
-        ),
-        None,
-    )
+    return next((record.model or record.model_asked for record in (*running[::-1], *finished)
+                 if record.model or record.model_asked), None)
 
 
 def log_status(monitor):
@@ -4309,26 +3576,15 @@ def log_status(monitor):
         return {"enabled": False}
     follower, parser = monitor.follower, monitor.parser
     moment = parser.last_moment
-    return {
-        "enabled": True,
-        "directory": follower.directory,
-        "file": follower.file.path if follower.file else None,
-        "position": follower.position,
-        "size": follower.size,
-        "behindBytes": follower.behind,
-        "bytesRead": monitor.read,
-        "lastEntryAt": moment.utc if moment else None,
-        "entries": parser.entries,
-        "lines": parser.lines,
-        "events": dict(parser.by_event),
-        "generations": dict(parser.by_engine),
-        "levels": dict(parser.by_level),
-        "unknownLines": parser.unknown,
-        "unknownSamples": list(parser.samples),
-        "headlessLines": parser.headless,
-        "verbose": bool(parser.by_level["DEBUG"]) if parser.entries else None,
-        "problem": follower.problem,
-    }
+    return {"enabled": True, "directory": follower.directory,
+            "file": follower.file.path if follower.file else None, "position": follower.position,
+            "size": follower.size, "behindBytes": follower.behind, "bytesRead": monitor.read,
+            "lastEntryAt": moment.utc if moment else None, "entries": parser.entries, "lines": parser.lines,
+            "events": dict(parser.by_event), "generations": dict(parser.by_engine),
+            "levels": dict(parser.by_level), "unknownLines": parser.unknown,
+            "unknownSamples": list(parser.samples), "headlessLines": parser.headless,
+            "verbose": bool(parser.by_level["DEBUG"]) if parser.entries else None,
+            "problem": follower.problem}
 
 
 def requests_list(gateway, request):
@@ -4356,11 +3612,9 @@ def login(gateway, request):
     if cookie is None:
         raise HttpError(401, "key_wrong", "that is no key of this gateway")
     attributes = f"{SESSION}={cookie}; Path=/; HttpOnly; SameSite=Strict" + (
-        "; Secure" if request.encrypted else ""
-    )
-    return json_response(
-        {"status": "ok"}, headers=[("Set-Cookie", attributes), ("Cache-Control", "no-store")]
-    )
+        "; Secure" if request.encrypted else "")
+    return json_response({"status": "ok"},
+                         headers=[("Set-Cookie", attributes), ("Cache-Control", "no-store")])
 
 
 class Route(NamedTuple):
@@ -4375,9 +3629,8 @@ ROUTES = (
     Route("GET", "/", dashboard, "open", "the dashboard"),
     Route("GET", "/health", health, "health", "this gateway is up"),
     Route("GET", "/ready", ready, "health", "LM Studio answers, else 503 with the reason"),
-    Route(
-        "GET", "/lmstudio-greeting", greeting_page, "open", "LM Studio's own sign of life, while it answers"
-    ),
+    Route("GET", "/lmstudio-greeting", greeting_page, "open",
+          "LM Studio's own sign of life, while it answers"),
     Route("GET", "/debug/stream", event_stream, "view", "events as Server-Sent Events"),
     Route("GET", "/debug/status", status_page, "view", "what is going on, and how the log monitor does"),
     Route("GET", "/debug/requests", requests_list, "view", "the latest requests, newest first"),
@@ -4390,15 +3643,9 @@ FORWARD = Route("*", "*", forward, "infer", "LM Studio's answer, unchanged")
 def find_route(request):
     """The Route of a request; FORWARD where no path of ours fits.  Raises HttpError 405."""
     path = request.path
-    ours = [
-        route
-        for route in ROUTES
-        if path == route.path
-        or route.path.endswith("/*")
-        and path.startswith(route.path[:-1])
-        and "/" not in path[len(route.path) - 1 :]
-        and path != route.path[:-1]
-    ]
+    ours = [route for route in ROUTES if path == route.path or route.path.endswith("/*")
+            and path.startswith(route.path[:-1]) and "/" not in path[len(route.path) - 1 :]
+            and path != route.path[:-1]]
     for route in ours:
         if request.method == route.method or (request.method == "HEAD" and route.method == "GET"):
             return route
@@ -4416,20 +3663,13 @@ def error_response(error, anthropic=False):
     return json_response(body, error.status, error.headers)
 
 
-ERROR_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-}
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+               413: "request_too_large", 429: "rate_limit_error"}
 
 # --- 7.6 server: connections to views ----------------------------------------
 
 
-ADMIN = re.compile(
-    r"/+api/v1/models/(?:load|unload|download)\b"
-)  # these change the machine, they ask nothing
+ADMIN = re.compile(r"/+api/v1/models/(?:load|unload|download)\b")  # these change the machine, they ask nothing
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -4458,20 +3698,15 @@ class Handler(socketserver.BaseRequestHandler):
             raise
         except Exception:  # the end of the line for one request: a fault of ours must not end the server
             log.exception("a fault in lmgateway: please report it")
-            return self._refuse(
-                HttpError(500, "internal_error", "a fault in lmgateway; its log says more", close=True)
-            )
+            return self._refuse(HttpError(500, "internal_error", "a fault in lmgateway; its log says more",
+                                          close=True))
 
     def _refuse(self, error):
         """Send an error of ours.  True when the connection can take another request."""
         request = self.seen
         response = error_response(error, bool(request) and request.path.endswith("/v1/messages"))
-        close = (
-            error.close
-            or request is None
-            or self.unread
-            and framing(request) not in ((None, False), (0, False))
-        )
+        close = (error.close or request is None or self.unread
+                 and framing(request) not in ((None, False), (0, False)))
         if request:
             response.headers.extend(cors_headers(self.server.gateway.walls, request))
         with self.server.busy(self.request):
@@ -4505,12 +3740,9 @@ class Handler(socketserver.BaseRequestHandler):
         identity = walls.identify(request, query_key=request.path.startswith("/debug/"))
         right = "admin" if route.access == "infer" and ADMIN.match(request.path) else route.access
         if right in RIGHTS and right not in identity.rights:
-            raise HttpError(
-                403,
-                "right_missing",
-                f"the key {identity.name} has no right to {right}; mint one with "
-                f"--new-key NAME --rights {right}",
-            )
+            raise HttpError(403, "right_missing",
+                            f"the key {identity.name} has no right to {right}; mint one with "
+                            f"--new-key NAME --rights {right}")
         return identity
 
     def _write(self, response, request, close=False):
@@ -4534,9 +3766,8 @@ class Handler(socketserver.BaseRequestHandler):
         reason = response.reason if response.reason is not None else reason_of(response.status)
         head = head_bytes(response.status, reason, headers)
         if whole:
-            sock.sendall(
-                head + (b"" if body is None or request and request.method == "HEAD" else bytes(body))
-            )
+            sock.sendall(head + (b"" if body is None or request and request.method == "HEAD"
+                                 else bytes(body)))
         else:
             self._write_pieces(head, body, chunked, request.method == "HEAD")
         return alive
@@ -4650,17 +3881,11 @@ class Server(http.server.ThreadingHTTPServer):
 # engine writes.  It serves --demo and the tests; nothing here is used beside the real LM Studio.
 
 DEMO_MODELS = ("demo/kestrel-8b", "demo/wren-2b")
-DEMO_TEXT = (
-    "The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
-    "upstairs reads aloud from a letter about copper, rivers and the price of bread."
-)
+DEMO_TEXT = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
+             "upstairs reads aloud from a letter about copper, rivers and the price of bread.")
 DEMO_WORDS = DEMO_TEXT.split()
-DEMO_PROMPTS = (
-    "Summarise the minutes of the garden club.",
-    "Why is the sky dark at night?",
-    "Write a haiku about a patient printer.",
-    "Which of these invoices is overdue?",
-)
+DEMO_PROMPTS = ("Summarise the minutes of the garden club.", "Why is the sky dark at night?",
+                "Write a haiku about a patient printer.", "Which of these invoices is overdue?")
 
 
 class DemoLog:
@@ -4707,9 +3932,8 @@ class DemoRun:
         self.prompt = max(40, server.prompt_tokens or 400 + 7 * characters)
         self.cached = int(self.prompt * server.cached_share)
         limit = body.get("max_tokens")
-        self.completion = (
-            min(server.answer_tokens, limit) if isinstance(limit, int) and limit > 0 else server.answer_tokens
-        )
+        self.completion = (min(server.answer_tokens, limit) if isinstance(limit, int) and limit > 0
+                           else server.answer_tokens)
         self.task = self.log.task()
         self.slot = f"id  {self.task % 4} | task {self.task} | "
 
@@ -4717,38 +3941,30 @@ class DemoRun:
         shown = json.dumps(self.body, indent=2, ensure_ascii=False)
         self.log.write("DEBUG", f"Received request: POST to {path} with body {shown}")
         messages = len(listed(self.body.get("messages")))
-        self.log.write(
-            "INFO", f"Running chat completion on conversation with {messages} messages.", self.model
-        )
+        self.log.write("INFO", f"Running chat completion on conversation with {messages} messages.",
+                       self.model)
         if self.stream:
             self.log.write("INFO", "Streaming response...", self.model)
 
     def read_prompt(self, alive):
         """The prompt phase, in steps of a batch; stops when alive() is False."""
-        self.log.engine(
-            f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
-            " repeat_last_n = 64, repeat_penalty = 1.000, frequency_penalty = 0.000, presence_penalty = "
-            "0.000\n"
-            " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
-            " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000"
-        )
-        self.log.engine(
-            f"slot launch_slot_: {self.slot}processing task, is_child = 0",
-            f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 8192, n_keep = 20, task.n_tokens = "
-            f"{self.prompt}",
-            f"slot   operator(): {self.slot}cached n_tokens = {self.cached}, memory_seq_rm "
-            f"[{self.cached}, end)",
-        )
+        self.log.engine(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
+                        " repeat_last_n = 64, repeat_penalty = 1.000, frequency_penalty = 0.000, presence_penalty = "
+                        "0.000\n" " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
+                        " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
+        self.log.engine(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
+                        f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 8192, n_keep = 20, task.n_tokens = "
+                        f"{self.prompt}",
+                        f"slot   operator(): {self.slot}cached n_tokens = {self.cached}, memory_seq_rm "
+                        f"[{self.cached}, end)")
         self.progress(0)
         steps = self.server.prompt_steps
         for step in range(1, steps + 1):
             if not alive() or self.server.pause(self.server.step_s):
                 return False
             self.progress(100 * (self.cached + (self.prompt - self.cached) * step / steps) / self.prompt)
-        self.log.engine(
-            f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, tokens: text = {self.prompt}, "
-            f"total = {self.prompt}"
-        )
+        self.log.engine(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, tokens: text = {self.prompt}, "
+                        f"total = {self.prompt}")
         return True
 
     def progress(self, percent):
@@ -4766,19 +3982,16 @@ class DemoRun:
         fresh = self.prompt - self.cached
         read_ms = max(0.01, 1000 * self.server.step_s * self.server.prompt_steps)
         write_ms = max(0.01, 1000 * self.server.token_s * self.completion)
-        self.log.engine(
-            f"slot print_timing: {self.slot}prompt eval time = {read_ms:10.2f} ms / {fresh:5} tokens "
-            f"({read_ms / max(1, fresh):8.2f} ms per token, {1000 * fresh / read_ms:8.2f} tokens per second)",
-            f"slot print_timing: {self.slot}       eval time = {write_ms:10.2f} ms / {self.completion:5} "
-            "tokens "
-            f"({write_ms / max(1, self.completion):8.2f} ms per token, "
-            f"{1000 * self.completion / write_ms:8.2f} tokens per second)",
-            f"slot print_timing: {self.slot}      total time = {read_ms + write_ms:10.2f} ms / "
-            f"{fresh + self.completion:5} tokens",
-            f"slot      release: {self.slot}stop processing: n_tokens = "
-            f"{self.prompt + self.completion - 1}, truncated = 0",
-            "srv  update_slots: all slots are idle",
-        )
+        self.log.engine(f"slot print_timing: {self.slot}prompt eval time = {read_ms:10.2f} ms / {fresh:5} tokens "
+                        f"({read_ms / max(1, fresh):8.2f} ms per token, {1000 * fresh / read_ms:8.2f} tokens per second)",
+                        f"slot print_timing: {self.slot}       eval time = {write_ms:10.2f} ms / {self.completion:5} "
+                        "tokens " f"({write_ms / max(1, self.completion):8.2f} ms per token, "
+                        f"{1000 * self.completion / write_ms:8.2f} tokens per second)",
+                        f"slot print_timing: {self.slot}      total time = {read_ms + write_ms:10.2f} ms / "
+                        f"{fresh + self.completion:5} tokens",
+                        f"slot      release: {self.slot}stop processing: n_tokens = "
+                        f"{self.prompt + self.completion - 1}, truncated = 0",
+                        "srv  update_slots: all slots are idle")
         if self.stream:
             self.log.write("INFO", "Finished streaming response", self.model)
         else:
@@ -4787,43 +4000,25 @@ class DemoRun:
             self.log.write("INFO", f"Generated prediction: {shown}", self.model)
 
     def abandoned(self):
-        self.log.write(
-            "INFO",
-            "Client disconnected. Stopping generation... (If the model is busy processing the prompt, "
-            "it will finish first.)",
-            SERVER_TAG,
-        )
-        self.log.engine(
-            f"srv          stop: cancel task, id_task = {self.task}",
-            f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, truncated = 0",
-        )
+        self.log.write("INFO",
+                       "Client disconnected. Stopping generation... (If the model is busy processing the prompt, "
+                       "it will finish first.)", SERVER_TAG)
+        self.log.engine(f"srv          stop: cancel task, id_task = {self.task}",
+                        f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, truncated = 0")
 
     def usage(self):
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-        }
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion,
+                "total_tokens": self.prompt + self.completion}
 
     def answer(self, content):
         message = {"role": "assistant", "content": content, "tool_calls": []}
-        return {
-            "id": self.id,
-            "object": "chat.completion",
-            "created": self.created,
-            "model": self.model,
-            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
-        }
+        return {"id": self.id, "object": "chat.completion", "created": self.created, "model": self.model,
+                "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]}
 
     def chunk(self, delta, finish=None):
-        return {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.model,
-            "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}],
-        }
+        return {"id": self.id, "object": "chat.completion.chunk", "created": self.created,
+                "model": self.model, "system_fingerprint": self.model,
+                "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]}
 
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
@@ -4840,9 +4035,8 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         if self.path in ("/v1/models", "/api/v0/models"):
             self.server.demo_log.write("DEBUG", f"Received request: GET to {self.path}")
             self.server.demo_log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
-            models = [
-                {"id": name, "object": "model", "owned_by": "organization_owner"} for name in DEMO_MODELS
-            ]
+            models = [{"id": name, "object": "model", "owned_by": "organization_owner"}
+                      for name in DEMO_MODELS]
             return self._json({"data": models, "object": "list"})
         return self._unexpected()
 
@@ -4862,14 +4056,8 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
             content = "".join(run.tokens(self._alive))
             if self._alive():
                 run.finished(run.usage())
-                return self._json(
-                    {
-                        **run.answer(content.strip()),
-                        "usage": run.usage(),
-                        "stats": {},
-                        "system_fingerprint": run.model,
-                    }
-                )
+                return self._json({**run.answer(content.strip()), "usage": run.usage(), "stats": {},
+                                   "system_fingerprint": run.model})
         return self._abandon(run)
 
     def _stream(self, run):
@@ -4952,9 +4140,8 @@ class DemoServer(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def start(self):
-        self.demo_log.write(
-            "INFO", f"Success! HTTP server listening on port {self.server_address[1]}", SERVER_TAG
-        )
+        self.demo_log.write("INFO", f"Success! HTTP server listening on port {self.server_address[1]}",
+                            SERVER_TAG)
         threading.Thread(target=self.serve_forever, args=(0.05,), name="demo-server", daemon=True).start()
 
     def stop(self):
@@ -4969,18 +4156,12 @@ def demo_traffic(address, key, pause):
     for number in itertools.count():
         if pause(1.0 if number == 0 else random.uniform(1.5, 4.0)):
             return
-        body = {
-            "model": DEMO_MODELS[number % 2],
-            "stream": number % 3 != 2,
-            "max_tokens": random.randrange(20, 90),
-            "messages": [{"role": "system", "content": "You are brief."} for _ in range(number % 2)]
-            + [{"role": "user", "content": random.choice(DEMO_PROMPTS) * random.randrange(1, 5)}],
-        }
-        sent = urllib.request.Request(
-            address + "/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
-        )
+        body = {"model": DEMO_MODELS[number % 2], "stream": number % 3 != 2,
+                "max_tokens": random.randrange(20, 90),
+                "messages": [{"role": "system", "content": "You are brief."} for _ in range(number % 2)]
+                + [{"role": "user", "content": random.choice(DEMO_PROMPTS) * random.randrange(1, 5)}]}
+        sent = urllib.request.Request(address + "/v1/chat/completions", json.dumps(body).encode(),
+                                      {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
         with contextlib.suppress(OSError, http.client.HTTPException), opener.open(sent, timeout=60) as answer:
             answer.read(700 if number % 7 == 6 else None)
 
@@ -4995,45 +4176,35 @@ lmgateway.py [options]                     gateway, log monitor and dashboard be
 
 def build_parser():
     """The ArgumentParser: commands by hand, options from OPTIONS."""
-    parser = Arguments(
-        prog="lmgateway.py",
-        usage=USAGE,
-        allow_abbrev=False,
-        add_help=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
-        description="A gateway, log monitor and dashboard for LM Studio.",
-        epilog="Options are read from flags, else the environment, else .env, else their defaults. "
-        "The README lists all of them, those without a flag included.",
-    )
+    parser = Arguments(prog="lmgateway.py", usage=USAGE, allow_abbrev=False, add_help=False,
+                       formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+                       description="A gateway, log monitor and dashboard for LM Studio.",
+                       epilog="Options are read from flags, else the environment, else .env, else their defaults. "
+                       "The README lists all of them, those without a flag included.")
     commands = parser.add_argument_group("Commands")
-    commands.add_argument(
-        "--tail-only", action="store_true", help="print events, no server; PATH: replay files or directories"
-    )
+    commands.add_argument("--tail-only", action="store_true",
+                          help="print events, no server; PATH: replay files or directories")
     commands.add_argument("--demo", action="store_true", help="run beside a built-in imitation of LM Studio")
     commands.add_argument("--new-key", metavar="NAME", help="mint a key; its hash goes to the keys file")
     commands.add_argument("--rights", metavar="LIST", help="what it may do: infer, view, admin [infer,view]")
     commands.add_argument("--list-keys", action="store_true", help="names, rights and dates of minted keys")
     commands.add_argument("--revoke-key", metavar="NAME", help="take a minted key away")
     commands.add_argument("--help", "-h", action="help", help="show this and exit")
-    commands.add_argument(
-        "--version", action="version", version=f"lmgateway {VERSION}", help="show the version and exit"
-    )
+    commands.add_argument("--version", action="version", version=f"lmgateway {VERSION}",
+                          help="show the version and exit")
     commands.add_argument("paths", nargs="*", metavar="PATH", help=argparse.SUPPRESS)
     printing = parser.add_argument_group("Printing (--tail-only)")
     printing.add_argument("--json", action="store_true", help="one JSON object a line")
     printing.add_argument("--events", metavar="LIST", help="only these events, comma-separated")
-    printing.add_argument(
-        "--from-start", action="store_true", help="begin at the start of the newest file, not at its end"
-    )
+    printing.add_argument("--from-start", action="store_true",
+                          help="begin at the start of the newest file, not at its end")
     groups: dict[str, Any] = {}
     for row in OPTIONS:
         if row.flag:
             group = groups.get(row.group) or groups.setdefault(
-                row.group, parser.add_argument_group(row.group)
-            )
-            kind = (
-                {"action": "store_const", "const": "true"} if row.default is False else {"metavar": row.value}
-            )
+                row.group, parser.add_argument_group(row.group))
+            kind = ({"action": "store_const", "const": "true"} if row.default is False
+                    else {"metavar": row.value})
             default = "" if row.default in (None, False, {}) else f" [{shown_default(row)}]"
             group.add_argument(row.flag, dest=row.name, help=row.about.replace("%", "%%") + default, **kind)
     groups["Gateway"].add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
@@ -5047,11 +4218,9 @@ class Arguments(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
         if unknown:
             near = difflib.get_close_matches(
-                unknown[1].partition("=")[0], self._option_string_actions, 1, 0.6
-            )
+                unknown[1].partition("=")[0], self._option_string_actions, 1, 0.6)
             message = f"{unknown[1]} is not a known option" + (
-                f"; did you mean {near[0]}?" if near else "; see --help"
-            )
+                f"; did you mean {near[0]}?" if near else "; see --help")
         raise ConfigError(message)
 
 
@@ -5065,12 +4234,8 @@ def main(argv=None):
         set_up_logging(config)
         for warning in warnings:
             log.warning(warning)
-        for name, command in (
-            ("new_key", new_key),
-            ("list_keys", list_keys),
-            ("revoke_key", revoke_key),
-            ("tail_only", tail_only),
-        ):
+        for name, command in (("new_key", new_key), ("list_keys", list_keys), ("revoke_key", revoke_key),
+                              ("tail_only", tail_only)):
             if getattr(args, name):
                 return command(args, config)
         return serve(args, config, sources)
@@ -5093,10 +4258,8 @@ def check_command(args):
     unknown = [name for name in words(args.events or "") if name not in EVENTS]
     if unknown:
         near = difflib.get_close_matches(unknown[0], EVENTS, 1)
-        raise ConfigError(
-            f"--events: {unknown[0]} is not an event"
-            + (f"; did you mean {near[0]}?" if near else "; see the README")
-        )
+        raise ConfigError(f"--events: {unknown[0]} is not an event"
+                          + (f"; did you mean {near[0]}?" if near else "; see the README"))
 
 
 def quiet_streams():
@@ -5121,16 +4284,10 @@ def set_up_logging(config):
     if config.log_file:
         try:
             handler = logging.handlers.RotatingFileHandler(
-                config.log_file,
-                maxBytes=5_000_000,
-                backupCount=3,
-                encoding="utf-8",
-                errors="backslashreplace",
-            )
+                config.log_file, maxBytes=5_000_000, backupCount=3, encoding="utf-8",
+                errors="backslashreplace")
         except OSError as error:
-            raise ConfigError(
-                f"--log-file {config.log_file}: {error_text(error)}; name a file that can be written"
-            ) from None
+            raise ConfigError(f"--log-file {config.log_file}: {error_text(error)}; name a file that can be written") from None
     handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s]: %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(LEVELS[config.log_level])
@@ -5150,16 +4307,12 @@ def new_key(args, config):
         raise ConfigError("--new-key: a name is made of up to 64 letters, digits and . _ - @")
     file, keys = open_key_file(config)
     if any(key.name == name for key in keys) or name in config.api_key:
-        raise ConfigError(
-            f"--new-key {name}: there is a key of that name; choose another, or --revoke-key {name} first"
-        )
+        raise ConfigError(f"--new-key {name}: there is a key of that name; choose another, or --revoke-key {name} first")
     key = mint_key()
     save_keys(file, [*keys, Key(name, digest(key), frozenset(rights), time.strftime("%Y-%m-%d"))])
     print(key)
-    print(
-        f"lmgateway: this is the only time the key of {name} is shown; its hash is in {file.path}",
-        file=sys.stderr,
-    )
+    print(f"lmgateway: this is the only time the key of {name} is shown; its hash is in {file.path}",
+          file=sys.stderr)
     return 0
 
 
@@ -5180,9 +4333,7 @@ def revoke_key(args, config):
     file, keys = open_key_file(config)
     left = [key for key in keys if key.name != args.revoke_key]
     if len(left) == len(keys):
-        raise ConfigError(
-            f"--revoke-key {args.revoke_key}: no such key in {file.path}; --list-keys shows them"
-        )
+        raise ConfigError(f"--revoke-key {args.revoke_key}: no such key in {file.path}; --list-keys shows them")
     save_keys(file, left)
     print(f"lmgateway: {args.revoke_key} is revoked", file=sys.stderr)
     return 0
@@ -5194,34 +4345,22 @@ def open_key_file(config):
     try:
         return file, file.read() if file.path.exists() else []
     except OSError as error:
-        raise ConfigError(
-            f"--keys-file {file.path}: {error_text(error)}; name a file that can be read"
-        ) from None
+        raise ConfigError(f"--keys-file {file.path}: {error_text(error)}; name a file that can be read") from None
 
 
 def save_keys(file, keys):
     try:
         file.write(keys)
     except OSError as error:
-        raise ConfigError(
-            f"--keys-file {file.path}: {error_text(error)}; name a file that can be written"
-        ) from None
+        raise ConfigError(f"--keys-file {file.path}: {error_text(error)}; name a file that can be written") from None
 
 
 # --- 9.1 the terminal view ---------------------------------------------------
 
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
-COLOURS = {
-    "lmstudio_error": "31",
-    "error": "31",
-    "lmstudio_chat_start": "36",
-    "inference_start": "36",
-    "lmstudio_chat_end": "32",
-    "inference_complete": "32",
-    "lmstudio_prompt_progress": "33",
-    "lmstudio_log": "2",
-    "gap": "35",
-}
+COLOURS = {"lmstudio_error": "31", "error": "31", "lmstudio_chat_start": "36", "inference_start": "36",
+           "lmstudio_chat_end": "32", "inference_complete": "32", "lmstudio_prompt_progress": "33",
+           "lmstudio_log": "2", "gap": "35"}
 
 
 class Printer:
@@ -5240,9 +4379,8 @@ class Printer:
         for event in events:
             self._seq += 1
             if not self._names or event.name in self._names:
-                parts.append(
-                    json_line(f"{self._epoch}-{self._seq}", event) if self._json else self._line(event)
-                )
+                parts.append(json_line(f"{self._epoch}-{self._seq}", event) if self._json
+                             else self._line(event))
         if parts:
             self._out.write("".join(parts))
             self._out.flush()
@@ -5282,43 +4420,31 @@ def percent_bar(data):
 
 def fields_of_data(**labels):
     """A summary from fields: label=field for those that are there."""
-    return lambda data: "  ".join(
-        f"{label} {data[field]}" for label, field in labels.items() if data.get(field) is not None
-    )
+    return lambda data: "  ".join(f"{label} {data[field]}" for label, field in labels.items()
+                                  if data.get(field) is not None)
 
 
 SUMMARIES: dict[str, Callable[[dict], str]] = {
     "lmstudio_log": lambda data: f"{data['level']:5}  " + data["message"].strip().partition("\n")[0][:400],
     "lmstudio_chat_start": lambda data: f"{data['messages']} messages",
     "lmstudio_prompt_progress": percent_bar,
-    "lmstudio_cache_stats": lambda data: (
-        f"{data['reused']} of {data['total']} tokens from the cache ({data['percentage']} %)"
-    ),
-    "lmstudio_token_info": fields_of_data(
-        prompt="totalPromptTokens", fresh="promptTokensToDecode", context="n_ctx", limit="n_predict"
-    ),
+    "lmstudio_cache_stats": lambda data: (f"{data['reused']} of {data['total']} tokens from the cache ({data['percentage']} %)"),
+    "lmstudio_token_info": fields_of_data(prompt="totalPromptTokens", fresh="promptTokensToDecode",
+                                          context="n_ctx", limit="n_predict"),
     "lmstudio_sampling_params": fields_of_data(
-        temp="temp", top_k="top_k", top_p="top_p", min_p="min_p", repeat="repeat_penalty"
-    ),
+        temp="temp", top_k="top_k", top_p="top_p", min_p="min_p", repeat="repeat_penalty"),
     "lmstudio_prediction_stats": fields_of_data(
-        prompt="promptTokens",
-        output="completionTokens",
-        read="promptTokensPerSecond",
-        wrote="tokensPerSecond",
-        first_ms="timeToFirstTokenMs",
-        total_ms="totalMs",
-    ),
+        prompt="promptTokens", output="completionTokens", read="promptTokensPerSecond",
+        wrote="tokensPerSecond", first_ms="timeToFirstTokenMs", total_ms="totalMs"),
     "lmstudio_chat_end": lambda data: f"{data['outcome']}: {data['message'][:200]}",
     "lmstudio_generation_start": lambda data: "prompt read, generating",
     "lmstudio_month_transition": fields_of_data(to="newLogFile"),
     "lmstudio_file_switch": fields_of_data(to="newLogFile"),
     "inference_start": fields_of_data(id="requestId", path="path", client="client", key="key"),
-    "inference_complete": fields_of_data(
-        id="requestId", status="status", ms="totalTimeMs", rate="tokensPerSecond"
-    ),
+    "inference_complete": fields_of_data(id="requestId", status="status", ms="totalTimeMs",
+                                         rate="tokensPerSecond"),
     "error": fields_of_data(id="requestId", what="error"),
-    "gap": fields_of_data(first="from", last="to", count="count"),
-}
+    "gap": fields_of_data(first="from", last="to", count="count")}
 EVENTS = {  # every event of the stream, and what it says; a test holds the README's table to it
     "connected": "you are listening",
     "inference_start": "a client's request goes to LM Studio",
@@ -5344,9 +4470,8 @@ EVENTS = {  # every event of the stream, and what it says; a test holds the READ
 
 def events_table():
     """The README's table of events; a test holds the README to it."""
-    return "\n".join(
-        ["| event | says |", "|---|---|", *(f"| `{name}` | {about} |" for name, about in EVENTS.items())]
-    )
+    return "\n".join(["| event | says |", "|---|---|",
+                      *(f"| `{name}` | {about} |" for name, about in EVENTS.items())])
 
 
 def tail_only(args, config):
@@ -5425,12 +4550,8 @@ def serve(args, config, sources):
         settle()
         if args.demo:
             key = next(iter(config.api_key.values()), "")
-            threading.Thread(
-                target=demo_traffic,
-                args=(f"http://127.0.0.1:{server.port}", key, stop.wait),
-                name="demo-traffic",
-                daemon=True,
-            ).start()
+            threading.Thread(target=demo_traffic, args=(f"http://127.0.0.1:{server.port}", key, stop.wait),
+                             name="demo-traffic", daemon=True).start()
         stop.wait()
         log.info("Stopping: %d requests are running, they have %.0f s", server.working, GRACE_S)
         hub.close()
@@ -5455,9 +4576,7 @@ def find_upstream(config, sources):
     if "upstream" in sources:
         return config
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        settings = json.loads(
-            (find_home() / ".internal" / "http-server-config.json").read_text(encoding="utf-8")
-        )
+        settings = json.loads((find_home() / ".internal" / "http-server-config.json").read_text(encoding="utf-8"))
         port = int(settings.get("port"))
         if 0 < port < 65536:
             return config.but(upstream=f"http://127.0.0.1:{port}")
@@ -5467,10 +4586,8 @@ def find_upstream(config, sources):
 def check_exposure(config):
     """Raises ConfigError where the LAN could come in without a key."""
     if not loopback(config.host) and not Walls(config).need_key and not config.no_auth:
-        raise ConfigError(
-            f"--host {config.host} (GATEWAY_HOST) listens beyond this machine, and no key is set: set "
-            "GATEWAY_API_KEY, or say --no-auth to let everybody in"
-        )
+        raise ConfigError(f"--host {config.host} (GATEWAY_HOST) listens beyond this machine, and no key is set: set "
+                          "GATEWAY_API_KEY, or say --no-auth to let everybody in")
 
 
 def start_monitor(config, hub, stop):
@@ -5500,14 +4617,10 @@ def open_server(gateway):
         return Server(gateway, config.host, config.port, tls_context(config))
     except OSError as error:
         if error.errno in (48, 98, 10048):
-            raise StartError(
-                f"port {config.port} is in use on {config.host}: stop what holds it "
-                f"({port_question(config.port)} tells) or choose another with --port (GATEWAY_PORT)"
-            ) from None
-        raise StartError(
-            f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose another address with "
-            "--host (GATEWAY_HOST) and --port"
-        ) from None
+            raise StartError(f"port {config.port} is in use on {config.host}: stop what holds it "
+                             f"({port_question(config.port)} tells) or choose another with --port (GATEWAY_PORT)") from None
+        raise StartError(f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose another address with "
+                         "--host (GATEWAY_HOST) and --port") from None
     except OverflowError as error:
         raise StartError(f"cannot listen on {config.host}:{config.port}: {error}") from None
 
@@ -5523,14 +4636,10 @@ def tls_context(config):
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key, password=refuse_password)
     except ssl.SSLError as error:
-        raise ConfigError(
-            f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: no matching pair of PEM files "
-            f"({error.reason or error}); see the README for a line that makes one"
-        ) from None
+        raise ConfigError(f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: no matching pair of PEM files "
+                          f"({error.reason or error}); see the README for a line that makes one") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: {error_text(error)}"
-        ) from None
+        raise ConfigError(f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: {error_text(error)}") from None
     return context
 
 
@@ -5556,10 +4665,8 @@ def announce(gateway):
     log.info("Listening on %s (dashboard); base URL for clients: %s/v1", gateway.address, gateway.address)
     log.info("LM Studio: %s", config.upstream)
     log.info("Key: %s", "needed" if gateway.walls.need_key else "none is asked for")
-    log.info(
-        "Log directory: %s",
-        monitor.follower.directory if monitor else "not monitored (ENABLE_LOG_MONITORING=false)",
-    )
+    log.info("Log directory: %s",
+             monitor.follower.directory if monitor else "not monitored (ENABLE_LOG_MONITORING=false)")
 
 
 # === 10. DASHBOARD ===========================================================
