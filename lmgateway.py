@@ -3640,6 +3640,13 @@ ROUTES = (
 FORWARD = Route("*", "*", forward, "infer", "LM Studio's answer, unchanged")
 
 
+def routes_table():
+    """The README's table of routes; a test holds the README to it."""
+    return "\n".join(["| route | needs | answer |", "|---|---|---|",
+                      *(f"| `{row.method} {row.path.replace('*', 'ID')}` | {row.access} | {row.about} |" for row in ROUTES),
+                      f"| every other | {FORWARD.access} | {FORWARD.about} |"])
+
+
 def find_route(request):
     """The Route of a request; FORWARD where no path of ours fits.  Raises HttpError 405."""
     path = request.path
@@ -4472,6 +4479,11 @@ def events_table():
     """The README's table of events; a test holds the README to it."""
     return "\n".join(["| event | says |", "|---|---|",
                       *(f"| `{name}` | {about} |" for name, about in EVENTS.items())])
+
+
+def readme_tables():
+    """The tables that the README takes from this file; .ci/readme writes them into it."""
+    return [options_table(), routes_table(), events_table()]
 
 
 def tail_only(args, config):

@@ -151,6 +151,19 @@ def test_samples_give_their_events(utc, log_path, size):
 
 # === 9. COMMAND ==============================================================
 
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("table", lmgateway.readme_tables(), ids=["options", "routes", "events"])
+def test_readme_has_the_tables_of_the_code(table):
+    assert table + "\n" in README, "the README's table is an old one: run .ci/readme"
+
+
+def test_readme_has_the_two_commands_that_set_everything_up():
+    assert "python3 lmgateway.py --demo" in README
+    assert "python3 test_lmgateway.py" in README
+    assert len(README.splitlines()) < 420
+
 
 # === 10. DASHBOARD ===========================================================
 
