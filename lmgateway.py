@@ -381,11 +381,13 @@ def loopback(host):
 
 
 class Event(NamedTuple):
-    """What every listener receives.  data is strict JSON; chat is the Chat it belongs to, or None."""
+    """What every listener receives.  data is strict JSON."""
 
     name: str
     data: dict
-    chat: object = None
+    chat: Any = None    # the Chat it belongs to
+    sure: bool = False  # no other chat can be meant
+    loads: str | None = None  # of an lmstudio_log: the model whose loading it announces
 
 
 # --- 3.1 log rules: the only place that knows a wording of LM Studio's log ---
@@ -426,7 +428,7 @@ RULES = (
          "Client disconnected. Stopping generation... (If the model is busy processing the prompt, it "
          "will finish first.)"),
     Rule("stopped", "app", "line", "App", r"Server stopped\.", "Server stopped."),
-    Rule("", "app", "json", "App", r"Received request: [A-Z]+ to ",
+    Rule("received", "app", "json", "App", r"Received request: (?P<method>[A-Z]+) to (?P<path>\S+)",
          "Received request: POST to /v1/chat/completions with body {"),
     Rule("", "app", "json", "App", r"Model generated tool calls: ", "Model generated tool calls: []"),
     Rule("", "app", "text", "App", r"Generated packet: ", "Generated packet: {"),
@@ -444,8 +446,9 @@ RULES = (
     Rule("", "app", "line", "App",
          r"A value was passed to the 'Authorization' header|Developer role detected",
          "Developer role detected - replacing it with system role."),
-    Rule("", "app", "line", "App",
-         r"Requested model \(.*\) is not loaded\.|Just-in-time model loading (?:in)?active",
+    Rule("load", "app", "line", "App", r"Requested model \((?P<asked>.*)\) is not loaded\. Loading ",
+         'Requested model (quillon/moraine-30b) is not loaded. Loading "quillon/moraine-30b" now...'),
+    Rule("", "app", "line", "App", r"Just-in-time model loading (?:in)?active",
          "Just-in-time model loading active."),
     Rule("", "app", "line", "App",
          r"Server started\.|Success! HTTP server listening|Logs are saved into |The server can be reached",
@@ -669,7 +672,7 @@ class Entry:
     """One log record while its lines come in."""
 
     __slots__ = ("moment", "level", "panel", "text", "tags", "shape", "model", "row", "fields", "sent",
-                 "cut", "told")
+                 "cut", "told", "chat", "loads")
 
     def __init__(self, moment, level, panel):
         self.moment, self.level, self.panel = moment, level, panel
@@ -681,6 +684,7 @@ class Entry:
         self.sent = -1  # characters of text that events have carried; -1 before the first event
         self.cut = False  # lines were left out
         self.told = False  # Story knows it
+        self.chat = self.loads = None  # the chat that it surely means; the model whose loading it announces
 
 
 class Parser:
@@ -898,7 +902,7 @@ class Parser:
         if entry.cut:
             data["truncated"] = True
         entry.sent = len(entry.text)
-        self._events.append(Event("lmstudio_log", data))
+        self._events.append(Event("lmstudio_log", data, entry.chat, entry.chat is not None, entry.loads))
 
 
 def engine_of(rule, match):
@@ -924,6 +928,8 @@ def redacted(line):
 
 CHATS_KEPT = 64  # running chats that are remembered; one that never ends is forgotten at last
 ENDED_KEPT = 8  # ended chats that late lines can still mean
+RECEIVED_KEPT = 8  # requests whose chat has not begun
+SETTLING_S = 120  # an abandoned chat can still write lines for so long
 SWALLOW_S = 1  # a disconnect line this soon after an end says nothing new (LOGS.md, case 8)
 
 
@@ -937,7 +943,7 @@ class Chat:
         self.stream = False
         self.engine = False  # the engine's lines have begun
         self.engine_model = None  # model, where it is certain that those lines are this chat's
-        self.certain = True  # no other chat could have been meant by any line
+        self.certain = True  # the engine's lines can be no other chat's
         self.task = None  # G2 and G3: the engine's number for it
         self.app_progress = False
         self.first_token = False
@@ -947,10 +953,21 @@ class Chat:
         self.stats = {}  # of lmstudio_prediction_stats
         self.decoded = None  # tokens that the engine has generated so far
         self.timed = None  # the Moment of the engine's last timing, until the stats are told
+        self.received = None  # the Received that it answers, where that is certain
+        self.answer_id = self.created = None  # of its prediction
+        self.record = None  # the Record of the request that caused it; the Join's
         self.ended = None  # outcome
         self.ended_at = 0.0
         self.left = False  # a disconnect line has been taken for it
         self.predicted = False
+
+
+class Received(NamedTuple):
+    """A request as the log has it, before its chat begins.  text holds the body, long strings cut."""
+
+    moment: Moment
+    path: str
+    text: str
 
 
 def pick(chats, *preferences):
@@ -982,13 +999,18 @@ class Story:
         self._engine = None  # the chat whose engine lines came last
         self._sampling = None  # (chat, moment, parameters so far) while the block is open
         self._timing = None  # G2: the task that bare timing lines belong to
+        self._received: deque[Received] = deque(maxlen=RECEIVED_KEPT)
+        self._sure = None  # of an app line: no other chat can be meant; None for engine lines
+        self._meant = None  # the chat of which the line at hand spoke, where that is sure
         self._numbers = itertools.count(1)
         self._facts = {rule.fact: getattr(self, "on_" + rule.fact) for rule in RULES if rule.fact}
 
     def app(self, entry):
         """A recognised entry of the app."""
         self._close_sampling()
+        self._sure, self._meant = len(self._alive(entry)) < 2, None
         self._facts[entry.row.fact](entry)
+        entry.chat, self._sure = self._meant, None
 
     def engine(self, fact, fields, match, moment):
         """A recognised line of an engine."""
@@ -1005,11 +1027,13 @@ class Story:
         first = message.partition("\n")[0]
         for tag in entry.tags:
             first = first.replace(f"[{tag}]", "", 1).lstrip()
+        self._sure = len(self._alive(entry)) < 2
         self._say("lmstudio_error", None, entry.moment, entry.model, message=message)
         match = ERRORS.match(first)
         if match:
             entry.row = ERROR_ROWS[match.lastgroup][0]
             self._facts[entry.row.fact](entry, first)
+        self._sure = None
 
     def quiet(self, final=False):
         """Nothing has come for a while, or (final) nothing will: what waited for a further line is told."""
@@ -1020,8 +1044,20 @@ class Story:
 
     # --- the app's facts
 
+    def on_received(self, entry):
+        if entry.fields["method"] == "POST":
+            self._received.append(Received(entry.moment, entry.fields["path"], entry.text))
+
+    def on_load(self, entry):
+        entry.loads = entry.fields["asked"]
+
     def on_start(self, entry):
         chat = self._new(entry.moment, entry.model, messages=int(entry.fields["messages"]))
+        if len(self._received) == 1:
+            chat.received = self._received[0]
+        if self._received:
+            self._received.popleft()
+        self._sure = True
         self._say("lmstudio_chat_start", chat, entry.moment, entry.model, message=first_line(entry),
                   messages=chat.messages)
 
@@ -1041,7 +1077,6 @@ class Story:
             chat = self._new(entry.moment, entry.model)  # we came in the middle
             if percent:
                 chat.said.add("lmstudio_processing_start")
-        chat.certain = chat.certain and len([c for c in found if c.ended is None]) < 2
         chat.app_progress = True
         self._begin_processing(chat, entry.moment, entry.model)
         self._say("lmstudio_prompt_progress", chat, entry.moment, entry.model, progress=percent,
@@ -1078,7 +1113,6 @@ class Story:
             chat.predicted = True
         else:
             chat = self._new(entry.moment, model)
-            chat.certain = False
         self._predicted(chat, body)
         self._give_stats(chat, entry.moment, model)
         if chat.ended is None:
@@ -1101,8 +1135,6 @@ class Story:
                 return
         found = [chat for chat in self._of(entry) if chat.api]
         chat = pick(found, lambda c: c.engine or c.app_progress)
-        if chat:
-            chat.certain = chat.certain and len(found) == 1
         self._end(chat, entry.moment, "disconnected", first_line(entry), shared_model(found) if found
                   else None)
 
@@ -1295,6 +1327,12 @@ class Story:
         return [chat for chat in chats
                 if chat.api and (entry.model is None or chat.model is None or chat.model == entry.model)]
 
+    def _alive(self, entry):
+        """The chats that can still write app lines: running ones, and abandoned ones that have not settled."""
+        return [chat for chat in self._of(entry, ended=True) if chat.ended is None
+                or chat.ended == "disconnected" and not chat.predicted
+                and entry.moment.epoch - chat.ended_at < SETTLING_S]
+
     def _attach(self, moment, slot=None, task=None, chosen=None):
         """The chat that an engine now begins with: the oldest that waits for one, else one inside the app."""
         known = self._slots.pop(slot, None) or self._tasks.get(task)
@@ -1303,7 +1341,7 @@ class Story:
             fresh = [chat for chat in waiting if not chat.app_progress] or waiting
             known = chosen or pick(fresh) or self._new(moment, api=False)
             known.engine, known.engine_model = True, shared_model(fresh) if fresh else None
-            known.certain = known.certain and len(fresh) == 1
+            known.certain = len(waiting) < 2
         self._engine = known
         if task not in (None, "-1"):
             self._tasks[task], known.task = known, task
@@ -1334,7 +1372,15 @@ class Story:
         data = {"timestamp": moment.utc, **data}
         if model:
             data["model"] = model
-        self._events.append(Event(name, data, chat))
+        sure = self._is_sure(chat)
+        self._meant = chat if sure else None
+        self._events.append(Event(name, data, chat, sure))
+
+    def _is_sure(self, chat):
+        """True when the line at hand can mean no other chat."""
+        if chat is None or self._sure is not None:
+            return bool(self._sure)
+        return chat.certain and (chat.task is not None or sum(other.engine for other in self.running) < 2)
 
     def _say_once(self, name, chat, moment, model=None, **data):
         if name not in chat.said:
@@ -1372,6 +1418,7 @@ class Story:
         """Take the figures of a prediction: its counts, and its speed where the engine gave none."""
         counts, speeds = prediction_figures(body)
         chat.stats = {**speeds, **chat.stats, **counts}
+        chat.answer_id, chat.created = body.get("id"), body.get("created")
 
     def _close_sampling(self):
         if self._sampling:
