@@ -408,7 +408,7 @@ class Rule(NamedTuple):
 
 
 NUMBER = r"(?:-?[\d.]+(?:e[+-]?\d+)?|-?inf|-?nan)"
-TIMING = (r"(?: +\( *{n} ms per token, +(?P<rate>{n}) tokens per second\))?").format(n=NUMBER)
+TIMING = r" *(?:\( *{n} ms per token, +(?P<rate>{n}) tokens per second\)|\([^)\n]*\))".format(n=NUMBER)
 
 RULES = (
     # --- the app's own lines: every engine, since 04-2025 unless a date says otherwise
@@ -483,7 +483,7 @@ RULES = (
          "llama_perf_context_print: prompt eval time =     335.72 ms /    78 tokens (    4.30 ms per "
          "token,   232.34 tokens per second)"),
     Rule("eval", "engine", "line", "G1 G2 G3", r"eval time = +(?P<ms>" + NUMBER
-         + r") ms / +(?P<tokens>\d+) (?:tokens|runs)\b" + TIMING.replace(" +\\(", " *\\("),
+         + r") ms / +(?P<tokens>\d+) (?:tokens|runs)\b" + TIMING,
          "       eval time =   13307.75 ms /   299 tokens (   44.51 ms per token,    22.47 tokens per second)"),
     Rule("total", "engine", "line", "G1 G2 G3", r"total time = +(?P<ms>" + NUMBER + r") ms / +\d+ tokens",
          "      total time =   17671.75 ms /  4096 tokens"),
@@ -520,7 +520,7 @@ RULES = (
     Rule("", "engine", "line", "G3", r"[IWED]?(?<=[\dIWED|])$", "0.30.015.244 I"),
     # the rest is under the next header
     # --- sampling parameters: G1 writes the first on the heading's line, G3 on lines of their own
-    Rule("sampling", "engine", "line", "G1 G3", r"(?:Sampling|sampling|sampler) params:(?P<pairs>[^\n]*)",
+    Rule("sampling", "engine", "line", "G1 G3", r"(?:[Ss]ampling|sampler) params:(?P<pairs>[ \t]*(?:[a-z]\w* = -?[\d.]+,? *)*)$",
          "Sampling params:\trepeat_last_n = 64, repeat_penalty = 1.100"),
     Rule("params", "engine", "line", "G1 G3",
          r"(?P<pairs>[a-z]\w* = -?[\d.]+(?:, +[a-z]\w* = -?[\d.]+)*,? *)$",
@@ -562,7 +562,7 @@ RULES = (
          "[cache_wrapper][INFO]: Trimmed 41 tokens from the prompt cache"),
     # --- Splash (2026)
     Rule("splash", "engine", "line", "Splash",
-         r"\d\d:\d\d:\d\d (?:Done|Cancelled|Error) · input (?P<total>[\d,]+) · cached (?P<reused>[\d,]+)"
+         r"\d\d:\d\d:\d\d (?:Done(?=.* tok/s)|Cancelled|Error) · input (?P<total>[\d,]+) · cached (?P<reused>[\d,]+)"
          r"(?: · output (?P<output>[\d,]+))?(?: · TTFT (?P<ttft>[\d.,]+)s)?(?: · (?P<rate>[\d.,]+) tok/s)?",
          "00:54:42 Done · input 26 · cached 0 · output 1,092 · TTFT 0.5s · 92.9 tok/s"),
 )
@@ -625,6 +625,7 @@ ENTRY_LIMIT = 256 * 1024  # characters; what an entry has beyond them is read an
 CLOSED = re.compile(r"\n[}\]]$")  # the end of pretty-printed JSON
 PANEL_GAP = re.compile(r"(?<=[^ \n])  (?=[{\[](?:\n|$))")  # the panel's second blank before JSON
 UNKNOWN_SAMPLES = 8
+TORN_S = 1  # a line broken over two headers goes on within this
 NO_MODEL = frozenset((SERVER_TAG, "JIT", "Server Error", "INFO", "WARNING"))
 
 
@@ -698,7 +699,7 @@ class Parser:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._rest = "\n"  # the unfinished last line, after the "\n" that ends the one before
         self._entry = None
-        self._torn = None  # (line, epoch) when the last line of the engine was unknown
+        self._last_line = None  # (text, match, epoch) of the engine's latest line
         self._calendar = Calendar()
         self._events: list[Event] = []
         self.story = Story(self._events)
@@ -744,7 +745,7 @@ class Parser:
 
     def forget(self):
         """The bytes that follow are another file's: lines before its first header continue nothing."""
-        self._entry = self._torn = None
+        self._entry = self._last_line = None
 
     @property
     def waiting(self):
@@ -779,8 +780,6 @@ class Parser:
 
     def _open(self, header):
         self._complete(final=True)
-        if self._entry and self._entry.shape != "engine":
-            self._torn = None
         stamp, level, panel_stamp, panel_level = header.groups()
         self.entries += 1
         self.last_moment = self._calendar.moment(stamp or panel_stamp)
@@ -796,10 +795,11 @@ class Parser:
         room = ENTRY_LIMIT - len(entry.text)
         entry.cut = entry.cut or len(lines) > room
         entry.text += lines[:room] if entry.cut else lines
+        torn = None
         if entry.shape is None:
-            lines = self._begin(entry)
+            lines, torn = self._begin(entry), self._last_line
         if entry.shape == "engine":
-            self._engine_lines(lines, entry.moment)
+            self._engine_lines(lines, entry.moment, torn)
         elif entry.shape == "line" and entry.sent < 0 or entry.shape == "json" and CLOSED.search(lines):
             self._conclude(entry)
 
@@ -839,32 +839,37 @@ class Parser:
             entry.model = entry.tags[0]
         return first[position:]
 
-    def _engine_lines(self, lines, moment):
-        """Facts from lines of a DEBUG entry.  A line broken over two headers is mended here."""
-        torn, self._torn = self._torn, None
+    def _engine_lines(self, lines, moment, torn):
+        """Facts from lines of a DEBUG entry; torn is the last line before its header, if they are its first."""
+        match = None
         for match in ENGINE.finditer(lines):
-            known = match if match.lastgroup != "unknown" else self._mended(torn, match, moment)
+            if torn and moment.epoch - torn[2] <= TORN_S:
+                match = self._mended(torn, match)
             torn = None
-            if known is None:
+            if match.lastgroup == "unknown":
+                self._unknown_line(match[0])
                 continue
-            self._torn = None
-            rule, fields = ENGINE_ROWS[known.lastgroup]
-            self.by_engine[engine_of(rule, known)] += 1
+            rule, fields = ENGINE_ROWS[match.lastgroup]
+            self.by_engine[engine_of(rule, match)] += 1
             if rule.fact:
-                self.story.engine(rule.fact, {name: known[index] for name, index in fields}, known, moment)
+                self.story.engine(rule.fact, {name: match[index] for name, index in fields}, match, moment)
+        if match:
+            self._last_line = match[0], match.lastgroup, moment.epoch
 
-    def _mended(self, torn, match, moment):
-        """The match of an unknown line together with the torn one before it; None without."""
-        line = match[0]
-        if torn and moment.epoch - torn[1] <= 1:
-            for glue in (" ", ""):
-                joined = ENGINE.match(torn[0] + glue + line)
-                if joined.lastgroup != "unknown":
+    def _mended(self, torn, match):
+        """The match of a line, joined with the one before its header where the two are one line.
+
+        A rule's pattern begins where the line does.  So one that fits both together and not the first half
+        alone says that they belong together, and what the second half looks like alone is chance."""
+        line, group, _ = torn
+        blank = line.endswith(" ") or match[0].startswith(" ")
+        for glue in ("",) if blank else (" ", ""):
+            joined = ENGINE.match(line + glue + match[0])
+            if joined.lastgroup not in ("unknown", group):
+                if group == "unknown":
                     self.unknown -= 1
-                    return joined
-        self._torn = (line, moment.epoch)
-        self._unknown_line(line)
-        return None
+                return joined
+        return match
 
     def _unknown_line(self, line):
         self.unknown += 1
@@ -942,6 +947,7 @@ class Chat:
         self.messages = messages
         self.stream = False
         self.engine = False  # the engine's lines have begun
+        self.untimed = False  # its engine writes no timings of llama.cpp's
         self.engine_model = None  # model, where it is certain that those lines are this chat's
         self.certain = True  # the engine's lines can be no other chat's
         self.task = None  # G2 and G3: the engine's number for it
@@ -1002,12 +1008,15 @@ class Story:
         self._received: deque[Received] = deque(maxlen=RECEIVED_KEPT)
         self._sure = None  # of an app line: no other chat can be meant; None for engine lines
         self._meant = None  # the chat of which the line at hand spoke, where that is sure
+        self._held = None  # (chat, moment, model) whose stats wait for the engine's timings
         self._numbers = itertools.count(1)
         self._facts = {rule.fact: getattr(self, "on_" + rule.fact) for rule in RULES if rule.fact}
 
     def app(self, entry):
         """A recognised entry of the app."""
-        self._close_sampling()
+        if self._sampling and entry.moment.epoch > self._sampling[1].epoch:
+            self._close_sampling()
+        self._release_stats(None if entry.row.fact == "start" else entry.moment)
         self._sure, self._meant = len(self._alive(entry)) < 2, None
         self._facts[entry.row.fact](entry)
         entry.chat, self._sure = self._meant, None
@@ -1016,6 +1025,8 @@ class Story:
         """A recognised line of an engine."""
         if self._sampling and fact != "params":
             self._close_sampling()
+        if self._held:
+            self._release_stats(moment)
         if self._engine and self._engine.timed and fact not in TIMINGS:
             self._give_stats(self._engine, moment)
         fields["task"], fields["slot"] = match["task"], match["slot"]
@@ -1041,6 +1052,7 @@ class Story:
             self._close_sampling()
         if self._engine and self._engine.timed:
             self._give_stats(self._engine, self._engine.timed)
+        self._release_stats()
 
     # --- the app's facts
 
@@ -1114,7 +1126,7 @@ class Story:
         else:
             chat = self._new(entry.moment, model)
         self._predicted(chat, body)
-        self._give_stats(chat, entry.moment, model)
+        self._hold_stats(chat, entry.moment, model)
         if chat.ended is None:
             self._end(chat, entry.moment, "finished", "Generated prediction", model)
 
@@ -1123,7 +1135,7 @@ class Story:
         chat = pick(found, lambda c: c.timed, lambda c: c.engine)
         if chat:
             self._predicted(chat, prediction_of(entry.text))
-            self._give_stats(chat, entry.moment, entry.model)
+            self._hold_stats(chat, entry.moment, entry.model)
             self._end(chat, entry.moment, "finished", "Generated synchronous v1/responses response",
                       entry.model)
 
@@ -1285,7 +1297,7 @@ class Story:
 
     def on_mlx_cache(self, fields, moment):
         chat = self._attach(moment)
-        reused = int(fields["reused"])
+        chat.untimed, reused = True, int(fields["reused"])
         chat.total = int(fields["total"]) if "total" in fields else reused + int(fields["fresh"])
         self._give_cache(chat, moment, reused, reused, 0)
         chat.tokens["promptTokensToDecode"] = chat.total - reused
@@ -1296,6 +1308,7 @@ class Story:
         waiting = [chat for chat in self.running if not chat.engine]
         chat = pick(waiting, lambda c: "lmstudio_generation_start" in c.said, lambda c: c.app_progress)
         chat = self._attach(moment, chosen=chat)
+        chat.untimed = True
         chat.total, reused = number(fields["total"]), number(fields["reused"])
         chat.tokens["promptTokensToDecode"] = chat.total - reused
         self._give_tokens(chat, moment)
@@ -1438,6 +1451,23 @@ class Story:
             self._say_once("lmstudio_prediction_stats", chat, moment, model or chat.engine_model, **known)
             self._close_in_app(chat, moment)
 
+    def _hold_stats(self, chat, moment, model):
+        """The app says that a chat is over: tell its stats, or wait for the engine's within that second.
+
+        The two write over channels of their own (LOGS.md section 4, order of one request)."""
+        if chat.engine and not chat.untimed and "totalMs" not in chat.stats:
+            if self._held and self._held[0] is not chat:
+                self._release_stats()
+            self._held = chat, moment, model
+        else:
+            self._give_stats(chat, moment, model)
+
+    def _release_stats(self, moment=None):
+        """Tell the stats that waited; with a moment, only if it is later than theirs."""
+        if self._held and (moment is None or moment.epoch > self._held[1].epoch):
+            held, self._held = self._held, None
+            self._give_stats(*held)
+
     def _close_in_app(self, chat, moment):
         """A chat inside the app has no line for its end: its last figures are it."""
         if not chat.api and chat.ended is None:
@@ -1446,7 +1476,7 @@ class Story:
     def _end(self, chat, moment, outcome, message, model):
         if chat:
             if outcome == "finished":
-                self._give_stats(chat, moment, model)
+                self._hold_stats(chat, moment, model)
             if chat.engine and "n_ctx" in chat.tokens:
                 self._give_tokens(chat, moment)
             self._close(chat, outcome, moment)
