@@ -67,6 +67,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -4268,6 +4269,7 @@ def build_parser():
     commands = parser.add_argument_group("Commands")
     commands.add_argument("--tail-only", action="store_true",
                           help="print events, no server; PATH: replay files or directories")
+    commands.add_argument("--watch", metavar="URL", help="print the events of a gateway elsewhere")
     commands.add_argument("--demo", action="store_true", help="run beside a built-in imitation of LM Studio")
     commands.add_argument("--new-key", metavar="NAME", help="mint a key; its hash goes to the keys file")
     commands.add_argument("--rights", metavar="LIST", help="what it may do: infer, view, admin [infer,view]")
@@ -4319,8 +4321,8 @@ def main(argv=None):
         for warning in warnings:
             log.warning(warning)
         for name, command in (("new_key", new_key), ("list_keys", list_keys), ("revoke_key", revoke_key),
-                              ("tail_only", tail_only)):
-            if getattr(args, name):
+                              ("tail_only", tail_only), ("watch", watch)):
+            if getattr(args, name) not in (None, False):
                 return command(args, config)
         return serve(args, config, sources)
     except GatewayError as error:
@@ -4334,11 +4336,12 @@ def check_command(args):
     """Raises ConfigError for flags that do not go together."""
     if args.paths and not args.tail_only:
         raise ConfigError(f"{args.paths[0]}: a path goes with --tail-only; see --help")
-    if args.tail_only and args.demo:
-        raise ConfigError("--tail-only and --demo do not go together; choose one")
+    chosen = [flag for flag in ("tail_only", "watch", "demo") if getattr(args, flag) not in (None, False)]
+    if len(chosen) > 1:
+        raise ConfigError(f"--{chosen[0].replace('_', '-')} and --{chosen[1]} do not go together; choose one")
     for name in ("json", "events", "from_start"):
-        if getattr(args, name) and not args.tail_only:
-            raise ConfigError(f"--{name.replace('_', '-')} goes with --tail-only")
+        if getattr(args, name) and not args.tail_only and args.watch is None:
+            raise ConfigError(f"--{name.replace('_', '-')} goes with --tail-only or --watch")
     unknown = [name for name in words(args.events or "") if name not in EVENTS]
     if unknown:
         near = difflib.get_close_matches(unknown[0], EVENTS, 1)
@@ -4378,7 +4381,7 @@ def set_up_logging(config):
     logging.raiseExceptions = False  # a log that cannot be written is no reason for a traceback
 
 
-# --- 9.0 keys ----------------------------------------------------------------
+# --- 9.1 keys ----------------------------------------------------------------
 
 
 def new_key(args, config):
@@ -4439,61 +4442,293 @@ def save_keys(file, keys):
         raise ConfigError(f"--keys-file {file.path}: {error_text(error)}; name a file that can be written") from None
 
 
-# --- 9.1 the terminal view ---------------------------------------------------
+# --- 9.2 the terminal view: events as lines, running requests as cards -------
 
-CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+UNSEEN = (*range(32), *range(127, 160), 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+CONTROL = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in UNSEEN}  # and marks that turn text round
 COLOURS = {"lmstudio_error": "31", "error": "31", "lmstudio_chat_start": "36", "inference_start": "36",
            "lmstudio_chat_end": "32", "inference_complete": "32", "lmstudio_prompt_progress": "33",
-           "lmstudio_log": "2", "gap": "35"}
+           "inference_progress": "33", "lmstudio_log": "2", "gap": "35"}
+PROGRESS = ("lmstudio_prompt_progress", "inference_progress")  # on a terminal the cards show these
+TICK_S = 0.5  # the cards' clocks are redrawn so often
 
 
 class Printer:
-    """Events as JSON lines, or as aligned lines for people.  Flushes after each batch."""
+    """Events as JSON lines, or as aligned lines for people.  Flushes after each batch.
+
+    On a terminal with live, the running requests stand below the lines as cards, redrawn in place."""
 
     def __init__(self, out, as_json, names, live):
         self._out, self._json, self._names = out, as_json, frozenset(names)
         self._epoch, self._seq = secrets.token_hex(4), 0
-        tty = out.isatty()
-        self._colour = tty and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-        self._redraw = tty and live
-        self._open_line = False  # a progress line stands there without its end
+        tty = out.isatty() and not as_json
+        capable = tty and os.environ.get("TERM") != "dumb"
+        if capable and os.name == "nt":
+            os.system("")  # Windows' console understands escape sequences from here on
+        self._colour = capable and "NO_COLOR" not in os.environ
+        self._cards: Any = Cards(bar_marks(out.encoding)) if capable and live else None
+        self._drawn = []  # the lines of the cards that stand on the screen
+        self._ticked = 0.0
 
     def __call__(self, events):
+        numbers = range(self._seq + 1, self._seq + 1 + len(events))
+        self._seq += len(events)
+        self.write([(f"{self._epoch}-{number}", event) for number, event in zip(numbers, events)])
+
+    def write(self, identified):
+        """Print (id, event) pairs."""
         parts = []
-        for event in events:
-            self._seq += 1
+        for event_id, event in identified:
+            if self._cards:
+                self._cards.take(event, time.monotonic())
             if not self._names or event.name in self._names:
-                parts.append(json_line(f"{self._epoch}-{self._seq}", event) if self._json
-                             else self._line(event))
-        if parts:
-            self._out.write("".join(parts))
+                parts.append(json_line(event_id, event) if self._json else self._line(event))
+        text = "".join(parts)
+        if self._cards:
+            text = self._screen(text)
+        if text:
+            self._out.write(text)
             self._out.flush()
+
+    def tick(self):
+        """To be called often: redraws the cards now and then, for their clocks."""
+        if self._cards and time.monotonic() - self._ticked >= TICK_S:
+            self.write([])
 
     def finish(self):
-        if self._open_line:
-            self._out.write("\n")
+        """Take the cards off the screen."""
+        if self._drawn:
+            self._out.write(rubbed_out(self._drawn, shutil.get_terminal_size()))
             self._out.flush()
+            self._drawn = []
+
+    def _screen(self, text):
+        """What the terminal needs to show text above the cards; empty when nothing changed."""
+        size, self._ticked = shutil.get_terminal_size(), time.monotonic()
+        cards = self._cards.lines(self._ticked, size.columns - 1, size.lines - 1)
+        if not text and cards == self._drawn:
+            return ""
+        text = rubbed_out(self._drawn, size) + text + "".join(
+            self._painted(line, CARD_COLOURS.get(line.partition(" ")[0], "0")) for line in cards)
+        self._drawn = cards
+        return text
 
     def _line(self, event):
-        time_of_day = str(event.data.get("timestamp", ""))[11:19]
-        line = f"{time_of_day:8}  {event.name.replace('lmstudio_', ''):17}  {summary(event)}".rstrip()
-        progress = event.name == "lmstudio_prompt_progress"
-        if self._redraw:
-            line = line[: shutil.get_terminal_size().columns - 1]
-        if self._colour:
-            line = f"\x1b[{COLOURS.get(event.name, '0')}m{line}\x1b[0m"
-        if not self._redraw:
-            return line + "\n"
-        start = "\r\x1b[K" if self._open_line and progress else "\n" if self._open_line else ""
-        self._open_line = progress
-        return start + line + ("" if progress else "\n")
+        if self._cards and shown_on_cards(event):
+            return ""
+        time_of_day = str(event.data.get("timestamp", ""))[11:19].translate(CONTROL)
+        name = event.name.replace("lmstudio_", "").translate(CONTROL)
+        line = f"{time_of_day:8}  {name:18}  {summary(event)}".rstrip()
+        if self._cards:
+            line = clipped(line, shutil.get_terminal_size().columns - 1)
+        return self._painted(line, COLOURS.get(event.name, "0"))
+
+    def _painted(self, line, colour):
+        return f"\x1b[{colour}m{line}\x1b[0m\n" if self._colour and colour != "0" else line + "\n"
+
+
+def shown_on_cards(event):
+    """True for progress, and for the log's line that says the same."""
+    return event.name in PROGRESS or (event.name == "lmstudio_log"
+                                      and "Prompt processing progress: " in str(event.data.get("message"))[:200])
+
+
+def rubbed_out(lines, size):
+    """The escape sequence that removes lines just above the cursor, also after the terminal was made narrower."""
+    rows = sum(max(1, -(-width_of(line) // max(1, size.columns))) for line in lines)
+    return f"\r\x1b[{min(rows, max(1, size.lines - 1))}A\x1b[J" if lines else ""
+
+
+def width_of(line):
+    """Columns that a line takes on a terminal."""
+    return len(line) if line.isascii() else sum(map(character_width, line))
+
+
+def character_width(character):
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def clipped(line, columns):
+    """As much of a line as fits into so many columns."""
+    if len(line) <= columns and line.isascii():
+        return line
+    widths = itertools.accumulate(map(character_width, line))
+    return "".join(character for character, width in zip(line, widths) if width <= columns)
+
+
+def bar_marks(encoding):
+    """The characters for the full and the empty part of a bar that an encoding has."""
+    try:
+        "\u2588\u2591".encode(encoding or "ascii")
+    except (UnicodeError, LookupError):
+        return "#."
+    return "\u2588\u2591"
+
+
+CARD_FACTS = {  # event -> {the card's name of a fact: the event's}
+    "inference_start": {name: name for name in ("model", "path", "client", "key")},
+    "inference_progress": {name: name for name in (
+        "model", "state", "percent", "promptTokens", "promptTokensRead", "promptTokensPerSecond", "etaMs",
+        "outputTokens", "outputTokensPerSecond", "cachedTokens", "contextSize", "elapsedMs")},
+    "lmstudio_chat_start": {"model": "model", "messages": "messages"},
+    "lmstudio_token_info": {"promptTokens": "totalPromptTokens", "contextSize": "n_ctx"},
+    "lmstudio_cache_stats": {"cachedTokens": "reused", "promptTokens": "total"},
+    "lmstudio_prompt_progress": {"model": "model", "percent": "progress"},
+    "lmstudio_prediction_stats": {"outputTokens": "completionTokens", "outputTokensPerSecond": "tokensPerSecond"},
+}
+CARD_STATES = {"inference_start": "waiting", "lmstudio_chat_start": "waiting", "lmstudio_processing_start": "prompt",
+               "lmstudio_prompt_progress": "prompt", "lmstudio_generation_start": "generating"}
+CARD_COLOURS = {"PREFILL": "33", "WRITE": "32", "WAIT": "36", "cache": "2"}
+STALE_S = 3600  # a request of which nothing was heard for so long is taken off the screen
+
+
+class Card:
+    """What the events have told of one running request.  Times are readings of the caller's clock."""
+
+    def __init__(self, key, now):
+        self.key, self.began, self.heard = key, now, now
+        self.facts: dict[str, Any] = {"state": "waiting"}
+        self.first: Any = None  # (time, percent) of the first progress
+        self.latest: Any = None  # and of the latest
+        self.spoken: Any = None  # when it began to generate
+
+    def take(self, event, now):
+        self.heard, data = now, event.data
+        self.facts.update({ours: data[theirs] for ours, theirs in CARD_FACTS.get(event.name, {}).items()
+                           if usable_fact(ours, data.get(theirs))})
+        state = CARD_STATES.get(event.name)
+        if state and not (self.facts["state"] == "generating" and data.get("progress") == 100):
+            self.facts["state"] = state
+        if event.name in PROGRESS and "percent" in self.facts:
+            self.latest = (now, self.facts["percent"])
+            if self.first is None or self.first[1] > self.latest[1]:
+                self.first = self.latest
+        if event.name == "inference_progress" and "elapsedMs" in self.facts:
+            self.began = now - self.facts["elapsedMs"] / 1000
+        if self.facts["state"] == "generating":
+            self.spoken = self.spoken or now
+
+    def speed(self):
+        """Percent of the prompt that are read in a second, by the events' own times; None when unknown."""
+        if not self.latest or self.latest[0] <= self.first[0] or self.latest[1] <= self.first[1]:
+            return None
+        return (self.latest[1] - self.first[1]) / (self.latest[0] - self.first[0])
+
+    def lines(self, now, marks):
+        """The card: who, what it does, and what its cache and context hold."""
+        facts, total = self.facts, self.facts.get("promptTokens")
+        who = [facts.get("model") or "(model not named)", *(facts[name] for name in ("key", "client", "path") if facts.get(name))]
+        elapsed = f"elapsed {duration(now - self.began)}"
+        if facts["state"] == "prompt":
+            doing = self._prefill(now, marks, elapsed)
+        elif facts["state"] == "generating":
+            doing = ["WRITE", counted(facts.get("outputTokens"), "tok"),
+                     per_second(facts.get("outputTokensPerSecond")), f"for {duration(now - self.spoken)}", elapsed]
+        else:
+            doing = ["WAIT", facts["state"], elapsed]
+        held = []
+        if total and facts.get("cachedTokens") is not None:
+            held.append(f"cache    {facts['cachedTokens']:,} of {total:,} prompt tokens reused "
+                        f"({100 * facts['cachedTokens'] / total:.0f} %)")
+            if facts.get("contextSize"):
+                held.append(f"context {total + (facts.get('outputTokens') or 0):,} of {facts['contextSize']:,}")
+        rows = ["  ".join(who), "  ".join(filter(None, doing)), "  ".join(held)]
+        return [row.translate(CONTROL) for row in rows if row]
+
+    def _prefill(self, now, marks, elapsed):
+        facts, speed = self.facts, self.speed()
+        percent, total = facts.get("percent") or 0, facts.get("promptTokens")
+        full = max(0, min(20, round(percent / 5)))
+        read = facts.get("promptTokensRead", round(total * percent / 100) if total else None)
+        rate = facts.get("promptTokensPerSecond", speed * total / 100 if speed and total else None)
+        eta = facts.get("etaMs")
+        if eta is None and speed:
+            eta = 1000 * (100 - self.latest[1]) / speed
+        left = eta and f"eta {duration(max(0, eta / 1000 - (now - self.heard)))}"
+        return ["PREFILL", marks[0] * full + marks[1] * (20 - full), f"{percent:3.0f} %",
+                total and read is not None and f"{read:,}/{total:,} tok", per_second(rate), elapsed, left]
+
+
+def usable_fact(name, value):
+    """True when a card can show it: events may come from another version, or from no gateway at all."""
+    if name in ("model", "state", "path", "client", "key"):
+        return isinstance(value, str) and value != ""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+class Cards:
+    """The running requests, from the events of a gateway or of a log alone.  Pure: lines() is what to show."""
+
+    def __init__(self, marks):
+        self._marks = marks
+        self._cards = {}  # key -> Card, in order of arrival
+        self._ended: deque[Any] = deque(maxlen=64)  # keys whose late lines begin nothing
+
+    def take(self, event, now):
+        """Learn from one event."""
+        data = event.data
+        key = data.get("requestId") or (event.chat.number if event.chat else ("log", data.get("model")))
+        card = self._cards.get(key)
+        if self._ends(event, card):
+            self._cards.pop(key, None)
+            self._ended.append(key)
+            return
+        if event.name in ("inference_start", "lmstudio_chat_start", "lmstudio_processing_start") and key in self._ended:
+            self._ended.remove(key)
+        if card is None and (event.name in CARD_STATES or event.name == "inference_progress") and key not in self._ended:
+            card = self._cards[key] = Card(key, now)
+        if card:
+            card.take(event, now)
+
+    @staticmethod
+    def _ends(event, card):
+        """A request ends with its answer, a chat of the log with its last line; one inside the app has figures for that."""
+        if event.name in ("inference_complete", "error"):
+            return True
+        of_log = "requestId" not in event.data
+        return of_log and (event.name == "lmstudio_chat_end" or (
+            event.name == "lmstudio_prediction_stats" and card is not None and "messages" not in card.facts))
+
+    def lines(self, now, columns, rows):
+        """At most rows lines of at most so many columns; the oldest requests first."""
+        self._cards = {key: card for key, card in self._cards.items() if now - card.heard < STALE_S}
+        blocks = [card.lines(now, self._marks) for card in self._cards.values()]
+        shown: list[str] = []
+        for number, block in enumerate(blocks):
+            more = len(blocks) - number
+            if len(shown) + len(block) + (more > 1) > rows:
+                shown.append(f"and {more} more running")
+                break
+            shown += block
+        return [clipped(line, max(1, columns)) for line in shown[:max(0, rows)]]
+
+
+def duration(seconds):
+    """9s, 1m01s, 1h02m."""
+    whole_s = int(seconds)
+    if whole_s < 60:
+        return f"{whole_s}s"
+    return f"{whole_s // 60}m{whole_s % 60:02}s" if whole_s < 3600 else f"{whole_s // 3600}h{whole_s // 60 % 60:02}m"
+
+
+def counted(value, unit):
+    return "" if value is None else f"{value:,} {unit}"
+
+
+def per_second(rate):
+    return "" if rate is None else f"{rate:,.0f} tok/s" if rate >= 100 else f"{rate:.1f} tok/s"
 
 
 def summary(event):
     """An event's data in one line for a person, without control characters."""
     data = event.data
     model = f"{data['model']}  " if data.get("model") else ""
-    shown = model + (SUMMARIES[event.name](data) if event.name in SUMMARIES else str(data.get("message", "")))
+    try:
+        shown = model + (SUMMARIES[event.name](data) if event.name in SUMMARIES else str(data.get("message", "")))
+    except (KeyError, TypeError, ValueError, AttributeError):  # another version's gateway may say it otherwise
+        shown = json.dumps(data)
     return shown.replace("\n", " | ").replace("\t", " ").translate(CONTROL)
 
 
@@ -4563,10 +4798,20 @@ def readme_tables():
     return [options_table(), routes_table(), events_table()]
 
 
+# --- 9.3 commands that print events: --tail-only and --watch -----------------
+
+
+def open_printer(args, live):
+    """A Printer on stdout that makes room for what the log says on the same terminal."""
+    printer = Printer(sys.stdout, args.json, words(args.events or ""), live)
+    for handler in log.handlers:
+        handler.addFilter(lambda record: printer.finish() or True)
+    return printer
+
+
 def tail_only(args, config):
     """--tail-only: replay PATHs, or follow the live log until a signal.  Returns the exit status."""
-    printer = Printer(sys.stdout, args.json, words(args.events or ""), live=not args.paths)
-    stop = Stop()
+    printer, stop = open_printer(args, live=not args.paths), Stop()
     try:
         if args.paths:
             settle()
@@ -4576,13 +4821,142 @@ def tail_only(args, config):
         follower = Follower(directory, args.from_start, time.time())
         log.info("lmgateway %s, log directory: %s", VERSION, directory)
         settle()
-        Monitor(follower).run(printer, stop.wait)
+        Monitor(follower).run(printer, lambda seconds: printer.tick() or stop.wait(seconds))
         return stop.status
     except KeyboardInterrupt:
         return 130
     finally:
         with contextlib.suppress(OSError):
             printer.finish()
+
+
+def watch(args, config):
+    """--watch URL: print the events of another gateway until a signal.  Returns the exit status."""
+    stop, printer = Stop(), open_printer(args, live=True)
+    news: queue.Queue[Any] = queue.Queue(1000)
+    line = StreamLine(watched_address(args.watch), next(iter(config.api_key.values()), None),
+                      "0" if args.from_start else None)
+    threading.Thread(target=line.run, args=(news.put, stop.wait), name="watch", daemon=True).start()
+    settle()
+    try:
+        while not stop.wait(0):
+            for said in drained(news, 0.1):
+                if isinstance(said, GatewayError):
+                    raise said
+                if isinstance(said, str):
+                    log.warning(said)
+                else:
+                    printer.write(said)
+            printer.tick()
+        return stop.status
+    finally:
+        with contextlib.suppress(OSError):
+            printer.finish()
+
+
+def drained(news, timeout_s):
+    """What a queue holds, in order: runs of pairs as lists, anything else as it is.  Waits for the first of them."""
+    found: list[Any] = []
+    with contextlib.suppress(queue.Empty):
+        found.append(news.get(timeout=timeout_s))
+        while len(found) < 500:
+            found.append(news.get_nowait())
+    for pairs, run in itertools.groupby(found, lambda item: isinstance(item, tuple)):
+        yield from [list(run)] if pairs else run
+
+
+def watched_address(text):
+    """The URL of a gateway's stream from what a person types.  Raises ConfigError."""
+    url = text if "://" in text else f"http://{text}"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ("http", "https") and (parts.hostname or "").encode("idna") and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or not url.isascii() or not url.isprintable() or " " in url:
+        raise ConfigError(f"--watch {text}: no address of a gateway; use the form http://192.168.1.20:8001")
+    path = parts.path.rstrip("/")
+    return parts._replace(path=path if path.endswith("/debug/stream") else path + "/debug/stream", query="", fragment="")
+
+
+class StreamLine:
+    """A line to another gateway's /debug/stream that comes back by itself and misses nothing."""
+
+    def __init__(self, address, key, since):
+        self._address, self._key = address, key
+        self._last = since  # id of the latest event that was handed over
+        self._known = False  # a gateway has answered there
+        self._pause = FIRST_PAUSE_S
+
+    def run(self, hand_over, wait):
+        """Thread body, until wait(seconds) returns True.  Hands over (id, Event), what a person should know as
+        text, and at last a GatewayError."""
+        while True:
+            try:
+                self._listen(hand_over)
+                problem = "the connection was closed"
+            except GatewayError as error:
+                return hand_over(error)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                problem = certificate_hint(error) or error_text(error)
+            hand_over(f"{self._address.netloc}: {problem}; trying again in {self._pause:.0f} s")
+            if wait(self._pause):
+                return None
+            self._pause = min(LAST_PAUSE_S, self._pause * 2)
+
+    def _listen(self, hand_over):
+        """One connection, from request to end.  Raises GatewayError where trying again is of no use."""
+        kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
+        headers = {"Accept": "text/event-stream", "User-Agent": f"lmgateway/{VERSION}"}
+        if self._last is not None:
+            headers["Last-Event-ID"] = self._last
+        if self._key:
+            headers["X-API-Key"] = self._key
+        with contextlib.closing(kind(self._address.hostname, self._address.port, timeout=SILENCE_S)) as connection:
+            connection.request("GET", self._address.path, headers=headers)
+            answer = connection.getresponse()
+            self._check(answer)
+            for event_id, event in stream_events(iter(lambda: answer.read1(65536), b"")):
+                self._known, self._pause = True, FIRST_PAUSE_S
+                self._last = event_id
+                hand_over((event_id, event))
+
+    def _check(self, answer):
+        status, url = answer.status, self._address.geturl()
+        if status in (401, 403):
+            said = (json_object(answer.read(65536)) or {}).get("error")
+            said = str(said.get("message", "")) if isinstance(said, dict) else ""
+            remedy = "name another key with --api-key" if self._key else "name a key of it with --api-key KEY (GATEWAY_API_KEY)"
+            raise GatewayError(f"{url} answers {status}: {remedy}" + f" ({said.translate(CONTROL)[:200]})" * bool(said))
+        if status in (429, 500, 502, 503, 504) or self._known and status != 200:
+            raise http.client.HTTPException(f"it answers {status}")
+        if status != 200 or not answer.headers.get("Content-Type", "").startswith("text/event-stream"):
+            raise ConfigError(f"--watch: what answers at {url} ({status}) is no lmgateway; give the address that "
+                              "lmgateway prints when it starts")
+
+
+FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0  # before the next try; doubled from one to the other
+SILENCE_S = 40  # a gateway sends a ping every 15 s: without any for so long, the line is dead
+
+
+def certificate_hint(error):
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted ({error.verify_message}); name it in the environment variable SSL_CERT_FILE"
+    return ""
+
+
+def stream_events(pieces):
+    """(id, Event) of a text/event-stream's bytes, as they become complete.  Pings are left out: they are no news."""
+    rest = b""
+    for piece in pieces:
+        *frames, rest = EVENT_END.split(rest + piece)
+        if len(rest) > STREAM_LIMIT:
+            raise ValueError("an event without an end")
+        for frame in frames:
+            fields = dict(re.findall(r"^(id|event): ?([\w.-]+)\r?$", frame.decode("utf-8", "replace"), re.M))
+            data = json_object(event_data(frame))
+            if data is not None and fields.get("event") != "ping":
+                yield fields.get("id", ""), Event(fields.get("event", "message"), data)
 
 
 class Stop:
@@ -4620,7 +4994,7 @@ def settle():
             ctypes.CDLL(None).malloc_trim(0)
 
 
-# --- 9.2 the server ----------------------------------------------------------
+# --- 9.4 the server ----------------------------------------------------------
 
 
 def serve(args, config, sources):
