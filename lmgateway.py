@@ -35,8 +35,10 @@ socket, no clock, no thread.
 from __future__ import annotations
 
 import argparse
+import bisect
 import codecs
 import contextlib
+import csv
 import datetime
 import difflib
 import gc
@@ -44,6 +46,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -110,6 +113,10 @@ class HttpError(GatewayError):
     def __init__(self, status, code, message, headers=(), close=False):
         super().__init__(message)
         self.status, self.code, self.headers, self.close = status, code, list(headers), close
+
+
+class HistoryError(GatewayError):
+    """The history file cannot be read or written.  Remedy: name another, or make room."""
 
 
 class ClientLeft(GatewayError):
@@ -251,6 +258,12 @@ OPTIONS = (
            "proxies (addresses and ranges) whose X-Forwarded-For is believed", "Access"),
     Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", None, False, boolean,
            "ask for a key on /health and /ready, too", "Access"),
+    Option("requests_kept", "REQUESTS_KEPT", None, 100, whole(1, 100000, "use a number from 1 to 100000"),
+           "finished requests that /debug/requests keeps"),
+    Option("history", "HISTORY_FILE", "--history", None, text,
+           "SQLite file that keeps a row for each request; no prompts, no answers", "Logs", "FILE"),
+    Option("history_days", "HISTORY_DAYS", None, 365, whole(0, 36500, "use a number of days, 0 for ever"),
+           "days after which its rows are removed; 0 never", "Logs"),
     Option("log_dir", "LMSTUDIO_LOG_DIR", "--log-dir", None, text,
            "LM Studio's server-logs directory; found under the home directory when not given", "Logs",
            "DIR"),
@@ -277,7 +290,8 @@ class Config:
         return Config(**{**self.__dict__, **changes})
 
 
-PREFIXES = ("LMSTUDIO_", "GATEWAY_", "IP_", "REQUIRE_", "LOG_", "PROXY_", "ENABLE_", "TLS_", "CORS_", "MAX_")
+PREFIXES = ("LMSTUDIO_", "GATEWAY_", "IP_", "REQUIRE_", "LOG_", "PROXY_", "ENABLE_", "TLS_", "CORS_", "MAX_",
+            "HISTORY_", "REQUESTS_")
 
 
 class Setting(NamedTuple):
@@ -507,7 +521,7 @@ RULES = (
          "slot      release: id  1 | task 3416 | stop processing: n_tokens = 4095, truncated = 1"),
     Rule("", "engine", "line", "G2 G3", r"cancel task, id_task = (?P<cancelled>\d+)",
          "srv          stop: cancel task, id_task = 21"),
-    Rule("", "engine", "line", "G2 G3", r"forcing full prompt re-processing",
+    Rule("reset", "engine", "line", "G2 G3", r"forcing full prompt re-processing",
          "slot update_slots: id  1 | task 7 | forcing full prompt re-processing due to lack of cache data"),
     Rule("", "engine", "line", "G2 G3",
          r"prompt processing done|selected slot by|sampler chain:|updating prompt cache|prompt cache "
@@ -962,7 +976,7 @@ class Chat:
         self.timed = None  # the Moment of the engine's last timing, until the stats are told
         self.received = None  # the Received that it answers, where that is certain
         self.answer_id = self.created = None  # of its prediction
-        self.record = None  # the Record of the request that caused it; the Join's
+        self.record, self.met = None, False  # the Record that it is bound to; Requests has seen it
         self.ended = None  # outcome
         self.ended_at = 0.0
         self.left = False  # a disconnect line has been taken for it
@@ -1006,6 +1020,7 @@ class Story:
         self._engine = None  # the chat whose engine lines came last
         self._sampling = None  # (chat, moment, parameters so far) while the block is open
         self._timing = None  # G2: the task that bare timing lines belong to
+        self.resets: Counter[str] = Counter()  # prompts that were read wholly anew, by model
         self._received: deque[Received] = deque(maxlen=RECEIVED_KEPT)
         self._sure = None  # of an app line: no other chat can be meant; None for engine lines
         self._meant = None  # the chat of which the line at hand spoke, where that is sure
@@ -1257,6 +1272,9 @@ class Story:
         if not chat.api:
             self._progress(chat, moment, round(100 * float(fields["share"]), 4))
 
+    def on_reset(self, fields, moment):
+        self.resets[self._at_work(moment, fields).model or "unknown"] += 1
+
     def on_decoded(self, fields, moment):
         chat = self._at_work(moment, fields)
         chat.decoded = int(fields["tokens"])
@@ -1279,6 +1297,7 @@ class Story:
         stats = self._timed(fields, moment).stats
         stats["evaluated"] = int(fields["tokens"])
         stats["promptTokensPerSecond"] = rate(fields)
+        stats["promptMs"] = number(fields["ms"])
 
     def on_eval(self, fields, moment):
         stats = self._timed(fields, moment).stats
@@ -1485,8 +1504,8 @@ class Story:
 
 
 TIMINGS = frozenset(("timings", "prompt_eval", "eval", "total", "draft", "release"))
-STATS = ("completionTokens", "promptTokensPerSecond", "tokensPerSecond", "timeToFirstTokenMs", "totalMs",
-         "draftTokens", "acceptedDraftTokens")
+STATS = ("completionTokens", "promptTokensPerSecond", "tokensPerSecond", "timeToFirstTokenMs", "promptMs",
+         "totalMs", "draftTokens", "acceptedDraftTokens")
 
 
 def first_line(entry):
@@ -1815,12 +1834,20 @@ def decoder(encoding):
 # --- 3.6 request bodies: what LM Studio is asked -----------------------------
 
 
+JOINED = frozenset(("chat", "responses", "messages",
+                    "native"))  # dialects whose requests the log shows as chats
+FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
+LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a long string (LOGS.md section 5)
+LOG_KEEPS = 50  # UTF-16 units before and after it
+
+
 class Asked(NamedTuple):
     """What a request body says."""
 
     model: str | None = None
     stream: bool = False
     messages: int | None = None
+    fingerprint: int | None = None
     cut: bool = False  # usage was asked for on the client's behalf
     body: bytes | None = None  # the bytes to send: the client's, or with the question for usage
 
@@ -1834,8 +1861,36 @@ def read_request(dialect, data):
     options = body.get("stream_options")
     amend = (stream and dialect.asks_usage
              and (options is None or isinstance(options, dict) and options.get("include_usage") is not True))
-    return Asked(model if isinstance(model, str) else None, stream, dialect.messages(body), amend,
-                 ask_usage(data, body) if amend else data)
+    return Asked(model if isinstance(model, str) else None, stream, dialect.messages(body),
+                 fingerprint(body) if dialect.name in JOINED and len(data) <= FINGERPRINT_LIMIT else None,
+                 amend, ask_usage(data, body) if amend else data)
+
+
+def shortened(value):
+    """JSON with each long string as the log shows it, so that a request and its logged copy are equal."""
+    if isinstance(value, str):
+        head, cut, tail = value.partition(LOG_CUT)
+        if cut:
+            return head + tail
+        units = value.encode("utf-16-le", "surrogatepass")
+        if len(units) <= 4 * LOG_KEEPS:
+            return value
+        return (units[:2 * LOG_KEEPS].decode("utf-16-le", "replace")
+                + units[-2 * LOG_KEEPS:].decode("utf-16-le", "replace"))
+    if isinstance(value, list):
+        return [shortened(item) for item in value]
+    if isinstance(value, dict):
+        return {name: shortened(item) for name, item in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def fingerprint(body):
+    """A number for what a request body asks; its copy in LM Studio's log has the same.  None for nothing."""
+    asked = {name: body[name] for name in ("messages", "input", "prompt", "system") if body.get(name)}
+    try:
+        return hash(json.dumps(shortened(asked), sort_keys=True)) if asked else None
+    except (RecursionError, ValueError):
+        return None
 
 
 def ask_usage(data, body):
@@ -1848,62 +1903,825 @@ def ask_usage(data, body):
         "utf-8", "surrogatepass")
 
 
-# --- 3.7 records: what is kept of a request ----------------------------------
+# --- 3.7 records: the life of a request --------------------------------------
 
-RECORDS = 100  # finished requests that are kept
 TIMELINE = 400  # events of one request that are kept
+SLOW_MS = 1000  # a phase longer than this is marked
+TELL_S = 0.25  # between two inference_progress of one request
+STATES = ("waiting", "loading", "queued", "prompt", "generating")  # in the order in which they come
+OUTCOMES = {"finished": "done", "disconnected": "abandoned", "error": "failed"}
+
+
+class Outcome(NamedTuple):
+    """How a request ended.  state: done, failed or abandoned; meter: what read its answer."""
+
+    state: str
+    status: int | None = None
+    error: str | None = None
+    operation: str | None = None
+    meter: Meter | None = None
 
 
 class Record:
-    """One inference request, from its arrival to its end.  Hub's lock guards it once it has begun."""
+    """One request, from its arrival to its end: an HTTP request of a client, or (source "lmstudio") a chat
+    that the log shows and that did not come through us.
+
+    Hub's lock guards it once it has begun.  Clock readings are monotonic seconds."""
 
     def __init__(self, request_id, epoch, clock, **about):
         self.id, self.started, self.clock = request_id, epoch, clock
-        self.source = "gateway"  # or "lmstudio": a chat that did not come through us
-        self.method = self.path = self.dialect = self.client = self.key = None
-        self.model_asked = self.messages = None
+        self.source = "gateway"
+        self.method = self.path = self.target = self.dialect = self.client = self.key = self.agent = None
+        self.model_asked = self.messages = self.fingerprint = None
         self.stream = False
         self.__dict__.update(about)
         self.model = None  # what answered, once an answer or the log has named it
-        self.state = "waiting"
-        self.status = None
+        self.answer_id = self.created = None
+        self.state, self.entered = "waiting", {"waiting": clock}  # state -> clock when it began
+        self.status = self.ended = None
         self.usage = None  # tokenUsage
-        self.first_ms = self.total_ms = self.speed = None
+        self.first_ms = self.total_ms = self.speed = self.read_speed = None
         self.finish = self.error = self.operation = None
+        self.percent = self.prompt_tokens = self.cache = self.context_size = self.sampling = None
+        self.drafted = self.accepted = None  # tokens of a draft model, and those of them that were taken
+        self.output = 0  # tokens so far
+        self.output_since = None  # clock of the first of them
         self.timeline = []  # (ms after the start, event name, data)
-        self.chat = None  # the log's Chat that it caused
-        self.binding = "none"  # "exact", "likely"
+        self.chat, self.binding = None, "none"  # the log's Chat that it caused; "likely", "exact"
+        self.doubted = False  # two chats had as much right to it
+        self.counted = {}  # tokens that the figures have, by kind
+        self._base = None  # (clock, percent) from which the prompt's speed is measured
+        self._told = -math.inf  # clock of the last inference_progress
+
+    # --- what happens to it
+
+    def enter(self, state, clock):
+        """A phase begins.  One that is over does not come back."""
+        if self.ended is None and STATES.index(state) > STATES.index(self.state):
+            self.state = state
+            self.entered[state] = clock
+
+    def take(self, event, clock):
+        """An event of its chat.  True when listeners should hear of its progress."""
+        if len(self.timeline) < TIMELINE:
+            self.timeline.append((round(1000 * (clock - self.clock), 1), event.name, event.data))
+        before, lesson = self.state, LESSONS.get(event.name)
+        if lesson is None:
+            return False
+        lesson(self, event.data, clock)
+        return self.ended is None and (self.state != before or self.due(clock))
+
+    def due(self, clock):
+        """True when the last inference_progress is long enough ago."""
+        return clock - self._told >= TELL_S
+
+    def generated(self, tokens, first, clock):
+        """The answer has so many tokens now; the first came at the clock reading first."""
+        self.enter("generating", first)
+        self.output, self.output_since = tokens, first
+
+    def on_start(self, data, clock):
+        self.enter("queued", clock)
+
+    def on_processing(self, data, clock):
+        self.enter("prompt", clock)
+
+    def on_generation(self, data, clock):
+        self.enter("generating", clock)
+
+    def on_sampling(self, data, clock):
+        self.sampling = {name: value for name, value in data.items()
+                         if name not in ("timestamp", "model", "requestId")}
+
+    def on_progress(self, data, clock):
+        self.enter("prompt", clock)
+        self.percent = data["progress"]
+        if self._base is None:
+            cached = self.cache["percentage"] if self.cache else 0
+            self._base = (clock, max(self.percent, cached if self.percent < 100 else 0))
+
+    def on_cache(self, data, clock):
+        self.cache = {name: data[name] for name in ("reused", "total", "percentage")}
+        self.prompt_tokens = data["total"]
+        if self.usage:
+            self.usage = {**self.usage, "cachedTokens": data["reused"]}
+
+    def on_tokens(self, data, clock):
+        self.prompt_tokens = data.get("totalPromptTokens", self.prompt_tokens)
+        self.context_size = data.get("n_ctx", self.context_size)
+
+    def on_stats(self, data, clock):
+        """The engine's own figures; where no answer brought usage, they are what the request has cost."""
+        self.read_speed = data.get("promptTokensPerSecond", self.read_speed)
+        self.drafted, self.accepted = data.get("draftTokens"), data.get("acceptedDraftTokens")
+        self.prompt_tokens = data.get("promptTokens", self.prompt_tokens)
+        if self.speed is None or self.source == "lmstudio":
+            self.speed = data.get("tokensPerSecond", self.speed)
+        if self.first_ms is None:
+            self.first_ms = data.get("timeToFirstTokenMs")
+        if self.usage is None or self.usage.get("estimated"):
+            prompt, completion = data.get("promptTokens"), data.get("completionTokens")
+            if prompt is not None or completion is not None:
+                self.usage = {"promptTokens": prompt, "completionTokens": completion or 0,
+                              "totalTokens": (prompt or 0) + (completion or 0), **self.cached_usage()}
+
+    def on_chat_end(self, data, clock):
+        if self.source == "lmstudio" and self.ended is None:
+            failed = data["outcome"] == "error"
+            self.end(clock,
+                     Outcome(OUTCOMES[data["outcome"]], error=data["message"][:500] if failed else None))
+
+    def cached_usage(self):
+        """The cached part of tokenUsage, {} where the log has not told it."""
+        return {"cachedTokens": self.cache["reused"]} if self.cache else {}
+
+    def end(self, clock, outcome):
+        """It is over."""
+        self.total_ms = round(1000 * (clock - self.clock), 1)
+        self.status, self.error, self.operation = outcome.status, outcome.error, outcome.operation
+        if outcome.meter:
+            self._take_answer(outcome.meter)
+        self.ended, self.state = clock, outcome.state
+        if self.usage is not None and self.usage.get("cachedTokens") is None:
+            self.usage = {**self.usage, **self.cached_usage()}
+
+    def _take_answer(self, meter):
+        """What the answer says goes before what the log said, and what was measured before an estimate."""
+        usage = meter.usage
+        self.model, self.finish = usage.model or self.model, usage.finish
+        self.answer_id, self.created = usage.answer_id, usage.created
+        self.usage = usage.tokens() or self.usage
+        self.first_ms = self.first_ms if usage.first_ms is None else usage.first_ms
+        if meter.first is not None:
+            self.first_ms = round(1000 * (meter.first - self.clock), 1)
+            self.generated(meter.pieces, meter.first, meter.last)
+            spent = meter.last - meter.first
+            if usage.speed is None and usage.completion and spent > 0:
+                self.speed = round(usage.completion / spent, 2)
+        self.speed = usage.speed or self.speed
+        if self.usage is None and meter.pieces:
+            self.usage = {"completionTokens": meter.pieces, "estimated": True}
+
+    def unbind(self):
+        """Forget the chat and all that came from it."""
+        self.chat.record, self.chat, self.binding = None, None, "none"
+        self.percent = self._base = None
+        self.timeline = []
+        self.forget_engine()
+
+    def forget_engine(self):
+        """Forget what the engine's lines said: they were another chat's."""
+        self.cache = self.sampling = self.read_speed = self.prompt_tokens = self.context_size = None
+        if self.usage and "cachedTokens" in self.usage:
+            self.usage = {name: value for name, value in self.usage.items() if name != "cachedTokens"}
+
+    # --- what is shown of it
+
+    def progress(self, clock):
+        """What is known of a running request's progress, {} of nothing; speeds per second, etaMs in ms."""
+        known = {}
+        if self.percent is not None:
+            known["percent"] = self.percent
+        if self.prompt_tokens is not None:
+            known["promptTokens"] = self.prompt_tokens
+            if self.percent is not None:
+                known["promptTokensRead"] = round(self.prompt_tokens * self.percent / 100)
+        if self._base and self.state == "prompt" and self.percent > self._base[1] and clock > self._base[0]:
+            a_second = (self.percent - self._base[1]) / (clock - self._base[0])  # percent
+            known["etaMs"] = round(1000 * (100 - self.percent) / a_second)
+            if self.prompt_tokens:
+                known["promptTokensPerSecond"] = round(a_second * self.prompt_tokens / 100, 1)
+        if self.output:
+            known["outputTokens"] = self.output
+            if clock > self.output_since:
+                known["outputTokensPerSecond"] = round(self.output / (clock - self.output_since), 1)
+        return known
+
+    def progress_event(self, now, clock):
+        """inference_progress: its state for listeners."""
+        self._told = clock
+        return Event("inference_progress", {
+            "timestamp": now, "requestId": self.id, "source": self.source, "state": self.state,
+            "model": self.model or self.model_asked, "elapsedMs": round(1000 * (clock - self.clock)),
+            **self.progress(clock), **self.cached_usage(),
+            **figures(contextSize=self.context_size, contextUsed=self.context_used())})
+
+    def context_used(self):
+        """Tokens in the context, None when the prompt's are unknown."""
+        usage = self.usage or {}
+        prompt = usage.get("promptTokens") or self.prompt_tokens
+        return prompt and prompt + (usage.get("completionTokens") or self.output)
+
+    def context(self):
+        used = self.context_used()
+        if not self.context_size or not used:
+            return None
+        return {"size": self.context_size, "used": used,
+                "percentage": round(100 * used / self.context_size, 1)}
+
+    def phases(self, clock):
+        """[{name, ms, slow}] in the order in which they were entered."""
+        starts = sorted(self.entered.items(), key=lambda item: (item[1], STATES.index(item[0])))
+        ends = [start for _, start in starts[1:]] + [clock if self.ended is None else self.ended]
+        spans = [(name, round(1000 * max(0.0, end - start), 1)) for (name, start), end in zip(starts, ends)]
+        return [{"name": name, "ms": ms, "slow": ms > SLOW_MS} for name, ms in spans]
+
+    def prompt_ms(self):
+        """How long the prompt was read: from the engine's speed where it is known, else as it was seen."""
+        usage = self.usage or {}
+        fresh = (usage.get("promptTokens") or 0) - (usage.get("cachedTokens") or 0)
+        return round(1000 * fresh / self.read_speed, 1) if self.read_speed else self._phase_ms("prompt")
+
+    def generation_ms(self):
+        """How long the answer was generated, in the same way."""
+        tokens = (self.usage or {}).get("completionTokens")
+        return round(1000 * tokens / self.speed, 1) if self.speed and tokens else self._phase_ms("generating")
+
+    def _phase_ms(self, name):
+        return next((phase["ms"] for phase in self.phases(self.clock) if phase["name"] == name), None)
 
     def shown(self, clock):
         """The record as /debug/requests shows it."""
+        elapsed = round(1000 * (clock - self.clock), 1) if self.total_ms is None else self.total_ms
         return {"requestId": self.id, "source": self.source, "method": self.method, "path": self.path,
                 "model": self.model or self.model_asked, "modelAsked": self.model_asked,
-                "stream": self.stream, "client": self.client, "key": self.key, "state": self.state,
-                "startedAt": utc_text(self.started), "elapsedMs": self.total_ms if self.total_ms is not None
-                else round(1000 * (clock - self.clock), 1), "status": self.status,
-                "totalTimeMs": self.total_ms, "timeToFirstTokenMs": self.first_ms,
-                "tokensPerSecond": self.speed, "tokenUsage": self.usage, "finishReason": self.finish,
-                "error": self.error, "operation": self.operation, "binding": self.binding}
+                "stream": self.stream, "client": self.client, "key": self.key, "userAgent": self.agent,
+                "state": self.state, "startedAt": utc_text(self.started), "elapsedMs": elapsed,
+                "status": self.status, "totalTimeMs": self.total_ms, "timeToFirstTokenMs": self.first_ms,
+                "tokensPerSecond": self.speed, "promptTokensPerSecond": self.read_speed,
+                "tokenUsage": self.usage, "finishReason": self.finish, "error": self.error,
+                "operation": self.operation, "binding": self.binding,
+                "progress": self.progress(clock) if self.ended is None else {}, "cache": self.cache,
+                "context": self.context(), "phases": self.phases(clock)}
 
-    def start_data(self):
-        return {"requestId": self.id, "method": self.method, "path": self.path, "model": self.model_asked,
-                "stream": self.stream, "client": self.client, "key": self.key}
+    def start_event(self, now):
+        return Event("inference_start", {
+            "timestamp": now, "requestId": self.id, "method": self.method, "path": self.path,
+            "model": self.model_asked, "stream": self.stream, "client": self.client, "key": self.key})
 
     def end_event(self, now):
         """The one event that ends it."""
-        data = {"timestamp": now, "requestId": self.id}
+        common = {"timestamp": now, "requestId": self.id, "status": self.status, "totalTimeMs": self.total_ms,
+                  "tokenUsage": self.usage, "model": self.model or self.model_asked}
         if self.error is not None:
-            return Event("error",
-                         {**data, "error": self.error, "operation": self.operation, "status": self.status,
-                          "model": self.model or self.model_asked, "totalTimeMs": self.total_ms,
-                          "tokenUsage": self.usage})
-        return Event("inference_complete",
-                     {**data, "totalTimeMs": self.total_ms, "status": self.status, "tokenUsage": self.usage,
-                      "timeToFirstTokenMs": self.first_ms, "tokensPerSecond": self.speed,
-                      "finishReason": self.finish, "model": self.model or self.model_asked})
+            return Event("error", {**common, "error": self.error, "operation": self.operation})
+        return Event("inference_complete", {**common, "timeToFirstTokenMs": self.first_ms,
+                                            "tokensPerSecond": self.speed, "finishReason": self.finish})
 
 
-# --- 3.8 wire formats of events ----------------------------------------------
+LESSONS = {  # what a record learns from the events of its chat
+    "lmstudio_chat_start": Record.on_start,
+    "lmstudio_sampling_params": Record.on_sampling,
+    "lmstudio_token_info": Record.on_tokens,
+    "lmstudio_cache_stats": Record.on_cache,
+    "lmstudio_processing_start": Record.on_processing,
+    "lmstudio_prompt_progress": Record.on_progress,
+    "lmstudio_generation_start": Record.on_generation,
+    "lmstudio_prediction_stats": Record.on_stats,
+    "lmstudio_chat_end": Record.on_chat_end,
+}
+
+
+# --- 3.8 join: which request caused which chat -------------------------------
+
+LATE_S = 10.0  # a request that is over can still be bound, and learn from its chat, for so long
+ARRIVAL_S = 2  # LM Studio logs a request's chat within this after the request came, unless it loads a model
+
+
+class Logged(NamedTuple):
+    """What the log tells of the request that a chat answers; None where it does not."""
+
+    path: str | None = None
+    model: str | None = None
+    stream: bool | None = None
+    fingerprint: int | None = None
+
+
+def logged_request(received):
+    """The Logged of a Received.  A body that is hidden or cut tells nothing beyond its path."""
+    if received is None:
+        return Logged()
+    body = prediction_of(received.text)
+    model = body.get("model")
+    return Logged(received.path, model if isinstance(model, str) else None,
+                  body.get("stream") is True if body else None, fingerprint(body))
+
+
+class Requests:
+    """Every request and every chat of the log, and which caused which.
+
+    LM Studio's log names no request (LOGS.md 3d), so a request and a chat are bound only where nothing
+    else is left.  A chat is met at its first event; the requests that may have caused it are those that
+
+    1. were sent before its line was read, are not bound, and are running or were until just now: the log
+       is followed live, and LM Studio writes `Running chat completion` when a request arrives;
+    2. did not begin in a later second than the chat's header: both clocks are this machine's;
+    3. asked with as many messages, where the dialect says how many there will be;
+    4. asked for the chat's model, or for a name that LM Studio has never been seen to serve itself: it
+       answers an unknown name with the model that is loaded, and a known one never with another;
+    5. do not differ from the logged copy of the request, where the log shows one: path, model, stream and
+       a fingerprint of the prompt.
+
+    One request whose fingerprint is the copy's: bound, exact.  One request left, which is no other chat's
+    only one: bound, likely.  More than one: not bound, and looked at again whenever another binding takes
+    a candidate away.  If a second chat turns up that a likely bound request may just as well have caused,
+    both are let go.  When an answer is over, its id, model and count of prompt tokens are held against the
+    chat's: agreement makes a likely binding exact and can still bind what was left, contradiction unbinds.
+    A chat that no request may have caused is LM Studio's own: a record of its own, source "lmstudio".
+
+    Only events that surely mean one chat (Story) are joined; others carry no id and teach nothing."""
+
+    def __init__(self, epoch, keep):
+        self._epoch = epoch
+        self.running = {}  # id -> Record, of both sources, oldest first
+        self.finished: deque[Record] = deque(maxlen=keep)
+        self.total = self.errors = 0  # requests that came through us
+        self.bindings: Counter[str] = Counter()  # of requests that are over for good: exact, likely, none
+        self.changed = []  # records that changed after their end, until somebody takes them
+        self._open = {}  # id -> Record that can still be bound, or learn
+        self._loose = []  # [(chat, candidates, Logged)] not bound yet
+        self._names = {}  # model asked for -> model that answered
+        self._numbers = itertools.count(1)
+
+    def begin(self, record):
+        """A request goes to LM Studio."""
+        self.running[record.id] = self._open[record.id] = record
+        self.total += 1
+
+    def over(self, record, clock, outcome):
+        """A request is over.  False when it was over before."""
+        if self.running.pop(record.id, None) is None:
+            return False
+        record.end(clock, outcome)
+        self.finished.append(record)
+        self.changed.append(record)
+        self.errors += record.error is not None
+        if record.model and record.model_asked:
+            self._learn_name(record.model_asked, record.model)
+        self._verify(record)
+        self._settle(clock)
+        return True
+
+    def see(self, events, clock):
+        """Take the log's events in, and write requestId into those that belong to a request of ours.
+
+        Gives the records of which listeners should hear; clock: monotonic seconds."""
+        self._expire(clock)
+        told = {}
+        for event in events:
+            if event.loads:
+                self._loading(event.loads, clock)
+            if event.chat is None:
+                continue
+            record = self._record_of(event.chat, clock)
+            if record is None or not event.sure:
+                continue
+            if record.source == "gateway":
+                event.data["requestId"] = record.id
+            if record.take(event, clock):
+                told[record.id] = record
+            self._look_back(record, event, clock)
+        return list(told.values())
+
+    def bound(self):
+        """How the requests that are over were bound, as far as is known by now."""
+        late = Counter(record.binding for record in self._open.values()
+                       if record.ended is not None and record.dialect in JOINED)
+        return {binding: self.bindings[binding] + late[binding] for binding in ("exact", "likely", "none")}
+
+    def find(self, request_id):
+        """A record by its id, or None."""
+        return self.running.get(request_id) or next(
+            (record for record in self.finished if record.id == request_id), None)
+
+    # --- binding
+
+    def _record_of(self, chat, clock):
+        """The Record that a chat is bound to; None while that is open."""
+        if not chat.met:
+            chat.met = True
+            self._meet(chat, clock)
+        elif chat.record is None and chat.stats:
+            self._settle(clock)
+        return chat.record
+
+    def _meet(self, chat, clock):
+        logged = logged_request(chat.received)
+        if chat.model:
+            self._learn_name(chat.model, chat.model)
+        candidates = [record for record in self._open.values() if self._may_cause(record, chat, logged)]
+        same = [record for record in candidates if logged.fingerprint is not None
+                and record.fingerprint == logged.fingerprint]
+        if len(same) == 1:
+            self._bind(same[0], chat, "exact")
+        elif candidates:
+            self._loose.append((chat, candidates, logged))
+        elif not self._release_rival(chat, logged):
+            self._own(chat, clock)
+        self._settle(clock)
+
+    def _may_cause(self, record, chat, logged):
+        if record.chat is not None or record.dialect not in JOINED or not chat.api or record.id not in self._open:
+            return False
+        asked, served = record.model_asked, self._names.get(record.model_asked)
+        return (int(record.started) <= chat.started.epoch
+                and (record.messages is None or chat.messages is None or record.messages == chat.messages)
+                and (chat.model is None or asked is None or served is None or served == chat.model)
+                and (record.model is None or chat.model is None or record.model == chat.model)
+                and (logged.path is None or logged.path.rstrip("/") == record.target)
+                and (logged.model is None or logged.model == asked)
+                and (logged.stream is None or logged.stream == record.stream)
+                and (logged.fingerprint is None or record.fingerprint is None
+                     or logged.fingerprint == record.fingerprint))
+
+    def _settle(self, clock):
+        """Bind what has become certain; what no request can have caused any more is LM Studio's own."""
+        self._loose = [(chat, [record for record in candidates if self._may_cause(record, chat, logged)
+                               and agrees(record, chat) is not False], logged)
+                       for chat, candidates, logged in self._loose if chat.record is None]
+        for chat, candidates, _ in self._loose:
+            if not candidates and chat.ended is None:
+                self._own(chat, clock)
+        self._loose = [row for row in self._loose if row[1]]
+        only = Counter(candidates[0].id for _, candidates, _ in self._loose if len(candidates) == 1)
+        for chat, candidates, _ in self._loose:
+            proven = [record for record in candidates if agrees(record, chat)]
+            if len(proven) == 1 and not any(agrees(proven[0], other) for other, *_ in self._loose
+                                            if other != chat):
+                return self._bind_late(proven[0], chat, "exact", clock)
+            if len(candidates) == 1 and only[candidates[0].id] == 1 and not candidates[0].doubted:
+                return self._bind_late(candidates[0], chat, "likely", clock)
+        return None
+
+    def _bind_late(self, record, chat, binding, clock):
+        self._bind(record, chat, binding)
+        return self._settle(clock)
+
+    def _bind(self, record, chat, binding):
+        record.chat, record.binding, chat.record = chat, binding, record
+        record.model = record.model or chat.model
+        self._verify(record)
+
+    def _release_rival(self, chat, logged):
+        """Let go of a likely binding that this chat has as much right to.  True when there was one."""
+        for record in self._open.values():
+            rival = record.chat
+            if rival is None or record.binding != "likely" or chat.started.epoch > record.started + ARRIVAL_S:
+                continue
+            record.chat = None
+            matches = self._may_cause(record, chat, logged)
+            record.chat = rival
+            if matches:
+                record.unbind()
+                record.doubted = True
+                self._loose += [(rival, [record], Logged()), (chat, [record], logged)]
+                return True
+        return False
+
+    def _verify(self, record):
+        """Hold a bound request's answer against its chat."""
+        if record.chat is None or record.ended is None:
+            return
+        agreed = agrees(record, record.chat)
+        if agreed:
+            record.binding = "exact"
+        elif agreed is False and record.binding == "likely":
+            record.unbind()
+        elif agreed is False:
+            record.forget_engine()  # its chat is right, the engine's lines were another's
+
+    def _own(self, chat, clock):
+        """A record for a chat that did not come through us."""
+        record = Record(f"log_{self._epoch}{next(self._numbers):06x}", chat.started.epoch, clock,
+                        source="lmstudio", stream=chat.stream, messages=chat.messages, model=chat.model,
+                        chat=chat)
+        chat.record = self.running[record.id] = record
+
+    # --- afterwards
+
+    def _look_back(self, record, event, clock):
+        """What an event means for a record that is over, or for a chat that has no line for its end."""
+        if record.ended is not None and record.source == "gateway":
+            self._verify(record)
+            self.changed.append(record)
+        elif record.id not in self.running:
+            self.changed.append(record)
+        elif record.source == "lmstudio":
+            record.model = record.model or event.data.get("model")
+            if record.ended is None and record.chat.ended is not None:
+                record.end(clock, Outcome(OUTCOMES.get(record.chat.ended, "done")))
+            if record.ended is not None:
+                self._own_over(record)
+
+    def _own_over(self, record):
+        self.finished.append(self.running.pop(record.id))
+        self.changed.append(record)
+
+    def _loading(self, model, clock):
+        for record in self._open.values():
+            if record.model_asked == model:
+                record.enter("loading", clock)
+
+    def _learn_name(self, asked, served):
+        if len(self._names) < 1000:
+            self._names[asked] = served
+
+    def _expire(self, clock):
+        """Requests that are over for good are counted and forgotten here; so are chats that ended unseen."""
+        over = [record for record in self._open.values() if record.ended is not None
+                and clock - record.ended > LATE_S]
+        for record in over:
+            del self._open[record.id]
+            self.bindings[record.binding] += record.dialect in JOINED
+        if over:
+            self._settle(clock)
+        for record in list(self.running.values()):
+            if record.source == "lmstudio" and record.chat.ended is not None:
+                record.end(clock, Outcome(OUTCOMES.get(record.chat.ended, "done")))
+                self._own_over(record)
+
+
+def agrees(record, chat):
+    """True when an answer's id or count of prompt tokens is the chat's, False when one of them or the model
+    is another, None when nothing is known.  MLX's log counts one token less (LOGS.md section 4)."""
+    if record.answer_id and chat.answer_id:
+        return record.answer_id == chat.answer_id
+    if record.ended is not None and record.model and chat.model and record.model != chat.model:
+        return False
+    prompt = (record.usage or {}).get("promptTokens")
+    logged = chat.stats.get("promptTokens") or (chat.total if chat.certain else None)
+    if record.ended is None or not prompt or not logged:
+        return None
+    return True if prompt == logged else None if abs(prompt - logged) == 1 else False
+
+
+# --- 3.9 figures: what is counted --------------------------------------------
+
+DURATION_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640,
+              1280)  # a home prefill takes minutes
+A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000)
+A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+SERIES = 500  # of one metric; what comes beyond them is counted as "other"
+MODELS = 100  # names of models that become labels
+
+
+class Metric(NamedTuple):
+    """One Prometheus metric.  A counter's name ends in _total; buckets are a histogram's."""
+
+    name: str
+    kind: str
+    labels: tuple
+    about: str
+    buckets: tuple = ()
+
+
+# Names and meanings: lmstudio_* is all that the log or LM Studio's REST API tells, whoever asked, with
+# lmstudio-exporter's names; lmstudio_gateway_* is what passed through us.  Base units, ratios from 0 to 1.
+METRICS = (
+    Metric("lmstudio_up", "gauge", (), "1 when LM Studio answered when last asked"),
+    Metric("lmstudio_loaded_models", "gauge", (), "Models that are loaded; absent when unknown"),
+    Metric("lmstudio_model_loaded", "gauge", ("model", "type"), "1 for a model that is loaded"),
+    Metric("lmstudio_model_context_length_tokens", "gauge", ("model", "type"),
+           "Context with which it is loaded"),
+    Metric("lmstudio_requests_total", "counter", ("model",), "Predictions that the log shows finished"),
+    Metric("lmstudio_input_tokens_total", "counter", ("model",), "Prompt tokens of them"),
+    Metric("lmstudio_output_tokens_total", "counter", ("model",), "Generated tokens of them"),
+    Metric("lmstudio_accepted_draft_tokens_total", "counter", ("model",), "Draft tokens that were taken"),
+    Metric("lmstudio_cached_input_tokens_total", "counter", ("model",),
+           "Prompt tokens reused from the cache"),
+    Metric("lmstudio_cache_resets_total", "counter", ("model",),
+           "Prompts read wholly anew although a part was cached"),
+    Metric("lmstudio_time_to_first_token_seconds", "histogram", ("model",), "As the log has it", DURATION_S),
+    Metric("lmstudio_prompt_eval_seconds", "histogram", ("model",), "Time to read the prompt", DURATION_S),
+    Metric("lmstudio_generation_seconds", "histogram", ("model",), "Time to generate the answer", DURATION_S),
+    Metric("lmstudio_prompt_tokens_per_second", "histogram", ("model",), "Speed of reading", A_SECOND),
+    Metric("lmstudio_tokens_per_second", "histogram", ("model",), "Speed of generating", A_SECOND),
+    Metric("lmstudio_prompt_progress_ratio", "gauge", ("request", "model"),
+           "How much of a prompt has been read"),
+    Metric("lmstudio_log_lines_total", "counter", ("dialect",),
+           "Engine lines recognised, by engine generation"),
+    Metric("lmstudio_log_entries_total", "counter", ("event",), "Events made of the log"),
+    Metric("lmstudio_log_unparsed_entries_total", "counter", (), "Lines that no rule knows"),
+    Metric("lmstudio_log_bytes_read_total", "counter", (), "Bytes of log read"),
+    Metric("lmstudio_log_rotations_total", "counter", ("reason",), "Changes to another log file"),
+    Metric("lmstudio_log_read_lag_bytes", "gauge", (), "Bytes written and not yet read"),
+    Metric("lmstudio_log_last_entry_timestamp_seconds", "gauge", (), "Time of the latest log entry"),
+    Metric("lmstudio_log_directory_bytes", "gauge", (), "Size of the log directory"),
+    Metric("lmstudio_log_filesystem_free_bytes", "gauge", (), "Room left on its file system"),
+    Metric("lmstudio_gateway_requests_total", "counter", ("key", "model", "endpoint", "code"),
+           "Inference requests that are over; code 0 without an answer"),
+    Metric("lmstudio_gateway_tokens_total", "counter", ("key", "model", "type"),
+           "Their tokens: input, output, cached_input, reasoning"),
+    Metric("lmstudio_gateway_request_duration_seconds", "histogram", ("endpoint", "model", "stream"),
+           "From arrival to end", DURATION_S),
+    Metric("lmstudio_gateway_time_to_first_token_seconds", "histogram", ("model",),
+           "From arrival to the first content, reasoning or tool call", DURATION_S),
+    Metric("lmstudio_gateway_time_per_output_token_seconds", "histogram", ("model",),
+           "Between tokens of a stream, at the mean", A_TOKEN_S),
+    Metric("lmstudio_gateway_requests_in_flight", "gauge", ("model",), "Requests that are running"),
+    Metric("lmstudio_gateway_requests_queued", "gauge", ("model",), "Those that wait in LM Studio's queue"),
+    Metric("lmstudio_gateway_client_disconnects_total", "counter", ("phase",),
+           "Clients that left: queued, prefill, decode"),
+    Metric("lmstudio_gateway_rejected_total", "counter", ("reason",), "Requests turned away here"),
+    Metric("lmstudio_gateway_upstream_errors_total", "counter", ("kind",),
+           "refused, timeout, reset, bad_status, error_in_200"),
+    Metric("lmstudio_gateway_sse_clients", "gauge", (), "Listeners of /debug/stream"),
+    Metric("lmstudio_gateway_sse_events_total", "counter", ("type",), "Events published"),
+    Metric("lmstudio_gateway_sse_dropped_total", "counter", ("reason",), "Events that slow listeners lost"),
+    Metric("lmstudio_gateway_sse_replays_total", "counter", ("result",),
+           "Listeners that came back: full, gap"),
+    Metric("lmstudio_gateway_correlated_total", "counter", ("result",),
+           "Requests joined with the log: exact, likely, none"),
+    Metric("lmstudio_gateway_build_info", "gauge", ("version", "python"), "1"),
+    Metric("process_start_time_seconds", "gauge", (), "When this gateway started"),
+)
+METRIC = {metric.name: metric for metric in METRICS}
+PHASES = {"waiting": "queued", "loading": "queued", "queued": "queued", "prompt": "prefill",
+          "generating": "decode"}
+UPSTREAM_KINDS = {"upstream_unreachable": "refused", "upstream_timeout": "timeout", "upstream_reset": "reset"}
+TOKEN_KINDS = {"input": "promptTokens", "output": "completionTokens", "cached_input": "cachedTokens",
+               "reasoning": "reasoningTokens"}
+REJECTIONS = {  # code of our own error -> reason
+    "key_needed": "no_key", "key_wrong": "bad_key", "right_missing": "scope", "address_not_allowed": "host",
+    "host_not_local": "host", "origin_not_allowed": "host", "body_too_large": "body_size"}
+
+
+class Figures:
+    """Counters and histograms since the start.  Pure; Hub's lock guards them."""
+
+    def __init__(self):
+        self._values = {metric.name: {} for metric in METRICS}
+        self._models = set()
+
+    def add(self, name, *labels, amount=1):
+        series = self._values[name]
+        labels = self._bounded(series, labels)
+        series[labels] = series.get(labels, 0) + amount
+
+    def observe(self, name, value, *labels):
+        """One more value of a histogram; None is none."""
+        if value is None:
+            return
+        series, buckets = self._values[name], METRIC[name].buckets
+        labels = self._bounded(series, labels)
+        row = series.setdefault(labels, [0] * (len(buckets) + 1) + [0.0])  # counts by bucket, then the sum
+        row[bisect.bisect_left(buckets, value)] += 1
+        row[-1] += value
+
+    @staticmethod
+    def _bounded(series, labels):
+        return labels if labels in series or len(series) < SERIES else ("other",) * len(labels)
+
+    def model(self, name):
+        """A label for a model that LM Studio has named: no client can invent one."""
+        if name and name not in self._models and len(self._models) < MODELS:
+            self._models.add(name)
+        return name if name in self._models else "other" if name else "unknown"
+
+    def model_of(self, record):
+        """A label for a request's model: what answered, or what was asked for where LM Studio knows the name."""
+        if record.model:
+            return self.model(record.model)
+        return record.model_asked if record.model_asked in self._models else "other"
+
+    def count_request(self, record):
+        """A request through us is over."""
+        model, key = self.model_of(record), record.key or "none"
+        endpoint = record.target if record.target in DIALECTS else "other"
+        self.add("lmstudio_gateway_requests_total", key, model, endpoint, str(record.status or 0))
+        self.count_tokens(record)
+        stream = "true" if record.stream else "false"
+        self.observe("lmstudio_gateway_request_duration_seconds", record.total_ms / 1000, endpoint, model,
+                     stream)
+        first = record.first_ms and record.first_ms / 1000
+        self.observe("lmstudio_gateway_time_to_first_token_seconds", first, model)
+        if record.stream and record.speed:
+            self.observe("lmstudio_gateway_time_per_output_token_seconds", 1 / record.speed, model)
+        if record.operation == "client_disconnected":
+            self.add("lmstudio_gateway_client_disconnects_total",
+                     PHASES[max(record.entered, key=STATES.index)])
+        elif record.error is not None:
+            kind = UPSTREAM_KINDS.get(record.operation) or (
+                "error_in_200" if record.status == 200 else "bad_status")
+            self.add("lmstudio_gateway_upstream_errors_total", kind)
+
+    def count_tokens(self, record):
+        """The tokens of a request that is over, as far as they have not been counted: the log can tell later."""
+        usage, key, model = record.usage or {}, record.key or "none", self.model_of(record)
+        for kind, field in TOKEN_KINDS.items():
+            fresh = (usage.get(field) or 0) - record.counted.get(kind, 0)
+            if fresh > 0:
+                record.counted[kind] = usage[field]
+                self.add("lmstudio_gateway_tokens_total", key, model, kind, amount=fresh)
+
+    def tokens(self):
+        """{kind: tokens} of all requests through us since the start."""
+        sums: Counter[str] = Counter()
+        for (_, _, kind), amount in self._values["lmstudio_gateway_tokens_total"].items():
+            sums[kind] += amount
+        return sums
+
+    def of_requests(self, requests):
+        """{metric: {labels: value}} of what is running now, and of the join."""
+        flight: Counter[tuple] = Counter()
+        queued: Counter[tuple] = Counter()
+        prompts = {}
+        for record in requests.running.values():
+            labels = (self.model_of(record),)
+            flight[labels] += record.source == "gateway"
+            queued[labels] += record.state == "queued"
+            if record.state == "prompt" and record.percent is not None:
+                prompts[(record.id, *labels)] = round(record.percent / 100, 4)
+        return {"lmstudio_gateway_requests_in_flight": flight, "lmstudio_gateway_requests_queued": queued,
+                "lmstudio_prompt_progress_ratio": prompts,
+                "lmstudio_gateway_correlated_total": {(name,): n for name, n in requests.bound().items()}}
+
+    def count_event(self, event):
+        """An event of the log."""
+        data, lesson = event.data, COUNTED.get(event.name)
+        if lesson:
+            lesson(self, data, self.model(data.get("model")))
+
+    def on_stats(self, data, model):
+        self.add("lmstudio_requests_total", model)
+        for name, field in (("input", "promptTokens"), ("output", "completionTokens"),
+                            ("accepted_draft", "acceptedDraftTokens")):
+            if data.get(field):
+                self.add(f"lmstudio_{name}_tokens_total", model, amount=data[field])
+        first, speed = data.get("timeToFirstTokenMs"), data.get("tokensPerSecond")
+        self.observe("lmstudio_time_to_first_token_seconds", first and first / 1000, model)
+        self.observe("lmstudio_tokens_per_second", speed, model)
+        if speed and data.get("completionTokens"):
+            self.observe("lmstudio_generation_seconds", data["completionTokens"] / speed, model)
+        self.observe("lmstudio_prompt_tokens_per_second", data.get("promptTokensPerSecond"), model)
+        read = data.get("promptMs")
+        self.observe("lmstudio_prompt_eval_seconds", read and read / 1000, model)
+
+    def on_cache(self, data, model):
+        self.add("lmstudio_cached_input_tokens_total", model, amount=data["reused"])
+
+    def exposition(self, gauges):
+        """All of it as Prometheus text 0.0.4.  gauges: {metric: {labels: value}} as of now."""
+        lines = []
+        for metric in METRICS:
+            series = {**self._values[metric.name], **gauges.get(metric.name, {})}
+            if series:
+                lines.append(f"# HELP {metric.name} {metric.about}")
+                lines.append(f"# TYPE {metric.name} {metric.kind}")
+            for labels, value in series.items():
+                lines += metric_lines(metric, labels, value)
+        return "\n".join(lines) + "\n"
+
+
+COUNTED = {"lmstudio_prediction_stats": Figures.on_stats, "lmstudio_cache_stats": Figures.on_cache}
+
+
+def metric_lines(metric, labels, value):
+    """The lines of one series."""
+    pairs = [f'{name}="{escaped(label)}"' for name, label in zip(metric.labels, labels)]
+
+    def line(suffix, more, number):
+        inside = ",".join([*pairs, *more])
+        return f"{metric.name}{suffix}{{{inside}}} {number}" if inside else f"{metric.name}{suffix} {number}"
+
+    if metric.kind != "histogram":
+        return [line("", [], value)]
+    counts = list(itertools.accumulate(value[:-1]))
+    bounds = [*map(str, metric.buckets), "+Inf"]
+    return [*(line("_bucket", [f'le="{bound}"'], number) for bound, number in zip(bounds, counts)),
+            line("_sum", [], round(value[-1], 6)), line("_count", [], counts[-1])]
+
+
+def escaped(label):
+    """A label's value as Prometheus wants it."""
+    return str(label).replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
+
+
+def rank(values, share):
+    """The nearest-rank percentile of sorted values; None of none."""
+    return values[max(0, math.ceil(share * len(values)) - 1)] if values else None
+
+
+def performance(records, total, errors, tokens):
+    """`performance` of /debug/metrics: totals since the start, times (ms) over the requests that are kept."""
+    times = sorted(record.total_ms for record in records)
+    firsts = sorted(record.first_ms for record in records if record.first_ms is not None)
+    return {"totalRequests": total, "totalErrors": errors, "errorRate": round(errors / total, 4) if total
+            else 0,
+            "keptRequests": len(times), "avgResponseTimeMs": mean(times), "minResponseTimeMs": rank(times, 0),
+            "maxResponseTimeMs": rank(times, 1), "medianResponseTimeMs": rank(times, 0.5),
+            "p95ResponseTimeMs": rank(times, 0.95), "p99ResponseTimeMs": rank(times, 0.99),
+            "medianTimeToFirstTokenMs": rank(firsts, 0.5), "p95TimeToFirstTokenMs": rank(firsts, 0.95),
+            "avgTokensPerSec": mean([record.speed for record in records if record.speed]),
+            "totalTokensProcessed": tokens["input"] + tokens["output"],
+            "tokenStats": {field: tokens[kind] for kind, field in TOKEN_KINDS.items()}}
+
+
+def mean(values):
+    return round(sum(values) / len(values), 2) if values else None
+
+
+# --- 3.10 wire formats of events ----------------------------------------------
 
 quote = json.encoder.encode_basestring_ascii
 
@@ -1947,9 +2765,10 @@ class Hub:
     """Hands every event to every listener, remembers the latest, and keeps the records of requests.
 
     A listener is a cursor and a bell: publish appends to one ring and rings the bells; each listener
-    then takes the frames behind its cursor.  Publishing never waits, and a frame is made once."""
+    then takes the frames behind its cursor.  Publishing never waits, and a frame is made once.
+    keep, where given, takes the history rows of requests that are over."""
 
-    def __init__(self, now=time.time):
+    def __init__(self, kept=100, keep=None, now=time.time, clock=time.monotonic):
         # Guards every field below.  Held for memory work only, never across I/O.
         self._lock = threading.Lock()
         self.epoch = secrets.token_hex(4)
@@ -1957,12 +2776,12 @@ class Hub:
         self._first = 1  # SEQ of _frames[0]
         self._bells = set()  # a queue.Queue(1) for each listener
         self._closed = False
-        self._now = now
+        self._now, self._clock, self._keep = now, clock, keep
         self.counts: Counter[str] = Counter()  # events published, by name
+        self.replays: Counter[str] = Counter()  # listeners that came back: full, gap
         self.dropped = 0  # events that slow listeners lost
-        self._running = {}  # id -> Record
-        self._finished: deque[Record] = deque(maxlen=RECORDS)
-        self.requests = self.errors = 0
+        self._requests = Requests(self.epoch, kept)
+        self._figures = Figures()
         self._ids = itertools.count(1)
 
     @property
@@ -1980,6 +2799,8 @@ class Hub:
     def now(self):
         """This moment as the events have it."""
         return utc_text(self._now())
+
+    # --- events
 
     def publish(self, events):
         """Any thread.  Appends the events in order and wakes the listeners.  Never blocks."""
@@ -2001,40 +2822,100 @@ class Hub:
             del self._frames[:surplus]
             self._first += surplus
 
-    def begin(self, record):
-        """Any thread.  A request goes to LM Studio."""
-        with self._lock:
-            self._running[record.id] = record
-            self.requests += 1
-        self.publish([Event("inference_start", {"timestamp": self.now(), **record.start_data()})])
-
-    def end(self, record):
-        """Any thread.  A request is over; its record says how.  Later calls do nothing."""
-        with self._lock:
-            if self._running.pop(record.id, None) is None:
-                return
-            self._finished.append(record)
-            self.errors += record.error is not None
-        self.publish([record.end_event(self.now())])
-
-    def running(self):
-        """Any thread.  The records of running requests, oldest first."""
-        with self._lock:
-            return list(self._running.values())
-
-    def finished(self):
-        """Any thread.  The records of finished requests, newest first."""
-        with self._lock:
-            return list(reversed(self._finished))
-
-    def find(self, request_id):
-        """Any thread.  A record by its id, or None."""
-        return next((record for record in (*self.running(), *self.finished()) if record.id == request_id),
-                    None)
-
     def tell(self, name, **data):
         """Any thread.  Publishes one event of the gateway's own."""
         self.publish([Event(name, {"timestamp": self.now(), **data})])
+
+    # --- requests
+
+    def begin(self, record):
+        """Any thread.  A request goes to LM Studio."""
+        with self._lock:
+            self._requests.begin(record)
+        self.publish([record.start_event(self.now())])
+
+    def generated(self, record, tokens, first):
+        """Any thread.  The answer of a running request has so many tokens; the first came at clock first."""
+        with self._lock:
+            clock = self._clock()
+            record.generated(tokens, first, clock)
+            told = record.due(clock) and record.progress_event(self.now(), clock)
+        if told:
+            self.publish([told])
+
+    def end(self, record, outcome):
+        """Any thread.  A request is over.  Later calls do nothing."""
+        with self._lock:
+            if not self._requests.over(record, self._clock(), outcome):
+                return
+            self._figures.count_request(record)
+            rows = self._changed_rows()
+        self.publish([record.end_event(self.now())])
+        self._give(rows)
+
+    def publish_log(self, events):
+        """Tail thread.  Joins the log's events with requests, then publishes them and the progress made."""
+        with self._lock:
+            clock = self._clock()
+            told = self._requests.see(events, clock)
+            for event in events:
+                self._figures.count_event(event)
+            progress = [record.progress_event(self.now(), clock) for record in told]
+            rows = self._changed_rows()
+        self.publish([*events, *progress])
+        self._give(rows)
+
+    def _changed_rows(self):  # lock held
+        changed, self._requests.changed = self._requests.changed, []
+        for record in changed:
+            if record.source == "gateway":
+                self._figures.count_tokens(record)
+        return {record.id: history_row(record) for record in changed} if self._keep else {}
+
+    def _give(self, rows):
+        if rows:
+            self._keep(list(rows.values()))
+
+    def shown(self, limit=None):
+        """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first."""
+        with self._lock:
+            clock = self._clock()
+            records = [*reversed(self._requests.running.values()), *reversed(self._requests.finished)]
+            return [record.shown(clock) for record in records[:limit]]
+
+    def detail(self, request_id):
+        """Any thread.  One request with its timeline and sampling parameters; None when it is not known."""
+        with self._lock:
+            record = self._requests.find(request_id)
+            if record is None:
+                return None
+            timeline = [{"ms": ms, "event": name, "data": data} for ms, name, data in record.timeline]
+            return {**record.shown(self._clock()), "sampling": record.sampling, "timeline": timeline}
+
+    def totals(self):
+        """Any thread.  (requests through us, those of them that ended in error, bindings so far)."""
+        with self._lock:
+            return self._requests.total, self._requests.errors, self._requests.bound()
+
+    def performance(self):
+        """Any thread.  `performance` of /debug/metrics."""
+        with self._lock:
+            ours = [record for record in self._requests.finished if record.source == "gateway"]
+            tokens = self._figures.tokens()
+            return performance(ours, self._requests.total, self._requests.errors, tokens)
+
+    def exposition(self, gauges):
+        """Any thread.  All figures as Prometheus text; gauges are those that others know."""
+        with self._lock:
+            return self._figures.exposition({**gauges, **self._figures.of_requests(self._requests)})
+
+    def reject(self, code):
+        """Any thread.  A request was turned away here; code is our error's."""
+        if code in REJECTIONS:
+            with self._lock:
+                self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
+
+    # --- listeners
 
     @contextlib.contextmanager
     def listening(self):
@@ -2055,6 +2936,8 @@ class Hub:
             if match is None:
                 return self.last, None
             epoch, seq = match[1] or self.epoch, int(match[2])
+            full = epoch == self.epoch and min(seq, self.last) >= self._first - 1
+            self.replays["full" if full else "gap"] += 1
             if epoch != self.epoch:
                 return self._first - 1, Gap(f"{epoch}-{seq + 1}", self.event_id(self._first - 1), None)
             return min(seq, self.last), None
@@ -2096,6 +2979,155 @@ def ring(bell):
 
 def gap_data(gap, now):
     return json.dumps({"timestamp": now, "from": gap.first, "to": gap.last, "count": gap.events})
+
+
+# --- 4.2 history: finished requests in an SQLite file ------------------------
+
+HISTORY = (  # column, type, what it holds; no prompt and no answer
+    ("id", "TEXT PRIMARY KEY", lambda record: record.id),
+    ("source", "TEXT", lambda record: record.source),
+    ("started", "REAL", lambda record: record.started),  # epoch seconds
+    ("key", "TEXT", lambda record: record.key),
+    ("client", "TEXT", lambda record: record.client),
+    ("path", "TEXT", lambda record: record.path),
+    ("model_asked", "TEXT", lambda record: record.model_asked),
+    ("model", "TEXT", lambda record: record.model),
+    ("stream", "INTEGER", lambda record: int(record.stream)),
+    ("status", "INTEGER", lambda record: record.status),
+    ("outcome", "TEXT", lambda record: record.state),
+    ("operation", "TEXT", lambda record: record.operation),
+    ("finish_reason", "TEXT", lambda record: record.finish),
+    ("prompt_tokens", "INTEGER", lambda record: (record.usage or {}).get("promptTokens")),
+    ("cached_tokens", "INTEGER", lambda record: (record.usage or {}).get("cachedTokens")),
+    ("completion_tokens", "INTEGER", lambda record: (record.usage or {}).get("completionTokens")),
+    ("first_ms", "REAL", lambda record: record.first_ms),
+    ("total_ms", "REAL", lambda record: record.total_ms),
+    ("prompt_ms", "REAL", lambda record: record.prompt_ms()),
+    ("generation_ms", "REAL", lambda record: record.generation_ms()),
+    ("binding", "TEXT", lambda record: record.binding),
+)
+GROUPS = {  # what usage can be summed by
+    "key": "COALESCE(key, CASE source WHEN 'lmstudio' THEN 'not via gateway' ELSE 'no key' END)",
+    "model": "COALESCE(model, model_asked, 'unknown')",
+    "day": "date(started, 'unixepoch', 'localtime')",
+}
+SUMS = (  # name in the answer, SQL
+    ("requests", "COUNT(*)"), ("errors", "SUM(outcome <> 'done')"),
+    ("promptTokens", "COALESCE(SUM(prompt_tokens), 0)"), ("cachedTokens", "COALESCE(SUM(cached_tokens), 0)"),
+    ("completionTokens", "COALESCE(SUM(completion_tokens), 0)"),
+    ("promptSeconds", "ROUND(COALESCE(SUM(prompt_ms), 0) / 1000, 1)"),
+    ("generationSeconds", "ROUND(COALESCE(SUM(generation_ms), 0) / 1000, 1)"))
+PRUNE_S = 3600.0  # between two looks for rows that are too old
+
+
+def history_row(record):
+    return tuple(value(record) for _, _, value in HISTORY)
+
+
+def since_epoch(text, now):
+    """Epoch seconds of 7d, 24h, 30m, a date (2026-11-24), a UTC time or epoch seconds; 0 for nothing.
+
+    Raises ValueError with the forms."""
+    span = re.fullmatch(r"(\d{1,6})([dhm])", text)
+    if span:
+        return now - int(span[1]) * {"d": 86400, "h": 3600, "m": 60}[span[2]]
+    if not text or re.fullmatch(r"\d{9,11}", text):
+        return float(text or 0)
+    try:
+        return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise ValueError("use 7d, 24h, 30m, or a date such as 2026-11-24") from None
+
+
+def usage_rows(connection, groups, since=0.0):
+    """Sums by one or more of GROUPS, newest day or most tokens first, as a list of dicts."""
+    columns = [f"{GROUPS[group]} AS {group}_" for group in groups] + [f"{sql} AS {name}" for name,
+                                                                      sql in SUMS]
+    order = "day_ DESC" if "day" in groups else "promptTokens + completionTokens DESC"
+    found = connection.execute(f"SELECT {', '.join(columns)} FROM requests WHERE started >= ? "
+                               f"GROUP BY {', '.join(f'{group}_' for group in groups)} ORDER BY {order}",
+                               (since,))
+    names = [*groups, *(name for name, _ in SUMS)]
+    return [dict(zip(names, row)) for row in found]
+
+
+class History:
+    """Keeps one row for each request that is over.  Any thread may call keep() and usage().
+
+    Rows are committed by a thread of its own as they come; WAL lets a process die at any moment without
+    harm to what is committed.  Raises HistoryError where the file is no database or cannot be written."""
+
+    def __init__(self, path, days=0):
+        self.path, self._days = path, days
+        self._rows: queue.SimpleQueue = queue.SimpleQueue()  # lists of rows; None ends the thread
+        open_history(path).close()
+        self._thread = threading.Thread(target=self._run, name="history", daemon=True)
+        self._thread.start()
+
+    def keep(self, rows):
+        """Have rows written; a row with a known id takes the place of the old one.  Never waits."""
+        self._rows.put(rows)
+
+    def close(self):
+        """Write what is left; waits for it, 5 s at most."""
+        self._rows.put(None)
+        self._thread.join(5.0)
+
+    def usage(self, group, since=0.0):
+        """Sums by key, model or day.  Raises HistoryError."""
+        with contextlib.closing(open_history(self.path)) as connection, naming(self.path, connection.Error):
+            return usage_rows(connection, [group], since)
+
+    def _run(self):
+        """Body of the history thread.  What cannot be written is lost and said; the gateway goes on."""
+        connection, pruned = open_history(self.path), -math.inf
+        with contextlib.closing(connection):
+            while (rows := self._rows.get()) is not None:
+                due = self._days and time.monotonic() - pruned > PRUNE_S
+                try:
+                    with naming(self.path, connection.Error):
+                        store_rows(connection, rows)
+                        if due:
+                            pruned = time.monotonic()
+                            remove_rows(connection, time.time() - 86400 * self._days)
+                except HistoryError as error:
+                    log.error("%s; %d requests are missing in it", error, len(rows))
+
+
+@contextlib.contextmanager
+def naming(path, kind):
+    """Errors of SQLite as HistoryError with the file's name."""
+    try:
+        yield
+    except kind as error:
+        raise HistoryError(f"--history {path} (HISTORY_FILE): {error}; name a file that can be written and is a "
+                           "history or new") from None
+
+
+def open_history(path):
+    """A connection to a history, its table made where it was missing.  Raises HistoryError."""
+    import sqlite3  # here, because it takes 2 MB that only --history and --report need
+
+    with naming(path, sqlite3.Error):
+        connection = sqlite3.connect(path, timeout=10.0)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
+        with connection:
+            connection.execute(f"CREATE TABLE IF NOT EXISTS requests ({columns})")
+            connection.execute("CREATE INDEX IF NOT EXISTS requests_started ON requests (started)")
+        return connection
+
+
+def remove_rows(connection, before):
+    with connection:
+        connection.execute("DELETE FROM requests WHERE started < ?", (before,))
+
+
+def store_rows(connection, rows):
+    with connection:
+        marks = ", ".join("?" * len(HISTORY))
+        connection.executemany(f"INSERT OR REPLACE INTO requests VALUES ({marks})", rows)
 
 
 # === 5. TAIL: files to chunks ================================================
@@ -2622,6 +3654,7 @@ class Upstream:
         self._opener.add_handler(self._connections)
         self._lock = threading.Lock()  # guards _health
         self._health = (-math.inf, None)  # monotonic seconds, reason why not or ""
+        self._models = (-math.inf, None)  # monotonic seconds, rows of loaded_models
 
     def call(self, method, target, headers, body, timeout_s):
         """A Call ready for open()."""
@@ -2681,6 +3714,30 @@ class Upstream:
             self._health = (time.monotonic(), reason)
         return reason
 
+    def loaded_models(self, max_age_s=60.0):
+        """[(name, type, context length or None)] of the models that are loaded; None when LM Studio does not
+        tell.  Remembered for max_age_s."""
+        with self._lock:
+            asked, models = self._models
+        if time.monotonic() - asked < max_age_s:
+            return models
+        models = loaded_rows(self._get_json("/api/v0/models", 2.0))
+        with self._lock:
+            self._models = (time.monotonic(), models)
+        return models
+
+    def _get_json(self, path, timeout_s):
+        """The JSON object at a path of LM Studio's; {} where there is none."""
+        call = self.call("GET", path, [("Accept", "application/json")], None, timeout_s)
+        try:
+            answer = self.open(call)
+            body = json_object(answer.read(4 * 1024 * 1024))
+            self.done(call, answer)
+            return body or {}
+        except (UpstreamError, OSError, http.client.HTTPException):
+            self.drop(call)
+            return {}
+
     def _ask(self):
         call = self.call("GET", "/lmstudio-greeting", [("Accept", "application/json")], None, 0.4)
         try:
@@ -2696,6 +3753,14 @@ class Upstream:
         known = isinstance(greeting, dict) and greeting.get("lmstudio")
         return ("" if known
                 else f"what answers at {self.base} is not LM Studio. Give its address with --upstream")
+
+
+def loaded_rows(body):
+    """The loaded models in an answer of /api/v0/models (LMSTUDIO.md 1.7); None where it is no such answer."""
+    if not isinstance(body.get("data"), list):
+        return None
+    return [(str(model.get("id")), str(model.get("type")), count(model, "loaded_context_length"))
+            for model in listed(body["data"]) if model.get("state") == "loaded"]
 
 
 def error_text(error):
@@ -3305,8 +4370,9 @@ class Unfinished(GatewayError):
 class Gateway:
     """What views may reach.  Built once in main()."""
 
-    def __init__(self, config, hub, upstream, monitor=None, sources=None):
+    def __init__(self, config, hub, upstream, monitor=None, sources=None, history=None):
         self.config, self.hub, self.upstream, self.monitor = config, hub, upstream, monitor
+        self.history, self.server = history, None
         self.sources = sources or {}
         self.walls = Walls(config)
         self.watcher = Watcher()
@@ -3449,9 +4515,11 @@ class Exchange(Passage):
         super().__init__(gateway, request, call)
         self._dialect, self._asked, self._meter = dialect, asked, None
         self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), method=request.method,
-                             path=request.path, dialect=dialect.name, client=request.client,
-                             key=request.identity.name, model_asked=asked.model, messages=asked.messages,
-                             stream=asked.stream)
+                             path=request.path, target=call.selector.partition("?")[0].rstrip("/"),
+                             dialect=dialect.name, client=request.client, key=request.identity.name,
+                             agent=request.header("user-agent")[:200] or None, model_asked=asked.model,
+                             messages=asked.messages, fingerprint=asked.fingerprint, stream=asked.stream)
+        self._told = -math.inf  # clock when listeners heard of its tokens
         gateway.hub.begin(self.record)
 
     def passed(self, piece, answer):
@@ -3460,7 +4528,12 @@ class Exchange(Passage):
             stream = kind.startswith(STREAM_MARKS)
             encoding = answer.headers.get("content-encoding") or ""
             self._meter = Meter(self._dialect, stream, self._asked.cut and stream and not encoding, encoding)
-        return self._meter.feed(piece, time.monotonic())
+        now, meter = time.monotonic(), self._meter
+        out = meter.feed(piece, now)
+        if meter.first is not None and now - self._told >= TELL_S:
+            self._told = now
+            self._gateway.hub.generated(self.record, meter.pieces, meter.first)
+        return out
 
     def finish(self, answer):
         super().finish(answer)
@@ -3499,33 +4572,14 @@ class Exchange(Passage):
 
     def _end(self, status, error, operation):
         """Fill in the record and publish its end, once."""
-        record, meter = self.record, self._meter
-        now = time.monotonic()
-        record.total_ms = round(1000 * (now - record.clock), 1)
-        record.status, record.error, record.operation = status, error, operation
-        record.state = ("done" if error is None else "abandoned" if operation == "client_disconnected"
-                        else "failed")
-        if meter:
-            self._take_figures(record, meter)
-        self._gateway.hub.end(record)
+        record = self.record
+        state = ("done" if error is None else "abandoned" if operation == "client_disconnected" else "failed")
+        self._gateway.hub.end(record, Outcome(state, status, error, operation, self._meter))
         usage = record.usage or {}
         log.info("%s %s %s %s: %s, %.0f ms, %s + %s tokens%s", record.client, record.key or "-",
                  record.path, record.model or record.model_asked or "-", status or "-", record.total_ms,
                  usage.get("promptTokens", "?"), usage.get("completionTokens", "?"),
                  f": {error}" if error else "")
-
-    @staticmethod
-    def _take_figures(record, meter):
-        usage = meter.usage
-        record.model, record.finish = usage.model, usage.finish
-        record.usage, record.first_ms, record.speed = usage.tokens(), usage.first_ms, usage.speed
-        if meter.first is not None:
-            record.first_ms = round(1000 * (meter.first - record.clock), 1)
-            duration = meter.last - meter.first
-            if record.speed is None and usage.completion and duration > 0:
-                record.speed = round(usage.completion / duration, 2)
-        if record.usage is None and meter.pieces:
-            record.usage = {"completionTokens": meter.pieces, "estimated": True}
 
 
 # --- 7.5 views: the gateway's own pages --------------------------------------
@@ -3616,20 +4670,20 @@ def watching(watcher, request, bell):
 
 def status_page(gateway, request):
     """What is going on, what the monitor reads and how far behind it is."""
-    hub, running = gateway.hub, gateway.hub.running()
-    clock = time.monotonic()
+    hub, shown = gateway.hub, gateway.hub.shown()
+    running = [record for record in shown if record["state"] in STATES]
+    total, errors, bindings = hub.totals()
     reason = gateway.upstream.health(max_age_s=10.0)
     return json_response({"status": "degraded" if reason else "ok", "version": VERSION,
-                          "timestamp": hub.now(),
-                          "uptime": round(time.time() - gateway.started, 1),
-                          "currentOperation": operation_of(running),
-                          "activeModel": active_model(running, hub.finished()),
-                          "recentRequests": [record.shown(clock) for record in hub.finished()[:10]],
-                          "running": [record.shown(clock) for record in running],
-                          "totalRequests": hub.requests,
-                          "totalErrors": hub.errors,
+                          "timestamp": hub.now(), "uptime": round(time.time() - gateway.started, 1),
+                          "currentOperation": operation_of(running), "activeModel": active_model(shown),
+                          "recentRequests": [record for record in shown
+                                             if record["state"] not in STATES][:10],
+                          "running": running, "totalRequests": total, "totalErrors": errors,
+                          "bindings": bindings,
                           "gateway": {"address": gateway.address, "upstream": gateway.upstream.base,
-                                      "keyNeeded": gateway.walls.need_key},
+                                      "keyNeeded": gateway.walls.need_key,
+                                      "history": gateway.history is not None},
                           "lmstudio": {"up": not reason, "reason": reason or None},
                           "log": log_status(gateway.monitor),
                           "stream": {"clients": hub.listeners, "lastId": hub.event_id(hub.last),
@@ -3638,14 +4692,12 @@ def status_page(gateway, request):
 
 def operation_of(running):
     """The furthest state of the running requests, in a word."""
-    order = ("generating", "prompt", "loading", "queued", "waiting")
-    states = {record.state for record in running}
-    return next((state for state in order if state in states), "idle")
+    return max((record["state"] for record in running), key=STATES.index, default="idle")
 
 
-def active_model(running, finished):
-    return next((record.model or record.model_asked for record in (*running[::-1], *finished)
-                 if record.model or record.model_asked), None)
+def active_model(shown):
+    """The model of the newest request that has one."""
+    return next((record["model"] for record in shown if record["model"]), None)
 
 
 def log_status(monitor):
@@ -3666,17 +4718,110 @@ def log_status(monitor):
 
 
 def requests_list(gateway, request):
-    clock = time.monotonic()
-    records = [*reversed(gateway.hub.running()), *gateway.hub.finished()]
-    return json_response({"requests": [record.shown(clock) for record in records[:RECORDS]]})
+    return json_response({"requests": gateway.hub.shown(gateway.config.requests_kept)})
 
 
 def request_detail(gateway, request):
-    record = gateway.hub.find(request.path.rpartition("/")[2])
-    if record is None:
+    found = gateway.hub.detail(request.path.rpartition("/")[2])
+    if found is None:
         raise HttpError(404, "request_unknown", "no such request among the latest; see /debug/requests")
-    timeline = [{"ms": ms, "event": name, "data": data} for ms, name, data in list(record.timeline)]
-    return json_response({**record.shown(time.monotonic()), "timeline": timeline})
+    return json_response(found)
+
+
+def metrics_json(gateway, request):
+    """Figures for people and scripts; those of /metrics agree with them."""
+    return json_response({"timestamp": gateway.hub.now(), "performance": gateway.hub.performance(),
+                          "system": system_figures(gateway)})
+
+
+def system_figures(gateway):
+    """What this process takes; sizes in bytes, times in s.  A figure that the system does not tell is None."""
+    return {"uptime": round(time.time() - gateway.started, 1), "version": VERSION,
+            "python": platform.python_version(), "platform": platform.platform(), "pid": os.getpid(),
+            "cpuSeconds": round(time.process_time(), 2), "memoryBytes": resident_bytes(),
+            "threads": threading.active_count(), "streamClients": gateway.hub.listeners,
+            "connections": gateway.server and gateway.server.connections}
+
+
+def resident_bytes():
+    """Memory of this process that is in RAM; None where /proc does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def prometheus(gateway, request):
+    """Text for Prometheus.  A scrape asks LM Studio for its models at most once a minute, because each
+    question stands in the user's log (LMSTUDIO.md 1.7)."""
+    text = gateway.hub.exposition(gauges_of(gateway))
+    return Response(200, [("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),
+                          ("Cache-Control", "no-store")], text.encode("utf-8", "replace"))
+
+
+def gauges_of(gateway):
+    """{metric: {labels: value}} of what is as it is now, or counted elsewhere."""
+    hub, monitor = gateway.hub, gateway.monitor
+    up = not gateway.upstream.health(max_age_s=10.0)
+    models = gateway.upstream.loaded_models() if up else None
+    gauges = {"lmstudio_up": {(): int(up)}, "lmstudio_gateway_sse_clients": {(): hub.listeners},
+              "lmstudio_gateway_sse_events_total": {(name,): n for name, n in sorted(hub.counts.items())},
+              "lmstudio_gateway_sse_dropped_total": {("slow",): hub.dropped},
+              "lmstudio_gateway_sse_replays_total": {(result,): n for result,
+                                                     n in sorted(hub.replays.items())},
+              "lmstudio_gateway_build_info": {(VERSION, platform.python_version()): 1},
+              "process_start_time_seconds": {(): round(gateway.started, 3)}}
+    if models is not None:
+        gauges["lmstudio_loaded_models"] = {(): len(models)}
+        gauges["lmstudio_model_loaded"] = {(name, kind): 1 for name, kind, _ in models}
+        gauges["lmstudio_model_context_length_tokens"] = {
+            (name, kind): context for name, kind, context in models if context}
+    return {**gauges, **(log_gauges(monitor) if monitor else {})}
+
+
+def log_gauges(monitor):
+    """The monitor's own figures; plain reads of numbers that only the tail thread writes."""
+    parser, moment = monitor.parser, monitor.parser.last_moment
+    return {"lmstudio_log_lines_total": {(name,): n for name, n in sorted(parser.by_engine.items())},
+            "lmstudio_log_entries_total": {(name,): n for name, n in sorted(parser.by_event.items())},
+            "lmstudio_cache_resets_total": {(name,): n for name, n in sorted(parser.story.resets.items())},
+            "lmstudio_log_unparsed_entries_total": {(): parser.unknown},
+            "lmstudio_log_bytes_read_total": {(): monitor.read},
+            "lmstudio_log_rotations_total": {(name,): n for name, n in sorted(monitor.switches.items())},
+            "lmstudio_log_read_lag_bytes": {(): monitor.follower.behind},
+            "lmstudio_log_last_entry_timestamp_seconds": {(): moment.epoch} if moment else {}}
+
+
+def usage_page(gateway, request):
+    """What was used, by key, model or day, from the history; ?since=, ?format=csv."""
+    if gateway.history is None:
+        raise HttpError(404, "no_history", "no history is kept; start with --history FILE (HISTORY_FILE)")
+    group = request.query.get("by", "key")
+    if group not in GROUPS:
+        raise HttpError(400, "by_unknown", f"by={group[:50]}: use one of {', '.join(GROUPS)}")
+    try:
+        since = since_epoch(request.query.get("since", ""), time.time())
+    except ValueError as error:
+        raise HttpError(400, "since_unknown", f"since: {error}") from None
+    try:
+        rows = gateway.history.usage(group, since)
+    except HistoryError as error:
+        raise HttpError(503, "history_unreadable", str(error)) from None
+    if request.query.get("format") == "csv":
+        return Response(200, [("Content-Type", "text/csv; charset=utf-8"), ("Cache-Control", "no-store")],
+                        csv_text(rows, group).encode())
+    return json_response({"by": group, "since": utc_text(since) if since else None, "rows": rows})
+
+
+def csv_text(rows, group):
+    """Rows as RFC 4180 has them; a cell that a spreadsheet would take for a formula begins with '."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow([group, *(name for name, _ in SUMS)])
+    for row in rows:
+        writer.writerow([f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@") else value
+                         for value in row.values()])
+    return out.getvalue()
 
 
 def login(gateway, request):
@@ -3713,6 +4858,9 @@ ROUTES = (
     Route("GET", "/debug/status", status_page, "view", "what is going on, and how the log monitor does"),
     Route("GET", "/debug/requests", requests_list, "view", "the latest requests, newest first"),
     Route("GET", "/debug/requests/*", request_detail, "view", "one request with its timeline"),
+    Route("GET", "/debug/metrics", metrics_json, "view", "figures as JSON: performance and system"),
+    Route("GET", "/debug/usage", usage_page, "view", "what was used, by key, model or day (with --history)"),
+    Route("GET", "/metrics", prometheus, "view", "figures for Prometheus"),
     Route("POST", "/login", login, "open", "a session cookie for a key"),
 )
 FORWARD = Route("*", "*", forward, "infer", "LM Studio's answer, unchanged")
@@ -3721,7 +4869,8 @@ FORWARD = Route("*", "*", forward, "infer", "LM Studio's answer, unchanged")
 def routes_table():
     """The README's table of routes; a test holds the README to it."""
     return "\n".join(["| route | needs | answer |", "|---|---|---|",
-                      *(f"| `{row.method} {row.path.replace('*', 'ID')}` | {row.access} | {row.about} |" for row in ROUTES),
+                      *(f"| `{row.method} {row.path.replace('*', 'ID')}` | {row.access} | {row.about} |"
+                        for row in ROUTES),
                       f"| every other | {FORWARD.access} | {FORWARD.about} |"])
 
 
@@ -3920,6 +5069,10 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def working(self):
         return len(self._working)
+
+    @property
+    def connections(self):
+        return len(self._working) + len(self._resting)
 
     def process_request(self, request, client_address):
         """A connection was accepted.  When there are too many, the one that has rested longest gives way."""
@@ -4760,6 +5913,8 @@ SUMMARIES: dict[str, Callable[[dict], str]] = {
     "lmstudio_month_transition": fields_of_data(to="newLogFile"),
     "lmstudio_file_switch": fields_of_data(to="newLogFile"),
     "inference_start": fields_of_data(id="requestId", path="path", client="client", key="key"),
+    "inference_progress": fields_of_data(id="requestId", state="state", percent="percent", left_ms="etaMs",
+                                         tokens="outputTokens"),
     "inference_complete": fields_of_data(id="requestId", status="status", ms="totalTimeMs",
                                          rate="tokensPerSecond"),
     "error": fields_of_data(id="requestId", what="error"),
@@ -4767,6 +5922,7 @@ SUMMARIES: dict[str, Callable[[dict], str]] = {
 EVENTS = {  # every event of the stream, and what it says; a test holds the README's table to it
     "connected": "you are listening",
     "inference_start": "a client's request goes to LM Studio",
+    "inference_progress": "how far it is, at most four times a second: state, percent, speeds, time left",
     "inference_complete": "it was answered: status, times, tokens",
     "error": "it was not: refused, failed, broken off or abandoned",
     "lmstudio_log": "one entry of LM Studio's log, as it stands there",
@@ -5003,10 +6159,12 @@ def serve(args, config, sources):
     with contextlib.ExitStack() as cleanup:
         config = start_demo(config, cleanup) if args.demo else find_upstream(config, sources)
         check_exposure(config)
-        hub = Hub()
+        history = open_history_file(config, cleanup)
+        hub = Hub(config.requests_kept, history and history.keep)
         monitor = start_monitor(config, hub, stop)
-        gateway = Gateway(config, hub, Upstream(config.upstream, config.upstream_token), monitor, sources)
-        server = open_server(gateway)
+        upstream = Upstream(config.upstream, config.upstream_token)
+        gateway = Gateway(config, hub, upstream, monitor, sources, history)
+        server = gateway.server = open_server(gateway)
         gateway.address = f"http{'s' if config.tls_cert else ''}://{shown_host(config.host)}:{server.port}"
         threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
         announce(gateway)
@@ -5022,6 +6180,15 @@ def serve(args, config, sources):
         server.finish_requests(GRACE_S)
         server.server_close()
     return 0
+
+
+def open_history_file(config, cleanup):
+    """The History of --history; None without one.  Raises StartError."""
+    if not config.history:
+        return None
+    history = History(config.history, config.history_days)
+    cleanup.callback(history.close)
+    return history
 
 
 def start_demo(config, cleanup):
@@ -5066,7 +6233,7 @@ def run_monitor(monitor, hub, stop):
     """Body of the tail thread.  A fault of ours costs the events of one step, not the monitor."""
     while True:
         try:
-            return monitor.run(hub.publish, stop.wait)
+            return monitor.run(hub.publish_log, stop.wait)
         except Exception:  # the end of the line for the thread: it says so and goes on
             log.exception("a fault in lmgateway's log monitor: please report it")
             if stop.wait(1.0):
