@@ -424,6 +424,7 @@ class Rule(NamedTuple):
 
 NUMBER = r"(?:-?[\d.]+(?:e[+-]?\d+)?|-?inf|-?nan)"
 TIMING = r" *(?:\( *{n} ms per token, +(?P<rate>{n}) tokens per second\)|\([^)\n]*\))".format(n=NUMBER)
+PAIRS = r"(?P<pairs>[ \t]*(?:[a-z]\w* = -?[\d.]+,? *)*)$"
 
 RULES = (
     # --- the app's own lines: every engine, since 04-2025 unless a date says otherwise
@@ -535,8 +536,10 @@ RULES = (
     Rule("", "engine", "line", "G3", r"[IWED]?(?<=[\dIWED|])$", "0.30.015.244 I"),
     # the rest is under the next header
     # --- sampling parameters: G1 writes the first on the heading's line, G3 on lines of their own
-    Rule("sampling", "engine", "line", "G1 G3", r"(?:[Ss]ampling|sampler) params:(?P<pairs>[ \t]*(?:[a-z]\w* = -?[\d.]+,? *)*)$",
+    Rule("sampling", "engine", "line", "G1", r"[Ss]ampling params:" + PAIRS,
          "Sampling params:\trepeat_last_n = 64, repeat_penalty = 1.100"),
+    Rule("sampling", "engine", "line", "G3", "sampler params:" + PAIRS,
+         "0.30.015.189 I slot launch_slot_: id  3 | task -1 | sampler params:"),
     Rule("params", "engine", "line", "G1 G3",
          r"(?P<pairs>[a-z]\w* = -?[\d.]+(?:, +[a-z]\w* = -?[\d.]+)*,? *)$",
          "\ttop_k = 40, top_p = 0.950, temp = 0.700"),
@@ -607,8 +610,8 @@ def fields_of(pattern, name):
 # G3 puts its clock (minutes.seconds.ms.us since the engine started) and a level before each line;
 # G2 and G3 say which slot and task a line is about; G1 says which printer wrote it.
 ENGINE_PREFIX = (r"(?P<clock>\d+\.\d\d\.\d{3}\.\d{3} ?)?(?:[IWED] )?"
-                 r"(?:slot +[^:\n]*: +id +(?P<slot>\d+) \| +task +(?P<task>-?\d+) \| *|srv +[^:\n]*: *|llama_perf\w*: "
-                 r"*|[ \t]+)?")
+                 r"(?:slot +[^:\n]*: +id +(?P<slot>\d+) \| +task +(?P<task>-?\d+) \| *|srv +[^:\n]*: *"
+                 r"|(?P<printer>llama_perf\w*): *|[ \t]+)?")
 
 APP, APP_ROWS = compile_rules("app")
 ERRORS, ERROR_ROWS = compile_rules("error")
@@ -714,7 +717,8 @@ class Parser:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._rest = "\n"  # the unfinished last line, after the "\n" that ends the one before
         self._entry = None
-        self._last_line = None  # (text, match, epoch) of the engine's latest line
+        self._last_line = None  # (text, rule's group, epoch) of the engine's latest line
+        self._engine = ""  # the generation that wrote it
         self._calendar = Calendar()
         self._events: list[Event] = []
         self.story = Story(self._events)
@@ -865,9 +869,11 @@ class Parser:
                 self._unknown_line(match[0])
                 continue
             rule, fields = ENGINE_ROWS[match.lastgroup]
-            self.by_engine[engine_of(rule, match)] += 1
+            self._engine = engine_of(rule, match, self._engine)
+            self.by_engine[self._engine] += 1
             if rule.fact:
-                self.story.engine(rule.fact, {name: match[index] for name, index in fields}, match, moment)
+                facts = {name: match[index] for name, index in fields}
+                self.story.engine(rule.fact, facts, match, self._engine, moment)
         if match:
             self._last_line = match[0], match.lastgroup, moment.epoch
 
@@ -925,13 +931,15 @@ class Parser:
         self._events.append(Event("lmstudio_log", data, entry.chat, entry.chat is not None, entry.loads))
 
 
-def engine_of(rule, match):
-    """The engine generation that wrote a line."""
+def engine_of(rule, match, before):
+    """The engine generation that wrote a line; before is the one of the line before it."""
     if " " not in rule.engines:
         return rule.engines
     if match["clock"]:
         return "G3"
-    return "G2" if match["task"] or "G1" not in rule.engines else "G1"
+    if match["printer"]:
+        return "G1"
+    return before if before in rule.engines and not match["task"] else "G2" if "G2" in rule.engines else "G1"
 
 
 QUOTED = re.compile(r'"[^"]*"?|\'[^\']*\'?')
@@ -962,11 +970,13 @@ class Chat:
         self.messages = messages
         self.stream = False
         self.engine = False  # the engine's lines have begun
-        self.untimed = False  # its engine writes no timings of llama.cpp's
+        self.writer = None  # which engine
+        self.untimed = False  # it writes no timings of llama.cpp's
         self.engine_model = None  # model, where it is certain that those lines are this chat's
         self.certain = True  # the engine's lines can be no other chat's
         self.task = None  # G2 and G3: the engine's number for it
-        self.app_progress = False
+        self.begun = self.read = False  # G1: its prompt has begun to be read, has been read
+        self.app_progress = self.app_read = False  # the app has told of its progress, up to 100 %
         self.first_token = False
         self.said = set()  # names of events that come once
         self.tokens = {}  # of lmstudio_token_info
@@ -978,9 +988,13 @@ class Chat:
         self.answer_id = self.created = None  # of its prediction
         self.record, self.met = None, False  # the Record that it is bound to; Requests has seen it
         self.ended = None  # outcome
-        self.ended_at = 0.0
+        self.ended_at, self.latest = 0.0, 0  # when, and the number of the latest chat then
         self.left = False  # a disconnect line has been taken for it
         self.predicted = False
+
+    def read_all(self, total):
+        """True when an engine had a prompt of so many tokens for it.  MLX does not count the last one."""
+        return None not in (total, self.total) and self.engine and abs(self.total - total) <= 1
 
 
 class Received(NamedTuple):
@@ -1017,7 +1031,9 @@ class Story:
         self._ended: deque[Chat] = deque(maxlen=ENDED_KEPT)
         self._tasks = {}  # G2, G3: task -> chat
         self._slots = {}  # slot -> chat whose sampler was set up and whose task is not known yet
-        self._engine = None  # the chat whose engine lines came last
+        self._at = {}  # engine -> the chat that its lines were about last
+        self._writer = None  # the engine of the line at hand
+        self._engines = {}  # model -> the engine that runs it, where that was certain
         self._sampling = None  # (chat, moment, parameters so far) while the block is open
         self._timing = None  # G2: the task that bare timing lines belong to
         self.resets: Counter[str] = Counter()  # prompts that were read wholly anew, by model
@@ -1025,7 +1041,7 @@ class Story:
         self._sure = None  # of an app line: no other chat can be meant; None for engine lines
         self._meant = None  # the chat of which the line at hand spoke, where that is sure
         self._held = None  # (chat, moment, model) whose stats wait for the engine's timings
-        self._numbers = itertools.count(1)
+        self._chats = 0  # how many there have been
         self._facts = {rule.fact: getattr(self, "on_" + rule.fact) for rule in RULES if rule.fact}
 
     def app(self, entry):
@@ -1037,14 +1053,18 @@ class Story:
         self._facts[entry.row.fact](entry)
         entry.chat, self._sure = self._meant, None
 
-    def engine(self, fact, fields, match, moment):
+    def engine(self, fact, fields, match, engine, moment):
         """A recognised line of an engine."""
+        self._writer = engine
+        if fact not in TIMINGS:
+            self._timing = None
         if self._sampling and fact != "params":
             self._close_sampling()
         if self._held:
             self._release_stats(moment)
-        if self._engine and self._engine.timed and fact not in TIMINGS:
-            self._give_stats(self._engine, moment)
+        chat = self._at.get(engine)
+        if chat and chat.timed and fact not in TIMINGS:
+            self._give_stats(chat, moment)
         fields["task"], fields["slot"] = match["task"], match["slot"]
         self._facts[fact](fields, moment)
 
@@ -1066,8 +1086,9 @@ class Story:
         """Nothing has come for a while, or (final) nothing will: what waited for a further line is told."""
         if final:
             self._close_sampling()
-        if self._engine and self._engine.timed:
-            self._give_stats(self._engine, self._engine.timed)
+        for chat in self._at.values():
+            if chat.timed:
+                self._give_stats(chat, chat.timed)
         self._release_stats()
 
     # --- the app's facts
@@ -1098,9 +1119,7 @@ class Story:
         percent = number(entry.fields["percent"].replace(",", "."))
         found = self._of(entry, ended=True)
         chat = (found[0] if len(found) == 1
-                else pick(found, lambda c: c.ended is None,
-                          lambda c: "lmstudio_generation_start" not in c.said,
-                          lambda c: c.engine))
+                else pick(found, lambda c: c.ended is None, lambda c: not c.app_read, lambda c: c.engine))
         if chat is None:
             chat = self._new(entry.moment, entry.model)  # we came in the middle
             if percent:
@@ -1110,6 +1129,7 @@ class Story:
         self._say("lmstudio_prompt_progress", chat, entry.moment, entry.model, progress=percent,
                   message=first_line(entry))
         if percent >= 100:
+            chat.app_read = True
             self._begin_generation(chat, entry.moment, entry.model)
 
     def on_first_token(self, entry):
@@ -1134,8 +1154,11 @@ class Story:
         found = [chat for chat in self._of(entry, ended=True)
                  if not chat.predicted and not chat.stream
                  and (chat.ended is None or chat.ended == "disconnected")]
-        chat = pick(found, lambda c: c.timed, lambda c: c.engine, lambda c: c.app_progress)
         body = prediction_of(entry.text)
+        total = prediction_figures(body)[0].get("promptTokens")
+        chat = pick(found, lambda c: c.read_all(total), lambda c: c.timed,
+                    lambda c: c.ended is None and "lmstudio_generation_start" in c.said, lambda c: c.engine,
+                    lambda c: c.app_progress)
         model = entry.model or body.get("model") or shared_model(found)
         if chat:
             chat.predicted = True
@@ -1157,11 +1180,12 @@ class Story:
 
     def on_disconnect(self, entry):
         now = entry.moment.epoch
+        found = self._of(entry)
         for chat in self._ended:
-            if chat.ended == "finished" and not chat.left and now - chat.ended_at <= SWALLOW_S:
+            began = any(other.number > chat.latest and (other.engine or other.app_progress) for other in found)
+            if chat.ended == "finished" and not (chat.left or began) and now - chat.ended_at <= SWALLOW_S:
                 chat.left = True
                 return
-        found = [chat for chat in self._of(entry) if chat.api]
         chat = pick(found, lambda c: c.engine or c.app_progress)
         self._end(chat, entry.moment, "disconnected", first_line(entry), shared_model(found) if found
                   else None)
@@ -1169,7 +1193,7 @@ class Story:
     def on_stopped(self, entry):
         for chat in self.running[:]:
             self._close(chat, "stopped", entry.moment)
-        self._engine = None
+        self._at.clear()
 
     # --- errors that end chats
 
@@ -1185,7 +1209,7 @@ class Story:
     def on_crash(self, entry, message):
         for chat in self._of(entry):
             self._end(chat, entry.moment, "error", message, chat.model)
-        self._engine = None
+        self._at.clear()
 
     # --- G1
 
@@ -1210,29 +1234,31 @@ class Story:
             self._close_sampling()
 
     def on_generate(self, fields, moment):
-        chat = self._at_work(moment)
+        chat = self._at_work(moment, lacks=lambda c: "n_ctx" not in c.tokens)
         chat.tokens.update(figures(n_ctx=number(fields["n_ctx"]), n_batch=number(fields["n_batch"]),
                                    n_predict=number(fields["n_predict"]), n_keep=number(fields["n_keep"])))
 
     def on_reuse(self, fields, moment):
-        chat = self._at_work(moment)
+        chat = self._at_work(moment, lacks=lambda c: c.cached is None)
         chat.total = int(fields["total"])
         self._give_cache(chat, moment, int(fields["reused"]), int(fields["prefix"]), int(fields["other"]))
 
     def on_prompt_total(self, fields, moment):
-        self._at_work(moment).total = int(fields["total"])
+        self._at_work(moment, lacks=lambda c: "promptTokensToDecode" not in c.tokens).total = int(fields["total"])
 
     def on_to_decode(self, fields, moment):
-        chat, decode = self._at_work(moment), int(fields["tokens"])
+        chat = self._at_work(moment, lacks=lambda c: "promptTokensToDecode" not in c.tokens)
+        decode = int(fields["tokens"])
         chat.tokens["promptTokensToDecode"] = decode
         self._give_tokens(chat, moment)
         if chat.total == decode:
             self._give_cache(chat, moment, 0, 0, 0)
 
     def on_begin(self, fields, moment):
-        chat = self._at_work(moment)
-        if "lmstudio_processing_start" in chat.said and not chat.app_progress:
+        chat = self._at_work(moment, lacks=lambda c: not c.begun)
+        if chat.begun:
             chat = self._attach(moment)  # a run of its own: no sampling block came before it
+        chat.begun = True
         self._give_tokens(chat, moment)
         self._begin_processing(chat, moment, chat.engine_model)
 
@@ -1242,7 +1268,8 @@ class Story:
             self._progress(chat, moment, number(fields["percent"]))
 
     def on_finished_prompt(self, fields, moment):
-        chat = self._at_work(moment)
+        chat = self._at_work(moment, lacks=lambda c: c.begun and not c.read)
+        chat.read = True
         self._give_tokens(chat, moment)
         self._begin_generation(chat, moment, chat.engine_model)
 
@@ -1342,7 +1369,8 @@ class Story:
     # --- which chat a line means
 
     def _new(self, moment, model=None, **about):
-        chat = Chat(next(self._numbers), moment, model, **about)
+        self._chats += 1
+        chat = Chat(self._chats, moment, model, **about)
         self.running.append(chat)
         if len(self.running) > CHATS_KEPT:
             self._close(self.running[0], "forgotten", moment)
@@ -1352,7 +1380,7 @@ class Story:
         if chat.ended is None:
             self.running.remove(chat)
             self._ended.append(chat)
-        chat.ended, chat.ended_at = outcome, moment.epoch
+        chat.ended, chat.ended_at, chat.latest = outcome, moment.epoch, self._chats
 
     def _of(self, entry, ended=False):
         """The chats that an app line can mean: those of its model, or all if it names none."""
@@ -1371,11 +1399,20 @@ class Story:
         known = self._slots.pop(slot, None) or self._tasks.get(task)
         if known is None:
             waiting = [chat for chat in self.running if chat.api and not chat.engine]
-            fresh = [chat for chat in waiting if not chat.app_progress] or waiting
-            known = chosen or pick(fresh) or self._new(moment, api=False)
-            known.engine, known.engine_model = True, shared_model(fresh) if fresh else None
-            known.certain = len(waiting) < 2
-        self._engine = known
+            busy = {chat.model for chat in self.running if chat.engine}
+            known = chosen or pick(waiting, lambda c: self._engines.get(c.model, self._writer) == self._writer,
+                                   lambda c: not c.app_progress, lambda c: c.model not in busy)
+            known = known or self._new(moment, api=False)
+            meant = [chat for chat in self.running if chat.api and not (chat.engine and chat.certain)]
+            known.engine, known.engine_model = True, shared_model(meant) if meant else None
+            known.certain, known.writer = len(meant) < 2, self._writer
+            if self._writer == "G1":    # it has no tasks: its lines can be any chat's that it runs
+                together = [chat for chat in self.running if chat.writer == "G1"]
+                for chat in together if len(together) > 1 else ():
+                    chat.certain, chat.engine_model = False, shared_model(together)
+            if known.certain and known.model:
+                self._engines[known.model] = self._writer
+        self._at[self._writer] = known
         if task not in (None, "-1"):
             self._tasks[task], known.task = known, task
             while len(self._tasks) > CHATS_KEPT:
@@ -1384,10 +1421,34 @@ class Story:
             self._slots[slot] = known
         return known
 
-    def _at_work(self, moment, fields=None):
-        """The chat that an engine line is about: its task's, else the one whose lines came last."""
+    def _put_right(self, chat, total):
+        """Where it was not certain whose an engine's lines were, the length of the prompt tells."""
+        for other in [] if chat.read_all(total) else [*self.running, *self._ended]:
+            if other.read_all(total) and other.api and not other.certain:
+                return self._trade(chat, other)
+
+    def _trade(self, chat, other):
+        """Each takes what the engine's lines said of the other."""
+        for name in ENGINE_SIDE:
+            mine, theirs = getattr(chat, name), getattr(other, name)
+            setattr(chat, name, theirs)
+            setattr(other, name, mine)
+        chat.said, other.said = (chat.said - ENGINE_SAYS | other.said & ENGINE_SAYS,
+                                 other.said - ENGINE_SAYS | chat.said & ENGINE_SAYS)
+        for places in (self._tasks, self._slots, self._at):
+            places.update({place: chat if known is other else other for place, known in places.items()
+                           if known in (chat, other)})
+
+    def _at_work(self, moment, fields=None, lacks=None):
+        """The chat that an engine line is about: its task's, else the one whose lines came last.
+
+        lacks is True for a chat of which such a line has not been seen: where the engine names no task
+        and runs several, it is one of those."""
         task = fields and fields["task"]
-        chat = self._tasks.get(task) if task else self._engine
+        chat = self._tasks.get(task) if task else self._at.get(self._writer)
+        if chat and lacks and not task and not lacks(chat):
+            others = [other for other in self.running if other.writer == self._writer and lacks(other)]
+            chat = self._at[self._writer] = others[0] if others else chat
         if chat is None:
             chat = self._attach(moment, fields and fields["slot"], task)
         return chat
@@ -1395,9 +1456,10 @@ class Story:
     def _timed(self, fields, moment):
         """The chat that a timing line is about.  G2's have their task on a line before them."""
         task = fields["task"] or self._timing
-        if self._engine and self._engine.timed and task is None:
-            self._engine = None  # G1: these are of a further run whose start was not seen
-        return self._at_work(moment, {"task": task, "slot": None})
+        chat = self._at.get(self._writer)
+        if chat and chat.timed and task is None:
+            del self._at[self._writer]  # G1: these are of a further run whose start was not seen
+        return self._at_work(moment, {"task": task, "slot": None}, lambda c: "totalMs" not in c.stats)
 
     # --- telling
 
@@ -1446,10 +1508,11 @@ class Story:
         if chat.tokens:
             self._say_once("lmstudio_token_info", chat, moment, chat.engine_model, **chat.tokens)
 
-    @staticmethod
-    def _predicted(chat, body):
+    def _predicted(self, chat, body):
         """Take the figures of a prediction: its counts, and its speed where the engine gave none."""
         counts, speeds = prediction_figures(body)
+        if "promptTokens" in counts and not (chat.engine and chat.certain):
+            self._put_right(chat, counts["promptTokens"])
         chat.stats = {**speeds, **chat.stats, **counts}
         chat.answer_id, chat.created = body.get("id"), body.get("created")
 
@@ -1476,6 +1539,10 @@ class Story:
 
         The two write over channels of their own (LOGS.md section 4, order of one request)."""
         if chat.engine and not chat.untimed and "totalMs" not in chat.stats:
+            for other in self.running:
+                if other.writer == chat.writer and other.task is None and "totalMs" in other.stats:
+                    self._trade(chat, other)    # those timings were this chat's
+                    return self._give_stats(chat, moment, model)
             if self._held and self._held[0] is not chat:
                 self._release_stats()
             self._held = chat, moment, model
@@ -1493,16 +1560,33 @@ class Story:
         if not chat.api and chat.ended is None:
             self._close(chat, "finished", moment)
 
+    def _finish_reading(self, chat):
+        """Of two chats that read at once on one model, the first to end has begun to generate: where it did not
+        seem so, what was taken for the other's start was its own."""
+        if chat.engine and "lmstudio_generation_start" not in chat.said:
+            for other in self.running:
+                if other.model == chat.model and other.engine and "lmstudio_generation_start" in other.said:
+                    chat.said.add("lmstudio_generation_start")
+                    other.said.discard("lmstudio_generation_start")
+                    other.app_read = False
+                    return
+
     def _end(self, chat, moment, outcome, message, model):
         if chat:
             if outcome == "finished":
                 self._hold_stats(chat, moment, model)
+                self._finish_reading(chat)
             if chat.engine and "n_ctx" in chat.tokens:
                 self._give_tokens(chat, moment)
             self._close(chat, outcome, moment)
         self._say("lmstudio_chat_end", chat, moment, model, outcome=outcome, message=message)
 
 
+# What a Chat has from the engine's lines, and the events that tell it.
+ENGINE_SIDE = ("engine", "writer", "untimed", "engine_model", "task", "begun", "read", "tokens", "total",
+               "cached", "stats", "decoded", "timed")
+ENGINE_SAYS = frozenset(("lmstudio_sampling_params", "lmstudio_token_info", "lmstudio_cache_stats",
+                         "lmstudio_prediction_stats"))
 TIMINGS = frozenset(("timings", "prompt_eval", "eval", "total", "draft", "release"))
 STATS = ("completionTokens", "promptTokensPerSecond", "tokensPerSecond", "timeToFirstTokenMs", "promptMs",
          "totalMs", "draftTokens", "acceptedDraftTokens")
