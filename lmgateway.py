@@ -2018,7 +2018,6 @@ class Record:
         self.method = self.path = self.target = self.dialect = self.client = self.key = self.agent = None
         self.model_asked = self.messages = self.fingerprint = None
         self.stream = False
-        self.__dict__.update(about)
         self.model = None  # what answered, once an answer or the log has named it
         self.answer_id = self.created = None
         self.state, self.entered = "waiting", {"waiting": clock}  # state -> clock when it began
@@ -2036,6 +2035,7 @@ class Record:
         self.counted = {}  # tokens that the figures have, by kind
         self._base = None  # (clock, percent) from which the prompt's speed is measured
         self._told = -math.inf  # clock of the last inference_progress
+        self.__dict__.update(about)
 
     # --- what happens to it
 

@@ -137,6 +137,395 @@ def test_samples_give_their_events(utc, log_path, size):
     assert unmet(expected_of(log_path), events) == []
 
 
+# --- 3.8 the join
+
+
+class Office:
+    """Requests and a log, played in turn: ask(), log() and over() are what the gateway would see."""
+
+    def __init__(self, at="2026-11-24 10:00:00"):
+        self.requests, self.parser = lmgateway.Requests("e", 100), Parser()
+        self.clock, self.stamp = 100.0, at
+        self.events = []
+
+    @property
+    def epoch(self):
+        return lmgateway.Calendar().moment(self.stamp).epoch
+
+    def ask(self, name, model="m/one", messages=1, body=None, **about):
+        """A request goes to LM Studio; body is the JSON that it asks with."""
+        about = {"dialect": "chat", "target": "/v1/chat/completions", "stream": True, **about}
+        record = lmgateway.Record(name, self.epoch + 0.4, self.clock, model_asked=model, messages=messages,
+                                  fingerprint=body and lmgateway.fingerprint(body), **about)
+        self.requests.begin(record)
+        return record
+
+    def log(self, *entries, level="INFO"):
+        """Entries of one second; a line that names its level begins with [."""
+        lines = [f"[{self.stamp}]{entry}" if entry.startswith("[") else f"[{self.stamp}][{level}] {entry}"
+                 for entry in entries]
+        events = self.parser.feed("".join(line + "\n" for line in lines).encode()) + self.parser.quiet()
+        self.requests.see(events, self.clock)
+        self.events += events
+        return events
+
+    def over(self, record, prompt=None, completion=5, state="done", **answer):
+        """The answer is over; prompt and completion are its usage, without prompt it had none."""
+        meter = lmgateway.Meter(lmgateway.DIALECTS["/v1/chat/completions"], False)
+        usage = {"usage": {"prompt_tokens": prompt, "completion_tokens": completion}} if prompt else {}
+        meter.feed(json.dumps({**answer, **usage}).encode(), self.clock)
+        meter.end()
+        self.requests.over(record, self.clock, lmgateway.Outcome(state, 200, meter=meter))
+
+    def told(self, record):
+        """Names of the typed events that carry a request's id, in order."""
+        return [event.name for event in self.events
+                if event.data.get("requestId") == record.id and event.name != "lmstudio_log"]
+
+    def claimed(self):
+        """The ids that any event carries."""
+        return {event.data["requestId"] for event in self.events if "requestId" in event.data}
+
+
+def running(model, messages=1):
+    return f"[INFO][{model}] Running chat completion on conversation with {messages} messages."
+
+
+def streaming(model):
+    return f"[INFO][{model}] Streaming response..."
+
+
+def percent(model, done):
+    return f"[INFO][{model}] Prompt processing progress: {done:.1f}%"
+
+
+def finished(model):
+    return f"[INFO][{model}] Finished streaming response"
+
+
+def received(body, path="/v1/chat/completions"):
+    return f"[DEBUG] Received request: POST to {path} with body {json.dumps(body, indent=2)}"
+
+
+def engine_run(task, prompt, cached=0):
+    """What G3 writes before it reads a prompt."""
+    slot = f"1.02.003.004 I slot   operator(): id  {task % 4} | task {task} | "
+    return (f"[DEBUG] {slot.replace('  operator()', 'launch_slot_')}processing task, is_child = 0\n"
+            f"{slot}new prompt, n_ctx_slot = 8192, n_keep = 4, task.n_tokens = {prompt}\n"
+            f"{slot}cached n_tokens = {cached}, memory_seq_rm [{cached}, end)")
+
+
+def engine_end(task, prompt, completion):
+    """What G3 writes when an answer is complete."""
+    slot = f"1.02.003.004 I slot print_timing: id  {task % 4} | task {task} | "
+    return (f"[DEBUG] {slot}prompt eval time =  500.00 ms / {prompt} tokens (0.5 ms per token, 1000.00 tokens per second)\n"
+            f"{slot}       eval time = 1000.00 ms / {completion} tokens (20.0 ms per token, 50.00 tokens per second)\n"
+            f"{slot}      total time = 1500.00 ms / {prompt + completion} tokens\n"
+            f"1.02.003.004 I slot      release: id  {task % 4} | task {task} | stop processing: "
+            f"n_tokens = {prompt + completion}, truncated = 0")
+
+
+def chat_body(prompt, model="m/one"):
+    return {"model": model, "stream": True, "messages": [{"role": "user", "content": prompt}]}
+
+
+def test_a_logged_copy_of_the_request_binds_it_at_once_and_every_event_carries_its_id(utc):
+    office = Office()
+    long = "A long question about lighthouses. " * 20
+    record = office.ask("r1", body=chat_body(long))
+    logged = chat_body(f"{long[:50]}... <Truncated in logs> ...{long[-50:]}")
+    office.log(received(logged), running("m/one"), streaming("m/one"))
+    assert record.binding == "exact"
+    office.log(engine_run(7, 900, 300), percent("m/one", 0), percent("m/one", 100), engine_end(7, 600, 50),
+               finished("m/one"))
+    typed = [event.name for event in office.events if event.name != "lmstudio_log"]
+    assert office.told(record) == typed
+    assert {"lmstudio_cache_stats", "lmstudio_prediction_stats", "lmstudio_chat_end"} <= set(typed)
+    assert (record.cache["reused"], record.context_size) == (300, 8192)
+
+
+@pytest.mark.parametrize("text", ["short", "x" * 100, "y" * 101, "ä" * 120, "z" * 121, "😀" * 70, "a" + "😀" * 70])
+def test_a_prompt_and_its_logged_copy_have_one_fingerprint(text):
+    units = text.encode("utf-16-le")
+    cut = text if len(units) <= 240 else (units[:100].decode("utf-16-le", "replace") + "... <Truncated in logs> ..."
+                                          + units[-100:].decode("utf-16-le", "replace"))
+    assert lmgateway.fingerprint(chat_body(text)) == lmgateway.fingerprint(chat_body(cut))
+    assert lmgateway.fingerprint(chat_body(text)) != lmgateway.fingerprint(chat_body(text + "!"))
+
+
+def test_two_models_at_once_are_told_apart_without_any_body(utc):
+    office = Office()
+    one, two = office.ask("r1", "m/one"), office.ask("r2", "m/two")
+    office.log(running("m/two"), streaming("m/two"))
+    office.log(running("m/one"), streaming("m/one"))
+    assert (one.chat.model, two.chat.model) == ("m/one", "m/two")
+    office.log(percent("m/two", 10), percent("m/one", 20), percent("m/one", 100), finished("m/one"))
+    assert office.told(one)[-1] == "lmstudio_chat_end"
+    assert [event.data["progress"] for event in office.events
+            if event.name == "lmstudio_prompt_progress" and event.data["requestId"] == "r2"] == [10.0]
+
+
+def test_four_clients_of_one_model_are_told_apart_by_their_messages(utc):
+    office = Office()
+    records = {count: office.ask(f"r{count}", messages=count) for count in (3, 1, 4, 2)}
+    for count in (1, 2, 3, 4):
+        office.log(running("m/one", count), streaming("m/one"))
+    assert all(record.chat.messages == count for count, record in records.items())
+    office.log(percent("m/one", 50), finished("m/one"))     # whose, nobody can say
+    assert [event.data.get("requestId") for event in office.events[-4:]] == [None] * 4
+
+
+def test_what_two_requests_may_have_caused_is_nobodys(utc):
+    office = Office()
+    office.ask("r1"), office.ask("r2")
+    office.log(running("m/one"), streaming("m/one"), running("m/one"), streaming("m/one"))
+    office.log(percent("m/one", 40), finished("m/one"))
+    assert office.claimed() == set()
+
+
+def test_the_prompts_tokens_bind_in_the_end_what_could_not_be_told_apart(utc):
+    office = Office()
+    one, two = office.ask("r1"), office.ask("r2")
+    office.log(running("m/one"), streaming("m/one"))
+    office.log(engine_run(1, 500))
+    office.log(running("m/one"), streaming("m/one"))
+    office.log(engine_run(2, 700))
+    office.over(one, prompt=700)
+    office.over(two, prompt=500)
+    assert (one.chat.total, two.chat.total) == (700, 500)
+    assert {one.binding, two.binding} == {"exact"}
+
+
+def test_a_request_sent_after_the_chats_line_did_not_cause_it(utc):
+    office = Office()
+    one = office.ask("r1")
+    office.log(running("m/one"))
+    two = office.ask("r2")
+    office.log(running("m/one"))
+    assert one.chat.number < two.chat.number
+
+
+def test_a_chat_of_a_client_beside_us_is_lm_studios_own(utc):
+    office = Office()
+    office.log(running("m/one", 2), streaming("m/one"), percent("m/one", 100), finished("m/one"))
+    assert office.claimed() == set()
+    [record] = office.requests.finished
+    assert (record.source, record.state, record.model) == ("lmstudio", "done", "m/one")
+
+
+def test_a_client_beside_us_with_the_same_shape_is_told_apart_by_its_prompt(utc):
+    office = Office()
+    ours = office.ask("r1", body=chat_body("What is a fjord?"))
+    office.log(received(chat_body("Other people's question")), running("m/one"), streaming("m/one"))
+    assert office.claimed() == set()
+    office.log(received(chat_body("What is a fjord?")), running("m/one"), streaming("m/one"))
+    assert ours.binding == "exact"
+
+
+def test_a_twin_that_turns_up_lets_a_likely_binding_go(utc):
+    office = Office()
+    ours = office.ask("r1")
+    office.log(running("m/one"))
+    assert ours.binding == "likely"
+    office.log(running("m/one"))
+    office.log(percent("m/one", 10))
+    assert (ours.binding, office.events[-1].data.get("requestId")) == ("none", None)
+
+
+def test_an_in_app_chat_is_not_taken_for_a_waiting_request_that_has_its_engine(utc):
+    office = Office()
+    ours = office.ask("r1")
+    office.log(running("m/one"), streaming("m/one"), engine_run(1, 500), percent("m/one", 0))
+    office.log(engine_run(2, 90), engine_end(2, 90, 9))
+    office.log(percent("m/one", 100), engine_end(1, 500, 20), finished("m/one"))
+    stats = [event.data for event in office.events if event.name == "lmstudio_prediction_stats"]
+    assert [(row["promptTokens"], row.get("requestId")) for row in stats] == [(90, None), (500, "r1")]
+    assert [record.source for record in office.requests.finished] == ["lmstudio"]
+    assert ours.usage["promptTokens"] == 500
+
+
+@pytest.mark.parametrize("served, bound", [("m/one", True), (None, True), ("m/two", False)],
+                         ids=["known", "never seen", "known as another"])
+def test_an_unknown_name_can_be_answered_by_any_model_and_a_known_one_by_none_but_its_own(utc, served, bound):
+    office = Office()
+    if served:
+        earlier = office.ask("r0", "alias")
+        office.over(earlier, prompt=3, model=served)
+        office.clock += 60
+    record = office.ask("r1", "alias")
+    office.log(running("m/one"))
+    assert (record.chat is not None) is bound
+
+
+def test_an_answer_of_another_prompt_unbinds(utc):
+    office = Office()
+    record = office.ask("r1")
+    office.log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100))
+    assert record.binding == "likely"
+    office.over(record, prompt=77)
+    assert (record.binding, record.cache) == ("none", None)
+    assert "cachedTokens" not in record.usage
+
+
+def test_an_answer_of_the_same_prompt_proves_a_likely_binding(utc):
+    office = Office()
+    record = office.ask("r1")
+    office.log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100))
+    office.over(record, prompt=500)
+    assert (record.binding, record.usage["cachedTokens"]) == ("exact", 100)
+
+
+def test_what_an_abandoned_request_cost_comes_from_the_log(utc):
+    office = Office()
+    record = office.ask("r1")
+    office.log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100), percent("m/one", 100))
+    office.over(record, state="abandoned")
+    assert record.usage is None
+    office.log(engine_end(1, 400, 12), finished("m/one"))
+    assert (record.usage["promptTokens"], record.usage["completionTokens"]) == (500, 12)
+    assert record in office.requests.changed
+
+
+def test_embeddings_are_not_taken_for_chats(utc):
+    office = Office()
+    office.ask("r1", dialect="embeddings", target="/v1/embeddings", messages=None, stream=False)
+    office.log(running("m/one"))
+    assert office.claimed() == set()
+
+
+def test_bindings_are_counted_when_a_request_is_over_for_good(utc):
+    office = Office()
+    bound, lost = office.ask("r1"), office.ask("r2", messages=9)
+    office.log(running("m/one"))
+    office.over(bound)
+    office.over(lost)
+    assert office.requests.bound() == {"exact": 0, "likely": 1, "none": 1}
+    office.clock += lmgateway.LATE_S + 1
+    office.log("Server started.")
+    assert office.requests.bound() == {"exact": 0, "likely": 1, "none": 1}
+    assert not office.requests._open
+
+
+ONE_CHAT = [path for path in SAMPLES
+            if path.read_bytes().count(b"Running chat completion") == 1 and path.stem != "gui-paste"]
+
+
+@pytest.mark.parametrize("log_path", ONE_CHAT, ids=lambda path: path.stem)
+def test_one_request_through_us_gets_all_events_of_its_chat_whichever_engine_ran(utc, log_path):
+    start = next(row["data"] for row in expected_of(log_path) if row["event"] == "lmstudio_chat_start")
+    data = log_path.read_bytes()
+    office = Office(start["timestamp"].replace("T", " ").rstrip("Z"))
+    path = re.search(r"POST to (/\S+)", data.decode())
+    model = re.search(r'with body +\{\n(?:[^}].*\n)*?  "model": "([^"]+)"', data.decode())
+    record = office.ask("r1", model[1] if model else start.get("model"), start["messages"],
+                        target=path[1] if path else "/v1/chat/completions",
+                        stream=b"Streaming response..." in data)
+    for piece in (data[place:place + 97] for place in range(0, len(data), 97)):
+        events = office.parser.feed(piece)
+        office.requests.see(events, office.clock)
+        office.events += events
+    events = office.parser.end()
+    office.requests.see(events, office.clock)
+    typed = [event for event in office.events + events if event.name not in ("lmstudio_log", "lmstudio_error")]
+    assert [event.name for event in typed if event.data.get("requestId") != "r1"] == []
+
+
+# --- 3.7 the life of a request
+
+
+def test_a_request_goes_through_its_phases_with_progress_and_time_left(utc):
+    office = Office()
+    record = office.ask("r1")
+    office.log('[INFO][JIT] Requested model (m/one) is not loaded. Loading "m/one" now...')
+    assert record.state == "loading"
+    office.clock += 3
+    office.log(running("m/one"), streaming("m/one"))
+    assert record.state == "queued"
+    office.clock += 0.5
+    office.log(engine_run(1, 1000, 200), percent("m/one", 0))
+    office.clock += 2
+    office.log(percent("m/one", 60))
+    assert record.progress(office.clock) == {
+        "percent": 60.0, "promptTokens": 1000, "promptTokensRead": 600, "etaMs": 2000,
+        "promptTokensPerSecond": 200.0}
+    office.clock += 2
+    office.log(percent("m/one", 100))
+    record.generated(10, office.clock, office.clock)
+    office.clock += 4
+    assert record.progress(office.clock)["outputTokensPerSecond"] == 2.5
+    office.over(record, prompt=1000, completion=24)
+    assert [(phase["name"], phase["ms"], phase["slow"]) for phase in record.phases(office.clock)] == [
+        ("waiting", 0, False), ("loading", 3000, True), ("queued", 500, False), ("prompt", 4000, True),
+        ("generating", 4000, True)]
+    assert record.context() == {"size": 8192, "used": 1024, "percentage": 12.5}
+
+
+def test_progress_is_told_at_a_change_of_state_and_else_four_times_a_second(utc):
+    office = Office()
+    record = office.ask("r1")
+    office.log(running("m/one"), percent("m/one", 0))
+    record.progress_event("now", office.clock)
+    told = []
+    for step in range(1, 11):
+        office.clock += 0.0625
+        told += [step] if office.requests.see(office.parser.feed(
+            f"[{office.stamp}]{percent('m/one', step)}\n".encode()), office.clock) else []
+        told and told[-1] == step and record.progress_event("now", office.clock)
+    assert told == [4, 8]
+    office.clock += 0.01
+    events = office.parser.feed(f"[{office.stamp}]{percent('m/one', 100)}\n".encode())
+    assert office.requests.see(events, office.clock) == [record]    # it generates now
+
+
+# --- 3.9 figures
+
+
+def exposition(figures, **gauges):
+    return figures.exposition({name: {(): value} for name, value in gauges.items()}).splitlines()
+
+
+def test_no_client_can_invent_a_series():
+    figures = lmgateway.Figures()
+    for number in range(lmgateway.SERIES + 50):
+        record = lmgateway.Record(f"r{number}", 0, 0, model_asked=f"invented-{number}", target="/v1/made-up")
+        record.end(1, lmgateway.Outcome("failed", 404, "no", "upstream_error"))
+        figures.count_request(record)
+        figures.count_event(Event("lmstudio_cache_stats", {"model": f"tag-{number}", "reused": 1}))
+    requests = [line for line in exposition(figures) if line.startswith("lmstudio_gateway_requests_total{")]
+    assert requests == ['lmstudio_gateway_requests_total{key="none",model="other",endpoint="other",code="404"} '
+                        f"{lmgateway.SERIES + 50}"]
+    cached = [line for line in exposition(figures) if line.startswith("lmstudio_cached_input_tokens_total{")]
+    assert len(cached) == lmgateway.MODELS + 1
+
+
+def test_histograms_are_cumulative_and_labels_escaped():
+    figures = lmgateway.Figures()
+    for value in (0.05, 0.3, 9999):
+        figures.observe("lmstudio_time_to_first_token_seconds", value, 'a"b\\c\nd')
+    text = exposition(figures)
+    label = r'model="a\"b\\c\nd"'
+    assert f'lmstudio_time_to_first_token_seconds_bucket{{{label},le="0.05"}} 1' in text
+    assert f'lmstudio_time_to_first_token_seconds_bucket{{{label},le="0.5"}} 2' in text
+    assert f'lmstudio_time_to_first_token_seconds_bucket{{{label},le="+Inf"}} 3' in text
+    assert f'lmstudio_time_to_first_token_seconds_count{{{label}}} 3' in text
+
+
+def test_tokens_that_the_log_tells_later_are_counted_once():
+    figures, record = lmgateway.Figures(), lmgateway.Record("r1", 0, 0)
+    record.end(1, lmgateway.Outcome("abandoned", None, "left", "client_disconnected"))
+    figures.count_request(record)
+    record.usage = {"promptTokens": 7, "completionTokens": 2}
+    figures.count_tokens(record)
+    figures.count_tokens(record)
+    assert figures.tokens() == {"input": 7, "output": 2}
+
+
+@pytest.mark.parametrize("share, value", [(0, 1), (0.5, 5), (0.95, 10), (1, 10)])
+def test_percentiles_are_values_that_occur(share, value):
+    assert lmgateway.rank(list(range(1, 11)), share) == value
+    assert lmgateway.rank([], share) is None
+
+
 # === 4. HUB ==================================================================
 
 
