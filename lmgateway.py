@@ -1182,7 +1182,8 @@ class Story:
         now = entry.moment.epoch
         found = self._of(entry)
         for chat in self._ended:
-            began = any(other.number > chat.latest and (other.engine or other.app_progress) for other in found)
+            began = any(other.number > chat.latest and (other.engine or other.app_progress)
+                        for other in found)
             if chat.ended == "finished" and not (chat.left or began) and now - chat.ended_at <= SWALLOW_S:
                 chat.left = True
                 return
@@ -1244,7 +1245,8 @@ class Story:
         self._give_cache(chat, moment, int(fields["reused"]), int(fields["prefix"]), int(fields["other"]))
 
     def on_prompt_total(self, fields, moment):
-        self._at_work(moment, lacks=lambda c: "promptTokensToDecode" not in c.tokens).total = int(fields["total"])
+        self._at_work(moment,
+                      lacks=lambda c: "promptTokensToDecode" not in c.tokens).total = int(fields["total"])
 
     def on_to_decode(self, fields, moment):
         chat = self._at_work(moment, lacks=lambda c: "promptTokensToDecode" not in c.tokens)
@@ -1400,7 +1402,8 @@ class Story:
         if known is None:
             waiting = [chat for chat in self.running if chat.api and not chat.engine]
             busy = {chat.model for chat in self.running if chat.engine}
-            known = chosen or pick(waiting, lambda c: self._engines.get(c.model, self._writer) == self._writer,
+            known = chosen or pick(waiting,
+                                   lambda c: self._engines.get(c.model, self._writer) == self._writer,
                                    lambda c: not c.app_progress, lambda c: c.model not in busy)
             known = known or self._new(moment, api=False)
             meant = [chat for chat in self.running if chat.api and not (chat.engine and chat.certain)]
@@ -1993,7 +1996,8 @@ TIMELINE = 400  # events of one request that are kept
 SLOW_MS = 1000  # a phase longer than this is marked
 TELL_S = 0.25  # between two inference_progress of one request
 STATES = ("waiting", "loading", "queued", "prompt", "generating")  # in the order in which they come
-OUTCOMES = {"finished": "done", "disconnected": "abandoned", "error": "failed"}
+OUTCOMES = {"finished": "done", "disconnected": "abandoned", "error": "failed", "stopped": "failed",
+            "forgotten": "failed"}  # of a chat -> state of its record
 
 
 class Outcome(NamedTuple):
@@ -2192,9 +2196,8 @@ class Record:
 
     def context_used(self):
         """Tokens in the context, None when the prompt's are unknown."""
-        usage = self.usage or {}
-        prompt = usage.get("promptTokens") or self.prompt_tokens
-        return prompt and prompt + (usage.get("completionTokens") or self.output)
+        prompt = self.used("promptTokens") or self.prompt_tokens
+        return prompt and prompt + (self.used("completionTokens") or self.output)
 
     def context(self):
         used = self.context_used()
@@ -2210,15 +2213,19 @@ class Record:
         spans = [(name, round(1000 * max(0.0, end - start), 1)) for (name, start), end in zip(starts, ends)]
         return [{"name": name, "ms": ms, "slow": ms > SLOW_MS} for name, ms in spans]
 
+    def used(self, field, otherwise=None):
+        """A count of tokenUsage; where LM Studio gave none, what else is known."""
+        found = (self.usage or {}).get(field)
+        return otherwise if found is None else found
+
     def prompt_ms(self):
         """How long the prompt was read: from the engine's speed where it is known, else as it was seen."""
-        usage = self.usage or {}
-        fresh = (usage.get("promptTokens") or 0) - (usage.get("cachedTokens") or 0)
+        fresh = (self.used("promptTokens") or 0) - (self.used("cachedTokens") or 0)
         return round(1000 * fresh / self.read_speed, 1) if self.read_speed else self._phase_ms("prompt")
 
     def generation_ms(self):
         """How long the answer was generated, in the same way."""
-        tokens = (self.usage or {}).get("completionTokens")
+        tokens = self.used("completionTokens")
         return round(1000 * tokens / self.speed, 1) if self.speed and tokens else self._phase_ms("generating")
 
     def _phase_ms(self, name):
@@ -2313,10 +2320,11 @@ class Requests:
     chat's: agreement makes a likely binding exact and can still bind what was left, contradiction unbinds.
     A chat that no request may have caused is LM Studio's own: a record of its own, source "lmstudio".
 
-    Only events that surely mean one chat (Story) are joined; others carry no id and teach nothing."""
+    Only events that surely mean one chat (Story) are joined; others carry no id and teach nothing, but
+    with guess, which serves sums: there it does not matter which of two chats a figure is added to."""
 
-    def __init__(self, epoch, keep):
-        self._epoch = epoch
+    def __init__(self, epoch, keep, guess=False):
+        self._epoch, self._guess = epoch, guess
         self.running = {}  # id -> Record, of both sources, oldest first
         self.finished: deque[Record] = deque(maxlen=keep)
         self.total = self.errors = 0  # requests that came through us
@@ -2358,7 +2366,7 @@ class Requests:
             if event.chat is None:
                 continue
             record = self._record_of(event.chat, clock)
-            if record is None or not event.sure:
+            if record is None or not (event.sure or self._guess):
                 continue
             if record.source == "gateway":
                 event.data["requestId"] = record.id
@@ -3081,9 +3089,10 @@ HISTORY = (  # column, type, what it holds; no prompt and no answer
     ("outcome", "TEXT", lambda record: record.state),
     ("operation", "TEXT", lambda record: record.operation),
     ("finish_reason", "TEXT", lambda record: record.finish),
-    ("prompt_tokens", "INTEGER", lambda record: (record.usage or {}).get("promptTokens")),
-    ("cached_tokens", "INTEGER", lambda record: (record.usage or {}).get("cachedTokens")),
-    ("completion_tokens", "INTEGER", lambda record: (record.usage or {}).get("completionTokens")),
+    ("prompt_tokens", "INTEGER", lambda record: record.used("promptTokens", record.prompt_tokens)),
+    ("cached_tokens", "INTEGER",
+     lambda record: record.used("cachedTokens", (record.cache or {}).get("reused"))),
+    ("completion_tokens", "INTEGER", lambda record: record.used("completionTokens")),
     ("first_ms", "REAL", lambda record: record.first_ms),
     ("total_ms", "REAL", lambda record: record.total_ms),
     ("prompt_ms", "REAL", lambda record: record.prompt_ms()),
@@ -5507,6 +5516,8 @@ def build_parser():
     commands.add_argument("--tail-only", action="store_true",
                           help="print events, no server; PATH: replay files or directories")
     commands.add_argument("--watch", metavar="URL", help="print the events of a gateway elsewhere")
+    commands.add_argument("--report", action="store_true",
+                          help="usage by day and model, from --history FILE or from saved logs (PATH)")
     commands.add_argument("--demo", action="store_true", help="run beside a built-in imitation of LM Studio")
     commands.add_argument("--new-key", metavar="NAME", help="mint a key; its hash goes to the keys file")
     commands.add_argument("--rights", metavar="LIST", help="what it may do: infer, view, admin [infer,view]")
@@ -5558,7 +5569,7 @@ def main(argv=None):
         for warning in warnings:
             log.warning(warning)
         for name, command in (("new_key", new_key), ("list_keys", list_keys), ("revoke_key", revoke_key),
-                              ("tail_only", tail_only), ("watch", watch)):
+                              ("tail_only", tail_only), ("watch", watch), ("report", report)):
             if getattr(args, name) not in (None, False):
                 return command(args, config)
         return serve(args, config, sources)
@@ -5571,13 +5582,14 @@ def main(argv=None):
 
 def check_command(args):
     """Raises ConfigError for flags that do not go together."""
-    if args.paths and not args.tail_only:
-        raise ConfigError(f"{args.paths[0]}: a path goes with --tail-only; see --help")
-    chosen = [flag for flag in ("tail_only", "watch", "demo") if getattr(args, flag) not in (None, False)]
+    if args.paths and not args.tail_only and not args.report:
+        raise ConfigError(f"{args.paths[0]}: a path goes with --tail-only or --report; see --help")
+    chosen = [flag for flag in ("tail_only", "watch", "demo", "report")
+              if getattr(args, flag) not in (None, False)]
     if len(chosen) > 1:
         raise ConfigError(f"--{chosen[0].replace('_', '-')} and --{chosen[1]} do not go together; choose one")
     for name in ("json", "events", "from_start"):
-        if getattr(args, name) and not args.tail_only and args.watch is None:
+        if getattr(args, name) and not args.tail_only and args.watch is None and not (args.report and name == "json"):
             raise ConfigError(f"--{name.replace('_', '-')} goes with --tail-only or --watch")
     unknown = [name for name in words(args.events or "") if name not in EVENTS]
     if unknown:
@@ -5681,8 +5693,10 @@ def save_keys(file, keys):
 
 # --- 9.2 the terminal view: events as lines, running requests as cards -------
 
-UNSEEN = (*range(32), *range(127, 160), 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-CONTROL = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in UNSEEN}  # and marks that turn text round
+UNSEEN = (*range(32), *range(127, 160), 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F),
+          *range(0x2066, 0x206A))
+CONTROL = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+           for code in UNSEEN}  # and marks that turn text round
 COLOURS = {"lmstudio_error": "31", "error": "31", "lmstudio_chat_start": "36", "inference_start": "36",
            "lmstudio_chat_end": "32", "inference_complete": "32", "lmstudio_prompt_progress": "33",
            "inference_progress": "33", "lmstudio_log": "2", "gap": "35"}
@@ -5813,9 +5827,11 @@ CARD_FACTS = {  # event -> {the card's name of a fact: the event's}
     "lmstudio_token_info": {"promptTokens": "totalPromptTokens", "contextSize": "n_ctx"},
     "lmstudio_cache_stats": {"cachedTokens": "reused", "promptTokens": "total"},
     "lmstudio_prompt_progress": {"model": "model", "percent": "progress"},
-    "lmstudio_prediction_stats": {"outputTokens": "completionTokens", "outputTokensPerSecond": "tokensPerSecond"},
+    "lmstudio_prediction_stats": {"outputTokens": "completionTokens",
+                                  "outputTokensPerSecond": "tokensPerSecond"},
 }
-CARD_STATES = {"inference_start": "waiting", "lmstudio_chat_start": "waiting", "lmstudio_processing_start": "prompt",
+CARD_STATES = {"inference_start": "waiting", "lmstudio_chat_start": "waiting",
+               "lmstudio_processing_start": "prompt",
                "lmstudio_prompt_progress": "prompt", "lmstudio_generation_start": "generating"}
 CARD_COLOURS = {"PREFILL": "33", "WRITE": "32", "WAIT": "36", "cache": "2"}
 STALE_S = 3600  # a request of which nothing was heard for so long is taken off the screen
@@ -5856,13 +5872,15 @@ class Card:
     def lines(self, now, marks):
         """The card: who, what it does, and what its cache and context hold."""
         facts, total = self.facts, self.facts.get("promptTokens")
-        who = [facts.get("model") or "(model not named)", *(facts[name] for name in ("key", "client", "path") if facts.get(name))]
+        who = [facts.get("model") or "(model not named)",
+               *(facts[name] for name in ("key", "client", "path") if facts.get(name))]
         elapsed = f"elapsed {duration(now - self.began)}"
         if facts["state"] == "prompt":
             doing = self._prefill(now, marks, elapsed)
         elif facts["state"] == "generating":
             doing = ["WRITE", counted(facts.get("outputTokens"), "tok"),
-                     per_second(facts.get("outputTokensPerSecond")), f"for {duration(now - self.spoken)}", elapsed]
+                     per_second(facts.get("outputTokensPerSecond")), f"for {duration(now - self.spoken)}",
+                     elapsed]
         else:
             doing = ["WAIT", facts["state"], elapsed]
         held = []
@@ -5912,9 +5930,11 @@ class Cards:
             self._cards.pop(key, None)
             self._ended.append(key)
             return
-        if event.name in ("inference_start", "lmstudio_chat_start", "lmstudio_processing_start") and key in self._ended:
+        if event.name in ("inference_start", "lmstudio_chat_start",
+                          "lmstudio_processing_start") and key in self._ended:
             self._ended.remove(key)
-        if card is None and (event.name in CARD_STATES or event.name == "inference_progress") and key not in self._ended:
+        if card is None and (event.name in CARD_STATES
+                             or event.name == "inference_progress") and key not in self._ended:
             card = self._cards[key] = Card(key, now)
         if card:
             card.take(event, now)
@@ -5963,8 +5983,10 @@ def summary(event):
     data = event.data
     model = f"{data['model']}  " if data.get("model") else ""
     try:
-        shown = model + (SUMMARIES[event.name](data) if event.name in SUMMARIES else str(data.get("message", "")))
-    except (KeyError, TypeError, ValueError, AttributeError):  # another version's gateway may say it otherwise
+        shown = model + (SUMMARIES[event.name](data) if event.name in SUMMARIES
+                         else str(data.get("message", "")))
+    except (KeyError, TypeError, ValueError,
+            AttributeError):  # another version's gateway may say it otherwise
         shown = json.dumps(data)
     return shown.replace("\n", " | ").replace("\t", " ").translate(CONTROL)
 
@@ -6070,6 +6092,72 @@ def tail_only(args, config):
             printer.finish()
 
 
+def report(args, config):
+    """--report: what was used by day and model, from PATHs or from the history.  Returns the exit status."""
+    if not args.paths and not config.history:
+        raise ConfigError("--report: name saved logs or a log directory, or a history with --history FILE "
+                          "(HISTORY_FILE)")
+    if config.history and not args.paths and not os.path.exists(config.history):
+        raise ConfigError(f"--history {config.history} (HISTORY_FILE): no such file; name one that a gateway keeps")
+    with contextlib.closing(open_history(":memory:" if args.paths else config.history)) as connection:
+        if args.paths:
+            settle()
+            replay(saved_logs(args.paths), LogUsage(connection))
+        rows = usage_rows(connection, ["day", "model"])
+    if args.json:
+        print("\n".join(map(json.dumps, rows)))
+    elif rows:
+        print(report_text(rows))
+    else:
+        print("lmgateway: no request in it", file=sys.stderr)
+    return 0
+
+
+class LogUsage:
+    """Puts a row into a history for each chat of a replayed log."""
+
+    def __init__(self, connection):
+        self._connection, self._requests = connection, Requests("", keep=0, guess=True)
+
+    def __call__(self, events):
+        self._requests.see(events, 0.0)
+        over, self._requests.changed = self._requests.changed, []
+        if over:
+            store_rows(self._connection, list({record.id: history_row(record) for record in over}.values()))
+
+
+REPORT = (  # heading, format, value of a row
+    ("day", "{:10}", lambda row: row["day"]), ("model", "{:32.32}", lambda row: printable(row["model"])),
+    ("requests", "{:>8,}", lambda row: row["requests"]), ("failed", "{:>6,}", lambda row: row["errors"]),
+    ("prompt tok", "{:>12,}", lambda row: row["promptTokens"]),
+    ("cached", "{:>6}", lambda row: percent(row["cachedTokens"], row["promptTokens"])),
+    ("output tok", "{:>12,}", lambda row: row["completionTokens"]),
+    ("read tok/s", "{:>10}",
+     lambda row: speed(row["promptTokens"] - row["cachedTokens"], row["promptSeconds"])),
+    ("write tok/s", "{:>11}", lambda row: speed(row["completionTokens"], row["generationSeconds"])))
+
+
+def report_text(rows):
+    """Rows as a table for people, with their sums below."""
+    total = {"day": "total", "model": "", **{name: sum(row[name] for row in rows) for name, _ in SUMS}}
+    heads = [re.sub(r"[,.]\d*", "", form).format(head) for head, form, _ in REPORT]
+    lines = ["  ".join(form.format(value(row)) for _, form, value in REPORT) for row in [*rows, total]]
+    return "\n".join(["  ".join(heads), *lines])
+
+
+def printable(text):
+    """Text without control characters."""
+    return str(text).translate(CONTROL)
+
+
+def percent(part, whole):
+    return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+def speed(tokens, seconds):
+    return f"{tokens / seconds:.1f}" if seconds and tokens > 0 else "-"
+
+
 def watch(args, config):
     """--watch URL: print the events of another gateway until a signal.  Returns the exit status."""
     stop, printer = Stop(), open_printer(args, live=True)
@@ -6110,13 +6198,15 @@ def watched_address(text):
     url = text if "://" in text else f"http://{text}"
     try:
         parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and (parts.hostname or "").encode("idna") and parts.port != 0
+        usable = parts.scheme in ("http", "https") and (parts.hostname
+                                                        or "").encode("idna") and parts.port != 0
     except ValueError:
         usable = False
     if not usable or not url.isascii() or not url.isprintable() or " " in url:
         raise ConfigError(f"--watch {text}: no address of a gateway; use the form http://192.168.1.20:8001")
     path = parts.path.rstrip("/")
-    return parts._replace(path=path if path.endswith("/debug/stream") else path + "/debug/stream", query="", fragment="")
+    return parts._replace(path=path if path.endswith("/debug/stream") else path + "/debug/stream",
+                          query="", fragment="")
 
 
 class StreamLine:
@@ -6152,7 +6242,8 @@ class StreamLine:
             headers["Last-Event-ID"] = self._last
         if self._key:
             headers["X-API-Key"] = self._key
-        with contextlib.closing(kind(self._address.hostname, self._address.port, timeout=SILENCE_S)) as connection:
+        with contextlib.closing(kind(self._address.hostname, self._address.port,
+                                     timeout=SILENCE_S)) as connection:
             connection.request("GET", self._address.path, headers=headers)
             answer = connection.getresponse()
             self._check(answer)

@@ -529,6 +529,97 @@ def test_percentiles_are_values_that_occur(share, value):
 # === 4. HUB ==================================================================
 
 
+# --- 4.2 history
+
+
+def finished_record(name="r1", started=1_700_000_000.0, **about):
+    record = lmgateway.Record(name, started, 0.0, key="anna", client="192.168.1.7", path="/v1/chat/completions",
+                              model_asked="m/one", stream=True, **about)
+    meter = lmgateway.Meter(lmgateway.DIALECTS["/v1/chat/completions"], False)
+    meter.feed(json.dumps({"model": "m/one", "usage": {"prompt_tokens": 70, "completion_tokens": 5}}).encode(), 1.0)
+    meter.end()
+    record.end(2.0, lmgateway.Outcome("done", 200, meter=meter))
+    return record
+
+
+def test_history_keeps_a_row_for_each_request_and_takes_the_later_word(tmp_path):
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    record = finished_record()
+    history.keep([lmgateway.history_row(record)])
+    record.usage = {**record.usage, "cachedTokens": 40}
+    history.keep([lmgateway.history_row(record), lmgateway.history_row(finished_record("r2", 1_700_100_000.0))])
+    history.close()
+    assert history.usage("key") == [{"key": "anna", "requests": 2, "errors": 0, "promptTokens": 140,
+                                     "cachedTokens": 40, "completionTokens": 10, "promptSeconds": 0.0,
+                                     "generationSeconds": 0.0}]
+    assert history.usage("model", since=1_700_050_000.0)[0]["requests"] == 1
+    assert [row["requests"] for row in history.usage("day")] == [1, 1]
+
+
+def test_history_holds_no_prompt_and_no_answer(tmp_path, utc):
+    office, secret = Office(), "the cat is under the piano"
+    record = office.ask("r1", body=chat_body(secret))
+    office.log(received(chat_body(secret)), running("m/one"), engine_run(1, 10))
+    office.over(record, prompt=10, choices=[{"message": {"content": secret}, "finish_reason": "stop"}])
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    history.keep([lmgateway.history_row(done) for done in office.requests.changed])
+    history.close()
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"m/one" in written
+    assert b"piano" not in written
+
+
+def test_history_forgets_rows_that_are_too_old(tmp_path):
+    history = lmgateway.History(str(tmp_path / "h.db"), days=30)
+    history.keep([lmgateway.history_row(finished_record("old", time.time() - 31 * 86400))])
+    history.keep([lmgateway.history_row(finished_record("new", time.time() - 29 * 86400))])
+    history.close()
+    assert [row["requests"] for row in history.usage("key")] == [1]
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("no database"), lambda path: path.mkdir()],
+                         ids=["text", "directory"])
+def test_what_is_no_history_is_refused_with_the_remedy(tmp_path, make):
+    make(tmp_path / "h.db")
+    with pytest.raises(lmgateway.HistoryError, match="--history .*h.db .HISTORY_FILE.*; name a file"):
+        lmgateway.History(str(tmp_path / "h.db"))
+
+
+def test_a_history_that_cannot_be_written_any_more_is_said_and_stops_nothing(tmp_path, caplog):
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    history.keep([("too", "few")])
+    history.keep([lmgateway.history_row(finished_record())])
+    history.close()
+    assert history.usage("key")[0]["requests"] == 1
+    assert "1 requests are missing" in caplog.text
+
+
+def test_history_survives_a_killed_process(tmp_path):
+    code = ("import sys, os, signal; sys.path.insert(0, sys.argv[1]); import lmgateway\n"
+            "history = lmgateway.History(sys.argv[2])\n"
+            "record = lmgateway.Record('r1', 1e9, 0.0); record.end(1.0, lmgateway.Outcome('done', 200))\n"
+            "history.keep([lmgateway.history_row(record)])\n"
+            "while not history.usage('key'): pass\n"
+            "os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n")
+    subprocess.run([sys.executable, "-c", code, str(HERE), str(tmp_path / "h.db")], check=False, timeout=PATIENCE_S)
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    history.close()
+    assert history.usage("key")[0]["requests"] == 1
+
+
+@pytest.mark.parametrize("text, epoch", [
+    ("", 0.0), ("7d", 1e9 - 7 * 86400), ("24h", 1e9 - 86400), ("30m", 1e9 - 1800), ("1700000000", 1.7e9),
+    ("2026-11-24T00:00:00Z", 1795478400.0)])
+def test_since_takes_spans_dates_and_epochs(text, epoch):
+    assert lmgateway.since_epoch(text, 1e9) == epoch
+
+
+@pytest.mark.parametrize("text", ["yesterday", "7x", "2026-13-01", "-5d", "9" * 40])
+def test_since_refuses_other_words_with_the_forms(text):
+    with pytest.raises(ValueError, match="7d, 24h, 30m"):
+        lmgateway.since_epoch(text, 1e9)
+
+
 # === 5. TAIL =================================================================
 
 
@@ -827,6 +918,36 @@ def test_stream_events_are_the_same_however_their_bytes_arrive():
         assert list(lmgateway.stream_events(data[at:at + size] for at in range(0, len(data), size))) == wanted
     with pytest.raises(ValueError, match="without an end"):
         list(lmgateway.stream_events([b"x" * (lmgateway.STREAM_LIMIT + 1)]))
+
+
+# --- reports
+
+
+def test_report_of_saved_logs_sums_by_day_and_model(tmp_path, capsys, utc):
+    for name in ("g2-nonstream-cache-hit.log", "g3-stream-split-lines.log"):
+        (tmp_path / name).write_bytes((HERE / ".ci" / "samples" / name).read_bytes())
+    assert lmgateway.main(["--report", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["day", "model"], ["2026-08-08", "tundra/nimbus-14b-coder"], ["2026-04-08", "desk"], ["total", "2"]]
+    assert lines[1].split()[2:] == ["1", "0", "1,500", "41", "%", "55", "742.5", "137.5"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_report_of_a_history_as_json(tmp_path, capsys):
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    history.keep([lmgateway.history_row(finished_record())])
+    history.close()
+    assert lmgateway.main(["--report", "--json", "--history", str(tmp_path / "h.db")]) == 0
+    assert json.loads(capsys.readouterr().out)["promptTokens"] == 70
+
+
+@pytest.mark.parametrize("args, said", [
+    ([], "--report: name saved logs"), (["--history", "/nowhere/h.db"], "--history /nowhere/h.db"),
+    (["/nowhere.log"], "/nowhere.log: no such file")])
+def test_report_of_nothing_says_what_it_needs(args, said, capsys):
+    assert lmgateway.main(["--report", *args]) in (1, 2)
+    assert said in capsys.readouterr().err
 
 
 # === 10. DASHBOARD ===========================================================
