@@ -66,6 +66,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import struct
 import sys
 import tempfile
 import threading
@@ -1640,30 +1641,12 @@ def prediction_figures(body):
 
 
 class Dialect(NamedTuple):
-    """One inference API.  The functions take the parsed JSON of a streamed event or of a whole body."""
+    """One inference API."""
 
     name: str
-    anthropic: bool  # errors in Anthropic's shape
     asks_usage: bool  # a stream carries usage only with stream_options.include_usage
-    has_token: Callable  # event -> True when it holds a first token: content, reasoning or a tool call
+    token: re.Pattern  # found in a streamed event that holds content, reasoning or a tool call
     messages: Callable  # request body -> how many messages the log will count, None when unknown
-
-
-def openai_token(event):
-    for choice in listed(event.get("choices")):
-        delta = choice.get("delta") or {}
-        if (choice.get("text") or isinstance(delta, dict)
-                and any(delta.get(name)
-                        for name in ("content", "reasoning", "reasoning_content", "tool_calls"))):
-            return True
-    return False
-
-
-def delta_token(event):
-    """Named events: /v1/responses, /v1/messages and /api/v1/chat write one `...delta` for each piece."""
-    kind = event.get("type")
-    return isinstance(kind, str) and (kind.endswith(".delta")
-                                      or kind in ("content_block_delta", "tool_call.arguments"))
 
 
 def count_messages(body):
@@ -1675,13 +1658,20 @@ def unknown_count(body):
     return None
 
 
-CHAT = Dialect("chat", False, True, openai_token, count_messages)
-COMPLETIONS = Dialect("completions", False, True, openai_token, unknown_count)
-EMBEDDINGS = Dialect("embeddings", False, False, delta_token, unknown_count)
-RESPONSES = Dialect("responses", False, False, delta_token, unknown_count)
-MESSAGES = Dialect("messages", True, False, delta_token, unknown_count)
-NATIVE = Dialect("native", False, False, delta_token, unknown_count)
-OTHER = Dialect("other", False, False, delta_token, unknown_count)
+# Keys of an event can be told by their bytes: inside a JSON string each quote stands behind a backslash.
+OPENAI_TOKEN = re.compile(rb'"(?:content|reasoning|reasoning_content|text)"\s*:\s*"(?!")'
+                          rb'|"(?:tool_calls"\s*:\s*\[|function_call"\s*:)\s*\{')
+RESPONSES_TOKEN = re.compile(rb'"delta"\s*:\s*"(?!")')
+MESSAGES_TOKEN = re.compile(rb'"(?:text|thinking|partial_json)"\s*:\s*"(?!")|"type"\s*:\s*"tool_use"')
+NATIVE_TOKEN = re.compile(rb'"type"\s*:\s*"(?:(?:message|reasoning)\.delta|tool_call\.(?:start|arguments))"')
+
+CHAT = Dialect("chat", True, OPENAI_TOKEN, count_messages)
+COMPLETIONS = Dialect("completions", True, OPENAI_TOKEN, unknown_count)
+EMBEDDINGS = Dialect("embeddings", False, OPENAI_TOKEN, unknown_count)
+RESPONSES = Dialect("responses", False, RESPONSES_TOKEN, unknown_count)
+MESSAGES = Dialect("messages", False, MESSAGES_TOKEN, unknown_count)
+NATIVE = Dialect("native", False, NATIVE_TOKEN, unknown_count)
+OTHER = Dialect("other", False, OPENAI_TOKEN, unknown_count)
 
 DIALECTS = {  # POST to these paths is an inference (LMSTUDIO.md 1.1)
     "/v1/chat/completions": CHAT,
@@ -1704,9 +1694,9 @@ def listed(value):
 
 
 def json_object(data):
-    """The JSON object in bytes; None for anything else.  Never raises."""
+    """The JSON object in UTF-8 bytes; None for anything else.  Never raises."""
     try:
-        value = json.loads(data)
+        value = json.loads(str(data, "utf-8-sig"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -1717,7 +1707,9 @@ def json_object(data):
 WHOLE_LIMIT = 32 * 1024 * 1024  # a JSON body beyond this is passed on unread
 STREAM_LIMIT = 4 * 1024 * 1024  # one event of a stream beyond this, too
 EVENT_END = re.compile(rb"\r?\n\r?\n")
-TELLING = re.compile(rb'"usage"|"finish_reason": ?"|"stop_reason": ?"|"stats"|error|"response\.(?:completed|incomplete|failed)')
+ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.MULTILINE)
+# What tells more than a token.
+TELLING = re.compile(rb'"(?:usage|stats|error|response|(?:finish|stop)_reason"\s*:\s*")')
 
 
 class Usage:
@@ -1732,18 +1724,17 @@ class Usage:
         self.created = self.answer_id = None
 
     def take(self, body):
-        """Learn from a body, a streamed event, or the answer inside one."""
-        for inner in (body.get("response"), body.get("result"), body.get("message")):
-            if isinstance(inner, dict):
-                self.take(inner)
-        self._take_error(body)
-        self._take_identity(body)
-        self._take_finish(body)
-        usage, stats = body.get("usage"), body.get("stats")
-        if isinstance(usage, dict):
-            self._take_usage(usage)
-        if isinstance(stats, dict):
-            self._take_stats(stats)
+        """Learn from a body or a streamed event, and from the answer inside one."""
+        inner = (body.get(name) for name in ("response", "result", "message"))
+        for part in (*(part for part in inner if isinstance(part, dict)), body):
+            self._take_error(part)
+            self._take_identity(part)
+            self._take_finish(part)
+            usage, stats = part.get("usage"), part.get("stats")
+            if isinstance(usage, dict):
+                self._take_usage(usage)
+            if isinstance(stats, dict):
+                self._take_stats(stats)
 
     def _take_error(self, body):
         error = body.get("error")
@@ -1761,19 +1752,21 @@ class Usage:
             self.answer_id = body["id"]
 
     def _take_finish(self, body):
-        delta = body.get("delta")
+        """Why it ended.  /v1/responses says so only where something cut it short."""
         reasons = [choice.get("finish_reason") for choice in listed(body.get("choices"))]
-        reasons += [body.get("stop_reason"), delta.get("stop_reason") if isinstance(delta, dict) else None]
-        if body.get("object") == "response" and isinstance(body.get("status"), str):
-            reasons.append(body["status"])
+        reasons.append(body.get("stop_reason"))
+        for name, field in (("delta", "stop_reason"), ("incomplete_details", "reason")):
+            if isinstance(body.get(name), dict):
+                reasons.append(body[name].get(field))
         self.finish = next((reason for reason in reasons if isinstance(reason, str)), self.finish)
 
     def _take_usage(self, usage):
-        prompt = count(usage, "prompt_tokens", "input_tokens")
-        completion = count(usage, "completion_tokens", "output_tokens")
+        """/v1/messages counts up: what it says last is the most."""
+        prompt = count(usage, "prompt_tokens", "input_tokens", "inputTokens")
+        completion = count(usage, "completion_tokens", "output_tokens", "outputTokens")
         self.prompt = max((n for n in (self.prompt, prompt) if n is not None), default=None)
         self.completion = max((n for n in (self.completion, completion) if n is not None), default=None)
-        self.total = count(usage, "total_tokens")
+        self.total = count(usage, "total_tokens", "totalTokens", default=self.total)
         for name, field in (("prompt_tokens_details", "cached"), ("input_tokens_details", "cached"),
                             ("completion_tokens_details", "reasoning"),
                             ("output_tokens_details", "reasoning")):
@@ -1794,15 +1787,17 @@ class Usage:
         if isinstance(stats.get("stop_reason"), str) and not self.finish:
             self.finish = stats["stop_reason"]
 
-    def tokens(self):
-        """tokenUsage of the events; None when LM Studio gave no count."""
+    def tokens(self, dialect):
+        """tokenUsage of the events; None when LM Studio gave no count.  Embeddings complete nothing."""
         if self.prompt is None and self.completion is None:
             return None
-        total = self.total
-        if total is None:
-            total = (self.prompt or 0) + (self.completion or 0)
-        return {"promptTokens": self.prompt, "completionTokens": self.completion or 0, "totalTokens": total,
-                **figures(cachedTokens=self.cached, reasoningTokens=self.reasoning)}
+        completion, total = self.completion, self.total
+        if completion is None and dialect is EMBEDDINGS:
+            completion = 0
+        if total is None and self.prompt is not None and completion is not None:
+            total = self.prompt + completion
+        return figures(promptTokens=self.prompt, completionTokens=completion, totalTokens=total,
+                       cachedTokens=self.cached, reasoningTokens=self.reasoning)
 
 
 def count(values, *names, default=None):
@@ -1819,74 +1814,83 @@ class Meter:
 
     def __init__(self, dialect, stream, cut=False, encoding=""):
         self.usage = Usage()
-        self.stream, self._dialect, self._cut = stream, dialect, cut
+        self.stream, self.dialect = stream, dialect
         self._rest = bytearray()  # of a stream the event that has not ended, else the whole body
         self._decode = decoder(encoding)
         self._readable = self._decode is not None
-        self.first = self.last = None  # clock readings of the first and the latest token
+        self._cut = cut and self._readable
+        self._encode = encoder(encoding) if self._cut else None
+        self.first = self.last = self._now = None  # clock readings of the first and the latest token and piece
         self.pieces = 0  # events with a token
 
     def feed(self, piece, now):
         """The bytes to pass on for the bytes that came at the clock reading now."""
         if not self._readable:
             return piece
+        self._now = now
         data = self._decode(piece) if self._decode is not identity else piece
         if data is None:
             self._readable = False  # not what its Content-Encoding says: pass it on unread
             return piece
-        if not self.stream:
-            if len(self._rest) + len(data) <= WHOLE_LIMIT:
-                self._rest += data
-            return piece
-        return self._events(data, now) if self._cut else (self._events(data, now), piece)[1]
+        if self.stream:
+            kept = self._events(data)
+            return self._encoded(kept) if self._cut else piece
+        self._rest += data
+        if len(self._rest) > WHOLE_LIMIT:
+            self._readable = False
+            self._rest.clear()
+        return piece
 
     def end(self):
         """The answer is over.  Gives the bytes that were held back."""
         rest = bytes(self._rest)
         self._rest.clear()
-        if not self.stream and self._readable:
-            body = json_object(rest)
-            if body is not None:
-                self.usage.take(body)
-            return b""
-        if rest and self._readable:
-            self._event(rest, None)
-        return rest if self._cut else b""
+        ours = False
+        if rest and self._readable and self.stream:
+            ours = self._event(rest)
+        elif rest and self._readable:
+            self.usage.take(json_object(rest) or {})
+        return self._encoded(b"" if ours else rest, over=True) if self._cut else b""
 
-    def _events(self, data, now):
+    def _encoded(self, data, over=False):
+        """What the client gets for data: compressed anew where LM Studio compresses."""
+        if self._encode is None:
+            return data
+        return self._encode.compress(data) + self._encode.flush(zlib.Z_FINISH if over else zlib.Z_SYNC_FLUSH)
+
+    def _events(self, data):
         """Read the events that data completes; give their bytes without those that were ours alone."""
-        self._rest += data
-        if len(self._rest) > STREAM_LIMIT:
-            self._readable, held = False, bytes(self._rest)
-            self._rest.clear()
-            return held
+        start, buffer = 0, data
+        if self._rest:
+            start = max(0, len(self._rest) - 3)     # what was searched is not searched again
+            self._rest += data
+            buffer = self._rest
         kept, position = [], 0
-        for end in EVENT_END.finditer(self._rest):
-            event = bytes(self._rest[position : end.end()])
+        for end in EVENT_END.finditer(buffer, start):
+            event = bytes(buffer[position:end.end()])
             position = end.end()
-            if not (self._event(event, now) and self._cut):
+            if not (self._event(event) and self._cut):
                 kept.append(event)
-        del self._rest[:position]
+        if position or buffer is data:
+            self._rest = bytearray(buffer[position:])
+        if len(self._rest) > STREAM_LIMIT:
+            self._readable = False
+            kept.append(bytes(self._rest))
+            self._rest.clear()
         return b"".join(kept)
 
-    def _event(self, event, now):
-        """Learn from one event.  True when it is the usage-only chunk that we asked for."""
-        if event.startswith(b":"):
-            return False
-        telling = TELLING.search(event)
-        if not telling and self.first is not None:
-            self.pieces += 1  # everything between the first token and the end is tokens
-            self.last = now
-            return False
-        body = json_object(event_data(event))
-        if body is None:
-            return False
-        if self._dialect.has_token(body):
+    def _event(self, event):
+        """Learn from one event.  True when it is the usage-only chunk that a client may not have asked for."""
+        if self.dialect.token.search(event):
             self.pieces += 1
-            self.first, self.last = self.first or now, now
+            self.first, self.last = self.first or self._now, self._now
+            if self.usage.model and not TELLING.search(event):
+                return False    # most events of an answer: a token, and nothing else that is new
+        data = event_data(event)
+        body = json_object(data) or {}
         self.usage.take(body)
-        if event.startswith(b"event: error") and not self.usage.error:
-            self.usage.error = str(body.get("message") or body)[:500]
+        if ERROR_EVENT.search(event) and not self.usage.error:
+            self.usage.error = str(body.get("message") or str(data, "utf-8", "replace"))[:500]
         return isinstance(body.get("usage"), dict) and body.get("choices") == []
 
 
@@ -1899,15 +1903,18 @@ def identity(data):
     return data
 
 
+ENCODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}     # zlib's wbits
+
+
 def decoder(encoding):
     """A function that decodes pieces of a body of that Content-Encoding and gives None for one that
     is broken; None for an encoding that the standard library cannot read."""
     name = encoding.strip().lower()
     if name in ("", "identity"):
         return identity
-    if name not in ("gzip", "x-gzip", "deflate"):
+    if name not in ENCODINGS:
         return None
-    inflater = zlib.decompressobj(47 if name != "deflate" else 15)
+    inflater = zlib.decompressobj(ENCODINGS[name])
 
     def decode(data):
         try:
@@ -1916,6 +1923,12 @@ def decoder(encoding):
             return None
 
     return decode
+
+
+def encoder(encoding):
+    """What compresses for that Content-Encoding; None where nothing is to be compressed."""
+    bits = ENCODINGS.get(encoding.strip().lower())
+    return zlib.compressobj(wbits=bits) if bits else None
 
 
 # --- 3.6 request bodies: what LM Studio is asked -----------------------------
@@ -1936,7 +1949,7 @@ class Asked(NamedTuple):
     messages: int | None = None
     fingerprint: int | None = None
     cut: bool = False  # usage was asked for on the client's behalf
-    body: bytes | None = None  # the bytes to send: the client's, or with the question for usage
+    body: Any = None  # the bytes to send: the client's, or with the question for usage
 
 
 def read_request(dialect, data):
@@ -1950,7 +1963,7 @@ def read_request(dialect, data):
              and (options is None or isinstance(options, dict) and options.get("include_usage") is not True))
     return Asked(model if isinstance(model, str) else None, stream, dialect.messages(body),
                  fingerprint(body) if dialect.name in JOINED and len(data) <= FINGERPRINT_LIMIT else None,
-                 amend, ask_usage(data, body) if amend else data)
+                 amend, ask_usage(data, options) if amend else data)
 
 
 def shortened(value):
@@ -1980,14 +1993,13 @@ def fingerprint(body):
         return None
 
 
-def ask_usage(data, body):
-    """The request with stream_options.include_usage, its other bytes as they are where possible."""
-    if "stream_options" not in body:
-        start = data.index(b"{") + 1
-        return bytes(data[:start]) + b'"stream_options":{"include_usage":true},' + bytes(data[start:])
-    options = {**(body["stream_options"] or {}), "include_usage": True}
-    return json.dumps({**body, "stream_options": options}, ensure_ascii=False).encode(
-        "utf-8", "surrogatepass")
+def ask_usage(data, options):
+    """The request with stream_options.include_usage, its other bytes as they are: what stands last in a JSON
+    object wins.  A bytearray is amended in place."""
+    amended = data if isinstance(data, bytearray) else bytearray(data)
+    end = amended.rindex(b"}")
+    amended[end:end] = b',"stream_options":' + json.dumps({**(options or {}), "include_usage": True}).encode()
+    return amended
 
 
 # --- 3.7 records: the life of a request --------------------------------------
@@ -2138,7 +2150,7 @@ class Record:
         usage = meter.usage
         self.model, self.finish = usage.model or self.model, usage.finish
         self.answer_id, self.created = usage.answer_id, usage.created
-        self.usage = usage.tokens() or self.usage
+        self.usage = usage.tokens(meter.dialect) or self.usage
         self.first_ms = self.first_ms if usage.first_ms is None else usage.first_ms
         if meter.first is not None:
             self.first_ms = round(1000 * (meter.first - self.clock), 1)
@@ -3574,10 +3586,15 @@ def flat_logs(directory):
 # === 6. UPSTREAM: requests to LM Studio ======================================
 
 REUSE_S = 2.0  # LM Studio closes a kept connection after 5 s without a request
+AGAIN_S = 0.25  # a kept connection that turns out to be closed does so at once; later it is a failure
 CONNECT_S = 10.0
+GREETING_S = 0.2  # to connect, and again to answer: `lms` waits 500 ms in all
+ANSWER_HEAD_LIMIT = 256 * 1024
+SMALL_BODY = 64 * 1024  # travels in one packet with its head
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
                         "proxy-connection", "te",
                         "trailer", "transfer-encoding", "upgrade"))  # RFC 9110, 7.6.1
+BROKEN = (OSError, http.client.HTTPException)  # how a connection to LM Studio fails
 
 
 class UpstreamError(GatewayError):
@@ -3588,142 +3605,304 @@ class UpstreamError(GatewayError):
         self.kind = kind
 
 
+class Chunks:
+    """Decodes a chunked body (RFC 9112, 7.1), strictly: a size that two readers could read in two ways is
+    how requests are smuggled.  left: bytes of a chunk that are still to come."""
+
+    SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+    TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*")
+    LINE_LIMIT = 8 * 1024
+
+    def __init__(self):
+        self.left, self.over = 0, False
+        self.rest = b""  # what is not read yet; once over, what follows the body
+        self._room = self.LINE_LIMIT  # for trailers
+        self._step = self._size_line
+
+    def feed(self, data):
+        """The payload in data.  Raises ValueError for what is not a chunked body."""
+        self.rest = self.rest + data if self.rest else data
+        parts: list[bytes] = []
+        while not self.over and self._step(parts):
+            pass
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    # Each step below takes its share of rest, and gives False when that is not there yet.
+
+    def _size_line(self, parts):
+        match = self.SIZE.match(self.rest)
+        if not match:
+            if len(self.rest) > self.LINE_LIMIT or b"\n" in self.rest or b"\r" in self.rest[:-1]:
+                raise ValueError("a chunk's size line is malformed")
+            return False
+        self.left = int(match[1], 16)
+        self.rest = self.rest[match.end():]
+        self._step = self._payload if self.left else self._trailers
+        return True
+
+    def _payload(self, parts):
+        part = self.rest[:self.left]
+        self.left -= len(part)
+        self.rest = self.rest[len(part):]
+        if part:
+            parts.append(part)
+        if self.left:
+            return False
+        self._step = self._line_end
+        return True
+
+    def _line_end(self, parts):
+        if not b"\r\n".startswith(self.rest[:2]):
+            raise ValueError("a chunk does not end where its size says")
+        if len(self.rest) < 2:
+            return False
+        self.rest, self._step = self.rest[2:], self._size_line
+        return True
+
+    def _trailers(self, parts):
+        """Trailers are read and dropped."""
+        line, end, rest = self.rest.partition(b"\r\n")
+        self._room -= len(line) if end else 0
+        if (len(line) > self._room or b"\n" in line or not end and b"\r" in line[:-1]
+                or end and line and not self.TRAILER.fullmatch(line)):
+            raise ValueError("the trailers are malformed or too long")
+        if not end:
+            return False
+        self.rest, self.over = rest, not line
+        return True
+
+
 class Call(urllib.request.Request):
     """A request with its headers as the client sent them: order, case and repeats kept."""
 
-    def __init__(self, url, method, headers, body, timeout_s):
+    def __init__(self, url, method, target, headers, body, timeout_s):
         super().__init__(url, method=method)
+        self.selector = target
         self.raw_headers, self.body, self.timeout_s = headers, body, timeout_s
-        self.connection = None  # while it runs: what cancel() shuts down
+        self._lock = threading.Lock()  # guards the two below: a socket that was given back is not ours to shut
+        self._sock = None  # while the exchange runs
         self.cancelled = False
+
+    @property
+    def connected(self):
+        return self._sock is not None
 
     def cancel(self):
         """Any thread.  Ends the exchange, so that LM Studio stops working for it."""
-        self.cancelled = True
-        sock = getattr(self.connection, "sock", None)
-        if sock:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            self.cancelled = True
+            if self._sock:
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # below TLS: at once
+
+    def use(self, sock):
+        """Run over this socket, or over none.  Gives the one used before.  Raises ConnectionAbortedError."""
+        with self._lock:
+            before, self._sock = self._sock, sock
+            if self.cancelled and sock:
+                raise ConnectionAbortedError("the client left")
+        return before
+
+    def head(self):
+        lines = [f"{self.get_method()} {self.selector} HTTP/1.1",
+                 *[f"{name}: {value}" for name, value in self.raw_headers], "", ""]
+        return "\r\n".join(lines).encode("latin-1")
 
 
-class Answer(http.client.HTTPResponse):
-    """A response whose head is read without the email parser, which costs more than all else here, and
-    whose informational forerunners (1xx, RFC 9110, 15.2) are skipped.  Its body is http.client's matter."""
+class Answer:
+    """What LM Studio answers: the head, read when it is made, then the body, as it comes.
 
-    def begin(self):
-        """Read the head.  Raises OSError and HTTPException."""
-        status = 100
-        while 100 <= status < 200 and status != 101:
-            version, status, reason = self._read_status()   # type: ignore[attr-defined]
-            self.headers = self.msg = read_headers(self.fp)
-        self.version = 10 if version in ("HTTP/1.0", "HTTP/0.9") else 11
-        self.code = self.status = status
-        self.reason = reason.strip()
-        self.chunked = (self.headers.get("transfer-encoding") or "").lower() == "chunked"
-        self.chunk_left = None
-        self.will_close = self._check_close()   # type: ignore[attr-defined]
-        length = self.headers.get("content-length") or ""
-        bodiless = status in (204, 304) or self._method == "HEAD"   # type: ignore[attr-defined]
-        self.length = 0 if bodiless else int(length) if length.isdigit() and not self.chunked else None
-        self.will_close = self.will_close or self.length is None and not self.chunked
+    http.client's own response reads heads through the email parser, which costs more than all else here.
+    Informational forerunners (1xx, RFC 9110, 15.2) are skipped.  Raises OSError and HTTPException."""
 
+    STATUS_LINE = re.compile(r"HTTP/1\.(\d) (\d{3})(?: (.*))?")
 
-def read_headers(file):
-    """The header lines of a response as an HTTPMessage: order, case and repeats kept."""
-    headers = http.client.HTTPMessage()
-    name, value, size = "", "", 0
-    while True:
-        line = file.readline(65537)
-        size += len(line)
-        if size > 262144:
-            raise http.client.LineTooLong("response head")
-        folded = line[:1] in (b" ", b"\t") and name    # an old form that may still come (RFC 9112, 5.2)
-        if folded:
-            value += " " + line.decode("latin-1").strip()
-            continue
-        if name:
-            headers[name] = value
-        if line in (b"\r\n", b"\n", b""):
-            return headers
-        name, _, value = line.decode("latin-1").partition(":")
-        name, value = name.strip(), value.strip()
+    def __init__(self, sock, method):
+        self._sock, self._buffer = sock, b""
+        self.over = False  # the body has been read to its end
+        self.status = 100
+        while 100 <= self.status < 200:
+            self._read_head()
+        self._frame(method)
+
+    def _read_head(self):
+        while (end := self._buffer.find(b"\r\n\r\n")) < 0:
+            piece = self._sock.recv(PIECE)
+            if not piece:
+                raise http.client.RemoteDisconnected("in the middle of its head" if self._buffer else "without a word")
+            self._buffer += piece
+            if len(self._buffer) > ANSWER_HEAD_LIMIT:
+                raise http.client.LineTooLong("response head")
+        lines = self._buffer[:end].decode("latin-1").split("\r\n")
+        self._buffer = self._buffer[end + 4:]
+        first = self.STATUS_LINE.fullmatch(lines[0])
+        if not first or first[2] == "101":
+            raise http.client.BadStatusLine(lines[0][:80])
+        self._minor, self.status, self.reason = int(first[1]), int(first[2]), first[3] or ""
+        self.headers: list[tuple[str, str]] = []
+        for line in lines[1:]:
+            if line[:1] in (" ", "\t") and self.headers:    # an old form that may still come (RFC 9112, 5.2)
+                self.headers[-1] = self.headers[-1][0], f"{self.headers[-1][1]} {line.strip()}"
+            else:
+                name, _, value = line.partition(":")
+                self.headers.append((name.rstrip(), value.strip(" \t")))
+
+    def _frame(self, method):
+        """How the end of the body is known (RFC 9112, 6.3)."""
+        coding, length = self.header("transfer-encoding").lower(), self.header("content-length")
+        if coding not in ("", "chunked") or length and not coding and not length.isdecimal():
+            raise http.client.HTTPException("the length of its answer is not clear")
+        self.chunks = Chunks() if coding else None
+        options = self.header("connection").lower()
+        self.length = int(length) if length and not coding else None
+        if method == "HEAD" or self.status in (204, 304):
+            self.length, self.chunks = 0, None
+        self.over = self.length == 0
+        self.keeps = (self.length is not None or bool(coding)) and (
+            "close" not in options if self._minor else "keep-alive" in options) and not (self.over and self._buffer)
+
+    def header(self, name):
+        """The first value of a header, "" without it."""
+        return next((value for key, value in self.headers if key.lower() == name), "")
+
+    @property
+    def ready(self):
+        """True when the first piece of the body, or its end, is already here."""
+        return self.over or bool(self._buffer)
+
+    def pieces(self):
+        """The body as it comes, without its framing.  over is True as soon as its last piece is there."""
+        data, self._buffer = self._buffer, b""
+        while not self.over:
+            data = data or self._sock.recv(PIECE)
+            if not data and (self.chunks or self.length is not None):
+                raise http.client.IncompleteRead(b"", self.length)
+            piece = self._payload(data)
+            data = b""
+            if piece:
+                yield piece
+
+    def _payload(self, data):
+        if self.chunks:
+            try:
+                piece = self.chunks.feed(data)
+            except ValueError as error:
+                raise http.client.HTTPException(str(error)) from None
+            self.over = self.chunks.over
+            self.keeps = self.keeps and not (self.over and self.chunks.rest)
+            return piece
+        if self.length is None:
+            self.over = not data
+            return data
+        if len(data) > self.length:     # more than it announced: what follows belongs to no request
+            data, self.keeps = data[:self.length], False
+        self.length -= len(data)
+        self.over = not self.length
+        return data
+
+    def read(self, limit):
+        """The whole body, at most limit bytes of it."""
+        data = b""
+        for piece in self.pieces():
+            data += piece
+            if len(data) > limit:
+                break
+        return data[:limit]
 
 
 class KeptConnections(urllib.request.BaseHandler):
     """Opens http and https for an OpenerDirector over connections that are used again.
 
     One is used again only if it has been idle for less than REUSE_S and is not readable (readable
-    means closed); if it then fails before the first byte of an answer, the request is tried once on a
-    fresh one.  No redirects, no proxies, no error handling: the answer is passed on as it is."""
+    means closed); if it then fails within AGAIN_S, before the first byte of an answer, the request is tried
+    once on a fresh one.  No redirects, no proxies, no error handling: the answer is passed on as it is."""
 
     def __init__(self):
-        self._idle: deque[tuple] = deque()  # (connection, monotonic seconds); append and pop are atomic
+        self._idle: deque[tuple] = deque()  # (socket, monotonic seconds); append and pop are atomic
+        self._tls = None  # an ssl.SSLContext, once it is needed
 
     def http_open(self, call):
-        return self._exchange(call, http.client.HTTPConnection)
+        return self._exchange(call, None)
 
     def https_open(self, call):
-        return self._exchange(call, http.client.HTTPSConnection)
+        self._tls = self._tls or ssl.create_default_context()
+        return self._exchange(call, self._tls)
 
-    def keep(self, connection):
+    def keep(self, sock):
         """Any thread.  An answer was read to its end and its connection may serve another request."""
-        if connection.sock and len(self._idle) < 64:
-            self._idle.append((connection, time.monotonic()))
-        else:
-            connection.close()
+        self._idle.append((sock, time.monotonic()))
+        with contextlib.suppress(IndexError):
+            while self._idle[0][1] < time.monotonic() - REUSE_S or len(self._idle) > 64:
+                self._idle.popleft()[0].close()
 
-    def _exchange(self, call, factory):
-        connection = self._kept()
-        if connection:
+    def _exchange(self, call, tls):
+        sock = self._kept()
+        if sock:
+            sent = time.monotonic()
             try:
-                return self._send(call, connection)
-            except (OSError, http.client.HTTPException):
-                connection.close()
-                if call.cancelled or isinstance(sys.exc_info()[1], TimeoutError):
+                return self._send(call, sock)
+            except BROKEN:
+                hang_up(call.use(None))
+                if call.cancelled or time.monotonic() - sent > AGAIN_S:
                     raise
-        call.connection = None
-        return self._send(call, self._connect(call, factory))
+        return self._send(call, self._connect(call, tls))
 
     @staticmethod
-    def _connect(call, factory):
+    def _connect(call, tls):
         """A new connection.  localhost is asked as 127.0.0.1: LM Studio listens on IPv4 only."""
-        host, _, port = (call.host.rpartition(":") if ":" in call.host.rpartition("]")[2]
-                         else (call.host, "", ""))
-        host = "127.0.0.1" if host == "localhost" else host.strip("[]")
-        connection = factory(host, int(port) if port else None, timeout=CONNECT_S)
-        connection.response_class = Answer
-        connection.connect()
-        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
+        parts = urllib.parse.urlsplit(f"//{call.host}")
+        host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
+        address = host, parts.port or (443 if tls else 80)
+        try:
+            sock = socket.create_connection(address, min(CONNECT_S, call.timeout_s or CONNECT_S))
+            return tls.wrap_socket(sock, server_hostname=parts.hostname) if tls else sock
+        except OSError as error:
+            why = "the connection timed out" if isinstance(error, TIMEOUTS) else error_text(error)
+            raise UpstreamError("refused",
+                                f"LM Studio is not reachable at {call.full_url} ({why}). Start its server "
+                                "(Developer > Start server, or: lms server start), or give its address with "
+                                "--upstream") from None
 
     def _kept(self):
         while self._idle:
             with contextlib.suppress(IndexError):
-                connection, since = self._idle.pop()
-                if time.monotonic() - since < REUSE_S and not readable(connection.sock):
-                    return connection
-                connection.close()
+                sock, since = self._idle.pop()
+                if time.monotonic() - since < REUSE_S and not readable(sock):
+                    return sock
+                sock.close()
         return None
 
     @staticmethod
-    def _send(call, connection):
-        call.connection = connection
-        if call.cancelled:
-            raise ConnectionAbortedError("the client left")
-        set_timeout(connection.sock, call.timeout_s)
-        connection.putrequest(call.get_method(), call.selector, skip_host=True, skip_accept_encoding=True)
-        for name, value in call.raw_headers:
-            connection.putheader(name, value.encode("latin-1"))
-        connection.endheaders()
-        if call.body:
-            connection.send(call.body)
-        return connection.getresponse()
+    def _send(call, sock):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        set_timeout(sock, call.timeout_s)
+        try:
+            call.use(sock)
+            head, body = call.head(), call.body or b""
+            if len(body) <= SMALL_BODY:
+                sock.sendall(head + body)
+            else:
+                sock.sendall(head)
+                sock.sendall(body)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            try:    # a server that refuses a body may answer before it has read all of it
+                return Answer(sock, call.get_method())
+            except BROKEN:
+                raise error from None
+        return Answer(sock, call.get_method())
+
+
+TIMEOUTS = (TimeoutError, socket.timeout)   # one and the same since Python 3.10
+
+
+def hang_up(sock):
+    """Close a socket, if there is one."""
+    if sock:
+        sock.close()
 
 
 def readable(sock):
     """True when a socket has something to read or has ended."""
-    if sock is None:
-        return True
     if hasattr(select, "poll"):
         look = select.poll()
         look.register(sock, select.POLLIN)
@@ -3741,7 +3920,8 @@ class Upstream:
     """LM Studio's server.  Any thread may call."""
 
     def __init__(self, base, token=None):
-        self.base, self._token = base, token
+        self.base, self.token = base, token
+        self.host = base.partition("://")[2]
         self._connections = KeptConnections()
         self._opener = urllib.request.OpenerDirector()  # bare: none of urllib's own handlers
         self._opener.add_handler(self._connections)
@@ -3750,54 +3930,37 @@ class Upstream:
         self._models = (-math.inf, None)  # monotonic seconds, rows of loaded_models
 
     def call(self, method, target, headers, body, timeout_s):
-        """A Call ready for open()."""
-        host = self.base.partition("://")[2]
-        sent = [("Host", host), *((name, value) for name, value in headers if name.lower() != "host")]
-        if self._token:
-            sent.append(("Authorization", f"Bearer {self._token}"))
-        call = Call(self.base, method, sent, body, timeout_s or None)
-        call.selector = target
-        return call
+        """A Call ready for open(); headers are sent as they are."""
+        return Call(self.base, method, target, headers, body, timeout_s or None)
 
     def open(self, call):
         """The Answer, its body unread.  Raises UpstreamError."""
         try:
             return self._opener.open(call)
-        except (TimeoutError, socket.timeout):
-            if call.connection is None:
-                raise UpstreamError("refused",
-                                    f"LM Studio does not answer at {self.base}: the connection timed out. "
-                                    "Check the address (--upstream) and the firewall") from None
+        except TIMEOUTS:
             raise UpstreamError("timeout",
                                 "LM Studio was silent for too long. Raise PROXY_TIMEOUT, or look at its log "
                                 "for what it is doing") from None
-        except (OSError, http.client.HTTPException) as error:
-            if call.connection is None:
-                raise UpstreamError("refused",
-                                    f"LM Studio is not reachable at {self.base} ({error_text(error)}). Start its "
-                                    "server (Developer > Start server, or: lms server start), or give its address with "
-                                    "--upstream") from None
+        except BROKEN as error:
             raise UpstreamError("reset",
                                 f"LM Studio closed the connection before it answered ({error_text(error)}). "
                                 "Try again; its log may say why") from None
 
     def done(self, call, answer):
         """An answer was read to its end: keep its connection if it allows that."""
-        answer.close()
-        if call.connection and not answer.will_close and not call.cancelled:
-            connection, call.connection = call.connection, None
-            self._connections.keep(connection)
+        sock = call.use(None)
+        if answer.keeps and answer.over and not call.cancelled:
+            self._connections.keep(sock)
         else:
-            self.drop(call)
+            hang_up(sock)
 
     @staticmethod
     def drop(call):
         """Close a call's connection, whatever its state."""
-        if call.connection:
-            call.connection.close()
+        hang_up(call.use(None))
 
     def health(self, max_age_s=3.0):
-        """Why LM Studio does not answer /lmstudio-greeting; empty when it does.  Remembered for max_age_s."""
+        """Why LM Studio does not answer; empty when it does.  Remembered for max_age_s."""
         with self._lock:
             asked, reason = self._health
         if time.monotonic() - asked < max_age_s:
@@ -3832,20 +3995,20 @@ class Upstream:
             return {}
 
     def _ask(self):
-        call = self.call("GET", "/lmstudio-greeting", [("Accept", "application/json")], None, 0.4)
+        """Any answer but a server's failure counts: not every LM Studio may greet without its token."""
+        call = self.call("GET", "/lmstudio-greeting", [("Host", self.host), ("Accept", "application/json")],
+                         None, GREETING_S)
         try:
             answer = self.open(call)
-            greeting = json.loads(answer.read(4096))
+            answer.read(4096)
             self.done(call, answer)
         except UpstreamError as error:
             self.drop(call)
             return str(error)
-        except (OSError, ValueError, http.client.HTTPException):
+        except BROKEN:
             self.drop(call)
-            return f"what answers at {self.base} is not LM Studio. Give LM Studio's address with --upstream"
-        known = isinstance(greeting, dict) and greeting.get("lmstudio")
-        return ("" if known
-                else f"what answers at {self.base} is not LM Studio. Give its address with --upstream")
+            return f"what answers at {self.base} breaks off. Look at LM Studio's log"
+        return "" if answer.status < 500 else f"{self.base} answers {answer.status} {answer.reason}"
 
 
 def loaded_rows(body):
@@ -3869,49 +4032,58 @@ HEADERS_LIMIT = 128
 HEAD_S = 30.0  # for a head to arrive; then 408
 CLIENT_S = 60.0     # for the next request, for a byte of a body, for room in a client's socket
 PING_S = 15.0
-LINGER_S, LINGER_BYTES = 1.0, 4 * 1024 * 1024  # what is read of a request that was refused
+LINGER_S, LINGER_BYTES = 2.0, 64 * 1024 * 1024  # what is read of a request that was refused
 GRACE_S = 10.0  # for running requests at the end
 STREAM_MARKS = ("text/event-stream", "application/x-ndjson")
-TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 FIRST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,40}) ([!-~]+) HTTP/(\d)\.(\d)")
-HEADER_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%25\w+)?\]|[\w.\-]*)(?::\d{0,5})?", re.ASCII)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
-class Request(NamedTuple):
-    """One request as it stood on the wire."""
+class Request:
+    """One request as it stood on the wire.  What stands below the line is filled in on its way to a view."""
 
-    method: str
-    target: str  # origin form, as sent
-    version: tuple  # (1, 0) or (1, 1)
-    headers: list  # [(name, value)], order, case and repeats kept
-    client: str  # address
-    encrypted: bool = False
-    body: Any = b""  # bytes-like
-    identity: Any = None  # whose key it carried, once it has been checked
-    connection: Any = None  # the client's socket
-
-    @property
-    def path(self):
-        return self.target.partition("?")[0]
+    def __init__(self, method, target, version, headers):
+        self.method, self.target = method, target  # the target in origin form, as sent
+        self.version = version  # (1, 0) or (1, 1)
+        self.headers = headers  # [(name, value)], order, case and repeats kept
+        self.path, _, self.query_text = target.partition("?")
+        self._named: dict[str, str] = {}
+        for name, value in headers:
+            key = name.lower()
+            self._named[key] = f"{self._named[key]}, {value}" if key in self._named else value
+        self.length, self.chunked = framing(self)  # of the body
+        # --
+        self.client = ""  # address
+        self.encrypted = False
+        self.body: Any = b""  # bytes-like
+        self.identity: Any = None  # whose key it carried, once it has been checked
+        self.connection: Any = None  # the client's socket
 
     @property
     def query(self):
-        return dict(urllib.parse.parse_qsl(self.target.partition("?")[2], keep_blank_values=True))
+        return dict(urllib.parse.parse_qsl(self.query_text, keep_blank_values=True))
 
     def header(self, name, default=""):
         """The header's values, joined as RFC 9110, 5.3 has it."""
-        values = [value for key, value in self.headers if key.lower() == name]
-        return ", ".join(values) if values else default
+        return self._named.get(name, default)
+
+    @property
+    def has_body(self):
+        return bool(self.length or self.chunked)
 
 
 class Response(NamedTuple):
-    """What a view gives.  body: bytes, or an iterable of bytes that is written as it comes."""
+    """What a view gives.  body: bytes, or an iterable of bytes that is written as it comes and whose
+    close(), where it has one, is called in every case."""
 
     status: int
     headers: list
     body: Any = b""  # None where HTTP has none: HEAD, 204, 304
     reason: str | None = None
+    date: bool = True  # add a Date where there is none; what LM Studio sent is left as it is
 
 
 def json_response(value, status=200, headers=()):
@@ -3932,28 +4104,21 @@ class Wire:
 
     def _more(self, timeout_s):
         set_timeout(self.sock, max(0.001, timeout_s))
-        piece = self.sock.recv(64 * 1024)
+        piece = self.sock.recv(PIECE)
         if not piece:
             raise ClientLeft
         self.buffer += piece
 
     def head(self):
         """The lines of the next request's head.  A client that says nothing gets ClientLeft."""
-        try:
-            while not self.buffer.strip(b"\r\n"):
-                del self.buffer[:]  # empty lines before a request are skipped (RFC 9112, 2.2)
-                self._more(CLIENT_S)
-        except (TimeoutError, socket.timeout):
-            raise ClientLeft from None
-        if self.buffer[:2] == b"\r\n":
-            del self.buffer[:2]
-        deadline = time.monotonic() + HEAD_S
+        self._skip_empty_lines()
         end = self.buffer.find(b"\r\n\r\n")
+        deadline = time.monotonic() + HEAD_S if end < 0 else 0.0
         while end < 0:
             self._check_size()
             try:
                 self._more(deadline - time.monotonic())
-            except (TimeoutError, socket.timeout):
+            except TIMEOUTS:
                 raise HttpError(408, "head_timeout",
                                 f"the head of the request did not arrive within {HEAD_S:.0f} s; send it at once",
                                 close=True) from None
@@ -3962,6 +4127,18 @@ class Wire:
         head = self.buffer[:end].decode("latin-1")
         del self.buffer[: end + 4]
         return head.split("\r\n")
+
+    def _skip_empty_lines(self):
+        """Empty lines before a request are skipped (RFC 9112, 2.2)."""
+        try:
+            while True:
+                while self.buffer[:2] == b"\r\n":
+                    del self.buffer[:2]
+                if self.buffer not in (b"", b"\r"):
+                    return
+                self._more(CLIENT_S)
+        except TIMEOUTS:
+            raise ClientLeft from None
 
     def _check_size(self, end=None):
         line = self.buffer.find(b"\r\n", 0, LINE_LIMIT + 2)
@@ -3976,16 +4153,16 @@ class Wire:
 
     def body(self, request, limit):
         """The body of a request, whole.  Raises HttpError 413 before more than limit is read."""
-        length, chunked = framing(request)
-        if length is not None and length > limit:
+        if (request.length or 0) > limit:
             raise too_large(limit)
-        if request.header("expect").lower() == "100-continue" and (length or chunked) and not self.buffer:
+        if (request.header("expect") and request.version >= (1, 1) and request.has_body
+                and not self.buffer):
             self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
-            if chunked:
+            if request.chunked:
                 return self._chunks(limit)
-            return self._exactly(length) if length else b""
-        except (TimeoutError, socket.timeout):
+            return self._exactly(request.length) if request.length else b""
+        except TIMEOUTS:
             raise HttpError(408, "body_timeout", "the body of the request stopped coming",
                             close=True) from None
 
@@ -4004,6 +4181,23 @@ class Wire:
                 have += got
         return data
 
+    def _chunks(self, limit):
+        """A chunked body, decoded."""
+        data, chunks = bytearray(), Chunks()
+        while True:
+            piece = bytes(self.buffer)
+            self.buffer.clear()
+            try:
+                data += chunks.feed(piece)
+            except ValueError as error:
+                raise bad(error) from None
+            if len(data) + chunks.left > limit:
+                raise too_large(limit)
+            if chunks.over:
+                self.buffer += chunks.rest
+                return data
+            self._more(CLIENT_S)
+
     def linger(self):
         """Read what a refused client still sends, for a moment: closing at once would destroy the answer
         on its way (RFC 9112, 9.6)."""
@@ -4012,41 +4206,10 @@ class Wire:
             self.sock.shutdown(socket.SHUT_WR)
             while dropped < LINGER_BYTES and time.monotonic() < deadline:
                 self.sock.settimeout(max(0.001, deadline - time.monotonic()))
-                got = len(self.sock.recv(64 * 1024))
+                got = len(self.sock.recv(PIECE))
                 if not got:
                     return
                 dropped += got
-
-    def _line(self):
-        while (end := self.buffer.find(b"\r\n")) < 0:
-            if len(self.buffer) > LINE_LIMIT or b"\n" in self.buffer:
-                raise bad("a chunk's size line is malformed")
-            self._more(CLIENT_S)
-        line = bytes(self.buffer[:end])
-        del self.buffer[: end + 2]
-        return line
-
-    def _chunks(self, limit):
-        """A chunked body, decoded (RFC 9112, 7.1).  Trailers are read and dropped."""
-        data = bytearray()
-        while True:
-            size = re.fullmatch(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?", self._line())
-            if not size:
-                raise bad("a chunk's size line is malformed")
-            length = int(size[1], 16)
-            if len(data) + length > limit:
-                raise too_large(limit)
-            if not length:
-                break
-            data += self._exactly(length)
-            if self._exactly(2) != b"\r\n":
-                raise bad("a chunk does not end where its size says")
-        trailers = 0
-        while line := self._line():
-            trailers += len(line)
-            if trailers > LINE_LIMIT or not HEADER_LINE.fullmatch(line.decode("latin-1")):
-                raise bad("the trailers are malformed")
-        return data
 
 
 def bad(what):
@@ -4059,62 +4222,65 @@ def too_large(limit):
                      close=True)
 
 
-def parse_head(lines, client, encrypted=False):
+def parse_head(lines):
     """The Request of a head's lines, body not yet read.  Raises HttpError."""
     first = FIRST_LINE.fullmatch(lines[0])
-    if not first:
-        if re.search(r" HTTP/\d+(?:\.\d+)?$", lines[0]) and not re.search(r" HTTP/[01]\.\d$", lines[0]):
-            raise HttpError(505, "http_version", "use HTTP/1.1", close=True)
-        raise bad("the request line is malformed")
-    method, target, version = first[1], first[2], (int(first[3]), int(first[4]))
-    if version[0] != 1:
+    version = (int(first[3]), int(first[4])) if first else (0, 0)
+    if first and version[0] != 1 or not first and re.search(r" HTTP/\d+(?:\.\d+)?$", lines[0][-20:]):
         raise HttpError(505, "http_version", "use HTTP/1.1", close=True)
+    if not first:
+        raise bad("the request line is malformed")
+    method, target = first[1], first[2]
     if len(lines) - 1 > HEADERS_LIMIT:
         raise HttpError(431, "head_too_large", f"more than {HEADERS_LIMIT} headers", close=True)
-    headers = []
-    for line in lines[1:]:
-        match = HEADER_LINE.fullmatch(line)
-        if not match:
-            raise bad("a header line is malformed")
-        headers.append((match[1], match[2]))
-    request = Request(method, target, min(version, (1, 1)), headers, client, encrypted)
+    headers = [header_of(line) for line in lines[1:]]
     if method not in METHODS:
         raise HttpError(501, "method_unknown", f"the method {method} is not supported", close=True)
     if not target.startswith("/"):
         raise bad("the request target must be a path")
     hosts = [value for name, value in headers if name.lower() == "host"]
-    if (len(hosts) > 1 or (not hosts and version >= (1, 1))
-            or (hosts and not re.fullmatch(r"[\w.\-:\[\]%]*", hosts[0]))):
+    if len(hosts) > 1 or (not hosts and version >= (1, 1)) or (hosts and not HOST.fullmatch(hosts[0])):
         raise bad("exactly one Host header is needed")
-    framing(request)
-    return request
+    return Request(method, target, min(version, (1, 1)), headers)
+
+
+def header_of(line):
+    """(name, value) of a header line.  Raises HttpError."""
+    name, colon, value = line.partition(":")
+    if not colon or not TOKEN.fullmatch(name) or CONTROLS.search(value):
+        raise bad("a header line is malformed")
+    return name, value.strip(" \t")
 
 
 def framing(request):
     """(Content-Length or None, True for a chunked body), one way of framing only (RFC 9112, 6.3)."""
-    lengths = [value for name, value in request.headers if name.lower() == "content-length"]
-    codings = request.header("transfer-encoding").lower()
-    if codings and (lengths or request.version < (1, 1)):
-        raise bad("Transfer-Encoding and Content-Length do not go together")
-    if codings and codings != "chunked":
+    length, coding = request.header("content-length", None), request.header("transfer-encoding", None)
+    if coding is not None and (length is not None or request.version < (1, 1)):
+        raise bad("Transfer-Encoding goes with HTTP/1.1 and without Content-Length")
+    if coding is not None and coding.lower() != "chunked":
         raise HttpError(501, "coding_unknown", "the only Transfer-Encoding supported is chunked", close=True)
-    if len(lengths) > 1 or lengths and not re.fullmatch(r"[0-9]{1,18}", lengths[0]):
+    if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):     # a repeated one has a comma
         raise bad("Content-Length must be one number")
-    if request.header("expect") and request.header("expect").lower() != "100-continue":
+    if request.header("expect", "100-continue").lower() != "100-continue":
         raise HttpError(417, "expectation_unknown", "the only expectation supported is 100-continue",
                         close=True)
-    return (int(lengths[0]) if lengths else None), bool(codings)
+    return (None if length is None else int(length)), coding is not None
 
 
 def keeps_alive(request):
     """True when the client wants the connection for further requests (RFC 9112, 9.3)."""
-    options = {part.strip() for part in request.header("connection").lower().split(",")}
+    options = listing(request.header("connection"))
     return "close" not in options and (request.version >= (1, 1) or "keep-alive" in options)
+
+
+def listing(value):
+    """The members of a header that is a list, in lower case."""
+    return [part.strip().lower() for part in value.split(",")] if value else []
 
 
 def head_bytes(status, reason, headers):
     """A response's head."""
-    lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in headers), "", ""]
+    lines = [f"HTTP/1.1 {status} {reason}", *[f"{name}: {value}" for name, value in headers], "", ""]
     return "\r\n".join(lines).encode("latin-1", "replace")
 
 
@@ -4132,7 +4298,8 @@ class Watcher:
     """One thread that notices when a client leaves while its handler waits for something else.
 
     Watching costs a request two dictionary operations; the thread looks at all sockets four times a
-    second, so that a client that left is known within half a second."""
+    second, so that a client that left is known within half a second.  A client that only closes its sending
+    side has left, too: nginx and Node see it so, and a browser or an SDK that gives up looks like that."""
 
     TICK_S = 0.25
 
@@ -4141,44 +4308,51 @@ class Watcher:
         self._watched = {}
         threading.Thread(target=self._run, name="watcher", daemon=True).start()
 
-    @contextlib.contextmanager
-    def watching(self, sock, callback):
-        """Any thread.  Until the block ends, callback() is called once if the client leaves."""
+    def watch(self, sock, callback):
+        """Any thread.  Until forget(), callback() is called once if the client leaves."""
         self._watched[sock] = callback
-        try:
-            yield
-        finally:
-            self._watched.pop(sock, None)
+
+    def forget(self, sock):
+        """Any thread.  The client may leave as it likes."""
+        self._watched.pop(sock, None)
 
     def _run(self):
         while True:
             time.sleep(self.TICK_S)
-            for sock in self._left(list(self._watched)):
+            for sock in those_left(list(self._watched)):
                 callback = self._watched.pop(sock, None)
                 if callback:
                     callback()
 
-    @staticmethod
-    def _left(sockets):
-        """Those of the sockets whose clients left.  One that is closed meanwhile counts as left."""
-        if not sockets:
-            return []
-        with selectors.DefaultSelector() as selector:
-            for sock in sockets:
-                with contextlib.suppress(ValueError, OSError, KeyError):
-                    selector.register(sock, selectors.EVENT_READ)
-            return [key.fileobj for key, _ in selector.select(0) if has_left(key.fileobj)]
+
+def those_left(sockets):
+    """Those of the sockets whose clients left, also where bytes that nobody read come before the end.
+
+    Linux says so by POLLRDHUP; elsewhere a look at the first bytes tells, unless a client has sent more."""
+    mask = getattr(select, "POLLRDHUP", None)
+    if mask is None:
+        return [sock for sock in sockets if sock.fileno() >= 0 and readable(sock) and has_left(sock)]
+    look, known = select.poll(), {}
+    for sock in sockets:
+        number = sock.fileno()
+        if number >= 0:     # else its handler has closed it
+            known[number] = sock
+            look.register(number, mask)
+    return [known[number] for number, _ in look.poll(0)]
 
 
 def has_left(sock):
-    """True when a readable client socket has ended; False when it holds bytes."""
+    """True when a readable client socket has ended; False when it holds bytes of a request.
+
+    TLS says goodbye by an alert: a record of type 21, or in TLS 1.3 an encrypted one of 19 bytes."""
     try:
-        first = socket.socket.recv(sock, 1, socket.MSG_PEEK)  # of the plain socket, below TLS
+        first = socket.socket.recv(sock, 5, socket.MSG_PEEK)  # of the plain socket, below TLS
     except BlockingIOError:
         return False
     except OSError:
         return True
-    return not first or isinstance(sock, ssl.SSLSocket) and first == b"\x15"  # a TLS alert: close_notify
+    goodbye = first[:1] == b"\x15" or first == b"\x17\x03\x03\x00\x13"
+    return not first or isinstance(sock, ssl.SSLSocket) and goodbye
 
 
 # --- 7.3 walls: who may do what ----------------------------------------------
@@ -4430,7 +4604,7 @@ def credentials(request, query_key=False):
     scheme, _, token = request.header("authorization").partition(" ")
     offered = [token.strip()] if scheme.lower() == "bearer" else []
     offered.append(request.header("x-api-key"))
-    if query_key and request.method == "GET":
+    if query_key and request.method in ("GET", "HEAD"):
         offered.append(request.query.get("api_key", ""))
     return [key for key in offered if key]
 
@@ -4441,19 +4615,23 @@ def host_of(request):
     return host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
 
 
-def cookies_of(request):
-    return [part.strip() for part in request.header("cookie").replace(", ", "; ").split(";") if part.strip()]
+def cookies(value):
+    """The name=value parts of a Cookie header."""
+    return [part.strip() for part in value.split(";") if part.strip()]
 
 
 def session_of(request):
     prefix = SESSION + "="
-    return next((part[len(prefix) :] for part in cookies_of(request) if part.startswith(prefix)), None)
+    return next((part[len(prefix):] for name, value in request.headers if name.lower() == "cookie"
+                 for part in cookies(value) if part.startswith(prefix)), None)
 
 
 # --- 7.4 forwarding ----------------------------------------------------------
 
-ALIASES = ("chat/completions", "completions", "models", "embeddings", "responses", "messages")
-OURS_ONLY = frozenset(("authorization", "x-api-key", "cookie", "expect", "content-length", "host"))
+ALIASES = re.compile(r"/(?:(?:chat/completions|completions|embeddings)/?"
+                     r"|(?:models|responses|messages)(?:/.*)?)")
+WITHHELD = HOP_BY_HOP | {"authorization", "x-api-key", "expect"}  # what stops here, credentials included
+UPSTREAM_CODES = {"refused": "upstream_unreachable", "reset": "upstream_reset", "timeout": "upstream_timeout"}
 
 
 class Unfinished(GatewayError):
@@ -4476,8 +4654,7 @@ class Gateway:
 def upstream_target(target, keys_are_set):
     """The target to forward: short OpenAI paths under /v1, and without our own ?api_key=."""
     path, mark, query = target.partition("?")
-    stem = path.strip("/")
-    if path[:1] == "/" and (stem in ALIASES or stem.startswith("models/")) and not path.startswith("//"):
+    if ALIASES.fullmatch(path):
         path = "/v1" + path
     if mark and keys_are_set:
         parts = [part for part in query.split("&")
@@ -4486,119 +4663,144 @@ def upstream_target(target, keys_are_set):
     return path + mark + query
 
 
-def upstream_headers(request, body):
-    """The end-to-end headers of a request, without the client's credentials."""
-    named = {part.strip().lower() for part in request.header("connection").split(",")}
-    dropped = HOP_BY_HOP | OURS_ONLY | named - {"content-type", "accept", "user-agent"}
-    headers = [(name, value) for name, value in request.headers if name.lower() not in dropped]
-    cookies = [part for part in cookies_of(request) if not part.startswith(SESSION + "=")]
-    if cookies:
-        headers.append(("Cookie", "; ".join(cookies)))
-    length, chunked = framing(request)
-    if length is not None or chunked:
-        headers.append(("Content-Length", str(len(body or b""))))
-    return headers
+def upstream_headers(request, body, host, token=None):
+    """The end-to-end headers of a request in their order, without the client's credentials."""
+    dropped = WITHHELD.union(listing(request.header("connection")))
+    headers = [] if request.header("host", None) is not None else [("Host", host)]
+    for name, value in request.headers:
+        key = name.lower()
+        if key == "host":
+            headers.append((name, host))
+        elif key in ("content-length", "transfer-encoding"):    # one of the two, at most
+            headers.append((name if key == "content-length" else "Content-Length", str(len(body))))
+        elif key == "cookie" and SESSION in value:
+            others = [part for part in cookies(value) if not part.startswith(SESSION + "=")]
+            headers += [(name, "; ".join(others))] if others else []
+        elif key not in dropped:
+            headers.append((name, value))
+    return [*headers, ("Authorization", f"Bearer {token}")] if token else headers
 
 
 def client_headers(answer, cut):
     """The end-to-end headers of an answer, in order.  CORS is ours to say."""
-    named = {part.strip().lower() for part in (answer.headers.get("connection") or "").split(",")}
-    return [(name, value) for name, value in answer.headers.items() if name.lower() not in HOP_BY_HOP
-            and name.lower() not in named and not name.lower().startswith("access-control-")
-            and not (cut and name.lower() == "content-length")]
+    dropped = HOP_BY_HOP.union(listing(answer.header("connection")),
+                               ("content-length",) if cut or answer.chunks else ())
+    return [(name, value) for name, value in answer.headers
+            if (key := name.lower()) not in dropped and not key.startswith("access-control-")]
 
 
 def forward(gateway, request):
     """Any other path: LM Studio's answer, unchanged, metered where it is an inference."""
-    if request.header("upgrade"):
+    if "websocket" in listing(request.header("upgrade")):
         raise HttpError(501, "upgrade_unsupported",
                         "WebSocket connections (LM Studio's SDKs and lms) are not passed on: "
                         "use the REST API, or connect to LM Studio itself")
-    target = upstream_target(request.target, gateway.walls.need_key)
-    dialect = DIALECTS.get(target.partition("?")[0].rstrip("/")) if request.method == "POST" else None
+    upstream, target = gateway.upstream, upstream_target(request.target, gateway.walls.need_key)
+    path = target.partition("?")[0].rstrip("/").lower()     # as Express compares paths
+    dialect = DIALECTS.get(path) if request.method == "POST" else None
     asked = read_request(dialect, request.body) if dialect else Asked(body=request.body)
     timeout = gateway.config.proxy_stream_timeout if asked.stream else gateway.config.proxy_timeout
-    call = gateway.upstream.call(request.method, target, upstream_headers(request, asked.body), asked.body,
-                                 timeout / 1000)
-    exchange = (Exchange(gateway, request, call, dialect, asked) if dialect
-                else Passage(gateway, request, call))
-    answer = exchange.open()
-    headers = client_headers(answer, asked.cut)
-    if request.method == "HEAD" or answer.status in (204, 304):
-        exchange.finish(answer)
-        return Response(answer.status, headers, None, answer.reason)
-    return Response(answer.status, headers, exchange.relay(answer), answer.reason)
+    call = upstream.call(request.method, target,
+                         upstream_headers(request, asked.body, upstream.host, upstream.token), asked.body,
+                         timeout / 1000)
+    with contextlib.ExitStack() as abandon:
+        passage = (Exchange(gateway, request, call, dialect, asked) if dialect
+                   else Passage(gateway, request, call))
+        abandon.callback(passage.close)
+        answer = passage.open()
+        bodiless = request.method == "HEAD" or answer.status in (204, 304)
+        if bodiless:
+            passage.finish()
+        abandon.pop_all()
+        return Response(answer.status, client_headers(answer, passage.cuts), None if bodiless else passage,
+                        answer.reason, date=False)
 
 
 class Passage:
-    """One request on its way through, without metering."""
+    """One request on its way through, without metering: open() it, iterate over the answer's pieces as they
+    come, and close() it in any case."""
+
+    cuts = False  # True when the answer's bytes may become fewer
 
     def __init__(self, gateway, request, call):
         self._gateway, self._request, self._call = gateway, request, call
+        self._answer: Any = None
+        self._over = False
 
     def open(self):
         """LM Studio's Answer.  Raises HttpError 502 or 504, ClientLeft."""
+        self._gateway.watcher.watch(self._request.connection, self._call.cancel)
         try:
-            with self._watching():
-                return self._gateway.upstream.open(self._call)
+            self._answer = self._gateway.upstream.open(self._call)
         except UpstreamError as error:
-            self._gateway.upstream.drop(self._call)
             if self._call.cancelled:
-                self.left("before the answer")
+                self.close()
                 raise ClientLeft from None
-            self.failed(error)
-            status, code = ((504, "upstream_timeout") if error.kind == "timeout"
-                            else (502, UPSTREAM_CODES[error.kind]))
-            raise HttpError(status, code, str(error)) from None
+            self._stop()
+            self.failed(str(error), UPSTREAM_CODES[error.kind])
+            raise HttpError(504 if error.kind == "timeout" else 502, UPSTREAM_CODES[error.kind],
+                            str(error)) from None
+        return self._answer
 
-    def relay(self, answer):
-        """The answer's pieces as they arrive.  Raises Unfinished where they break off."""
-        remaining = answer.length
+    @property
+    def ready(self):
+        """True when the first piece will not have to be waited for."""
+        return self._answer.ready
+
+    def __iter__(self):
+        """The pieces.  A request is over before its last piece leaves, so that whoever has the answer finds
+        it counted.  Raises Unfinished where it breaks off, ClientLeft."""
+        answer = self._answer
         try:
-            with self._watching():
-                while remaining is None or remaining:
-                    piece = answer.read1(PIECE if remaining is None else min(PIECE, remaining))
-                    if not piece:
-                        break
-                    remaining = remaining and remaining - len(piece)
-                    yield self.passed(piece, answer)
-            if remaining:
-                raise http.client.IncompleteRead(b"", remaining)
-        except (OSError, http.client.HTTPException) as error:
-            self._gateway.upstream.drop(self._call)
-            self.broke(answer, error)
-            raise Unfinished from None
-        except GeneratorExit:
-            self._gateway.upstream.drop(self._call)
-            self.left("during the answer", answer)
-            raise
-        held = self.finish(answer)
-        if held:
-            yield held
+            for piece in answer.pieces():
+                piece = self.passed(piece)
+                yield piece + self.finish() if answer.over else piece
+        except BROKEN as error:
+            if not self._call.cancelled:
+                yield self.broke(error)
+                raise Unfinished from None
+        if self._call.cancelled:
+            self.close()
+            raise ClientLeft
+        if not self._over:
+            yield self.finish()
 
-    def finish(self, answer):
+    def finish(self):
         """The answer is complete.  Gives bytes that were held back."""
-        self._gateway.upstream.done(self._call, answer)
+        self._over = True
+        self._gateway.watcher.forget(self._request.connection)
+        self._gateway.upstream.done(self._call, self._answer)
         return b""
 
-    def passed(self, piece, answer):
+    def close(self):
+        """Nobody wants more of it: unless it is over, the client left."""
+        if not self._over:
+            self._stop()
+            self.left()
+
+    def _stop(self):
+        self._over = True
+        self._gateway.watcher.forget(self._request.connection)
+        self._gateway.upstream.drop(self._call)
+
+    def passed(self, piece):
         return piece
 
-    def failed(self, error):
+    def broke(self, error):
+        """The answer broke off.  Gives bytes that were held back."""
+        self._stop()
+        if isinstance(error, TIMEOUTS):
+            self.failed("LM Studio was silent for too long", "upstream_timeout")
+        else:
+            self.failed(f"LM Studio's answer broke off before its end ({error_text(error)})",
+                        "upstream_reset")
+        return b""
+
+    def failed(self, error, code):
         log.warning("%s %s: %s", self._request.method, self._request.path, error)
 
-    def broke(self, answer, error):
-        log.warning("%s %s: LM Studio's answer broke off: %s", self._request.method, self._request.path,
-                    error_text(error))
-
-    def left(self, phase, answer=None):
-        log.info("%s %s: the client left %s", self._request.method, self._request.path, phase)
-
-    def _watching(self):
-        return self._gateway.watcher.watching(self._request.connection, self._call.cancel)
-
-
-UPSTREAM_CODES = {"refused": "upstream_unreachable", "reset": "upstream_reset"}
+    def left(self):
+        log.info("%s %s: the client left", self._request.method, self._request.path)
 
 
 class Exchange(Passage):
@@ -4606,7 +4808,8 @@ class Exchange(Passage):
 
     def __init__(self, gateway, request, call, dialect, asked):
         super().__init__(gateway, request, call)
-        self._dialect, self._asked, self._meter = dialect, asked, None
+        self._dialect, self._asked = dialect, asked
+        self._meter: Any = None
         self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), method=request.method,
                              path=request.path, target=call.selector.partition("?")[0].rstrip("/"),
                              dialect=dialect.name, client=request.client, key=request.identity.name,
@@ -4615,12 +4818,14 @@ class Exchange(Passage):
         self._told = -math.inf  # clock when listeners heard of its tokens
         gateway.hub.begin(self.record)
 
-    def passed(self, piece, answer):
-        if self._meter is None:
-            kind = (answer.headers.get("content-type") or "").lower()
-            stream = kind.startswith(STREAM_MARKS)
-            encoding = answer.headers.get("content-encoding") or ""
-            self._meter = Meter(self._dialect, stream, self._asked.cut and stream and not encoding, encoding)
+    def open(self):
+        answer = super().open()
+        stream = answer.header("content-type").lower().startswith(STREAM_MARKS)
+        self.cuts = self._asked.cut and stream
+        self._meter = Meter(self._dialect, stream, self.cuts, answer.header("content-encoding"))
+        return answer
+
+    def passed(self, piece):
         now, meter = time.monotonic(), self._meter
         out = meter.feed(piece, now)
         if meter.first is not None and now - self._told >= TELL_S:
@@ -4628,51 +4833,39 @@ class Exchange(Passage):
             self._gateway.hub.generated(self.record, meter.pieces, meter.first)
         return out
 
-    def finish(self, answer):
-        super().finish(answer)
-        held = self._meter.end() if self._meter else b""
-        error = self._error_of(answer)
-        self._end(answer.status, error, "upstream_error" if error else None)
+    def finish(self):
+        super().finish()
+        held, answer = self._meter.end(), self._answer
+        error = self._meter.usage.error
+        if answer.status >= 400 and not error:
+            error = f"LM Studio answered {answer.status} {answer.reason}"
+        self._end(error, "upstream_error" if error else None)
         return held
 
-    def _error_of(self, answer):
-        usage = self._meter.usage if self._meter else Usage()
-        if answer.status >= 400:
-            return usage.error or f"LM Studio answered {answer.status} {answer.reason}"
-        return usage.error
+    def broke(self, error):
+        held = self._meter.end()
+        super().broke(error)
+        return held
 
-    def failed(self, error):
-        super().failed(error)
-        self._end(None, str(error), {"timeout": "upstream_timeout"}.get(error.kind)
-                  or UPSTREAM_CODES[error.kind])
+    def failed(self, error, code):
+        self._end(error, code)
 
-    def broke(self, answer, error):
-        if self._call.cancelled:
-            self.left("during the answer", answer)
-            return
-        super().broke(answer, error)
-        silent = isinstance(error, (TimeoutError, socket.timeout))
-        self._end(answer.status,
-                  "LM Studio was silent for too long" if silent
-                  else "LM Studio's answer broke off before its end",
-                  "upstream_timeout" if silent else "upstream_reset")
+    def left(self):
+        silent = self._meter and self._meter.stream and self._meter.first is None
+        phase = ("before the answer" if self._answer is None
+                 else "while the prompt was read" if silent else "during the answer")
+        self._end(f"the client left {phase}", "client_disconnected")
 
-    def left(self, phase, answer=None):
-        if phase == "during the answer" and (self._meter is None or self._meter.first is None):
-            phase = "while the prompt was read"
-        super().left(phase, answer)
-        self._end(answer.status if answer else None, f"the client left {phase}", "client_disconnected")
-
-    def _end(self, status, error, operation):
-        """Fill in the record and publish its end, once."""
-        record = self.record
+    def _end(self, error, operation):
+        """Publish the end, and log it: once."""
+        record, status = self.record, self._answer.status if self._answer else None
         state = ("done" if error is None else "abandoned" if operation == "client_disconnected" else "failed")
         self._gateway.hub.end(record, Outcome(state, status, error, operation, self._meter))
         usage = record.usage or {}
-        log.info("%s %s %s %s: %s, %.0f ms, %s + %s tokens%s", record.client, record.key or "-",
-                 record.path, record.model or record.model_asked or "-", status or "-", record.total_ms,
-                 usage.get("promptTokens", "?"), usage.get("completionTokens", "?"),
-                 f": {error}" if error else "")
+        log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
+                record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
+                record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
+                usage.get("completionTokens", "?"), f": {error}" if error else "")
 
 
 # --- 7.5 views: the gateway's own pages --------------------------------------
@@ -4719,7 +4912,7 @@ def event_stream(gateway, request):
                     stream_frames(gateway.hub, since, names, gateway.watcher, request))
 
 
-def stream_frames(hub, since, names, watcher=None, request=None):
+def stream_frames(hub, since, names, watcher, request):
     """Frames for one listener until the hub closes: connected, what it missed, what comes, pings."""
     with hub.listening() as bell, watching(watcher, request, bell) as left:
         cursor, gap = hub.cursor(since)
@@ -4757,8 +4950,11 @@ def watching(watcher, request, bell):
         left.set()
         ring(bell)
 
-    with watcher.watching(request.connection, leave) if watcher else contextlib.nullcontext():
+    watcher.watch(request.connection, leave)
+    try:
         yield left
+    finally:
+        watcher.forget(request.connection)
 
 
 def status_page(gateway, request):
@@ -4976,8 +5172,8 @@ def find_route(request):
     for route in ours:
         if request.method == route.method or (request.method == "HEAD" and route.method == "GET"):
             return route
-    if ours:
-        methods = ", ".join({route.method for route in ours})
+    if ours and request.method != "OPTIONS":
+        methods = ", ".join(route.method.replace("GET", "GET, HEAD") for route in ours)
         raise HttpError(405, "method_not_allowed", f"use {methods} here", [("Allow", methods)])
     return FORWARD
 
@@ -4996,7 +5192,8 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 # --- 7.6 server: connections to views ----------------------------------------
 
 
-ADMIN = re.compile(r"/+api/v1/models/(?:load|unload|download)\b")  # these change the machine, they ask nothing
+ADMIN = re.compile(r"/api/v1/models/(?:load|unload|download)\b")  # these change the machine, they ask nothing
+RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: close() sends no FIN but a RST
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -5014,11 +5211,12 @@ class Handler(socketserver.BaseRequestHandler):
         """Answer one request.  True when the connection can take another."""
         self.seen = None  # the Request, once its head is understood
         self.unread = True  # its body is still on the wire
+        self.begun = False  # its answer is on the wire
         try:
             lines = self.wire.head()
             with self.server.busy(self.request):
-                self.seen = parse_head(lines, self.client_address[0], isinstance(self.request, ssl.SSLSocket))
-                return self._write(*self._respond(self.server.gateway, self.seen))
+                self.seen = parse_head(lines)
+                return self._write(self._respond(self.server.gateway, self.seen), self.seen)
         except HttpError as error:
             return self._refuse(error)
         except (ClientLeft, Unfinished, OSError):
@@ -5030,10 +5228,13 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _refuse(self, error):
         """Send an error of ours.  True when the connection can take another request."""
-        request = self.seen
-        response = error_response(error, bool(request) and request.path.endswith("/v1/messages"))
-        close = (error.close or request is None or self.unread
-                 and framing(request) not in ((None, False), (0, False)))
+        request: Any = self.seen
+        if self.begun:
+            raise Unfinished
+        self.server.gateway.hub.reject(error.code)
+        anthropic = bool(request) and upstream_target(request.path, False).startswith("/v1/messages")
+        response = error_response(error, anthropic)
+        close = error.close or request is None or self.unread and request.has_body
         if request:
             response.headers.extend(cors_headers(self.server.gateway.walls, request))
         with self.server.busy(self.request):
@@ -5043,20 +5244,23 @@ class Handler(socketserver.BaseRequestHandler):
         return alive
 
     def _respond(self, gateway, request):
-        """(Response, the request as it was answered) after all walls."""
+        """The Response to a request after all walls."""
         walls = gateway.walls
-        request = request._replace(client=walls.client_of(request), connection=self.request)
+        request.client, request.connection = self.client_address[0], self.request
+        request.client = walls.client_of(request)
+        request.encrypted = isinstance(self.request, ssl.SSLSocket)
         walls.admit_address(request.client)
         if request.method == "OPTIONS" and request.header("access-control-request-method"):
-            return preflight(walls, request), request
+            return preflight(walls, request)
         route = find_route(request)
-        identity = self._identify(walls, request, route)
-        walls.check_origin(request, identity)
-        request = request._replace(body=self.wire.body(request, gateway.config.max_body), identity=identity)
+        request.identity = self._identify(walls, request, route)
+        walls.check_origin(request, request.identity)
+        request.body = self.wire.body(request, gateway.config.max_body)
         self.unread = False
+        self.server.works(self.request)
         response = route.view(gateway, request)
-        allowed = cors_headers(walls, request)
-        return (response._replace(headers=[*response.headers, *allowed]) if allowed else response), request
+        response.headers.extend(cors_headers(walls, request))
+        return response
 
     @staticmethod
     def _identify(walls, request, route):
@@ -5065,7 +5269,7 @@ class Handler(socketserver.BaseRequestHandler):
         if open_to_all:
             return Identity(None)
         identity = walls.identify(request, query_key=request.path.startswith("/debug/"))
-        right = "admin" if route.access == "infer" and ADMIN.match(request.path) else route.access
+        right = "admin" if route.access == "infer" and changes_machine(request) else route.access
         if right in RIGHTS and right not in identity.rights:
             raise HttpError(403, "right_missing",
                             f"the key {identity.name} has no right to {right}; mint one with "
@@ -5074,15 +5278,15 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _write(self, response, request, close=False):
         """Send a response.  True when the connection can take another request."""
-        sock, body = self.request, response.body
-        set_timeout(sock, CLIENT_S)
-        headers, alive = list(response.headers), bool(request) and keeps_alive(request) and not close
-        whole, chunked = body is None or isinstance(body, (bytes, bytearray)), False
-        if not any(name.lower() == "date" for name, _ in headers):
+        body, headers = response.body, list(response.headers)
+        alive = bool(request) and keeps_alive(request) and not close
+        whole, no_body = isinstance(body, (bytes, bytearray)), bool(request) and request.method == "HEAD"
+        chunked = False
+        if response.date:
             headers.append(("Date", http_date()))
-        if whole and body is not None:
+        if whole:
             headers.append(("Content-Length", str(len(body))))
-        elif not whole and not any(name.lower() == "content-length" for name, _ in headers):
+        elif body is not None and not any(name.lower() == "content-length" for name, _ in headers):
             chunked = request.version >= (1, 1)
             alive = alive and chunked
             headers += [("Transfer-Encoding", "chunked")] if chunked else []
@@ -5092,34 +5296,43 @@ class Handler(socketserver.BaseRequestHandler):
             headers.append(("Connection", "keep-alive"))
         reason = response.reason if response.reason is not None else reason_of(response.status)
         head = head_bytes(response.status, reason, headers)
-        if whole:
-            sock.sendall(head + (b"" if body is None or request and request.method == "HEAD"
-                                 else bytes(body)))
-        else:
-            self._write_pieces(head, body, chunked, request.method == "HEAD")
+        with contextlib.closing(body) if hasattr(body, "close") else contextlib.nullcontext():
+            self.begun = True
+            set_timeout(self.request, CLIENT_S)
+            if whole or body is None or no_body:
+                self.request.sendall(head if no_body else head + (body or b""))
+            else:
+                self._write_pieces(head, body, chunked)
         return alive
 
-    def _write_pieces(self, head, pieces, chunked, no_body):
-        """A head, then each piece in one write the moment it comes.  A head with a length waits for its
-        first piece: LM Studio sends both at once."""
+    def _write_pieces(self, head, pieces, chunked):
+        """The head, then each piece in one write the moment it comes.  The head waits for the first piece only
+        where that is there already."""
         sock = self.request
-        with contextlib.closing(generator(pieces)) as source:
-            if chunked or no_body:
-                sock.sendall(head)
-                head = b""
-            for piece in source:
-                if piece and not no_body:
-                    sock.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else head + piece)
+        if not getattr(pieces, "ready", False):
+            sock.sendall(head)
+            head = b""
+        try:
+            for piece in pieces:
+                if piece or head:
+                    framed = b"%x\r\n%b\r\n" % (len(piece), piece) if chunked and piece else piece
+                    sock.sendall(head + framed)
                     head = b""
-            if chunked and not no_body:
-                sock.sendall(b"0\r\n\r\n")
-            elif head:
-                sock.sendall(head)
+        except Unfinished:
+            if not chunked:     # a connection that ends in peace could be taken for the end of the body
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                sock.close()
+            raise
+        if chunked:
+            sock.sendall(head + b"0\r\n\r\n")
+        elif head:
+            sock.sendall(head)
 
 
-def generator(pieces):
-    """pieces as a generator, whose close() reaches pieces that are one themselves."""
-    yield from pieces
+def changes_machine(request):
+    """True when it loads, unloads or downloads a model, however its path is spelled."""
+    path = re.sub("/+", "/", urllib.parse.unquote(request.path)).lower()
+    return request.method not in ("GET", "HEAD") and bool(ADMIN.match(path))
 
 
 def http_date():
@@ -5136,6 +5349,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.gateway, self._context = gateway, context  # an ssl.SSLContext, or None for plain HTTP
         # No lock: each item is put in and taken out by its own connection's thread, one at a time.
         self._resting: dict = {}        # sockets without a request, the longest resting first
+        self._reading: dict = {}        # those whose request is still coming
         self._working: dict = {}
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
@@ -5151,6 +5365,7 @@ class Server(http.server.ThreadingHTTPServer):
         """A new connection.  A TLS handshake is left to its handler: a slow one must not hold up the others."""
         sock, address = super().get_request()
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that went off says no goodbye
         if self._context:
             sock = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         return sock, address
@@ -5161,38 +5376,45 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def working(self):
-        return len(self._working)
+        return len(self._working) + len(self._reading)
 
     @property
     def connections(self):
         return len(self._working) + len(self._resting)
 
     def process_request(self, request, client_address):
-        """A connection was accepted.  When there are too many, the one that has rested longest gives way."""
+        """A connection was accepted.  When there are too many, the one that has rested longest gives way, or
+        the one that has been sending its request for longest; where all work, the new one."""
+        if len(self._resting) + self.working >= self.gateway.config.max_connections:
+            for sock in [*self._resting, *self._reading][:1] or [request]:
+                shut(sock)
         self._resting[request] = None
-        if len(self._resting) + len(self._working) > self.gateway.config.max_connections:
-            with contextlib.suppress(OSError):
-                list(self._resting)[0].shutdown(socket.SHUT_RDWR)
         try:
             super().process_request(request, client_address)
         except RuntimeError:        # no thread can be started: the machine is full
             self.shutdown_request(request)
 
     def shutdown_request(self, request):
-        self._resting.pop(request, None)
-        self._working.pop(request, None)
+        for state in (self._resting, self._reading, self._working):
+            state.pop(request, None)
         super().shutdown_request(request)
 
     @contextlib.contextmanager
     def busy(self, request):
-        """While a request is answered its connection does not count as resting."""
+        """While a request is read and answered its connection does not count as resting."""
         self._resting.pop(request, None)
-        self._working[request] = None
+        self._reading[request] = None
         try:
             yield
         finally:
+            self._reading.pop(request, None)
             self._working.pop(request, None)
             self._resting[request] = None
+
+    def works(self, request):
+        """Its request has been read whole."""
+        self._reading.pop(request, None)
+        self._working[request] = None
 
     def handle_error(self, request, client_address):
         log.debug("connection from %s ended: %s", client_address[0], sys.exc_info()[1])
@@ -5200,11 +5422,16 @@ class Server(http.server.ThreadingHTTPServer):
     def finish_requests(self, seconds):
         """Let running requests finish, at most that long; connections without one are closed."""
         for sock in list(self._resting):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+            shut(sock)
         deadline = time.monotonic() + seconds
-        while self._working and time.monotonic() < deadline:
+        while self.working and time.monotonic() < deadline:
             time.sleep(0.02)
+
+
+def shut(sock):
+    """Any thread.  Ends a connection; its handler notices.  Below TLS, whose objects are the handler's."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 # === 8. DEMO: an imitation of LM Studio ======================================

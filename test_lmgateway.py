@@ -8,13 +8,21 @@ file and installs it there.  No test sleeps to pace itself: PATIENCE_S only boun
 from __future__ import annotations
 
 import contextlib
+import gzip
+import hashlib
 import json
+import logging
 import os
+import queue
 import re
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import zlib
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -135,6 +143,273 @@ def unmet(expectations, events):
 def test_samples_give_their_events(utc, log_path, size):
     events = [event for _, event in parsed(log_path.read_bytes(), size)]
     assert unmet(expected_of(log_path), events) == []
+
+
+# --- 3.4 to 3.6: dialects, meter, request bodies
+
+def event(data, name=None):
+    """The bytes of one streamed event."""
+    return (f"event: {name}\n" if name else "").encode() + b"data: " + json.dumps(data).encode() + b"\n\n"
+
+
+def chunk(delta, finish=None, **more):
+    return event({"id": "chatcmpl-a2", "object": "chat.completion.chunk", "model": "qwen/qwen3-8b", **more,
+                  "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]})
+
+
+USAGE_CHUNK = event({"id": "chatcmpl-a2", "model": "qwen/qwen3-8b", "choices": [],
+                     "usage": {"prompt_tokens": 21, "completion_tokens": 3, "total_tokens": 24}})
+CHAT_STREAM = [chunk({"role": "assistant", "content": ""}), chunk({"content": "Hi"}), chunk({"content": "."}),
+               chunk({}, "stop"), USAGE_CHUNK, b"data: [DONE]\n\n"]
+CHAT_WHOLE = (b'{"id":"chatcmpl-a1","object":"chat.completion","created":1795400000,"model":"qwen/qwen3-8b","choices":'
+              b'[{"index":0,"logprobs":null,"finish_reason":"stop","message":{"role":"assistant","content":"Hi."}}],'
+              b'"usage":{"prompt_tokens":21,"completion_tokens":3,"total_tokens":24,"completion_tokens_details":'
+              b'{"reasoning_tokens":2}},"stats":{}}')
+V0_WHOLE = (b'{"model":"qwen/qwen3-8b","choices":[{"finish_reason":"stop","message":{"content":"Hi."}}],"usage":'
+            b'{"prompt_tokens":21,"completion_tokens":3,"total_tokens":24},"stats":{"tokens_per_second":48.2,'
+            b'"time_to_first_token":0.12,"generation_time":0.06,"stop_reason":"eosFound"}}')
+COMPLETION_WHOLE = (b'{"model":"qwen/qwen3-8b","choices":[{"text":"Hi.","finish_reason":"length"}],'
+                    b'"usage":{"prompt_tokens":21,"completion_tokens":3,"total_tokens":24}}')
+NATIVE_WHOLE = (b'{"model_instance_id":"qwen/qwen3-8b","output":[{"type":"message","content":"Hi."}],"stats":'
+                b'{"input_tokens":21,"total_output_tokens":3,"reasoning_output_tokens":2,"tokens_per_second":48.2,'
+                b'"time_to_first_token_seconds":0.12},"response_id":"resp_0a1b"}')
+RESPONSES_WHOLE = (b'{"id":"resp_0a1c","object":"response","status":"completed","model":"qwen/qwen3-8b","error":null,'
+                   b'"output":[],"usage":{"input_tokens":21,"output_tokens":3,"total_tokens":24,'
+                   b'"input_tokens_details":{"cached_tokens":20},"output_tokens_details":{"reasoning_tokens":2}}}')
+MESSAGES_WHOLE = (b'{"id":"msg_1","type":"message","role":"assistant","model":"qwen/qwen3-8b","content":[{"type":"text",'
+                  b'"text":"Hi."}],"stop_reason":"end_turn","usage":{"input_tokens":21,"output_tokens":3}}')
+
+
+def typed(kind, **data):
+    return event({"type": kind, **data}, kind)
+
+
+COUNTS = {"promptTokens": 21, "completionTokens": 3, "totalTokens": 24}
+THINKING = {**COUNTS, "reasoningTokens": 2}
+CACHED = {**THINKING, "cachedTokens": 20}
+METERED = {     # path, the answer's events or its whole body, tokenUsage, finishReason, which event is the first token
+    "chat": ("/v1/chat/completions", CHAT_WHOLE, THINKING, "stop", None),
+    "chat stream": ("/v1/chat/completions", CHAT_STREAM, COUNTS, "stop", 1),
+    "chat reasoning": ("/v1/chat/completions", [chunk({"role": "assistant"}), chunk({"reasoning_content": "Hm"}),
+                                                chunk({"content": "Hi"}, "length"), USAGE_CHUNK], COUNTS, "length", 1),
+    "chat gpt-oss": ("/v1/chat/completions", [chunk({"content": None, "reasoning": "Hm"}), chunk({}, "stop"), USAGE_CHUNK],
+                     COUNTS, "stop", 0),
+    "chat tools": ("/v1/chat/completions",
+                   [chunk({"role": "assistant", "content": None}),
+                    chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": ""}}]}),
+                    chunk({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}), chunk({}, "tool_calls"),
+                    USAGE_CHUNK], COUNTS, "tool_calls", 1),
+    "chat usage with choices": ("/v1/chat/completions", [chunk({"content": "Hi"}), chunk({"content": "."}, "stop", usage={
+        "prompt_tokens": 21, "completion_tokens": 3, "total_tokens": 24})], COUNTS, "stop", 0),
+    "chat that quotes": ("/v1/chat/completions", [chunk({"content": ""}), chunk({"content": '{"usage": {"content": "x"}}'}),
+                                                  chunk({"content": '"error": 1'}), USAGE_CHUNK], COUNTS, None, 1),
+    "completions": ("/v1/completions", COMPLETION_WHOLE, COUNTS, "length", None),
+    "completions stream": ("/v1/completions",
+                           [event({"model": "qwen/qwen3-8b", "choices": [{"text": "", "finish_reason": None}]}),
+                            event({"model": "qwen/qwen3-8b", "choices": [{"text": "Hi", "finish_reason": None}]}),
+                            event({"choices": [{"text": "", "finish_reason": "stop"}]}), USAGE_CHUNK], COUNTS, "stop", 1),
+    "embeddings": ("/v1/embeddings", b'{"model":"qwen/qwen3-8b","data":[],"usage":{"prompt_tokens":8,"total_tokens":8}}',
+                   {"promptTokens": 8, "completionTokens": 0, "totalTokens": 8}, None, None),
+    "embeddings of LM Studio": ("/api/v0/embeddings", b'{"data":[],"model":"qwen/qwen3-8b","usage":'
+                                b'{"prompt_tokens":0,"total_tokens":0}}',
+                                {"promptTokens": 0, "completionTokens": 0, "totalTokens": 0}, None, None),
+    "v0": ("/api/v0/chat/completions", V0_WHOLE, COUNTS, "stop", None),
+    "responses": ("/v1/responses", RESPONSES_WHOLE, CACHED, None, None),
+    "responses cut short": ("/v1/responses", RESPONSES_WHOLE.replace(
+        b'"completed"', b'"incomplete","incomplete_details":{"reason":"max_output_tokens"}'), CACHED, "max_output_tokens", None),
+    "responses stream": ("/v1/responses", [
+        typed("response.created", response={"id": "resp_1", "model": "qwen/qwen3-8b", "output": []}),
+        typed("response.output_item.added", item={"content": []}), typed("response.output_text.delta", delta=""),
+        typed("response.reasoning_text.delta", delta="Hm"), typed("response.output_text.delta", delta="Hi"),
+        typed("response.output_text.done", text="Hi"),
+        typed("response.completed", response=json.loads(RESPONSES_WHOLE))], CACHED, None, 3),
+    "responses tools": ("/v1/responses", [typed("response.created", response={"model": "qwen/qwen3-8b"}),
+                                          typed("response.function_call_arguments.delta", delta="{"),
+                                          typed("response.completed", response=json.loads(RESPONSES_WHOLE))],
+                        CACHED, None, 1),
+    "messages": ("/v1/messages", MESSAGES_WHOLE, COUNTS, "end_turn", None),
+    "messages stream": ("/v1/messages", [
+        typed("message_start", message={"model": "qwen/qwen3-8b", "content": [],
+                                        "usage": {"input_tokens": 21, "output_tokens": 0}}),
+        typed("ping"), typed("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+        typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hi"}),
+        typed("content_block_stop", index=0),
+        typed("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 3}), typed("message_stop")],
+        COUNTS, "max_tokens", 3),
+    "messages thinking": ("/v1/messages", [
+        typed("message_start", message={"model": "qwen/qwen3-8b", "usage": {"input_tokens": 21, "output_tokens": 1}}),
+        typed("content_block_delta", index=0, delta={"type": "thinking_delta", "thinking": "Hm"}),
+        typed("message_delta", delta={"stop_reason": "tool_use"}, usage={"input_tokens": 21, "output_tokens": 3})],
+        COUNTS, "tool_use", 1),
+    "native": ("/api/v1/chat", NATIVE_WHOLE, THINKING, None, None),
+    "native stream": ("/api/v1/chat", [
+        typed("chat.start", model_instance_id="qwen/qwen3-8b"), typed("prompt_processing.progress", progress=0.4),
+        typed("reasoning.start"), typed("reasoning.delta", content="Hm"), typed("message.delta", content="Hi"),
+        typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 3),
+    "decisions": ("/v1/decisions", b'{"model":"qwen/qwen3-8b","usage":{"inputTokens":21}}', {"promptTokens": 21}, None, None),
+    "no usage": ("/v1/chat/completions", b'{"model":"qwen/qwen3-8b","choices":[{"finish_reason":"stop"}]}', None, "stop",
+                 None),
+}
+
+
+@pytest.mark.parametrize("size", [None, 1, 7], ids=["events", "bytes", "sevens"])
+@pytest.mark.parametrize("row", METERED.values(), ids=METERED)
+def test_meter_reads_every_dialect(row, size):
+    path, answer, usage, finish, first = row
+    dialect, stream = lmgateway.DIALECTS[path], isinstance(answer, list)
+    meter = lmgateway.Meter(dialect, stream)
+    for number, part in enumerate(answer if stream else [answer]):
+        pieces = [part[at:at + (size or len(part))] for at in range(0, len(part), size or len(part))]
+        assert b"".join(meter.feed(piece, 10.0 + number) for piece in pieces) == part
+    assert meter.end() == b""
+    assert meter.usage.tokens(dialect) == usage
+    assert (meter.usage.finish, meter.usage.model, meter.usage.error) == (finish, "qwen/qwen3-8b", None)
+    assert meter.first == (None if first is None else 10.0 + first)
+
+
+def test_meter_times_tokens_only_from_the_first_to_the_last():
+    meter = lmgateway.Meter(lmgateway.CHAT, stream=True)
+    for number, part in enumerate(CHAT_STREAM):
+        meter.feed(part, 10.0 + number)
+    assert (meter.first, meter.last, meter.pieces) == (11.0, 12.0, 2)   # neither role, finish, usage nor [DONE]
+
+
+def test_meter_takes_what_lm_studio_timed_itself():
+    meter = lmgateway.Meter(lmgateway.NATIVE, stream=False)
+    meter.feed(NATIVE_WHOLE, 1.0)
+    meter.end()
+    assert (meter.usage.speed, meter.usage.first_ms) == (48.2, 120.0)
+
+
+ERRORS = {  # how LM Studio says no inside an answer that looks fine
+    "string": (False, b'{"error":"Unexpected endpoint or method. (POST /v1/x)"}', "Unexpected endpoint or method. (POST /v1/x)"),
+    "object": (False, b'{"error":{"message":"No models loaded.","code":"model_not_found"}}', "No models loaded."),
+    "event": (True, b'event: error\ndata: {"error":{"message":"too long"},"message":"too long"}\n\n', "too long"),
+    "event without error": (True, b'event: error\ndata: {"message":"too long"}\n\n', "too long"),
+    "event without json": (True, b"event:error\r\ndata: too long\r\n\r\n", "too long"),
+    "in data": (True, b'data: {"error":{"message":"too long"}}\n\n', "too long"),
+    "native": (True, typed("error", error={"type": "unknown", "message": "too long"}), "too long"),
+    "responses": (True, typed("response.failed", response={"error": {"message": "too long"}}), "too long"),
+    "after tokens": (True, CHAT_STREAM[1] + b'event: error\ndata: {"message":"crash"}\n\n', "crash"),
+    "a token that speaks of errors": (True, chunk({"content": "event: error\n"}) + CHAT_STREAM[2], None),
+}
+
+
+@pytest.mark.parametrize("row", ERRORS.values(), ids=ERRORS)
+def test_meter_finds_errors_in_answers_that_look_fine(row):
+    stream, data, error = row
+    meter = lmgateway.Meter(lmgateway.CHAT, stream)
+    meter.feed(data, 1.0)
+    meter.end()
+    assert meter.usage.error == error
+
+
+@pytest.mark.parametrize("encoding", ["", "gzip", "deflate"])
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("size", [1, 2, 7, 100, 10**6])
+def test_only_the_usage_that_we_asked_for_is_taken_out(size, newline, encoding):
+    own = [chunk({"content": "Hi"}), b": keep-alive\n\n", chunk({"content": "."}, "stop", usage={"prompt_tokens": 1}),
+           event({"choices": [], "prompt_filter_results": []}), b"data: [DONE]\n\n", b"data: unended"]
+    direct = b"".join(own).replace(b"\n", newline)
+    asked = b"".join([*own[:4], USAGE_CHUNK, *own[4:]]).replace(b"\n", newline)
+    sent = zlib.compress(asked) if encoding == "deflate" else gzip.compress(asked) if encoding else asked
+    meter = lmgateway.Meter(lmgateway.CHAT, True, True, encoding)
+    got = b"".join(meter.feed(sent[at:at + size], 1.0) for at in range(0, len(sent), size)) + meter.end()
+    assert (zlib.decompress(got, 47) if encoding else got) == direct
+    assert meter.usage.tokens(lmgateway.CHAT) == COUNTS
+
+
+def test_a_usage_chunk_at_the_very_end_is_ours_too():
+    meter = lmgateway.Meter(lmgateway.CHAT, True, cut=True)
+    assert meter.feed(CHAT_STREAM[1] + USAGE_CHUNK[:-1], 1.0) + meter.end() == CHAT_STREAM[1]
+
+
+def test_what_is_held_back_is_never_more_than_the_event_that_has_not_ended():
+    meter, sent = lmgateway.Meter(lmgateway.CHAT, True, cut=True), 0
+    for piece in CHAT_STREAM[:4]:
+        assert meter.feed(piece[:-1], 1.0) == b""
+        assert meter.feed(piece[-1:], 1.0) == piece
+
+
+def test_an_endless_event_passes_unread_in_linear_time():
+    meter, piece = lmgateway.Meter(lmgateway.CHAT, True, cut=True), b"x" * 4096
+    got = sum(len(meter.feed(piece, 1.0)) for _ in range(2000)) + len(meter.end())
+    assert got == 2000 * len(piece)
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, br"])
+def test_what_we_cannot_decode_passes_unread(encoding):
+    meter = lmgateway.Meter(lmgateway.CHAT, True, True, encoding)
+    assert meter.feed(b"\x00\x01", 1.0) == b"\x00\x01" and meter.end() == b""
+
+
+def test_what_is_not_what_its_encoding_says_passes_unread():
+    meter = lmgateway.Meter(lmgateway.CHAT, False, False, "gzip")
+    assert meter.feed(b"plain", 1.0) == b"plain" and meter.end() == b"" and meter.usage.tokens(lmgateway.CHAT) is None
+
+
+STREAMED = b'{"model": "m", "stream": true, "messages": [{}, {}]}'
+ASKING = b',"stream_options":{"include_usage": true}}'
+REQUESTS = {    # dialect, body, what is sent instead (None: the same bytes), model, stream
+    "plain": ("chat", b'{"model": "m"}', None, "m", False),
+    "stream": ("chat", STREAMED, STREAMED[:-1] + ASKING, "m", True),
+    "completions": ("completions", b'{"stream":true}\n', b'{"stream":true' + ASKING + b"\n", None, True),
+    "blanks before": ("chat", b' \r\n\t{"stream":true }', b' \r\n\t{"stream":true ' + ASKING, None, True),
+    "byte order mark": ("chat", b'\xef\xbb\xbf{"stream":true}', b'\xef\xbb\xbf{"stream":true' + ASKING, None, True),
+    "null options": ("chat", b'{"stream":true,"stream_options":null}', b'{"stream":true,"stream_options":null' + ASKING,
+                     None, True),
+    "not wanted": ("chat", b'{"stream_options":{"include_usage":false,"x":"\xc3\xa9"},"stream":true}',
+                   b'{"stream_options":{"include_usage":false,"x":"\xc3\xa9"},"stream":true,"stream_options":'
+                   b'{"include_usage": true, "x": "\\u00e9"}}', None, True),
+    "wanted": ("chat", b'{"stream":true,"stream_options":{"include_usage":true}}', None, None, True),
+    "twice": ("chat", b'{"stream":true,"stream":false,"model":"a","model":"b"}', None, "b", False),
+    "wanted at last": ("chat", b'{"stream_options":null,"stream":true,"stream_options":{"include_usage":true}}', None, None,
+                       True),
+    "odd options": ("chat", b'{"stream":true,"stream_options":7}', None, None, True),
+    "odd stream": ("chat", b'{"stream":"true"}', None, None, False),
+    "other dialect": ("responses", b'{"stream":true}', None, None, True),
+    "array": ("chat", b'[{"stream":true}]', None, None, False),
+    "no json": ("chat", b'{"stream":true', None, None, False),
+    "deep": ("chat", b'{"stream":true,"x":' + b"[" * 100_000, None, None, False),
+    "utf-16": ("chat", '{"stream":true}'.encode("utf-16"), None, None, False),
+    "latin-1": ("chat", b'{"stream":true,"x":"\xe9"}', None, None, False),
+    "empty": ("chat", b"", None, None, False),
+}
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+@pytest.mark.parametrize("row", REQUESTS.values(), ids=REQUESTS)
+def test_requests_are_amended_only_where_usage_has_to_be_asked_for(row, kind):
+    dialect, body, sent, model, stream = row
+    dialect = next(found for found in lmgateway.DIALECTS.values() if found.name == dialect)
+    asked = lmgateway.read_request(dialect, kind(body))
+    assert bytes(asked.body) == (body if sent is None else sent)
+    assert (asked.model, asked.stream, asked.cut) == (model, stream, sent is not None)
+    if sent:
+        assert json.loads(sent.decode("utf-8-sig"))["stream_options"]["include_usage"] is True
+
+
+CHUNKED = b"5;name=\"x\"\r\nhello\r\n1 \r\n!\r\n0\r\nTrailer: x\r\n\r\nNEXT"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_chunked_bodies_are_decoded_at_every_split(size):
+    chunks, got = lmgateway.Chunks(), b""
+    for at in range(0, len(CHUNKED), size):
+        got += chunks.feed(CHUNKED[at:at + size])
+    assert (got, chunks.over, chunks.rest) == (b"hello!", True, b"NEXT")
+
+
+@pytest.mark.parametrize("data", [
+    b"\r\n", b"x\r\n", b"-1\r\n", b"+1\r\n", b"0x1\r\n", b" 1\r\n", b"1\n", b"1\rx", b"1_0\r\n", b"\xb9\r\n", b"1;\x00\r\n",
+    b"11111111111111111\r\n", b"1\r\nab", b"1\r\na\nb", b"1\r\na\rb", b"0\r\nno colon\r\n", b"0\r\n x: y\r\n", b"0\r\nx: y\n",
+    b"0\r\na: b\rc", b"0\r\n" + b"x: y\r\n" * 3000, b"1;" + b"x" * 9000, b"0\r\nx:" + b"x" * 9000], ids=lambda data: repr(data[:20]))
+def test_chunked_bodies_that_can_be_read_in_two_ways_are_refused(data):
+    for size in (1, len(data)):
+        with pytest.raises(ValueError, match="chunk|trailers"):     # noqa: PT012
+            chunks = lmgateway.Chunks()
+            for at in range(0, len(data), size):
+                chunks.feed(data[at:at + size])
 
 
 # --- 3.8 the join
@@ -526,6 +801,8 @@ def test_percentiles_are_values_that_occur(share, value):
     assert lmgateway.rank([], share) is None
 
 
+
+
 # === 4. HUB ==================================================================
 
 
@@ -624,6 +901,878 @@ def test_since_refuses_other_words_with_the_forms(text):
 
 
 # === 6. UPSTREAM =============================================================
+
+
+
+# A scripted LM Studio, a gateway before it, a client that speaks bytes
+
+class Peer:
+    """One request as the scripted LM Studio has it, and the connection to answer on."""
+
+    def __init__(self, sock, head, body):
+        self.sock, self.body = sock, body
+        lines = head.decode("latin-1").split("\r\n")
+        self.line = lines[0]
+        self.headers = [tuple(line.split(": ", 1)) for line in lines[1:]]
+
+    def header(self, name):
+        return next((value for key, value in self.headers if key.lower() == name), None)
+
+    def send(self, *pieces):
+        for piece in pieces:
+            self.sock.sendall(piece)
+
+    def reset(self):
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+    def wait_for_end(self):
+        """Seconds until the other side closes the connection."""
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionResetError):
+            self.sock.settimeout(PATIENCE_S)
+            assert self.sock.recv(1) == b""
+        return time.monotonic() - started
+
+
+class Studio:
+    """A server that plays script(peer) for each request and remembers what it was asked.
+
+    It is strict: what is not one well-formed request after the other lands in faults."""
+
+    def __init__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self.listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.reset()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def reset(self):
+        self.peers, self.faults, self.connections = [], [], 0
+        self.script = lambda peer: peer.send(plain(b'{"ok": true}'))
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                sock = self.listener.accept()[0]
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.connections += 1
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock):
+        with contextlib.suppress(OSError), sock:
+            data = b""
+            while True:
+                while b"\r\n\r\n" not in data:
+                    piece = sock.recv(65536)
+                    if not piece:
+                        self.faults += [data] if data else []
+                        return
+                    data += piece
+                head, data = data.split(b"\r\n\r\n", 1)
+                if not re.fullmatch(rb"[A-Z]+ /[!-~]* HTTP/1\.1(\r\n[\w.-]+: ?[^\x00-\x08\x0a-\x1f\x7f]*)+", head):
+                    self.faults.append(head)
+                length = int((re.findall(rb"(?i)\r\ncontent-length: (\d+)", head) or [0])[0])
+                body = [data]
+                have = len(data)
+                while have < length:
+                    body.append(sock.recv(1 << 20))
+                    have += len(body[-1])
+                data = b"".join(body)
+                peer, data = Peer(sock, head, data[:length]), data[length:]
+                self.peers.append(peer)
+                self.script(peer)
+                if peer.header("connection") == "close":
+                    return
+
+    def close(self):
+        self.listener.close()
+
+
+def plain(body, status="200 OK", *headers, kind="application/json; charset=utf-8"):
+    """An answer of LM Studio's with a length."""
+    lines = [f"HTTP/1.1 {status}", "X-Powered-By: Express", f"Content-Type: {kind}", f"Content-Length: {len(body)}",
+             *headers, "Date: Mon, 17 Nov 2025 10:59:23 GMT", "Connection: keep-alive", "Keep-Alive: timeout=5", "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nX-Powered-By: Express\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
+               b"Date: Mon, 17 Nov 2025 10:59:23 GMT\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n")
+
+
+def framed(*pieces, end=True):
+    """Pieces as chunks on the wire."""
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + (b"0\r\n\r\n" if end else b"")
+
+
+class Front:
+    """A running gateway, and what its tests ask of it."""
+
+    def __init__(self, upstream, tmp_path, **options):
+        options = {"keys_file": str(tmp_path / "no-keys.json"), "host": "127.0.0.1", "port": 0, **options}
+        self.config = lmgateway.Config(upstream=upstream, **options)
+        self.hub = lmgateway.Hub()
+        upstream = lmgateway.Upstream(self.config.upstream, self.config.upstream_token)
+        self.gateway = lmgateway.Gateway(self.config, self.hub, upstream)
+        self.server = lmgateway.open_server(self.gateway)
+        self.port = self.server.port
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def close(self):
+        self.hub.close()
+        self.server.shutdown()
+        self.server.finish_requests(PATIENCE_S)
+        self.server.server_close()
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive()
+
+    def events(self, mark, *names, count=1):
+        """The data of the events of these names after the SEQ mark, once there are count of them."""
+        deadline = time.monotonic() + PATIENCE_S
+        with self.hub.listening() as bell:
+            while True:
+                frames, cursor = [], mark
+                while (more := self.hub.read(cursor))[0]:
+                    frames, cursor = frames + more[0], more[1]
+                found = [json.loads(frame.split(b"data: ", 1)[1]) for name, frame in frames if name in names]
+                if len(found) >= count or time.monotonic() > deadline:
+                    assert len(found) == count, found
+                    return found
+                with contextlib.suppress(queue.Empty):
+                    bell.get(timeout=0.5)
+
+
+def dial(port):
+    sock = socket.create_connection(("127.0.0.1", port), PATIENCE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def rest_of(sock):
+    """What comes until the connection ends."""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := sock.recv(65536):
+            data += piece
+    return data
+
+
+def read_until(sock, mark, data=b""):
+    while mark not in data:
+        piece = sock.recv(65536)
+        assert piece, f"ended before {mark!r}: {data!r}"
+        data += piece
+    return data
+
+
+def talk(port, *pieces):
+    """Everything that is answered to these bytes until the connection ends."""
+    with dial(port) as sock:
+        for piece in pieces:
+            sock.sendall(piece)
+        return rest_of(sock)
+
+
+def request(line="GET /v1/models", body=b"", *headers, close=True):
+    """The bytes of a well-formed request; method and target in line."""
+    lines = [f"{line} HTTP/1.1", "Host: localhost", *headers]
+    lines += [f"Content-Length: {len(body)}"] if body else []
+    lines += ["Connection: close"] if close else []
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def split_answer(data):
+    """(status line, [(name, value)], what follows)."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    lines = head.decode("latin-1").split("\r\n")
+    return lines[0], [tuple(line.split(": ", 1)) for line in lines[1:]], body
+
+
+def status_of(data):
+    return int(data.split(b" ", 2)[1]) if data else None
+
+
+def error_of(data):
+    return json.loads(split_answer(data)[2])["error"]
+
+
+POST_CHAT = "POST /v1/chat/completions"
+HOPS = ("connection", "keep-alive", "transfer-encoding")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    studio = Studio()
+    front = Front(studio.url, tmp_path_factory.mktemp("front"))
+    yield studio, front
+    front.close()
+    studio.close()
+
+
+@pytest.fixture
+def studio(shared):
+    shared[0].reset()
+    yield shared[0]
+    assert shared[0].faults == []
+
+
+@pytest.fixture
+def front(shared, studio, caplog):
+    """The gateway that most tests share; it must never have had a fault of its own."""
+    with caplog.at_level(logging.DEBUG):
+        lmgateway.log.propagate = True
+        yield shared[1]
+    assert "a fault in lmgateway" not in caplog.text
+    assert not shared[1].hub._requests.running
+
+
+@pytest.fixture
+def fronts(studio, tmp_path):
+    """Makes gateways with options of their own."""
+    made = []
+
+    def make(upstream=None, **options):
+        made.append(Front(upstream or studio.url, tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+# --- what LM Studio is asked
+
+def test_requests_reach_lm_studio_as_they_are(front, studio):
+    sent = request("PATCH /api/x%2Fy;z/../?a=1&&b=%20&a=2", b"\x00\xff\r\n", "X-Mixed-CASE: a", "x-mixed-case:  b ",
+                   "User-Agent:", "Accept-Encoding: gzip, br", "X-Latin: \xe9", "Cookie: a=1;b=2",
+                   "Content-Type: multipart/form-data; boundary=x")
+    talk(front.port, sent)
+    (peer,) = studio.peers
+    assert peer.line == "PATCH /api/x%2Fy;z/../?a=1&&b=%20&a=2 HTTP/1.1"
+    assert peer.body == b"\x00\xff\r\n"
+    assert peer.headers == [
+        ("Host", f"127.0.0.1:{studio.port}"), ("X-Mixed-CASE", "a"), ("x-mixed-case", "b"), ("User-Agent", ""),
+        ("Accept-Encoding", "gzip, br"), ("X-Latin", "\xe9"), ("Cookie", "a=1;b=2"),
+        ("Content-Type", "multipart/form-data; boundary=x"), ("Content-Length", "4")]
+
+
+def test_hop_by_hop_headers_and_credentials_stop_here(front, studio):
+    talk(front.port, request("GET /v1/models", b"", "Authorization: Bearer k", "X-API-Key: k", "TE: trailers", "Keep-Alive: 5",
+                             "Proxy-Authorization: x", "Proxy-Connection: x", "Upgrade: h2c", "HTTP2-Settings: x",
+                             "Connection: Upgrade, HTTP2-Settings", "Connection: X-Own", "X-Own: 1", "Trailer: x", "X-Kept: 1",
+                             "Cookie: lmgateway_session=abc; a=1", "Cookie: lmgateway_session=abc"))
+    assert studio.peers[0].headers == [("Host", f"127.0.0.1:{studio.port}"), ("X-Kept", "1"), ("Cookie", "a=1")]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 10**6])
+def test_chunked_requests_arrive_whole(front, studio, size):
+    body = bytes(range(256)) * 3
+    data = request("POST /v1/audio", b"", "Transfer-Encoding: Chunked") + framed(body[:5], body[5:])
+    talk(front.port, *(data[at:at + size] for at in range(0, len(data), size)))
+    (peer,) = studio.peers
+    assert peer.body == body and ("Content-Length", str(len(body))) in peer.headers
+    assert peer.header("transfer-encoding") is None
+
+
+def test_a_large_body_passes_and_is_not_copied_over_and_over(front, studio):
+    body = os.urandom(1 << 20) * 40
+    with tracing() as peak:
+        assert status_of(talk(front.port, request("POST /v1/files", b"", f"Content-Length: {len(body)}"), body)) == 200
+    assert studio.peers[0].body == body
+    assert peak() < 3.5 * len(body)     # what this test holds of it itself is two and a half times the body
+
+
+@contextlib.contextmanager
+def tracing():
+    """Yields a function that gives the most bytes that were in use."""
+    tracemalloc.start()
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("target", "seen"), [
+    ("/chat/completions?x=1", "/v1/chat/completions?x=1"), ("/completions", "/v1/completions"), ("/models", "/v1/models"),
+    ("/models/a%2Fb", "/v1/models/a%2Fb"), ("/embeddings/", "/v1/embeddings/"), ("/responses", "/v1/responses"),
+    ("/messages?beta=true", "/v1/messages?beta=true"), ("/messages/count_tokens", "/v1/messages/count_tokens"),
+    ("/v1/models", "/v1/models"), ("/modelsx", "/modelsx"), ("//models", "//models"), ("/models/?", "/v1/models/?"),
+    ("//evil.example/v1/models", "//evil.example/v1/models"), ("/@evil.example/", "/@evil.example/"),
+    ("/http://evil.example/", "/http://evil.example/"), ("/debug/nothing", "/debug/nothing"), ("/v1/x?api_key=1", "/v1/x?api_key=1")])
+def test_targets(front, studio, target, seen):
+    for method in ("GET", "HEAD", "POST"):
+        talk(front.port, request(f"{method} {target}"))
+    assert [peer.line for peer in studio.peers] == [f"{method} {seen} HTTP/1.1" for method in ("GET", "HEAD", "POST")]
+    assert all(peer.header("host") == f"127.0.0.1:{studio.port}" for peer in studio.peers)
+
+
+def test_expect_100_continue_is_answered_before_the_body(front, studio):
+    with dial(front.port) as sock:
+        sock.sendall(request("POST /v1/x", b"", "Expect: 100-Continue", "Content-Length: 2"))
+        assert read_until(sock, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b"ok")
+        assert status_of(rest_of(sock)) == 200
+    assert studio.peers[0].body == b"ok" and studio.peers[0].header("expect") is None
+
+
+def test_expect_100_continue_is_not_answered_where_none_is_to_come(front):
+    old = request("POST /v1/x", b"", "Expect: 100-continue", "Content-Length: 2").replace(b"HTTP/1.1", b"HTTP/1.0")
+    assert b"100 Continue" not in talk(front.port, old, b"ok")
+    assert b"100 Continue" not in talk(front.port, request("GET /v1/x", b"", "Expect: 100-continue"))
+    assert status_of(talk(front.port, request("POST /v1/x", b"x", "Expect: 200-ok"))) == 417
+
+
+@pytest.mark.parametrize("headers", [["Content-Length: 1001"], ["Transfer-Encoding: chunked"]], ids=["length", "chunked"])
+@pytest.mark.parametrize("expect", [[], ["Expect: 100-continue"]], ids=["", "expect"])
+def test_a_body_beyond_the_limit_is_refused_before_it_is_read(fronts, studio, headers, expect):
+    front, body = fronts(max_body=1000), b"x" * 1001
+    pieces = [request("POST /v1/x", b"", *headers, *expect)]
+    if "chunked" in headers[0]:
+        pieces += [b"3e9\r\n"]      # the size alone says it
+        expect = expect and ["unknown until then"]
+    answer = talk(front.port, *pieces) if expect else talk(front.port, *pieces, body)
+    answer = answer.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"") if "chunked" in headers[0] else answer
+    assert (status_of(answer), error_of(answer)["code"]) == (413, "body_too_large")
+    assert "MAX_BODY_BYTES" in error_of(answer)["message"] and b"Connection: close" in answer
+    assert status_of(talk(front.port, request("POST /v1/x", body[:1000]))) == 200
+    assert len(studio.peers) == 1
+
+
+def test_a_client_that_sends_on_can_read_why_it_was_refused(fronts):
+    front = fronts(max_body=1000)
+    size = 20_000_000
+    with dial(front.port) as sock:
+        sock.sendall(request("POST /v1/x", b"", f"Content-Length: {size}"))
+        sock.sendall(b"x" * size)
+        assert status_of(rest_of(sock)) == 413
+
+
+# --- what the client gets
+
+ANSWERS = {     # what LM Studio sends, and what a client gets of it, hop-by-hop headers apart
+    "length": plain(b"\x00binary\r\n\xff"),
+    "nothing": plain(b""),
+    "reason and repeats": plain(b"x", "299 Own  Words \xe9", "Set-Cookie: a=1", "set-cookie: b=2", "X-EMPTY:", "Server: lms/1"),
+    "no reason": plain(b"x").replace(b"200 OK", b"200 "),
+    "not even a blank": plain(b"x").replace(b"200 OK", b"200"),
+    "redirect": plain(b"x", "302 Found", "Location: http://elsewhere.example/"),
+    "client error": plain(b'{"error":"x"}', "404 Not Found"),
+    "server error": plain(b"oops", "500 Internal Server Error", kind="text/html"),
+    "encoded": plain(gzip.compress(b"x" * 1000), "200 OK", "Content-Encoding: gzip"),
+    "no date": b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx",
+    "chunked": STREAM_HEAD + framed(b"data: 1\n\n", b"data: 2\n\n"),
+    "chunked with trailers": STREAM_HEAD + framed(b"a", end=False) + b"0\r\nX-T: 1\r\n\r\n",
+    "early hints": b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n" + plain(b"x"),
+    "no content": b"HTTP/1.1 204 No Content\r\nETag: x\r\n\r\n",
+    "not modified": b"HTTP/1.1 304 Not Modified\r\nETag: x\r\nContent-Length: 100\r\n\r\n",
+    "folded": b"HTTP/1.1 200 OK\r\nX-Old: a\r\n  b\r\nContent-Length: 1\r\n\r\nx",
+}
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", POST_CHAT.split()[0]])
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_answers_come_back_as_lm_studio_sent_them(front, studio, answer, method):
+    head, _, body = answer.rpartition(b"HTTP/1.1 ")[2].partition(b"\r\n\r\n")
+    if method == "HEAD":
+        answer = answer[:len(answer) - len(body)]
+    studio.script = lambda peer: peer.send(answer)
+    target = "/v1/chat/completions" if method == "POST" else "/v1/models"
+    line, headers, got = split_answer(talk(front.port, request(f"{method} {target}", b"{}" if method == "POST" else b"")))
+    wanted = [tuple(re.split(": ?", row, maxsplit=1)) for row in head.decode("latin-1").replace("\r\n ", "").split("\r\n")[1:]]
+    assert line == ("HTTP/1.1 " + head.decode("latin-1").split("\r\n")[0]).ljust(13 if "200" in line else 0)
+    assert [row for row in headers if row[0].lower() not in HOPS] == [row for row in wanted if row[0].lower() not in HOPS]
+    assert ("Connection", "close") in headers
+    chunked = b"chunked" in head and method != "HEAD"
+    assert (("Transfer-Encoding", "chunked") in headers) == chunked
+    assert (unchunked(got) if chunked else got) == (b"" if method == "HEAD" else unchunked(body) if chunked else body)
+
+
+def test_lm_studios_own_cors_headers_are_dropped(front, studio):
+    studio.script = lambda peer: peer.send(plain(b"x", "200 OK", "Access-Control-Allow-Origin: *", "access-control-allow-headers: *",
+                                                 "Connection: X-Own", "X-Own: 1"))
+    names = [name.lower() for name, _ in split_answer(talk(front.port, request()))[1]]
+    assert not [name for name in names if name.startswith("access-control") or name == "x-own"]
+
+
+def test_each_piece_leaves_when_it_arrives(front, studio):
+    turn = threading.Semaphore(0)
+
+    def script(peer):
+        peer.send(STREAM_HEAD)
+        for number in range(5):
+            turn.acquire(timeout=PATIENCE_S)
+            peer.send(framed(b"data: %d\n\n" % number, end=False))
+        turn.acquire(timeout=PATIENCE_S)
+        peer.send(b"0\r\n\r\n")
+
+    studio.script = script
+    with dial(front.port) as sock:
+        sock.sendall(request(POST_CHAT, b'{"stream":true}'))
+        assert split_answer(read_until(sock, b"\r\n\r\n"))[2] == b""    # the head comes before the first piece
+        for number in range(5):
+            turn.release()
+            assert sock.recv(65536) == framed(b"data: %d\n\n" % number, end=False)
+        turn.release()
+        assert rest_of(sock) == b"0\r\n\r\n"
+
+
+def test_pieces_of_an_answer_with_a_length_leave_when_they_arrive_too(front, studio):
+    turn = threading.Semaphore(0)
+
+    def script(peer):
+        head, _, body = plain(b"abcd").rpartition(b"\r\n\r\n")
+        peer.send(head + b"\r\n\r\n")
+        for byte in b"abcd":
+            turn.acquire(timeout=PATIENCE_S)
+            peer.send(bytes([byte]))
+
+    studio.script = script
+    with dial(front.port) as sock:
+        sock.sendall(request())
+        assert split_answer(read_until(sock, b"\r\n\r\n"))[2] == b""
+        for byte in b"abcd":
+            turn.release()
+            assert sock.recv(65536) == bytes([byte])
+
+
+def test_a_large_answer_passes_whole_and_in_little_memory(front, studio):
+    piece, count = os.urandom(1 << 20), 60
+    head = plain(b"").replace(b"Length: 0", b"Length: %d" % (len(piece) * count))
+    studio.script = lambda peer: peer.send(head, *[piece] * count)
+    digest, size = hashlib.sha256(), 0
+    with tracing() as peak, dial(front.port) as sock:
+        sock.sendall(request("GET /v1/files/1"))
+        data = split_answer(read_until(sock, b"\r\n\r\n"))[2] or sock.recv(1 << 20)
+        while data:
+            digest.update(data)
+            size += len(data)
+            data = sock.recv(1 << 20)
+    assert size == len(piece) * count and digest.digest() == hashlib.sha256(piece * count).digest()
+    assert peak() < 16 << 20
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_http_1_0_clients_get_what_they_can_read(front, studio, keep):
+    sent = b"GET /v1/models HTTP/1.0\r\n" + (b"Connection: keep-alive\r\n" if keep else b"") + b"\r\n"
+    with dial(front.port) as sock:
+        sock.sendall(sent)
+        _, headers, body = split_answer(read_until(sock, b"true}"))
+        assert ("Connection", "keep-alive" if keep else "close") in headers and body == b'{"ok": true}'
+        if keep:
+            sock.sendall(sent)
+            assert status_of(read_until(sock, b"true}")) == 200
+        else:
+            assert sock.recv(1) == b""
+    studio.script = lambda peer: peer.send(STREAM_HEAD + framed(b"a", b"b"))
+    _, headers, body = split_answer(talk(front.port, sent))
+    assert body == b"ab" and "transfer-encoding" not in [name.lower() for name, _ in headers]
+    assert studio.peers[0].line.endswith("HTTP/1.1") and studio.peers[0].header("host")
+
+
+def test_an_answer_that_ends_with_its_connection_is_chunked_for_the_client(front, studio):
+    def script(peer):
+        peer.send(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n", b"abc")
+        peer.sock.shutdown(socket.SHUT_WR)
+
+    studio.script = script
+    assert re.fullmatch(rb"(?:[1-3]\r\n[abc]+\r\n)+0\r\n\r\n", split_answer(talk(front.port, request()))[2])
+
+
+def test_connections_are_kept_on_both_sides(front, studio):
+    with dial(front.port) as sock:
+        for _ in range(5):
+            sock.sendall(request(close=False))
+            assert status_of(read_until(sock, b"true}")) == 200
+    assert (len(studio.peers), studio.connections) == (5, 1)
+
+
+def test_pipelined_requests_are_answered_in_order(front, studio):
+    studio.script = lambda peer: peer.send(plain(peer.line.encode()))
+    data = b"".join(request(f"GET /v1/{number}", close=False) for number in range(9)) + request("GET /v1/9")
+    assert re.findall(rb"GET /v1/(\d)", talk(front.port, data)) == [b"%d" % number for number in range(10)]
+
+
+def test_a_kept_connection_that_lm_studio_closed_costs_no_request(front, studio):
+    def script(peer):
+        peer.send(plain(b"one"))
+        if len(studio.peers) == 1:
+            peer.sock.shutdown(socket.SHUT_RDWR)
+
+    studio.script = script
+    for _ in range(3):
+        assert talk(front.port, request(POST_CHAT, b"{}")).endswith(b"one")
+    assert len(studio.peers) == 3
+
+
+def test_a_kept_connection_that_dies_at_once_is_tried_again_and_one_that_dies_later_is_not(front, studio, monkeypatch):
+    calls = []
+
+    def script(peer):
+        calls.append(peer)
+        if len(calls) == 2:
+            peer.reset()
+        else:
+            peer.send(plain(b"fine"))
+
+    studio.script = script
+    assert [talk(front.port, request(POST_CHAT, b"{}"))[-4:] for _ in range(2)] == [b"fine"] * 2
+    assert len(calls) == 3
+    monkeypatch.setattr(lmgateway, "AGAIN_S", -1)   # as if it had been computing for a while
+    calls[:] = calls[:1]
+    assert status_of(talk(front.port, request(POST_CHAT, b"{}"))) == 502 and len(calls) == 2
+
+
+# --- the usage that the gateway asks for
+
+@pytest.mark.parametrize("size", [1, 3, 50, 10**6])
+@pytest.mark.parametrize("encoding", ["", "gzip"])
+def test_the_client_sees_the_bytes_of_a_direct_call(front, studio, size, encoding):
+    def script(peer):
+        asked = (json.loads(peer.body).get("stream_options") or {}).get("include_usage")
+        data = b"".join(part for part in CHAT_STREAM if asked or part is not USAGE_CHUNK)
+        data = gzip.compress(data) if encoding else data
+        head = STREAM_HEAD.replace(b"Date", b"Content-Encoding: gzip\r\nDate") if encoding else STREAM_HEAD
+        peer.send(head + framed(*(data[at:at + size] for at in range(0, len(data), size))))
+
+    studio.script = script
+    for body in (b'{"stream":true}', b'{"stream":true,"stream_options":{"include_usage":true}}',
+                 b'{"stream": true, "stream_options": {"include_usage": false}}'):
+        mark = front.hub.last
+        sent = request(POST_CHAT, body, "Accept-Encoding: gzip")
+        direct, through = split_answer(talk(studio.port, sent)), split_answer(talk(front.port, sent))
+        own = [row for row in through[1] if row[0].lower() not in HOPS]
+        assert (through[0], own) == (direct[0], [row for row in direct[1] if row[0].lower() not in HOPS])
+        assert unchunked(through[2], encoding) == unchunked(direct[2], encoding)
+        (done,) = front.events(mark, "inference_complete")
+        assert (done["tokenUsage"], done["finishReason"], done["model"]) == (COUNTS, "stop", "qwen/qwen3-8b")
+
+
+def unchunked(data, encoding=""):
+    chunks = lmgateway.Chunks()
+    payload = chunks.feed(data)
+    assert chunks.over
+    return gzip.decompress(payload) if encoding else payload
+
+
+def test_an_error_to_an_amended_request_keeps_its_length(front, studio):
+    studio.script = lambda peer: peer.send(plain(b'{"error":"no"}', "400 Bad Request"))
+    answer = talk(front.port, request(POST_CHAT, b'{"stream":true}'))
+    assert b"Content-Length: 14\r\n" in answer and b"chunked" not in answer
+
+
+@pytest.mark.parametrize("row", METERED.values(), ids=METERED)
+def test_every_dialect_is_metered_on_its_way(front, studio, row):
+    path, answer, usage, finish, first = row
+    stream, mark = isinstance(answer, list), front.hub.last
+    studio.script = lambda peer: peer.send(STREAM_HEAD + framed(*answer) if stream else plain(answer))
+    body = json.dumps({"model": "asked", "stream": stream, "stream_options": {"include_usage": True}}).encode()
+    got = split_answer(talk(front.port, request(f"POST {path}?beta=true", body)))[2]
+    assert (unchunked(got) if stream else got) == (b"".join(answer) if stream else answer)
+    (start,), (done,) = front.events(mark, "inference_start"), front.events(mark, "inference_complete", "error")
+    assert start == {"timestamp": start["timestamp"], "requestId": done["requestId"], "method": "POST", "path": path,
+                     "model": "asked", "stream": stream, "client": "127.0.0.1", "key": None}
+    assert (done["status"], done["tokenUsage"], done["finishReason"], done["model"]) == (200, usage, finish, "qwen/qwen3-8b")
+    assert done["totalTimeMs"] > 0 and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", done["timestamp"])
+    if path.startswith("/api") and usage and usage["promptTokens"]:
+        assert done["tokensPerSecond"] == 48.2
+    if first is None and not path.startswith("/api"):
+        assert (done["timeToFirstTokenMs"], done["tokensPerSecond"]) == (None, None)
+    if first is not None:
+        assert 0 < done["timeToFirstTokenMs"] <= done["totalTimeMs"]
+
+
+def test_speed_is_tokens_over_the_time_from_the_first_to_the_last(front, studio):
+    def script(peer):
+        peer.send(STREAM_HEAD, framed(CHAT_STREAM[0], end=False))
+        for part in CHAT_STREAM[1:3]:
+            pause.wait(0.1)
+            peer.send(framed(part, end=False))
+        pause.wait(0.1)
+        peer.send(framed(*CHAT_STREAM[3:]))
+
+    pause, studio.script, mark = threading.Event(), script, front.hub.last
+    talk(front.port, request(POST_CHAT, b'{"stream":true}'))
+    (done,) = front.events(mark, "inference_complete")
+    assert 90 <= done["timeToFirstTokenMs"] < done["totalTimeMs"] - 150
+    assert 5 < done["tokensPerSecond"] < 32       # 3 tokens, 0.1 s from the first to the last
+
+
+def test_what_was_generated_before_the_end_is_an_estimate(front, studio):
+    def script(peer):
+        peer.send(STREAM_HEAD, framed(*CHAT_STREAM[:3], end=False))
+        peer.reset()
+
+    studio.script, mark = script, front.hub.last
+    talk(front.port, request(POST_CHAT, b'{"stream":true}'))
+    assert front.events(mark, "error")[0]["tokenUsage"] == {"completionTokens": 2, "estimated": True}
+
+
+@pytest.mark.parametrize("line", ["GET /v1/models", "POST /api/v1/models/load", "POST /api/v1/models/unload", "POST /v1/unknown",
+                                  "GET /v1/chat/completions", "HEAD /v1/chat/completions", "OPTIONS /v1/chat/completions"])
+def test_what_asks_no_model_is_no_inference(front, studio, line):
+    mark = front.hub.last
+    assert status_of(talk(front.port, request(line, b"" if "POST" not in line else b"{}"))) == 200
+    assert front.hub.last == mark
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions/", "/V1/Chat/Completions", "/chat/completions", "/v1/messages?beta=true"])
+def test_an_inference_is_known_however_lm_studio_would_know_it(front, studio, path):
+    mark = front.hub.last
+    talk(front.port, request(f"POST {path}", b"{}"))
+    assert front.events(mark, "inference_start")[0]["path"] == path.partition("?")[0]
+
+
+# --- failure
+
+def test_lm_studio_that_is_not_there_is_said_at_once(fronts):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    front, started = fronts(f"http://127.0.0.1:{port}"), time.monotonic()
+    answer = talk(front.port, request(POST_CHAT, b'{"model":"m"}'))
+    assert (status_of(answer), error_of(answer)["code"]) == (502, "upstream_unreachable")
+    assert time.monotonic() - started < 2 and "Start its server" in error_of(answer)["message"]
+    (event,) = front.events(0, "error")
+    assert (event["operation"], event["status"], event["model"]) == ("upstream_unreachable", None, "m")
+    assert front.events(0, "inference_start")[0]["requestId"] == event["requestId"]
+
+
+def reset(peer):
+    peer.reset()
+
+
+def garbage(peer):
+    peer.send(b"220 smtp.example ESMTP\r\n\r\n")
+
+
+def half_a_head(peer):
+    peer.send(b"HTTP/1.1 200 OK\r\nContent-")
+    peer.sock.shutdown(socket.SHUT_RDWR)
+
+
+def switching(peer):
+    peer.send(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+
+
+def odd_coding(peer):
+    peer.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n")
+
+
+def silence(peer):
+    peer.wait_for_end()
+
+
+FAILURES = {reset: (502, "upstream_reset"), garbage: (502, "upstream_reset"), half_a_head: (502, "upstream_reset"),
+            switching: (502, "upstream_reset"), odd_coding: (502, "upstream_reset"), silence: (504, "upstream_timeout")}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages?beta=true", "/messages", "/v1/models"])
+@pytest.mark.parametrize("script", FAILURES, ids=lambda script: script.__name__)
+def test_failures_before_the_answer(fronts, studio, script, path, caplog):
+    front, studio.script = fronts(proxy_timeout=100), script
+    status, code = FAILURES[script]
+    lmgateway.log.propagate = True
+    with caplog.at_level(logging.INFO):
+        answer = talk(front.port, request(f"POST {path}", b"{}"))
+    assert (status_of(answer), error_of(answer)["code"]) == (status, code)
+    assert (json.loads(split_answer(answer)[2]).get("type") == "error") == ("messages" in path)
+    assert len(caplog.records) == 1 and caplog.records[0].levelname in ("WARNING", "warn")
+    if "models" not in path:
+        assert front.events(0, "error", "inference_complete")[0]["operation"] == code
+
+
+def breaks_off(*pieces):
+    def script(peer):
+        peer.send(*pieces)
+        peer.sock.shutdown(socket.SHUT_RDWR)
+    return script
+
+
+BREAKS = {
+    "stream": breaks_off(STREAM_HEAD, framed(*CHAT_STREAM[:2], end=False)),
+    "before the first token": breaks_off(STREAM_HEAD),
+    "in a chunk": breaks_off(STREAM_HEAD, framed(CHAT_STREAM[1])[:-20]),
+    "bad chunk": breaks_off(STREAM_HEAD, framed(CHAT_STREAM[1], end=False), b"zz\r\n"),
+    "length": breaks_off(plain(CHAT_WHOLE)[:-5]),
+}
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"])
+@pytest.mark.parametrize("script", BREAKS.values(), ids=BREAKS)
+def test_an_unfinished_answer_never_looks_finished(front, studio, script, version):
+    studio.script, mark = script, front.hub.last
+    with dial(front.port) as sock:
+        sock.sendall(request(POST_CHAT, b'{"stream":true}').replace(b"HTTP/1.1", version))
+        data, broken = b"", False
+        try:
+            while piece := sock.recv(65536):
+                data += piece
+        except ConnectionResetError:
+            broken = True
+    _, headers, body = split_answer(data)
+    if version == b"HTTP/1.0":
+        assert broken
+    elif ("Transfer-Encoding", "chunked") in headers:
+        assert not body.endswith(b"0\r\n\r\n")
+    else:
+        assert len(body) == len(CHAT_WHOLE) - 5
+    (event,) = front.events(mark, "error", "inference_complete")
+    assert (event["operation"], event["status"]) == ("upstream_reset", 200)
+
+
+def test_a_stream_that_breaks_off_in_an_event_gives_what_a_direct_call_gives(front, studio):
+    studio.script = breaks_off(STREAM_HEAD, framed(CHAT_STREAM[1], CHAT_STREAM[2][:30], end=False))
+    body = split_answer(talk(front.port, request(POST_CHAT, b'{"stream":true}')))[2]
+    assert body == framed(CHAT_STREAM[1], CHAT_STREAM[2][:30], end=False)
+
+
+@pytest.mark.parametrize(("stream", "option"), [(True, "proxy_stream_timeout"), (False, "proxy_timeout")])
+def test_silence_in_mid_answer_ends_it_and_each_kind_has_its_own_patience(fronts, studio, stream, option):
+    def script(peer):
+        peer.send(STREAM_HEAD, framed(CHAT_STREAM[1], end=False))
+        peer.wait_for_end()
+
+    front, studio.script = fronts(**{"proxy_timeout": 0, "proxy_stream_timeout": 0, option: 100}), script
+    body = split_answer(talk(front.port, request(POST_CHAT, json.dumps({"stream": stream}).encode())))[2]
+    assert body == framed(CHAT_STREAM[1], end=False)
+    (event,) = front.events(0, "error")
+    assert (event["operation"], event["status"]) == ("upstream_timeout", 200)
+
+
+@pytest.mark.parametrize("row", ERRORS.values(), ids=ERRORS)
+def test_an_error_in_a_200_is_relayed_as_it_is_and_told(front, studio, row):
+    stream, data, error = row
+    studio.script, mark = lambda peer: peer.send(STREAM_HEAD + framed(data) if stream else plain(data)), front.hub.last
+    got = split_answer(talk(front.port, request(POST_CHAT, b"{}")))[2]
+    assert (unchunked(got) if stream else got) == data
+    (event,) = front.events(mark, "error" if error else "inference_complete")
+    assert (event.get("error"), event.get("operation"), event["status"]) == (error, "upstream_error" if error else None, 200)
+
+
+@pytest.mark.parametrize(("body", "error"), [(b'{"error":{"message":"No models loaded."}}', "No models loaded."),
+                                             (b"<h1>oops", "LM Studio answered 404 Not Found"),
+                                             (b"", "LM Studio answered 404 Not Found")])
+def test_an_error_status_is_relayed_as_it_is_and_told(front, studio, body, error):
+    studio.script, mark = lambda peer: peer.send(plain(body, "404 Not Found")), front.hub.last
+    answer = talk(front.port, request(POST_CHAT, b"{}"))
+    assert (status_of(answer), split_answer(answer)[2]) == (404, body)
+    (event,) = front.events(mark, "error")
+    assert (event["error"], event["operation"], event["status"]) == (error, "upstream_error", 404)
+
+
+def test_an_answer_before_the_body_was_taken_is_passed_on(fronts):
+    def serve(sock):
+        with sock:      # closed with most of the body unread: a reset
+            read_until(sock, b"\r\n\r\n")
+            sock.sendall(plain(b"too large", "413 Payload Too Large"))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        front, body = fronts(f"http://127.0.0.1:{listener.getsockname()[1]}"), b"x" * 30_000_000
+        threading.Thread(target=lambda: serve(listener.accept()[0]), daemon=True).start()
+        answer = talk(front.port, request("POST /v1/x", b"", f"Content-Length: {len(body)}"), body)
+    assert status_of(answer) == 413 and answer.endswith(b"too large")
+
+
+# --- clients that leave
+
+def goes(sock):
+    sock.close()
+
+
+def resets(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def closes_one_side(sock):
+    sock.shutdown(socket.SHUT_WR)
+
+
+def goes_behind_another_request(sock):
+    sock.sendall(request("GET /v1/unread"))
+    sock.close()
+
+
+PHASES = {  # what LM Studio has sent when the client goes, and what the event says
+    "before the answer": (),
+    "while the prompt was read": (STREAM_HEAD, framed(CHAT_STREAM[0], end=False)),
+    "during the answer": (STREAM_HEAD, framed(*CHAT_STREAM[:3], end=False)),
+    "during the answer ": (plain(CHAT_WHOLE)[:-5],),
+}
+
+
+@pytest.mark.parametrize("leave", [goes, resets, closes_one_side, goes_behind_another_request], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_client_that_leaves_ends_the_request_within_a_second(front, studio, phase, leave):
+    ended, mark = queue.Queue(), front.hub.last
+
+    def script(peer):
+        peer.send(*PHASES[phase])
+        here.set()
+        ended.put(peer.wait_for_end())
+
+    studio.script, here = script, threading.Event()
+    sock = dial(front.port)
+    sock.sendall(request(POST_CHAT, b'{"stream":true}' if "while" in phase else b"{}"))
+    assert here.wait(PATIENCE_S)
+    if PHASES[phase]:
+        read_until(sock, PHASES[phase][-1][-10:])
+    leave(sock)
+    assert ended.get(timeout=PATIENCE_S) < 1.0
+    (event,) = front.events(mark, "error", "inference_complete")
+    assert (event["operation"], event["error"]) == ("client_disconnected", f"the client left {phase.strip()}")
+    assert len(studio.peers) == 1
+    sock.close()
+
+
+def test_a_client_that_leaves_a_plain_request_frees_lm_studio_too(front, studio):
+    ended, here, mark = queue.Queue(), threading.Event(), front.hub.last
+    studio.script = lambda peer: (here.set(), ended.put(peer.wait_for_end()))
+    with dial(front.port) as sock:
+        sock.sendall(request("POST /api/v1/models/load", b"{}"))
+        assert here.wait(PATIENCE_S)
+    assert ended.get(timeout=PATIENCE_S) < 1.0 and front.hub.last == mark
+
+
+def test_a_client_that_leaves_an_answer_without_a_known_end(front, studio):
+    ended, mark = queue.Queue(), front.hub.last
+
+    def script(peer):
+        peer.send(b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n", CHAT_STREAM[1])
+        ended.put(peer.wait_for_end())
+
+    studio.script = script
+    with dial(front.port) as sock:
+        sock.sendall(request(POST_CHAT, b"{}"))
+        read_until(sock, b'"Hi"')
+    assert ended.get(timeout=PATIENCE_S) < 1.0
+    assert front.events(mark, "error", "inference_complete")[0]["operation"] == "client_disconnected"
+
+
+def test_a_client_that_leaves_while_it_sends_its_request_leaves_no_trace(front, studio):
+    mark = front.hub.last
+    for sent in (request(POST_CHAT, b'{"x": 1}')[:-3], request(POST_CHAT, b"{}")[:40],
+                 request(POST_CHAT, b"", "Transfer-Encoding: chunked") + b"5\r\nab"):
+        with dial(front.port) as sock:
+            sock.sendall(sent)
+    assert status_of(talk(front.port, request())) == 200
+    assert front.hub.last == mark and [peer.line for peer in studio.peers] == ["GET /v1/models HTTP/1.1"]
+
+
+def test_a_client_that_stays_is_not_taken_for_one_that_left(front, studio):
+    go, mark = threading.Event(), front.hub.last
+
+    def script(peer):
+        go.wait(PATIENCE_S)
+        peer.send(plain(CHAT_WHOLE))
+
+    studio.script = script
+    with dial(front.port) as sock:
+        sock.sendall(request(POST_CHAT, b"{}", close=False) + request("GET /health"))     # the second waits unread
+        go.wait(2.5 * front.gateway.watcher.TICK_S)
+        go.set()
+        assert len(re.findall(rb"HTTP/1.1 200 OK", rest_of(sock))) == 2
+    front.events(mark, "inference_complete")
 
 
 # === 7. HTTP =================================================================
