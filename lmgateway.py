@@ -760,7 +760,7 @@ class Parser:
         if len(rest) > 1:
             self._block(rest)
         self._complete(final=True)
-        self.story.quiet(final=True)
+        self.story.later(None)
         return self._taken()
 
     def forget(self):
@@ -802,7 +802,10 @@ class Parser:
         self._complete(final=True)
         stamp, level, panel_stamp, panel_level = header.groups()
         self.entries += 1
-        self.last_moment = self._calendar.moment(stamp or panel_stamp)
+        moment = self._calendar.moment(stamp or panel_stamp)
+        if moment is not self.last_moment:
+            self.story.later(moment)
+        self.last_moment = moment
         self._entry = Entry(self.last_moment, level or panel_level, stamp is None)
         self.by_level[self._entry.level] += 1
 
@@ -959,6 +962,7 @@ CHATS_KEPT = 64  # running chats that are remembered; one that never ends is for
 ENDED_KEPT = 8  # ended chats that late lines can still mean
 RECEIVED_KEPT = 8  # requests whose chat has not begun
 SETTLING_S = 120  # an abandoned chat can still write lines for so long
+HELD_S = 1  # the engine's timings and the app's last line come within this, in either order
 SWALLOW_S = 1  # a disconnect line this soon after an end says nothing new (LOGS.md, case 8)
 
 
@@ -1047,9 +1051,8 @@ class Story:
 
     def app(self, entry):
         """A recognised entry of the app."""
-        if self._sampling and entry.moment.epoch > self._sampling[1].epoch:
-            self._close_sampling()
-        self._release_stats(None if entry.row.fact == "start" else entry.moment)
+        if entry.row.fact in ("received", "start"):
+            self._release_stats()
         self._sure, self._meant = len(self._alive(entry)) < 2, None
         self._facts[entry.row.fact](entry)
         entry.chat, self._sure = self._meant, None
@@ -1061,11 +1064,9 @@ class Story:
             self._timing = None
         if self._sampling and fact != "params":
             self._close_sampling()
-        if self._held:
-            self._release_stats(moment)
         chat = self._at.get(engine)
         if chat and chat.timed and fact not in TIMINGS:
-            self._give_stats(chat, moment)
+            self._give_stats(chat, chat.timed)
         fields["task"], fields["slot"] = match["task"], match["slot"]
         self._facts[fact](fields, moment)
 
@@ -1083,14 +1084,22 @@ class Story:
             self._facts[entry.row.fact](entry, first)
         self._sure = None
 
-    def quiet(self, final=False):
-        """Nothing has come for a while, or (final) nothing will: what waited for a further line is told."""
-        if final:
-            self._close_sampling()
+    def later(self, moment):
+        """The log's time has gone on, or nothing will follow (None): what waited for a further line is told."""
+        self._close_sampling()
+        self._close_timings()
+        if self._held and (moment is None or moment.epoch - self._held[1].epoch > HELD_S):
+            self._release_stats()
+
+    def quiet(self):
+        """Nothing has come for a while.  A block that is torn can still go on."""
+        self._close_timings()
+        self._release_stats()
+
+    def _close_timings(self):
         for chat in self._at.values():
             if chat.timed:
                 self._give_stats(chat, chat.timed)
-        self._release_stats()
 
     # --- the app's facts
 
@@ -1125,6 +1134,8 @@ class Story:
             chat = self._new(entry.moment, entry.model)  # we came in the middle
             if percent:
                 chat.said.add("lmstudio_processing_start")
+        if not (chat.engine or chat.app_progress):
+            self._follow_engine(chat)
         chat.app_progress = True
         self._begin_processing(chat, entry.moment, entry.model)
         self._say("lmstudio_prompt_progress", chat, entry.moment, entry.model, progress=percent,
@@ -1148,36 +1159,41 @@ class Story:
                     lambda c: "lmstudio_generation_start" in c.said)
         if left and (chat is None or not chat.timed and entry.moment.epoch - left[-1].ended_at <= 2):
             left[-1].predicted = True  # it finished because its client had left
+            if left[-1].timed:
+                self._give_stats(left[-1], left[-1].timed, entry.model)
             return
         self._end(chat, entry.moment, "finished", first_line(entry), entry.model or shared_model(found))
 
     def on_prediction(self, entry):
+        body = prediction_of(entry.text)
+        chat, model = self._answered(entry, body)
+        self._take_answer(chat or self._new(entry.moment, model), body, entry.moment, model)
+
+    def on_response(self, entry):
+        body = prediction_of(entry.text)
+        chat, model = self._answered(entry, body)
+        if chat:
+            self._take_answer(chat, body, entry.moment, model)
+
+    def _answered(self, entry, body):
+        """(chat or None, model or None) of a whole answer.  A client that has left gets one, too."""
         found = [chat for chat in self._of(entry, ended=True)
                  if not chat.predicted and not chat.stream
                  and (chat.ended is None or chat.ended == "disconnected")]
-        body = prediction_of(entry.text)
         total = prediction_figures(body)[0].get("promptTokens")
+        newest = max((chat.number for chat in found if chat.ended is None), default=0)
         chat = pick(found, lambda c: c.read_all(total), lambda c: c.timed,
-                    lambda c: c.ended is None and "lmstudio_generation_start" in c.said, lambda c: c.engine,
-                    lambda c: c.app_progress)
-        model = entry.model or body.get("model") or shared_model(found)
-        if chat:
-            chat.predicted = True
-        else:
-            chat = self._new(entry.moment, model)
-        self._predicted(chat, body)
-        self._hold_stats(chat, entry.moment, model)
-        if chat.ended is None:
-            self._end(chat, entry.moment, "finished", "Generated prediction", model)
+                    lambda c: c.ended is None and "lmstudio_generation_start" in c.said,
+                    lambda c: c.ended is None or (c.engine or c.app_progress) and c.latest >= newest,
+                    lambda c: c.engine, lambda c: c.app_progress)
+        return chat, entry.model or body.get("model") or shared_model(found)
 
-    def on_response(self, entry):
-        found = [chat for chat in self._of(entry) if not chat.stream]
-        chat = pick(found, lambda c: c.timed, lambda c: c.engine)
-        if chat:
-            self._predicted(chat, prediction_of(entry.text))
-            self._hold_stats(chat, entry.moment, entry.model)
-            self._end(chat, entry.moment, "finished", "Generated synchronous v1/responses response",
-                      entry.model)
+    def _take_answer(self, chat, body, moment, model):
+        chat.predicted = True
+        self._predicted(chat, body)
+        self._hold_stats(chat, moment, model)
+        if chat.ended is None:
+            self._end(chat, moment, "finished", "Generated prediction", model)
 
     def on_disconnect(self, entry):
         now = entry.moment.epoch
@@ -1355,8 +1371,11 @@ class Story:
         self._begin_processing(chat, moment, chat.engine_model)
 
     def on_splash(self, fields, moment):
-        waiting = [chat for chat in self.running if not chat.engine]
-        chat = pick(waiting, lambda c: "lmstudio_generation_start" in c.said, lambda c: c.app_progress)
+        waiting = [chat for chat in (*self._ended, *self.running) if not chat.engine
+                   and (chat.ended is None or chat.ended == "disconnected" and not chat.predicted)]
+        newest = max((chat.number for chat in waiting if chat.ended is None), default=0)
+        chat = pick(waiting, lambda c: c.ended is None or c.latest >= newest,
+                    lambda c: "lmstudio_generation_start" in c.said, lambda c: c.app_progress)
         chat = self._attach(moment, chosen=chat)
         chat.untimed = True
         chat.total, reused = number(fields["total"]), number(fields["reused"])
@@ -1366,7 +1385,7 @@ class Story:
         ttft = number(fields["ttft"])
         chat.stats.update(completionTokens=number(fields["output"]), tokensPerSecond=number(fields["rate"]),
                           timeToFirstTokenMs=ttft and round(ttft * 1000, 3))
-        if chat.stream or not chat.api:
+        if chat.stream or chat.ended or not chat.api:
             self._give_stats(chat, moment)
 
     # --- which chat a line means
@@ -1431,14 +1450,23 @@ class Story:
             if other.read_all(total) and other.api and not other.certain:
                 return self._trade(chat, other)
 
+    def _follow_engine(self, chat):
+        """The first progress line of a chat follows its engine's first lines: those that were taken for another's
+        without certainty were its own."""
+        for other in self.running:
+            if other.engine and other.model != chat.model and not (other.certain or other.app_progress):
+                return self._trade(chat, other)
+
     def _trade(self, chat, other):
         """Each takes what the engine's lines said of the other."""
         for name in ENGINE_SIDE:
             mine, theirs = getattr(chat, name), getattr(other, name)
             setattr(chat, name, theirs)
             setattr(other, name, mine)
-        chat.said, other.said = (chat.said - ENGINE_SAYS | other.said & ENGINE_SAYS,
-                                 other.said - ENGINE_SAYS | chat.said & ENGINE_SAYS)
+        told = ENGINE_SAYS if chat.app_progress or other.app_progress else chat.said | other.said
+        if other.ended:
+            told = told - {"lmstudio_prediction_stats"}
+        chat.said, other.said = chat.said - told | other.said & told, other.said - told | chat.said & told
         for places in (self._tasks, self._slots, self._at):
             places.update({place: chat if known is other else other for place, known in places.items()
                            if known in (chat, other)})
@@ -1526,10 +1554,13 @@ class Story:
             if values:
                 self._say("lmstudio_sampling_params", chat, moment, chat.engine_model, **values)
 
-    def _give_stats(self, chat, moment, model=None):
+    def _give_stats(self, chat, moment, model=None, last=False):
         """lmstudio_prediction_stats, unless a prediction with more is still to come."""
         chat.timed = None
-        if model is None and chat.api and not chat.stream and not chat.predicted and chat.ended != "finished":
+        answered = chat.stream or chat.predicted or chat.ended == "finished" or not chat.api
+        if not (answered or model or last):
+            if chat.ended:
+                self._hold_stats(chat, moment, None)    # its client has left: a prediction may come or not
             return
         stats = chat.stats
         known = figures(promptTokens=stats.get("promptTokens") or chat.total or stats.get("evaluated"),
@@ -1542,22 +1573,23 @@ class Story:
         """The app says that a chat is over: tell its stats, or wait for the engine's within that second.
 
         The two write over channels of their own (LOGS.md section 4, order of one request)."""
+        if self._held and self._held[0] is not chat:
+            self._release_stats()
         if chat.engine and not chat.untimed and "totalMs" not in chat.stats:
             for other in self.running:
                 if other.writer == chat.writer and other.task is None and "totalMs" in other.stats:
                     self._trade(chat, other)    # those timings were this chat's
                     return self._give_stats(chat, moment, model)
-            if self._held and self._held[0] is not chat:
-                self._release_stats()
-            self._held = chat, moment, model
-        else:
-            self._give_stats(chat, moment, model)
+        elif chat.ended != "disconnected" or chat.predicted:
+            return self._give_stats(chat, moment, model)
+        self._held = chat, moment, model
+        return None
 
-    def _release_stats(self, moment=None):
-        """Tell the stats that waited; with a moment, only if it is later than theirs."""
-        if self._held and (moment is None or moment.epoch > self._held[1].epoch):
+    def _release_stats(self):
+        """Tell the stats that waited."""
+        if self._held:
             held, self._held = self._held, None
-            self._give_stats(*held)
+            self._give_stats(*held, last=True)
 
     def _close_in_app(self, chat, moment):
         """A chat inside the app has no line for its end: its last figures are it."""
