@@ -76,7 +76,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -193,9 +193,15 @@ def networks(value):
     if "*" in parts:
         return None
     try:
-        return tuple(ipaddress.ip_network(part, strict=False) for part in parts)
+        return tuple(unmapped(ipaddress.ip_network(part, strict=False)) for part in parts)
     except ValueError:
         raise ValueError("use addresses and ranges such as 192.168.1.0/24,fd00::/8, or *") from None
+
+
+def unmapped(network):
+    """An IPv4 network that is written as IPv6 (::ffff:192.168.1.0/120) as IPv4, any other as it is."""
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    return ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped and network.prefixlen >= 96 else network
 
 
 def api_keys(value):
@@ -1725,10 +1731,17 @@ def listed(value):
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
+def refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # no NaN, no Infinity: LM Studio knows none
+
+
 def json_object(data):
     """The JSON object in UTF-8 bytes; None for anything else.  Never raises."""
     try:
-        value = json.loads(str(data, "utf-8-sig"))
+        value = STRICT.decode(str(data, "utf-8-sig"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -1738,7 +1751,9 @@ def json_object(data):
 
 WHOLE_LIMIT = 32 * 1024 * 1024  # a JSON body beyond this is passed on unread
 STREAM_LIMIT = 4 * 1024 * 1024  # one event of a stream beyond this, too
+HOLD_LIMIT = 64 * 1024  # a usage chunk is smaller
 EVENT_END = re.compile(rb"\r?\n\r?\n")
+SOME_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')  # never in a chunk that carries only usage
 ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.MULTILINE)
 # What tells more than a token.
 TELLING = re.compile(rb'"(?:usage|stats|error|response|(?:finish|stop)_reason"\s*:\s*")')
@@ -1841,8 +1856,8 @@ def count(values, *names, default=None):
 class Meter:
     """Reads an answer while it passes.  feed() gives the bytes for the client, at once.
 
-    With cut, the chunk that carries only the usage we asked for is taken out again; then an event
-    that has not ended is held back until it has."""
+    With cut, the chunk that carries only the usage we asked for is taken out again; the beginning of an
+    event is then held back as long as it may be that of such a chunk."""
 
     def __init__(self, dialect, stream, cut=False, encoding=""):
         self.usage = Usage()
@@ -1850,6 +1865,7 @@ class Meter:
         self._rest = bytearray()  # of a stream the event that has not ended, else the whole body
         self._decode = decoder(encoding)
         self._readable = self._decode is not None
+        self._given = 0  # bytes of _rest that the client has, where it can no longer be what is cut out
         self._cut = cut and self._readable
         self._encode = encoder(encoding) if self._cut else None
         self.first = self.last = self._now = None  # clock readings of the first and the latest token and piece
@@ -1882,7 +1898,7 @@ class Meter:
             ours = self._event(rest)
         elif rest and self._readable:
             self.usage.take(json_object(rest) or {})
-        return self._encoded(b"" if ours else rest, over=True) if self._cut else b""
+        return self._encoded(b"" if ours else rest[self._given:], over=True) if self._cut else b""
 
     def _encoded(self, data, over=False):
         """What the client gets for data: compressed anew where LM Studio compresses."""
@@ -1901,13 +1917,18 @@ class Meter:
         for end in EVENT_END.finditer(buffer, start):
             event = bytes(buffer[position:end.end()])
             position = end.end()
-            if not (self._event(event) and self._cut):
-                kept.append(event)
+            ours = self._event(event) and self._cut
+            if not ours or self._given:
+                kept.append(event[self._given:])
+            self._given = 0
         if position or buffer is data:
             self._rest = bytearray(buffer[position:])
+        if self._cut and self._rest and (self._given or not maybe_ours(self._rest)):
+            kept.append(bytes(self._rest[self._given:]))
+            self._given = len(self._rest)
         if len(self._rest) > STREAM_LIMIT:
             self._readable = False
-            kept.append(bytes(self._rest))
+            kept.append(bytes(self._rest[self._given:]))
             self._rest.clear()
         return b"".join(kept)
 
@@ -1924,6 +1945,13 @@ class Meter:
         if ERROR_EVENT.search(event) and not self.usage.error:
             self.usage.error = str(body.get("message") or str(data, "utf-8", "replace"))[:500]
         return isinstance(body.get("usage"), dict) and body.get("choices") == []
+
+
+def maybe_ours(beginning):
+    """True while an event that begins so may become the chunk that carries only usage."""
+    data = bytes(beginning[:HOLD_LIMIT])
+    return (len(beginning) < HOLD_LIMIT and (b"data:".startswith(data) or data.startswith(b"data:"))
+            and data[5:].lstrip()[:1] in (b"", b"{") and not SOME_CHOICE.search(data))
 
 
 def event_data(event):
@@ -3618,7 +3646,8 @@ def flat_logs(directory):
 # === 6. UPSTREAM: requests to LM Studio ======================================
 
 REUSE_S = 2.0  # LM Studio closes a kept connection after 5 s without a request
-AGAIN_S = 0.25  # a kept connection that turns out to be closed does so at once; later it is a failure
+MATURE_S = 0.01  # a server that closes after each answer has closed by then
+REPEATABLE = ("GET", "HEAD", "OPTIONS", "PUT", "DELETE")  # idempotent methods (RFC 9110, 9.2.2)
 CONNECT_S = 10.0
 GREETING_S = 0.2  # to connect, and again to answer: `lms` waits 500 ms in all
 ANSWER_HEAD_LIMIT = 256 * 1024
@@ -3714,10 +3743,7 @@ class Call(urllib.request.Request):
         self._lock = threading.Lock()  # guards the two below: a socket that was given back is not ours to shut
         self._sock = None  # while the exchange runs
         self.cancelled = False
-
-    @property
-    def connected(self):
-        return self._sock is not None
+        self.reuses = False  # it runs over a connection that was used before
 
     def cancel(self):
         """Any thread.  Ends the exchange, so that LM Studio stops working for it."""
@@ -3846,11 +3872,14 @@ class KeptConnections(urllib.request.BaseHandler):
     """Opens http and https for an OpenerDirector over connections that are used again.
 
     One is used again only if it has been idle for less than REUSE_S and is not readable (readable
-    means closed); if it then fails within AGAIN_S, before the first byte of an answer, the request is tried
-    once on a fresh one.  No redirects, no proxies, no error handling: the answer is passed on as it is."""
+    means closed); if it then fails before the first byte of an answer, a repeatable request is tried once on a
+    fresh one.  Others are not, because LM Studio may have begun to work (RFC 9110, 9.2.2); they take a connection
+    that was never used again only once it is MATURE.  No redirects, no proxies, no error handling: the
+    answer is passed on as it is."""
 
     def __init__(self):
-        self._idle: deque[tuple] = deque()  # (socket, monotonic seconds); append and pop are atomic
+        # (socket, monotonic seconds, used again before), the longest idle first; append and pop are atomic
+        self._idle: deque[tuple] = deque()
         self._tls = None  # an ssl.SSLContext, once it is needed
 
     def http_open(self, call):
@@ -3860,23 +3889,25 @@ class KeptConnections(urllib.request.BaseHandler):
         self._tls = self._tls or ssl.create_default_context()
         return self._exchange(call, self._tls)
 
-    def keep(self, sock):
+    def keep(self, call, sock):
         """Any thread.  An answer was read to its end and its connection may serve another request."""
-        self._idle.append((sock, time.monotonic()))
+        self._idle.append((sock, time.monotonic(), call.reuses))
         with contextlib.suppress(IndexError):
-            while self._idle[0][1] < time.monotonic() - REUSE_S or len(self._idle) > 64:
+            while len(self._idle) > 64:
                 self._idle.popleft()[0].close()
 
     def _exchange(self, call, tls):
-        sock = self._kept()
+        repeatable = call.get_method() in REPEATABLE
+        sock = self._kept(repeatable)
         if sock:
-            sent = time.monotonic()
+            call.reuses = True
             try:
                 return self._send(call, sock)
-            except BROKEN:
+            except BROKEN as error:
                 hang_up(call.use(None))
-                if call.cancelled or time.monotonic() - sent > AGAIN_S:
+                if call.cancelled or not repeatable or isinstance(error, TIMEOUTS):
                     raise
+        call.reuses = False
         return self._send(call, self._connect(call, tls))
 
     @staticmethod
@@ -3895,13 +3926,18 @@ class KeptConnections(urllib.request.BaseHandler):
                                 "(Developer > Start server, or: lms server start), or give its address with "
                                 "--upstream") from None
 
-    def _kept(self):
-        while self._idle:
-            with contextlib.suppress(IndexError):
-                sock, since = self._idle.pop()
-                if time.monotonic() - since < REUSE_S and not readable(sock):
+    def _kept(self, repeatable):
+        with contextlib.suppress(IndexError):
+            while True:
+                sock, since, proven = kept = self._idle.popleft()
+                age = time.monotonic() - since
+                if age > REUSE_S or readable(sock):
+                    sock.close()
+                elif repeatable or proven or age > MATURE_S:
                     return sock
-                sock.close()
+                else:
+                    self._idle.appendleft(kept)
+                    break
         return None
 
     @staticmethod
@@ -3982,7 +4018,7 @@ class Upstream:
         """An answer was read to its end: keep its connection if it allows that."""
         sock = call.use(None)
         if answer.keeps and answer.over and not call.cancelled:
-            self._connections.keep(sock)
+            self._connections.keep(call, sock)
         else:
             hang_up(sock)
 
@@ -4441,6 +4477,7 @@ class KeyFile:
             self._keys = self._seen and []  # a file that vanished opens no door
         except (OSError, ConfigError) as error:
             log.error("%s; the keys known so far go on", error)
+            self._keys = self._keys or []   # a file that cannot be read opens no door either
 
     def read(self):
         """The file's Keys.  Raises OSError, and ConfigError when it is damaged."""
@@ -4457,7 +4494,9 @@ class KeyFile:
                  "created": key.created} for key in keys]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(self.path.name + ".new")
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w",
+        with contextlib.suppress(FileNotFoundError):
+            draft.unlink()      # one that was left behind may have another mode
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w",
                   encoding="utf-8") as file:
             json.dump({"keys": rows}, file, indent=2)
         os.replace(draft, self.path)
@@ -4480,10 +4519,12 @@ def keys_path(config):
         return Path(config.keys_file)
     if os.name == "nt" and os.environ.get("APPDATA"):
         return Path(os.environ["APPDATA"], "lmgateway", "keys.json")
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "lmgateway", "keys.json")
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(home, "lmgateway", "keys.json")
 
 
 FREE_FAILURES = 3  # wrong keys an address may offer before it is made to wait
+MOST_WAITING = 4  # wrong keys of one address that wait at once; then it is told to come later
 FAILURES_S = 60.0  # after this they are forgotten
 LONGEST_WAIT_S = 3.0
 
@@ -4495,9 +4536,12 @@ class Walls:
         self._config = config
         self._fixed = [Key(name, digest(key), frozenset(RIGHTS)) for name, key in config.api_key.items()]
         self._file = KeyFile(keys_path(config))
-        # Methods of a dict are atomic, and nothing here depends on two of them.
-        self._sessions: OrderedDict = OrderedDict()  # digest of the cookie -> Key
-        self._failures: OrderedDict = OrderedDict()  # address -> (how many, monotonic seconds of the last)
+        # Methods of a dict are atomic, and nothing in the first two depends on two of them.
+        self._sessions: dict = {}  # digest of the cookie -> Key
+        self._proven: dict = {}  # (address, digest) of keys that were right
+        self._lock = threading.Lock()  # guards the two below
+        self._failures: dict = {}  # address -> (how many, monotonic seconds of the last)
+        self._waiting: Counter[str] = Counter()  # address -> wrong keys that are made to wait
 
     @property
     def health_needs_key(self):
@@ -4517,7 +4561,7 @@ class Walls:
         trusted = self._config.trusted_proxies
         named = [part.strip() for part in request.header("x-forwarded-for").split(",") if part.strip()]
         while named and within(address, trusted):
-            address = named.pop()
+            address = re.sub(r"^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$", r"\1\2", named.pop())    # some add a port
         return address
 
     def admit_address(self, address):
@@ -4527,26 +4571,41 @@ class Walls:
                             f"{address} is not in IP_ALLOWLIST; add it there to let it in", close=True)
 
     def identify(self, request, query_key=False):
-        """The Identity of a request.  Raises HttpError 401."""
+        """The Identity of a request.  Raises HttpError 401 and 429."""
         if not self.need_key:
             return Identity(None)
         offered = credentials(request, query_key)
-        cookie = session_of(request)
-        found = next(filter(None, map(self._find, offered)), None)
+        found = self._check(offered, request.client)
         if found:
             return Identity(found.name, found.rights)
+        cookie = session_of(request)
         session = self._sessions.get(digest(cookie)) if cookie else None
         if session and session in self._keys():  # a revoked key's sessions end with it
             return Identity(session.name, session.rights, by_cookie=True)
-        if offered or cookie:
-            self._slow_down(request.client)
         raise HttpError(401, "key_wrong" if offered else "key_needed",
                         "send a valid key as Authorization: Bearer KEY or X-API-Key: KEY",
                         [("WWW-Authenticate", "Bearer")])
 
-    def _find(self, offered):
-        """The Key that was offered, or None.  Every key is compared, in constant time."""
-        given, found = digest(offered), None
+    def _check(self, offered, address):
+        """The Key among those offered; None after a pause where they are wrong.  Raises HttpError 429.
+
+        While an address has its fill of wrong keys only those are looked at that were right from there."""
+        given = [digest(key) for key in offered]
+        if self._waiting[address] >= MOST_WAITING and not any((address, one) in self._proven for one in given):
+            raise HttpError(429, "too_many_attempts", "too many wrong keys came from this address; wait a few seconds",
+                            [("Retry-After", f"{LONGEST_WAIT_S:.0f}")])
+        for one in given:
+            found = self._find(one)
+            if found:
+                remember(self._proven, (address, one), True)
+                return found
+        if given:
+            self._slow_down(address)
+        return None
+
+    def _find(self, given):
+        """The Key of that digest, or None.  Every key is compared, in constant time."""
+        found = None
         for key in self._keys():
             if hmac.compare_digest(given, key.digest):
                 found = key
@@ -4555,24 +4614,25 @@ class Walls:
     def _slow_down(self, address):
         """Make an address that offers wrong keys wait, in its own thread; others go on."""
         now = time.monotonic()
-        failures, last = self._failures.pop(address, (0, now))
-        failures = 1 if now - last > FAILURES_S else failures + 1
-        self._failures[address] = (failures, now)
-        while len(self._failures) > 10000:
-            self._failures.popitem(last=False)
+        with self._lock:
+            failures, last = self._failures.pop(address, (0, now))
+            failures = 1 if now - last > FAILURES_S else failures + 1
+            remember(self._failures, address, (failures, now))
+            self._waiting[address] += 1
         if failures > FREE_FAILURES:
             time.sleep(min(LONGEST_WAIT_S, 0.1 * 2 ** (failures - FREE_FAILURES)))
+        with self._lock:
+            self._waiting[address] -= 1
+            if not self._waiting[address]:
+                del self._waiting[address]
 
     def open_session(self, key, address):
-        """The cookie for a key; None for a wrong one."""
-        found = self._find(key)
+        """The cookie for a key; None for a wrong one.  Raises HttpError 429."""
+        found = self._check([key], address)
         if found is None:
-            self._slow_down(address)
             return None
         cookie = secrets.token_urlsafe(32)
-        self._sessions[digest(cookie)] = found
-        while len(self._sessions) > 1000:
-            self._sessions.popitem(last=False)
+        remember(self._sessions, digest(cookie), found)
         return cookie
 
     def check_origin(self, request, identity):
@@ -4592,6 +4652,13 @@ class Walls:
         """True when pages of this origin may call."""
         allowed = self._config.cors_origins
         return bool(origin) and origin != "null" and (origin in allowed or "*" in allowed)
+
+
+def remember(table, name, value, limit=10_000):
+    """table[name] = value, in a table that forgets its oldest beyond the limit."""
+    table[name] = value
+    while len(table) > limit:
+        table.pop(next(iter(table)), None)
 
 
 def within(address, ranges):
@@ -4628,7 +4695,7 @@ def preflight(walls, request):
 
 
 def digest(secret):
-    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
 def credentials(request, query_key=False):
@@ -4805,10 +4872,14 @@ class Passage:
         return b""
 
     def close(self):
-        """Nobody wants more of it: unless it is over, the client left."""
+        """Nobody wants more of it: unless it is over, the client left, or we failed it."""
         if not self._over:
             self._stop()
-            self.left()
+            fault = sys.exc_info()[1]
+            if fault is None or isinstance(fault, (OSError, GatewayError, GeneratorExit)):
+                self.left()
+            else:
+                self.failed(f"a fault in lmgateway ({error_text(fault)})", "internal_error")
 
     def _stop(self):
         self._over = True
@@ -6648,7 +6719,8 @@ def find_upstream(config, sources):
 
 
 def check_exposure(config):
-    """Raises ConfigError where the LAN could come in without a key."""
+    """Raises ConfigError where the LAN could come in without a key, and where a keys file cannot be read."""
+    open_key_file(config)
     if not loopback(config.host) and not Walls(config).need_key and not config.no_auth:
         raise ConfigError(f"--host {config.host} (GATEWAY_HOST) listens beyond this machine, and no key is set: set "
                           "GATEWAY_API_KEY, or say --no-auth to let everybody in")

@@ -324,11 +324,14 @@ def test_a_usage_chunk_at_the_very_end_is_ours_too():
     assert meter.feed(CHAT_STREAM[1] + USAGE_CHUNK[:-1], 1.0) + meter.end() == CHAT_STREAM[1]
 
 
-def test_what_is_held_back_is_never_more_than_the_event_that_has_not_ended():
-    meter, sent = lmgateway.Meter(lmgateway.CHAT, True, cut=True), 0
-    for piece in CHAT_STREAM[:4]:
-        assert meter.feed(piece[:-1], 1.0) == b""
-        assert meter.feed(piece[-1:], 1.0) == piece
+@pytest.mark.parametrize(("beginning", "held"), [
+    ("d", True), ("data: ", True), ('data: {"id":"x"', True), ('data: {"choices": [', True), ('data: {"choices": []', True),
+    ('data: {"choices":[{', False), ("data: [", False), (": keep", False), ("event: e", False), ("data: {" + " " * 70_000, False)])
+def test_the_beginning_of_an_event_is_held_back_only_while_it_may_be_ours(beginning, held):
+    meter, beginning = lmgateway.Meter(lmgateway.CHAT, True, cut=True), beginning.encode()
+    assert meter.feed(beginning, 1.0) == (b"" if held else beginning)
+    assert meter.feed(b"\n\n", 1.0) == (beginning if held else b"") + b"\n\n"
+    assert meter.feed(CHAT_STREAM[1] + USAGE_CHUNK, 1.0) == CHAT_STREAM[1]
 
 
 def test_an_endless_event_passes_unread_in_linear_time():
@@ -370,6 +373,7 @@ REQUESTS = {    # dialect, body, what is sent instead (None: the same bytes), mo
     "other dialect": ("responses", b'{"stream":true}', None, None, True),
     "array": ("chat", b'[{"stream":true}]', None, None, False),
     "no json": ("chat", b'{"stream":true', None, None, False),
+    "not a number": ("chat", b'{"stream":true,"x":NaN}', None, None, False),
     "deep": ("chat", b'{"stream":true,"x":' + b"[" * 100_000, None, None, False),
     "utf-16": ("chat", '{"stream":true}'.encode("utf-16"), None, None, False),
     "latin-1": ("chat", b'{"stream":true,"x":"\xe9"}', None, None, False),
@@ -1384,7 +1388,7 @@ def test_connections_are_kept_on_both_sides(front, studio):
         for _ in range(5):
             sock.sendall(request(close=False))
             assert status_of(read_until(sock, b"true}")) == 200
-    assert (len(studio.peers), studio.connections) == (5, 1)
+    assert len(studio.peers) == 5 and studio.connections <= 1
 
 
 def test_pipelined_requests_are_answered_in_order(front, studio):
@@ -1405,22 +1409,37 @@ def test_a_kept_connection_that_lm_studio_closed_costs_no_request(front, studio)
     assert len(studio.peers) == 3
 
 
-def test_a_kept_connection_that_dies_at_once_is_tried_again_and_one_that_dies_later_is_not(front, studio, monkeypatch):
+@pytest.mark.parametrize(("method", "tries"), [("GET", 2), ("POST", 1)])
+def test_only_what_may_be_repeated_is_tried_again_when_a_kept_connection_dies(front, studio, method, tries):
     calls = []
 
     def script(peer):
         calls.append(peer)
-        if len(calls) == 2:
+        if len(calls) == 3:
             peer.reset()
         else:
             peer.send(plain(b"fine"))
 
     studio.script = script
-    assert [talk(front.port, request(POST_CHAT, b"{}"))[-4:] for _ in range(2)] == [b"fine"] * 2
-    assert len(calls) == 3
-    monkeypatch.setattr(lmgateway, "AGAIN_S", -1)   # as if it had been computing for a while
-    calls[:] = calls[:1]
-    assert status_of(talk(front.port, request(POST_CHAT, b"{}"))) == 502 and len(calls) == 2
+    with dial(front.port) as sock:
+        for _ in range(2):      # now the connection to LM Studio has been used again
+            sock.sendall(request("GET /v1/models", close=False))
+            read_until(sock, b"fine")
+        sock.sendall(request(f"{method} /v1/chat/completions", b"{}"))
+        assert status_of(rest_of(sock)) == (200 if tries == 2 else 502)
+    assert len(calls) == 2 + tries
+
+
+def test_a_server_that_closes_after_each_answer_without_saying_so_costs_no_request(front, studio):
+    def script(peer):
+        peer.send(plain(b"one"))
+        pause.wait(0.002)
+        peer.sock.shutdown(socket.SHUT_RDWR)
+
+    studio.script, pause = script, threading.Event()
+    for _ in range(20):
+        assert talk(front.port, request(POST_CHAT, b"{}")).endswith(b"one")
+    assert len(studio.peers) == 20 and studio.connections >= 19
 
 
 # --- the usage that the gateway asks for
@@ -1671,6 +1690,30 @@ def test_an_answer_before_the_body_was_taken_is_passed_on(fronts):
         threading.Thread(target=lambda: serve(listener.accept()[0]), daemon=True).start()
         answer = talk(front.port, request("POST /v1/x", b"", f"Content-Length: {len(body)}"), body)
     assert status_of(answer) == 413 and answer.endswith(b"too large")
+
+
+def test_a_fault_of_ours_ends_the_request_and_its_connection_unfinished(shared, studio, monkeypatch, caplog):
+    front = shared[1]
+
+    def feed(meter, piece, now):
+        if b"Hi" in piece:
+            raise ZeroDivisionError("planted")
+        return piece
+
+    monkeypatch.setattr(lmgateway.Meter, "feed", feed)
+    studio.script = lambda peer: peer.send(STREAM_HEAD + framed(CHAT_STREAM[0], end=False), framed(*CHAT_STREAM[1:]))
+    mark = front.hub.last
+    body = split_answer(talk(front.port, request(POST_CHAT, b"{}")))[2]
+    assert b"HTTP/1.1" not in body and not body.endswith(b"0\r\n\r\n")
+    assert front.events(mark, "error", "inference_complete")[0]["operation"] == "internal_error"
+
+
+@pytest.mark.parametrize("end", [b"data: [DONE]", CHAT_STREAM[2][:-2], CHAT_STREAM[2][:-1], b": bye"])
+def test_a_last_event_without_its_blank_line_is_passed_on(front, studio, end):
+    studio.script, mark = lambda peer: peer.send(STREAM_HEAD + framed(CHAT_STREAM[1], end)), front.hub.last
+    for body in (b'{"stream":true}', b"{}"):
+        assert unchunked(split_answer(talk(front.port, request(POST_CHAT, body)))[2]) == CHAT_STREAM[1] + end
+    assert len(front.events(mark, "inference_complete", count=2)) == 2
 
 
 # --- clients that leave
