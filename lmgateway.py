@@ -41,6 +41,7 @@ import contextlib
 import csv
 import datetime
 import difflib
+import functools
 import gc
 import hashlib
 import hmac
@@ -55,6 +56,7 @@ import logging.handlers
 import math
 import os
 import platform
+import plistlib
 import queue
 import random
 import re
@@ -66,6 +68,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import struct
 import sys
 import tempfile
@@ -77,7 +80,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -231,7 +234,7 @@ MILLISECONDS = whole(0, 10**9, "use milliseconds, 0 for never")
 
 OPTIONS = (
     Option("upstream", "LMSTUDIO_BASE_URL", "--upstream", "http://127.0.0.1:1234", base_url,
-           "LM Studio's server; when not given, its port is read from LM Studio's settings", value="URL"),
+           "LM Studio's server; its port is found in its settings", value="URL"),
     Option("host", "GATEWAY_HOST", "--host", "127.0.0.1", text, "address to listen on; 0.0.0.0 for the LAN",
            value="HOST"),
     Option("port", "GATEWAY_PORT", "--port", 8001, whole(0, 65535, "use a port from 0 to 65535"),
@@ -253,7 +256,7 @@ OPTIONS = (
     Option("api_key", "GATEWAY_API_KEY", "--api-key", {}, api_keys,
            "one key, or several as name=key,name=key", "Access", "KEY"),
     Option("keys_file", "KEYS_FILE", "--keys-file", None, text,
-           "where --new-key keeps hashed keys; in the user's configuration directory when not given",
+           "minted keys, hashed; in the user's configuration directory if not given",
            "Access", "FILE"),
     Option("no_auth", "NO_AUTH", "--no-auth", False, boolean, "listen beyond loopback without a key",
            "Access"),
@@ -272,10 +275,12 @@ OPTIONS = (
     Option("history_days", "HISTORY_DAYS", None, 365, whole(0, 36500, "use a number of days, 0 for ever"),
            "days after which its rows are removed; 0 never", "Logs"),
     Option("log_dir", "LMSTUDIO_LOG_DIR", "--log-dir", None, text,
-           "LM Studio's server-logs directory; found under the home directory when not given", "Logs",
+           "LM Studio's server-logs directory; found under the home if not given", "Logs",
            "DIR"),
     Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", None, True, boolean, "follow LM Studio's logs",
            "Logs"),
+    Option("log_dir_warn", "LOG_DIR_WARN_BYTES", None, 5_000_000_000, whole(0, 10**15, "use a number of bytes"),
+           "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; 0 never", "Logs"),
     Option("log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs",
            "LEVEL"),
     Option("log_file", "LOG_FILE", "--log-file", None, text,
@@ -3306,6 +3311,8 @@ MIDLINE_S = 2.0  # a line without an end is taken as it is after this
 LOOK_S, SCAN_S = 0.1, 2.0  # between glances at the directories' times, and between full listings
 ANCHOR = 64  # bytes before our position that must still be there
 HEAD = 1024  # first bytes that tell a file from its replacement
+SETTINGS_NAME = "http-server-config.json"
+LOW_DISK_BYTES = 2_000_000_000  # a disk with less room than this is worth a warning
 MONTH = re.compile(r"\d{4}-\d\d")
 LOG_NAME = re.compile(r"(\d{4}-\d\d-\d\d)\.(\d+)\.log")
 
@@ -3361,6 +3368,26 @@ def find_log_dir(home):
     that holds the newest file; the app's when neither holds any."""
     places = [home / "server-logs", home / "apps" / "bionic" / "server-logs"]
     return str(max(places, key=newest_write))
+
+
+def settings_path(home):
+    """Where LM Studio keeps its server's settings (LOGS.md section 5); the app's place when there is no such file."""
+    places = [home / ".internal" / SETTINGS_NAME, home / "apps" / "bionic" / ".internal" / SETTINGS_NAME]
+    return next((path for path in places if os.path.exists(path)), places[0])
+
+
+def read_settings(home):
+    """LM Studio's settings as a dict.  Raises OSError where there are none to read, ValueError where they are no JSON object."""
+    settings = json_object(settings_path(home).read_bytes())
+    if settings is None:
+        raise ValueError("it is no JSON object")
+    return settings
+
+
+def settings_port(settings):
+    """The port of LM Studio's server by its settings, else None."""
+    port = settings.get("port")
+    return port if isinstance(port, int) and 0 < port < 65536 else None
 
 
 def newest_write(directory):
@@ -3544,6 +3571,71 @@ class Follower:
             self.problem = problem
             log.warning("%s; I keep looking. Start LM Studio's server, or name its log directory with --log-dir "
                         "(LMSTUDIO_LOG_DIR)", problem)
+
+
+class LogVolume:
+    """How much room a log directory takes and how much its disk has left.  Any thread; looked at once a minute."""
+
+    def __init__(self, directory, warn_bytes):
+        self.directory, self._warn_bytes = directory, warn_bytes
+        self._lock = threading.Lock()  # guards _asked and _facts
+        self._asked, self._facts = -math.inf, {}
+
+    def facts(self, max_age_s=60.0):
+        """{directoryBytes, growthBytesPerDay, freeBytes: None where unknown; warnings: what a person should do}"""
+        with self._lock:
+            if time.monotonic() - self._asked < max_age_s:
+                return self._facts
+        facts = self._look()
+        with self._lock:
+            self._asked, self._facts = time.monotonic(), facts
+        return facts
+
+    def _look(self):
+        sizes: Counter[str] = Counter()
+        total = growth = free = None
+        with contextlib.suppress(OSError):
+            for log_file in list_logs(self.directory):
+                with contextlib.suppress(OSError):
+                    sizes[log_file.day] += os.stat(log_file.path).st_size
+            total, growth = sum(sizes.values()), daily_growth(sizes, datetime.date.today())
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self.directory).free
+        return {"directoryBytes": total, "growthBytesPerDay": growth, "freeBytes": free,
+                "warnings": [*self._warnings(total, growth, free)]}
+
+    def _warnings(self, total, growth, free):
+        prune = "lmgateway.py --prune 30 shows what is older than 30 days, and with --yes removes it"
+        if total and self._warn_bytes and total > self._warn_bytes:
+            yield f"LM Studio's logs take {shown_bytes(total)} in {self.directory}: {prune}"
+        if free is not None and free < max(LOW_DISK_BYTES, 3 * (growth or 0)):
+            yield f"only {shown_bytes(free)} are free on the disk of {self.directory}: make room there; {prune}"
+
+
+def daily_growth(sizes, today):
+    """Bytes a day over the last week: sizes maps days such as 2026-09-01 to bytes.  0 without any."""
+    first = today - datetime.timedelta(days=6)
+    days = [day for day in sizes if first.isoformat() <= day <= today.isoformat() and is_date(day)]
+    if not days:
+        return 0
+    return round(sum(sizes[day] for day in days) / ((today - datetime.date.fromisoformat(min(days))).days + 1))
+
+
+def is_date(text):
+    try:
+        return bool(datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+def shown_bytes(count):
+    """12.3 MB, as disks are sold."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
 
 
 class Monitor:
@@ -4748,6 +4840,8 @@ class Gateway:
         self.watcher = Watcher()
         self.started = time.time()
         self.address = ""
+        self.lan_urls = []
+        self.volume = LogVolume(monitor.follower.directory, config.log_dir_warn) if monitor else None
 
 
 def upstream_target(target, keys_are_set):
@@ -5074,10 +5168,10 @@ def status_page(gateway, request):
                           "running": running, "totalRequests": total, "totalErrors": errors,
                           "bindings": bindings,
                           "gateway": {"address": gateway.address, "upstream": gateway.upstream.base,
-                                      "keyNeeded": gateway.walls.need_key,
+                                      "lanUrls": gateway.lan_urls, "keyNeeded": gateway.walls.need_key,
                                       "history": gateway.history is not None},
                           "lmstudio": {"up": not reason, "reason": reason or None},
-                          "log": log_status(gateway.monitor),
+                          "log": {**log_status(gateway.monitor), **(gateway.volume.facts() if gateway.volume else {})},
                           "stream": {"clients": hub.listeners, "lastId": hub.event_id(hub.last),
                                      "dropped": hub.dropped}})
 
@@ -5454,6 +5548,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._resting: dict = {}        # sockets without a request, the longest resting first
         self._reading: dict = {}        # those whose request is still coming
         self._working: dict = {}
+        self.ticked = time.monotonic()  # when the accept loop last came round
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
 
@@ -5463,6 +5558,9 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
 
     allow_reuse_address = False  # on Windows it would let two servers share a port
+
+    def service_actions(self):
+        self.ticked = time.monotonic()
 
     def get_request(self):
         """A new connection.  A TLS handshake is left to its handler: a slow one must not hold up the others."""
@@ -5830,34 +5928,34 @@ def demo_traffic(address, key, pause):
 # === 9. COMMAND ==============================================================
 
 USAGE = """\
-lmgateway.py [options]                     gateway, log monitor and dashboard beside LM Studio
-       lmgateway.py --tail-only [PATH ...]        print the log's events; with PATH, replay saved logs
-       lmgateway.py --demo                        try it all, without LM Studio"""
+lmgateway.py [options]              gateway, log monitor and dashboard beside LM Studio
+       lmgateway.py COMMAND [options]      one of the commands below"""
 
 
 def build_parser():
     """The ArgumentParser: commands by hand, options from OPTIONS."""
     parser = Arguments(prog="lmgateway.py", usage=USAGE, allow_abbrev=False, add_help=False,
-                       formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+                       formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=100),
                        description="A gateway, log monitor and dashboard for LM Studio.",
-                       epilog="Options are read from flags, else the environment, else .env, else their defaults. "
-                       "The README lists all of them, those without a flag included.")
+                       epilog="Flags count before the environment, that before .env, that before defaults; see also README.md.")
     commands = parser.add_argument_group("Commands")
-    commands.add_argument("--tail-only", action="store_true",
-                          help="print events, no server; PATH: replay files or directories")
+    commands.add_argument("--tail-only", action="store_true", help="print this machine's events; PATH ...: replay saved logs")
     commands.add_argument("--watch", metavar="URL", help="print the events of a gateway elsewhere")
-    commands.add_argument("--report", action="store_true",
-                          help="usage by day and model, from --history FILE or from saved logs (PATH)")
-    commands.add_argument("--demo", action="store_true", help="run beside a built-in imitation of LM Studio")
-    commands.add_argument("--new-key", metavar="NAME", help="mint a key; its hash goes to the keys file")
-    commands.add_argument("--rights", metavar="LIST", help="what it may do: infer, view, admin [infer,view]")
+    commands.add_argument("--report", action="store_true", help="usage by day and model, of --history FILE or of saved logs (PATH)")
+    commands.add_argument("--demo", action="store_true", help="try it all, beside a built-in imitation of LM Studio")
+    commands.add_argument("--check", action="store_true", help="look for what commonly goes wrong, and say the remedy")
+    commands.add_argument("--prune", metavar="DAYS", help="show which of LM Studio's logs are older; --yes removes them")
+    commands.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)
+    commands.add_argument("--new-key", metavar="NAME", help="mint a key; --rights infer,view,admin [infer,view]")
+    commands.add_argument("--rights", metavar="LIST", help=argparse.SUPPRESS)
     commands.add_argument("--list-keys", action="store_true", help="names, rights and dates of minted keys")
     commands.add_argument("--revoke-key", metavar="NAME", help="take a minted key away")
+    commands.add_argument("--print-launchd", action="store_true", help="a launchd agent for macOS; see the README")
     commands.add_argument("--help", "-h", action="help", help="show this and exit")
     commands.add_argument("--version", action="version", version=f"lmgateway {VERSION}",
                           help="show the version and exit")
     commands.add_argument("paths", nargs="*", metavar="PATH", help=argparse.SUPPRESS)
-    printing = parser.add_argument_group("Printing (--tail-only)")
+    printing = parser.add_argument_group("Printing (--tail-only, --watch; --check: --json)")
     printing.add_argument("--json", action="store_true", help="one JSON object a line")
     printing.add_argument("--events", metavar="LIST", help="only these events, comma-separated")
     printing.add_argument("--from-start", action="store_true",
@@ -5893,13 +5991,16 @@ def main(argv=None):
     quiet_streams()
     try:
         args = build_parser().parse_args(argv)
-        config, sources, warnings = load_config(vars(args), os.environ, args.env_file)
         check_command(args)
+        if args.check:
+            return doctor(args)
+        config, sources, warnings = load_config(vars(args), os.environ, args.env_file)
         set_up_logging(config)
         for warning in warnings:
             log.warning(warning)
         for name, command in (("new_key", new_key), ("list_keys", list_keys), ("revoke_key", revoke_key),
-                              ("tail_only", tail_only), ("watch", watch), ("report", report)):
+                              ("tail_only", tail_only), ("watch", watch), ("report", report), ("prune", prune),
+                              ("print_launchd", print_launchd)):
             if getattr(args, name) not in (None, False):
                 return command(args, config)
         return serve(args, config, sources)
@@ -5908,19 +6009,31 @@ def main(argv=None):
         return error.exit_status
     except BrokenPipeError:
         return closed_pipe()
+    except KeyboardInterrupt:
+        return 130
+
+
+COMMANDS = ("tail_only", "watch", "report", "demo", "check", "prune", "new_key", "list_keys", "revoke_key", "print_launchd")
+COMPANIONS = {"json": ("tail_only", "watch", "report", "check"), "events": ("tail_only", "watch"),  # flag -> what it goes with
+              "from_start": ("tail_only", "watch"), "yes": ("prune",), "rights": ("new_key",)}
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
 
 
 def check_command(args):
     """Raises ConfigError for flags that do not go together."""
-    if args.paths and not args.tail_only and not args.report:
+    chosen = [name for name in COMMANDS if getattr(args, name) not in (None, False)]
+    if args.paths and not {"tail_only", "report"} & set(chosen):
         raise ConfigError(f"{args.paths[0]}: a path goes with --tail-only or --report; see --help")
-    chosen = [flag for flag in ("tail_only", "watch", "demo", "report")
-              if getattr(args, flag) not in (None, False)]
     if len(chosen) > 1:
-        raise ConfigError(f"--{chosen[0].replace('_', '-')} and --{chosen[1]} do not go together; choose one")
-    for name in ("json", "events", "from_start"):
-        if getattr(args, name) and not args.tail_only and args.watch is None and not (args.report and name == "json"):
-            raise ConfigError(f"--{name.replace('_', '-')} goes with --tail-only or --watch")
+        raise ConfigError(f"{flag_of(chosen[0])} and {flag_of(chosen[1])} do not go together; choose one")
+    for name, commands in COMPANIONS.items():
+        if getattr(args, name) and not set(commands) & set(chosen):
+            raise ConfigError(f"{flag_of(name)} goes with {' or '.join(map(flag_of, commands))}")
+    if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
+        raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     unknown = [name for name in words(args.events or "") if name not in EVENTS]
     if unknown:
         near = difflib.get_close_matches(unknown[0], EVENTS, 1)
@@ -6670,15 +6783,19 @@ def serve(args, config, sources):
         upstream = Upstream(config.upstream, config.upstream_token)
         gateway = Gateway(config, hub, upstream, monitor, sources, history)
         server = gateway.server = open_server(gateway)
-        gateway.address = f"http{'s' if config.tls_cert else ''}://{shown_host(config.host)}:{server.port}"
+        gateway.address = own_url(config, config.host, server.port)
+        lan = reachable(config, lan_addresses)
+        gateway.lan_urls = [own_url(config, address, server.port) for address, _ in lan]
         threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-        announce(gateway)
+        announce(gateway, server.port, lan)
         settle()
         if args.demo:
             key = next(iter(config.api_key.values()), "")
             threading.Thread(target=demo_traffic, args=(f"http://127.0.0.1:{server.port}", key, stop.wait),
                              name="demo-traffic", daemon=True).start()
-        stop.wait()
+        notify("READY=1")
+        keep_watchdog(stop, server)
+        notify("STOPPING=1")
         log.info("Stopping: %d requests are running, they have %.0f s", server.working, GRACE_S)
         hub.close()
         server.shutdown()
@@ -6710,10 +6827,9 @@ def find_upstream(config, sources):
     """The Config with LM Studio's port from its own settings file, where no address was given."""
     if "upstream" in sources:
         return config
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        settings = json.loads((find_home() / ".internal" / "http-server-config.json").read_text(encoding="utf-8"))
-        port = int(settings.get("port"))
-        if 0 < port < 65536:
+    with contextlib.suppress(OSError, ValueError):
+        port = settings_port(read_settings(find_home()))
+        if port:
             return config.but(upstream=f"http://127.0.0.1:{port}")
     return config
 
@@ -6752,7 +6868,7 @@ def open_server(gateway):
     try:
         return Server(gateway, config.host, config.port, tls_context(config))
     except OSError as error:
-        if error.errno in (48, 98, 10048):
+        if error.errno in IN_USE:
             raise StartError(f"port {config.port} is in use on {config.host}: stop what holds it "
                              f"({port_question(config.port)} tells) or choose another with --port (GATEWAY_PORT)") from None
         raise StartError(f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose another address with "
@@ -6794,15 +6910,560 @@ def shown_host(host):
     return f"[{host}]" if ":" in host else host
 
 
-def announce(gateway):
-    """What a person needs to know first.  Never a key."""
+def own_url(config, host, port):
+    return f"http{'s' if config.tls_cert else ''}://{shown_host(host)}:{port}"
+
+
+def announce(gateway, port, lan):
+    """What a person needs to know first.  Never a key.  lan: the machine's addresses that others can use."""
     config, monitor = gateway.config, gateway.monitor
+    everywhere = config.host in ANYWHERE
+    here = own_url(config, "127.0.0.1", port) if everywhere else gateway.address
+    there = ", ".join(f"{url} (VPN or virtual adapter)" if virtual else url
+                      for url, (_, virtual) in zip(gateway.lan_urls, lan))
+    base = gateway.lan_urls[0] if gateway.lan_urls else here
     log.info("lmgateway %s on Python %s", VERSION, platform.python_version())
-    log.info("Listening on %s (dashboard); base URL for clients: %s/v1", gateway.address, gateway.address)
+    log.info("Listening on %s", gateway.address)
+    log.info("Dashboard: %s/", here)
+    log.info("On the LAN: %s", there or ("no address found" if everywhere else
+                                         "closed; --host 0.0.0.0 opens it, to those who have a key (--new-key NAME)"))
+    log.info("Base URL for clients: %s/v1 (OpenAI SDKs), %s (Anthropic SDKs)", base, base)
+    log.info("Key: %s", "needed" if gateway.walls.need_key else "none is asked for; clients that insist take any text")
     log.info("LM Studio: %s", config.upstream)
-    log.info("Key: %s", "needed" if gateway.walls.need_key else "none is asked for")
     log.info("Log directory: %s",
              monitor.follower.directory if monitor else "not monitored (ENABLE_LOG_MONITORING=false)")
+
+
+# --- 9.5 addresses of this machine -------------------------------------------
+
+ANYWHERE = ("", "0.0.0.0", "::")
+VIRTUAL = re.compile(r"tun|tap|utun|wg|ppp|ipsec|gpd|tailscale|zt|nord|proton|docker|podman|br-|veth|virbr|vmnet|vbox|"
+                     r"vnic|lxc|lxd|cni|flannel|bridge|awdl|llw", re.I)  # adapters that lead to no LAN
+UNLIKELY = tuple(map(ipaddress.ip_network, ("172.16.0.0/12", "192.168.56.0/24")))  # WSL, Hyper-V, VirtualBox
+TAILNET = ipaddress.ip_network("100.64.0.0/10")
+NOWHERE = ("192.0.2.1", 9)  # kept for documentation (RFC 5737); to connect UDP there sends nothing
+
+
+def reachable(config, addresses):
+    """[(address, virtual?)] at which others reach a gateway with this Config; addresses() gives the machine's."""
+    if loopback(config.host):
+        return []
+    return addresses() if config.host in ANYWHERE else [(config.host, False)]
+
+
+def lan_addresses():
+    """[(address, virtual?)] of this machine, IPv4 beyond loopback: the way out first, VPN and virtual adapters last."""
+    return ranked(adapter_addresses() or named_addresses(), outgoing_address())
+
+
+def ranked(found, outgoing):
+    """Sort (adapter name or "", address) pairs as lan_addresses says."""
+    usable = {}
+    for adapter, text in found:
+        address = ipaddress.ip_address(text)
+        if not address.is_loopback and not address.is_link_local and not address.is_unspecified:
+            guessed = not adapter and text != outgoing and any(address in network for network in UNLIKELY)
+            usable[text] = bool(VIRTUAL.match(adapter)) or address in TAILNET or guessed
+    return sorted(usable.items(), key=lambda item: (item[1], item[0] != outgoing))
+
+
+def adapter_addresses():
+    """[(adapter, IPv4 address)] from the kernel of Linux and macOS (SIOCGIFADDR); empty elsewhere."""
+    found = []
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import fcntl
+        request = 0x8915 if sys.platform == "linux" else 0xC0206921
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # an adapter without an IPv4 address
+                    answer = fcntl.ioctl(sock.fileno(), request, name.encode()[:15].ljust(32, b"\0"))
+                    found.append((name, socket.inet_ntoa(answer[20:24])))
+    return found
+
+
+def named_addresses():
+    """[("", IPv4 address)] that this machine's own name stands for: Windows has all of them there."""
+    with contextlib.suppress(OSError):
+        rows = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET, socket.SOCK_STREAM)
+        return [("", str(row[4][0])) for row in rows]
+    return []
+
+
+def outgoing_address():
+    """The address from which this machine reaches other networks; empty when it reaches none."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(NOWHERE)
+        return sock.getsockname()[0]
+    return ""
+
+
+# --- 9.6 services: systemd and launchd ---------------------------------------
+
+ALIVE_S = 5.0  # an accept loop that has not come round for so long hangs
+
+
+def notify(state, environ=os.environ):
+    """Tell systemd a state (sd_notify(3)), where it asked for that."""
+    address = environ.get("NOTIFY_SOCKET", "")
+    if address.startswith(("/", "@")):
+        with contextlib.suppress(OSError, AttributeError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
+            sock.send(state.encode())
+
+
+def watchdog_pause(environ, pid):
+    """Seconds between signs of life for systemd's watchdog (sd_watchdog_enabled(3)); None when it wants none."""
+    limit, asked = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", str(pid))
+    return max(0.05, int(limit) / 2e6) if limit.isdecimal() and int(limit) and asked == str(pid) else None
+
+
+def keep_watchdog(stop, server):
+    """Until a signal: signs of life for as long as the server takes connections."""
+    pause = watchdog_pause(os.environ, os.getpid())
+    while not stop.wait(pause):
+        if time.monotonic() - server.ticked < ALIVE_S:
+            notify("WATCHDOG=1")
+
+
+def print_launchd(args, config):
+    """--print-launchd: an agent for macOS that runs this file as it was called here (launchd.plist(5))."""
+    given = [row for row in OPTIONS if row.flag and getattr(args, row.name) is not None]
+    secret = [row for row in given if row.variable in SECRET]
+    if secret:
+        raise ConfigError(f"{secret[0].flag}: a plist is no place for a secret; put {secret[0].variable} into "
+                          f"{os.path.join(os.getcwd(), '.env')}, or mint a key with --new-key")
+    flags = itertools.chain.from_iterable([row.flag] if row.default is False else [row.flag, getattr(args, row.name)]
+                                          for row in given)
+    log_file = config.log_file or str(Path.home() / "Library" / "Logs" / "lmgateway.log")
+    agent = {"Label": "lmgateway", "ProgramArguments": [sys.executable, os.path.abspath(__file__), *flags],
+             "WorkingDirectory": os.getcwd(), "EnvironmentVariables": {"LOG_FILE": log_file},
+             "RunAtLoad": True, "KeepAlive": {"SuccessfulExit": False}, "ThrottleInterval": 10,
+             "ProcessType": "Interactive"}  # else launchd holds back its processor time
+    sys.stdout.write(plistlib.dumps(agent, sort_keys=False).decode())
+    return 0
+
+
+# --- 9.7 --check, the doctor -------------------------------------------------
+# A check is one row of CHECKS: a function that looks at one thing and yields its findings.
+
+
+class Finding(NamedTuple):
+    mark: str  # "ok", "warn" or "bad"
+    what: str
+    remedy: str = ""
+
+
+class Check(NamedTuple):
+    """find gives the Findings about one thing.  about says what it looks at."""
+
+    name: str
+    find: Callable[[Patient], Iterator[Finding]]
+    about: str
+
+
+class Patient:
+    """What the checks look at, each part looked at once, when a check first asks for it."""
+
+    def __init__(self, args, environ):
+        self.config, self.sources, self.warnings, self.errors = load_leniently(vars(args), environ, args.env_file)
+        self.env_file = args.env_file or ".env"
+        self.home = find_home()
+        self.log_dir = self.config.log_dir or find_log_dir(self.home)
+
+    @functools.cached_property
+    def settings(self):
+        """LM Studio's settings, or the exception that says why there are none."""
+        try:
+            return read_settings(self.home)
+        except (OSError, ValueError) as error:
+            return error
+
+    @functools.cached_property
+    def upstream(self):
+        """LM Studio's address as the gateway would use it."""
+        return find_upstream(self.config, self.sources).upstream
+
+    @functools.cached_property
+    def newest(self):
+        """The newest LogFile, None without any, or the OSError of the directory."""
+        try:
+            return next(reversed(list_logs(self.log_dir)), None)
+        except OSError as error:
+            return error
+
+    @functools.cached_property
+    def parser(self):
+        """A Parser that has read the end of the newest log.  Raises OSError."""
+        parser = Parser()
+        with open(self.newest.path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - CHECKED_BYTES))
+            parser.feed(file.read(CHECKED_BYTES))
+        parser.end()
+        return parser
+
+    @property
+    def exposed(self):
+        return not loopback(self.config.host)
+
+
+CHECKED_BYTES = 4_000_000  # of the newest log
+SETTINGS_MENU = "LM Studio: Developer > Server settings"
+LOGS_MENU = 'LM Studio: Developer Logs, "..." menu'
+
+
+def load_leniently(args, environ, env_file):
+    """(Config, sources, warnings, errors): load_config that gathers mistakes and does not stop at one."""
+    values, sources, errors = {}, {}, []
+    try:
+        from_file, warnings = read_env_file(env_file)
+    except ConfigError as error:
+        from_file, warnings, errors = {}, [], [str(error)]
+    for row in OPTIONS:
+        setting = find_setting(row, args.get(row.name), environ, from_file)
+        if setting:
+            sources[row.name] = setting.source
+            try:
+                values[row.name] = parse_setting(row, setting)
+            except ConfigError as error:
+                errors.append(str(error))
+    return Config(**values), sources, warnings, errors
+
+
+def check_python(patient):
+    version = f"Python {platform.python_version()} on {platform.system()} {platform.release()}, lmgateway {VERSION}"
+    if sys.version_info < (3, 9):
+        yield Finding("bad", version, "install Python 3.9 or newer from https://www.python.org")
+    else:
+        yield Finding("ok", version)
+
+
+def check_options(patient):
+    for error in patient.errors:
+        yield Finding("bad", *error.rsplit("; ", 1)) if "; " in error else Finding("bad", error, "see --help")
+    for warning in patient.warnings:
+        yield Finding("warn", warning, "mend the name, or take the line out")
+    for row in OPTIONS:
+        if row.name in patient.sources:
+            value = "set" if row.variable in SECRET else getattr(patient.config, row.name)
+            yield Finding("ok", f"{row.variable}: {value} (from {patient.sources[row.name]})")
+    if not patient.sources and not patient.errors:
+        yield Finding("ok", "each has its default")
+    if patient.config.log_file and not os.access(os.path.dirname(os.path.abspath(patient.config.log_file)), os.W_OK):
+        yield Finding("bad", f"LOG_FILE {patient.config.log_file} cannot be written", "name a file in a directory of yours")
+
+
+def check_port(patient):
+    config = patient.config
+    own = f"port {config.port} of {config.host}"
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            if os.name != "nt":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((config.host, config.port))
+        yield Finding("ok", f"{own} is free")
+    except OSError as error:
+        if error.errno not in IN_USE:
+            yield Finding("bad", f"cannot listen on {own}: {error_text(error)}", "choose others with --host and --port")
+        elif b"<title>lmgateway" in fetched(config.host, config.port, "/", bool(config.tls_cert)):
+            yield Finding("ok", f"{own} is held by a running lmgateway")
+        else:
+            yield Finding("bad", f"{own} is held by {port_holder(config.port) or 'another program'}",
+                          f"stop it ({port_question(config.port)} tells which it is), or choose another with --port")
+
+
+def fetched(host, port, path, encrypted=False):
+    """The body that answers a GET with 200; empty when there is none within a second."""
+    host, connection = "127.0.0.1" if host in ANYWHERE else host, http.client.HTTPConnection
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # whose it is, is what we want to know
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        if encrypted:
+            connection = functools.partial(http.client.HTTPSConnection, context=context)
+        with contextlib.closing(connection(host, port, timeout=1.0)) as asked:
+            asked.request("GET", path)
+            answer = asked.getresponse()
+            return answer.read(65536) if answer.status == 200 else b""
+    return b""
+
+
+def port_holder(port):
+    """Who listens on a TCP port, as far as Linux tells this user; empty when nobody knows."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        sockets = set()
+        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+            sockets |= {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+        for entry in os.scandir("/proc"):
+            if entry.name.isdecimal() and sockets & opened(entry.path):
+                command = Path(entry.path, "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+                return f"process {entry.name} ({command[:80]})"
+    return ""
+
+
+def opened(process):
+    """What the descriptors of a process in /proc point to; nothing where we may not look."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"{process}/fd"):
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(f"{process}/fd/{name}"))
+    return found
+
+
+def check_lmstudio(patient):
+    reason = Upstream(patient.upstream).health()
+    if not reason:
+        yield Finding("ok", f"LM Studio answers at {patient.upstream}")
+        return
+    what, _, remedy = reason.partition(". ")
+    settings = patient.settings
+    if isinstance(settings, dict) and settings_port(settings) and f":{settings_port(settings)}" not in patient.upstream:
+        remedy = f"its settings say port {settings_port(settings)}: give that to --upstream (LMSTUDIO_BASE_URL). {remedy}"
+    yield Finding("bad", what, remedy)
+
+
+def check_settings(patient):
+    settings, path = patient.settings, settings_path(patient.home)
+    if not isinstance(settings, dict):
+        yield Finding("warn", f"LM Studio's settings {path} cannot be read: {error_text(settings)}",
+                      "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
+        return
+    port, network = settings_port(settings), settings.get("networkInterface")
+    network = network if isinstance(network, str) else ""
+    yield Finding("ok", f"{path}: port {port or 'not named'}, interface {network or 'not named'}")
+    if network and not loopback(network):
+        yield Finding("warn", f"LM Studio itself listens on the network ({network}): whoever goes there goes round this "
+                      "gateway, its keys and its figures", f"{SETTINGS_MENU} > Serve on Local Network: off")
+    if settings.get("cors") is True:
+        yield Finding("warn", "LM Studio allows every web page to call it (CORS)", f"{SETTINGS_MENU} > Enable CORS: off; "
+                      "name the origins that may call the gateway with --cors-origins")
+    for name, value, mark, what, remedy in LOG_SETTINGS:
+        if settings.get(name) == value and type(settings.get(name)) is type(value):
+            yield Finding(mark, what, f"{LOGS_MENU} > {remedy}" if remedy else "")
+
+
+LOG_SETTINGS = (  # (setting, value, mark, what that means, remedy)
+    ("fileLoggingMode", "off", "bad", "LM Studio writes no log files: there is nothing to monitor",
+     "File Logging Mode: Succinct"),
+    ("verbose", False, "warn", "verbose logging is off: no cache, token and speed figures of streams", "Verbose Logging: on"),
+    ("verbose", True, "ok", "verbose logging is on", ""),
+    ("logSensitiveData", True, "warn", "prompts and answers stand in LM Studio's logs in clear text",
+     "Redact Content: on, where others can read this disk (figures of plain requests then go, too)"),
+    ("logSensitiveData", False, "ok", "prompts and answers are redacted in LM Studio's logs", ""),
+    ("logIncomingTokens", True, "warn", "every token is logged: the files grow with the square of an answer's length",
+     "Log Incoming Tokens: off"),
+)
+
+
+def check_logs(patient):
+    newest, directory = patient.newest, patient.log_dir
+    if not patient.config.enable_log_monitoring:
+        yield Finding("warn", "the log monitor is switched off", "ENABLE_LOG_MONITORING=true")
+    if isinstance(newest, OSError):
+        yield Finding("bad", f"log directory {directory}: {error_text(newest)}",
+                      "start LM Studio's server once; name another directory with --log-dir (LMSTUDIO_LOG_DIR); run as the "
+                      "user who runs LM Studio")
+    elif newest is None:
+        yield Finding("bad", f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
+                      f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
+    else:
+        yield from check_newest_log(patient)
+    for other in other_log_dirs(patient.home, directory):
+        yield Finding("warn", f"{other} holds a newer log than {directory}", f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
+
+
+def check_newest_log(patient):
+    path = patient.newest.path
+    try:
+        parser, state = patient.parser, os.stat(path)
+    except OSError as error:
+        yield Finding("bad", f"{path}: {error_text(error)}", "let this user read it, or run as the user who runs LM Studio")
+        return
+    age_s = time.time() - state.st_mtime
+    yield Finding("warn" if age_s > 86400 else "ok", f"{path}: {shown_bytes(state.st_size)}, written {age(age_s)} ago",
+                  "is LM Studio's server running under this user, and does it get requests?" if age_s > 86400 else "")
+    if not parser.entries:
+        yield Finding("warn", "no log entry in it that lmgateway knows", "send LM Studio a request and look again")
+        return
+    engines = ", ".join(sorted(name for name in parser.by_engine if name != "App")) or "the app alone"
+    yield Finding("ok", f"{parser.entries:,} entries looked at, written by: {engines}")
+    if not parser.by_level["DEBUG"]:
+        yield Finding("warn", "no DEBUG lines: no cache, token and speed figures of streams", f"{LOGS_MENU} > Verbose Logging: on")
+    if parser.unknown > parser.lines / 10:
+        yield Finding("warn", f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version does not know",
+                      "look for a newer lmgateway; /debug/status shows samples")
+
+
+def age(seconds):
+    return f"{seconds / 86400:.0f} days" if seconds >= 2 * 86400 else duration(max(0, seconds))
+
+
+def other_log_dirs(home, directory):
+    """Log directories at LM Studio's usual places that were written more than an hour after this one."""
+    bases = {home, Path.home() / ".lmstudio", Path.home() / ".cache" / "lm-studio"}
+    places = {str(base.joinpath(*parts)) for base in bases for parts in (("server-logs",), ("apps", "bionic", "server-logs"))}
+    ours = newest_write(directory)
+    return sorted(place for place in places if newest_write(place) > ours + 3600
+                  and os.path.realpath(place) != os.path.realpath(directory))
+
+
+def check_room(patient):
+    facts = LogVolume(patient.log_dir, patient.config.log_dir_warn).facts()
+    if facts["directoryBytes"] is not None:
+        free = "unknown" if facts["freeBytes"] is None else shown_bytes(facts["freeBytes"])
+        yield Finding("ok", f"logs take {shown_bytes(facts['directoryBytes'])}, grow by "
+                      f"{shown_bytes(facts['growthBytesPerDay'])} a day; {free} are free on that disk")
+    for warning in facts["warnings"]:
+        yield Finding("warn", *warning.split(": ", 1))
+
+
+def check_keys(patient):
+    config = patient.config
+    try:
+        _, minted = open_key_file(config)
+        keys = Walls(config).need_key
+    except (GatewayError, OSError) as error:
+        yield Finding("bad", str(error), "--keys-file names another")
+        return
+    rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted] + [f"{name} (all rights)" for name in config.api_key]
+    yield Finding("ok", f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
+    if patient.exposed and not keys:
+        yield Finding("warn" if config.no_auth else "bad", f"{config.host} is open to the network, and no key is set",
+                      "mint one with --new-key NAME" + ("" if config.no_auth else ", or say --no-auth to let everybody in"))
+    for path in (keys_path(config), Path(patient.env_file)):
+        if os.name != "nt" and path.exists() and path.stat().st_mode & 0o044:
+            yield Finding("warn", f"{path} can be read by other users of this machine", f"chmod 600 {path}")
+
+
+def check_network(patient):
+    config = patient.config
+    try:
+        encrypted = tls_context(config) is not None
+    except ConfigError as error:
+        yield Finding("bad", str(error), "name a certificate and its key, both PEM, that this user can read")
+        return
+    if not patient.exposed:
+        yield Finding("ok", f"{config.host}: only this machine can connect")
+        return
+    firewall = FIREWALL.get(platform.system(), "").format(port=config.port)
+    urls = [own_url(config, address, config.port) for address, _ in reachable(config, lan_addresses)]
+    yield Finding("ok", f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
+                  f"if they do not: {firewall}" if firewall else "")
+    if not encrypted:
+        yield Finding("warn", "keys and prompts pass over the LAN in clear text", "--tls-cert and --tls-key (see the README)")
+    if config.allow is None:
+        yield Finding("ok", "every address may connect; IP_ALLOWLIST (--allow) can narrow that")
+
+
+FIREWALL = {"Windows": "lmgateway.ps1 -OpenFirewall", "Linux": "let the port through the firewall (sudo ufw allow {port}/tcp)",
+            "Darwin": "System Settings > Network > Firewall: allow Python"}
+
+
+def check_clock(patient):
+    now = time.time()
+    zone = time.strftime("%Z %z")
+    if now < BUILT:
+        yield Finding("bad", f"the clock says {utc_text(now)}", "set it, best by NTP: times and certificates depend on it")
+        return
+    yield Finding("ok", f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {zone}")
+    with contextlib.suppress(OSError, AttributeError):
+        moment, written = patient.parser.last_moment, os.stat(patient.newest.path).st_mtime
+        if moment and abs(moment.epoch - written) > 900:
+            yield Finding("warn", f"the newest log's last entry says {moment.utc}, its file {utc_text(written)}",
+                          "give lmgateway LM Studio's time zone (environment variable TZ), or mend the clock")
+
+
+BUILT = 1_750_000_000  # June 2025: no clock is right that says less
+IN_USE = (48, 98, 10048)  # EADDRINUSE of macOS, Linux and Windows
+CHECKS = (
+    Check("Python", check_python, "version and system"),
+    Check("Options", check_options, "values, where each comes from, mistakes in .env"),
+    Check("Port", check_port, "ours is free, or who holds it"),
+    Check("LM Studio", check_lmstudio, "its server answers, and it is LM Studio"),
+    Check("Settings", check_settings, "LM Studio's own: port, interface, CORS, logging"),
+    Check("Logs", check_logs, "directory, newest file, engine, verbose lines"),
+    Check("Room", check_room, "size and growth of the logs, free disk"),
+    Check("Keys", check_keys, "who may do what, and whether a key is needed"),
+    Check("Network", check_network, "who can connect, TLS"),
+    Check("Clock", check_clock, "time, time zone, and whether the log agrees"),
+)
+
+
+def doctor(args):
+    """--check: every finding in one line; 1 when something is bad, else 0.  Works whatever is broken."""
+    patient = Patient(args, os.environ)
+    found = [(check.name, finding) for check in CHECKS for finding in examined(check, patient)]
+    bad = any(finding.mark == "bad" for _, finding in found)
+    if args.json:
+        rows = [{"check": name, **finding._asdict()} for name, finding in found]
+        print(json.dumps({"status": "bad" if bad else "ok", "version": VERSION, "findings": rows}))
+        return int(bad)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    for name, (mark, what, remedy) in found:
+        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if colour else f"{mark:4}"
+        print(f"{shown}  {name:9}  " + (what + (f"  ->  {remedy}" if remedy else "")).translate(CONTROL))
+    return int(bad)
+
+
+MARKS = {"ok": "32", "warn": "33", "bad": "31"}
+
+
+def examined(check, patient):
+    """A check's findings; a check that fails is a finding, too."""
+    found = []
+    try:
+        found.extend(check.find(patient))
+    except Exception as error:  # the end of the line: what is broken here is what the doctor is for
+        found.append(Finding("bad", f"this check failed: {type(error).__name__}: {error}", "please report it"))
+    return found
+
+
+# --- 9.8 --prune -------------------------------------------------------------
+
+
+def prune(args, config):
+    """--prune DAYS: LM Studio's logs that are older; with --yes they go.  One line a file; 1 when one could not go."""
+    directory = config.log_dir or find_log_dir(find_home())
+    try:
+        old = old_logs(directory, int(args.prune), time.time())
+    except OSError as error:
+        raise ConfigError(f"--prune: log directory {directory}: {error_text(error)}; name LM Studio's with --log-dir "
+                          "(LMSTUDIO_LOG_DIR)") from None
+    total = failed = 0
+    for log_file, size in old:
+        problem = removal(log_file.path) if args.yes else None
+        failed += problem is not None
+        total += size if problem is None else 0
+        print(f"{'kept, ' + problem if problem else 'removed' if args.yes else 'would go'}  {shown_bytes(size):>9}  {log_file.path}")
+    count = f"{len(old) - failed} file{'s' * (len(old) - failed != 1)}, {shown_bytes(total)}"
+    print(f"removed {count}" if args.yes else f"{count} older than {args.prune} days in {directory}"
+          + ("; add --yes to remove them" if old else "; nothing to do"))
+    return int(failed > 0)
+
+
+def old_logs(directory, days, now):
+    """[(LogFile, bytes)] of the logs that are older than so many days, by name and by last write.
+
+    Never the newest by name or by time: LM Studio may be writing it.  Only plain files in plain directories whose
+    names are those of server logs.  Raises OSError when the directory cannot be listed."""
+    limit = now - 86400 * days
+    last_day = datetime.date.fromtimestamp(max(0, limit)).isoformat()
+    found = [(log_file, os.lstat(log_file.path)) for log_file in list_logs(directory)
+             if not os.path.islink(os.path.dirname(log_file.path)) and os.path.isfile(log_file.path)]
+    in_use = {found[-1][0], max(found, key=lambda pair: pair[1].st_mtime)[0]} if found else set()
+    return [(log_file, state.st_size) for log_file, state in found
+            if log_file.day < last_day and log_file.day[:7] == log_file.month and state.st_mtime < limit
+            and stat.S_ISREG(state.st_mode) and log_file not in in_use]
+
+
+def removal(path):
+    """Remove a file.  Gives the reason why it stays, else None."""
+    try:
+        os.remove(path)
+    except OSError as error:
+        return error_text(error)
+    return None
 
 
 # === 10. DASHBOARD ===========================================================

@@ -8,11 +8,13 @@ file and installs it there.  No test sleeps to pace itself: PATIENCE_S only boun
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gzip
 import hashlib
 import json
 import logging
 import os
+import plistlib
 import queue
 import re
 import socket
@@ -22,6 +24,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import types
 import zlib
 from pathlib import Path
 
@@ -902,6 +905,39 @@ def test_since_refuses_other_words_with_the_forms(text):
 
 
 # === 5. TAIL =================================================================
+
+
+def test_room_of_the_logs_is_measured_and_warned_of(tmp_path, monkeypatch):
+    today = time.strftime("%Y-%m-%d")
+    for name in (f"{today}.1.log", f"{today}.10.log"):
+        path = tmp_path / today[:7] / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 5000)
+    (tmp_path / today[:7] / "other.txt").write_bytes(b"x" * 99)
+    facts = lmgateway.LogVolume(str(tmp_path), 9000).facts()
+    assert (facts["directoryBytes"], facts["growthBytesPerDay"]) == (10000, 10000)
+    assert "take 10.0 kB" in facts["warnings"][0] and "--prune" in facts["warnings"][0]
+    assert lmgateway.LogVolume(str(tmp_path), 0).facts()["warnings"] == facts["warnings"][1:]
+    assert lmgateway.LogVolume(str(tmp_path / "none"), 1).facts() == {
+        "directoryBytes": None, "growthBytesPerDay": None, "freeBytes": None, "warnings": []}
+    monkeypatch.setattr(lmgateway, "LOW_DISK_BYTES", 10**18)
+    volume = lmgateway.LogVolume(str(tmp_path), 0)
+    assert "free on the disk" in volume.facts()["warnings"][0]
+    monkeypatch.setattr(lmgateway, "LOW_DISK_BYTES", 0)
+    assert volume.facts()["warnings"] and not volume.facts(max_age_s=0)["warnings"]
+
+
+@pytest.mark.parametrize(("sizes", "growth"), [
+    ({}, 0), ({"2026-09-10": 70}, 70), ({"2026-09-09": 50, "2026-09-10": 20}, 35), ({"2026-09-04": 70, "2026-09-10": 70}, 20),
+    ({"2026-09-03": 10**9, "2026-09-10": 7}, 7), ({"2026-09-11": 10**9}, 0), ({"2026-09-31": 5, "2026-09-09": 4}, 2)])
+def test_growth_is_bytes_a_day_over_the_last_week(sizes, growth):
+    assert lmgateway.daily_growth(sizes, datetime.date(2026, 9, 10)) == growth
+
+
+@pytest.mark.parametrize(("count", "shown"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (12_345_678, "12.3 MB"),
+                                              (4 * 10**11, "400.0 GB"), (5 * 10**15, "5000.0 TB")])
+def test_sizes_are_shown_as_disks_are_sold(count, shown):
+    assert lmgateway.shown_bytes(count) == shown
 
 
 # === 6. UPSTREAM =============================================================
@@ -2140,6 +2176,324 @@ def test_report_of_a_history_as_json(tmp_path, capsys):
 def test_report_of_nothing_says_what_it_needs(args, said, capsys):
     assert lmgateway.main(["--report", *args]) in (1, 2)
     assert said in capsys.readouterr().err
+
+
+# --- 9.5 addresses of this machine
+
+def test_the_way_out_comes_first_and_virtual_adapters_last():
+    found = [("lo", "127.0.0.1"), ("docker0", "172.17.0.1"), ("tun0", "10.8.0.3"), ("wlan0", "192.168.1.30"),
+             ("eth0", "192.168.1.20"), ("eth1", "100.101.2.3"), ("eth2", "169.254.1.1"), ("wlan0", "192.168.1.30")]
+    assert lmgateway.ranked(found, "192.168.1.20") == [
+        ("192.168.1.20", False), ("192.168.1.30", False), ("172.17.0.1", True), ("10.8.0.3", True), ("100.101.2.3", True)]
+    assert lmgateway.ranked(found, "10.8.0.3")[0] == ("192.168.1.30", False)
+    nameless = [("", "172.28.0.1"), ("", "192.168.56.1"), ("", "10.0.0.5")]
+    assert lmgateway.ranked(nameless, "10.0.0.5") == [("10.0.0.5", False), ("172.28.0.1", True), ("192.168.56.1", True)]
+    assert lmgateway.ranked(nameless, "172.28.0.1")[0] == ("172.28.0.1", False)
+    assert lmgateway.ranked([], "") == []
+
+
+def test_this_machine_is_asked_for_its_addresses_without_an_error():
+    assert all(lmgateway.ipaddress.ip_address(address) and isinstance(virtual, bool)
+               for address, virtual in lmgateway.lan_addresses())
+    assert all(name == "" for name, _ in lmgateway.named_addresses())
+
+
+@pytest.mark.parametrize(("options", "wanted"), [
+    ({}, ["Listening on http://127.0.0.1:81", "Dashboard: http://127.0.0.1:81/", "On the LAN: closed; --host 0.0.0.0",
+          "clients: http://127.0.0.1:81/v1 (OpenAI", "Key: none"]),
+    ({"host": "0.0.0.0", "api_key": {"a": "secret"}},
+     ["Listening on http://0.0.0.0:81", "Dashboard: http://127.0.0.1:81/", "On the LAN: http://10.0.0.5:81, http://10.8.0.3:81 (VPN",
+      "clients: http://10.0.0.5:81/v1 (OpenAI", "Key: needed"]),
+    ({"host": "192.168.7.7", "tls_cert": "c", "no_auth": True},
+     ["Listening on https://192.168.7.7:81", "Dashboard: https://192.168.7.7:81/", "On the LAN: https://192.168.7.7:81",
+      "clients: https://192.168.7.7:81/v1", "Key: none"]),
+    ({"host": "::1"}, ["Listening on http://[::1]:81", "Dashboard: http://[::1]:81/", "On the LAN: closed"])])
+def test_start_up_says_what_a_person_needs_next_and_never_a_key(caplog, options, wanted):
+    config = lmgateway.Config(port=81, upstream="http://u:1", **options)
+    gateway = lmgateway.Gateway(config, lmgateway.Hub(), lmgateway.Upstream("http://u:1"))
+    lan = lmgateway.reachable(config, lambda: [("10.0.0.5", False), ("10.8.0.3", True)])
+    gateway.address = lmgateway.own_url(config, config.host, 81)
+    gateway.lan_urls = [lmgateway.own_url(config, address, 81) for address, _ in lan]
+    lmgateway.log.propagate = True
+    with caplog.at_level("INFO", "lmgateway"):
+        lmgateway.announce(gateway, 81, lan)
+    for text in (*wanted, f"lmgateway {lmgateway.VERSION}", "LM Studio: http://u:1", "Log directory: not monitored"):
+        assert text in caplog.text
+    assert "secret" not in caplog.text
+
+
+# --- 9.6 services
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX") or sys.platform != "linux", reason="systemd is Linux")
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_told_the_state(tmp_path, abstract):
+    name = f"\0lmgateway-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(name)
+        sock.settimeout(PATIENCE_S)
+        lmgateway.notify("READY=1", {"NOTIFY_SOCKET": name.replace("\0", "@")})
+        assert sock.recv(100) == b"READY=1"
+    lmgateway.notify("READY=1", {"NOTIFY_SOCKET": name.replace("\0", "@")})  # nobody is there
+    lmgateway.notify("READY=1", {})
+
+
+@pytest.mark.parametrize(("environ", "pause"), [
+    ({}, None), ({"WATCHDOG_USEC": "30000000"}, 15), ({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "7"}, 1),
+    ({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "8"}, None), ({"WATCHDOG_USEC": "0"}, None), ({"WATCHDOG_USEC": "x"}, None)])
+def test_the_watchdog_gets_a_sign_of_life_twice_in_its_time(environ, pause):
+    assert lmgateway.watchdog_pause(environ, 7) == pause
+
+
+def test_the_watchdog_gets_no_sign_of_life_from_a_server_that_hangs(monkeypatch):
+    told, states = [], [time.monotonic(), time.monotonic() - 2 * lmgateway.ALIVE_S]
+    monkeypatch.setenv("WATCHDOG_USEC", "1000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    monkeypatch.setattr(lmgateway, "notify", told.append)
+    server = types.SimpleNamespace(ticked=0.0)
+
+    def wait(seconds):
+        if states:
+            server.ticked = states.pop(0)
+            return False
+        return True
+
+    lmgateway.keep_watchdog(types.SimpleNamespace(wait=wait), server)
+    assert told == ["WATCHDOG=1"]
+
+
+def test_launchd_agent_runs_this_file_as_it_was_called(capsys, home):
+    assert run(capsys, "--print-launchd", "--port", "9000", "--no-auth")[0] == 0
+    agent = plistlib.loads(run(capsys, "--print-launchd", "--port", "9000", "--no-auth")[1].encode())
+    assert agent["ProgramArguments"] == [sys.executable, os.path.abspath(lmgateway.__file__), "--port", "9000", "--no-auth"]
+    assert agent["WorkingDirectory"] == os.getcwd() and agent["KeepAlive"] == {"SuccessfulExit": False}
+    assert agent["EnvironmentVariables"]["LOG_FILE"].endswith("lmgateway.log")
+    status, out, err = run(capsys, "--print-launchd", "--api-key", "secret")
+    assert (status, out, "secret" in err.replace("a secret", ""), "GATEWAY_API_KEY" in err) == (2, "", False, True)
+
+
+def test_the_service_file_runs_this_file():
+    text = (HERE / "lmgateway.service").read_text(encoding="utf-8")
+    assert "Type=notify" in text and "WatchdogSec=" in text and "lmgateway.py" in text
+
+
+# --- 9.7 the doctor
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home directory of its own, which is the working directory, and no option in the environment."""
+    for row in lmgateway.OPTIONS:
+        monkeypatch.delenv(row.variable, raising=False)
+    for name in ("HOME", "USERPROFILE", "XDG_CONFIG_HOME", "APPDATA"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *argv):
+    """(exit status, stdout, stderr) of a command."""
+    handlers = list(lmgateway.log.handlers)
+    try:
+        status = lmgateway.main(list(argv))
+    finally:
+        lmgateway.log.handlers = handlers
+    return (status, *capsys.readouterr())
+
+
+def findings(capsys, *argv):
+    """(exit status, [(check, mark, what and remedy)]) of --check."""
+    status, out, _ = run(capsys, "--check", "--json", *argv)
+    report = json.loads(out)
+    assert report["status"] == ("bad" if status else "ok")
+    return status, [(row["check"], row["mark"], f"{row['what']} -> {row['remedy']}") for row in report["findings"]]
+
+
+def put(path, content=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def put_settings(home, **settings):
+    put(home / ".lmstudio/.internal/http-server-config.json", json.dumps(settings))
+
+
+def put_log(home, text, name="2026-09/2026-09-01.1.log"):
+    return put(home / ".lmstudio/server-logs" / name, text)
+
+
+def stamped(message, level="INFO", seconds_ago=0.0):
+    return f"[{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(time.time() - seconds_ago))}][{level}] {message}\n"
+
+
+G1_LINES = stamped("BeginProcessingPrompt", "DEBUG") + stamped("[m] Prompt processing progress: 10.0%")
+SICK = [  # name, what is broken, arguments, (check, mark, words) that must be found
+    ("no home", lambda home: None, (), ("Logs", "bad", "start LM Studio's server once")),
+    ("no settings", lambda home: None, (), ("Settings", "warn", "http-server-config.json")),
+    ("settings are no JSON", lambda home: put(home / ".lmstudio/.internal/http-server-config.json", b"\xff{"), (),
+     ("Settings", "warn", "no JSON object")),
+    ("settings are a directory", lambda home: put(home / ".lmstudio/.internal/http-server-config.json/x"), (),
+     ("Settings", "warn", "cannot be read")),
+    ("settings are odd", lambda home: put_settings(home, port="x", networkInterface=7, verbose="no", cors=None), (),
+     ("Settings", "ok", "port not named, interface not named")),
+    ("settings of Bionic", lambda home: put(home / ".lmstudio/apps/bionic/.internal/http-server-config.json", '{"port": 4321}'),
+     (), ("Settings", "ok", "port 4321")),
+    ("on the LAN", lambda home: put_settings(home, networkInterface="0.0.0.0"), (),
+     ("Settings", "warn", "Serve on Local Network: off")),
+    ("loopback", lambda home: put_settings(home, networkInterface="127.0.0.1", port=1), (),
+     ("Settings", "ok", "port 1, interface 127.0.0.1")),
+    ("CORS", lambda home: put_settings(home, cors=True), (), ("Settings", "warn", "Enable CORS: off")),
+    ("no files", lambda home: put_settings(home, fileLoggingMode="off"), (),
+     ("Settings", "bad", 'Developer Logs, "..." menu > File Logging Mode: Succinct')),
+    ("terse", lambda home: put_settings(home, verbose=False), (), ("Settings", "warn", "Verbose Logging: on")),
+    ("clear text", lambda home: put_settings(home, logSensitiveData=True), (), ("Settings", "warn", "Redact Content: on")),
+    ("redacted", lambda home: put_settings(home, logSensitiveData=False), (), ("Settings", "ok", "redacted")),
+    ("tokens", lambda home: put_settings(home, logIncomingTokens=True), (), ("Settings", "warn", "Log Incoming Tokens: off")),
+    ("its port is another", lambda home: put_settings(home, port=4321), ("--upstream", "http://127.0.0.1:9"),
+     ("LM Studio", "bad", "its settings say port 4321")),
+    ("not running", lambda home: put_settings(home, port=9), (), ("LM Studio", "bad", "127.0.0.1:9 (")),
+    ("empty directory", lambda home: put_log(home, "", "x.log"), (), ("Logs", "bad", "no server logs (YYYY-MM")),
+    ("named directory is none", lambda home: None, ("--log-dir", "nowhere"), ("Logs", "bad", "nowhere: ")),
+    ("fresh log", lambda home: put_log(home, G1_LINES), (), ("Logs", "ok", "written 0s ago")),
+    ("engine", lambda home: put_log(home, G1_LINES), (), ("Logs", "ok", "2 entries looked at, written by: G1")),
+    ("no DEBUG", lambda home: put_log(home, stamped("hello")), (), ("Logs", "warn", "Verbose Logging: on")),
+    ("no entries", lambda home: put_log(home, b"\0\xff" * 99), (), ("Logs", "warn", "no log entry")),
+    ("old log", lambda home: os.utime(put_log(home, G1_LINES), (1e9, 1e9)), (), ("Logs", "warn", "days ago")),
+    ("log is a directory", lambda home: put_log(home, "", "2026-09/2026-09-02.1.log/x"), (), ("Logs", "bad", "2026-09-02.1.log: ")),
+    ("stale home", lambda home: (os.utime(put_log(home, G1_LINES), (1e9, 1e9)),
+                                 put(home / ".cache/lm-studio/server-logs/2026-09/2026-09-01.1.log", "x")),
+     ("--log-dir", ".lmstudio/server-logs"), ("Logs", "warn", "holds a newer log")),
+    ("monitor off", lambda home: put(home / ".env", "ENABLE_LOG_MONITORING=false"), (), ("Logs", "warn", "switched off")),
+    ("size", lambda home: (put_log(home, G1_LINES), put(home / ".env", "LOG_DIR_WARN_BYTES=10")), (), ("Room", "warn", "--prune 30")),
+    ("room", lambda home: put_log(home, "x" * 12345), (), ("Room", "ok", "12.3 kB")),
+    ("misspelt", lambda home: put(home / ".env", "GATEWAY_PROT=1"), (), ("Options", "warn", "did you mean GATEWAY_PORT?")),
+    ("two mistakes", lambda home: put(home / ".env", "LOG_LEVEL=loud\nPROXY_TIMEOUT=soon"), (), ("Options", "bad", ".env line 2")),
+    ("no .env line", lambda home: put(home / ".env", "what is this"), (), ("Options", "bad", ".env line 1")),
+    ("no env file", lambda home: None, ("--env-file", "nowhere"), ("Options", "bad", "nowhere")),
+    ("sources", lambda home: put(home / ".env", "GATEWAY_API_KEY=abc"), (), ("Options", "ok", "GATEWAY_API_KEY: set (from .env line 1)")),
+    ("log file", lambda home: None, ("--log-file", "nowhere/x.log"), ("Options", "bad", "cannot be written")),
+    ("no such address", lambda home: None, ("--host", "192.0.2.77", "--no-auth"), ("Port", "bad", "--host")),
+    ("no such host", lambda home: None, ("--host", "no host", "--no-auth"), ("Port", "bad", "--host")),
+    ("exposed", lambda home: None, ("--host", "0.0.0.0"), ("Keys", "bad", "--new-key NAME")),
+    ("exposed on purpose", lambda home: None, ("--host", "0.0.0.0", "--no-auth"), ("Keys", "warn", "open to the network")),
+    ("clear text on the LAN", lambda home: None, ("--host", "0.0.0.0", "--api-key", "k"), ("Network", "warn", "--tls-cert")),
+    ("certificate", lambda home: None, ("--tls-cert", "nowhere", "--tls-key", "nowhere"), ("Network", "bad", "--tls-cert")),
+    ("keys", lambda home: put(home / ".env", "GATEWAY_API_KEY=anna=a,ben=b"), (), ("Keys", "ok", "anna (all rights), ben")),
+    ("clock", lambda home: put_log(home, stamped("hello", seconds_ago=7200)), (), ("Clock", "warn", "(environment variable TZ)")),
+    ("clock agrees", lambda home: put_log(home, stamped("hello")), (), ("Clock", "ok", "time zone")),
+]
+
+
+@pytest.mark.parametrize(("sicken", "argv", "wanted"), [row[1:] for row in SICK], ids=[row[0] for row in SICK])
+def test_the_doctor_names_what_is_wrong_and_the_remedy(home, capsys, sicken, argv, wanted):
+    sicken(home)
+    status, found = findings(capsys, *argv)
+    assert any(row[:2] == wanted[:2] and wanted[2] in row[2] for row in found), found
+    assert status == any(mark == "bad" for _, mark, _ in found)
+    assert all("->" in text and (mark == "ok" or text.rpartition("->")[2].strip()) for _, mark, text in found)
+    assert not any("this check failed" in text for _, _, text in found)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_the_doctor_sees_secrets_that_others_can_read(home, capsys):
+    path = put(home / ".env", "GATEWAY_API_KEY=abc")
+    os.chmod(path, 0o644)
+    assert ("Keys", "warn", ".env can be read by other users of this machine -> chmod 600 .env") in findings(capsys)[1]
+    os.chmod(path, 0o600)
+    assert not any("chmod" in text for _, _, text in findings(capsys)[1])
+
+
+def test_the_doctor_finds_a_sound_installation_sound(home, capsys):
+    put_log(home, G1_LINES)
+    demo = lmgateway.DemoServer(str(home))
+    demo.start()
+    try:
+        put_settings(home, port=demo.server_address[1], verbose=True, logSensitiveData=False)
+        status, found = findings(capsys, "--port", "0")
+        assert (status, {mark for _, mark, _ in found}) == (0, {"ok"})
+        assert {name for name, _, _ in found} == {check.name for check in lmgateway.CHECKS}
+        status, out, _ = run(capsys, "--check", "--port", str(demo.server_address[1]))
+        assert status == 1 and re.search(r"^bad   Port .* is held by .*  ->  stop it \(", out, re.M)
+        assert sys.platform != "linux" or f"process {os.getpid()}" in out
+    finally:
+        demo.stop()
+
+
+def test_the_doctor_knows_another_lmgateway_on_the_port(home, capsys):
+    with stream_server(lmgateway.Hub()) as port:
+        assert ("Port", "ok", f"port {port} of 127.0.0.1 is held by a running lmgateway -> ") in findings(
+            capsys, "--port", str(port))[1]
+
+
+def test_a_check_that_fails_is_a_finding():
+    def fail(patient):
+        yield lmgateway.Finding("ok", "so far")
+        raise RuntimeError("boom")
+
+    found = lmgateway.examined(lmgateway.Check("X", fail, ""), None)
+    assert [finding.mark for finding in found] == ["ok", "bad"] and "boom" in found[1].what
+
+
+# --- 9.8 --prune and the room that logs take
+
+def test_prune_shows_and_then_removes_only_old_server_logs(home, capsys):
+    logs, old = home / ".lmstudio/server-logs", time.time() - 90 * 86400
+    day = time.strftime("%Y-%m-%d", time.localtime(old))
+    go = [put(logs / day[:7] / f"{day}.{number}.log", "x" * 1500) for number in (1, 2)]
+    stay = [put(logs / day[:7] / name, "x") for name in (f"{day}.log", f"{day}.3.log.txt", "notes.txt", f"x{day}.1.log")]
+    stay += [put(logs / name / f"{day}.1.log", "x") for name in ("backup", "2020-01", f"{day[:7]}x")]
+    stay.append(put(logs / "2020-02" / "2020-02-01.1.log", "written today"))
+    stay.append(put(logs / "2030-01" / "2030-01-01.1.log", "the newest"))
+    for path in (*go, *stay[:-2], stay[-1]):
+        os.utime(path, (old, old))
+    status, out, _ = run(capsys, "--prune", "30")
+    assert status == 0 and out.splitlines()[:2] == [f"would go     1.5 kB  {path}" for path in go]
+    assert out.splitlines()[2].startswith("2 files, 3.0 kB older than 30 days in ") and "--yes" in out
+    assert all(path.exists() for path in go)
+    status, out, _ = run(capsys, "--prune", "30", "--yes")
+    assert (status, out.splitlines()[-1]) == (0, "removed 2 files, 3.0 kB")
+    assert not any(path.exists() for path in go) and all(path.exists() for path in stay)
+    assert "nothing to do" in run(capsys, "--prune", "30")[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_prune_follows_no_links(home, capsys):
+    elsewhere = put(home / "elsewhere/2020-01-01.1.log", "x")
+    real = put_log(home, "x", "2020-03/2020-03-01.1.log")
+    put_log(home, "new", "2030-01/2030-01-01.1.log")
+    (home / ".lmstudio/server-logs/2020-01").symlink_to(elsewhere.parent)
+    (real.parent / "2020-03-02.1.log").symlink_to(elsewhere)
+    for path in (elsewhere, real):
+        os.utime(path, (1e9, 1e9))
+    assert run(capsys, "--prune", "30", "--yes")[0] == 0
+    assert elsewhere.exists() and not real.exists()
+
+
+def test_prune_says_which_file_could_not_go_and_goes_on(home, capsys, monkeypatch):
+    paths = [put_log(home, "x", f"2020-01/2020-01-0{number}.1.log") for number in (1, 2, 3)]
+    for path in paths:
+        os.utime(path, (1e9, 1e9 + int(path.name[9])))
+    remove = os.remove
+    monkeypatch.setattr(os, "remove", lambda path: os.stat("/nowhere") if path.endswith("01.1.log") else remove(path))
+    status, out, _ = run(capsys, "--prune", "1", "--yes")
+    assert status == 1 and out.startswith("kept, No such file") and "removed 1 file, 1 bytes" in out
+    assert [path.exists() for path in paths] == [True, False, True]
+
+
+@pytest.mark.parametrize("argv", [("--prune", "0"), ("--prune", "x"), ("--prune", "-1"), ("--prune=",), ("--prune", "30"),
+                                  ("--yes",), ("--prune", "30", "--check"), ("--watch", ""), ("--watch", "ftp://x"),
+                                  ("--watch", "h", "--tail-only"), ("--rights", "infer"), ("--json",)])
+def test_what_cannot_be_done_is_one_line_and_status_2(home, capsys, argv):
+    status, out, err = run(capsys, *argv)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("lmgateway: ")
+
+
+def test_help_fits_one_screen(capsys):
+    with pytest.raises(SystemExit) as end:
+        lmgateway.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0 and len(lines) <= 50 and max(map(len, lines)) <= 100
+    assert all(row.flag in "\n".join(lines) for row in lmgateway.OPTIONS if row.flag)
 
 
 # === 10. DASHBOARD ===========================================================
