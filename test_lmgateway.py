@@ -17,6 +17,7 @@ import os
 import plistlib
 import queue
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -2271,9 +2272,23 @@ def test_launchd_agent_runs_this_file_as_it_was_called(capsys, home):
     assert (status, out, "secret" in err.replace("a secret", ""), "GATEWAY_API_KEY" in err) == (2, "", False, True)
 
 
-def test_the_service_file_runs_this_file():
-    text = (HERE / "lmgateway.service").read_text(encoding="utf-8")
-    assert "Type=notify" in text and "WatchdogSec=" in text and "lmgateway.py" in text
+def test_service_files_are_what_their_systems_read():
+    unit = (HERE / "lmgateway.service").read_text(encoding="ascii")
+    assert "Type=notify" in unit and "WatchdogSec=" in unit and "/lmgateway.py" in unit
+    script = (HERE / "lmgateway.ps1").read_bytes()
+    assert script.isascii()  # Windows PowerShell 5.1 takes a file without a byte order mark for cp1252
+    newer = re.findall(rb"\?\?|&&|\|\||\? [^{]*? : ", script)  # operators that 5.1 does not have
+    assert newer == []
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
+def test_the_unit_passes_systemds_own_tools():
+    unit = str(HERE / "lmgateway.service")
+    checked = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert checked.stdout + checked.stderr == ""
+    rated = subprocess.run(["systemd-analyze", "security", "--offline=true", "--threshold=25", unit], capture_output=True,
+                           timeout=PATIENCE_S, check=False)
+    assert rated.returncode == 0
 
 
 # --- 9.7 the doctor
