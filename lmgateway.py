@@ -7471,8 +7471,2309 @@ def removal(path):
 # never formatted, so that CSS and JavaScript keep their braces.  @NONCE@ is filled in for each view.
 
 DASHBOARD = rb"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>lmgateway</title>
-<p>The dashboard follows.</p>
+<html lang="en" data-theme="light">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>lmgateway</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'
+%3E%3Cpath fill='%23F0B429' d='M2 2h4v12H2z'/%3E%3Cpath fill='%235CB8F2' d='M8 6h6v8H8z'/%3E%3C/svg%3E">
+<style nonce="@NONCE@">
+/* Colours.  Amber is the prompt being read, blue the answer being written; a test computes the contrast. */
+:root {
+  color-scheme: light;
+  --page: #F6F7F9; --panel: #FFFFFF; --line: #DDE1E7; --track: #E6E9EE;
+  --text: #1A1F26; --muted: #5A6472; --queued: #6B7280; --prefill: #9A6200; --decode: #0067A8;
+  --cached: #00775A; --ok: #1B7F3B; --warn: #8A5A00; --error: #B3261E; --focus: #0B57D0;
+  --fill-prefill: #C47F00; --fill-decode: #2F8FD0; --fill-cached: #23987A;
+  --model-0: #5B5BD6; --model-1: #A0448F; --model-2: #00778A; --model-3: #A5541B; --model-4: #5C7A12;
+  --model-5: #6B7280;
+}
+:root[data-theme="dark"] {
+  color-scheme: dark;
+  --page: #0F1216; --panel: #171B21; --line: #2A313B; --track: #262D36;
+  --text: #E6E9EE; --muted: #9AA5B4; --queued: #8B95A5; --prefill: #F0B429; --decode: #5CB8F2;
+  --cached: #3CCB9B; --ok: #5FD38A; --warn: #F5C451; --error: #FF8A80; --focus: #8AB4F8;
+  --fill-prefill: #F0B429; --fill-decode: #5CB8F2; --fill-cached: #3CCB9B;
+  --model-0: #9C9CF5; --model-1: #E08FD0; --model-2: #4FC3D9; --model-3: #E8A06A; --model-4: #B2CC5F;
+  --model-5: #9AA5B4;
+}
+@media (prefers-contrast: more) {
+  :root, :root[data-theme="dark"] { --line: var(--muted); --muted: var(--text); }
+}
+
+/* The page */
+* { box-sizing: border-box; }
+html { font-size: 87.5%; scroll-padding-top: 4.5rem; }
+body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.45 system-ui, "Segoe UI", Roboto,
+  "Helvetica Neue", Arial, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: break-word; }
+h1, h2, h3, p, dl, dd, ol, ul, figure { margin: 0; padding: 0; }
+ol, ul { list-style: none; }
+h2 { font-size: 1rem; font-weight: 600; }
+h3 { font-size: 1rem; font-weight: 600; }
+a { color: var(--decode); }
+code, pre, .mono { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font-size: .857rem; }
+.muted { color: var(--muted); }
+.small { font-size: .857rem; }
+.isolate { unicode-bidi: isolate; }
+.hidden, [hidden] { display: none !important; }
+.unseen { position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap; }
+.skip { position: absolute; left: -99rem; }
+.skip:focus { left: 1rem; top: .5rem; z-index: 9; padding: .5rem 1rem; background: var(--panel); }
+:focus-visible { outline: 2px solid var(--focus); outline-offset: 2px; border-radius: 3px; }
+svg.mark { width: .95em; height: .95em; flex: none; fill: currentColor; vertical-align: -.1em; }
+.ok { color: var(--ok); } .warn { color: var(--warn); } .error { color: var(--error); }
+.queued { color: var(--queued); } .prefill { color: var(--prefill); } .decode { color: var(--decode); }
+.cached { color: var(--cached); }
+
+button, select, input { font: inherit; color: inherit; }
+button, select, input[type="search"], input[type="password"] { min-height: 2rem; padding: .2rem .65rem;
+  background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
+button { cursor: pointer; }
+button:hover, select:hover { border-color: var(--muted); }
+button[aria-pressed="true"] { border-color: var(--text); box-shadow: inset 0 0 0 1px var(--text); }
+button.plain { min-height: 0; padding: 0; border: 0; background: none; color: inherit; text-align: inherit; }
+button.plain:hover { text-decoration: underline; }
+button.strong { background: var(--text); border-color: var(--text); color: var(--panel); }
+input[type="search"] { width: 15rem; max-width: 100%; }
+
+/* Header: who and how it is */
+.top { position: sticky; top: 0; z-index: 5; display: flex; align-items: center; gap: .25rem 1.5rem;
+  min-height: 48px;
+  padding: 0 1.5rem; background: var(--panel); border-bottom: 1px solid var(--line); }
+.top h1 { display: flex; align-items: center; gap: .5rem; font-size: 1.07rem; font-weight: 650;
+  white-space: nowrap; }
+.top h1 small { font-weight: 400; font-size: .857rem; }
+.top nav { display: flex; gap: 1rem; }
+.top nav a { color: var(--muted); text-decoration: none; }
+.top nav a:hover { color: var(--text); text-decoration: underline; }
+.states { display: flex; gap: .25rem 1.5rem; margin-left: auto; min-width: 0; }
+.states li { display: flex; align-items: center; gap: .4rem; min-width: 0; white-space: nowrap; }
+.states .detail { overflow: hidden; text-overflow: ellipsis; max-width: 16rem; color: var(--muted); }
+.tools { display: flex; gap: .5rem; }
+.tools button { min-width: 5.2rem; }
+.banner { display: flex; gap: .6rem; align-items: baseline; padding: .5rem 1.5rem;
+  border-bottom: 1px solid var(--line);
+  background: var(--panel); }
+.banner strong { font-weight: 600; }
+main { max-width: 108rem; margin: 0 auto; padding: 1.25rem 1.5rem 4rem; display: grid; gap: 1.5rem;
+  grid-template-columns: minmax(0, 1fr); }
+.panel-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem .75rem;
+  margin-bottom: .6rem; }
+.panel-head .push { margin-left: auto; }
+.box { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; }
+
+/* Now */
+.cards { display: grid; gap: .75rem; }
+.card { padding: .8rem 1rem .9rem; border-left: 4px solid var(--queued); display: grid; gap: .55rem; }
+.card.prefill { border-left-color: var(--fill-prefill); color: inherit; }
+.card.decode { border-left-color: var(--fill-decode); color: inherit; }
+.card.ok, .card.error, .card.warn { border-left-color: var(--line); color: inherit; }
+.card.queued { color: inherit; }
+.row { display: flex; flex-wrap: wrap; align-items: baseline; justify-content: space-between;
+  gap: .15rem 1.25rem; }
+.row > * { min-width: 0; }
+.card h3 { display: flex; flex-wrap: wrap; align-items: baseline; gap: .15rem .7rem; font-size: 1.07rem;
+  min-width: 0; }
+.card h3 .muted { font-weight: 400; font-size: 1rem; }
+.clip { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 100%; }
+.headline { font-size: 1.25rem; font-weight: 600; line-height: 1.3; }
+.steps { display: flex; flex-wrap: wrap; gap: .1rem 0; }
+.steps li { color: var(--muted); white-space: nowrap; }
+.steps li + li::before { content: "\2192"; margin: 0 .5rem; color: var(--muted); }
+.steps li[aria-current] { font-weight: 600; }
+.steps li.prefill[aria-current] { color: var(--prefill); }
+.steps li.decode[aria-current] { color: var(--decode); }
+.steps li.queued[aria-current] { color: var(--text); }
+.steps li.ok[aria-current] { color: var(--ok); }
+.steps li.error[aria-current] { color: var(--error); }
+.meters { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .4rem 2.5rem; }
+.meter { display: grid; grid-template-columns: 4rem minmax(4rem, 1fr) 19rem; align-items: center;
+  gap: 0 .75rem; }
+.meter dt { color: var(--muted); }
+.meter .value { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.bar { height: 8px; border-radius: 4px; background: var(--track); overflow: hidden; }
+.bar i { display: block; height: 100%; width: 100%; transform-origin: 0 50%; transform: scaleX(var(--share,
+  0));
+  background: var(--queued); }
+.bar.cached i { background: var(--fill-cached); } .bar.decode i { background: var(--fill-decode); }
+.bar.prefill i { background: var(--fill-prefill); }
+.bar.warn i { background: var(--warn); } .bar.error i { background: var(--error); }
+.bar.context i { background: var(--queued); }
+.bar.context.warn i { background: var(--warn); } .bar.context.error i { background: var(--error); }
+svg.trace { display: block; width: 100%; height: 18px; overflow: visible; }
+.trace-box { border-bottom: 1px solid var(--line); }
+svg.trace path { fill: none; stroke: var(--fill-decode); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke; }
+@media (prefers-reduced-motion: no-preference) {
+  body.live .bar i { transition: transform .25s linear; }
+}
+.empty { padding: 1.5rem 1rem; color: var(--muted); }
+
+/* First run and login */
+.guide { padding: 1.25rem 1.5rem 1.5rem; display: grid; gap: 1rem; }
+.guide h3 { font-size: 1.25rem; }
+.copy-line { display: flex; align-items: stretch; gap: .5rem; max-width: 62rem; }
+.copy-line code { flex: 1; min-width: 0; padding: .45rem .7rem; background: var(--page);
+  border: 1px solid var(--line);
+  border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.checks li { display: grid; grid-template-columns: 1.2rem minmax(0, 1fr); gap: .1rem .5rem;
+  padding: .2rem 0; }
+.checks p { grid-column: 2; }
+.login { width: min(34rem, 100%); justify-self: center; padding: 1.25rem 1.5rem 1.5rem; display: grid;
+  gap: .8rem; }
+.login div { display: flex; flex-wrap: wrap; gap: .5rem; }
+.login input { flex: 1; min-width: 12rem; }
+
+/* Tiles */
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: .75rem; }
+.tile { padding: .7rem .9rem .6rem; display: grid; grid-template-rows: auto auto auto 1fr;
+  min-height: 8.6rem; }
+.tile dt { color: var(--muted); white-space: nowrap; }
+.tile dd.figure { font-size: 1.5rem; font-weight: 600; line-height: 1.35; white-space: nowrap; }
+.tile dd.figure small { font-size: .93rem; font-weight: 400; color: var(--muted); }
+.tile dd.note { color: var(--muted); font-size: .857rem; white-space: nowrap; overflow: hidden;
+  text-overflow: ellipsis; }
+.tile dd.spark { align-self: end; height: 26px; margin-top: .35rem; }
+.tile svg { display: block; width: 100%; height: 26px; }
+svg rect, rect.fill { fill: var(--muted); }
+rect.prefill, path.prefill { fill: var(--fill-prefill); }
+rect.decode, path.decode { fill: var(--fill-decode); }
+rect.cached, path.cached { fill: var(--fill-cached); }
+rect.error { fill: var(--error); } rect.ground { fill: var(--line); }
+
+/* Charts */
+.charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .75rem; }
+.chart { padding: .8rem 1rem; min-width: 0; }
+.chart figcaption { display: flex; flex-wrap: wrap; gap: .2rem .75rem; align-items: baseline;
+  min-height: 2.2rem; }
+.chart figcaption button { margin-left: auto; min-height: 1.75rem; padding: .05rem .55rem;
+  font-size: .857rem; }
+.plot { height: 200px; position: relative; }
+.plot svg { display: block; width: 100%; height: 200px; }
+.plot text { fill: var(--muted); font-size: 11px; paint-order: stroke; stroke: var(--panel);
+  stroke-width: 3px; }
+.plot line { stroke: var(--line); stroke-width: 1; }
+.plot line.mean { stroke: var(--text); stroke-dasharray: 4 3; }
+.plot .none { position: absolute; inset: 0; display: grid; place-items: center; color: var(--muted); }
+.plot .dot { cursor: pointer; }
+.plot .dot:hover { stroke: var(--text); stroke-width: 1; }
+.model-0 { fill: var(--model-0); color: var(--model-0); }
+.model-1 { fill: var(--model-1); color: var(--model-1); }
+.model-2 { fill: var(--model-2); color: var(--model-2); }
+.model-3 { fill: var(--model-3); color: var(--model-3); }
+.model-4 { fill: var(--model-4); color: var(--model-4); }
+.model-5 { fill: var(--model-5); color: var(--model-5); }
+.twin { height: 200px; overflow: auto; }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; min-height: 1.4rem; font-size: .857rem;
+  color: var(--muted); }
+.legend li { display: flex; align-items: center; gap: .35rem; min-width: 0; }
+.legend svg { width: 10px; height: 10px; flex: none; }
+
+/* Tables */
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: .32rem .6rem; text-align: left; white-space: nowrap; vertical-align: baseline; }
+th { font-weight: 600; color: var(--muted); font-size: .857rem; border-bottom: 1px solid var(--line); }
+td { border-bottom: 1px solid var(--line); }
+tbody tr:last-child td { border-bottom: 0; }
+.num { text-align: right; }
+.wide { overflow-x: auto; }
+#requests-table { table-layout: fixed; }
+.c-time { width: 6.1rem; } .c-status { width: 9.5rem; } .c-who { width: 9.5rem; } .c-queue { width: 5rem; }
+.c-first { width: 6.6rem; } .c-prompt { width: 10.5rem; } .c-prefill { width: 7.2rem; }
+.c-output { width: 5.2rem; }
+.c-decode { width: 6.6rem; } .c-total { width: 5.6rem; } .c-finish { width: 5.2rem; }
+#requests-table td, #requests-table th { overflow: hidden; text-overflow: ellipsis; }
+#requests-table tbody tr { cursor: pointer; }
+#requests-table tbody tr:hover, #requests-table tbody tr:focus-visible { background: var(--page); }
+#requests-table tbody tr:focus-visible { outline-offset: -2px; }
+th button.plain { font-weight: 600; }
+#requests-table th { position: sticky; top: 48px; z-index: 2; background: var(--panel); }
+th[aria-sort="ascending"] button::after { content: " \2191"; }
+th[aria-sort="descending"] button::after { content: " \2193"; }
+.toolbar { display: flex; flex-wrap: wrap; gap: .4rem .5rem; align-items: center; margin-bottom: .6rem; }
+.toolbar button, .toolbar select, .toolbar input { min-height: 1.9rem; font-size: .93rem; }
+.toolbar .count { color: var(--muted); }
+.newer { position: sticky; top: 56px; z-index: 3; display: flex; justify-content: center; height: 0; }
+.newer button { height: 2rem; background: var(--text); color: var(--panel); border-color: var(--text);
+  border-radius: 1rem; }
+.more { padding: .6rem; text-align: center; border-top: 1px solid var(--line); }
+
+/* Event log */
+.log-box { position: relative; }
+#log-lines { height: 24rem; overflow: auto; padding: .4rem 0; overflow-anchor: none;
+  overscroll-behavior: contain;
+  font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+#log-lines li { display: grid; grid-template-columns: 5.2rem 15.5rem minmax(0, 1fr); gap: 0 .75rem;
+  padding: 0 .9rem;
+  contain: content; }
+#log-lines li > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#log-lines.wrap li > :last-child { white-space: pre-wrap; overflow-wrap: anywhere; }
+#log-lines li.WARN > :last-child { color: var(--warn); }
+#log-lines li.ERROR > :last-child { color: var(--error); }
+#log-lines li.cut { display: block; text-align: center; color: var(--warn); padding: .3rem .9rem; }
+#log-lines.large { font-size: 1rem; }
+.log-box > button { position: absolute; right: 1.25rem; bottom: .8rem; border-radius: 1rem;
+  background: var(--text);
+  color: var(--panel); border-color: var(--text); }
+.chips { display: flex; flex-wrap: wrap; gap: .35rem; }
+.chips button { min-height: 1.75rem; padding: .05rem .55rem; font-size: .857rem; border-radius: 1rem;
+  color: var(--muted); }
+.chips button[aria-pressed="true"] { color: var(--text); box-shadow: none; border-color: var(--muted); }
+.chips button[aria-pressed="false"] { text-decoration: line-through; background: none; }
+
+/* Facts, usage, dialogs */
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 0 2rem;
+  padding: .6rem 1rem; }
+.facts > div { display: grid; grid-template-columns: 9.5rem minmax(0, 1fr); gap: .75rem; padding: .28rem 0; }
+.facts dt { color: var(--muted); }
+.facts dd { overflow-wrap: anywhere; }
+.facts .whole { grid-column: 1 / -1; }
+dialog { color: inherit; background: var(--panel); border: 1px solid var(--line); padding: 0; }
+dialog::backdrop { background: rgba(10, 14, 20, .35); }
+dialog.drawer { width: min(46rem, 100vw); max-width: none; height: 100vh; max-height: none;
+  margin: 0 0 0 auto;
+  border-width: 0 0 0 1px; overflow: auto; overscroll-behavior: contain; }
+dialog.help { border-radius: 8px; max-width: 34rem; padding: 1.25rem 1.5rem; }
+.drawer-head { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .3rem .75rem;
+  align-items: center; min-height: 48px;
+  padding: .5rem 1.25rem; background: var(--panel); border-bottom: 1px solid var(--line); z-index: 1; }
+.drawer-head .push { margin-left: auto; }
+.drawer-body { padding: 1rem 1.25rem 3rem; display: grid; gap: 1.4rem; grid-template-columns: minmax(0,
+  1fr); }
+.drawer-body h3 { margin-bottom: .4rem; }
+.drawer-body .facts { padding: 0; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); }
+.drawer-body .facts > div { grid-template-columns: 8rem minmax(0, 1fr); }
+.phase-bar { display: flex; height: 14px; border-radius: 4px; overflow: hidden; background: var(--track);
+  gap: 1px; }
+.phase-bar i { flex: var(--share) 1 0; min-width: 2px; background: var(--queued); }
+.phase-bar i.prefill { background: var(--fill-prefill); }
+.phase-bar i.decode { background: var(--fill-decode); }
+.phase-bar i.loading { background: var(--line); }
+.swatch { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .4em;
+  background: var(--queued); }
+.swatch.prefill { background: var(--fill-prefill); } .swatch.decode { background: var(--fill-decode); }
+.swatch.cached { background: var(--fill-cached); } .swatch.loading { background: var(--line); }
+.timeline td { white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
+.timeline td:nth-child(-n+2) { white-space: nowrap; }
+kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding: 0 .4rem; }
+.keys { display: grid; grid-template-columns: 5rem 1fr; gap: .4rem; margin: .8rem 0; }
+footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
+
+/* Smaller screens: states in a word, cards for rows */
+@media (max-width: 1280px) { .top nav { display: none; } #requests-table .c-path { display: none; } }
+@media (max-width: 1060px) {
+  .states .detail { display: none; }
+  .meters { grid-template-columns: minmax(0, 1fr); }
+  #requests-table .c-queue, #requests-table .c-finish { display: none; }
+}
+@media (max-width: 860px) { .charts { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 640px) {
+  html { scroll-padding-top: 7rem; }
+  .top { flex-wrap: wrap; padding: .4rem 1rem; top: -3rem; }
+  .tools { margin-left: auto; } .tools button { min-width: 0; }
+  .top h1 small { display: none; }
+  .states { order: 3; width: 100%; margin: 0; justify-content: space-between; gap: .25rem .5rem;
+    min-height: 2rem; }
+  .banner { padding: .5rem 1rem; }
+  main { padding: 1rem 1rem 3rem; }
+  .headline { width: 100%; }
+  .card h3 { width: 100%; }
+  .meter { grid-template-columns: 4rem minmax(0, 1fr); }
+  .meter .value { grid-row: 1; grid-column: 2; text-align: right; font-size: .857rem; }
+  .steps .ahead, .chart figcaption .muted { display: none; }
+  .meter .bar, .meter .trace-box { grid-column: 1 / -1; grid-row: 2; margin-top: .2rem; }
+  .chips { flex-wrap: nowrap; overflow-x: auto; } .chips button { flex: none; }
+  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .tile { padding: .6rem .7rem; }
+  .facts, .drawer-body .facts { grid-template-columns: minmax(0, 1fr); }
+  .facts > div { grid-template-columns: 7.5rem minmax(0, 1fr); }
+  #log-lines li { grid-template-columns: 5rem minmax(0, 1fr); padding: .15rem .6rem; }
+  #log-lines li > :last-child { grid-column: 1 / -1; white-space: pre-wrap; overflow-wrap: anywhere; }
+  #requests-table, #requests-table tbody { display: block; }
+  #requests-table thead { display: none; }
+  #requests-table tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .1rem .75rem;
+    padding: .55rem .8rem;
+    border-bottom: 1px solid var(--line); }
+  #requests-table td { width: auto; padding: 0; border: 0; text-align: left; }
+  #requests-table td[data-label]::before { content: attr(data-label) " "; color: var(--muted);
+    font-size: .857rem; display: block; }
+  #requests-table .c-prefill, #requests-table .c-decode, #requests-table .c-total { display: none; }
+  #requests-table .c-model { grid-column: 1 / -1; color: var(--muted); }
+  #requests-table .c-status { grid-column: 2; } #requests-table .c-who { text-align: right; }
+  .copy-line { flex-wrap: wrap; } .copy-line code { flex-basis: 100%; }
+  input[type="search"] { width: 100%; }
+}
+@media (pointer: coarse) {
+  button, select, input[type="search"], input[type="password"], .toolbar button, .toolbar select,
+    .toolbar input,
+  .chips button, .chart figcaption button { min-height: 44px; }
+  button.plain { min-height: 32px; }
+}
+@media (forced-colors: active) {
+  .card { border-left-width: 6px; }
+  .bar, .phase-bar { border: 1px solid CanvasText; }
+  .bar i, .phase-bar i, .swatch { background: Highlight !important; forced-color-adjust: none; }
+  button[aria-pressed="true"] { border: 2px solid Highlight; }
+}
+@media print { .top { position: static; } .tools, .toolbar, .skip { display: none; } }
+</style>
+<script nonce="@NONCE@">
+// Before the first paint, so that a dark page never flashes white.
+(() => {
+  let chosen = "auto";
+  try { chosen = localStorage.getItem("theme") || "auto"; } catch { /* storage may be forbidden */ }
+  const dark = chosen === "dark" || chosen === "auto" && matchMedia("(prefers-color-scheme: dark)").matches;
+  document.documentElement.dataset.theme = dark ? "dark" : "light";
+})();
+</script>
+</head>
+<body>
+<a class="skip" href="#now">Skip to what is running</a>
+<svg hidden>
+  <symbol id="mark-ok" viewBox="0 0 16 16"><path
+    d="M8 0a8 8 0 100 16A8 8 0 008 0zM7 11.6L3.4 8l1.4-1.4L7 8.8l4.2-4.2L12.6 6z"/></symbol>
+  <symbol id="mark-warn" viewBox="0 0 16 16"><path d="M8 1L0 15h16zM7 6h2v4H7zm0 5h2v2H7z"/></symbol>
+  <symbol id="mark-error" viewBox="0 0 16 16"><path
+    d="M5 0h6l5 5v6l-5 5H5l-5-5V5zm1 4.5L4.5 6l2 2-2 2L6 11.5l2-2 2 2 1.5-1.5-2-2 2-2L10 4.5l-2 2z"/></symbol>
+  <symbol id="mark-queued" viewBox="0 0 16 16"><path
+    d="M8 0a8 8 0 100 16A8 8 0 008 0zm0 2a6 6 0 110 12A6 6 0 018 2zM7 4h2v3.6l2.7 1.6-1 1.7L7 8.7z"/></symbol>
+  <symbol id="mark-left" viewBox="0 0 16 16"><path d="M8 0a8 8 0 100 16A8 8 0 008 0zM4 7h8v2H4z"/></symbol>
+  <symbol id="mark-prefill" viewBox="0 0 16 16"><path
+    d="M2 1h12v2H2zm0 4h12v2H2zm0 4h8v2H2zm0 4h5v2H2z"/></symbol>
+  <symbol id="mark-decode" viewBox="0 0 16 16"><path d="M11.5 0L16 4.5 5.5 15 0 16l1-5.5z"/></symbol>
+  <symbol id="mark-0" viewBox="0 0 10 10"><circle cx="5" cy="5" r="4"/></symbol>
+  <symbol id="mark-1" viewBox="0 0 10 10"><path d="M1 1h8v8H1z"/></symbol>
+  <symbol id="mark-2" viewBox="0 0 10 10"><path d="M5 0l5 9H0z"/></symbol>
+  <symbol id="mark-3" viewBox="0 0 10 10"><path d="M5 0l5 5-5 5-5-5z"/></symbol>
+  <symbol id="mark-4" viewBox="0 0 10 10"><path d="M0 1h10L5 10z"/></symbol>
+  <symbol id="mark-5" viewBox="0 0 10 10"><path
+    d="M3.5 0h3v3.5H10v3H6.5V10h-3V6.5H0v-3h3.5z"/></symbol>
+</svg>
+
+<header class="top">
+  <h1><svg class="mark" viewBox="0 0 16 16" aria-hidden="true"><path class="prefill" d="M1 1h6v14H1z"/><path
+    class="decode" d="M9 6h6v9H9z"/></svg>lmgateway <small class="muted" id="host"></small></h1>
+  <nav aria-label="Panels">
+    <a href="#now">Now</a><a href="#trends">Trends</a><a href="#requests">Requests</a><a href="#log">Log</a>
+    <a href="#usage" id="usage-link" hidden>Usage</a><a href="#server">Server</a>
+  </nav>
+  <ul class="states" aria-label="State">
+    <li id="state-lmstudio"></li>
+    <li id="state-log"></li>
+    <li id="state-stream"></li>
+  </ul>
+  <div class="tools">
+    <button type="button" id="theme" title="Colours: as the system has them, light or dark">Auto</button>
+    <button type="button" id="pause" aria-pressed="false"
+      title="Stop painting; nothing is lost (p)">Pause</button>
+  </div>
+</header>
+<div id="banners"></div>
+<p class="unseen" role="status" aria-live="polite" id="live"></p>
+<noscript><p class="banner">This page needs JavaScript.  The same figures as JSON: /debug/status and
+  /debug/requests.</p></noscript>
+
+<main id="main">
+  <form class="box login" id="login" action="/login" method="post" hidden>
+    <h2>This gateway asks for a key</h2>
+    <p class="muted" id="login-why">The key that your clients use, with the right to view. It is sent once,
+      answered with a cookie, and not kept on this page.</p>
+    <div><label class="unseen" for="key">Key</label>
+      <input type="password" id="key" name="key" placeholder="Key" autocomplete="current-password" required>
+      <button class="strong">Log in</button></div>
+    <p class="error" id="login-error" role="alert" hidden></p>
+  </form>
+
+  <section id="now" aria-labelledby="now-title">
+    <div class="panel-head"><h2 id="now-title">Now</h2><p class="muted" id="now-note"></p>
+      <p class="muted push" id="as-of"></p></div>
+    <div id="first-run" class="box guide" hidden></div>
+    <div class="cards" id="cards"></div>
+    <p class="muted small" id="more-running"></p>
+  </section>
+
+  <section id="trends" aria-labelledby="tiles-title">
+    <div class="panel-head"><h2 id="tiles-title">Last 15 minutes</h2>
+      <p class="muted" id="tiles-note"></p></div>
+    <dl class="tiles" id="tiles"></dl>
+  </section>
+
+  <section id="charts" aria-labelledby="charts-title">
+    <div class="panel-head"><h2 id="charts-title">Last hour</h2><p class="muted" id="charts-note"></p></div>
+    <div class="charts" id="chart-list"></div>
+  </section>
+
+  <section id="requests" aria-labelledby="requests-title">
+    <div class="panel-head"><h2 id="requests-title">Requests</h2>
+      <p class="muted" id="requests-note"></p></div>
+    <div class="toolbar" role="group" aria-label="Filter requests">
+      <label class="unseen" for="filter">Text</label>
+      <input type="search" id="filter" placeholder="Filter by text ( / )" autocomplete="off"
+        spellcheck="false">
+      <label class="unseen" for="by-status">Outcome</label><select id="by-status"></select>
+      <label class="unseen" for="by-key">Key</label><select id="by-key"></select>
+      <label class="unseen" for="by-model">Model</label><select id="by-model"></select>
+      <button type="button" id="clear" hidden>Clear</button>
+    </div>
+    <div class="newer" id="requests-newer" hidden><button type="button"></button></div>
+    <div class="box"><table id="requests-table" aria-labelledby="requests-title">
+      <thead><tr id="requests-head"></tr></thead>
+      <tbody id="requests-rows"></tbody></table>
+      <p class="empty" id="requests-empty" hidden></p>
+      <p class="more" id="requests-more" hidden><button type="button">Show more</button></p></div>
+  </section>
+
+  <section id="log" aria-labelledby="log-title">
+    <div class="panel-head"><h2 id="log-title">Event log</h2><p class="muted" id="log-note"></p></div>
+    <div class="toolbar chips" id="log-types" role="group" aria-label="Types of events"></div>
+    <div class="toolbar" role="group" aria-label="Filter events">
+      <label class="unseen" for="log-filter">Text</label>
+      <input type="search" id="log-filter" placeholder="Text, or /pattern/" autocomplete="off"
+        spellcheck="false">
+      <label class="unseen" for="log-level">Level</label><select id="log-level"></select>
+      <label class="unseen" for="log-model">Model</label><select id="log-model"></select>
+      <button type="button" id="log-follow" aria-pressed="true">Follow</button>
+      <button type="button" id="log-wrap" aria-pressed="false">Wrap</button>
+      <button type="button" id="log-large" aria-pressed="false">Larger</button>
+      <button type="button" id="log-save">Download JSONL</button>
+    </div>
+    <div class="box log-box"><ol id="log-lines" tabindex="0" aria-labelledby="log-title"></ol>
+      <button type="button" id="log-newer" hidden></button></div>
+  </section>
+
+  <section id="usage" aria-labelledby="usage-title" hidden>
+    <div class="panel-head"><h2 id="usage-title">Usage</h2><p class="muted">from the history file</p></div>
+    <div class="toolbar" role="group" aria-label="What to add up">
+      <label class="unseen" for="usage-by">By</label><select id="usage-by"></select>
+      <label class="unseen" for="usage-since">Since</label><select id="usage-since"></select>
+      <a id="usage-csv" download>CSV</a>
+    </div>
+    <div class="box wide"><div id="usage-table"></div></div>
+  </section>
+
+  <section id="server" aria-labelledby="server-title">
+    <div class="panel-head"><h2 id="server-title">Server</h2></div>
+    <dl class="box facts" id="facts"></dl>
+  </section>
+</main>
+<footer class="small"><p><span id="version">lmgateway</span> &middot; keys: <kbd>?</kbd></p></footer>
+
+<dialog class="drawer" id="drawer" aria-labelledby="drawer-title">
+  <div class="drawer-head"><h2 id="drawer-title" class="isolate"></h2>
+    <span class="push"></span><button type="button" id="drawer-copy">Copy as JSON</button>
+    <button type="button" id="drawer-close" autofocus>Close</button></div>
+  <div class="drawer-body" id="drawer-body"></div>
+</dialog>
+
+<dialog class="help" id="help" aria-labelledby="help-title">
+  <h2 id="help-title">Keys</h2>
+  <dl class="keys"><dt><kbd>/</kbd></dt><dd>filter the requests</dd>
+    <dt><kbd>j</kbd> <kbd>k</kbd></dt><dd>next, previous request; <kbd>Enter</kbd> opens it</dd>
+    <dt><kbd>p</kbd></dt><dd>pause and go on</dd><dt><kbd>Esc</kbd></dt><dd>close what is open</dd>
+    <dt><kbd>?</kbd></dt><dd>this list</dd></dl>
+  <p><label><input type="checkbox" id="keys-on" checked> single keys act</label></p>
+  <p><button type="button" id="help-close">Close</button></p>
+</dialog>
+
+<template id="card-template"><article class="box card">
+  <div class="row">
+    <h3><span class="isolate clip" data-part="who"></span>
+      <span class="muted isolate clip" data-part="model"></span></h3>
+    <p class="headline isolate" data-part="headline"></p>
+  </div>
+  <div class="row">
+    <ol class="steps" data-part="steps"></ol>
+    <p class="muted"><span data-part="elapsed"></span> &middot;
+      <button type="button" class="plain mono" data-part="id" title="Open this request"></button></p>
+  </div>
+  <dl class="meters">
+    <div class="meter"><dt>Prompt</dt>
+      <dd class="bar prefill" data-part="promptBar" role="progressbar" aria-label="Prompt read"
+        aria-valuemin="0" aria-valuemax="100"><i></i></dd><dd class="value" data-part="prompt"></dd></div>
+    <div class="meter"><dt>Output</dt>
+      <dd class="trace-box" aria-hidden="true"><svg class="trace" viewBox="0 0 60 18"
+        preserveAspectRatio="none"><path data-part="trace"/></svg></dd><dd class="value"
+        data-part="output"></dd></div>
+    <div class="meter"><dt>Cache</dt>
+      <dd class="bar cached" data-part="cacheBar" aria-hidden="true"><i></i></dd><dd class="value"
+        data-part="cache"></dd></div>
+    <div class="meter"><dt>Context</dt>
+      <dd class="bar context" data-part="contextBar" aria-hidden="true"><i></i></dd><dd class="value"
+        data-part="context"></dd></div>
+  </dl>
+</article></template>
+<script nonce="@NONCE@">
+"use strict";
+/* How the page works: events of /debug/stream and answers of /debug/status, /debug/requests and /debug/usage
+   change `page`; whatever they changed is touched; touched panels are painted together, four times a second
+   at most.  All that is shown came from a client or a log and is hostile: it becomes text, never markup. */
+
+// --- 1. words and numbers
+
+const NONE = "\u2014";
+const known = value => typeof value === "number" && Number.isFinite(value);
+const words = value => value === null || value === undefined || value === "" ? NONE : String(value);
+const whole = n => String(Math.round(n)).replace(/\B(?=(\d{3})+$)/g, "\u202f");
+const tenth = (n, digits) => n.toFixed(digits).replace(/\.0$/, "");
+const two = n => String(n).padStart(2, "0");
+const plural = (n, word) => whole(n) + " " + word + (n === 1 ? "" : "s");
+const tokens = n => known(n) ? whole(n) : NONE;
+const rate = n => known(n) ? n < 100 ? n.toFixed(1) : whole(n) : NONE;
+const speed = n => known(n) ? rate(n) + " tok/s" : NONE;
+const percent = n => known(n) ? Math.round(n) + " %" : NONE;
+const listed = parts => parts.filter(Boolean).join(" \u00b7 ");
+
+/* A duration that is over: 0.42 s, 12.3 s, 2m 05s, 1h 02m. */
+function span(ms) {
+  if (!known(ms)) return NONE;
+  const s = ms / 1000;
+  if (s >= 59.95) return longSpan(Math.round(s));
+  return (s === 0 ? "0" : s.toFixed(s < 9.995 ? 2 : 1)) + " s";
+}
+
+/* A duration that runs: whole seconds, so that it does not flicker. */
+function running(ms) {
+  const s = Math.max(0, Math.round(ms / 1000));
+  return s < 60 ? s + " s" : longSpan(s);
+}
+
+function longSpan(s) {
+  if (s < 3600) return Math.floor(s / 60) + "m " + two(s % 60) + "s";
+  if (s < 86400) return Math.floor(s / 3600) + "h " + two(Math.floor(s % 3600 / 60)) + "m";
+  return Math.floor(s / 86400) + "d " + Math.floor(s % 86400 / 3600) + "h";
+}
+
+/* A count in few letters: 6 144, 14.9 k, 2.1 M. */
+function short(n) {
+  if (n < 10000) return whole(n);
+  return n < 999500 ? tenth(n / 1000, n < 99950 ? 1 : 0) + "\u202fk" : tenth(n / 1e6, 1) + "\u202fM";
+}
+
+function bytes(n) {
+  if (!known(n)) return NONE;
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  let at = 0;
+  while (n >= 1024 && at < units.length - 1) { n /= 1024; at += 1; }
+  return (at && n < 100 ? n.toFixed(1) : whole(n)) + " " + units[at];
+}
+
+function clockTime(ms, seconds = true) {
+  const t = new Date(ms);
+  return two(t.getHours()) + ":" + two(t.getMinutes()) + (seconds ? ":" + two(t.getSeconds()) : "");
+}
+
+/* The moment of an ISO text in this place's own words. */
+function dateTime(iso) {
+  const ms = Date.parse(iso ?? "");
+  return known(ms) ? new Date(ms).toLocaleString() : NONE;
+}
+
+/* The share-th quantile of sorted numbers, between neighbours; undefined of none. */
+function quantile(sorted, share) {
+  if (!sorted.length) return undefined;
+  const at = (sorted.length - 1) * share, low = Math.floor(at);
+  return sorted[low] + (at - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
+}
+
+const sortedNumbers = values => values.filter(known).sort((a, b) => a - b);
+const sum = values => values.reduce((total, value) => total + (known(value) ? value : 0), 0);
+const different = values => [...new Set(values)].sort();
+
+// --- 2. nodes
+
+const $ = id => document.getElementById(id);
+
+/* el("td.num", "text", node): an element with its classes; strings become text, null becomes nothing. */
+function el(spec, ...content) {
+  const [tag, ...classes] = spec.split(".");
+  const node = document.createElement(tag);
+  if (classes.length) node.className = classes.join(" ");
+  node.append(...content.filter(part => part !== null && part !== undefined));
+  return node;
+}
+
+function draw(tag, attributes = {}, ...content) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...content);
+  return node;
+}
+
+const mark = (name, tone = "") =>
+  draw("svg", {class: "mark " + tone, "aria-hidden": "true"}, draw("use", {href: "#mark-" + name}));
+
+/* Text into a node, and nothing where it stands there already: a write costs a layout. */
+function put(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+/* The same for an attribute; null and undefined take it away. */
+function attribute(node, name, value) {
+  if (value === null || value === undefined) node.removeAttribute(name);
+  else if (node.getAttribute(name) !== String(value)) node.setAttribute(name, value);
+}
+
+/* True when what a node shows is not what key stands for; from then on it is. */
+function outdated(node, key) {
+  if (node.dataset.key === key) return false;
+  node.dataset.key = key;
+  return true;
+}
+
+function button(text, act, spec = "button") {
+  const node = el(spec, text);
+  node.type = "button";
+  node.addEventListener("click", act);
+  return node;
+}
+
+const fact = (term, ...about) => el("div", el("dt", term), el("dd.isolate", ...about));
+
+function options(select, rows, chosen) {
+  select.replaceChildren(...rows.map(([value, text]) => new Option(text, value, false, value === chosen)));
+}
+
+function heading(text, spec = "th") {
+  const cell = el(spec, text);
+  cell.scope = "col";
+  return cell;
+}
+
+/* A table of texts: the first column is a name, the others are numbers. */
+function table(head, rows) {
+  const kind = (tag, at) => tag + (at ? ".num" : ".isolate");
+  return el("table", el("thead", el("tr", ...head.map((text, at) => heading(text, kind("th", at))))),
+    el("tbody", ...rows.map(row => el("tr", ...row.map((text, at) => el(kind("td", at), text))))));
+}
+
+function stored(name, otherwise) {
+  try { return localStorage.getItem(name) ?? otherwise; } catch { return otherwise; }
+}
+
+function store(name, value) {
+  try { localStorage.setItem(name, value); } catch { /* storage may be forbidden */ }
+}
+
+async function copy(text, from) {
+  const label = from.textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {         // without https there is no clipboard, save on this machine
+    const area = el("textarea", text);
+    from.after(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  put(from, "Copied");
+  setTimeout(() => put(from, label), 1500);
+}
+
+// --- 3. what the page knows
+
+const REQUESTS_KEPT = 2000, EVENTS_KEPT = 2000, TEXT_KEPT = 4000, ROWS = 500;
+
+const page = {
+  status: null,         // the last answer of /debug/status
+  fresh: false,         // the last question for it was answered
+  asked: 0,             // when, ms of this browser's clock
+  ahead: 0,             // the gateway's clock less ours, ms
+  requests: new Map(),  // id -> request, as /debug/requests has them
+  loaded: false,        // /debug/requests has been read
+  events: [],           // the latest, {n, id, name, data, level}
+  counts: new Map(),    // event name -> how many came
+  total: 0,
+  missed: 0,            // events that gaps told of
+  paused: false,
+  signedOut: false,
+};
+
+/* This moment by the gateway's clock. */
+const now = () => Date.now() + page.ahead;
+
+const STATES = {        // word, mark and colour
+  waiting: ["waiting", "queued", "queued"],
+  queued: ["queued", "queued", "queued"],
+  loading: ["loading model", "queued", "queued"],
+  prompt: ["reading prompt", "prefill", "prefill"],
+  generating: ["writing", "decode", "decode"],
+  done: ["done", "ok", "ok"],
+  failed: ["failed", "error", "error"],
+  abandoned: ["client left", "left", "warn"],
+  lost: ["end not seen", "warn", "warn"],       // the page's own: it ran, and then nobody knew of it
+};
+const stateOf = r => STATES[r.state] ?? [words(r.state), "queued", "queued"];
+const ended = r => ["done", "failed", "abandoned", "lost"].includes(r.state);
+const who = r => r.key || (r.source === "lmstudio" ? "not via gateway" : r.client) || NONE;
+const modelOf = r => words(r.model);
+const usageOf = r => r.tokenUsage ?? {};
+const promptOf = r => usageOf(r).promptTokens ?? r.progress?.promptTokens ?? r.cache?.total;
+const cachedOf = r => usageOf(r).cachedTokens ?? r.cache?.reused;
+const outputOf = r => usageOf(r).completionTokens ?? r.progress?.outputTokens;
+const outputTokens = r => (usageOf(r).estimated ? "~" : "") + tokens(outputOf(r));
+const firstOf = r => r.timeToFirstTokenMs;
+const prefillOf = r => r.promptTokensPerSecond ?? r.progress?.promptTokensPerSecond;
+const decodeOf = r => r.tokensPerSecond ?? (ended(r) ? undefined : r.progress?.outputTokensPerSecond);
+const queueOf = r => r.queueMs ?? r.phases?.find(phase => phase.name === "queued")?.ms;
+const phasesOf = r => (r.phases ?? []).filter(phase => STATES[phase.name] && phase.ms >= 50);
+const endOf = r => r.started + (r.totalTimeMs ?? r.elapsedMs ?? 0);
+
+/* How long it took, or runs; while the stream is down, how long it had run when we last heard. */
+function elapsedOf(r) {
+  if (ended(r)) return r.totalTimeMs ?? r.elapsedMs;
+  return (live() ? now() : stream.heard + page.ahead) - r.started;
+}
+
+/* Take what is news about a request.  One that has ended stays so, whichever answer comes late. */
+function learn(id, news) {
+  let r = page.requests.get(id);
+  if (!r) {
+    r = {requestId: id, state: "waiting", trace: [], version: 0};
+    page.requests.set(id, r);
+    forget();
+  }
+  const over = ended(r) && r.state !== "lost", state = over ? r.state : news.state ?? r.state;
+  if (state !== r.state) wantRequests();
+  Object.assign(r, news, {state});
+  if (news.phases) r.phasesIn = state;      // the phase that was not over when they were measured
+  r.version += 1;
+  r.started = startOf(r, news);
+  if (!over && ended(r)) r.seenEnd = Date.now();
+  touch("now", "tiles", "charts", "requests", "title");
+  return r;
+}
+
+/* When it started, by the gateway's clock.  How long it runs comes in ms, its start in whole seconds. */
+function startOf(r, news) {
+  if (known(news.elapsedMs) && !ended(r)) return now() - news.elapsedMs;
+  if (known(r.started)) return r.started;
+  const said = Date.parse(r.startedAt ?? news.timestamp ?? "");
+  return known(said) && (ended(r) || now() - said > 2000) ? said : now();
+}
+
+/* The oldest that have ended make room. */
+function forget() {
+  if (page.requests.size <= REQUESTS_KEPT) return;
+  for (const [id, r] of page.requests) {
+    if (page.requests.size <= REQUESTS_KEPT) return;
+    if (ended(r)) page.requests.delete(id);
+  }
+}
+
+const allRequests = () => [...page.requests.values()];
+const newestFirst = () => allRequests().sort((a, b) => b.started - a.started);
+const runningOnes = () => allRequests().filter(r => !ended(r)).sort((a, b) => a.started - b.started);
+
+// --- 4. events
+
+const ELSEWHERE = new Set(["timestamp", "requestId", "message", "level", "tags"]);
+
+/* An event's data in a line; what stands elsewhere in its row is left out. */
+function fields(data) {
+  const shown = Object.entries(data).filter(([name, value]) =>
+    !ELSEWHERE.has(name) && value !== null && value !== undefined);
+  return shown.map(([name, value]) =>
+    name + " " + (typeof value === "object" ? JSON.stringify(value) : value)).join("  ");
+}
+const message = data => words(data.message);
+const both = data => message(data) + "  " + fields(data);
+
+/* Each event that the stream sends: how its line in the log reads, and what it changes. */
+const EVENTS = {
+  connected: [message, () => { wantRequests(); wantStatus(); }],
+  ping: [() => "the stream is quiet and alive"],
+  gap: [gapText, data => { page.missed += data.count ?? 0; wantRequests(); }],
+  inference_start: [fields, started],
+  inference_progress: [fields, progressed],
+  inference_complete: [fields, data => finished(data, "done")],
+  error: [fields, data => finished(data, data.operation === "client_disconnected" ? "abandoned" : "failed")],
+  lmstudio_log: [message],
+  lmstudio_chat_start: [both],
+  lmstudio_sampling_params: [fields],
+  lmstudio_token_info: [fields],
+  lmstudio_cache_stats: [both],
+  lmstudio_processing_start: [message],
+  lmstudio_prompt_progress: [both],
+  lmstudio_generation_start: [message],
+  lmstudio_prediction_stats: [fields],
+  lmstudio_chat_end: [both, () => wantRequests()],
+  lmstudio_error: [message],
+  lmstudio_file_switch: [fields, () => wantStatus()],
+  lmstudio_month_transition: [fields, () => wantStatus()],
+};
+const textOf = (name, data) => (EVENTS[name]?.[0] ?? fields)(data);
+const LEVEL_OF = {error: "ERROR", lmstudio_error: "ERROR", gap: "WARN"};
+
+function gapText({from, to, count}) {
+  return known(count) ? `${plural(count, "event")} missed while disconnected (${from} to ${to})`
+    : "the gateway was restarted; events in between are not known";
+}
+
+function receive(name, data, id) {
+  page.counts.set(name, (page.counts.get(name) ?? 0) + 1);
+  page.total += 1;
+  EVENTS[name]?.[1]?.(data);
+  if (name === "ping") return;
+  if (typeof data.message === "string") data.message = bounded(data.message);
+  page.events.push({n: page.total, id, name, data, level: data.level ?? LEVEL_OF[name] ?? "INFO"});
+  if (page.events.length > EVENTS_KEPT * 1.25) page.events.splice(0, page.events.length - EVENTS_KEPT);
+  touch("log");
+}
+
+/* The beginning of a text.  Through JSON, because a slice would keep the whole of it in memory. */
+function bounded(text) {
+  if (text.length <= TEXT_KEPT) return text;
+  return JSON.parse(JSON.stringify(`${text.slice(0, TEXT_KEPT)} ... (${whole(text.length)} characters)`));
+}
+
+function started(data) {
+  learn(data.requestId, {...data, source: "gateway", modelAsked: data.model});
+}
+
+function progressed(data) {
+  const {requestId, timestamp, source, state, model, elapsedMs, cachedTokens, contextSize, contextUsed,
+    ...progress} = data;
+  const news = {source, state, elapsedMs, progress}, before = page.requests.get(requestId);
+  if (model) news.model = model;
+  if (known(contextSize)) news.context = {size: contextSize, used: contextUsed};
+  if (known(cachedTokens)) {
+    news.cache = {total: progress.promptTokens, ...before?.cache, reused: cachedTokens};
+  }
+  const r = learn(requestId, news);
+  r.heard = Date.now();
+  if (known(progress.outputTokensPerSecond)) {
+    r.trace.push(progress.outputTokensPerSecond);
+    if (r.trace.length > 60) r.trace.shift();
+  }
+}
+
+function finished(data, state) {
+  const r = learn(data.requestId, {...data, state});
+  const took = known(r.totalTimeMs) ? " after " + span(r.totalTimeMs) : "";
+  if (page.loaded) tell(`Request of ${who(r)}: ${stateOf(r)[0]}${took}`);
+}
+
+// --- 5. the stream: reads /debug/stream, comes back by itself and goes on where it was
+
+const STALE_MS = 20000, DEAD_MS = 60000;    // the gateway breaks a silence after 15 s
+
+/* Text of an event stream to frames (WHATWG HTML, 9.2): give(event, data, id) for each complete one. */
+class Frames {
+  constructor(give) {
+    this.give = give;
+    this.rest = "";
+  }
+
+  feed(text) {
+    const blocks = (this.rest + text).split("\n\n");
+    this.rest = blocks.pop();
+    for (const block of blocks) this.frame(block);
+  }
+
+  frame(block) {
+    const found = {};
+    for (const line of block.split("\n")) {
+      const colon = line.indexOf(": ");
+      if (colon > 0) found[line.slice(0, colon)] = line.slice(colon + 2);
+    }
+    if (found.data) this.give(found.event, JSON.parse(found.data), found.id);
+  }
+}
+
+const channel = new MessageChannel();
+
+/* Let the browser paint and take clicks.  A timer would wait longer, in a hidden tab a second. */
+const breathe = () => new Promise(go => { channel.port1.onmessage = go; channel.port2.postMessage(0); });
+
+const stream = {
+  state: "connecting",  // live, waiting (until .next), connecting, out
+  begun: 0,             // when this attempt began
+  heard: 0,             // when the last byte came
+  next: 0,              // when the next attempt is due
+  last: "",             // id of the last event
+  failures: 0,          // since it was live
+  breaks: 0,
+  attempt: null,        // AbortController of the connection
+  wake: null,           // ends the pause before the next attempt
+
+  async run() {
+    for (;;) {
+      if (!page.signedOut) await this.connect();
+      const pause = 1000 * Math.min(30, 2 ** this.failures) * (0.5 + Math.random() / 2);
+      this.failures += 1;
+      this.next = Date.now() + pause;
+      this.become(page.signedOut ? "out" : "waiting");
+      await new Promise(go => {
+        this.wake = go;
+        if (!page.signedOut) setTimeout(go, pause);
+      });
+    }
+  },
+
+  async connect() {
+    this.become("connecting");
+    this.begun = Date.now();
+    this.attempt = new AbortController();
+    try {
+      const answer = await fetch("/debug/stream", {signal: this.attempt.signal, cache: "no-store",
+        headers: this.last ? {"Last-Event-ID": this.last} : {}});
+      if (refused(answer)) await signOut(answer);
+      else if (answer.ok) await this.read(answer.body.getReader());
+    } catch { /* a broken connection: run() tries again */ }
+  },
+
+  async read(reader) {
+    const decoder = new TextDecoder(), frames = new Frames((...frame) => this.take(...frame));
+    let since = performance.now();
+    for (;;) {
+      const {value, done} = await reader.read();
+      if (done) return;
+      this.heard = Date.now();
+      frames.feed(decoder.decode(value, {stream: true}));
+      if (performance.now() - since > 30) {
+        await breathe();
+        since = performance.now();
+      }
+    }
+  },
+
+  take(name, data, id) {
+    if (name === "connected") {
+      this.failures = 0;
+      this.become("live");
+    }
+    if (id) this.last = id;
+    receive(name, data, id);
+  },
+
+  become(state) {
+    if (this.state === state) return;
+    if (state === "live" && this.breaks) tell("The stream is live again");
+    if (this.state === "live") {
+      this.breaks += 1;
+      tell("The stream is interrupted");
+      wantStatus();
+    }
+    this.state = state;
+    document.body.classList.toggle("live", state === "live");
+    touch("header", "now");
+  },
+
+  /* Waiting may be over: the network is back, the page is seen again, a key was taken. */
+  hurry() {
+    if (live() && Date.now() - this.heard > STALE_MS) this.attempt.abort();
+    this.wake?.();
+  },
+
+  /* Once a second: no byte and no ping for a minute is a dead link, as after a laptop's sleep. */
+  watch() {
+    const quiet = Date.now() - (live() ? this.heard : this.begun);
+    if (quiet > DEAD_MS && ["live", "connecting"].includes(this.state)) this.attempt.abort();
+    if (!live() || quiet > STALE_MS) touch("header");
+  },
+};
+const live = () => stream.state === "live";
+
+// --- 6. questions: /debug/status, /debug/requests, and the key
+
+const refused = answer => answer.status === 401 || answer.status === 403;
+
+async function reasonOf(answer) {
+  try { return (await answer.json()).error.message; } catch { return "The gateway says no."; }
+}
+
+/* The JSON of one of our routes; null where there is no answer or no such route. */
+async function get(address) {
+  try {
+    const answer = await fetch(address, {cache: "no-store", signal: AbortSignal.timeout?.(20000)});
+    if (refused(answer)) return await signOut(answer);
+    return answer.ok ? await answer.json() : null;
+  } catch { return null; }
+}
+
+/* A question: asked once in so many ms at most, however often it is wanted, and not by a hidden page. */
+function question(every, ask) {
+  let due = 0, planned = false, asking = false, again = false;
+  return async function want() {
+    if (asking) again = true;       // the answer may be older than what made us ask
+    if (planned || page.signedOut) return;
+    planned = true;
+    await new Promise(go => setTimeout(go, Math.max(0, due - Date.now())));
+    asking = true;
+    again = false;
+    if (!document.hidden) await ask();
+    due = Date.now() + every;
+    planned = asking = false;
+    if (again) want();
+  };
+}
+
+const wantStatus = question(1000, async () => {
+  const status = await get("/debug/status");
+  page.fresh = Boolean(status?.version);
+  touch("header");
+  if (!page.fresh) return;
+  page.status = status;
+  page.asked = Date.now();
+  const ahead = Date.parse(status.timestamp) - Date.now();
+  page.ahead = Math.abs(ahead) > 2000 ? ahead : 0;      // the stamp has whole seconds
+  if (status.gateway?.history && $("usage").hidden) openUsage();
+  touch("banners", "now", "server");
+});
+
+const wantRequests = question(2000, async () => {
+  const asked = now(), rows = (await get("/debug/requests"))?.requests;
+  if (!Array.isArray(rows)) return;
+  for (const r of [...rows].reverse()) learn(r.requestId, r);
+  page.loaded = true;
+  if (rows.some(ended) || rows.length < 10) {       // those that run stand first, so all of them are in it
+    const seen = new Set(rows.map(r => r.requestId));
+    for (const r of runningOnes()) {
+      if (!seen.has(r.requestId) && r.started < asked - 2000) learn(r.requestId, {state: "lost"});
+    }
+  }
+  touch("now", "tiles", "charts", "requests");
+});
+
+/* A key is needed (401), or one that may look (403).  What the page has stays. */
+async function signOut(answer) {
+  const first = !page.signedOut;
+  page.signedOut = true;
+  if (answer.status === 403) put($("login-why"), await reasonOf(answer));
+  else if (page.loaded) put($("login-why"), "Log in again to go on; what you see stays.");
+  lock(true);
+  if (first) $("key").focus();
+  return null;
+}
+
+/* The login form: above what the page has; before it has anything, alone. */
+function lock(on) {
+  $("login").hidden = !on;
+  for (const id of ["now", "trends", "charts", "requests", "log", "server"]) {
+    $(id).hidden = on && !page.loaded;
+  }
+  touch("header", "banners", "now");
+}
+
+async function logIn(event) {
+  event.preventDefault();
+  const key = $("key").value.trim(), error = $("login-error");
+  $("key").value = "";
+  let answer = null;
+  try {
+    answer = await fetch("/login", {method: "POST", headers: {"Content-Type": "application/json"},
+      body: JSON.stringify({key})});
+  } catch { /* said below */ }
+  error.hidden = Boolean(answer?.ok);
+  if (!answer?.ok) {
+    put(error, answer ? await reasonOf(answer) : "The gateway does not answer.");
+    $("key").focus();
+    return;
+  }
+  page.signedOut = false;
+  lock(false);
+  wantStatus();
+  wantRequests();
+  stream.failures = 0;
+  stream.hurry();
+}
+
+// --- 7. painting
+
+const PANELS = {};          // name -> {paint, every, node, due, seen}
+const touched = new Set();
+let planned = 0;
+
+/* A panel: painted when touched, once in so many ms at most; one with a node only while that is in sight. */
+function panel(name, every, paint, node = null) {
+  PANELS[name] = {paint, every, node, due: 0, seen: !node};
+}
+
+function touch(...names) {
+  for (const name of names) touched.add(name);
+  if (!planned && !page.paused && !document.hidden) plan();
+}
+
+function plan() {
+  const ready = [...touched].map(name => PANELS[name]).filter(one => one?.seen);
+  if (!ready.length) return;
+  const wait = Math.min(...ready.map(one => one.due)) - performance.now();
+  planned = setTimeout(() => requestAnimationFrame(paintTouched), Math.max(0, wait));
+}
+
+function paintTouched() {
+  const moment = performance.now();
+  for (const name of page.paused ? [] : [...touched]) {
+    const one = PANELS[name];
+    if (!one.seen || one.due > moment + 5) continue;
+    touched.delete(name);
+    one.due = moment + one.every;
+    try { one.paint(); } catch (error) { console.error(name, error); }
+  }
+  planned = 0;
+  touch();
+}
+
+const touchAll = () => touch(...Object.keys(PANELS));
+
+function watchSight() {
+  const panels = Object.values(PANELS).filter(one => one.node);
+  const observer = new IntersectionObserver(entries => {
+    for (const entry of entries) {
+      panels.find(one => one.node === entry.target).seen = entry.isIntersecting;
+    }
+    touch();
+  }, {rootMargin: "200px"});
+  for (const one of panels) observer.observe(one.node);
+}
+
+let told = 0, telling = 0;
+
+/* To a screen reader: one message in five seconds, the latest. */
+function tell(text) {
+  clearTimeout(telling);
+  telling = setTimeout(() => {
+    told = Date.now();
+    put($("live"), text);
+  }, Math.max(0, told + 5000 - Date.now()));
+}
+
+// --- 8. header and banners
+
+function showState(id, label, tone, word, detail = "") {
+  const node = $(id);
+  if (!outdated(node, [tone, word, detail].join("|"))) return;
+  node.replaceChildren(mark(tone === "muted" ? "queued" : tone, tone), el("span", label + " " + word),
+    el("span.detail.isolate", detail));
+  node.title = detail;
+}
+
+function paintHeader() {
+  const unknown = ["muted", "not known"], {lmstudio, log} = page.fresh ? page.status : {};
+  put($("host"), location.host);
+  showState("state-lmstudio", "LM Studio", ...!lmstudio ? unknown
+    : lmstudio.up ? ["ok", "up", lmstudio.version ?? ""] : ["error", "not answering"]);
+  showState("state-log", "Log", ...log ? logState(log) : unknown);
+  showState("state-stream", "Stream", ...streamState());
+}
+
+function logState(log) {
+  if (log.enabled === false) return ["muted", "off"];
+  if (log.problem) return ["error", "not readable", log.problem];
+  if (!log.file) return ["warn", "no file yet"];
+  const name = String(log.file).split(/[\\/]/).pop();
+  if (log.verbose === false) return ["warn", "not verbose", name];
+  return log.behindBytes > 1e6 ? ["warn", "behind", bytes(log.behindBytes)] : ["ok", "reading", name];
+}
+
+function streamState() {
+  if (page.signedOut) return ["warn", "signed out"];
+  if (page.paused) return ["muted", "paused"];
+  const quiet = Date.now() - stream.heard, wait = Math.ceil((stream.next - Date.now()) / 1000);
+  if (live()) return quiet > STALE_MS ? ["warn", "stale " + running(quiet)] : ["ok", "live"];
+  if (stream.state === "waiting" && wait > 0) return ["warn", `reconnecting in ${wait} s`];
+  return ["muted", "connecting"];
+}
+
+const DEVELOPER = "In LM Studio: Developer \u25b8 ";
+const START = DEVELOPER + "switch Status to Running. On a machine without a screen: lms server start.";
+const VERBOSE = DEVELOPER + "Developer Logs \u25b8 \u2026 \u25b8 Verbose Logging.";
+const FILE_LOGGING = DEVELOPER + "Developer Logs \u25b8 \u2026 \u25b8 File Logging Mode must not be off. "
+  + "LMSTUDIO_LOG_DIR names another directory.";
+const MONITORING = "Set ENABLE_LOG_MONITORING=true to see prompts being read and what was cached.";
+
+/* What is wrong and how to mend it, the worst first: [colour, what, remedy]. */
+function problems() {
+  const {lmstudio = {}, log = {}} = page.status ?? {}, low = known(log.freeBytes) && log.freeBytes < 2 ** 31;
+  const rows = [
+    [lmstudio.up === false, "error", "LM Studio is not answering",
+      (lmstudio.reason ? lmstudio.reason + ". " : "") + START],
+    [log.problem, "error", "The log cannot be followed", log.problem],
+    [log.enabled === false, "warn", "The log is not followed", MONITORING],
+    [log.verbose === false && log.entries > 20, "warn",
+      "LM Studio writes no DEBUG lines, so most figures of its engine are missing", VERBOSE],
+    [low, "warn", "The disk is nearly full",
+      `${bytes(log.freeBytes)} are free beside LM Studio's logs, which hold ${bytes(log.directoryBytes)}.`],
+  ];
+  return rows.filter(([is]) => is).map(row => row.slice(1));
+}
+
+function paintBanners() {
+  const told = page.signedOut || !$("first-run").hidden;      // the first run says the same in its own way
+  const found = told ? [] : problems().slice(0, 2), box = $("banners");
+  if (!outdated(box, JSON.stringify(found))) return;
+  box.replaceChildren(...found.map(([tone, what, remedy]) =>
+    el("p.banner", mark(tone, tone), el("span", el("strong", what + ". "), remedy))));
+}
+
+// --- 9. now: a card for each running request, in a place that it keeps
+
+const LINGER_MS = 60000, CARDS = 12;
+const seats = [];           // the requests of the cards, in their order
+const cards = new Map();    // request id -> {node, part, spoken}
+
+/* A new request takes the card of the one that ended first, else a new one, so that no card moves while it is
+   read.  The last card stays when nothing runs. */
+function seat() {
+  for (const r of runningOnes().filter(one => !seats.includes(one))) {
+    const free = seats.filter(ended).sort((a, b) => a.seenEnd - b.seenEnd)[0];
+    if (free) seats[seats.indexOf(free)] = r;
+    else if (seats.length < CARDS) seats.push(r);
+  }
+  if (!seats.length) seats.push(...newestFirst().slice(0, 1));
+  const old = seats.findIndex(r => ended(r) && Date.now() - r.seenEnd > LINGER_MS);
+  if (old >= 0 && seats.length > 1) seats.splice(old, 1);
+}
+
+function paintNow() {
+  seat();
+  const box = $("cards"), active = runningOnes().length;
+  const wanted = seats.map(r => cards.get(r.requestId) ?? makeCard(r));
+  for (const [id, card] of cards) {
+    if (wanted.includes(card)) continue;
+    card.node.remove();
+    cards.delete(id);
+  }
+  arrange(box, wanted.map(card => card.node));
+  seats.forEach(paintCard);
+  put($("now-note"), !page.loaded ? "connecting" : active ? `${active} running` : seats.length ? "idle" : "");
+  put($("more-running"), active > CARDS ? `and ${active - CARDS} more, in the table below` : "");
+  put($("as-of"), page.loaded && !live() ? "as of " + clockTime(stream.heard) : "");
+  paintFirstRun();
+}
+
+/* Children in this order; one that is in its place is not touched. */
+function arrange(box, nodes) {
+  nodes.forEach((node, at) => {
+    if (box.children[at] !== node) box.insertBefore(node, box.children[at] ?? null);
+  });
+}
+
+function makeCard(r) {
+  const node = $("card-template").content.cloneNode(true).firstElementChild, part = {};
+  for (const one of node.querySelectorAll("[data-part]")) part[one.dataset.part] = one;
+  part.id.addEventListener("click", () => openDrawer(r.requestId));
+  const card = {node, part, spoken: 0};
+  cards.set(r.requestId, card);
+  return card;
+}
+
+function paintCard(r) {
+  const card = cards.get(r.requestId), {node, part} = card;
+  node.className = "box card " + stateOf(r)[2];
+  put(part.who, who(r));
+  put(part.model, modelOf(r));
+  put(part.headline, headline(r));
+  part.headline.title = r.state === "prompt" ? "Estimated from the speed at which it was read so far" : "";
+  put(part.elapsed, ended(r) ? `ended ${running(now() - endOf(r))} ago` : running(elapsedOf(r)) + " elapsed");
+  put(part.id, r.requestId);
+  paintSteps(part.steps, r);
+  paintPrompt(card, r);
+  paintCache(part, r);
+  put(part.output, known(outputOf(r)) ? listed([outputTokens(r) + " tok",
+    known(decodeOf(r)) && speed(decodeOf(r)), r.finishReason]) : NONE);
+  attribute(part.trace, "d", tracePath(r.trace));
+  paintContext(part, r);
+}
+
+/* What a person at the door wants to know. */
+function headline(r) {
+  const took = span(r.totalTimeMs), left = leftOf(r), read = r.progress?.percent;
+  switch (r.state) {
+    case "waiting": return "waiting for LM Studio";
+    case "queued": return "queued" + placeOf(r);
+    case "prompt": return known(left) ? `~${running(left)} left to read`
+      : known(read) ? percent(read) + " read" : "reading the prompt";
+    case "generating": return known(decodeOf(r)) ? speed(decodeOf(r)) : "writing";
+    case "done": return "done in " + took;
+    case "failed": return words(r.error).slice(0, 120);
+    case "abandoned": return "the client left after " + took;
+    default: return stateOf(r)[0];
+  }
+}
+
+function placeOf(r) {
+  const queue = runningOnes().filter(one => one.state === "queued");
+  return queue.length > 1 ? ` ${queue.indexOf(r) + 1} of ${queue.length}` : "";
+}
+
+/* Ms until the prompt is read, as far as anybody can tell. */
+function leftOf(r) {
+  const left = r.progress?.etaMs;
+  return known(left) ? Math.max(0, left - (live() && r.heard ? Date.now() - r.heard : 0)) : undefined;
+}
+
+/* The phases that were, with their durations, the one that is, and those to come. */
+function paintSteps(list, r) {
+  if (!outdated(list, r.version + r.state)) return;
+  const past = phasesOf(r).filter(phase => ended(r) || phase.name !== r.state).map(phase => {
+    const [word, , tone] = STATES[phase.name];
+    return el("li." + tone, phase.name === r.phasesIn ? word : word + " " + span(phase.ms));
+  });
+  const [word, icon, tone] = stateOf(r), present = el("li." + tone, mark(icon), " " + word);
+  present.setAttribute("aria-current", "step");
+  const skip = ended(r) ? 3 : {prompt: 1, generating: 2}[r.state] ?? 0;
+  const ahead = ["prompt", "generating", "done"].slice(skip);
+  list.replaceChildren(...past, present, ...ahead.map(name => el("li.ahead", STATES[name][0])));
+}
+
+function fill(bar, share) {
+  bar.firstElementChild.style.setProperty("--share", Math.min(100, share ?? 0) / 100);
+}
+
+function paintPrompt(card, r) {
+  const {percent: read, promptTokensRead, promptTokens = promptOf(r)} = r.progress ?? {};
+  const {prompt, promptBar: bar} = card.part;
+  const over = r.state === "generating" || r.state === "done", share = over ? 100 : read;
+  const so = !over && known(promptTokensRead) ? tokens(promptTokensRead) + " / " : "";
+  fill(bar, share);
+  put(prompt, listed([!over && known(share) && percent(share),
+    known(promptTokens) && so + tokens(promptTokens) + " tok",
+    known(prefillOf(r)) && speed(prefillOf(r))]) || NONE);
+  if (Date.now() - card.spoken < 5000) return;      // a screen reader is not to be hurried
+  card.spoken = Date.now();
+  const left = leftOf(r), rest = r.state === "prompt" && known(left) ? `, about ${running(left)} left` : "";
+  attribute(bar, "aria-valuenow", known(share) ? Math.round(share) : null);
+  attribute(bar, "aria-valuetext", known(share) ? Math.round(share) + " percent" + rest : "not known");
+}
+
+function paintCache(part, r) {
+  const {reused, total} = r.cache ?? {}, share = total > 0 ? 100 * reused / total : undefined;
+  fill(part.cacheBar, share);
+  put(part.cache, known(share) ? `${tokens(reused)} of ${tokens(total)} tok reused (${percent(share)})`
+    : known(cachedOf(r)) ? tokens(cachedOf(r)) + " tok reused" : NONE);
+}
+
+function paintContext(part, r) {
+  const {size, used} = r.context ?? {}, share = size > 0 && known(used) ? 100 * used / size : undefined;
+  const tone = share >= 95 ? " error" : share >= 85 ? " warn" : "";
+  part.contextBar.className = "bar context" + tone;
+  part.context.className = "value" + tone;
+  fill(part.contextBar, share);
+  put(part.context, known(size) ? `${tokens(used)} / ${tokens(size)} tok`
+    + (known(share) ? ` (${percent(share)})` : "") + (tone ? " \u25b2 nearly full" : "") : NONE);
+}
+
+/* The output speed of this request so far, as a line across the box. */
+function tracePath(values) {
+  if (values.length < 3) return null;
+  const top = Math.max(...values) || 1, step = 60 / (values.length - 1);
+  const points = values.map((value, at) => `${(at * step).toFixed(1)} ${(17 - 15 * value / top).toFixed(1)}`);
+  return "M" + points.join("L");
+}
+
+// --- 10. first run: what to do next, in place of empty panels
+
+function paintFirstRun() {
+  const {totalRequests, gateway = {}, lmstudio = {}, log = {}} = page.status ?? {}, box = $("first-run");
+  const first = Boolean(page.loaded && page.status && !page.requests.size && !totalRequests);
+  if (!page.signedOut) for (const id of ["trends", "charts", "requests"]) $(id).hidden = first;
+  if (box.hidden === first) touch("banners");
+  box.hidden = !first;
+  const shown = JSON.stringify([gateway, lmstudio.up, log.file, log.problem, log.verbose]);
+  if (!first || !outdated(box, shown)) return;
+  const here = location.origin, secret = gateway.keyNeeded ? ' -H "Authorization: Bearer YOUR_KEY"' : "";
+  const lan = (Array.isArray(gateway.lanUrls) ? gateway.lanUrls : []).filter(url => url !== here);
+  const key = gateway.keyNeeded ? ", with a key of this gateway. " : "; any API key will do. ";
+  box.replaceChildren(
+    el("div", el("h3", "No request yet"),
+      el("p.muted", "Point a client at this base URL" + key + "The first request appears here by itself.")),
+    copyLine(here + "/v1"), ...lan.map(url => copyLine(url + "/v1", "From other machines")),
+    copyLine(`curl ${here}/v1/chat/completions${secret} -H "Content-Type: application/json" -d `
+      + '\'{"messages": [{"role": "user", "content": "Say hello."}], "stream": true}\'',
+      "Or from a terminal"),
+    el("ul.checks", ...checks(lmstudio, log).map(checkLine)));
+}
+
+function copyLine(text, label = "") {
+  return el("div", label ? el("p.muted", label) : null,
+    el("div.copy-line", el("code", text), button("Copy", event => copy(text, event.currentTarget))));
+}
+
+/* What the page needs of LM Studio: [is it so, null while nobody knows; what; what not; remedy]. */
+function checks(lmstudio, log) {
+  const followed = Boolean(log.file) && !log.problem, why = log.problem ? log.problem + ". " : "";
+  return [
+    [lmstudio.up, "LM Studio answers", "LM Studio does not answer", START],
+    log.enabled === false ? [false, "", "Its log is not followed", MONITORING]
+      : [followed, "Its log is followed", "No log file was found", why + FILE_LOGGING],
+    [log.verbose ?? null, log.verbose ? "It writes DEBUG lines" : "Whether it writes DEBUG lines shows later",
+      "It writes no DEBUG lines", VERBOSE],
+  ];
+}
+
+function checkLine([good, fine, wrong, remedy]) {
+  const tone = good ? "ok" : good === null ? "queued" : "warn";
+  return el("li", mark(tone, tone), el("span", tone === "warn" ? wrong : fine),
+    tone === "warn" ? el("p.muted", remedy) : null);
+}
+
+// --- 11. tiles: the last quarter of an hour in figures
+
+const BUCKETS = 60, WINDOW_MS = 15 * 60000;
+const middle = (rows, of, share = 0.5) => quantile(sortedNumbers(rows.map(of)), share);
+const countOf = (rows, of) => whole(rows.filter(r => known(of(r))).length);
+const oks = rows => rows.filter(r => r.state === "done").length;
+const some = (rows, of) => rows.some(r => known(of(r)));
+
+/* figure, unit and note of the window's requests; height of a bucket's bar, and of its failed part */
+const TILES = [
+  {label: "Requests", tone: "fill", figure: rows => whole(rows.length),
+    note: rows => rows.length ? `${whole(oks(rows))} ok \u00b7 ${whole(rows.length - oks(rows))} not`
+      : page.loaded ? "no finished request yet" : NONE,
+    bar: rows => rows.length, bad: rows => rows.length - oks(rows)},
+  {label: "Time to first token", tone: "fill", figure: rows => span(middle(rows, firstOf)),
+    note: rows => "median \u00b7 p95 " + span(middle(rows, firstOf, 0.95)),
+    bar: rows => middle(rows, firstOf)},
+  {label: "Prompt speed", tone: "prefill", figure: rows => rate(middle(rows, prefillOf)), unit: " tok/s",
+    note: rows => "median of " + countOf(rows, prefillOf), bar: rows => middle(rows, prefillOf)},
+  {label: "Generation speed", tone: "decode", figure: rows => rate(middle(rows, decodeOf)), unit: " tok/s",
+    note: rows => "median of " + countOf(rows, decodeOf), bar: rows => middle(rows, decodeOf)},
+  {label: "Tokens in and out", tone: "fill", figure: rows => some(rows, promptOf)
+    ? short(sum(rows.map(promptOf))) + " \u2192 " + short(sum(rows.map(outputOf))) : NONE,
+    note: rows => some(rows, cachedOf) ? short(sum(rows.map(cachedOf))) + " of them cached" : NONE,
+    bar: rows => sum(rows.map(promptOf)) + sum(rows.map(outputOf))},
+  {label: "Cache hits", tone: "cached", figure: rows => percent(cacheShare(rows)),
+    note: () => "of the prompt tokens", bar: cacheShare},
+  {label: "Wait in the queue", tone: "fill", figure: rows => span(middle(rows, queueOf, 0.95)),
+    note: rows => "p95 of " + countOf(rows, queueOf), bar: rows => middle(rows, queueOf)},
+];
+
+/* Cached of all prompt tokens in percent, of the requests that say both. */
+function cacheShare(rows) {
+  const telling = rows.filter(r => known(cachedOf(r)) && promptOf(r) > 0);
+  return telling.length ? 100 * sum(telling.map(cachedOf)) / sum(telling.map(promptOf)) : undefined;
+}
+
+/* The requests that ended within the last so many ms. */
+function recent(ms) {
+  const since = now() - ms;
+  return allRequests().filter(r => ended(r) && r.state !== "lost" && endOf(r) >= since);
+}
+
+/* From when on the page knows every request, where that is later than the window's begin. */
+function sinceNote(ms) {
+  const all = allRequests(), ours = all.filter(r => r.source === "gateway").length;
+  if (!all.length || ours >= (page.status?.totalRequests ?? 0)) return "";
+  const first = Math.min(...all.map(r => r.started));
+  return first > now() - ms ? "requests since " + clockTime(first) : "";
+}
+
+function makeTiles() {
+  for (const tile of TILES) {
+    tile.value = el("dd.figure");
+    tile.about = el("dd.note");
+    tile.spark = draw("svg", {viewBox: "0 0 240 26", preserveAspectRatio: "none", "aria-hidden": "true"});
+    $("tiles").append(el("div.box.tile", el("dt", tile.label), tile.value, tile.about,
+      el("dd.spark", tile.spark)));
+  }
+}
+
+function paintTiles() {
+  const rows = recent(WINDOW_MS), step = WINDOW_MS / BUCKETS, end = Math.ceil(now() / step) * step;
+  const buckets = Array.from({length: BUCKETS}, () => []);
+  for (const r of rows) buckets[BUCKETS - 1 - Math.floor((end - endOf(r)) / step)]?.push(r);
+  for (const tile of TILES) {
+    const value = tile.figure(rows);
+    tile.value.replaceChildren(value, ...tile.unit && value !== NONE ? [el("small", tile.unit)] : []);
+    put(tile.about, tile.note(rows));
+    paintSpark(tile, buckets);
+  }
+  put($("tiles-note"), sinceNote(WINDOW_MS));
+}
+
+function paintSpark({spark, tone, bar, bad}, buckets) {
+  const values = buckets.map(bar), top = Math.max(...values.map(value => value ?? 0)) || 1;
+  const column = (at, value, kind) => {
+    const height = Math.max(1.5, 24 * value / top);
+    return draw("rect", {x: at * 4, y: 25 - height, width: 3, height, class: kind});
+  };
+  const parts = [draw("rect", {y: 25, width: 240, height: 1, class: "ground"})];
+  values.forEach((value, at) => {
+    const failed = value && bad ? bad(buckets[at]) : 0;
+    if (value) parts.push(column(at, value, tone));
+    if (failed) parts.push(column(at, failed, "error"));
+  });
+  spark.replaceChildren(...parts);
+}
+
+// --- 12. charts: each draws into an SVG, and its figures are a table, too
+
+const HOUR_MS = 3600000, HEIGHT = 200, LEFT = 48, RIGHT = 12, TOP = 10, BASE = 178;     // px of a plot
+const inner = width => width - LEFT - RIGHT;
+const label = (x, y, anchor, text) => draw("text", {x, y, "text-anchor": anchor}, text);
+const dashed = ends => draw("line", {class: "mean", ...ends});
+
+/* A chart: what it is called, and make(requests) -> {legend, summary, head, rows, draw(svg, width)}. */
+const CHARTS = [
+  {title: "Time to first token", about: "a mark a request", make: firstTokens},
+  {title: "Tokens per 5 minutes", about: "by the end of the request", make: tokenBars},
+  {title: "Prompt speed", about: "requests by tok/s", make: rows => histogram(rows, prefillOf, "prefill")},
+  {title: "Generation speed", about: "requests by tok/s", make: rows => histogram(rows, decodeOf, "decode")},
+];
+
+function makeCharts() {
+  for (const chart of CHARTS) {
+    chart.plot = el("div.plot");
+    chart.twin = el("div.twin");
+    chart.legend = el("ul.legend");
+    chart.twin.hidden = true;
+    chart.twin.tabIndex = 0;
+    const toggle = button("Show as table", () => {
+      const drawn = chart.plot.hidden;
+      chart.plot.hidden = !drawn;
+      chart.twin.hidden = drawn;
+      put(toggle, drawn ? "Show as table" : "Show as chart");
+      PANELS.charts.due = 0;
+      touch("charts");
+    });
+    $("chart-list").append(el("figure.box.chart",
+      el("figcaption", el("h3", chart.title), el("span.muted", chart.about), toggle),
+      chart.plot, chart.twin, chart.legend));
+  }
+}
+
+function paintCharts() {
+  const rows = recent(HOUR_MS), said = page.loaded ? "no finished request says so yet" : "";
+  for (const {title, plot, twin, legend, make} of CHARTS) {
+    const made = make(rows), width = Math.max(240, plot.clientWidth);
+    legend.replaceChildren(...made.legend);
+    if (plot.hidden) {
+      twin.replaceChildren(made.rows.length ? table(made.head, made.rows) : el("p.empty", said));
+      continue;
+    }
+    const svg = draw("svg", {role: "img", "aria-label": `${title}: ${made.summary}`});
+    if (made.rows.length) made.draw(svg, width);
+    plot.replaceChildren(made.rows.length ? svg : el("p.none", said));
+  }
+  put($("charts-note"), sinceNote(HOUR_MS));
+}
+
+/* Entries of a legend from [sign, text, class]. */
+const legendOf = rows => rows.map(([sign, text, tone = ""]) =>
+  el("li", draw("svg", {viewBox: "0 0 10 10", class: tone, "aria-hidden": "true"}, sign),
+    el("span.isolate.clip", text)));
+const square = tone => draw("path", {d: "M0 0h10v10H0z", class: tone});
+
+/* Horizontal lines at [value, text], by a scale from value to px. */
+function grid(svg, width, ticks, y) {
+  for (const [value, text] of ticks) {
+    svg.append(draw("line", {x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value)}),
+      label(LEFT - 8, y(value) + 4, "end", text));
+  }
+}
+
+/* A round number at or above n: 1, 2 or 5 times a power of ten. */
+function round(n) {
+  const power = 10 ** Math.floor(Math.log10(n || 1));
+  return [1, 2, 5, 10].find(step => step * power >= n - 1e-9) * power;
+}
+
+const modelSeats = [];      // model names by the number of their colour
+
+/* The number of a model's colour: from its name, so that it stays the same; 5 is for all others. */
+function modelTone(name) {
+  let at = modelSeats.indexOf(name);
+  if (at < 0 && modelSeats.filter(Boolean).length < 5) {
+    at = [...name].reduce((hash, letter) => (hash * 31 + letter.codePointAt(0)) % 5, 7);
+    while (modelSeats[at]) at = (at + 1) % 5;
+    modelSeats[at] = name;
+  }
+  return at < 0 ? 5 : at;
+}
+
+const FIRST_TICKS = [[100, "0.1 s"], [1000, "1 s"], [10000, "10 s"], [60000, "1 min"], [600000, "10 min"]];
+
+function firstTokens(all) {
+  const rows = all.filter(r => known(firstOf(r))).sort((a, b) => a.started - b.started).slice(-ROWS);
+  const means = [["p50", middle(rows, firstOf)], ["p95", middle(rows, firstOf, 0.95)]];
+  const tones = new Map(different(rows.map(modelOf)).map(name => [name, modelTone(name)]));
+  const named = [...tones].filter(([, tone]) => tone < 5), others = tones.size > named.length;
+  const y = ms => {         // 0.1 s to 10 min, logarithmic
+    const s = Math.min(600, Math.max(0.1, ms / 1000));
+    return BASE - Math.log(s / 0.1) / Math.log(6000) * (BASE - TOP);
+  };
+  return {
+    legend: legendOf([...named, ...others ? [["other models", 5]] : []].map(([name, tone]) =>
+      [draw("use", {href: "#mark-" + tone}), name, "model-" + tone])),
+    summary: means.map(([name, ms]) => name + " " + span(ms)).join(", "),
+    head: ["Request", "Started", "Model", "First token"],
+    rows: rows.map(r => [r.requestId, clockTime(r.started), modelOf(r), span(firstOf(r))]).reverse(),
+    draw(svg, width) {
+      const begin = now() - HOUR_MS, x = t => LEFT + Math.max(0, t - begin) / HOUR_MS * inner(width);
+      grid(svg, width, FIRST_TICKS, y);
+      for (let t = Math.ceil(begin / 600000) * 600000; t < begin + HOUR_MS; t += 600000) {
+        svg.append(label(x(t), HEIGHT - 6, "middle", clockTime(t, false)));
+      }
+      for (const r of rows) svg.append(dot(r, tones.get(modelOf(r)), x(r.started), y(firstOf(r))));
+      for (const [name, ms] of means) {
+        svg.append(dashed({x1: LEFT, x2: width - RIGHT, y1: y(ms), y2: y(ms)}),
+          label(LEFT + 4, y(ms) - 4, "start", name + " " + span(ms)));
+      }
+    },
+  };
+}
+
+function dot(r, tone, x, y) {
+  const title = draw("title", {}, `${clockTime(r.started)}  ${span(firstOf(r))}  ${modelOf(r)}`);
+  return draw("use", {href: "#mark-" + tone, class: "dot model-" + tone, x: x - 4, y: y - 4, width: 8,
+    height: 8, "data-id": r.requestId}, title);
+}
+
+const LAYERS = [["cached", "cached"], ["fresh", "prefill"], ["output", "decode"]];     // from the ground up
+
+function tokenBars(all) {
+  const step = 300000, end = Math.ceil(now() / step) * step;
+  const bars = Array.from({length: 12}, (_, at) =>
+    ({from: clockTime(end - HOUR_MS + at * step, false), requests: 0, cached: 0, fresh: 0, output: 0}));
+  for (const r of all) {
+    const bar = bars[11 - Math.floor((end - endOf(r)) / step)], cached = cachedOf(r) ?? 0;
+    if (!bar) continue;
+    bar.requests += 1;
+    bar.cached += cached;
+    bar.fresh += Math.max(0, (promptOf(r) ?? 0) - cached);
+    bar.output += outputOf(r) ?? 0;
+  }
+  const sums = bars.map(bar => bar.cached + bar.fresh + bar.output), top = round(Math.max(10, ...sums));
+  const y = value => BASE - value / top * (BASE - TOP);
+  return {
+    legend: legendOf([[square("decode"), "output"], [square("prefill"), "prompt, read"],
+      [square("cached"), "prompt, cached"]]),
+    summary: whole(sum(sums)) + " tokens",
+    head: ["From", "Requests", "Prompt, cached", "Prompt, read", "Output"],
+    rows: !all.length ? [] : bars.map(bar =>
+      [bar.from, ...[bar.requests, bar.cached, bar.fresh, bar.output].map(whole)]).reverse(),
+    draw(svg, width) {
+      const slot = inner(width) / 12;
+      grid(svg, width, [0, top / 2, top].map(value => [value, short(value)]), y);
+      bars.forEach((bar, at) => {
+        let below = 0;
+        for (const [name, tone] of LAYERS.filter(([one]) => bar[one])) {
+          const title = `${bar.from}  ${name} ${whole(bar[name])}`, from = y(below);
+          below += bar[name];
+          svg.append(column(LEFT + at * slot + 2, slot - 4, y(below), from, tone, title));
+        }
+        if (at % 2 === 0) svg.append(label(LEFT + at * slot + 2, HEIGHT - 6, "start", bar.from));
+      });
+    },
+  };
+}
+
+const column = (x, width, top, bottom, tone, title) => draw("rect",
+  {x, width: Math.max(1, width), y: top, height: bottom - top, class: tone}, draw("title", {}, title));
+
+function histogram(all, of, tone) {
+  const sorted = sortedNumbers(all.map(of)), top = round(sorted[sorted.length - 1] || 1), step = top / 20;
+  const means = [0.5, 0.95, 0.99].map(share => ["p" + 100 * share, quantile(sorted, share)]);
+  const said = means.map(([name, value]) => name + " " + rate(value)), bins = Array(20).fill(0);
+  for (const value of sorted) bins[Math.min(19, Math.floor(value / step))] += 1;
+  const most = Math.max(2, round(Math.max(...bins)));
+  const range = at => `${rate(at * step)} to ${rate((at + 1) * step)}`;
+  return {
+    legend: [el("li", sorted.length ? listed(said) + " tok/s" : "\u00a0")],
+    summary: said.join(", ") + " tok/s",
+    head: ["tok/s", "Requests"],
+    rows: bins.map((n, at) => [range(at), whole(n)]).filter((_, at) => bins[at]),
+    draw(svg, width) {
+      const x = value => LEFT + value / top * inner(width), y = n => BASE - n / most * (BASE - TOP - 10);
+      grid(svg, width, (most % 2 ? [0, most] : [0, most / 2, most]).map(n => [n, whole(n)]), y);
+      bins.forEach((n, at) => {
+        const title = `${range(at)} tok/s: ${n}`;
+        if (n) svg.append(column(x(at * step) + 1, inner(width) / 20 - 2, y(n), BASE, tone, title));
+      });
+      for (let at = 0; at <= 4; at += 1) {
+        svg.append(label(x(at * top / 4), HEIGHT - 6, at < 4 ? "middle" : "end", tenth(at * top / 4, 1)));
+      }
+      svg.append(...means.map(([, value]) => dashed({x1: x(value), x2: x(value), y1: TOP, y2: BASE})));
+      let free = 0;         // px up to which there is a label already
+      for (const [name, value] of means) {
+        if (x(value) < free) continue;
+        svg.append(label(x(value) + 3, TOP + 6, "start", name));
+        free = x(value) + 26;
+      }
+    },
+  };
+}
+
+// --- 13. the table of requests
+
+/* name, heading, class of the cell, what it sorts by, what it shows where that is another thing */
+const COLUMNS = [
+  ["time", "Time", "", r => r.started, r => clockTime(r.started)],
+  ["status", "Status", "", r => stateOf(r)[0], statusOf],
+  ["who", "Key or client", "isolate", who],
+  ["model", "Model", "isolate", modelOf],
+  ["path", "Path", "isolate", r => words(r.path)],
+  ["queue", "Queue", "num", queueOf, r => span(queueOf(r))],
+  ["first", "First token", "num", firstOf, r => span(firstOf(r))],
+  ["prompt", "Prompt (cached)", "num", promptOf, promptText],
+  ["prefill", "Prompt tok/s", "num", prefillOf, r => rate(prefillOf(r))],
+  ["output", "Output", "num", outputOf, outputTokens],
+  ["decode", "Gen. tok/s", "num", decodeOf, r => rate(decodeOf(r))],
+  ["total", "Total", "num", elapsedOf, r => ended(r) ? span(r.totalTimeMs) : running(elapsedOf(r))],
+  ["finish", "Finish", "isolate", r => words(r.finishReason)],
+];
+const HINTS = {             // what a cell says when one points to it
+  time: r => new Date(r.started).toLocaleString(),
+  who: r => listed([r.key, r.client, r.userAgent]),
+  model: modelOf,
+  path: r => words(r.path),
+  finish: r => words(r.finishReason),
+};
+const OUTCOMES = {
+  running: r => !ended(r),
+  ok: r => r.state === "done",
+  failed: r => r.state === "failed" || r.state === "lost",
+  left: r => r.state === "abandoned",
+};
+const FILTERS = ["text", "status", "key", "model"];
+const PAGE_ROWS = innerWidth < 640 ? 20 : 50;
+
+const view = {
+  text: "", status: "", key: "", model: "",
+  sort: "time", down: true,
+  rows: PAGE_ROWS,          // that are shown at most
+  since: null,              // requests that started later wait, because the reader is below the first rows
+};
+const rowNodes = new Map(); // request id -> {node, cells, version}
+
+function statusOf(r) {
+  const [word, icon, tone] = stateOf(r);
+  return [mark(icon, tone), " " + word + (r.state === "failed" && r.status ? " " + r.status : "")];
+}
+
+function promptText(r) {
+  return tokens(promptOf(r)) + (known(cachedOf(r)) ? ` (${tokens(cachedOf(r))})` : "");
+}
+
+/* Filters and order live in the address, so that a view can be kept and sent. */
+function readAddress() {
+  const given = new URLSearchParams(location.search);
+  for (const name of FILTERS) view[name] = given.get(name) ?? "";
+  if (COLUMNS.some(([name]) => name === given.get("sort"))) view.sort = given.get("sort");
+  view.down = given.get("order") !== "up";
+  $("filter").value = view.text;
+}
+
+function writeAddress() {
+  const given = new URLSearchParams();
+  for (const name of FILTERS) if (view[name]) given.set(name, view[name]);
+  if (view.sort !== "time") given.set("sort", view.sort);
+  if (!view.down) given.set("order", "up");
+  const query = String(given) ? "?" + given : "";
+  history.replaceState(null, "", location.pathname + query + location.hash);
+}
+
+function makeTable() {
+  $("requests-head").append(...COLUMNS.map(([name, text, kind]) => {
+    const sort = () => refilter({sort: name, down: view.sort !== name || !view.down});
+    return heading(button(text, sort, "button.plain"), `th.c-${name}${kind === "num" ? ".num" : ""}`);
+  }));
+}
+
+function refilter(changes) {
+  Object.assign(view, {since: null}, changes);
+  writeAddress();
+  PANELS.requests.due = 0;
+  touch("requests");
+}
+
+/* The requests that the filters let through, in order. */
+function chosenRequests() {
+  const needle = view.text.toLowerCase(), value = COLUMNS.find(([name]) => name === view.sort)[3];
+  const texts = r => [r.requestId, r.key, r.client, r.model, r.modelAsked, r.path, r.userAgent, r.error,
+    r.finishReason, r.status].join("\n").toLowerCase();
+  const rows = newestFirst().filter(r => (OUTCOMES[view.status]?.(r) ?? true)
+    && (!view.key || who(r) === view.key) && (!view.model || modelOf(r) === view.model)
+    && (!needle || texts(r).includes(needle)));
+  if (view.sort === "time") return view.down ? rows : rows.reverse();
+  const lacks = r => [undefined, null, NONE].includes(value(r)), sign = view.down ? -1 : 1;
+  const sorted = rows.filter(r => !lacks(r)).sort((a, b) =>
+    value(a) < value(b) ? -sign : value(a) > value(b) ? sign : 0);
+  return [...sorted, ...rows.filter(lacks)];
+}
+
+/* True while the reader looks at rows below the first: new ones would push them down. */
+function below() {
+  const box = $("requests-table").getBoundingClientRect();
+  return view.sort === "time" && view.down && box.top < 0 && box.bottom > 200;
+}
+
+function paintRequests() {
+  let rows = chosenRequests();
+  view.since = below() ? view.since ?? rows[0]?.started ?? null : null;
+  const newer = view.since === null ? 0 : rows.filter(r => r.started > view.since).length;
+  $("requests-newer").hidden = !newer;
+  put($("requests-newer").firstElementChild, newer + " new \u2191");
+  rows = rows.slice(newer);
+  const shown = rows.slice(0, view.rows), nodes = shown.map(paintRow);
+  const keep = new Set(shown.map(r => r.requestId));
+  arrange($("requests-rows"), nodes);
+  for (const [id, {node}] of rowNodes) {
+    if (keep.has(id)) continue;
+    node.remove();
+    rowNodes.delete(id);
+  }
+  nodes.forEach((node, at) => { node.tabIndex = at ? -1 : 0; });
+  [...$("requests-head").children].forEach((cell, at) => attribute(cell, "aria-sort",
+    COLUMNS[at][0] !== view.sort ? null : view.down ? "descending" : "ascending"));
+  paintFilters(rows.length);
+}
+
+function makeRow(r) {
+  const cells = COLUMNS.map(([name, text, kind]) => {
+    const cell = el(`td.c-${name}${kind ? "." + kind : ""}`);
+    if (kind === "num") cell.dataset.label = text;
+    return cell;
+  });
+  const row = {node: el("tr", ...cells), cells, version: -1};
+  row.node.dataset.id = r.requestId;
+  rowNodes.set(r.requestId, row);
+  return row;
+}
+
+function paintRow(r) {
+  const row = rowNodes.get(r.requestId) ?? makeRow(r);
+  if (row.version === r.version && ended(r)) return row.node;
+  row.version = r.version;
+  COLUMNS.forEach(([name, , , value, show = value], at) => {
+    const cell = row.cells[at], shown = show(r);
+    if (!Array.isArray(shown)) put(cell, shown);
+    else if (outdated(cell, shown[1])) cell.replaceChildren(...shown);
+    if (HINTS[name]) attribute(cell, "title", HINTS[name](r));
+  });
+  return row.node;
+}
+
+function paintFilters(found) {
+  const all = allRequests(), filtered = FILTERS.some(name => view[name]);
+  choices($("by-status"), "Any outcome", Object.keys(OUTCOMES), view.status);
+  choices($("by-key"), "Any key or client", different(all.map(who)), view.key);
+  choices($("by-model"), "Any model", different(all.map(modelOf)), view.model);
+  put($("requests-note"), filtered ? `${whole(found)} of ${whole(all.length)}`
+    : all.length ? "the latest " + whole(all.length) : "");
+  put($("requests-empty"), filtered ? "No request fits the filter." : page.loaded ? "No request yet." : "");
+  $("clear").hidden = !filtered;
+  $("requests-empty").hidden = found > 0;
+  $("requests-more").hidden = found <= view.rows || view.rows >= ROWS;
+}
+
+/* A select's options.  It is left alone while nothing has changed, so that an open one stays open. */
+function choices(select, any, values, chosen) {
+  const list = chosen && !values.includes(chosen) ? [chosen, ...values] : values;
+  if (!outdated(select, [any, ...list, chosen].join("\n"))) return;
+  const shown = value => value.length > 40 ? value.slice(0, 39) + "\u2026" : value;
+  options(select, [["", any], ...list.map(value => [value, shown(value)])], chosen);
+}
+
+// --- 14. one request, in a drawer
+
+const drawer = {id: null, detail: null};       // which request, and the last answer about it
+
+async function openDrawer(id) {
+  Object.assign(drawer, {id, detail: null});
+  put($("drawer-title"), id);
+  paintDrawer();
+  if (!$("drawer").open) $("drawer").showModal();
+  $("drawer").scrollTop = 0;
+  await readDetail();
+}
+
+async function readDetail() {
+  const {id} = drawer, detail = await get("/debug/requests/" + encodeURIComponent(id));
+  if (id !== drawer.id || !detail?.requestId) return;
+  drawer.detail = detail;
+  touch("drawer");
+}
+
+function paintDrawer() {
+  if (!drawer.id) return;
+  const r = {...page.requests.get(drawer.id), ...drawer.detail};
+  const parts = [summaryOf, spentOn, samplingOf, timelineOf].map(make => make(r));
+  $("drawer-body").replaceChildren(...parts.filter(Boolean));
+}
+
+const section = (title, ...content) => el("section", el("h3", title), ...content);
+
+function summaryOf(r) {
+  const {size, used} = r.context ?? {}, {reasoningTokens} = usageOf(r), {progress} = r;
+  const asked = r.modelAsked && r.modelAsked !== r.model ? ` (asked for ${r.modelAsked})` : "";
+  const rows = [
+    fact("Status", ...statusOf(r)),
+    fact("Model", modelOf(r) + asked),
+    fact("Key", words(r.key)),
+    fact("Client", words(r.client)),
+    fact("Program", words(r.userAgent)),
+    fact("Request", listed([[r.method, r.path].filter(Boolean).join(" "), r.stream && "streaming"]) || NONE),
+    fact("Started", dateTime(r.startedAt)),
+    fact("Total", ended(r) ? span(r.totalTimeMs) : NONE),
+    fact("First token", span(firstOf(r))),
+    fact("Finish", words(r.finishReason)),
+    fact("Prompt", listed([tokens(promptOf(r)) + " tok", known(prefillOf(r)) && speed(prefillOf(r)),
+      !ended(r) && known(progress?.percent) && percent(progress.percent) + " read"])),
+    fact("Cached", known(cachedOf(r)) ? tokens(cachedOf(r)) + " tok" : NONE),
+    fact("Output", listed([outputTokens(r) + " tok", known(decodeOf(r)) && speed(decodeOf(r)),
+      reasoningTokens && tokens(reasoningTokens) + " of them reasoning"])),
+    fact("Context", known(size) ? `${tokens(used)} of ${tokens(size)} tok` : NONE),
+    fact("Log", {exact: "joined, certain", likely: "joined, likely", none: "not joined"}[r.binding] ?? NONE),
+  ];
+  return el("dl.facts", ...r.error ? [fact("Error", r.error)] : [], ...rows);
+}
+
+/* Where the time went: queue, loading, prompt, answer, each as wide as it was long. */
+function spentOn(r) {
+  const phases = phasesOf(r), tone = phase => phase.name === "loading" ? "loading" : STATES[phase.name][2];
+  if (!phases.length) return null;
+  const bar = el("div.phase-bar", ...phases.map(phase => {
+    const part = el("i." + tone(phase));
+    part.style.setProperty("--share", phase.ms);
+    return part;
+  }));
+  return section("Phases", bar, el("ul.legend", ...phases.map(phase => el("li", el("i.swatch." + tone(phase)),
+    `${STATES[phase.name][0]} ${span(phase.ms)}${phase.slow ? " \u25b2 slow" : ""}`))));
+}
+
+function samplingOf(r) {
+  const rows = Object.entries(r.sampling ?? {}).filter(([name]) => !ELSEWHERE.has(name));
+  if (!rows.length) return null;
+  return section("Sampling", el("dl.facts", ...rows.map(([name, value]) => fact(name, words(value)))));
+}
+
+function timelineOf(r) {
+  const rows = Array.isArray(r.timeline) ? r.timeline.slice(-ROWS) : [];
+  const none = drawer.detail ? "No event of the log was joined with this request." : "\u2026";
+  if (!rows.length) return section("Timeline", el("p.muted", none));
+  return section("Timeline", el("table.timeline",
+    el("thead", el("tr", ...["After", "Event", "Says"].map(text => heading(text)))),
+    el("tbody", ...rows.map(({ms, event, data}) => el("tr", el("td.num", span(ms)),
+      el("td.mono", words(event)), el("td.isolate", textOf(event, data ?? {})))))));
+}
+
+// --- 15. the event log
+
+const LEVELS = ["DEBUG", "INFO", "WARN", "ERROR"];
+const chips = new Map();    // event name -> its button
+
+const logView = {
+  off: new Set(["inference_progress"]),     // types that are not shown
+  needle: "", pattern: null, level: "", model: "",
+  follow: true,
+  painted: 0,               // number of the last event that was painted or passed over
+};
+
+const logText = entry => entry.text ??= textOf(entry.name, entry.data);
+
+function fitsLog(entry) {
+  const {off, needle, pattern, level, model} = logView, {name, data} = entry;
+  if (off.has(name)) return false;
+  if (level && LEVELS.indexOf(entry.level) < LEVELS.indexOf(level)) return false;
+  if (model && (data.model ?? page.requests.get(data.requestId)?.model) !== model) return false;
+  const whole_ = [name, data.requestId, logText(entry)].join(" ");
+  return pattern ? pattern.test(whole_) : !needle || whole_.toLowerCase().includes(needle);
+}
+
+/* Append what is new, and let go of the oldest.  While the reader has let go, only count. */
+function paintLog() {
+  paintChips();
+  const box = $("log-lines"), {events} = page, fresh = [];
+  for (let at = events.length - 1; events[at]?.n > logView.painted && fresh.length < ROWS; at -= 1) {
+    if (fitsLog(events[at])) fresh.unshift(events[at]);
+  }
+  $("log-newer").hidden = logView.follow || !fresh.length;
+  put($("log-newer"), whole(fresh.length) + (fresh.length === ROWS ? "+" : "") + " newer \u2193");
+  if (!logView.follow) return;
+  logView.painted = page.total;
+  while (box.children.length > ROWS - fresh.length) box.firstChild.remove();
+  box.append(...fresh.map(logLine));
+  box.scrollTop = box.scrollHeight;
+}
+
+function logLine(entry) {
+  const {name, data, level} = entry, stamp = String(data.timestamp ?? "");
+  if (name === "gap") return el("li.cut", `\u2014 ${logText(entry)} \u2014`);
+  const time = stamp.endsWith("Z") ? clockTime(Date.parse(stamp)) : stamp.slice(11, 19);
+  return el("li." + (LEVELS.includes(level) ? level : "INFO"), el("span.muted", time), el("span.muted", name),
+    el("span.isolate", logText(entry)));
+}
+
+/* Paint the log anew, after a filter has changed. */
+function relog(changes = {}) {
+  Object.assign(logView, {painted: 0}, changes);
+  $("log-lines").replaceChildren();
+  follow(true);
+}
+
+function follow(on) {
+  logView.follow = on;
+  $("log-follow").setAttribute("aria-pressed", on);
+  PANELS.log.due = 0;
+  touch("log");
+}
+
+function paintChips() {
+  for (const name of [...page.counts.keys()].filter(one => one !== "ping" && !chips.has(one))) {
+    const chip = button("", () => {
+      if (!logView.off.delete(name)) logView.off.add(name);
+      chip.setAttribute("aria-pressed", !logView.off.has(name));
+      relog();
+    });
+    chip.setAttribute("aria-pressed", !logView.off.has(name));
+    chips.set(name, chip);
+    $("log-types").replaceChildren(...[...chips].sort(([a], [b]) => a < b ? -1 : 1).map(([, one]) => one));
+  }
+  for (const [name, chip] of chips) put(chip, name + " " + whole(page.counts.get(name)));
+  put($("log-note"), plural(page.total, "event") + (page.missed ? `, ${whole(page.missed)} missed` : ""));
+  choices($("log-model"), "Any model", different(allRequests().map(modelOf)), logView.model);
+}
+
+function saveLog() {
+  const lines = page.events.map(({id, name, data}) => JSON.stringify({id, event: name, data}) + "\n");
+  const link = el("a");
+  link.href = URL.createObjectURL(new Blob(lines, {type: "application/x-ndjson"}));
+  link.download = "lmgateway-events.jsonl";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+// --- 16. usage: what the history adds up to
+
+const counted = name => row => tokens(row[name]), timed = of => row => span(1000 * of(row));
+const USAGE = [
+  ["Requests", counted("requests")],
+  ["Errors", counted("errors")],
+  ["Prompt tok", counted("promptTokens")],
+  ["Cached tok", counted("cachedTokens")],
+  ["Output tok", counted("completionTokens")],
+  ["Reading", timed(row => row.promptSeconds)],
+  ["Writing", timed(row => row.generationSeconds)],
+  ["GPU time", timed(row => row.promptSeconds + row.generationSeconds)],
+];
+
+function openUsage() {
+  options($("usage-by"), [["key", "by key"], ["model", "by model"], ["day", "by day"]], "key");
+  options($("usage-since"), [["1d", "last day"], ["7d", "last 7 days"], ["30d", "last 30 days"]], "7d");
+  for (const id of ["usage-by", "usage-since"]) $(id).addEventListener("change", readUsage);
+  for (const id of ["usage", "usage-link"]) $(id).hidden = false;
+  readUsage();
+}
+
+async function readUsage() {
+  const by = $("usage-by").value, asked = `?by=${by}&since=${$("usage-since").value}`;
+  $("usage-csv").href = "/debug/usage" + asked + "&format=csv";
+  const rows = (await get("/debug/usage" + asked))?.rows;
+  if (!Array.isArray(rows)) return;
+  $("usage-table").replaceChildren(rows.length ? table([by, ...USAGE.map(([text]) => text)],
+    rows.map(row => [words(row[by]), ...USAGE.map(([, show]) => show(row))]))
+    : el("p.empty", "No request in this time."));
+}
+
+// --- 17. server facts, and the title
+
+function paintServer() {
+  if (!page.status) return;
+  const {version, uptime, totalRequests, totalErrors} = page.status;
+  const {gateway = {}, log = {}, stream: listeners = {}} = page.status;
+  const counts = of => listed(Object.entries(of ?? {}).map(([name, n]) => name + " " + whole(n))) || NONE;
+  const samples = Array.isArray(log.unknownSamples) ? log.unknownSamples.slice(0, 3) : [];
+  const rows = [
+    fact("Gateway", "lmgateway " + words(version)),
+    fact("Address", words(gateway.address)),
+    fact("LM Studio", words(gateway.upstream)),
+    fact("Key", gateway.keyNeeded ? "asked for" : "none is asked for"),
+    fact("Up for", known(uptime) ? running(1000 * uptime) : NONE),
+    fact("Requests", `${tokens(totalRequests)} \u00b7 ${tokens(totalErrors)} errors`),
+    fact("Listeners", `${tokens(listeners.clients)} \u00b7 ${tokens(listeners.dropped)} events dropped`),
+    fact("This page", listed([plural(page.total, "event"), page.missed && whole(page.missed) + " missed",
+      stream.breaks && plural(stream.breaks, "break")])),
+    fact("Log size", bytes(log.directoryBytes)),
+    fact("Growth", known(log.growthBytesPerDay) ? bytes(log.growthBytesPerDay) + " a day" : NONE),
+    fact("Free disk", bytes(log.freeBytes)),
+    fact("Last entry", dateTime(log.lastEntryAt)),
+    fact("Read", `${bytes(log.position)} of ${bytes(log.size)}`),
+    fact("Engines", counts(log.generations)),
+    fact("Levels", counts(log.levels)),
+    fact("Unknown lines", tokens(log.unknownLines)),
+  ];
+  const wide = [fact("Log file", words(log.file ?? log.directory))];
+  const strange = samples.map(sample => el("div.mono", String(sample).slice(0, 80)));
+  if (strange.length) wide.push(fact("Not understood", ...strange));
+  for (const row of wide) row.classList.add("whole");
+  $("facts").replaceChildren(...rows, ...wide);
+  put($("version"), "lmgateway " + words(version));
+}
+
+function paintTitle() {
+  const active = runningOnes(), read = active.filter(r => r.state === "prompt").map(r => r.progress?.percent);
+  const says = read.some(known) ? percent(Math.min(...read.filter(known))) : `${active.length} running`;
+  document.title = (active.length ? says + " \u00b7 " : "") + "lmgateway";
+}
+
+// --- 18. controls
+
+const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+
+function setTheme(chosen) {
+  const dark = chosen === "dark" || chosen === "auto" && prefersDark.matches;
+  document.documentElement.dataset.theme = dark ? "dark" : "light";
+  put($("theme"), {light: "Light", dark: "Dark"}[chosen] ?? "Auto");
+  store("theme", chosen);
+}
+
+function pause(on) {
+  page.paused = on;
+  $("pause").setAttribute("aria-pressed", on);
+  put($("pause"), on ? "Go on" : "Pause");
+  paintHeader();
+  touchAll();
+}
+
+/* To the next row of the table, or the one before; in the drawer, to its request. */
+function step(by) {
+  const rows = [...$("requests-rows").children], open = $("drawer").open;
+  const at = rows.findIndex(row => open ? row.dataset.id === drawer.id : row === document.activeElement);
+  const next = rows[at < 0 ? 0 : at + by];
+  if (open && next) openDrawer(next.dataset.id);
+  else next?.focus();
+}
+
+const KEYS = {
+  "/": () => $("filter").focus(),
+  p: () => pause(!page.paused),
+  j: () => step(1),
+  k: () => step(-1),
+  "?": () => $("help").showModal(),
+};
+
+function onKey(event) {
+  const {key, target} = event, row = target.closest?.("#requests-rows tr");
+  if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT)$/.test(target.tagName)) return;
+  const act = row && {Enter: () => openDrawer(row.dataset.id), ArrowDown: KEYS.j, ArrowUp: KEYS.k}[key]
+    || $("keys-on").checked && KEYS[key];
+  if (!act) return;
+  event.preventDefault();
+  act();
+}
+
+function onLogFilter() {
+  const given = $("log-filter").value, asked = /^\/(.+)\/(i?)$/.exec(given);
+  let pattern = null;
+  try { pattern = asked && new RegExp(asked[1], asked[2]); } catch { /* it is not finished yet */ }
+  relog({pattern, needle: pattern ? "" : given.toLowerCase()});
+}
+
+/* Following lets go when the reader scrolls up, and holds on again at the end. */
+function onLogScroll() {
+  const box = $("log-lines"), below_ = box.scrollHeight - box.scrollTop - box.clientHeight;
+  if (logView.follow ? below_ > 40 : below_ < 2) follow(!logView.follow);
+}
+
+function onSelection() {
+  const chosen = getSelection();
+  if (logView.follow && chosen.type === "Range" && $("log-lines").contains(chosen.anchorNode)) follow(false);
+}
+
+/* The page is seen again, or the network is back. */
+function onReturn() {
+  if (document.hidden) return;
+  stream.hurry();
+  wantStatus();
+  wantRequests();
+  touchAll();
+}
+
+function listen() {
+  const on = (id, event, act) => $(id).addEventListener(event, act);
+  on("login", "submit", logIn);
+  on("theme", "click", () => setTheme({auto: "light", light: "dark"}[stored("theme", "auto")] ?? "auto"));
+  on("pause", "click", () => pause(!page.paused));
+  on("filter", "input", event => refilter({text: event.target.value}));
+  for (const name of ["status", "key", "model"]) {
+    on("by-" + name, "change", event => refilter({[name]: event.target.value}));
+  }
+  on("clear", "click", () => {
+    $("filter").value = "";
+    refilter(Object.fromEntries(FILTERS.map(name => [name, ""])));
+  });
+  on("requests-rows", "click", event => openDrawer(event.target.closest("tr").dataset.id));
+  on("requests-more", "click", () => refilter({rows: Math.min(ROWS, view.rows + PAGE_ROWS)}));
+  on("requests-newer", "click", () => $("requests").scrollIntoView());
+  on("chart-list", "click", event => {
+    const id = event.target.closest("[data-id]")?.dataset.id;
+    if (id) openDrawer(id);
+  });
+  on("drawer-close", "click", () => $("drawer").close());
+  on("drawer-copy", "click", event =>
+    copy(JSON.stringify(drawer.detail ?? page.requests.get(drawer.id), null, 2), event.currentTarget));
+  on("drawer", "click", event => { if (event.target === $("drawer")) $("drawer").close(); });
+  on("drawer", "close", () => {
+    rowNodes.get(drawer.id)?.node.focus({preventScroll: true});
+    drawer.id = null;
+  });
+  on("help-close", "click", () => $("help").close());
+  on("keys-on", "change", event => store("keys", event.target.checked ? "on" : "off"));
+  on("log-filter", "input", onLogFilter);
+  on("log-level", "change", event => relog({level: event.target.value}));
+  on("log-model", "change", event => relog({model: event.target.value}));
+  on("log-follow", "click", () => follow(!logView.follow));
+  on("log-newer", "click", () => follow(true));
+  on("log-save", "click", saveLog);
+  for (const name of ["wrap", "large"]) {
+    on("log-" + name, "click", event =>
+      event.currentTarget.setAttribute("aria-pressed", $("log-lines").classList.toggle(name)));
+  }
+  on("log-lines", "scroll", onLogScroll);
+  document.addEventListener("selectionchange", onSelection);
+  document.addEventListener("keydown", onKey);
+  document.addEventListener("visibilitychange", onReturn);
+  for (const event of ["online", "pageshow"]) addEventListener(event, onReturn);
+  addEventListener("resize", () => touch("charts"));
+  addEventListener("scroll", () => { if (view.since !== null) touch("requests"); }, {passive: true});
+  prefersDark.addEventListener("change", () => setTheme(stored("theme", "auto")));
+}
+
+/* Once a second: what changes by itself. */
+function tick() {
+  stream.watch();
+  if (document.hidden) return;
+  const active = runningOnes(), quarter = Math.round(Date.now() / 1000) % 5 === 0;
+  touch("now");
+  if (quarter) touch("tiles", "charts");
+  if (active.length) touch("requests");
+  if (live() && Date.now() - page.asked > 5000) wantStatus();
+  if (active.some(r => r.source === "lmstudio")) wantRequests();
+  if (active.some(r => r.requestId === drawer.id)) readDetail();
+}
+
+panel("header", 250, paintHeader);
+panel("banners", 500, paintBanners);
+panel("now", 250, paintNow);
+panel("tiles", 1000, paintTiles, $("trends"));
+panel("charts", 2000, paintCharts, $("charts"));
+panel("requests", 500, paintRequests);
+panel("log", 250, paintLog, $("log"));
+panel("server", 1000, paintServer, $("server"));
+panel("drawer", 500, paintDrawer);
+panel("title", 1000, paintTitle);
+
+options($("log-level"), [["", "Every level"], ["INFO", "INFO and up"], ["WARN", "WARN and up"],
+  ["ERROR", "ERROR only"]], "");
+$("keys-on").checked = stored("keys", "on") === "on";
+setTheme(stored("theme", "auto"));
+makeTiles();
+makeCharts();
+makeTable();
+readAddress();
+listen();
+watchSight();
+touchAll();
+setInterval(tick, 1000);
+stream.run();
+wantStatus();
+</script>
+</body>
 </html>
 """
 

@@ -27,6 +27,7 @@ import time
 import tracemalloc
 import types
 import zlib
+from html.parser import HTMLParser
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -2512,6 +2513,112 @@ def test_help_fits_one_screen(capsys):
 
 
 # === 10. DASHBOARD ===========================================================
+
+PAGE = lmgateway.DASHBOARD.decode("utf-8")
+SCRIPT = "\n".join(re.findall(r"<script[^>]*>(.*?)</script>", PAGE, re.DOTALL))
+
+
+class Elements(HTMLParser):
+    """Every element of the page: (tag, {attribute: value})."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+        self.feed(PAGE)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def css_tokens():
+    """[{token: colour}] of the light theme and of the dark one."""
+    blocks = re.findall(r":root(?:\[data-theme=\"dark\"\])? \{\s*color-scheme: (\w+);(.*?)\}", PAGE, re.DOTALL)
+    assert [name for name, _ in blocks] == ["light", "dark"]
+    return [dict(re.findall(r"--([\w-]+): (#[0-9A-F]{6})", block)) for _, block in blocks]
+
+
+def luminance(colour):
+    """Relative luminance of #RRGGBB (WCAG 2.2)."""
+    parts = [int(colour[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one, other):
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+TEXT_COLOURS = ("text", "muted", "queued", "prefill", "decode", "cached", "ok", "warn", "error", "focus")
+MARK_COLOURS = ("fill-prefill", "fill-decode", "fill-cached", *(f"model-{at}" for at in range(6)))
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_colours_can_be_read(theme):
+    """WCAG 2.2: text 4.5:1 (1.4.3), marks that carry meaning 3:1 (1.4.11), on both surfaces."""
+    tokens = css_tokens()[theme]
+    for ground in ("page", "panel"):
+        low = [name for name in TEXT_COLOURS if contrast(tokens[name], tokens[ground]) < 4.5]
+        assert low == [], ground
+        low = [name for name in MARK_COLOURS if contrast(tokens[name], tokens[ground]) < 3]
+        assert low == [], ground
+
+
+def test_page_asks_only_for_its_own_routes():
+    asked = set(re.findall(r"(?:fetch|get)\(\"(/[^\"?]*)", SCRIPT))
+    asked |= set(re.findall(r"href = \"(/[^\"?]*)", SCRIPT))
+    asked |= {attributes["action"] for _, attributes in Elements().found if "action" in attributes}
+    assert asked == {"/debug/stream", "/debug/status", "/debug/requests", "/debug/requests/", "/debug/usage", "/login"}
+    ours = {route.path.rstrip("*") for route in lmgateway.ROUTES}
+    assert asked <= ours
+
+
+def test_page_listens_for_events_that_there_are():
+    table = re.search(r"const EVENTS = \{(.*?)\n\};", SCRIPT, re.DOTALL)[1]
+    names = set(re.findall(r"^  (\w+): \[", table, re.MULTILINE))
+    assert "inference_progress" in names
+    assert names - set(lmgateway.EVENTS) == set()
+
+
+def test_page_makes_no_markup_of_what_it_shows():
+    for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "srcdoc",
+                "createContextualFragment", "DOMParser", "setHTML", "javascript:"):
+        assert way not in PAGE, way
+
+
+def test_page_needs_nothing_from_elsewhere():
+    addresses = set(re.findall(r"\w+://[^\s\"'`<>)]*", PAGE))
+    assert {address for address in addresses if not address.startswith("http://www.w3.org/")} == set()
+    assert re.findall(r"@import|url\(|\bsrc\s*=|import\(", PAGE) == []
+
+
+def test_page_keeps_to_its_content_security_policy():
+    for tag, attributes in Elements().found:
+        assert [name for name in attributes if name.startswith("on") or name == "style"] == []
+        if tag in ("script", "style"):
+            assert attributes == {"nonce": "@NONCE@"}
+    assert re.findall(r"setAttribute\(\"(?:style|on\w+)\"|\.style\.cssText|\.on(?!message)\w+ = ", SCRIPT) == []
+    first, second = (lmgateway.dashboard(None, None) for _ in range(2))
+    policy = dict(first.headers)["Content-Security-Policy"]
+    nonce = re.search(r"script-src 'nonce-([\w-]{20,})'", policy)[1]
+    assert b"@NONCE@" not in first.body and first.body.count(nonce.encode()) == PAGE.count("@NONCE@")
+    assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert nonce.encode() not in second.body
+
+
+def test_page_names_only_elements_that_it_has():
+    ids = [attributes["id"] for _, attributes in Elements().found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"\$\(\"([\w-]+)\"\)", SCRIPT)) - set(ids) == set()
+    for _, attributes in Elements().found:
+        for name in ("for", "aria-labelledby"):
+            assert attributes.get(name, ids[0]) in ids
+
+
+def test_page_is_small_and_plain():
+    assert len(lmgateway.DASHBOARD) < 150_000
+    assert lmgateway.DASHBOARD.isascii()
+    assert PAGE.startswith("<!doctype html>") and PAGE.endswith("</html>\n")
 
 
 # === What the one file keeps apart ===========================================
