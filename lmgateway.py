@@ -495,11 +495,11 @@ RULES = (
          "end)"),
     Rule("read", "engine", "line", "G2",
          r"prompt processing progress, n_tokens = +(?P<tokens>\d+), batch\.n_tokens = \d+, progress = "
-         r"(?P<share>[\d.]+)",
+         r"(?P<share>\d+\.\d+)$",
          "slot update_slots: id  3 | task 302 | prompt processing progress, n_tokens = 512, "
          "batch.n_tokens = 512, progress = 0.17"),
     Rule("read", "engine", "line", "G3",
-         r"prompt processing, n_tokens = +(?P<tokens>\d+), progress = (?P<share>[\d.]+)(?:, t = +[\d.]+ s "
+         r"prompt processing, n_tokens = +(?P<tokens>\d+), progress = (?P<share>\d+\.\d+)(?:, t = +[\d.]+ s "
          r"/ (?P<rate>[\d.]+))?",
          "1.02.003.004 I slot print_timing: id  2 | task 9 | prompt processing, n_tokens =   1024, "
          "progress = 0.39, " "t =   0.44 s / 2337.12 tokens per second"),
@@ -544,9 +544,8 @@ RULES = (
          r"|- cache state: |- prompt [0-9A-F]+:|saving idle slot|- saving prompt|clearing prompt|chat "
          r"format: |graphs reused" r"|loading model|initializing, n_slots|prompt_save: |statistics ",
          "0.30.013.273 I slot get_availabl: id  3 | task -1 | selected slot by LRU, t_last = -1"),
-    Rule("", "engine", "line", "G2", r"LlamaV4\b", "LlamaV4: server assigned slot 1 to task 3416"),
-    Rule("", "engine", "line", "G3", r"[IWED]?(?<=[\dIWED|])$", "0.30.015.244 I"),
-    # the rest is under the next header
+    Rule("", "engine", "line", "G2", r"LlamaV4(?:::|: server assigned slot \d+ to task)", "LlamaV4: server assigned slot 1 to task 3416"),
+    Rule("", "engine", "line", "G2 G3", r"[IWED]?(?<=[\dIWED|])$", "0.30.015.244 I"),   # the rest is under the next header
     # --- sampling parameters: G1 writes the first on the heading's line, G3 on lines of their own
     Rule("sampling", "engine", "line", "G1", r"[Ss]ampling params:" + PAIRS,
          "Sampling params:\trepeat_last_n = 64, repeat_penalty = 1.100"),
@@ -569,7 +568,7 @@ RULES = (
     Rule("to_decode", "engine", "line", "G1", r"Prompt tokens to decode: (?P<tokens>\d+)",
          "Prompt tokens to decode: 78"),
     Rule("begin", "engine", "line", "G1", r"BeginProcessingPrompt$", "BeginProcessingPrompt"),
-    Rule("early_progress", "engine", "line", "G1", r"PromptProcessing: (?P<percent>[\d.]+)",
+    Rule("early_progress", "engine", "line", "G1", r"PromptProcessing: (?P<percent>\d+(?:\.\d+)?)$",
          "PromptProcessing: 73.6691"),
     Rule("finished_prompt", "engine", "line", "G1", r"FinishedProcessingPrompt\b",
          "FinishedProcessingPrompt. Progress: 100"),
@@ -652,7 +651,7 @@ def figures(**values):
 HEADER = re.compile(r"\n(?:\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\]\[(DEBUG|INFO|WARN|ERROR)\] ?"
                     r"|(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\n|\Z))")
 ENTRY_LIMIT = 256 * 1024  # characters; what an entry has beyond them is read and not kept
-CLOSED = re.compile(r"\n[}\]]$")  # the end of pretty-printed JSON
+CLOSED = re.compile(r"\n[}\]]$", re.MULTILINE)  # the end of pretty-printed JSON
 PANEL_GAP = re.compile(r"(?<=[^ \n])  (?=[{\[](?:\n|$))")  # the panel's second blank before JSON
 UNKNOWN_SAMPLES = 8
 TORN_S = 1  # a line broken over two headers goes on within this
@@ -675,6 +674,7 @@ class Calendar:
 
     def __init__(self):
         self._last = Moment("", "", 0.0)
+        self._repeats = False  # the hour is being repeated
 
     def moment(self, text):
         """The Moment of a header's time; a time that no calendar has keeps its text."""
@@ -686,9 +686,9 @@ class Calendar:
         try:
             local = datetime.datetime(int(text[:4]), int(text[5:7]), int(text[8:10]), int(text[11:13]),
                                       int(text[14:16]), int(text[17:19]))
-            epoch = local.timestamp()
-            if epoch < self._last.epoch - 60:
-                epoch = max(epoch, local.replace(fold=1).timestamp())
+            epoch, second = local.timestamp(), local.replace(fold=1).timestamp()
+            self._repeats = second > epoch and (self._repeats or epoch < self._last.epoch - 60)
+            epoch = second if self._repeats else epoch
             return Moment(text, utc_text(epoch), epoch)
         except (ValueError, OverflowError, OSError):
             return Moment(text, text.replace(" ", "T") + "Z", self._last.epoch)
@@ -728,6 +728,7 @@ class Parser:
     def __init__(self):
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._rest = "\n"  # the unfinished last line, after the "\n" that ends the one before
+        self._cut = False  # it was longer than an entry may be
         self._entry = None
         self._last_line = None  # (text, rule's group, epoch) of the engine's latest line
         self._engine = ""  # the generation that wrote it
@@ -749,9 +750,7 @@ class Parser:
             self._rest = text[end:]
             self._block(text[:end])
         elif len(text) > ENTRY_LIMIT:
-            self._rest = text[:ENTRY_LIMIT]  # a line without end: keep its start
-            if self._entry:
-                self._entry.cut = True
+            self._rest, self._cut = text[:ENTRY_LIMIT], True  # a line without end: keep its start
         else:
             self._rest = text
         return self._taken()
@@ -827,7 +826,7 @@ class Parser:
             self.headless += lines.count("\n")
             return
         room = ENTRY_LIMIT - len(entry.text)
-        entry.cut = entry.cut or len(lines) > room
+        entry.cut, self._cut = entry.cut or self._cut or len(lines) > room, False
         entry.text += lines[:room] if entry.cut else lines
         torn = None
         if entry.shape is None:
@@ -997,7 +996,7 @@ class Chat:
         self.said = set()  # names of events that come once
         self.tokens = {}  # of lmstudio_token_info
         self.total = self.cached = None  # tokens of the prompt; those of them that were cached
-        self.stats = {}  # of lmstudio_prediction_stats
+        self.stats, self.counts = {}, {}  # of lmstudio_prediction_stats: the engine's, the prediction's
         self.decoded = None  # tokens that the engine has generated so far
         self.timed = None  # the Moment of the engine's last timing, until the stats are told
         self.received = None  # the Received that it answers, where that is certain
@@ -1556,7 +1555,7 @@ class Story:
         counts, speeds = prediction_figures(body)
         if "promptTokens" in counts and not (chat.engine and chat.certain):
             self._put_right(chat, counts["promptTokens"])
-        chat.stats = {**speeds, **chat.stats, **counts}
+        chat.counts, chat.stats = counts, {**speeds, **chat.stats}
         chat.answer_id, chat.created = body.get("id"), body.get("created")
 
     def _close_sampling(self):
@@ -1573,7 +1572,7 @@ class Story:
             if chat.ended:
                 self._hold_stats(chat, moment, None)    # its client has left: a prediction may come or not
             return
-        stats = chat.stats
+        stats = {**chat.stats, **chat.counts}
         known = figures(promptTokens=stats.get("promptTokens") or chat.total or stats.get("evaluated"),
                         **{name: stats.get(name) for name in STATS})
         if known.keys() - {"promptTokens"}:
@@ -1658,8 +1657,8 @@ def rate(fields):
 def prediction_of(text):
     """The JSON of a Generated prediction, {} where it is hidden or cut."""
     try:
-        body = json.loads(text[text.index("{") :])
-    except ValueError:
+        body, _ = json.JSONDecoder().raw_decode(text, text.index("{"))
+    except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 
@@ -2470,7 +2469,7 @@ class Requests:
         if not chat.met:
             chat.met = True
             self._meet(chat, clock)
-        elif chat.record is None and chat.stats:
+        elif chat.record is None and (chat.stats or chat.counts):
             self._settle(clock)
         return chat.record
 
@@ -2618,7 +2617,7 @@ def agrees(record, chat):
     if record.ended is not None and record.model and chat.model and record.model != chat.model:
         return False
     prompt = (record.usage or {}).get("promptTokens")
-    logged = chat.stats.get("promptTokens") or (chat.total if chat.certain else None)
+    logged = chat.counts.get("promptTokens") or (chat.total if chat.certain else None)
     if record.ended is None or not prompt or not logged:
         return None
     return True if prompt == logged else None if abs(prompt - logged) == 1 else False

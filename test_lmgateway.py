@@ -29,6 +29,7 @@ import types
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from random import Random
 
 HERE = Path(__file__).resolve().parent
 
@@ -146,8 +147,451 @@ def unmet(expectations, events):
 @pytest.mark.parametrize("size", [None, 1, 7], ids=["whole", "bytes", "sevens"])
 @pytest.mark.parametrize("log_path", SAMPLES, ids=lambda path: path.stem)
 def test_samples_give_their_events(utc, log_path, size):
-    events = [event for _, event in parsed(log_path.read_bytes(), size)]
-    assert unmet(expected_of(log_path), events) == []
+    events, rows = [event for _, event in parsed(log_path.read_bytes(), size)], expected_of(log_path)
+    assert unmet(rows, events) == []
+    assert misplaced(rows, events) == []
+    for event in events:
+        assert json.loads(lmgateway.data_json(event), parse_constant=no_constant) == event.data
+
+
+def last_entry(row):
+    return row["entry"][1] if isinstance(row["entry"], list) else row["entry"]
+
+
+def first_entry(row):
+    return row["entry"][0] if isinstance(row["entry"], list) else row["entry"]
+
+
+def misplaced(expectations, events):
+    """Pairs of events that came in the wrong order: one whose last entry is smaller than another's first comes first."""
+    rest = list(enumerate(events))
+    places = []
+    for row in expectations:
+        found = next((pair for pair in rest if fits(row, pair[1])), None)
+        if found:
+            rest.remove(found)
+            places.append((found[0], row))
+    return [(one["event"], other["event"]) for place, one in places for later, other in places
+            if last_entry(one) < first_entry(other) and place > later]
+
+
+def no_constant(name):
+    raise ValueError(f"{name} is no JSON")
+
+
+def short(events, *names):
+    """The typed events as words: name without lmstudio_, then the values of the fields that tell them apart."""
+    fields = ("messages", "progress", "reused", "total", "totalPromptTokens", "promptTokensToDecode", "n_ctx",
+              "completionTokens", "totalMs", "acceptedDraftTokens", "outcome", "model")
+    return [" ".join([event.name[9:], *(f"{name}={event.data[name]}" for name in fields if name in event.data)])
+            for event in events if event.name != "lmstudio_log" and (not names or event.name[9:] in names)]
+
+
+def told(*lines, size=None):
+    """The typed events of entries, each written as `LEVEL text` or `SECOND LEVEL text`, as short() has them."""
+    text = ""
+    for line in lines:
+        second, _, rest = line.partition(" ") if line[0].isdigit() else ("0", "", line)
+        level, _, message = rest.partition(" ")
+        gap = "" if message.startswith("[") else " "
+        text += f"[2026-05-01 10:00:{int(second):02}][{level}]{gap}{message}\n"
+    return short(event for _, event in parsed(text.encode(), size))
+
+
+def entries_of(text):
+    """[[stamp, level, [lines]]] of a log in the file's style."""
+    found = []
+    for line in text.split("\n")[:-1]:
+        header = re.match(r"\[([\d-]{10} [\d:]{8})\]\[(\w+)\] ?(.*)$", line)
+        if header:
+            found.append([header[1], header[2], [header[3]]])
+        else:
+            found[-1][2].append(line)
+    return found
+
+
+def log_of(entries, panel=False):
+    """The log of such entries, in the file's style or as the Developer Logs panel copies it."""
+    text = ""
+    for stamp, level, lines in entries:
+        if panel:
+            text += f"{stamp} {f'[{level}]':>7}\n {lines[0]}" + "".join(f"\n{line}" for line in lines[1:]) + "\n"
+        else:
+            gap = "" if lines[0].startswith("[") or lines == [""] else " "
+            text += f"[{stamp}][{level}]{gap}" + "\n".join(lines) + "\n"
+    return text.encode()
+
+
+def by_engine(entry):
+    return entry[1] == "DEBUG" and not entry[2][0].startswith(("Received", "[LMS", "[Client", "1 Error"))
+
+
+def rechunked(entries, random, torn):
+    """The same lines in other entries, as the engine's output arrives from run to run; some broken over two headers."""
+    found, k = [], 0
+    while k < len(entries):
+        stamp, level, lines = entries[k]
+        k += 1
+        if not by_engine(entries[k - 1]):
+            found.append([stamp, level, lines])
+            continue
+        while k < len(entries) and by_engine(entries[k]) and entries[k][0] == stamp:
+            lines, k = lines + entries[k][2], k + 1
+        for number, line in enumerate(lines):
+            blanks = [found.start() for found in re.finditer(r"(?<=\S) ", line)]
+            if number == 0 or random.random() < 0.3:
+                found.append([stamp, level, []])
+            if blanks and random.random() < torn:
+                place = random.choice(blanks)
+                found[-1][2].append(line[:place])
+                found.append([stamp, level, [line[place + 1:]]])
+            else:
+                found[-1][2].append(line)
+    return found
+
+
+def shuffled(entries, random):
+    """The engine's entries and the app's come over channels of their own: within a second their order is chance."""
+    found = list(entries)
+    for _ in range(8):
+        k = random.randrange(len(found) - 1)
+        pair = found[k:k + 2]
+        if (pair[0][0] == pair[1][0] and by_engine(pair[0]) != by_engine(pair[1])
+                and not any(re.search(r"^Received|Running chat", entry[2][0]) for entry in pair)):
+            found[k:k + 2] = pair[::-1]
+    return found
+
+
+FILE_STYLE = [path for path in SAMPLES if path.stem != "gui-paste"]
+VARIED = {"whole lines in other entries": lambda entries, random: rechunked(entries, random, 0),
+          "broken lines": lambda entries, random: rechunked(entries, random, 0.2),
+          "another order in a second": lambda entries, random: rechunked(shuffled(entries, random), random, 0.1)}
+
+
+@pytest.mark.parametrize("vary", VARIED.values(), ids=VARIED)
+@pytest.mark.parametrize("log_path", FILE_STYLE, ids=lambda path: path.stem)
+def test_events_do_not_depend_on_how_the_engines_lines_fell_into_entries(utc, log_path, vary):
+    rows = [row for row in expected_of(log_path) if row["event"] != "lmstudio_log"]
+    entries = entries_of(log_path.read_text(encoding="utf-8"))
+    for seed in range(12):
+        data = log_of(vary(entries, Random(seed)))
+        events = [event for _, event in parsed(data) if event.name != "lmstudio_log"]
+        assert unmet(rows, events) == [], data.decode()
+
+
+STYLES = {"panel": lambda data: log_of(entries_of(data.decode()), panel=True),
+          "crlf": lambda data: data.replace(b"\n", b"\r\n")}
+
+
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+@pytest.mark.parametrize("size", [None, 1, 7], ids=["whole", "bytes", "sevens"])
+@pytest.mark.parametrize("log_path", FILE_STYLE, ids=lambda path: path.stem)
+def test_samples_in_other_styles_give_the_same_events(utc, log_path, size, style):
+    data = log_path.read_bytes()
+    plain, other = ([(event.name, event.data) for _, event in parsed(written, size) if event.name != "lmstudio_log"]
+                    for written in (data, style(data)))
+    assert plain == other
+    assert not any("\r" in str(event.data) for _, event in parsed(style(data)))
+
+
+@pytest.mark.parametrize("rule", lmgateway.RULES, ids=lambda rule: f"{rule.engines} {rule.fact or rule.sample[:30]}")
+def test_each_rules_sample_is_recognised_by_that_rule(rule):
+    pattern, rows = {"app": (lmgateway.APP, lmgateway.APP_ROWS), "error": (lmgateway.ERRORS, lmgateway.ERROR_ROWS),
+                     "engine": (lmgateway.ENGINE, lmgateway.ENGINE_ROWS)}[rule.where]
+    assert rows[pattern.match(rule.sample).lastgroup][0] is rule
+    assert set(rule.engines.split()) <= {"App", "G1", "G2", "G3", "MLX", "Splash"}
+
+
+def test_every_fact_has_a_rule_and_every_rule_its_fact():
+    facts = {name[3:] for name in dir(lmgateway.Story) if name.startswith("on_")}
+    assert {rule.fact for rule in lmgateway.RULES if rule.fact} == facts
+
+
+START = "INFO [m] Running chat completion on conversation with 2 messages."
+STREAM = "INFO [m] Streaming response..."
+FINISH = "INFO [m] Finished streaming response"
+LEFT = ("INFO [LM STUDIO SERVER] Client disconnected. Stopping generation... (If the model is busy processing the "
+        "prompt, it will finish first.)")
+PROMPT = ("DEBUG slot launch_slot_: id  1 | task 7 | processing task, is_child = 0\nslot update_slots: id  1 | task 7 | "
+          "new prompt, n_ctx_slot = 4096, n_keep = 3, task.n_tokens = 100\n"
+          "slot update_slots: id  1 | task 7 | n_tokens = 40, memory_seq_rm [40, end)")
+TIMED = ("DEBUG slot print_timing: id  1 | task 7 | \nprompt eval time =  500.00 ms /    60 tokens (    8.33 ms per token,"
+         "   120.00 tokens per second)\n       eval time =  1000.00 ms /    20 tokens (   50.00 ms per token,    20.00 "
+         "tokens per second)\n      total time =  1500.00 ms /    80 tokens")
+RELEASE = "DEBUG slot      release: id  1 | task 7 | stop processing: n_tokens = 119, truncated = 0"
+ANSWER = 'INFO [m] Generated prediction: {\n  "usage": {\n    "prompt_tokens": 100,\n    "completion_tokens": 21\n  }\n}'
+READ = ["processing_start model=m", "token_info totalPromptTokens=100 promptTokensToDecode=60 n_ctx=4096 model=m",
+        "cache_stats reused=40 total=100 model=m"]
+STATS = "prediction_stats completionTokens=20 totalMs=1500.0 model=m"
+CRASH = "ERROR Error: The model has crashed without additional information. (Exit code: 6)"
+SPLASH = "DEBUG 10:00:00 {} · input 1,100 · cached 100 · output 1,092 · TTFT 0.5s · 92.9 tok/s"
+SPLASH_STATS = ["token_info totalPromptTokens=1100 promptTokensToDecode=1000 model=m",
+                "cache_stats reused=100 total=1100 model=m", "prediction_stats completionTokens=1092 model=m"]
+G1_RUN = ("DEBUG Sampling params:\trepeat_last_n = 64, repeat_penalty = 1.100\n\tmirostat = 0, mirostat_ent = 5.000\n"
+          "Generate: n_ctx = 4096, n_batch = 512, n_predict = -1, n_keep = 3\nTotal prompt tokens: 100\n"
+          "Prompt tokens to decode: 100\nBeginProcessingPrompt")
+G1_TIMED = ("DEBUG Target model llama_perf stats:\nllama_perf_context_print: prompt eval time =  500.00 ms /   100 tokens "
+            "(    5.00 ms per token,   200.00 tokens per second)\nllama_perf_context_print:        eval time =  1000.00 ms "
+            "/    20 runs   (   50.00 ms per token,    20.00 tokens per second)\n"
+            "llama_perf_context_print:       total time =  1500.00 ms /   120 tokens")
+G1_READ = ["sampling_params model=m", "token_info totalPromptTokens=100 promptTokensToDecode=100 n_ctx=4096 model=m",
+           "cache_stats reused=0 total=100 model=m", "processing_start model=m"]
+G1_TWO = ["sampling_params", "token_info totalPromptTokens=100 promptTokensToDecode=100 n_ctx=4096",
+          "cache_stats reused=0 total=100", "processing_start"]
+BEGUN = ["chat_start messages=2 model=m"]
+
+
+def at(percent, model="m"):
+    return f"INFO [{model}] Prompt processing progress: {percent:.1f}%"
+
+
+def seen(percent, model="m"):
+    return f"prompt_progress progress={percent:.1f} model={model}"
+
+
+# What the sample logs do not show: (entries, events).
+SITUATIONS = {
+    "the client leaves while its prompt is read, the app repeats itself": (
+        [START, STREAM, PROMPT, at(40), LEFT, at(40), FINISH, RELEASE],
+        [*BEGUN, *READ, seen(40), "chat_end outcome=disconnected model=m", seen(40)]),
+    "the client leaves, and the engine's timings come all the same": (
+        [START, STREAM, PROMPT, at(100), LEFT, TIMED, RELEASE],
+        [*BEGUN, *READ, seen(100), "generation_start model=m", "chat_end outcome=disconnected model=m", STATS]),
+    "the client of a plain request leaves, no prediction follows, the next one comes": (
+        [START, PROMPT, LEFT, TIMED, RELEASE, "5 " + START],
+        [*BEGUN, *READ, "chat_end outcome=disconnected model=m", STATS, *BEGUN]),
+    "the client of a plain request leaves, and its prediction comes": (
+        [START, PROMPT, LEFT, TIMED, RELEASE, ANSWER],
+        [*BEGUN, *READ, "chat_end outcome=disconnected model=m", "prediction_stats completionTokens=21 totalMs=1500.0 model=m"]),
+    "an abandoned request does not take the prediction of the next": (
+        [START, "1 " + LEFT, "6 " + START, "7 " + ANSWER],
+        [*BEGUN, "chat_end outcome=disconnected model=m", *BEGUN,
+         "prediction_stats completionTokens=21 model=m", "chat_end outcome=finished model=m"]),
+    "a disconnect line within a second after the end says nothing new": (
+        [START, STREAM, FINISH, LEFT, "9 " + START, "9 " + LEFT],
+        [*BEGUN, "chat_end outcome=finished model=m", *BEGUN, "chat_end outcome=disconnected model=m"]),
+    "a disconnect line a second after an end is that of a chat begun since": (
+        [START, STREAM, FINISH, START, at(0), LEFT],
+        [*BEGUN, "chat_end outcome=finished model=m", *BEGUN, "processing_start model=m", seen(0),
+         "chat_end outcome=disconnected model=m"]),
+    "timings that come after the app's last line": (
+        [START, PROMPT, ANSWER, TIMED, RELEASE],
+        [*BEGUN, *READ, "chat_end outcome=finished model=m", "prediction_stats completionTokens=21 totalMs=1500.0 model=m"]),
+    "draft tokens come after the total": (
+        [START, STREAM, PROMPT, TIMED + "\ndraft acceptance = 0.95455 (   63 accepted /    66 generated), mean len =  3.86",
+         RELEASE, FINISH],
+        [*BEGUN, *READ, "prediction_stats completionTokens=20 totalMs=1500.0 acceptedDraftTokens=63 model=m",
+         "chat_end outcome=finished model=m"]),
+    "a chat inside the app while one over HTTP waits": (
+        [PROMPT, TIMED, RELEASE, START, STREAM, at(0), FINISH],
+        [*(event.replace(" model=m", "") for event in READ), STATS.replace(" model=m", ""), *BEGUN,
+         "processing_start model=m", seen(0), "chat_end outcome=finished model=m"]),
+    "progress before BeginProcessingPrompt": (
+        [START, STREAM, at(0), G1_RUN, at(100), "DEBUG FinishedProcessingPrompt. Progress: 100", G1_TIMED, FINISH],
+        [*BEGUN, "processing_start model=m", seen(0), *G1_READ[:3], seen(100), "generation_start model=m", STATS,
+         "chat_end outcome=finished model=m"]),
+    "the end of the prompt is said twice while another request waits": (
+        [START, STREAM, G1_RUN, START, STREAM, "DEBUG FinishedProcessingPrompt. Progress: 100", at(100), G1_TIMED, FINISH,
+         G1_RUN, at(100), G1_TIMED, FINISH],
+        [*BEGUN, *G1_READ, *BEGUN, "generation_start model=m", seen(100), STATS, "chat_end outcome=finished model=m",
+         *G1_READ, seen(100), "generation_start model=m", STATS, "chat_end outcome=finished model=m"]),
+    "an in-app run of G1 is told in its own second": (
+        [G1_RUN, G1_TIMED, "3 " + START],
+        ["sampling_params", *G1_TWO[1:], STATS.replace(" model=m", ""), *BEGUN]),
+    "Splash, not streaming": (
+        [START, at(100), SPLASH.format("Done"), ANSWER],
+        [*BEGUN, "processing_start model=m", seen(100), "generation_start model=m", *SPLASH_STATS[:2],
+         "prediction_stats completionTokens=21 model=m", "chat_end outcome=finished model=m"]),
+    "Splash, cancelled": (
+        [START, STREAM, at(100), LEFT, SPLASH.format("Cancelled"), FINISH],
+        [*BEGUN, "processing_start model=m", seen(100), "generation_start model=m", "chat_end outcome=disconnected model=m",
+         *(event.replace(" model=m", "") for event in SPLASH_STATS)]),
+    "a crash ends all that runs, and the next request is a new one": (
+        [START, STREAM, PROMPT, START, STREAM, CRASH, "4 " + START, "4 " + STREAM, "4 " + FINISH],
+        [*BEGUN, *READ, *BEGUN, "error", "chat_end outcome=error model=m", "chat_end outcome=error model=m",
+         *BEGUN, "chat_end outcome=finished model=m"]),
+    "crashes one after the other": ([CRASH, "1 " + CRASH], ["error", "error"]),
+    "an end without a start": ([FINISH], ["chat_end outcome=finished model=m"]),
+    "progress without a start": ([at(50), FINISH], [seen(50), "chat_end outcome=finished model=m"]),
+    "the server stops while a chat runs": (
+        [START, "INFO Server stopped.", "5 " + START, "5 " + STREAM, "5 " + FINISH],
+        [*BEGUN, *BEGUN, "chat_end outcome=finished model=m"]),
+    "plugins, clients and embeddings say nothing": (
+        ["ERROR [Plugin(a/b)] stderr: Error: Channel Error\nBeginProcessingPrompt", "DEBUG [Client=plugin] Client disconnected.",
+         "INFO Received request to embed: x\nBeginProcessingPrompt\nFinished streaming response",
+         "DEBUG [LMSAuthenticator][Client=x] BeginProcessingPrompt"], []),
+    "an ERROR that is no end": (
+        [START, "ERROR Error in channel handler: x", "ERROR Unexpected endpoint or method. (GET /x). Returning 200 anyway"],
+        [*BEGUN, "error", "error"]),
+    "the model is loaded first": (
+        ["DEBUG Received request: POST to /v1/chat/completions with body [Hidden]",
+         'INFO [JIT] Requested model (m) is not loaded. Loading "m" now...', "4 " + START, "4 " + STREAM, "4 " + FINISH],
+        [*BEGUN, "chat_end outcome=finished model=m"]),
+    "/v1/responses, not streaming": (
+        [START, "INFO Generating synchronous v1/responses response...", PROMPT, TIMED, RELEASE,
+         'INFO Generated synchronous v1/responses response: {\n  "usage": {\n    "input_tokens": 100,\n'
+         '    "output_tokens": 22\n  }\n}'],
+        [*BEGUN, *READ, "prediction_stats completionTokens=22 totalMs=1500.0 model=m", "chat_end outcome=finished model=m"]),
+    "two models, the second's engine first": (
+        [START, STREAM, START.replace("[m]", "[x]"), STREAM.replace("[m]", "[x]"),
+         "DEBUG [cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache", at(0, "x"), PROMPT, at(40), at(100, "x"),
+         FINISH.replace("[m]", "[x]"), at(100), TIMED, RELEASE, FINISH],
+        [*BEGUN, "chat_start messages=2 model=x", "cache_stats reused=0 total=11",
+         "token_info totalPromptTokens=11 promptTokensToDecode=11", "processing_start", seen(0, "x"), *READ, seen(40),
+         seen(100, "x"), "generation_start model=x", "chat_end outcome=finished model=x", seen(100), "generation_start model=m",
+         STATS, "chat_end outcome=finished model=m"]),
+}
+
+
+@pytest.mark.parametrize("size", [None, 1], ids=["whole", "bytes"])
+@pytest.mark.parametrize("lines, events", SITUATIONS.values(), ids=SITUATIONS)
+def test_situations(utc, lines, events, size):
+    assert told(*lines, size=size) == events
+
+
+def test_one_request_of_two_is_plain_while_the_other_streams(utc):
+    other = PROMPT.replace("task 7", "task 9").replace("id  1", "id  2")
+    events = told(START, STREAM, PROMPT, START, other, TIMED.replace("task 7", "task 9"),
+                  RELEASE.replace("task 7", "task 9"), ANSWER, TIMED, RELEASE, FINISH)
+    assert events == [*BEGUN, *READ, *BEGUN, *READ, "prediction_stats completionTokens=21 totalMs=1500.0 model=m",
+                      "chat_end outcome=finished model=m", STATS, "chat_end outcome=finished model=m"]
+
+
+HEADER = b"[2026-05-01 10:00:00][INFO] "
+WORDS = [b"\n", b"\r\n", b"\r", b"\0", b"\xff\xfe", "é🦊".encode(), b" ", b"{", b"}", b"\n}\n", b"\n]\n", b"\t", b"[m] ",
+         HEADER, b"[2026-05-01 10:00:01][DEBUG] ", b"[2026-05-01 10:00:01][DEBUG]", b"2026-05-01 10:00:02  [INFO]\n ",
+         b"2026-05-01 10:00:02 [DEBUG]\n", b"[2026-13-77 99:99:99][WARN] ", b"[2026-05-01 10:00:03][ERROR] ", b"inf", b"nan",
+         *(rule.sample.encode() for rule in lmgateway.RULES)]
+
+
+def told_and_logged(data, size=None):
+    """(typed events, entries as logged) of any bytes; an entry that came in two events is one again."""
+    typed_events, logged = [], []
+    for _, event in parsed(data, size):
+        text = re.sub("\n+", "\n", event.data.get("message", ""))
+        if event.name != "lmstudio_log":
+            typed_events.append((event.name, event.data))
+        elif event.data.get("continued"):
+            logged[-1] = (*logged[-1][:3], logged[-1][3].rstrip("\n") + "\n" + text)
+        else:
+            logged.append((event.data["timestamp"], event.data["level"], event.data["tags"], text))
+    return typed_events, [(*entry[:3], entry[3].strip("\n")) for entry in logged]
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_any_bytes_give_the_same_events_wherever_they_are_split_and_never_raise(utc, seed):
+    random = Random(seed)
+    pieces = [random.choice(WORDS) if random.random() < 0.8 else bytes(random.choices(range(256), k=random.randrange(12)))
+              for _ in range(random.randrange(150))]
+    data = b"".join(piece + (b"\n" if random.random() < 0.5 else b"") for piece in pieces)
+    whole = told_and_logged(data)
+    for name, fields in whole[0]:
+        json.loads(lmgateway.data_json(Event(name, fields)), parse_constant=no_constant)
+    for size in (1, random.randrange(2, 40), random.randrange(40, 400)):
+        assert told_and_logged(data, size) == whole
+
+
+BODY = b"[2026-05-01 10:00:00][DEBUG] Received request: POST to /v1/chat/completions with body {\n"
+HUGE = {
+    "a line of 5 MB": HEADER + b"x" * 5_000_000 + b"\n",
+    "a line of 5 MB without an end": HEADER + b"x" * 5_000_000,
+    "a line of 5 MB without a header": b"x" * 5_000_000,
+    "an entry of 5 MB": HEADER + b"some words of a user\n" * 240_000,
+    "a body of 5 MB": BODY + b'  "content": "x",\n' * 280_000 + b"}\n",
+    "an engine's entry of 5 MB": b"[2026-05-01 10:00:00][DEBUG] srv  update_slots: all slots are idle\n" + b"words\n" * 800_000,
+    "ten thousand braces": BODY + b"{" * 10_000 + b"\n" + b"}" * 10_000 + b"\n}\n",
+    "ten thousand braces in a prediction": HEADER + b"Generated prediction: " + b'{"a":' * 10_000 + b"\n",
+    "ten thousand headers": HEADER * 10_000 + b"\n",
+    "ten thousand tags": HEADER.rstrip() + b"[m]" * 10_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("data", HUGE.values(), ids=HUGE)
+def test_huge_entries_are_plain_events_in_bounded_memory(utc, data):
+    with tracing() as peak:
+        parser, events = Parser(), []
+        for start in range(0, len(data), 65536):
+            events += parser.feed(data[start:start + 65536])
+        events += parser.end()
+        assert peak() < 12_000_000
+    assert {event.name for event in events} <= {"lmstudio_log", "lmstudio_prediction_stats", "lmstudio_chat_end"}
+    logs = [event.data for event in events if event.name == "lmstudio_log"]
+    assert len(logs) == (0 if data.startswith(b"x") else 1)
+    for entry in logs:
+        assert len(entry["message"]) <= lmgateway.ENTRY_LIMIT
+        assert entry.get("truncated", False) is (len(data) > lmgateway.ENTRY_LIMIT)
+
+
+def test_a_header_behind_a_huge_line_is_seen(utc):
+    data = HEADER + b"x" * 1_000_000 + b"\n" + HEADER + b"[m] Finished streaming response\n"
+    assert short(event for _, event in parsed(data, 65536)) == ["chat_end outcome=finished model=m"]
+
+
+def test_lines_that_come_after_a_quiet_continue_their_entry(utc):
+    parser = Parser()
+    first = parser.feed(b"[2026-05-01 10:00:00][DEBUG] Total prompt tokens: 100\n")
+    assert [event.name for event in [*first, *parser.quiet()]] == ["lmstudio_log"]
+    later = parser.feed(b"Prompt tokens to decode: 60\n")
+    assert short(later) == ["token_info totalPromptTokens=100 promptTokensToDecode=60"]
+    [log] = parser.quiet()
+    assert log.data == {"timestamp": "2026-05-01 10:00:00", "level": "DEBUG", "message": "Prompt tokens to decode: 60",
+                        "tags": [], "continued": True}
+
+
+@pytest.mark.parametrize("text, at_once", [
+    (f"{START}", True), (f"{FINISH}", True), (f"{ANSWER}", True), ("DEBUG Received request: GET to /v1/models", True),
+    ("ERROR Error: Channel Error", False), ("INFO words that nobody knows", False), (f"{TIMED}", False)])
+def test_only_entries_that_may_go_on_are_held_back(utc, text, at_once):
+    level, _, message = text.partition(" ")
+    parser = Parser()
+    events = parser.feed(f"[2026-05-01 10:00:00][{level}] {message}\n".encode())
+    assert ("lmstudio_log" in [event.name for event in events]) is at_once
+    assert ("lmstudio_log" in [event.name for event in parser.quiet()]) is not at_once
+
+
+def test_what_nobody_knows_is_counted_and_shown_without_its_words(utc):
+    parser = Parser()
+    parser.feed(b"before the first header\n[2026-05-01 10:00:00][DEBUG] sphinx: mystery 77 of 'my secret'\n" + HEADER
+                + b"Somethingnew: happened\n")
+    parser.end()
+    assert (parser.headless, parser.unknown, parser.entries) == (1, 2, 2)
+    assert list(parser.samples) == ['sph~: mys~ 0 of "..."', "Som~: hap~"]
+
+
+def test_engines_are_counted_by_generation(utc):
+    counts = {}
+    for path in FILE_STYLE:
+        parser = Parser()
+        parser.feed(path.read_bytes())
+        counts[path.stem] = set(parser.by_engine)
+        assert parser.unknown == 0 or path.stem in ("bystanders", "errors", "g1-crash"), parser.samples
+    for name, found in counts.items():
+        known = {"g1a": "G1", "g1": "G1", "g2": "G2", "g3": "G3", "mlx": "MLX", "splash": "Splash", "api": "G3"}
+        if name.partition("-")[0] in known:
+            assert found == {known[name.partition("-")[0]]}, name
+    assert counts["two-models-at-once"] == {"G3", "MLX"}
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="the system cannot change its time zone")
+@pytest.mark.parametrize("zone, times, expected", [
+    ("Europe/Berlin", ["2025-10-26 02:59:59", "2025-10-26 02:00:00", "2025-10-26 02:59:59", "2025-10-26 03:00:00"],
+     ["00:59:59", "01:00:00", "01:59:59", "02:00:00"]),
+    ("Europe/Berlin", ["2026-03-29 01:59:59", "2026-03-29 03:00:00"], ["00:59:59", "01:00:00"]),
+    ("America/New_York", ["2025-11-02 01:59:58", "2025-11-02 01:59:57", "2025-11-02 01:00:10", "2025-11-02 02:00:00"],
+     ["05:59:58", "05:59:57", "06:00:10", "07:00:00"]),
+    ("Asia/Kathmandu", ["2026-01-01 00:00:00"], ["18:15:00"])])
+def test_local_time_becomes_utc_in_file_order(monkeypatch, zone, times, expected):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        data = "".join(f"[{stamp}][INFO][m] Prompt processing progress: 1.0%\n" for stamp in times)
+        events = [event for _, event in parsed(data.encode()) if event.name == "lmstudio_prompt_progress"]
+        assert [event.data["timestamp"][11:19] for event in events] == expected
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 
 
 # --- 3.4 to 3.6: dialects, meter, request bodies
