@@ -544,7 +544,7 @@ RULES = (
          r"|- cache state: |- prompt [0-9A-F]+:|saving idle slot|- saving prompt|clearing prompt|chat "
          r"format: |graphs reused" r"|loading model|initializing, n_slots|prompt_save: |statistics ",
          "0.30.013.273 I slot get_availabl: id  3 | task -1 | selected slot by LRU, t_last = -1"),
-    Rule("", "engine", "line", "G2", r"LlamaV4(?:::|: server assigned slot \d+ to task)", "LlamaV4: server assigned slot 1 to task 3416"),
+    Rule("", "engine", "line", "G2 G3", r"LlamaV4(?:::|: server assigned slot \d+ to task)", "LlamaV4: server assigned slot 1 to task 3416"),
     Rule("", "engine", "line", "G2 G3", r"[IWED]?(?<=[\dIWED|])$", "0.30.015.244 I"),   # the rest is under the next header
     # --- sampling parameters: G1 writes the first on the heading's line, G3 on lines of their own
     Rule("sampling", "engine", "line", "G1", r"[Ss]ampling params:" + PAIRS,
@@ -884,7 +884,7 @@ class Parser:
                 continue
             rule, fields = ENGINE_ROWS[match.lastgroup]
             self._engine = engine_of(rule, match, self._engine)
-            self.by_engine[self._engine] += 1
+            self.by_engine[self._engine] += self._engine != ""
             if rule.fact:
                 facts = {name: match[index] for name, index in fields}
                 self.story.engine(rule.fact, facts, match, self._engine, moment)
@@ -946,14 +946,17 @@ class Parser:
 
 
 def engine_of(rule, match, before):
-    """The engine generation that wrote a line; before is the one of the line before it."""
+    """The engine generation that wrote a line: what the line shows, else before, that of the line before it; ""
+    where neither tells."""
     if " " not in rule.engines:
         return rule.engines
     if match["clock"]:
         return "G3"
     if match["printer"]:
         return "G1"
-    return before if before in rule.engines and not match["task"] else "G2" if "G2" in rule.engines else "G1"
+    if match["task"]:
+        return "G2"
+    return before if before in rule.engines.split() else ""
 
 
 QUOTED = re.compile(r'"[^"]*"?|\'[^\']*\'?')
@@ -5195,7 +5198,7 @@ def log_status(monitor):
             "file": follower.file.path if follower.file else None, "position": follower.position,
             "size": follower.size, "behindBytes": follower.behind, "bytesRead": monitor.read,
             "lastEntryAt": moment.utc if moment else None, "entries": parser.entries, "lines": parser.lines,
-            "events": dict(parser.by_event), "generations": dict(parser.by_engine),
+            "events": dict(parser.by_event), "generations": dict(+parser.by_engine),
             "levels": dict(parser.by_level), "unknownLines": parser.unknown,
             "unknownSamples": list(parser.samples), "headlessLines": parser.headless,
             "verbose": bool(parser.by_level["DEBUG"]) if parser.entries else None,

@@ -563,7 +563,7 @@ def test_engines_are_counted_by_generation(utc):
     for path in FILE_STYLE:
         parser = Parser()
         parser.feed(path.read_bytes())
-        counts[path.stem] = set(parser.by_engine)
+        counts[path.stem] = set(+parser.by_engine)
         assert parser.unknown == 0 or path.stem in ("bystanders", "errors", "g1-crash"), parser.samples
     for name, found in counts.items():
         known = {"g1a": "G1", "g1": "G1", "g2": "G2", "g3": "G3", "mlx": "MLX", "splash": "Splash", "api": "G3"}
