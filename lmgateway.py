@@ -739,7 +739,7 @@ class Parser:
         self.by_event: Counter[str] = Counter()
         self.by_engine: Counter[str] = Counter()
         self.by_level: Counter[str] = Counter()
-        self.samples: deque[str] = deque(maxlen=UNKNOWN_SAMPLES)
+        self._strange: deque[str] = deque(maxlen=UNKNOWN_SAMPLES)  # the beginnings of the latest unknown lines
         self.last_moment = None
 
     def feed(self, chunk):
@@ -786,6 +786,11 @@ class Parser:
     def midline(self):
         """True while the last line has not ended."""
         return len(self._rest) > 1
+
+    @property
+    def samples(self):
+        """What the latest unknown lines look like, without their words."""
+        return [redacted(line) for line in self._strange]
 
     def _taken(self):
         events, self._events[:] = self._events[:], []
@@ -908,7 +913,7 @@ class Parser:
 
     def _unknown_line(self, line):
         self.unknown += 1
-        self.samples.append(redacted(line))
+        self._strange.append(line[:160])
 
     def _conclude(self, entry):
         """A known entry is whole: tell its fact and send it, without waiting for the next header."""
@@ -965,7 +970,7 @@ WORD = re.compile(r"[^\W\d_]{4,}|\d+")
 
 def redacted(line):
     """A line as a specimen without what a user may have written: quotes emptied, words cut, digits to 0."""
-    line = QUOTED.sub('"..."', line[:160])
+    line = QUOTED.sub('"..."', line)
     return WORD.sub(lambda word: "0" if word[0].isdigit() else word[0][:3] + "~", line)[:100]
 
 
@@ -3328,17 +3333,21 @@ class LogFile(NamedTuple):
     path: str
 
 
+def list_months(directory, since=None):
+    """The paths of the months in a log directory, oldest first; only since's and later ones.  Raises OSError."""
+    return [os.path.join(directory, name) for name in sorted(os.listdir(directory))
+            if MONTH.fullmatch(name) and (since is None or name >= since.month)]
+
+
 def list_logs(directory, since=None):
-    """The server logs of a log directory, oldest first; only those of since's month and later.
+    """The server logs of a log directory, oldest first; only those after since.
 
     Raises OSError when the directory itself cannot be listed."""
     found = []
-    for month in sorted(os.listdir(directory)):
-        if MONTH.fullmatch(month) and (since is None or month >= since.month):
-            with contextlib.suppress(OSError):
-                found += [LogFile(month, match[1], int(match[2]), os.path.join(directory, month, match[0]))
-                          for match in map(LOG_NAME.fullmatch, os.listdir(os.path.join(directory, month)))
-                          if match]
+    for path in list_months(directory, since):
+        with contextlib.suppress(OSError):
+            found += [LogFile(os.path.basename(path), match[1], int(match[2]), os.path.join(path, match[0]))
+                      for match in map(LOG_NAME.fullmatch, os.listdir(path)) if match]
     return sorted(log_file for log_file in found if since is None or log_file > since)
 
 
@@ -3427,6 +3436,7 @@ class Follower:
         self._from_start = from_start
         self._first_look = True
         self._glanced = self._scanned = -math.inf
+        self._months = []  # paths of its month and those after it
         self._times = None  # modification times of the directories when last glanced at
         self._newer = []  # log files after self.file, oldest first
 
@@ -3460,8 +3470,7 @@ class Follower:
             return
         self._glanced = now
         try:
-            times = self.file and [os.stat(path).st_mtime_ns
-                                   for path in (self.directory, os.path.dirname(self.file.path))]
+            times = self.file and [os.stat(path).st_mtime_ns for path in (self.directory, *self._months)]
         except OSError:
             times = None
         if times is None or times != self._times or now - self._scanned >= SCAN_S:
@@ -3470,7 +3479,7 @@ class Follower:
 
     def _scan(self):
         try:
-            logs = list_logs(self.directory, self.file)
+            logs, self._months = list_logs(self.directory, self.file), list_months(self.directory, self.file)
         except OSError as error:
             self._newer, self._first_look = [], False
             self._complain(f"cannot read the log directory {self.directory}: {error.strerror or error}")
@@ -5200,7 +5209,7 @@ def log_status(monitor):
             "lastEntryAt": moment.utc if moment else None, "entries": parser.entries, "lines": parser.lines,
             "events": dict(parser.by_event), "generations": dict(+parser.by_engine),
             "levels": dict(parser.by_level), "unknownLines": parser.unknown,
-            "unknownSamples": list(parser.samples), "headlessLines": parser.headless,
+            "unknownSamples": parser.samples, "headlessLines": parser.headless,
             "verbose": bool(parser.by_level["DEBUG"]) if parser.entries else None,
             "problem": follower.problem}
 

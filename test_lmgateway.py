@@ -28,6 +28,7 @@ import tracemalloc
 import types
 import zlib
 from html.parser import HTMLParser
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -498,7 +499,7 @@ HUGE = {
     "a line of 5 MB without a header": b"x" * 5_000_000,
     "an entry of 5 MB": HEADER + b"some words of a user\n" * 240_000,
     "a body of 5 MB": BODY + b'  "content": "x",\n' * 280_000 + b"}\n",
-    "an engine's entry of 5 MB": b"[2026-05-01 10:00:00][DEBUG] srv  update_slots: all slots are idle\n" + b"words\n" * 800_000,
+    "an engine's entry of 5 MB": b"[2026-05-01 10:00:00][DEBUG] srv  update_slots: all slots are idle\n" + b"words of nobody " * 20 + b"\n" * 2 + b"x" * 1000 + b"\n" * 5000 + b"word\n" * 1000 + b"x" * 4_900_000 + b"\n",
     "ten thousand braces": BODY + b"{" * 10_000 + b"\n" + b"}" * 10_000 + b"\n}\n",
     "ten thousand braces in a prediction": HEADER + b"Generated prediction: " + b'{"a":' * 10_000 + b"\n",
     "ten thousand headers": HEADER * 10_000 + b"\n",
@@ -555,7 +556,7 @@ def test_what_nobody_knows_is_counted_and_shown_without_its_words(utc):
                 + b"Somethingnew: happened\n")
     parser.end()
     assert (parser.headless, parser.unknown, parser.entries) == (1, 2, 2)
-    assert list(parser.samples) == ['sph~: mys~ 0 of "..."', "Som~: hap~"]
+    assert parser.samples == ['sph~: mys~ 0 of "..."', "Som~: hap~"]
 
 
 def test_engines_are_counted_by_generation(utc):
@@ -1351,6 +1352,365 @@ def test_since_refuses_other_words_with_the_forms(text):
 
 
 # === 5. TAIL =================================================================
+
+
+class Logs:
+    """A log directory and a Monitor that follows it, by a clock of its own: look() is one turn of the tail thread."""
+
+    def __init__(self, directory, **how):
+        self.directory, self.clock = Path(directory), 1000.0
+        self.follower = lmgateway.Follower(str(directory), **how)
+        self.monitor = lmgateway.Monitor(self.follower, clock=lambda: self.clock, now=lambda: 1_700_000_000.0)
+
+    def path(self, name):
+        path = self.directory / name[:7] / f"{name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write(self, name, *words, end=b"\n"):
+        """Append entries to a log; each is one unknown word, so that only the next header or a quiet ends it."""
+        with self.path(name).open("ab") as file:
+            file.write(b"".join(HEADER + word.encode() + end for word in words))
+
+    def look(self, seconds=0.11):
+        """What is told within so many seconds: words of entries, `old > new` for files, both by their names."""
+        end, told = self.clock + seconds, []
+        while True:
+            events, pause = self.monitor.step()
+            told += [self.words(event) for event in events]
+            if self.clock >= end and pause:
+                return told
+            self.clock += pause
+
+    @staticmethod
+    def words(event):
+        data = event.data
+        if event.name == "lmstudio_file_switch":
+            return f"{Path(data['oldLogFile']).stem} > {Path(data['newLogFile']).stem}"
+        if event.name == "lmstudio_month_transition":
+            return f"{Path(data['oldDirectory']).name} >> {Path(data['newLogFile']).stem}"
+        return data["message"] + " continued" * data.get("continued", False)
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """A directory whose newest log has an old entry, followed from its end."""
+    logs = Logs(tmp_path / "server-logs")
+    logs.write("2026-05-01.1", "old")
+    assert logs.look() == []
+    return logs
+
+
+QUIET = 0.5     # what ends an open entry
+
+
+def test_the_newest_log_is_read_from_its_end_and_numbers_are_numbers(tmp_path):
+    logs = Logs(tmp_path)
+    for name in ("2026-05-01.9", "2026-05-01.10", "2026-04-30.11", "2026-05-01.2"):
+        logs.write(name, "old")
+    (tmp_path / "2026-05" / "2026-06-01.1.log.bak").write_bytes(HEADER + b"not a log\n")
+    (tmp_path / "2026-05" / "notes").mkdir()
+    (tmp_path / "other").mkdir()
+    assert logs.look() == []
+    logs.write("2026-05-01.10", "a", "b")
+    logs.write("2026-05-01.9", "nobody reads this")
+    assert logs.look(QUIET) == ["a", "b"]
+    assert logs.follower.file.number == 10
+
+
+def test_from_start_begins_at_the_start_of_the_newest_file(tmp_path):
+    logs = Logs(tmp_path, from_start=True)
+    logs.write("2026-04-30.1", "old")
+    logs.write("2026-05-01.1", "a", "b")
+    assert logs.look(QUIET) == ["a", "b"]
+
+
+def write_in_pieces(logs, data, size):
+    told = []
+    for start in range(0, len(data), size):
+        with logs.path("2026-05-01.1").open("ab") as file:
+            file.write(data[start:start + size])
+        told += logs.look()
+    return told + logs.look(QUIET)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_entries_lines_and_characters_split_over_writes_are_whole(logs, size):
+    data = HEADER + "été 🦊 東京\nmore\n".encode() + HEADER + b"next\r\n" + HEADER + b"[m] Finished streaming response\n"
+    assert write_in_pieces(logs, data, size) == ["été 🦊 東京\nmore", "next", "[m] Finished streaming response",
+                                                 "Finished streaming response"][:2] + [
+        "Finished streaming response", "[m] Finished streaming response"]
+
+
+def test_an_open_entry_ends_at_200_ms_without_more_and_not_before(logs):
+    logs.write("2026-05-01.1", "slow")
+    assert logs.look(0.19) == []
+    with logs.path("2026-05-01.1").open("ab") as file:
+        file.write(b"more\n")
+    assert logs.look(0.19) == []
+    assert logs.look(0.03) == ["slow\nmore"]
+    with logs.path("2026-05-01.1").open("ab") as file:
+        file.write(b"late\n")
+    assert logs.look(QUIET) == ["late continued"]
+
+
+def test_a_line_without_an_end_waits_longer_and_goes_on(logs):
+    logs.write("2026-05-01.1", "half", end=b"")
+    assert logs.look(1.9) == []
+    assert logs.look(0.3) == ["half"]
+
+
+def test_whole_single_lines_are_not_held_back(logs):
+    logs.write("2026-05-01.1", "[m] Prompt processing progress: 1.0%")
+    assert "[m] Prompt processing progress: 1.0%" in logs.look(0)
+
+
+def test_a_new_day_number_and_month_are_read_after_the_rest_of_the_old_file(logs):
+    logs.write("2026-05-01.1", "a")
+    logs.write("2026-05-01.2", "b")
+    assert logs.look() == ["a", "2026-05-01.1 > 2026-05-01.2"]
+    logs.write("2026-05-01.2", "c")
+    logs.write("2026-05-02.1", "d")
+    assert logs.look(QUIET) == ["b", "c", "2026-05-01.2 > 2026-05-02.1", "d"]
+    logs.write("2026-06-01.1", "e")
+    assert logs.look(QUIET) == ["2026-05 >> 2026-06-01.1", "e"]
+
+
+def test_several_files_at_once_are_read_in_order_of_time(logs):
+    logs.write("2026-05-01.1", "a")
+    for name in ("2026-05-01.10", "2026-06-02.1", "2026-05-01.9", "2026-05-30.1"):
+        logs.write(name, name)
+    told = logs.look(QUIET)
+    assert [word for word in told if ">" not in word] == ["a", "2026-05-01.9", "2026-05-01.10", "2026-05-30.1", "2026-06-02.1"]
+    assert [word for word in told if ">" in word] == [
+        "2026-05-01.1 > 2026-05-01.9", "2026-05-01.9 > 2026-05-01.10", "2026-05-01.10 > 2026-05-30.1",
+        "2026-05 >> 2026-06-02.1"]
+
+
+def test_an_empty_newer_file_or_month_is_not_taken_before_something_stands_in_it(logs):
+    logs.path("2026-05-01.2").write_bytes(b"")
+    logs.path("2026-06-01.1")
+    assert logs.look(QUIET) == []
+    logs.write("2026-05-01.1", "still here")
+    assert logs.look(QUIET) == ["still here"]
+    logs.write("2026-06-01.1", "june")
+    assert logs.look(0.15) == ["2026-05-01.1 > 2026-05-01.2", "2026-05 >> 2026-06-01.1"]
+    assert logs.look(QUIET) == ["june"]
+
+
+def test_a_new_file_in_a_month_that_was_there_already_is_seen_at_once(logs):
+    logs.path("2026-06-01.1")
+    assert logs.look(1) == []
+    logs.write("2026-06-01.1", "june")
+    assert logs.look(0.11) == ["2026-05 >> 2026-06-01.1"]
+
+
+REPLACED = {
+    "emptied and written anew": lambda path: path.write_bytes(HEADER + b"new\n"),
+    "written anew, as long as before": lambda path: path.write_bytes(HEADER + b"new" + b"." * 14 + b"\n"),
+    "written anew, longer": lambda path: path.write_bytes(HEADER + b"new" + b"." * 3000 + b"\n"),
+    "renamed and made again": lambda path: (path.rename(path.with_suffix(".bak")), path.write_bytes(HEADER + b"new\n")),
+    "deleted and made again, longer": lambda path: (path.unlink(), path.write_bytes(HEADER + b"new" + b"." * 900 + b"\n")),
+    "replaced by another, longer one": lambda path: (path.with_suffix(".tmp").write_bytes(HEADER + b"new" + b"." * 900 + b"\n"),
+                                                     path.with_suffix(".tmp").replace(path)),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
+def test_a_replaced_file_is_read_from_its_start(logs, replace):
+    logs.write("2026-05-01.1", "before it")
+    assert logs.look(QUIET) == ["before it"]
+    replace(logs.path("2026-05-01.1"))
+    assert [word.rstrip(".") for word in logs.look(QUIET)] == ["new"]
+    logs.write("2026-05-01.1", "after")
+    assert logs.look(QUIET) == ["after"]
+
+
+def test_a_file_cut_short_goes_on_where_it_ends_now(logs):
+    path = logs.path("2026-05-01.1")
+    logs.write("2026-05-01.1", "a", "b", "c")
+    assert logs.look(QUIET) == ["a", "b", "c"]
+    os.truncate(path, path.stat().st_size - len(HEADER) - 2)
+    assert logs.look(QUIET) == []
+    logs.write("2026-05-01.1", "d")
+    assert logs.look(QUIET) == ["d"]
+    os.truncate(path, 0)
+    assert logs.look(QUIET) == []
+    logs.write("2026-05-01.1", "e")
+    assert logs.look(QUIET) == ["e"]
+
+
+def test_a_directory_may_come_late_vanish_and_return(tmp_path, caplog):
+    caplog.set_level("WARNING", "lmgateway")
+    logs = Logs(tmp_path / "home" / "server-logs", started=0.0)
+    assert logs.look(3) == []
+    assert logs.follower.problem.startswith("cannot read the log directory")
+    logs.write("2026-05-01.1", "first")
+    assert logs.look(QUIET) == ["first"]
+    assert logs.follower.problem is None
+    logs.directory.rename(tmp_path / "away")
+    assert logs.look(3) == []
+    assert "server-logs" in logs.follower.problem
+    (tmp_path / "away").rename(logs.directory)
+    logs.write("2026-05-01.1", "second")
+    assert logs.look(QUIET) == ["second"]
+    assert len(caplog.records) == 2     # each said once
+    for record in caplog.records:
+        assert "--log-dir" in record.getMessage()
+
+
+def test_an_emptied_directory_is_watched_until_something_comes(logs, caplog):
+    logs.path("2026-05-01.1").unlink()
+    assert logs.look(QUIET) == []
+    logs.write("2026-05-01.1", "again")
+    assert logs.look(QUIET) == ["again"]
+    logs.path("2026-05-01.1").unlink()
+    logs.write("2026-05-02.1", "next day")
+    assert logs.look(QUIET) == ["2026-05-01.1 > 2026-05-02.1", "next day"]
+
+
+def test_a_file_that_cannot_be_read_for_a_while_is_said_once_and_read_later(logs, monkeypatch, caplog):
+    caplog.set_level("WARNING", "lmgateway")
+    logs.write("2026-05-01.1", "a")
+
+    def refused(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refused)
+    assert logs.look(3) == []
+    assert "Permission denied" in logs.follower.problem
+    logs.monitor.step()
+    monkeypatch.undo()
+    logs.write("2026-05-01.1", "b")
+    assert logs.look(QUIET) == ["a", "b"]
+    assert logs.follower.problem is None
+    assert len([record for record in caplog.records if "Permission denied" in record.getMessage()]) == 1
+
+
+def test_a_path_that_is_no_file_is_no_end(logs):
+    logs.path("2026-05-03.1").mkdir()
+    logs.write("2026-05-01.1", "a")
+    assert logs.look(3)[:1] == ["a"]
+
+
+def test_no_file_is_held_open_between_reads(logs):
+    logs.write("2026-05-01.1", "a")
+    assert logs.look(QUIET) == ["a"]
+    if os.path.isdir("/proc/self/fd"):
+        held = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        assert not [path for path in held if path.startswith(str(logs.directory))]
+
+
+def test_a_backlog_is_read_in_bounded_pieces(logs):
+    with logs.path("2026-05-01.1").open("ab") as file:
+        for _ in range(20):
+            file.write((HEADER + b"words of a user " * 1000 + b"\n") * 60)
+    with tracing() as peak:
+        told, largest = 0, 0
+        while logs.follower.behind or not told:
+            before = logs.follower.position
+            told += len(logs.monitor.step()[0])
+            largest = max(largest, logs.follower.position - before)
+        assert largest <= lmgateway.PIECE
+        assert peak() < 8_000_000
+    assert told + len(logs.look(QUIET)) == 1200
+
+
+def counting(name, function, calls):
+    def counted(*args, **kwargs):
+        calls[name] += 1
+        return function(*args, **kwargs)
+    return counted
+
+
+def test_looking_is_cheap_and_its_pace_follows_the_log(logs, monkeypatch):
+    calls = Counter()
+    for name in ("stat", "listdir"):
+        monkeypatch.setattr(os, name, counting(name, getattr(os, name), calls))
+    logs.write("2026-05-01.1", "a")
+    assert logs.monitor.step()[1] == 0              # news: at once again
+    assert logs.monitor.step()[1] <= 0.02           # while bytes flow
+    logs.clock += 60
+    logs.look(1)
+    assert 0.02 < logs.monitor.step()[1] <= 0.2     # after a long quiet
+    calls.clear()
+    logs.look(10)
+    assert calls["stat"] < 500
+    assert calls["listdir"] < 40
+
+
+def test_the_home_directory_is_found_as_lm_studio_finds_it(tmp_path):
+    def found():
+        return lmgateway.find_home(home=tmp_path)
+
+    assert found() == tmp_path / ".lmstudio"
+    (tmp_path / ".cache" / "lm-studio").mkdir(parents=True)
+    assert found() == tmp_path / ".cache" / "lm-studio"
+    (tmp_path / ".lmstudio-home-pointer").write_text(" /else/where \n", encoding="utf-8")
+    assert found() == Path("/else/where")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", ".lmstudio-home-pointer"]     # nothing is written
+
+
+def test_the_log_directory_is_the_one_with_the_newest_log(tmp_path):
+    app, bionic = tmp_path / "server-logs", tmp_path / "apps" / "bionic" / "server-logs"
+    assert lmgateway.find_log_dir(tmp_path) == str(app)
+    Logs(bionic).write("2026-05-01.1", "x")
+    assert lmgateway.find_log_dir(tmp_path) == str(bionic)
+    Logs(app).write("2026-05-01.1", "x")
+    os.utime(app / "2026-05" / "2026-05-01.1.log", (2e9, 2e9))
+    assert lmgateway.find_log_dir(tmp_path) == str(app)
+
+
+@pytest.mark.parametrize("log_path", [path for path in SAMPLES if path.stem in (
+    "g1-stream-partial-cache", "g2-nonstream-cache-hit", "g3-stream-split-lines", "traps", "two-models-at-once")],
+    ids=lambda path: path.stem)
+def test_a_growing_file_gives_the_samples_events_while_it_grows(utc, tmp_path, log_path):
+    """Real threads and a real clock: entry after entry, as LM Studio writes them."""
+    directory = tmp_path / "2026-05"
+    directory.mkdir()
+    path = directory / "2026-05-01.1.log"
+    path.write_bytes(b"")
+    monitor, news, stop = lmgateway.Monitor(lmgateway.Follower(str(tmp_path))), queue.Queue(), threading.Event()
+    thread = threading.Thread(target=monitor.run, args=(lambda events: list(map(news.put, events)), stop.wait))
+    thread.start()
+    try:
+        while monitor.follower.file is None:
+            assert not stop.wait(0.001)
+        expected, events = expected_of(log_path), []
+        for entry in re.split(rb"(?m)^(?=\[2)", log_path.read_bytes()):
+            with path.open("ab", 0) as file:
+                file.write(entry[:len(entry) // 2])
+                file.write(entry[len(entry) // 2:])
+        while sum(event.name == "lmstudio_log" for event in events) < sum(row["event"] == "lmstudio_log" for row in expected):
+            events.append(news.get(timeout=PATIENCE_S))
+    finally:
+        stop.set()
+        thread.join(PATIENCE_S)
+    events += list(news.queue)
+    assert unmet(expected, events) == []
+
+
+def test_an_event_is_there_within_milliseconds_of_the_write(tmp_path):
+    path = tmp_path / "2026-05" / "2026-05-01.1.log"
+    path.parent.mkdir()
+    path.write_bytes(HEADER + b"old\n")
+    monitor, news, stop = lmgateway.Monitor(lmgateway.Follower(str(tmp_path))), queue.Queue(), threading.Event()
+    thread = threading.Thread(target=monitor.run, args=(
+        lambda events: [news.put(time.perf_counter()) for event in events if event.name == "lmstudio_log"], stop.wait))
+    thread.start()
+    try:
+        while monitor.follower.file is None:
+            assert not stop.wait(0.001)
+        delays = []
+        for _ in range(30):
+            written = time.perf_counter()
+            with path.open("ab", 0) as file:
+                file.write(HEADER + b"[m] Prompt processing progress: 1.0%\n")
+            delays.append(news.get(timeout=PATIENCE_S) - written)
+        assert sorted(delays)[15] < 0.025
+    finally:
+        stop.set()
+        thread.join(PATIENCE_S)
 
 
 def test_room_of_the_logs_is_measured_and_warned_of(tmp_path, monkeypatch):
