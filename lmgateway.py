@@ -2324,10 +2324,17 @@ class Record:
                 "state": self.state, "startedAt": utc_text(self.started), "elapsedMs": elapsed,
                 "status": self.status, "totalTimeMs": self.total_ms, "timeToFirstTokenMs": self.first_ms,
                 "tokensPerSecond": self.speed, "promptTokensPerSecond": self.read_speed,
-                "tokenUsage": self.usage, "finishReason": self.finish, "error": self.error,
+                **self.token_usage(), "finishReason": self.finish, "error": self.error,
                 "operation": self.operation, "binding": self.binding,
                 "progress": self.progress(clock) if self.ended is None else {}, "cache": self.cache,
                 "context": self.context(), "phases": self.phases(clock)}
+
+    def token_usage(self):
+        """tokenUsage, and beside it the counts that only some answers and logs have."""
+        if self.usage is None:
+            return {"tokenUsage": None}
+        beside = {name: self.usage[name] for name in ("cachedTokens", "reasoningTokens") if name in self.usage}
+        return {"tokenUsage": {name: value for name, value in self.usage.items() if name not in beside}, **beside}
 
     def start_event(self, now):
         return Event("inference_start", {
@@ -2337,7 +2344,7 @@ class Record:
     def end_event(self, now):
         """The one event that ends it."""
         common = {"timestamp": now, "requestId": self.id, "status": self.status, "totalTimeMs": self.total_ms,
-                  "tokenUsage": self.usage, "model": self.model or self.model_asked}
+                  **self.token_usage(), "model": self.model or self.model_asked}
         if self.error is not None:
             return Event("error", {**common, "error": self.error, "operation": self.operation})
         return Event("inference_complete", {**common, "timeToFirstTokenMs": self.first_ms,
@@ -2360,6 +2367,7 @@ LESSONS = {  # what a record learns from the events of its chat
 # --- 3.8 join: which request caused which chat -------------------------------
 
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its chat, for so long
+SKEW_S = 2  # between the clocks of this machine and of the log, which has whole seconds
 ARRIVAL_S = 2  # LM Studio logs a request's chat within this after the request came, unless it loads a model
 
 
@@ -2390,7 +2398,7 @@ class Requests:
 
     1. were sent before its line was read, are not bound, and are running or were until just now: the log
        is followed live, and LM Studio writes `Running chat completion` when a request arrives;
-    2. did not begin in a later second than the chat's header: both clocks are this machine's;
+    2. did not begin after the time in the chat's header, give or take SKEW_S: a backlog is no answer;
     3. asked with as many messages, where the dialect says how many there will be;
     4. asked for the chat's model, or for a name that LM Studio has never been seen to serve itself: it
        answers an unknown name with the model that is loaded, and a known one never with another;
@@ -2500,7 +2508,7 @@ class Requests:
         if record.chat is not None or record.dialect not in JOINED or not chat.api or record.id not in self._open:
             return False
         asked, served = record.model_asked, self._names.get(record.model_asked)
-        return (int(record.started) <= chat.started.epoch
+        return (record.started - SKEW_S <= chat.started.epoch
                 and (record.messages is None or chat.messages is None or record.messages == chat.messages)
                 and (chat.model is None or asked is None or served is None or served == chat.model)
                 and (record.model is None or chat.model is None or record.model == chat.model)

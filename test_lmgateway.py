@@ -1115,6 +1115,24 @@ def test_what_an_abandoned_request_cost_comes_from_the_log(utc):
     assert record in office.requests.changed
 
 
+def test_a_chat_of_long_ago_is_no_answer_to_a_request_of_now(utc):
+    office = Office()
+    record = office.ask("r1")
+    office.stamp = "2026-11-24 09:59:57"
+    office.log(running("m/one"))
+    assert record.binding == "none"
+
+
+def test_token_usage_has_its_three_counts_and_the_others_stand_beside_it(utc):
+    office = Office()
+    record = office.ask("r1")
+    office.log(running("m/one"), engine_run(1, 500, 100))
+    office.over(record, prompt=500, completion=7)
+    data = record.end_event("now").data
+    assert data["tokenUsage"] == {"promptTokens": 500, "completionTokens": 7, "totalTokens": 507}
+    assert data["cachedTokens"] == 100
+
+
 def test_embeddings_are_not_taken_for_chats(utc):
     office = Office()
     office.ask("r1", dialect="embeddings", target="/v1/embeddings", messages=None, stream=False)
