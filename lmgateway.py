@@ -26,6 +26,7 @@ Threads, and what each may write:
     http-*     one per connection: its own sockets, its own meter; Hub.publish, Hub.begin, Hub.end
     watcher    shuts down the upstream sockets of clients that left
     history    the SQLite file, fed through a queue
+    patient    with PREFILL_COMMENTS: one per waiting stream; what LM Studio says, into a queue
     demo-*     the imitation of LM Studio, with --demo only
 
 Hub is the only object that several threads write; it has one lock.  CORE is pure: no file, no
@@ -249,6 +250,8 @@ OPTIONS = (
     Option("max_connections", "MAX_CONNECTIONS", None, 512,
            whole(8, 100000, "use a number from 8 to 100000"),
            "connections at once; beyond them the one that has rested longest is closed"),
+    Option("prefill_comments", "PREFILL_COMMENTS", None, False, boolean,
+           "tell a streaming client that waits how far its prompt is, in SSE comments"),
     Option("proxy_timeout", "PROXY_TIMEOUT", None, 600000, MILLISECONDS,
            "ms without a byte from LM Studio on a plain request; 0 never"),
     Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", None, 0, MILLISECONDS,
@@ -303,7 +306,7 @@ class Config:
 
 
 PREFIXES = ("LMSTUDIO_", "GATEWAY_", "IP_", "REQUIRE_", "LOG_", "PROXY_", "ENABLE_", "TLS_", "CORS_", "MAX_",
-            "HISTORY_", "REQUESTS_")
+            "HISTORY_", "REQUESTS_", "PREFILL_")
 
 
 class Setting(NamedTuple):
@@ -456,8 +459,10 @@ RULES = (
          "Client disconnected. Stopping generation... (If the model is busy processing the prompt, it "
          "will finish first.)"),
     Rule("stopped", "app", "line", "App", r"Server stopped\.", "Server stopped."),
-    Rule("received", "app", "json", "App", r"Received request: (?P<method>[A-Z]+) to (?P<path>\S+)",
+    Rule("received", "app", "json", "App", r"Received request: POST to (?P<path>/v1/(?:responses|messages)|"
+         r"/api/v1/chat|/(?:api/v0|v1)/chat/completions)(?![\w/])",
          "Received request: POST to /v1/chat/completions with body {"),
+    Rule("", "app", "json", "App", r"Received request: [A-Z]+ to ", "Received request: GET to /v1/models"),
     Rule("", "app", "json", "App", r"Model generated tool calls: ", "Model generated tool calls: []"),
     Rule("", "app", "text", "App", r"Generated packet: ", "Generated packet: {"),
     Rule("", "app", "text", "App", r"Accumulat(?:ed|ing) ", "Accumulated 5 tokens in response  first line"),
@@ -1008,7 +1013,7 @@ class Chat:
         self.decoded = None  # tokens that the engine has generated so far
         self.timed = None  # the Moment of the engine's last timing, until the stats are told
         self.received = None  # the Received that it answers, where that is certain
-        self.answer_id = self.created = None  # of its prediction
+        self.answer_id, self.answer_sure = None, False  # of its prediction; no other chat's can be meant
         self.record, self.met = None, False  # the Record that it is bound to; Requests has seen it
         self.ended = None  # outcome
         self.ended_at, self.latest = 0.0, 0  # when, and the number of the latest chat then
@@ -1026,6 +1031,12 @@ class Received(NamedTuple):
     moment: Moment
     path: str
     text: str
+
+    @property
+    def messages(self):
+        """How many messages the body has; None where it does not tell."""
+        messages = prediction_of(self.text).get("messages")
+        return len(messages) if isinstance(messages, list) else None
 
 
 def pick(chats, *preferences):
@@ -1122,21 +1133,26 @@ class Story:
     # --- the app's facts
 
     def on_received(self, entry):
-        if entry.fields["method"] == "POST":
-            self._received.append(Received(entry.moment, entry.fields["path"], entry.text))
+        self._received.append(Received(entry.moment, entry.fields["path"], entry.text))
 
     def on_load(self, entry):
         entry.loads = entry.fields["asked"]
 
     def on_start(self, entry):
         chat = self._new(entry.moment, entry.model, messages=int(entry.fields["messages"]))
-        if len(self._received) == 1:
-            chat.received = self._received[0]
-        if self._received:
-            self._received.popleft()
+        chat.received = self._request_of(chat)
         self._sure = True
         self._say("lmstudio_chat_start", chat, entry.moment, entry.model, message=first_line(entry),
                   messages=chat.messages)
+
+    def _request_of(self, chat):
+        """The Received that a new chat answers, None where several fit; it waits no longer."""
+        recent = [row for row in self._received if chat.started.epoch - row.moment.epoch < SETTLING_S]
+        fitting = [row for row in recent if len(recent) == 1 or row.messages in (None, chat.messages)]
+        if not fitting:
+            return None
+        self._received.remove(fitting[0])
+        return fitting[0] if len(fitting) == 1 else None
 
     def on_stream(self, entry):
         found = [chat for chat in self._of(entry) if not chat.stream and not chat.engine] or self._of(entry)
@@ -1564,7 +1580,7 @@ class Story:
         if "promptTokens" in counts and not (chat.engine and chat.certain):
             self._put_right(chat, counts["promptTokens"])
         chat.counts, chat.stats = counts, {**speeds, **chat.stats}
-        chat.answer_id, chat.created = body.get("id"), body.get("created")
+        chat.answer_id, chat.answer_sure = body.get("id"), bool(self._sure)
 
     def _close_sampling(self):
         if self._sampling:
@@ -2107,7 +2123,7 @@ class Record:
         self.model_asked = self.messages = self.fingerprint = None
         self.stream = False
         self.model = None  # what answered, once an answer or the log has named it
-        self.answer_id = self.created = None
+        self.answer_id = None
         self.state, self.entered = "waiting", {"waiting": clock}  # state -> clock when it began
         self.status = self.ended = None
         self.usage = None  # tokenUsage
@@ -2118,6 +2134,7 @@ class Record:
         self.output = 0  # tokens so far
         self.output_since = None  # clock of the first of them
         self.timeline = []  # (ms after the start, event name, data)
+        self.held = []  # (event, clock) of its chat that may have been another's
         self.chat, self.binding = None, "none"  # the log's Chat that it caused; "likely", "exact"
         self.doubted = False  # two chats had as much right to it
         self.counted = {}  # tokens that the figures have, by kind
@@ -2128,8 +2145,10 @@ class Record:
     # --- what happens to it
 
     def enter(self, state, clock):
-        """A phase begins.  One that is over does not come back."""
-        if self.ended is None and STATES.index(state) > STATES.index(self.state):
+        """A phase begins, or is known later to have begun.  One that is over does not come back."""
+        if self.ended is not None and clock < self.ended:
+            self.entered.setdefault(state, clock)
+        elif self.ended is None and STATES.index(state) > STATES.index(self.state):
             self.state = state
             self.entered[state] = clock
 
@@ -2221,7 +2240,7 @@ class Record:
         """What the answer says goes before what the log said, and what was measured before an estimate."""
         usage = meter.usage
         self.model, self.finish = usage.model or self.model, usage.finish
-        self.answer_id, self.created = usage.answer_id, usage.created
+        self.answer_id = usage.answer_id
         self.usage = usage.tokens(meter.dialect) or self.usage
         self.first_ms = self.first_ms if usage.first_ms is None else usage.first_ms
         if meter.first is not None:
@@ -2268,6 +2287,13 @@ class Record:
             if clock > self.output_since:
                 known["outputTokensPerSecond"] = round(self.output / (clock - self.output_since), 1)
         return known
+
+    def told(self, clock):
+        """Where it is, in words: `prompt 41% eta 87s`."""
+        known = self.progress(clock)
+        percent = f" {known['percent']:.0f}%" if "percent" in known else ""
+        left = f" eta {known['etaMs'] / 1000:.0f}s" if "etaMs" in known else ""
+        return f"{self.state}{percent}{left}"
 
     def progress_event(self, now, clock):
         """inference_progress: its state for listeners."""
@@ -2333,8 +2359,10 @@ class Record:
         """tokenUsage, and beside it the counts that only some answers and logs have."""
         if self.usage is None:
             return {"tokenUsage": None}
-        beside = {name: self.usage[name] for name in ("cachedTokens", "reasoningTokens") if name in self.usage}
-        return {"tokenUsage": {name: value for name, value in self.usage.items() if name not in beside}, **beside}
+        beside = {name: self.usage[name] for name in ("cachedTokens", "reasoningTokens")
+                  if name in self.usage}
+        return {"tokenUsage": {name: value for name, value in self.usage.items() if name not in beside},
+                **beside}
 
     def start_event(self, now):
         return Event("inference_start", {
@@ -2366,6 +2394,9 @@ LESSONS = {  # what a record learns from the events of its chat
 
 # --- 3.8 join: which request caused which chat -------------------------------
 
+ENGINE_EVENTS = frozenset((  # made of lines that name no model
+    "lmstudio_sampling_params", "lmstudio_token_info", "lmstudio_cache_stats", "lmstudio_processing_start",
+    "lmstudio_prediction_stats"))
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its chat, for so long
 SKEW_S = 2  # between the clocks of this machine and of the log, which has whole seconds
 ARRIVAL_S = 2  # LM Studio logs a request's chat within this after the request came, unless it loads a model
@@ -2412,8 +2443,9 @@ class Requests:
     chat's: agreement makes a likely binding exact and can still bind what was left, contradiction unbinds.
     A chat that no request may have caused is LM Studio's own: a record of its own, source "lmstudio".
 
-    Only events that surely mean one chat (Story) are joined; others carry no id and teach nothing, but
-    with guess, which serves sums: there it does not matter which of two chats a figure is added to."""
+    Only events that surely mean one chat (Story) are joined; others carry no id.  What an engine's lines told
+    when several chats waited for it is held, and taken in when the answer's count of prompt tokens is theirs.
+    With guess, which serves sums, all is taken in: there it does not matter to which chat a figure goes."""
 
     def __init__(self, epoch, keep, guess=False):
         self._epoch, self._guess = epoch, guess
@@ -2459,6 +2491,8 @@ class Requests:
                 continue
             record = self._record_of(event.chat, clock)
             if record is None or not (event.sure or self._guess):
+                if record is not None and event.name in ENGINE_EVENTS and len(record.held) < TIMELINE:
+                    record.held.append((event, clock))
                 continue
             if record.source == "gateway":
                 event.data["requestId"] = record.id
@@ -2569,10 +2603,20 @@ class Requests:
         agreed = agrees(record, record.chat)
         if agreed:
             record.binding = "exact"
+            self._take_held(record)
         elif agreed is False and record.binding == "likely":
             record.unbind()
         elif agreed is False:
             record.forget_engine()  # its chat is right, the engine's lines were another's
+
+    def _take_held(self, record):
+        """The engine's lines were this request's after all: nobody else had a prompt of so many tokens."""
+        if not any(other.chat and other.chat.total == record.chat.total for other in self._open.values()
+                   if other is not record):
+            held, record.held = record.held, []
+            for event, clock in held:
+                record.take(event, clock)
+            record.timeline.sort(key=lambda row: row[0])
 
     def _own(self, chat, clock):
         """A record for a chat that did not come through us."""
@@ -2627,16 +2671,21 @@ class Requests:
 
 def agrees(record, chat):
     """True when an answer's id or count of prompt tokens is the chat's, False when one of them or the model
-    is another, None when nothing is known.  MLX's log counts one token less (LOGS.md section 4)."""
-    if record.answer_id and chat.answer_id:
-        return record.answer_id == chat.answer_id
-    if record.ended is not None and record.model and chat.model and record.model != chat.model:
-        return False
-    prompt = (record.usage or {}).get("promptTokens")
-    logged = chat.counts.get("promptTokens") or (chat.total if chat.certain else None)
-    if record.ended is None or not prompt or not logged:
+    surely is another, None when nothing is known.  MLX's log counts one token less (LOGS.md section 4)."""
+    if record.ended is None:
         return None
-    return True if prompt == logged else None if abs(prompt - logged) == 1 else False
+    if record.answer_id and chat.answer_id == record.answer_id:
+        return True
+    prompt = record.used("promptTokens")
+    logged, sure = chat.counts.get("promptTokens"), chat.answer_sure
+    if not logged:
+        logged, sure = chat.total, chat.certain
+    if prompt and prompt == logged:
+        return True
+    other_id = chat.answer_sure and record.answer_id and chat.answer_id
+    other_model = record.model and chat.model and record.model != chat.model
+    other_prompt = sure and prompt and logged and abs(prompt - logged) > 1
+    return False if other_id or other_model or other_prompt else None
 
 
 # --- 3.9 figures: what is counted --------------------------------------------
@@ -3026,6 +3075,11 @@ class Hub:
             told = record.due(clock) and record.progress_event(self.now(), clock)
         if told:
             self.publish([told])
+
+    def comment(self, record):
+        """Any thread.  Where a running request is, as an SSE comment."""
+        with self._lock:
+            return f": {record.told(self._clock())}\n\n".encode()
 
     def end(self, record, outcome):
         """Any thread.  A request is over.  Later calls do nothing."""
@@ -3898,7 +3952,8 @@ class Answer:
         while (end := self._buffer.find(b"\r\n\r\n")) < 0:
             piece = self._sock.recv(PIECE)
             if not piece:
-                raise http.client.RemoteDisconnected("in the middle of its head" if self._buffer else "without a word")
+                raise http.client.RemoteDisconnected("in the middle of its head" if self._buffer
+                                                     else "without a word")
             self._buffer += piece
             if len(self._buffer) > ANSWER_HEAD_LIMIT:
                 raise http.client.LineTooLong("response head")
@@ -3928,7 +3983,8 @@ class Answer:
             self.length, self.chunks = 0, None
         self.over = self.length == 0
         self.keeps = (self.length is not None or bool(coding)) and (
-            "close" not in options if self._minor else "keep-alive" in options) and not (self.over and self._buffer)
+            "close" not in options if self._minor
+            else "keep-alive" in options) and not (self.over and self._buffer)
 
     def header(self, name):
         """The first value of a header, "" without it."""
@@ -4915,9 +4971,11 @@ def forward(gateway, request):
     call = upstream.call(request.method, target,
                          upstream_headers(request, asked.body, upstream.host, upstream.token), asked.body,
                          timeout / 1000)
+    passage = Exchange(gateway, request, call, dialect, asked) if dialect else Passage(gateway, request, call)
+    if dialect and asked.stream and gateway.config.prefill_comments:
+        call.raw_headers = [row for row in call.raw_headers if row[0].lower() != "accept-encoding"]
+        return Patient(passage, path == "/v1/messages").response()
     with contextlib.ExitStack() as abandon:
-        passage = (Exchange(gateway, request, call, dialect, asked) if dialect
-                   else Passage(gateway, request, call))
         abandon.callback(passage.close)
         answer = passage.open()
         bodiless = request.method == "HEAD" or answer.status in (204, 304)
@@ -4994,6 +5052,10 @@ class Passage:
             else:
                 self.failed(f"a fault in lmgateway ({error_text(fault)})", "internal_error")
 
+    def cancel(self):
+        """Any thread.  Ends the exchange with LM Studio, unless it is over."""
+        self._call.cancel()
+
     def _stop(self):
         self._over = True
         self._gateway.watcher.forget(self._request.connection)
@@ -5063,6 +5125,10 @@ class Exchange(Passage):
         super().broke(error)
         return held
 
+    def comment(self):
+        """Any thread.  What is known of a silent request, as an SSE comment (WHATWG HTML, 9.2.6)."""
+        return self._gateway.hub.comment(self.record)
+
     def failed(self, error, code):
         self._end(error, code)
 
@@ -5082,6 +5148,95 @@ class Exchange(Passage):
                 record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
                 record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
                 usage.get("completionTokens", "?"), f": {error}" if error else "")
+
+
+class Patient:
+    """A streaming Exchange that speaks while LM Studio is silent (PREFILL_COMMENTS): SSE comments, which every
+    client ignores and which keep idle timers awake.
+
+    LM Studio is spoken to in a thread of its own, whose pieces come through a queue.  Who has had no byte
+    for SILENCE_S gets a head of ours; what fails after that is told inside the stream."""
+
+    SILENCE_S = 5.0  # before each comment
+    END, SILENCE = object(), object()
+
+    def __init__(self, exchange, anthropic):
+        self._exchange, self._anthropic = exchange, anthropic
+        self._news: queue.Queue = queue.Queue(64)  # the Answer, its pieces, at last END or what went wrong
+        self._closed = threading.Event()
+        self._answer: Any = None
+        self.ready = False
+        threading.Thread(target=self._run, name="patient", daemon=True).start()
+
+    def _run(self):
+        """Body of the thread."""
+        try:
+            with contextlib.closing(self._exchange) as exchange:
+                self._put(exchange.open())
+                for piece in exchange:
+                    self._put(piece)
+                self._put(self.END)
+        except (HttpError, Unfinished, ClientLeft) as error:
+            with contextlib.suppress(ClientLeft):
+                self._put(error)
+
+    def _put(self, item):
+        while not self._closed.is_set():
+            with contextlib.suppress(queue.Full):
+                return self._news.put(item, timeout=1.0)
+        raise ClientLeft
+
+    def close(self):
+        """The client has all, or wants no more."""
+        self._closed.set()
+        self._exchange.cancel()
+
+    def response(self):
+        """LM Studio's own head where it comes in time, else one of ours.  Raises HttpError, ClientLeft."""
+        news = self._next()
+        if news is self.SILENCE:
+            return Response(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")], self)
+        self._answer = news
+        return Response(news.status, client_headers(news, True), self, news.reason, date=False)
+
+    def _next(self):
+        """The next item, SILENCE where none came.  Raises ClientLeft, Unfinished, and HttpError."""
+        try:
+            news = self._news.get(timeout=self.SILENCE_S)
+        except queue.Empty:
+            return self.SILENCE
+        if isinstance(news, GatewayError):
+            raise news
+        return news
+
+    def __iter__(self):
+        """Comments until the first piece, then the pieces."""
+        late, begun, other = self._answer is None, False, b""
+        try:
+            while (news := self._next()) is not self.END:
+                if news is self.SILENCE:
+                    yield b"" if begun else self._exchange.comment()
+                elif isinstance(news, Answer):
+                    self._answer = news
+                elif late and not self._answer.header("content-type").startswith(STREAM_MARKS):
+                    other += news   # no stream: it has to become an event of ours
+                else:
+                    begun = begun or bool(news)
+                    yield news
+        except HttpError as error:
+            other = error_response(error, self._anthropic).body
+        if other:
+            yield stream_event(other, self._anthropic)
+
+
+def stream_event(body, anthropic):
+    """A body that is no stream as an event of one; errors as LM Studio and Anthropic send them in streams."""
+    value = json_object(body) or {"error": str(body, "utf-8", "replace")[:500]}
+    if isinstance(value.get("error"), str):
+        value = {**value, "error": {"message": value["error"]}}
+    kind = {"type": "error"} if anthropic and "error" in value else {}
+    name = b"event: error\n" if "error" in value else b""
+    return name + b"data: " + json.dumps({**kind, **value}).encode() + b"\n\n"
 
 
 # --- 7.5 views: the gateway's own pages --------------------------------------

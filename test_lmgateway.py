@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import tracemalloc
 import types
 import zlib
@@ -1131,6 +1132,16 @@ def test_token_usage_has_its_three_counts_and_the_others_stand_beside_it(utc):
     data = record.end_event("now").data
     assert data["tokenUsage"] == {"promptTokens": 500, "completionTokens": 7, "totalTokens": 507}
     assert data["cachedTokens"] == 100
+
+
+def test_logged_copies_that_stand_before_each_other_are_told_apart_by_their_messages(utc):
+    office = Office()
+    short, long = chat_body("one"), {**chat_body("two"), "messages": [{"role": "user", "content": "two"}] * 2}
+    one, two = office.ask("r1", body=short), office.ask("r2", messages=2, body=long)
+    office.log(received({"input": "text"}, "/v1/embeddings"), received(short), received(long))
+    office.log(running("m/one", 2), running("m/one", 1))
+    assert (one.binding, two.binding) == ("exact", "exact")
+    assert (one.chat.messages, two.chat.messages) == (1, 2)
 
 
 def test_embeddings_are_not_taken_for_chats(utc):
@@ -2683,7 +2694,258 @@ def test_a_client_that_stays_is_not_taken_for_one_that_left(front, studio):
 # === 7. HTTP =================================================================
 
 
+# --- what a waiting client may see (PREFILL_COMMENTS)
+
+
+@pytest.fixture
+def impatient(fronts, monkeypatch):
+    monkeypatch.setattr(lmgateway.Patient, "SILENCE_S", 0.02)
+    return fronts(prefill_comments=True)
+
+
+def streamed(front, path="/v1/chat/completions", after=b": waiting\n\n", act=lambda: None):
+    """(head, body) of a streamed answer; act() is called once `after` has come."""
+    with dial(front.port) as sock:
+        sock.sendall(request(f"POST {path}", b'{"model":"m","stream":true}'))
+        data = read_until(sock, after)
+        act()
+        data += rest_of(sock)
+    body = unchunked(split_answer(data)[2])
+    return status_of(data), data.partition(b"\r\n\r\n")[0], re.sub(rb"(: waiting\n\n)+", b"<waiting>", body)
+
+
+def test_a_silent_prompt_is_filled_with_comments_and_the_answer_is_the_same(impatient, studio):
+    go = threading.Event()
+
+    def script(peer):
+        peer.send(STREAM_HEAD)
+        go.wait(PATIENCE_S)
+        peer.send(framed(*CHAT_STREAM))
+
+    studio.script = script
+    _, head, body = streamed(impatient, act=go.set)
+    assert (b"X-Powered-By: Express" in head) and body == b"<waiting>" + b"".join(CHAT_STREAM[:-2] + CHAT_STREAM[-1:])
+    (done,) = impatient.events(0, "inference_complete", "error")
+    assert done["tokenUsage"]["promptTokens"] == 21
+
+
+@pytest.mark.parametrize("path, answer, told", [
+    ("/v1/chat/completions", plain(b'{"error":"The number of tokens to keep"}', "400 Bad Request"),
+     b'event: error\ndata: {"error": {"message": "The number of tokens to keep"}}\n\n'),
+    ("/v1/messages", plain(b'{"error":{"message":"no"}}', "500 Oops"),
+     b'event: error\ndata: {"type": "error", "error": {"message": "no"}}\n\n'),
+    ("/v1/chat/completions", b"", b'event: error\ndata: {"error": {"message": "LM Studio closed'),
+    ("/v1/chat/completions", STREAM_HEAD + framed(*CHAT_STREAM[:-2], CHAT_STREAM[-1]),
+     b"".join(CHAT_STREAM[:-2] + CHAT_STREAM[-1:])),
+], ids=["status", "anthropic", "refused", "late head"])
+def test_what_comes_after_a_head_of_ours_travels_inside_the_stream(impatient, studio, path, answer, told):
+    go = threading.Event()
+
+    def script(peer):
+        go.wait(PATIENCE_S)
+        peer.send(answer)
+        peer.sock.close()
+
+    studio.script = script
+    status, head, body = streamed(impatient, path, act=go.set)
+    assert (status, b"text/event-stream" in head) == (200, True)
+    assert body.startswith(b"<waiting>" + told)
+    impatient.events(0, "inference_complete", "error")
+
+
+def test_a_client_that_leaves_while_it_is_told_of_its_wait_frees_lm_studio(impatient, studio):
+    ended = threading.Event()
+
+    def script(peer):
+        peer.wait_for_end()
+        ended.set()
+
+    studio.script = script
+    with dial(impatient.port) as sock:
+        sock.sendall(request("POST /v1/chat/completions", b'{"stream":true}'))
+        read_until(sock, b": waiting\n\n")
+    assert ended.wait(PATIENCE_S)
+    (event,) = impatient.events(0, "error")
+    assert event["operation"] == "client_disconnected"
+
+
+def test_without_the_option_no_comment_is_sent(fronts, studio, monkeypatch):
+    monkeypatch.setattr(lmgateway.Patient, "__init__", None)
+    studio.script = lambda peer: peer.send(STREAM_HEAD, framed(*CHAT_STREAM))
+    front = fronts()
+    assert b": waiting" not in talk(front.port, request("POST /v1/chat/completions", b'{"stream":true}'))
+
+
+# --- figures and usage
+
+
+def fetched(front, path, *headers):
+    data = talk(front.port, request(f"GET {path}", b"", *headers))
+    return status_of(data), data.partition(b"\r\n\r\n")[0], split_answer(data)[2]
+
+
+def test_metrics_for_prometheus_agree_with_those_in_json(fronts, studio):
+    front = fronts()
+    studio.script = lambda peer: peer.send(plain(CHAT_WHOLE) if peer.line.startswith("POST")
+                                           else plain(b'{"lmstudio":true}'))
+    for _ in range(3):
+        talk(front.port, request("POST /v1/chat/completions", b'{"model":"qwen/qwen3-8b"}'))
+    studio.script = lambda peer: peer.send(plain(b'{"error":"x"}', "500 Oops"))
+    talk(front.port, request("POST /v1/chat/completions", b'{"model":"invented"}'))
+    status, head, body = fetched(front, "/metrics")
+    assert (status, b"Content-Type: text/plain; version=0.0.4; charset=utf-8" in head) == (200, True)
+    lines = body.decode().splitlines()
+    labels = 'key="none",model="qwen/qwen3-8b",endpoint="/v1/chat/completions",code="200"'
+    assert f"lmstudio_gateway_requests_total{{{labels}}} 3" in lines
+    assert 'lmstudio_gateway_upstream_errors_total{kind="bad_status"} 1' in lines
+    assert 'lmstudio_gateway_tokens_total{key="none",model="qwen/qwen3-8b",type="input"} 63' in lines
+    performance = json.loads(fetched(front, "/debug/metrics")[2])["performance"]
+    assert (performance["totalRequests"], performance["totalErrors"], performance["errorRate"]) == (4, 1, 0.25)
+    assert performance["totalTokensProcessed"] == 3 * 24
+    assert performance["minResponseTimeMs"] <= performance["medianResponseTimeMs"] <= performance["p95ResponseTimeMs"]
+
+
+def test_every_metric_has_its_help_and_type_once_and_a_known_name(front):
+    text = fetched(front, "/metrics")[2].decode()
+    names = re.findall(r"^# HELP (\S+) \S", text, re.M)
+    assert names == re.findall(r"^# TYPE (\S+) (?:counter|gauge|histogram)$", text, re.M)
+    assert len(names) == len(set(names)) and set(names) <= set(lmgateway.METRIC)
+    for metric in lmgateway.METRICS:
+        assert metric.name.endswith("_total") == (metric.kind == "counter")
+
+
+def test_what_is_turned_away_is_counted(fronts):
+    front = fronts(api_key={"anna": "secret"})
+    assert fetched(front, "/metrics")[0] == 401
+    text = fetched(front, "/metrics", "Authorization: Bearer secret")[2].decode()
+    assert 'lmstudio_gateway_rejected_total{reason="no_key"} 1' in text
+
+
+def test_loaded_models_are_asked_for_once_a_minute(fronts, studio):
+    models = {"data": [{"id": "m/one", "type": "llm", "state": "loaded", "loaded_context_length": 8192},
+                       {"id": "m/two", "type": "llm", "state": "not-loaded"}]}
+    studio.script = lambda peer: peer.send(plain(json.dumps(models).encode()))
+    front = fronts()
+    for _ in range(2):
+        text = fetched(front, "/metrics")[2].decode()
+        assert 'lmstudio_loaded_models 1' in text
+        assert 'lmstudio_model_context_length_tokens{model="m/one",type="llm"} 8192' in text
+    assert len([peer for peer in studio.peers if "/api/v0/models" in peer.line]) == 1
+
+
+def test_usage_comes_from_the_history_as_json_and_csv(fronts, studio, tmp_path):
+    front, history = fronts(), lmgateway.History(str(tmp_path / "h.db"))
+    assert fetched(front, "/debug/usage")[0] == 404
+    front.gateway.history, front.hub._keep = history, history.keep
+    studio.script = lambda peer: peer.send(plain(CHAT_WHOLE))
+    talk(front.port, request("POST /v1/chat/completions", b'{"model":"=cmd"}'))
+    history.close()
+    answer = json.loads(fetched(front, "/debug/usage?by=model&since=1h")[2])
+    assert [(row["model"], row["requests"], row["promptTokens"]) for row in answer["rows"]] == [("qwen/qwen3-8b", 1, 21)]
+    status, head, body = fetched(front, "/debug/usage?by=day&format=csv")
+    assert b"text/csv" in head and body.startswith(b"day,requests,errors,promptTokens,cachedTokens,completionTokens,")
+    assert lmgateway.csv_text([{"model": "=cmd", "requests": 1}], "model").splitlines()[1] == "'=cmd,1"
+    assert fetched(front, "/debug/usage?by=prompt")[0] == 400
+    assert fetched(front, "/debug/usage?since=yesterday")[0] == 400
+
+
+def test_an_unknown_request_is_not_found(front):
+    assert fetched(front, "/debug/requests/req_none")[0] == 404
+
+
 # === 8. DEMO =================================================================
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """A gateway beside the imitation, its log followed; both as fast as they can be."""
+    studio = lmgateway.DemoServer(str(tmp_path / "logs"), step_s=0.04, token_s=0.005)
+    studio.answer_tokens, studio.prompt_steps = 8, 3
+    studio.start()
+    front, stop = Front(studio.url, tmp_path, log_dir=str(tmp_path / "logs")), threading.Event()
+    monitor = lmgateway.Monitor(lmgateway.Follower(str(tmp_path / "logs"), started=time.time()))
+    tail = threading.Thread(target=lmgateway.run_monitor, args=(monitor, front.hub, stop))
+    tail.start()
+    yield front, studio
+    stop.set()
+    tail.join(PATIENCE_S)
+    front.close()
+    studio.stop()
+
+
+def ask_demo(front, number, model, messages=1):
+    """Ask as client `number`; gives the tokens that the imitation makes of the prompt."""
+    content = f"{number} " + "word " * 20 * (number + 1)
+    body = {"model": model, "stream": number % 3 != 0,
+            "messages": [{"role": "user", "content": content}] * messages}
+    talk(front.port, request("POST /v1/chat/completions", json.dumps(body).encode(), f"User-Agent: client-{number}"))
+    return 400 + 7 * len(content) * messages
+
+
+def at_once(*calls):
+    """The results of the calls, each in a thread of its own."""
+    results = [None] * len(calls)
+
+    def run(place):
+        results[place] = calls[place]()
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    return results
+
+
+def of_client(front, number):
+    """The record of client `number`, once the log has told all of it."""
+    front.hub.publish_log([])
+    [shown] = [record for record in front.hub.shown() if record["userAgent"] == f"client-{number}"]
+    return front.hub.detail(shown["requestId"])
+
+
+def test_clients_of_two_models_find_their_own_progress_cache_and_speed(demo):
+    front, _ = demo
+    tokens = at_once(*(lambda number=number: ask_demo(front, number, lmgateway.DEMO_MODELS[number])
+                       for number in (0, 1)))
+    front.events(0, "lmstudio_chat_end", count=2)
+    for number, total in enumerate(tokens):
+        record = of_client(front, number)
+        assert (record["binding"], record["model"]) == ("exact", lmgateway.DEMO_MODELS[number])
+        steps = [row["data"]["progress"] for row in record["timeline"] if row["event"] == "lmstudio_prompt_progress"]
+        assert (steps[0], steps[-1], len(steps)) == (0, 100, 4)
+        assert {row["data"]["requestId"] for row in record["timeline"] if "progress" in row["event"]} == {
+            record["requestId"]}
+        assert record["cache"] == {"reused": int(total * 0.3), "total": total,
+                                   "percentage": round(100 * int(total * 0.3) / total, 2)}
+        assert (record["tokenUsage"]["promptTokens"], record["cachedTokens"]) == (total, int(total * 0.3))
+        assert record["promptTokensPerSecond"] > 0
+        assert [phase["name"] for phase in record["phases"]][-2:] == ["prompt", "generating"]
+        assert record["sampling"]["top_k"] == 40
+        assert [row["ms"] for row in record["timeline"]] == sorted(row["ms"] for row in record["timeline"])
+
+
+def test_eight_clients_and_one_beside_us_are_bound_right_or_not_at_all(demo):
+    front, studio = demo
+    beside = urllib.request.Request(studio.url + "/v1/chat/completions", json.dumps(
+        {"model": lmgateway.DEMO_MODELS[0], "messages": [{"role": "user", "content": "not through us"}]}).encode())
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    tokens = at_once(*(lambda number=number: ask_demo(front, number, lmgateway.DEMO_MODELS[number % 2], number % 4 + 1)
+                       for number in range(8)), lambda: opener.open(beside, timeout=PATIENCE_S).read())
+    front.events(0, "lmstudio_chat_end", count=9)
+    records = [of_client(front, number) for number in range(8)]
+    assert [record["binding"] for record in records].count("exact") >= 4
+    for number, (record, total) in enumerate(zip(records, tokens)):
+        assert record["tokenUsage"]["promptTokens"] == total
+        assert record["cache"] is None or record["cache"]["total"] == total
+        chat = front.hub._requests.find(record["requestId"]).chat
+        assert chat is None or (chat.model, chat.messages) == (lmgateway.DEMO_MODELS[number % 2], number % 4 + 1)
+    claims = front.events(0, "lmstudio_chat_start", count=9)
+    asked = {record["requestId"]: number for number, record in enumerate(records)}
+    for claim in claims:
+        if "requestId" in claim:
+            number = asked[claim["requestId"]]
+            assert (claim["model"], claim["messages"]) == (lmgateway.DEMO_MODELS[number % 2], number % 4 + 1)
 
 
 # === 9. COMMAND ==============================================================
