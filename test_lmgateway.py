@@ -2301,12 +2301,12 @@ def test_only_what_may_be_repeated_is_tried_again_when_a_kept_connection_dies(fr
     assert len(calls) == 2 + tries
 
 
-def test_a_server_that_closes_after_each_answer_without_saying_so_costs_no_request(front, studio, monkeypatch):
+def test_a_server_that_closes_after_each_answer_without_saying_so_costs_no_request(fronts, studio, monkeypatch):
     def script(peer):
         peer.send(plain(b"one"))
         peer.sock.shutdown(socket.SHUT_RDWR)
 
-    studio.script = script
+    front, studio.script = fronts(), script
     monkeypatch.setattr(lmgateway, "MATURE_S", PATIENCE_S)
     for _ in range(20):
         assert talk(front.port, request(POST_CHAT, b"{}")).endswith(b"one")
