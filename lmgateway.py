@@ -26,7 +26,7 @@ Threads, and what each may write:
     http-*     one per connection: its own sockets, its own meter; Hub.publish, Hub.begin, Hub.end
     watcher    shuts down the upstream sockets of clients that left
     history    the SQLite file, fed through a queue
-    patient    with PREFILL_COMMENTS: one per waiting stream; what LM Studio says, into a queue
+    commented  with PREFILL_COMMENTS: one per waiting stream; what LM Studio says, into a queue
     demo-*     the imitation of LM Studio, with --demo only
 
 Hub is the only object that several threads write; it has one lock.  CORE is pure: no file, no
@@ -4974,7 +4974,7 @@ def forward(gateway, request):
     passage = Exchange(gateway, request, call, dialect, asked) if dialect else Passage(gateway, request, call)
     if dialect and asked.stream and gateway.config.prefill_comments:
         call.raw_headers = [row for row in call.raw_headers if row[0].lower() != "accept-encoding"]
-        return Patient(passage, path == "/v1/messages").response()
+        return Commented(passage, path == "/v1/messages").response()
     with contextlib.ExitStack() as abandon:
         abandon.callback(passage.close)
         answer = passage.open()
@@ -5150,7 +5150,7 @@ class Exchange(Passage):
                 usage.get("completionTokens", "?"), f": {error}" if error else "")
 
 
-class Patient:
+class Commented:
     """A streaming Exchange that speaks while LM Studio is silent (PREFILL_COMMENTS): SSE comments, which every
     client ignores and which keep idle timers awake.
 
@@ -5166,7 +5166,7 @@ class Patient:
         self._closed = threading.Event()
         self._answer: Any = None
         self.ready = False
-        threading.Thread(target=self._run, name="patient", daemon=True).start()
+        threading.Thread(target=self._run, name="commented", daemon=True).start()
 
     def _run(self):
         """Body of the thread."""

@@ -2699,7 +2699,7 @@ def test_a_client_that_stays_is_not_taken_for_one_that_left(front, studio):
 
 @pytest.fixture
 def impatient(fronts, monkeypatch):
-    monkeypatch.setattr(lmgateway.Patient, "SILENCE_S", 0.02)
+    monkeypatch.setattr(lmgateway.Commented, "SILENCE_S", 0.02)
     return fronts(prefill_comments=True)
 
 
@@ -2770,7 +2770,7 @@ def test_a_client_that_leaves_while_it_is_told_of_its_wait_frees_lm_studio(impat
 
 
 def test_without_the_option_no_comment_is_sent(fronts, studio, monkeypatch):
-    monkeypatch.setattr(lmgateway.Patient, "__init__", None)
+    monkeypatch.setattr(lmgateway.Commented, "__init__", None)
     studio.script = lambda peer: peer.send(STREAM_HEAD, framed(*CHAT_STREAM))
     front = fronts()
     assert b": waiting" not in talk(front.port, request("POST /v1/chat/completions", b'{"stream":true}'))
