@@ -63,7 +63,6 @@ import random
 import re
 import secrets
 import select
-import selectors
 import shutil
 import signal
 import socket
@@ -4461,7 +4460,7 @@ def parse_head(lines):
     """The Request of a head's lines, body not yet read.  Raises HttpError."""
     first = FIRST_LINE.fullmatch(lines[0])
     version = (int(first[3]), int(first[4])) if first else (0, 0)
-    if first and version[0] != 1 or not first and re.search(r" HTTP/\d+(?:\.\d+)?$", lines[0][-20:]):
+    if first and version[0] != 1 or not first and re.search(r" HTTP/(?![01]\.\d$)\d+(?:\.\d+)?$", lines[0][-20:]):
         raise HttpError(505, "http_version", "use HTTP/1.1", close=True)
     if not first:
         raise bad("the request line is malformed")
@@ -4917,6 +4916,8 @@ class Gateway:
         self.address = ""
         self.lan_urls = []
         self.volume = LogVolume(monitor.follower.directory, config.log_dir_warn) if monitor else None
+        self.stopping = False  # the end has come: connections are not kept
+        self.cuts = False  # running requests are cut: they had their time
 
 
 def upstream_target(target, keys_are_set):
@@ -5136,7 +5137,10 @@ class Exchange(Passage):
         silent = self._meter and self._meter.stream and self._meter.first is None
         phase = ("before the answer" if self._answer is None
                  else "while the prompt was read" if silent else "during the answer")
-        self._end(f"the client left {phase}", "client_disconnected")
+        if self._gateway.cuts:
+            self._end(f"lmgateway stopped {phase}", "gateway_stopped")
+        else:
+            self._end(f"the client left {phase}", "client_disconnected")
 
     def _end(self, error, operation):
         """Publish the end, and log it: once."""
@@ -5628,7 +5632,7 @@ class Handler(socketserver.BaseRequestHandler):
         walls.check_origin(request, request.identity)
         request.body = self.wire.body(request, gateway.config.max_body)
         self.unread = False
-        self.server.works(self.request)
+        self.server.works(self.request, route.view)
         response = route.view(gateway, request)
         response.headers.extend(cors_headers(walls, request))
         return response
@@ -5650,7 +5654,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _write(self, response, request, close=False):
         """Send a response.  True when the connection can take another request."""
         body, headers = response.body, list(response.headers)
-        alive = bool(request) and keeps_alive(request) and not close
+        alive = bool(request) and keeps_alive(request) and not close and not self.server.gateway.stopping
         whole, no_body = isinstance(body, (bytes, bytearray)), bool(request) and request.method == "HEAD"
         chunked = False
         if response.date:
@@ -5723,6 +5727,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._reading: dict = {}        # those whose request is still coming
         self._working: dict = {}
         self.ticked = time.monotonic()  # when the accept loop last came round
+        self._streaming: dict = {}      # those that listen to events
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
 
@@ -5760,8 +5765,11 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """A connection was accepted.  When there are too many, the one that has rested longest gives way, or
         the one that has been sending its request for longest; where all work, the new one."""
-        if len(self._resting) + self.working >= self.gateway.config.max_connections:
+        count = len(self._resting) + self.working + len(self._streaming)
+        if count >= self.gateway.config.max_connections:
             for sock in [*self._resting, *self._reading][:1] or [request]:
+                self._resting.pop(sock, None)   # so that the next one takes another
+                self._reading.pop(sock, None)
                 shut(sock)
         self._resting[request] = None
         try:
@@ -5770,7 +5778,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def shutdown_request(self, request):
-        for state in (self._resting, self._reading, self._working):
+        for state in (self._resting, self._reading, self._working, self._streaming):
             state.pop(request, None)
         super().shutdown_request(request)
 
@@ -5782,25 +5790,38 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             yield
         finally:
-            self._reading.pop(request, None)
-            self._working.pop(request, None)
+            for state in (self._reading, self._working, self._streaming):
+                state.pop(request, None)
             self._resting[request] = None
 
-    def works(self, request):
+    def works(self, request, view):
         """Its request has been read whole."""
         self._reading.pop(request, None)
-        self._working[request] = None
+        (self._streaming if view is event_stream else self._working)[request] = None
 
     def handle_error(self, request, client_address):
         log.debug("connection from %s ended: %s", client_address[0], sys.exc_info()[1])
 
     def finish_requests(self, seconds):
-        """Let running requests finish, at most that long; connections without one are closed."""
+        """The end: running requests may finish for that long, then they are cut, then the event streams, which
+        have told of them, end.  Connections without a request are closed at once."""
+        self.gateway.stopping = True
+        self.server_close()     # the port is free for the next one
         for sock in list(self._resting):
             shut(sock)
-        deadline = time.monotonic() + seconds
-        while self.working and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: not self.working, seconds)
+        self.gateway.cuts = True
+        for sock in [*self._reading, *self._working]:
+            shut(sock)
+        wait_until(lambda: not self.working, 1.0)
+        self.gateway.hub.close()
+        wait_until(lambda: not self._streaming, 1.0)
+
+
+def wait_until(holds, seconds):
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def shut(sock):
@@ -6971,10 +6992,8 @@ def serve(args, config, sources):
         keep_watchdog(stop, server)
         notify("STOPPING=1")
         log.info("Stopping: %d requests are running, they have %.0f s", server.working, GRACE_S)
-        hub.close()
         server.shutdown()
         server.finish_requests(GRACE_S)
-        server.server_close()
     return 0
 
 

@@ -16,20 +16,24 @@ import logging
 import os
 import plistlib
 import queue
+import random
 import re
 import shutil
+import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 import tracemalloc
 import types
+import urllib.parse
+import urllib.request
 import zlib
-from html.parser import HTMLParser
 from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
 
@@ -1895,7 +1899,6 @@ class Front:
         self.thread.start()
 
     def close(self):
-        self.hub.close()
         self.server.shutdown()
         self.server.finish_requests(PATIENCE_S)
         self.server.server_close()
@@ -2851,6 +2854,777 @@ def test_usage_comes_from_the_history_as_json_and_csv(fronts, studio, tmp_path):
 
 def test_an_unknown_request_is_not_found(front):
     assert fetched(front, "/debug/requests/req_none")[0] == 404
+# --- the gateway's own pages
+
+def json_of(data):
+    return json.loads(split_answer(data)[2])
+
+
+def ask(front, line, *headers, body=b""):
+    """(status, [(name, value)], body) of one request."""
+    first, found, rest = split_answer(talk(front.port, request(line, body, *headers)))
+    return int(first.split()[1]), found, rest
+
+
+def test_health_says_that_the_gateway_is_up(front):
+    status, headers, body = ask(front, "GET /health")
+    data = json.loads(body)
+    assert (status, data["status"]) == (200, "ok") and data["uptime"] >= 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", data["timestamp"])
+    assert dict(headers)["Content-Type"] == "application/json; charset=utf-8" and "Date" in dict(headers)
+
+
+@pytest.mark.parametrize("route", lmgateway.ROUTES, ids=lambda route: route.path)
+def test_each_route_knows_its_methods_and_head(front, studio, route):
+    path = route.path.replace("/*", "/req_1")
+    for method in set(lmgateway.METHODS) - {"HEAD", "OPTIONS", route.method}:
+        status, headers, body = ask(front, f"{method} {path}")
+        assert (status, json.loads(body)["error"]["code"]) == (405, "method_not_allowed")
+        assert dict(headers)["Allow"] == ("GET, HEAD" if route.method == "GET" else "POST")
+    status, _, body = ask(front, f"HEAD {path}")
+    assert body == b"" and (status == 405) == (route.method == "POST")
+    assert not [peer for peer in studio.peers if "greeting" not in peer.line and "/models" not in peer.line]   # our own
+    assert ask(front, f"OPTIONS {path}")[0] == 200 and studio.peers[-1].line.startswith("OPTIONS")   # LM Studio's matter
+
+
+def hangs(listener):
+    """Nobody accepts, and the queue is full: a connection attempt gets no answer."""
+    listener.listen(0)
+    for _ in range(4):
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.connect_ex(listener.getsockname())
+        yield sock
+
+
+def accepts_only(listener):
+    listener.listen(8)
+    yield
+
+
+def is_closed(listener):
+    listener.close()
+    yield
+
+
+@pytest.mark.parametrize("state", [hangs, accepts_only, is_closed], ids=lambda state: state.__name__)
+def test_ready_and_greeting_answer_in_time_when_lm_studio_does_not(fronts, state):
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    front = fronts(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    held = list(state(listener))
+    for path in ("/lmstudio-greeting", "/ready"):
+        front.gateway.upstream._health = (-1e9, None)
+        started = time.monotonic()
+        status, headers, body = ask(front, f"GET {path}")
+        assert (status, json.loads(body)["error"]["code"]) == (503, "upstream_unreachable")
+        assert time.monotonic() - started < 0.5 and "Retry-After" in dict(headers)
+    listener.close()
+    assert [sock.close() for sock in held if sock] is not None
+
+
+@pytest.mark.parametrize(("answer", "up"), [
+    (plain(b'{"lmstudio":true}'), True), (plain(b'{"error":"Unexpected endpoint"}'), True), (plain(b"no", "401 Unauthorized"), True),
+    (plain(b"bad", "502 Bad Gateway"), False), (b"220 ftp\r\n\r\n", False)])
+def test_ready_when_lm_studio_answers(fronts, studio, answer, up):
+    front, studio.script = fronts(), lambda peer: peer.send(answer)
+    assert ask(front, "GET /ready")[0] == (200 if up else 503)
+    status, _, body = ask(front, "GET /lmstudio-greeting")
+    assert status == (200 if up else 503) and (json.loads(body) == {"lmstudio": True}) == up
+    assert len(studio.peers) == 1 and studio.peers[0].line == "GET /lmstudio-greeting HTTP/1.1"     # and then remembered
+
+
+def test_errors_have_the_shape_of_the_api_that_was_called(front):
+    openai = json_of(talk(front.port, request("POST /v1/chat/completions", b"{}", "Upgrade: WebSocket")))
+    anthropic = json_of(talk(front.port, request("POST /v1/messages?beta=true", b"{}", "Upgrade: websocket")))
+    assert openai == {"error": {"message": openai["error"]["message"], "type": "api_error", "code": "upgrade_unsupported"}}
+    assert anthropic == {"type": "error", "error": openai["error"]}
+
+
+def test_websocket_upgrades_are_refused_and_others_ignored(front, studio):
+    status, _, body = ask(front, "GET /llm", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13")
+    assert status == 501 and "REST API" in json.loads(body)["error"]["message"] and not studio.peers
+    assert ask(front, "GET /v1/models", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: x")[0] == 200
+
+
+# --- /debug/stream
+
+@contextlib.contextmanager
+def listening(front, query="", *headers, close=False):
+    """A socket that listens to /debug/stream, and its decoded frames as an iterator of (id, name, data)."""
+    before = front.hub.listeners
+    with dial(front.port) as sock:
+        sock.sendall(request(f"GET /debug/stream{query}", b"", *headers, close=close))
+        head, _, data = read_until(sock, b"\r\n\r\n").partition(b"\r\n\r\n")
+        yield sock, head, frames_of(sock, data)
+    deadline = time.monotonic() + PATIENCE_S
+    while front.hub.listeners > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert front.hub.listeners == before, "a listener that left was not noticed"
+
+
+def frames_of(sock, data):
+    chunks = lmgateway.Chunks()
+    text = chunks.feed(data)
+    while True:
+        while b"\n\n" in text:
+            frame, text = text.split(b"\n\n", 1)
+            fields = dict(line.split(": ", 1) for line in frame.decode().split("\n"))
+            yield fields["id"], fields["event"], json.loads(fields["data"]), fields.get("retry")
+        piece = b"" if chunks.over else sock.recv(65536)
+        if not piece:
+            return
+        text += chunks.feed(piece)
+
+
+def test_the_stream_begins_with_connected_and_goes_on_with_events(front):
+    with listening(front) as (_, head, frames):
+        for header in (b"Content-Type: text/event-stream; charset=utf-8", b"Cache-Control: no-store", b"X-Accel-Buffering: no"):
+            assert header in head.split(b"\r\n")
+        last, name, data, retry = next(frames)
+        assert (last, name, retry) == (front.hub.event_id(front.hub.last), "connected", "2000") and data["message"]
+        front.hub.tell("one", text="\u2028\n\r\x00 \ud800")
+        event_id, name, data, _ = next(frames)
+        assert (event_id, name, data["text"]) == (front.hub.event_id(front.hub.last), "one", "\u2028\n\r\x00 \ud800")
+
+
+def test_a_listener_that_comes_back_gets_each_event_that_it_missed_once(front):
+    mark = front.hub.last
+    for number in range(5):
+        front.hub.tell("even" if number % 2 == 0 else "odd", number=number)
+    missed = [mark + 3, mark + 4, mark + 5]
+    for query, header in (("", [f"Last-Event-ID: {front.hub.event_id(mark + 2)}"]), (f"?since={front.hub.event_id(mark + 2)}", [])):
+        with listening(front, query, *header) as (_, _, frames):
+            assert next(frames)[:2] == (front.hub.event_id(mark + 2), "connected")
+            assert [next(frames)[0] for _ in missed] == [front.hub.event_id(seq) for seq in missed]
+    with listening(front, f"?events=odd,gap&since={front.hub.event_id(mark)}") as (_, _, frames):
+        assert [next(frames)[1:3:2] for _ in range(3)] == [("connected",), ("odd",), ("odd",)]
+
+
+def test_a_listener_of_another_start_is_told_that_nobody_knows_what_it_missed(fronts):
+    front = fronts()
+    front.hub.tell("one")
+    with listening(front, "", "Last-Event-ID: 0ther-41") as (_, _, frames):
+        assert next(frames)[1] == "connected"
+        _, name, data, _ = next(frames)
+        assert (name, data["from"], data["to"], data["count"]) == ("gap", "0ther-42", front.hub.event_id(0), None)
+        assert next(frames)[:2] == (front.hub.event_id(1), "one")
+
+
+def test_what_the_ring_no_longer_holds_is_told_as_a_gap(fronts):
+    front = fronts()
+    for _ in range(3):
+        front.hub.publish([Event("n", {"timestamp": "x"})] * 5000)
+    first = front.hub._first
+    with listening(front, f"?since={front.hub.event_id(10)}") as (_, _, frames):
+        assert next(frames)[:2] == (front.hub.event_id(10), "connected")
+        event_id, name, data, _ = next(frames)
+        assert (event_id, name, data["from"], data["to"], data["count"]) == (
+            front.hub.event_id(10), "gap", front.hub.event_id(11), front.hub.event_id(first - 1), first - 11)
+        assert next(frames)[0] == front.hub.event_id(first)
+
+
+def test_silence_is_broken_by_pings(front, monkeypatch):
+    monkeypatch.setattr(lmgateway, "PING_S", 0.02)
+    with listening(front) as (_, _, frames):
+        last = next(frames)[0]
+        for _ in range(2):
+            event_id, name, data, _ = next(frames)
+            assert (event_id, name, list(data)) == (last, "ping", ["timestamp"])
+
+
+def test_the_stream_ends_in_order_when_the_gateway_stops(fronts):
+    front = fronts()
+    with listening(front) as (_, _, frames):
+        next(frames)
+        front.hub.close()
+        assert list(frames) == []
+
+
+def test_a_head_of_the_stream_has_no_end_to_wait_for(front):
+    started = time.monotonic()
+    status, headers, body = ask(front, "HEAD /debug/stream")
+    assert (status, body) == (200, b"") and time.monotonic() - started < 5 and front.hub.listeners == 0
+
+
+def test_a_listener_over_http_1_0_is_served(front):
+    with dial(front.port) as sock:
+        sock.sendall(b"GET /debug/stream HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        assert b"chunked" not in read_until(sock, b"event: connected")
+
+
+# --- keys and walls
+
+KEYS = {"anna": "sk-lm-abcdefgh:abcdefghijklmnopqrst", "ben": "other="}
+ANNA = KEYS["anna"]
+
+
+@pytest.fixture
+def guarded(fronts, studio):
+    return fronts(api_key=KEYS)
+
+
+@pytest.mark.parametrize(("headers", "name"), [
+    ([f"Authorization: Bearer {ANNA}"], "anna"), ([f"authorization: bearer   {ANNA}"], "anna"), ([f"X-API-Key: {ANNA}"], "anna"),
+    (["x-api-key: other="], "ben"), (["Authorization: Bearer wrong", "X-API-Key: other="], "ben"),
+    ([], None), (["Authorization: Bearer wrong"], None), ([f"Authorization: Basic {ANNA}"], None), (["X-API-Key: other"], None),
+    ([f"Authorization: {ANNA}"], None), (["Authorization: Bearer "], None), (["X-API-Key: oth\xe9r="], None),
+    ([f"Cookie: lmgateway_session={ANNA}"], None), ([f"X-API-Key: {ANNA}", f"X-API-Key: {ANNA}"], None)])
+def test_keys(guarded, studio, headers, name):
+    status, found, body = ask(guarded, POST_CHAT, *headers, body=b"{}")
+    if name is None:
+        assert (status, dict(found)["WWW-Authenticate"]) == (401, "Bearer") and not studio.peers
+        assert json.loads(body)["error"]["type"] == "authentication_error"
+        assert guarded.hub.last == 0
+    else:
+        assert status == 200 and guarded.events(0, "inference_start")[0]["key"] == name
+        assert not [row for row in studio.peers[0].headers if ANNA in row[1] or "other" in row[1]]
+
+
+@pytest.mark.parametrize("path", ["/debug/stream", "/debug/status", "/debug/requests", "/debug/metrics", "/metrics", "/v1/models",
+                                  "/debug/nothing", "//debug/status"])
+def test_what_asks_for_a_key(guarded, studio, path):
+    assert ask(guarded, f"GET {path}")[0] == 401 and not studio.peers
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/lmstudio-greeting"])
+def test_what_is_open(guarded, path):
+    assert ask(guarded, f"GET {path}")[0] == 200
+
+
+def test_health_can_ask_for_a_key_too(fronts):
+    front = fronts(api_key=KEYS, require_auth_for_health=True)
+    for path in ("/health", "/ready"):
+        assert ask(front, f"GET {path}")[0] == 401
+        assert ask(front, f"GET {path}", f"X-API-Key: {ANNA}")[0] == 200
+
+
+def test_a_key_in_the_query_counts_on_debug_pages_only_and_is_told_to_nobody(guarded, studio, caplog):
+    lmgateway.log.propagate = True
+    with caplog.at_level(logging.DEBUG):
+        for path, status in (("/debug/status", 200), ("/debug/requests", 200), ("/v1/models", 401), ("/health", 200)):
+            for method in ("GET", "HEAD"):
+                assert ask(guarded, f"{method} {path}?a=1&api_key={ANNA}")[0] == status
+        assert ask(guarded, f"POST /debug/status?api_key={ANNA}")[0] == 405
+        for query, left in ((f"?api_key={ANNA}", ""), (f"?a=1&api_key={ANNA}&b=2", "?a=1&b=2"), ("?%61pi_key=x&a", "?a"), ("?", "?")):
+            ask(guarded, f"GET /debug/nothing{query}", f"X-API-Key: {ANNA}")
+            assert studio.peers[-1].line == f"GET /debug/nothing{left} HTTP/1.1"
+    assert ANNA not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/x-www-form-urlencoded"])
+def test_login_gives_a_cookie_that_stops_here(guarded, studio, kind):
+    def login(key):
+        body = json.dumps({"key": key}) if "json" in kind else urllib.parse.urlencode({"key": key})
+        return ask(guarded, "POST /login", f"Content-Type: {kind}; charset=utf-8", body=body.encode())
+
+    assert login("wrong")[0] == 401
+    status, headers, _ = login(ANNA)
+    cookie, attributes = dict(headers)["Set-Cookie"].split("; ", 1)
+    assert status == 200 and attributes == "Path=/; HttpOnly; SameSite=Strict" and ANNA not in cookie
+    assert ask(guarded, "GET /debug/status", f"Cookie: a=1; {cookie}; b=2")[0] == 200
+    assert ask(guarded, POST_CHAT, f"Cookie: a=1; {cookie}", "Cookie: b=2", body=b"{}")[0] == 200
+    assert [row for row in studio.peers[-1].headers if row[0] == "Cookie"] == [("Cookie", "a=1"), ("Cookie", "b=2")]
+    assert guarded.events(0, "inference_start")[0]["key"] == "anna"
+    assert ask(guarded, "GET /debug/status", f"Cookie: {cookie}x")[0] == 401
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"[]", b'{"key": 7}', b'{"key": null}', b'{"key": "sk-\\ud800"}', b"\xff", b'{"key": ""}'])
+def test_login_with_anything_else_is_401(guarded, body):
+    assert ask(guarded, "POST /login", "Content-Type: application/json", body=body)[0] == 401
+    assert ask(guarded, "POST /login", "Content-Type: application/x-www-form-urlencoded", body=body)[0] == 401
+
+
+def test_wrong_keys_slow_the_address_that_offers_them_and_no_other(fronts, monkeypatch):
+    monkeypatch.setattr(lmgateway, "LONGEST_WAIT_S", 0.5)
+    front, right = fronts(api_key=KEYS, trusted_proxies=lmgateway.networks("127.0.0.1")), f"X-API-Key: {ANNA}"
+    bad, good = "X-Forwarded-For: 192.0.2.1", "X-Forwarded-For: 192.0.2.2"
+
+    def timed(*headers):
+        started = time.monotonic()
+        return ask(front, "GET /debug/status", *headers)[0], time.monotonic() - started
+
+    assert timed(bad, right)[0] == 200
+    for _ in range(lmgateway.FREE_FAILURES):
+        assert timed(bad, "X-API-Key: wrong")[1] < 0.1
+    assert timed(bad, "X-API-Key: wrong")[1] >= 0.2
+    with contextlib.ExitStack() as waiting:
+        for number in range(lmgateway.MOST_WAITING):
+            sock = waiting.enter_context(dial(front.port))
+            sock.sendall(request("GET /debug/status", b"", bad, f"X-API-Key: wrong{number}"))
+        deadline = time.monotonic() + PATIENCE_S
+        while front.gateway.walls._waiting["192.0.2.1"] < lmgateway.MOST_WAITING and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert timed(bad, "X-API-Key: wrong")[0] == 429
+        assert timed(bad, "X-API-Key: other=")[0] == 429       # nobody can tell that this one is right
+        assert (timed(bad, right)[0], timed(good, "X-API-Key: other=")[0]) == (200, 200)
+        assert timed(good, "X-API-Key: wrong")[1] < 0.2
+
+
+def test_client_credentials_are_replaced_by_lm_studios_own_token(fronts, studio):
+    front = fronts(upstream_token="sk-lm-theirs")
+    ask(front, "GET /v1/models", "Authorization: Bearer mine", "X-API-Key: mine")
+    assert [row for row in studio.peers[0].headers if "uthor" in row[0] or "Key" in row[0]] == [
+        ("Authorization", "Bearer sk-lm-theirs")]
+
+
+@pytest.fixture
+def keys(tmp_path, capsys):
+    """Runs a command on a keys file of its own; gives (status, stdout, stderr)."""
+    def run(*args):
+        status = lmgateway.main(["--keys-file", str(tmp_path / "keys.json"), *args])
+        return (status, *capsys.readouterr())
+    run.path = tmp_path / "keys.json"
+    return run
+
+
+def test_minted_keys_work_at_once_with_their_rights_and_until_they_are_revoked(keys, fronts, studio):
+    front = fronts(keys_file=str(keys.path))
+    assert ask(front, "GET /v1/models")[0] == 200       # no key is asked for
+    status, key, said = keys("--new-key", "anna")
+    key = key.strip()
+    assert status == 0 and re.fullmatch(r"sk-lm-[A-Za-z0-9]{8}:[A-Za-z0-9]{20}", key) and key not in said
+    viewer, admin = keys("--new-key", "eve", "--rights", "view")[1].strip(), keys("--new-key", "root", "--rights", "admin,infer")[1].strip()
+    assert key not in keys.path.read_text() and os.stat(keys.path).st_mode & 0o777 == 0o600
+    assert re.findall(r"(?m)^(\w+) +([\w,]+) +\d{4}-\d\d-\d\d$", keys("--list-keys")[1]) == [
+        ("anna", "infer,view"), ("eve", "view"), ("root", "admin,infer")]
+    until(lambda: ask(front, "GET /v1/models")[0] == 401)
+    table = {(key, "GET /v1/models"): 200, (key, "GET /debug/status"): 200, (viewer, "GET /v1/models"): 403,
+             (viewer, "GET /debug/status"): 200, (admin, "GET /debug/status"): 403}
+    for line in ("/api/v1/models/load", "//api/v1/models/load", "/API/V1/Models/unload", "/api/v1/models/%64ownload"):
+        table.update({(key, f"POST {line}"): 403, (admin, f"POST {line}"): 200})
+    table[key, "GET /api/v1/models/download/status/1"] = 200
+    for (offered, line), status in table.items():
+        found, _, body = ask(front, line, f"Authorization: Bearer {offered}")
+        assert found == status, (line, body)
+        if status == 403:
+            assert json.loads(body)["error"]["code"] == "right_missing" and "--rights" in json.loads(body)["error"]["message"]
+    assert keys("--revoke-key", "anna")[0] == 0
+    until(lambda: ask(front, "GET /v1/models", f"X-API-Key: {key}")[0] == 401)
+    assert ask(front, "GET /debug/status", f"X-API-Key: {viewer}")[0] == 200
+    keys.path.unlink()      # opens no door
+    until(lambda: ask(front, "GET /debug/status", f"X-API-Key: {viewer}")[0] == 401)
+    assert ask(front, "GET /v1/models")[0] == 401
+
+
+def until(holds):
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_session_ends_with_its_key(keys, fronts):
+    key = keys("--new-key", "anna")[1].strip()
+    front = fronts(keys_file=str(keys.path))
+    cookie = dict(ask(front, "POST /login", body=json.dumps({"key": key}).encode())[1])["Set-Cookie"].split(";")[0]
+    assert ask(front, "GET /debug/status", f"Cookie: {cookie}")[0] == 200
+    keys("--revoke-key", "anna")
+    until(lambda: ask(front, "GET /debug/status", f"Cookie: {cookie}")[0] == 401)
+
+
+@pytest.mark.parametrize(("args", "said"), [
+    (["--new-key", "a b"], "letters"), (["--new-key", "x", "--rights", "all"], "infer, view, admin"), (["--revoke-key", "x"], "no such key"),
+    (["--new-key", "taken"], "choose another")])
+def test_wrong_key_commands_say_what_to_do(keys, args, said):
+    keys("--new-key", "taken")
+    status, out, error = keys(*args)
+    assert (status, out) == (2, "") and said in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"keys": [{"name": "x"}]}', '{"keys": [{"name": "x", "sha256": "zz", "rights": []}]}'])
+def test_a_damaged_keys_file_opens_no_door(keys, fronts, content):
+    keys.path.write_text(content)
+    for args in (["--list-keys"], ["--new-key", "x"], ["--port", "0"]):
+        status, _, error = keys(*args)
+        assert status == 2 and "keys.json" in error and "damaged" in error
+    assert ask(fronts(keys_file=str(keys.path)), "GET /v1/models")[0] == 401
+
+
+def test_a_keys_file_that_becomes_damaged_leaves_the_keys_as_they_are(keys, fronts):
+    key = keys("--new-key", "anna")[1].strip()
+    front = fronts(keys_file=str(keys.path))
+    assert ask(front, "GET /v1/models", f"X-API-Key: {key}")[0] == 200
+    keys.path.write_text("{")
+    front.gateway.walls._file._asked = -1e9
+    assert (ask(front, "GET /v1/models", f"X-API-Key: {key}")[0], ask(front, "GET /v1/models")[0]) == (200, 401)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+def test_the_lan_is_not_let_in_without_a_key(keys, host, monkeypatch):
+    status, _, error = keys("--host", host, "--port", "0")
+    assert status == 2 and "GATEWAY_API_KEY" in error and "--no-auth" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("allowed", "address", "status"), [
+    ("127.0.0.1", "127.0.0.1", 200), ("127.0.0.0/8", "127.0.0.1", 200), ("192.168.1.0/24", "127.0.0.1", 403), ("*", "127.0.0.1", 200),
+    ("192.168.1.0/24,10.0.0.5", "10.0.0.5", 200), ("192.168.1.0/24", "192.168.2.1", 403), ("192.168.1.7/24", "192.168.1.1", 200),
+    ("192.168.1.0/24", "::ffff:192.168.1.9", 200), ("::ffff:192.168.1.0/120", "192.168.1.9", 200), ("fd00::/8", "fd12::1", 200),
+    ("fd00::/8", "fe80::1%eth0", 403), ("fe80::/10", "fe80::1%eth0", 200), ("::1", "::1", 200), ("192.168.1.0/24", "garbage", 403),
+    ("10.0.0.0/8", "10.1.1.1:5555", 200), ("fd00::/8", "[fd12::1]:443", 200), ("192.168.1.0/24", "1.1.1.1, 192.168.1.1", 200),
+    ("192.168.1.0/24", "192.168.1.1, 1.1.1.1", 403)])
+def test_allowlist_and_forwarded_addresses(fronts, allowed, address, status):
+    front = fronts(allow=lmgateway.networks(allowed), trusted_proxies=lmgateway.networks("127.0.0.1"))
+    found, _, body = ask(front, "GET /v1/models", *([] if address == "127.0.0.1" else [f"X-Forwarded-For: {address}"]))
+    assert found == status and (status == 200 or json.loads(body)["error"]["code"] == "address_not_allowed")
+
+
+def test_forwarded_addresses_are_believed_from_named_proxies_only(fronts, studio):
+    for trusted, client in (("127.0.0.1", "10.0.0.9"), ("127.0.0.1,10.0.0.9", "1.2.3.4"), ("192.0.2.0/24", "127.0.0.1")):
+        front = fronts(trusted_proxies=lmgateway.networks(trusted))
+        ask(front, POST_CHAT, "X-Forwarded-For: 6.6.6.6, 1.2.3.4", "X-Forwarded-For: 10.0.0.9", body=b"{}")
+        assert front.events(0, "inference_start")[0]["client"] == client
+    assert studio.peers[-1].header("x-forwarded-for") == "6.6.6.6, 1.2.3.4"     # LM Studio gets them all as they came
+
+
+@pytest.mark.parametrize(("host", "status"), [
+    ("localhost", 200), ("localhost:8001", 200), ("127.0.0.1:1", 200), ("127.9.9.9", 200), ("[::1]:8001", 200), ("LOCALHOST", 200),
+    ("[::ffff:127.0.0.1]", 200), ("evil.example", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403),
+    ("192.168.1.5:8001", 403), ("[fd00::1]", 403), ("0.0.0.0", 403), ("", 403), ("localhost:99:99", 400), ("localhost@evil", 400),
+    ("[::1]evil.example", 400), ("local host", 400), ("localhost/x", 400), ("localhost:80x", 400)])
+def test_without_a_key_a_page_cannot_reach_in_by_its_own_name(front, studio, fronts, host, status):
+    data = f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()
+    assert status_of(talk(front.port, data)) == status
+    assert len(studio.peers) == (status == 200)
+    if status == 403:       # a key, or --no-auth beyond loopback, says that others are meant
+        guarded = fronts(api_key=KEYS)
+        assert status_of(talk(guarded.port, data.replace(b"\r\n\r\n", f"\r\nX-API-Key: {ANNA}\r\n\r\n".encode()))) == 200
+        assert status_of(talk(fronts(host="0.0.0.0", no_auth=True).port, data)) == 200
+
+
+def test_old_clients_name_no_host(front):
+    assert status_of(talk(front.port, b"GET /v1/models HTTP/1.0\r\n\r\n")) == 200
+
+
+ORIGINS = {     # method, Origin, with a key header, status
+    "none": ("POST", None, False, 200), "own": ("POST", "http://localhost", False, 200), "named": ("POST", "https://chat.example", False, 200),
+    "other": ("POST", "https://evil.example", False, 403), "null": ("POST", "null", False, 403), "reading": ("GET", "https://evil.example", False, 200),
+    "sub": ("POST", "https://chat.example.evil.example", False, 403), "other port": ("POST", "http://localhost:1", False, 403),
+    "delete": ("DELETE", "https://evil.example", False, 403), "with a key": ("POST", "https://evil.example", True, 200)}
+
+
+@pytest.mark.parametrize("row", ORIGINS.values(), ids=ORIGINS)
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_pages_change_something_only_where_they_are_let_in(fronts, studio, row, with_keys):
+    method, origin, key, status = row
+    front = fronts(cors_origins=("https://chat.example",), api_key=KEYS if with_keys else {})
+    headers = [f"Origin: {origin}"] if origin else []
+    if with_keys and not key:
+        cookie = dict(ask(front, "POST /login", body=json.dumps({"key": ANNA}).encode())[1])["Set-Cookie"].split(";")[0]
+        headers.append(f"Cookie: {cookie}")
+    elif key:
+        headers.append(f"X-API-Key: {ANNA}")
+        status = status if with_keys else 403       # a key that nobody asked for proves nothing
+    found, answered, _ = ask(front, f"{method} /v1/x", *headers)
+    assert found == status
+    assert dict(answered).get("Access-Control-Allow-Origin") == (origin if origin == "https://chat.example" else None)
+
+
+def test_pages_cannot_log_a_browser_in_from_elsewhere(guarded):
+    assert ask(guarded, "POST /login", "Origin: https://evil.example", body=json.dumps({"key": ANNA}).encode())[0] == 403
+
+
+def test_preflights_are_answered_here(fronts, studio):
+    front = fronts(cors_origins=("https://chat.example",), api_key=KEYS)
+    asked = ["Access-Control-Request-Method: POST", "Access-Control-Request-Headers: authorization, x-stainless-os",
+             "Access-Control-Request-Private-Network: true"]
+    status, headers, body = ask(front, "OPTIONS /v1/chat/completions", "Origin: https://chat.example", *asked)
+    headers = dict(headers)
+    assert (status, body) == (204, b"") and headers["Access-Control-Allow-Origin"] == "https://chat.example"
+    assert headers["Access-Control-Allow-Headers"] == "authorization, x-stainless-os" and "POST" in headers["Access-Control-Allow-Methods"]
+    assert headers["Access-Control-Allow-Private-Network"] == "true" and headers["Vary"] == "Origin"
+    assert ask(front, "OPTIONS /v1/chat/completions", "Origin: https://evil.example", *asked)[0] == 403
+    assert not studio.peers
+    assert ask(fronts(cors_origins=("*",)), "OPTIONS /", "Origin: https://any.example", *asked)[0] == 204
+
+
+def test_pages_that_are_let_in_can_read_answers_and_errors_and_get_no_header_twice(fronts, studio):
+    front = fronts(cors_origins=("https://chat.example",))
+    studio.script = lambda peer: peer.send(plain(b"x", "200 OK", "Access-Control-Allow-Origin: *", "Vary: Accept"))
+    for path in ("/v1/models", "/health", "/debug/requests/none"):
+        headers = ask(front, f"GET {path}", "Origin: https://chat.example")[1]
+        assert [value for name, value in headers if name.lower() == "access-control-allow-origin"] == ["https://chat.example"]
+        assert ("Vary", "Origin") in headers
+        assert not [name for name, _ in ask(front, f"GET {path}")[1] if "Access-Control" in name]
+
+
+# --- TLS
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(certificate, key), signed by itself."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl here")
+    folder = tmp_path_factory.mktemp("tls")
+    names = [str(folder / name) for name in ("cert.pem", "key.pem")]
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
+                    "subjectAltName=DNS:localhost", "-out", names[0], "-keyout", names[1]], check=True, capture_output=True)
+    return names
+
+
+def secured(sock, pair):
+    return ssl.create_default_context(cafile=pair[0]).wrap_socket(sock, server_hostname="localhost")
+
+
+def test_https_serves_like_http_and_marks_its_cookie(fronts, studio, pair):
+    front = fronts(tls_cert=pair[0], tls_key=pair[1], api_key=KEYS)
+    with secured(dial(front.port), pair) as sock:
+        sock.sendall(request("GET /v1/models", b"", f"X-API-Key: {ANNA}", close=False))
+        assert status_of(read_until(sock, b"true}")) == 200
+        sock.sendall(request("POST /login", json.dumps({"key": ANNA}).encode()))
+        assert b"SameSite=Strict; Secure\r\n" in rest_of(sock)
+    with dial(front.port), secured(dial(front.port), pair) as sock:     # who says nothing, or speaks no TLS, holds up nobody
+        assert b"HTTP/1.1 200" not in talk(front.port, request())
+        sock.sendall(request("GET /health"))
+        assert status_of(rest_of(sock)) == 200
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_a_client_that_leaves_over_tls_ends_the_request_within_a_second(fronts, studio, pair, goodbye):
+    front = fronts(tls_cert=pair[0], tls_key=pair[1])
+    ended, here = queue.Queue(), threading.Event()
+    studio.script = lambda peer: (here.set(), ended.put(peer.wait_for_end()))
+    sock = secured(dial(front.port), pair)
+    sock.sendall(request(POST_CHAT, b"{}"))
+    assert here.wait(PATIENCE_S)
+    if goodbye:
+        sock.settimeout(0.01)
+        with contextlib.suppress(OSError):
+            sock.unwrap()
+    sock.close()
+    assert ended.get(timeout=PATIENCE_S) < 1.0
+    assert front.events(0, "error")[0]["operation"] == "client_disconnected"
+
+
+def test_https_to_lm_studio_checks_its_certificate(fronts, pair):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*pair)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve():
+            with contextlib.suppress(OSError):
+                context.wrap_socket(listener.accept()[0], server_side=True)
+
+        threading.Thread(target=serve, daemon=True).start()
+        front = fronts(f"https://127.0.0.1:{listener.getsockname()[1]}")
+        status, _, body = ask(front, "GET /v1/models")
+    assert status == 502 and "certificate" in json.loads(body)["error"]["message"].lower()
+
+
+def test_a_bad_pair_is_said_clearly(pair, tmp_path):
+    junk = tmp_path / "junk.pem"
+    junk.write_text("no certificate")
+    for cert, key, said in ((pair[0], None, "go together"), (str(junk), pair[1], "no matching pair"), (pair[0], pair[0], "no matching pair"),
+                            (pair[0], str(tmp_path / "none"), "No such file")):
+        with pytest.raises(lmgateway.ConfigError, match=said):
+            lmgateway.tls_context(lmgateway.Config(tls_cert=cert, tls_key=key))
+
+
+# --- hostile bytes
+
+GET, POST = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n", b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\n"
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HOSTILE = {     # bytes, what may be answered first
+    "two lengths": (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400),
+    "two equal lengths": (POST + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello", 400),
+    "list of lengths": (POST + b"Content-Length: 5, 5\r\n\r\nhello", 400),
+    "signed length": (POST + b"Content-Length: +5\r\n\r\nhello", 400), "negative length": (POST + b"Content-Length: -5\r\n\r\nhello", 400),
+    "hex length": (POST + b"Content-Length: 0x5\r\n\r\nhello", 400), "empty length": (POST + b"Content-Length: \r\n\r\n" + SMUGGLED, 400),
+    "digits of elsewhere": (POST + b"Content-Length: \xb25\r\n\r\nhello", 400), "underscore": (POST + b"Content-Length: 1_0\r\n\r\nhello", 400),
+    "huge length": (POST + b"Content-Length: 9999999999999999999999\r\n\r\nhello", 400), "large length": (POST + b"Content-Length: 999999999999\r\n\r\n", 413),
+    "both framings": (POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED, 400),
+    "both, hidden": (POST + b"Transfer-Encoding: chunked\r\nContent-length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED, 400),
+    "chunked twice": (POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n" + SMUGGLED, 501),
+    "two codings": (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n" + SMUGGLED, 501),
+    "unknown coding": (POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED, 501),
+    "empty coding": (POST + b"Transfer-Encoding: \r\n\r\n0\r\n\r\n" + SMUGGLED, 501),
+    "coding behind a tab": (POST + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n" + SMUGGLED, 400),
+    "coding in HTTP/1.0": (POST.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED, 400),
+    "blank before the colon": (POST + b"Content-Length : 5\r\n\r\nhello", 400), "blank before the name": (POST + b" Content-Length: 5\r\n\r\nhello", 400),
+    "folded": (GET + b"X: a\r\n b\r\n\r\n", 400), "no name": (GET + b": a\r\n\r\n", 400), "no colon": (GET + b"X\r\n\r\n", 400),
+    "NUL in a value": (GET + b"X: a\x00b\r\n\r\n", 400), "NUL in a name": (GET + b"X\x00: a\r\n\r\n", 400), "bare CR": (GET + b"X: a\rY: b\r\n\r\n", 400),
+    "bare LF": (GET + b"X: a\nY: b\r\n\r\n", 400), "LF only": (GET.replace(b"\r\n", b"\n") + b"\n", 400), "CR only": (GET.replace(b"\r\n", b"\r") + b"\r\r\n\r\n", 400),
+    "control character": (GET + b"X: a\x1bb\r\n\r\n", 400), "two hosts": (GET + b"Host: localhost\r\n\r\n", 400), "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
+    "absolute form": (b"GET http://localhost/v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 400), "asterisk": (b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "at": (b"GET @evil.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 400), "no path": (b"GET evil.example HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "blank in target": (b"GET /a b HTTP/1.1\r\nHost: localhost\r\n\r\n", 400), "tab in line": (b"GET\t/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "two blanks": (b"GET  / HTTP/1.1\r\nHost: localhost\r\n\r\n", 400), "non-ASCII target": (b"GET /\xe9 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "NUL in target": (b"GET /\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400), "blank first": (b" GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "CONNECT": (b"CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example\r\n\r\n", 501), "TRACE": (b"TRACE / HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
+    "lower case": (b"get / HTTP/1.1\r\nHost: localhost\r\n\r\n", 501), "odd method": (b"BREW /pot HTTP/1.1\r\nHost: localhost\r\n\r\n", 501),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505), "HTTP/3": (b"GET / HTTP/3\r\n\r\n", 505), "HTTP/1.10": (b"GET / HTTP/1.10\r\nHost: localhost\r\n\r\n", (400, 505)),
+    "HTTP/0.9": (b"GET /\r\n\r\n", 400), "http/1.1": (b"GET / http/1.1\r\n\r\n", 400), "HTTP/9.9": (b"GET / HTTP/9.9\r\n\r\n", 505),
+    "TLS": (bytes.fromhex("16030100a5010000a10303") + bytes(200), (400, None)), "nothing": (b"", None), "empty lines": (b"\r\n" * 50, None),
+    "zeros": (bytes(10_000), (400, 414)), "garbage": (bytes(range(256)) * 60, (400, 414)),
+    "long line": (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414), "endless line": (b"G" * 100_000, 414),
+    "long header": (GET + b"X: " + b"a" * 70_000 + b"\r\n\r\n", 431), "many headers": (GET + b"X: a\r\n" * 200 + b"\r\n", 431),
+    "endless headers": (GET + b"X: a\r\n" * 20_000, 431), "long blanks": (GET + b"X: a" + b" " * 60_000 + b"b\r\n\r\n", 200),
+    "blanks and a control": (GET + b"X:" + b" " * 60_000 + b"\x01\r\n\r\n", 400),
+    "bad chunk size": (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n" + SMUGGLED, 400),
+    "long chunk": (POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\nab\r\n0\r\n\r\n" + SMUGGLED, 400),
+    "chunk LF": (POST + b"Transfer-Encoding: chunked\r\n\r\n1\na\n0\n\n" + SMUGGLED, 400),
+    "endless chunk extension": (POST + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"x" * 20_000, 400),
+    "huge chunk": (POST + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n", 413),
+    "bad trailer": (POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX\x00: a\r\n\r\n" + SMUGGLED, 400),
+    "expectation": (POST + b"Expect: 200-maybe\r\nContent-Length: 5\r\n\r\nhello", 417),
+}
+
+
+@pytest.mark.parametrize("row", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_bytes_are_refused_and_reach_nobody(front, studio, row):
+    data, wanted = row
+    with dial(front.port) as sock:
+        sock.settimeout(PATIENCE_S)
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+        started = time.monotonic()
+        answer = rest_of(sock)
+        assert time.monotonic() - started < 3
+    statuses = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", answer)]
+    assert (statuses or [None])[0] in (wanted if isinstance(wanted, tuple) else (wanted,))
+    assert len(statuses) <= 1
+    assert [peer.line for peer in studio.peers] == (["GET /v1/models HTTP/1.1"] if wanted == 200 else [])
+    if wanted and wanted != 200 and answer:
+        assert b"\r\nConnection: close\r\n" in answer and error_of(answer)["message"]
+    assert status_of(talk(front.port, request("GET /health"))) == 200
+
+
+@pytest.mark.parametrize("data", [b"\r\n" + request(), b"\r\n\r\n\r\n" + request(), request("GET /v1/models?x=\"<>\\^`{|}#")])
+def test_odd_but_proper_requests_are_served(front, studio, data):
+    assert status_of(talk(front.port, data)) == 200 and len(studio.peers) == 1
+
+
+def test_slow_heads_end_in_408(front, monkeypatch):
+    monkeypatch.setattr(lmgateway, "HEAD_S", 0.1)
+    with dial(front.port) as sock:
+        sock.sendall(GET)
+        answer = rest_of(sock)
+    assert (status_of(answer), error_of(answer)["code"]) == (408, "head_timeout")
+
+
+def test_bodies_that_stop_coming_end_in_408_and_silent_clients_without_a_word(front, monkeypatch):
+    monkeypatch.setattr(lmgateway, "CLIENT_S", 0.1)
+    for framing in (b"Content-Length: 5\r\n\r\nab", b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"):
+        with dial(front.port) as sock:
+            sock.sendall(POST + framing)
+            answer = rest_of(sock)
+        assert (status_of(answer), error_of(answer)["code"]) == (408, "body_timeout")
+    with dial(front.port) as sock:
+        assert rest_of(sock) == b""
+
+
+@pytest.mark.parametrize("sent", [b"", GET, POST + b"Content-Length: 1000\r\n\r\nx", request(close=False)], ids=["silent", "head", "body", "kept"])
+def test_a_flood_of_connections_does_not_keep_a_good_client_out(fronts, studio, sent):
+    front = fronts(max_connections=8)
+    with contextlib.ExitStack() as flood:
+        for _ in range(40):
+            sock = flood.enter_context(dial(front.port))
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(sent)
+        for _ in range(3):
+            assert status_of(talk(front.port, request("GET /health"))) == 200
+        until(lambda: len(front.server._resting) + front.server.working <= 8)
+
+
+def test_a_flood_does_not_end_requests_that_are_running(fronts, studio):
+    go = threading.Event()
+    studio.script = lambda peer: (go.wait(PATIENCE_S), peer.send(plain(b"done")))
+    front = fronts(max_connections=8)
+    with contextlib.ExitStack() as flood:
+        running = [flood.enter_context(dial(front.port)) for _ in range(4)]
+        for sock in running:
+            sock.sendall(request())
+        until(lambda: len(studio.peers) == 4)
+        for _ in range(30):
+            flood.enter_context(dial(front.port))
+        go.set()
+        assert all(rest_of(sock).endswith(b"done") for sock in running)
+
+
+def test_random_bytes_never_end_in_a_fault(front, studio):
+    source = random.Random(7)
+    seed = [request(POST_CHAT, b'{"model":"m","stream":true}'), POST + b"Transfer-Encoding: chunked\r\n\r\n" + framed(b"hello"),
+            request("GET /debug/requests/x"), request("POST /login", b'{"key":"x"}'), request("OPTIONS /", b"", "Origin: http://x")]
+    for _ in range(300):
+        data = bytearray(source.choice(seed))
+        for _ in range(source.randrange(1, 4)):
+            at = source.randrange(len(data))
+            data[at:at + source.randrange(3)] = source.choice([b"\r", b"\n", b"\r\n", b"\x00", b":", b" ", b"\xff", b"0", b","])
+        with dial(front.port) as sock:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            assert b"HTTP/1.1 500" not in rest_of(sock)
+
+
+# --- shutdown
+
+@pytest.fixture
+def process(tmp_path, studio):
+    """A gateway as a process of its own; gives (Popen, port)."""
+    environment = {**os.environ, "LMSTUDIO_BASE_URL": studio.url, "KEYS_FILE": str(tmp_path / "none.json"), "LMSTUDIO_LOG_DIR": str(tmp_path)}
+    run = subprocess.Popen([sys.executable, str(HERE / "lmgateway.py"), "--port", "0"], env=environment, cwd=tmp_path,
+                           stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in run.stderr:
+        lines.append(line)
+        if "Listening on" in line:
+            break
+    threading.Thread(target=lambda: lines.extend(run.stderr), daemon=True).start()
+    yield run, int(re.search(r"Listening on http://127\.0\.0\.1:(\d+)", line)[1]), lines
+    run.kill()
+    run.wait()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_a_signal_tells_listeners_and_lets_running_requests_finish(process, studio, how):
+    run, port, lines = process
+    go, here = threading.Event(), threading.Event()
+    studio.script = lambda peer: (here.set(), go.wait(PATIENCE_S), peer.send(plain(b"done")))
+    with dial(port) as listener, dial(port) as running, dial(port) as resting:
+        listener.sendall(request("GET /debug/stream", close=False))
+        read_until(listener, b"event: connected")
+        running.sendall(request(POST_CHAT, b"{}", close=False))
+        assert here.wait(PATIENCE_S)
+        run.send_signal(how)
+        assert resting.recv(1) == b"" and run.poll() is None
+        with pytest.raises(ConnectionRefusedError):
+            until(lambda: dial(port).close())
+        go.set()
+        answer = rest_of(running)
+        assert answer.endswith(b"done") and b"Connection: close" in answer
+        told = rest_of(listener)
+        assert b"event: inference_complete" in told and told.endswith(b"0\r\n\r\n")
+    assert run.wait(PATIENCE_S) == 0
+    assert not [line for line in lines if "Traceback" in line]
+    assert any("1 requests are running" in line for line in lines)
+
+
+def test_requests_that_take_too_long_are_cut_at_the_end_and_told(fronts, studio):
+    front, here = fronts(), threading.Event()
+    studio.script = lambda peer: (here.set(), peer.wait_for_end())
+    with dial(front.port) as running, listening(front) as (_, _, frames):
+        running.sendall(request(POST_CHAT, b"{}"))
+        assert here.wait(PATIENCE_S)
+        front.server.finish_requests(0.05)
+        assert rest_of(running) == b""
+        (told,) = [data for _, name, data, _ in frames if name == "error"]
+        assert (told["operation"], told["error"]) == ("gateway_stopped", "lmgateway stopped before the answer")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
+def test_a_second_signal_ends_at_once(process, studio):
+    run, port, lines = process
+    here = threading.Event()
+    studio.script = lambda peer: (here.set(), peer.wait_for_end())
+    with dial(port) as running:
+        running.sendall(request(POST_CHAT, b"{}"))
+        assert here.wait(PATIENCE_S)
+        run.send_signal(signal.SIGTERM)
+        until(lambda: any("Stopping" in line for line in lines))
+        started = time.monotonic()
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(PATIENCE_S) == 0 and time.monotonic() - started < 2
 
 
 # === 8. DEMO =================================================================
