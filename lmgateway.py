@@ -2355,13 +2355,13 @@ class Record:
                 "context": self.context(), "phases": self.phases(clock)}
 
     def token_usage(self):
-        """tokenUsage, and beside it the counts that only some answers and logs have."""
+        """tokenUsage with its three counts, None where one is unknown; beside it those that only some answers
+        and logs have."""
         if self.usage is None:
             return {"tokenUsage": None}
-        beside = {name: self.usage[name] for name in ("cachedTokens", "reasoningTokens")
-                  if name in self.usage}
-        return {"tokenUsage": {name: value for name, value in self.usage.items() if name not in beside},
-                **beside}
+        beside = figures(**{name: self.usage.get(name) for name in ("cachedTokens", "reasoningTokens")})
+        counts = {name: self.usage.get(name) for name in ("promptTokens", "completionTokens", "totalTokens")}
+        return {"tokenUsage": {**counts, **figures(estimated=self.usage.get("estimated"))}, **beside}
 
     def start_event(self, now):
         return Event("inference_start", {
@@ -8404,7 +8404,7 @@ const who = r => r.key || (r.source === "lmstudio" ? "not via gateway" : r.clien
 const modelOf = r => words(r.model);
 const usageOf = r => r.tokenUsage ?? {};
 const promptOf = r => usageOf(r).promptTokens ?? r.progress?.promptTokens ?? r.cache?.total;
-const cachedOf = r => usageOf(r).cachedTokens ?? r.cache?.reused;
+const cachedOf = r => r.cachedTokens ?? r.cache?.reused;
 const outputOf = r => usageOf(r).completionTokens ?? r.progress?.outputTokens;
 const outputTokens = r => (usageOf(r).estimated ? "~" : "") + tokens(outputOf(r));
 const firstOf = r => r.timeToFirstTokenMs;
@@ -9592,7 +9592,7 @@ function paintDrawer() {
 const section = (title, ...content) => el("section", el("h3", title), ...content);
 
 function summaryOf(r) {
-  const {size, used} = r.context ?? {}, {reasoningTokens} = usageOf(r), {progress} = r;
+  const {size, used} = r.context ?? {}, {reasoningTokens, progress} = r;
   const asked = r.modelAsked && r.modelAsked !== r.model ? ` (asked for ${r.modelAsked})` : "";
   const rows = [
     fact("Status", ...statusOf(r)),
