@@ -1081,7 +1081,10 @@ class Story:
         """A recognised entry of the app."""
         if entry.row.fact in ("received", "start"):
             self._release_stats()
-        self._sure, self._meant = len(self._alive(entry)) < 2, None
+        alive = self._alive(entry)
+        if entry.row.fact in ENDINGS and entry.model:   # one engine runs a model: who has none of its lines waits
+            alive = [chat for chat in alive if chat.engine] or alive
+        self._sure, self._meant = len(alive) < 2, None
         self._facts[entry.row.fact](entry)
         entry.chat, self._sure = self._meant, None
 
@@ -1656,6 +1659,7 @@ ENGINE_SIDE = ("engine", "writer", "untimed", "engine_model", "task", "begun", "
                "cached", "stats", "decoded", "timed")
 ENGINE_SAYS = frozenset(("lmstudio_sampling_params", "lmstudio_token_info", "lmstudio_cache_stats",
                          "lmstudio_prediction_stats"))
+ENDINGS = frozenset(("finish", "prediction", "response"))
 TIMINGS = frozenset(("timings", "prompt_eval", "eval", "total", "draft", "release"))
 STATS = ("completionTokens", "promptTokensPerSecond", "tokensPerSecond", "timeToFirstTokenMs", "promptMs",
          "totalMs", "draftTokens", "acceptedDraftTokens")

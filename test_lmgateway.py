@@ -1030,6 +1030,16 @@ def test_the_prompts_tokens_bind_in_the_end_what_could_not_be_told_apart(utc):
     assert {one.binding, two.binding} == {"exact"}
 
 
+def test_a_request_that_waits_for_the_engine_cannot_be_the_one_that_finished(utc):
+    office = Office()
+    one = office.ask("r1")
+    office.log(running("m/one"), streaming("m/one"), engine_run(1, 500), percent("m/one", 100))
+    two = office.ask("r2")
+    office.log(running("m/one"), streaming("m/one"))
+    office.log(engine_end(1, 500, 20), finished("m/one"))
+    assert (office.told(one)[-1], office.told(two)) == ("lmstudio_chat_end", ["lmstudio_chat_start"])
+
+
 def test_a_request_sent_after_the_chats_line_did_not_cause_it(utc):
     office = Office()
     one = office.ask("r1")
