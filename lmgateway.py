@@ -27,6 +27,7 @@ Threads, and what each may write:
     watcher    shuts down the upstream sockets of clients that left
     history    the SQLite file, fed through a queue
     commented  with PREFILL_COMMENTS: one per waiting stream; what LM Studio says, into a queue
+    watch      with --watch only: the line to another gateway; a queue to main
     demo-*     the imitation of LM Studio, with --demo only
 
 Hub is the only object that several threads write; it has one lock.  CORE is pure: no file, no
@@ -4298,6 +4299,8 @@ class Request:
         self.encrypted = False
         self.body: Any = b""  # bytes-like
         self.identity: Any = None  # whose key it carried, once it has been checked
+        self.forwarded = False  # it goes on to LM Studio
+        self.told = False  # the log has its line
         self.connection: Any = None  # the client's socket
 
     @property
@@ -5080,9 +5083,11 @@ class Passage:
         return b""
 
     def failed(self, error, code):
+        self._request.told = True
         log.warning("%s %s: %s", self._request.method, self._request.path, error)
 
     def left(self):
+        self._request.told = True
         log.info("%s %s: the client left", self._request.method, self._request.path)
 
 
@@ -5151,7 +5156,7 @@ class Exchange(Passage):
         record, status = self.record, self._answer.status if self._answer else None
         state = ("done" if error is None else "abandoned" if operation == "client_disconnected" else "failed")
         self._gateway.hub.end(record, Outcome(state, status, error, operation, self._meter))
-        usage = record.usage or {}
+        usage, self._request.told = record.usage or {}, True
         log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
                 record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
                 record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
@@ -5593,6 +5598,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.begun = False  # its answer is on the wire
         try:
             lines = self.wire.head()
+            self.came = time.monotonic()
             with self.server.busy(self.request):
                 self.seen = parse_head(lines)
                 return self._write(self._respond(self.server.gateway, self.seen), self.seen)
@@ -5632,6 +5638,7 @@ class Handler(socketserver.BaseRequestHandler):
         if request.method == "OPTIONS" and request.header("access-control-request-method"):
             return preflight(walls, request)
         route = find_route(request)
+        request.forwarded = route is FORWARD
         request.identity = self._identify(walls, request, route)
         walls.check_origin(request, request.identity)
         request.body = self.wire.body(request, gateway.config.max_body)
@@ -5678,11 +5685,22 @@ class Handler(socketserver.BaseRequestHandler):
         with contextlib.closing(body) if hasattr(body, "close") else contextlib.nullcontext():
             self.begun = True
             set_timeout(self.request, CLIENT_S)
-            if whole or body is None or no_body:
-                self.request.sendall(head if no_body else head + (body or b""))
-            else:
-                self._write_pieces(head, body, chunked)
+            try:
+                if whole or body is None or no_body:
+                    self.request.sendall(head if no_body else head + (body or b""))
+                else:
+                    self._write_pieces(head, body, chunked)
+            finally:
+                self._note(request, response.status)
         return alive
+
+    def _note(self, request, status):
+        """One line a request: at info what was forwarded or refused, at debug what the gateway answers by itself."""
+        if request and not request.told:
+            level = logging.INFO if request.forwarded or status >= 400 else logging.DEBUG
+            log.log(level, "%s %s %s %s %d %.0f ms", request.client or self.client_address[0],
+                    getattr(request.identity, "name", None) or "-", request.method, request.path[:200], status,
+                    1000 * (time.monotonic() - self.came))
 
     def _write_pieces(self, head, pieces, chunked):
         """The head, then each piece in one write the moment it comes.  The head waits for the first piece only
@@ -6358,7 +6376,7 @@ class Printer:
         capable = tty and os.environ.get("TERM") != "dumb"
         if capable and os.name == "nt":
             os.system("")  # Windows' console understands escape sequences from here on
-        self._colour = capable and "NO_COLOR" not in os.environ
+        self._colour = capable and not os.environ.get("NO_COLOR")
         self._cards: Any = Cards(bar_marks(out.encoding)) if capable and live else None
         self._drawn = []  # the lines of the cards that stand on the screen
         self._ticked = 0.0
@@ -6524,7 +6542,7 @@ class Card:
                      per_second(facts.get("outputTokensPerSecond")), f"for {duration(now - self.spoken)}",
                      elapsed]
         else:
-            doing = ["WAIT", facts["state"], elapsed]
+            doing = ["WAIT", "" if facts["state"] == "waiting" else facts["state"], elapsed]
         held = []
         if total and facts.get("cachedTokens") is not None:
             held.append(f"cache    {facts['cachedTokens']:,} of {total:,} prompt tokens reused "
@@ -7596,7 +7614,7 @@ def doctor(args):
         rows = [{"check": name, **finding._asdict()} for name, finding in found]
         print(json.dumps({"status": "bad" if bad else "ok", "version": VERSION, "findings": rows}))
         return int(bad)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     for name, (mark, what, remedy) in found:
         shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if colour else f"{mark:4}"
         print(f"{shown}  {name:9}  " + (what + (f"  ->  {remedy}" if remedy else "")).translate(CONTROL))

@@ -3636,6 +3636,21 @@ def test_a_second_signal_ends_at_once(process, studio):
         started = time.monotonic()
         run.send_signal(signal.SIGTERM)
         assert run.wait(PATIENCE_S) == 0 and time.monotonic() - started < 2
+# --- the log has a line for each request
+
+
+def test_each_request_is_one_line_of_the_log_at_its_level_and_without_keys(fronts, caplog):
+    front = fronts(api_key={"anna": "secret"})
+    lmgateway.log.propagate = True
+    with caplog.at_level(logging.DEBUG, "lmgateway"):
+        for line, header in (("GET /v1/models?api_key=secret", "X-API-Key: secret"), ("GET /v1/models/x", "X-API-Key: secret"),
+                             ("GET /debug/status", "X-API-Key: wrong"), ("GET /health", "X-API-Key: secret")):
+            talk(front.port, request(line, b"", header))
+    lines = [(record.levelname.lower()[:4], re.sub(r"\d+ ms", "N ms", record.getMessage())) for record in caplog.records
+             if " GET /" in record.getMessage()]
+    assert lines == [("info", "127.0.0.1 anna GET /v1/models 200 N ms"), ("info", "127.0.0.1 anna GET /v1/models/x 200 N ms"),
+                     ("info", "127.0.0.1 - GET /debug/status 401 N ms"), ("debu", "127.0.0.1 - GET /health 200 N ms")]
+    assert "secret" not in caplog.text
 
 
 # === 8. DEMO =================================================================
@@ -3799,9 +3814,9 @@ CARDS = [  # what happened, the lines of the cards at second 5
     (card_events(PREFILL[0], ("lmstudio_chat_end", {}), PREFILL[3], ("lmstudio_prediction_stats", {}), request=False), []),
     (card_events(PREFILL[3], ("lmstudio_prediction_stats", {"completionTokens": 3}), request=False), []),
     (card_events(("inference_start", {"model": "m", "path": "/v1/chat/completions", "client": "10.0.0.7", "key": "anna"})),
-     ["m  anna  10.0.0.7  /v1/chat/completions", "WAIT  waiting  elapsed 5s"]),
+     ["m  anna  10.0.0.7  /v1/chat/completions", "WAIT  elapsed 5s"]),
     (card_events(("inference_start", {"model": "m"}), ("lmstudio_chat_end", {"outcome": "finished"})),
-     ["m", "WAIT  waiting  elapsed 5s"]),
+     ["m", "WAIT  elapsed 5s"]),
     (card_events(("inference_start", {"model": "m"}), ("inference_complete", {})), []),
     (card_events(("inference_start", {"model": "m"}), ("error", {}), ("inference_progress", GATEWAY)), []),
     (card_events(("inference_progress", GATEWAY)),
@@ -3811,7 +3826,7 @@ CARDS = [  # what happened, the lines of the cards at second 5
      ["(model not named)", "WRITE  1,312 tok  17.8 tok/s  for 5s  elapsed 5s"]),
     (card_events(("inference_progress", {**{name: "x\x1b[2J" for name in GATEWAY}, "requestId": "req_1"})),
      ["x\\x1b[2J", "WAIT  x\\x1b[2J  elapsed 5s"]),
-    (card_events(("inference_progress", {**{name: float("nan") for name in GATEWAY}, "requestId": "req_1"})), ["(model not named)", "WAIT  waiting  elapsed 5s"]),
+    (card_events(("inference_progress", {**{name: float("nan") for name in GATEWAY}, "requestId": "req_1"})), ["(model not named)", "WAIT  elapsed 5s"]),
 ]
 
 
