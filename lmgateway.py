@@ -3448,13 +3448,13 @@ def find_log_dir(home):
 
 
 def settings_path(home):
-    """Where LM Studio keeps its server's settings (LOGS.md section 5); the app's place when there is no such file."""
+    """Where LM Studio keeps its server's settings (LOGS.md section 5); the app's place when there is none."""
     places = [home / ".internal" / SETTINGS_NAME, home / "apps" / "bionic" / ".internal" / SETTINGS_NAME]
     return next((path for path in places if os.path.exists(path)), places[0])
 
 
 def read_settings(home):
-    """LM Studio's settings as a dict.  Raises OSError where there are none to read, ValueError where they are no JSON object."""
+    """LM Studio's settings as a dict.  Raises OSError where there are none, ValueError for no JSON object."""
     settings = json_object(settings_path(home).read_bytes())
     if settings is None:
         raise ValueError("it is no JSON object")
@@ -3651,7 +3651,7 @@ class Follower:
 
 
 class LogVolume:
-    """How much room a log directory takes and how much its disk has left.  Any thread; looked at once a minute."""
+    """How much room a log directory takes and its disk has left.  Any thread; looked at once a minute."""
 
     def __init__(self, directory, warn_bytes):
         self.directory, self._warn_bytes = directory, warn_bytes
@@ -3659,7 +3659,7 @@ class LogVolume:
         self._asked, self._facts = -math.inf, {}
 
     def facts(self, max_age_s=60.0):
-        """{directoryBytes, growthBytesPerDay, freeBytes: None where unknown; warnings: what a person should do}"""
+        """{directoryBytes, growthBytesPerDay, freeBytes (None: unknown), warnings (what to do)}"""
         with self._lock:
             if time.monotonic() - self._asked < max_age_s:
                 return self._facts
@@ -3686,7 +3686,8 @@ class LogVolume:
         if total and self._warn_bytes and total > self._warn_bytes:
             yield f"LM Studio's logs take {shown_bytes(total)} in {self.directory}: {prune}"
         if free is not None and free < max(LOW_DISK_BYTES, 3 * (growth or 0)):
-            yield f"only {shown_bytes(free)} are free on the disk of {self.directory}: make room there; {prune}"
+            yield (f"only {shown_bytes(free)} are free on the disk of {self.directory}: make room there; "
+                   + prune)
 
 
 def daily_growth(sizes, today):
@@ -3695,7 +3696,8 @@ def daily_growth(sizes, today):
     days = [day for day in sizes if first.isoformat() <= day <= today.isoformat() and is_date(day)]
     if not days:
         return 0
-    return round(sum(sizes[day] for day in days) / ((today - datetime.date.fromisoformat(min(days))).days + 1))
+    span = today - datetime.date.fromisoformat(min(days))
+    return round(sum(sizes[day] for day in days) / (span.days + 1))
 
 
 def is_date(text):
@@ -5358,7 +5360,8 @@ def status_page(gateway, request):
                                       "lanUrls": gateway.lan_urls, "keyNeeded": gateway.walls.need_key,
                                       "history": gateway.history is not None},
                           "lmstudio": {"up": not reason, "reason": reason or None},
-                          "log": {**log_status(gateway.monitor), **(gateway.volume.facts() if gateway.volume else {})},
+                          "log": {**log_status(gateway.monitor),
+                                  **(gateway.volume.facts() if gateway.volume else {})},
                           "stream": {"clients": hub.listeners, "lastId": hub.event_id(hub.last),
                                      "dropped": hub.dropped}})
 
@@ -5695,12 +5698,12 @@ class Handler(socketserver.BaseRequestHandler):
         return alive
 
     def _note(self, request, status):
-        """One line a request: at info what was forwarded or refused, at debug what the gateway answers by itself."""
+        """One line a request: at info what was forwarded or refused, at debug what we answer ourselves."""
         if request and not request.told:
             level = logging.INFO if request.forwarded or status >= 400 else logging.DEBUG
-            log.log(level, "%s %s %s %s %d %.0f ms", request.client or self.client_address[0],
-                    getattr(request.identity, "name", None) or "-", request.method, request.path[:200], status,
-                    1000 * (time.monotonic() - self.came))
+            name = request.identity.name if request.identity else None
+            log.log(level, "%s %s %s %s %d %.0f ms", request.client or self.client_address[0], name or "-",
+                    request.method, request.path[:200], status, 1000 * (time.monotonic() - self.came))
 
     def _write_pieces(self, head, pieces, chunked):
         """The head, then each piece in one write the moment it comes.  The head waits for the first piece only
@@ -6152,22 +6155,30 @@ lmgateway.py [options]              gateway, log monitor and dashboard beside LM
 def build_parser():
     """The ArgumentParser: commands by hand, options from OPTIONS."""
     parser = Arguments(prog="lmgateway.py", usage=USAGE, allow_abbrev=False, add_help=False,
-                       formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=100),
+                       formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26, width=100),
                        description="A gateway, log monitor and dashboard for LM Studio.",
-                       epilog="Flags count before the environment, that before .env, that before defaults; see also README.md.")
+                       epilog="Flags count before the environment, that before .env, that before defaults; see "
+                       "also README.md.")
     commands = parser.add_argument_group("Commands")
-    commands.add_argument("--tail-only", action="store_true", help="print this machine's events; PATH ...: replay saved logs")
+    commands.add_argument("--tail-only", action="store_true",
+                          help="print this machine's events; PATH ...: replay saved logs")
     commands.add_argument("--watch", metavar="URL", help="print the events of a gateway elsewhere")
-    commands.add_argument("--report", action="store_true", help="usage by day and model, of --history FILE or of saved logs (PATH)")
-    commands.add_argument("--demo", action="store_true", help="try it all, beside a built-in imitation of LM Studio")
-    commands.add_argument("--check", action="store_true", help="look for what commonly goes wrong, and say the remedy")
-    commands.add_argument("--prune", metavar="DAYS", help="show which of LM Studio's logs are older; --yes removes them")
+    commands.add_argument("--report", action="store_true",
+                          help="usage by day and model, of --history FILE or of saved logs (PATH)")
+    commands.add_argument("--demo", action="store_true",
+                          help="try it all, beside a built-in imitation of LM Studio")
+    commands.add_argument("--check", action="store_true",
+                          help="look for what commonly goes wrong, and say the remedy")
+    commands.add_argument("--prune", metavar="DAYS",
+                          help="show which of LM Studio's logs are older; --yes removes them")
     commands.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)
-    commands.add_argument("--new-key", metavar="NAME", help="mint a key; --rights infer,view,admin [infer,view]")
+    commands.add_argument("--new-key", metavar="NAME",
+                          help="mint a key; --rights infer,view,admin [infer,view]")
     commands.add_argument("--rights", metavar="LIST", help=argparse.SUPPRESS)
     commands.add_argument("--list-keys", action="store_true", help="names, rights and dates of minted keys")
     commands.add_argument("--revoke-key", metavar="NAME", help="take a minted key away")
-    commands.add_argument("--print-launchd", action="store_true", help="a launchd agent for macOS; see the README")
+    commands.add_argument("--print-launchd", action="store_true",
+                          help="a launchd agent for macOS; see the README")
     commands.add_argument("--help", "-h", action="help", help="show this and exit")
     commands.add_argument("--version", action="version", version=f"lmgateway {VERSION}",
                           help="show the version and exit")
@@ -6230,9 +6241,10 @@ def main(argv=None):
         return 130
 
 
-COMMANDS = ("tail_only", "watch", "report", "demo", "check", "prune", "new_key", "list_keys", "revoke_key", "print_launchd")
-COMPANIONS = {"json": ("tail_only", "watch", "report", "check"), "events": ("tail_only", "watch"),  # flag -> what it goes with
-              "from_start": ("tail_only", "watch"), "yes": ("prune",), "rights": ("new_key",)}
+COMMANDS = ("tail_only", "watch", "report", "demo", "check", "prune", "new_key", "list_keys", "revoke_key",
+            "print_launchd")
+COMPANIONS = {  # flag -> the commands that it goes with
+    "json": ("tail_only", "watch", "report", "check"), "events": ("tail_only", "watch"), "from_start": ("tail_only", "watch"), "yes": ("prune",), "rights": ("new_key",)}
 
 
 def flag_of(name):
@@ -6440,12 +6452,13 @@ class Printer:
 
 def shown_on_cards(event):
     """True for progress, and for the log's line that says the same."""
-    return event.name in PROGRESS or (event.name == "lmstudio_log"
-                                      and "Prompt processing progress: " in str(event.data.get("message"))[:200])
+    if event.name == "lmstudio_log":
+        return "Prompt processing progress: " in str(event.data.get("message"))[:200]
+    return event.name in PROGRESS
 
 
 def rubbed_out(lines, size):
-    """The escape sequence that removes lines just above the cursor, also after the terminal was made narrower."""
+    """The escape sequence that removes lines just above the cursor, also once the terminal is narrower."""
     rows = sum(max(1, -(-width_of(line) // max(1, size.columns))) for line in lines)
     return f"\r\x1b[{min(rows, max(1, size.lines - 1))}A\x1b[J" if lines else ""
 
@@ -6548,7 +6561,8 @@ class Card:
             held.append(f"cache    {facts['cachedTokens']:,} of {total:,} prompt tokens reused "
                         f"({100 * facts['cachedTokens'] / total:.0f} %)")
             if facts.get("contextSize"):
-                held.append(f"context {total + (facts.get('outputTokens') or 0):,} of {facts['contextSize']:,}")
+                used = total + (facts.get("outputTokens") or 0)
+                held.append(f"context {used:,} of {facts['contextSize']:,}")
         rows = ["  ".join(who), "  ".join(filter(None, doing)), "  ".join(held)]
         return [row.translate(CONTROL) for row in rows if row]
 
@@ -6574,7 +6588,7 @@ def usable_fact(name, value):
 
 
 class Cards:
-    """The running requests, from the events of a gateway or of a log alone.  Pure: lines() is what to show."""
+    """The running requests, from the events of a gateway or of a log.  Pure: lines() is what to show."""
 
     def __init__(self, marks):
         self._marks = marks
@@ -6601,7 +6615,7 @@ class Cards:
 
     @staticmethod
     def _ends(event, card):
-        """A request ends with its answer, a chat of the log with its last line; one inside the app has figures for that."""
+        """A request ends with its answer, a chat of the log with its end line, one inside the app with figures."""
         if event.name in ("inference_complete", "error"):
             return True
         of_log = "requestId" not in event.data
@@ -6624,10 +6638,10 @@ class Cards:
 
 def duration(seconds):
     """9s, 1m01s, 1h02m."""
-    whole_s = int(seconds)
-    if whole_s < 60:
-        return f"{whole_s}s"
-    return f"{whole_s // 60}m{whole_s % 60:02}s" if whole_s < 3600 else f"{whole_s // 3600}h{whole_s // 60 % 60:02}m"
+    minutes, rest_s = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest_s:02}s" if minutes else f"{rest_s}s"
+    return f"{minutes // 60}h{minutes % 60:02}m"
 
 
 def counted(value, unit):
@@ -6843,7 +6857,7 @@ def watch(args, config):
 
 
 def drained(news, timeout_s):
-    """What a queue holds, in order: runs of pairs as lists, anything else as it is.  Waits for the first of them."""
+    """What a queue holds, in order: runs of pairs as lists, all else as it is.  Waits for the first."""
     found: list[Any] = []
     with contextlib.suppress(queue.Empty):
         found.append(news.get(timeout=timeout_s))
@@ -6879,8 +6893,8 @@ class StreamLine:
         self._pause = FIRST_PAUSE_S
 
     def run(self, hand_over, wait):
-        """Thread body, until wait(seconds) returns True.  Hands over (id, Event), what a person should know as
-        text, and at last a GatewayError."""
+        """Thread body, until wait(seconds) returns True.  Hands over (id, Event), text for a person, and
+        at last a GatewayError."""
         while True:
             try:
                 self._listen(hand_over)
@@ -6917,13 +6931,15 @@ class StreamLine:
         if status in (401, 403):
             said = (json_object(answer.read(65536)) or {}).get("error")
             said = str(said.get("message", "")) if isinstance(said, dict) else ""
-            remedy = "name another key with --api-key" if self._key else "name a key of it with --api-key KEY (GATEWAY_API_KEY)"
-            raise GatewayError(f"{url} answers {status}: {remedy}" + f" ({said.translate(CONTROL)[:200]})" * bool(said))
+            remedy = "name " + ("another key with --api-key" if self._key
+                                else "a key of it with --api-key KEY (GATEWAY_API_KEY)")
+            shown = f" ({said.translate(CONTROL)[:200]})" if said else ""
+            raise GatewayError(f"{url} answers {status}: {remedy}{shown}")
         if status in (429, 500, 502, 503, 504) or self._known and status != 200:
             raise http.client.HTTPException(f"it answers {status}")
         if status != 200 or not answer.headers.get("Content-Type", "").startswith("text/event-stream"):
-            raise ConfigError(f"--watch: what answers at {url} ({status}) is no lmgateway; give the address that "
-                              "lmgateway prints when it starts")
+            raise ConfigError(f"--watch: what answers at {url} ({status}) is no lmgateway; give the address "
+                              "that lmgateway prints when it starts")
 
 
 FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0  # before the next try; doubled from one to the other
@@ -6932,12 +6948,13 @@ SILENCE_S = 40  # a gateway sends a ping every 15 s: without any for so long, th
 
 def certificate_hint(error):
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted ({error.verify_message}); name it in the environment variable SSL_CERT_FILE"
+        return (f"its certificate is not trusted ({error.verify_message}); name it in the environment "
+                "variable SSL_CERT_FILE")
     return ""
 
 
 def stream_events(pieces):
-    """(id, Event) of a text/event-stream's bytes, as they become complete.  Pings are left out: they are no news."""
+    """(id, Event) of a text/event-stream's bytes, as they become complete.  Pings are left out: no news."""
     rest = b""
     for piece in pieces:
         *frames, rest = EVENT_END.split(rest + piece)
@@ -7140,10 +7157,11 @@ def announce(gateway, port, lan):
     log.info("lmgateway %s on Python %s", VERSION, platform.python_version())
     log.info("Listening on %s", gateway.address)
     log.info("Dashboard: %s/", here)
-    log.info("On the LAN: %s", there or ("no address found" if everywhere else
-                                         "closed; --host 0.0.0.0 opens it, to those who have a key (--new-key NAME)"))
+    closed = "closed; --host 0.0.0.0 opens it, to those who have a key (--new-key NAME)"
+    log.info("On the LAN: %s", there or ("no address found" if everywhere else closed))
     log.info("Base URL for clients: %s/v1 (OpenAI SDKs), %s (Anthropic SDKs)", base, base)
-    log.info("Key: %s", "needed" if gateway.walls.need_key else "none is asked for; clients that insist take any text")
+    log.info("Key: %s", "needed" if gateway.walls.need_key
+             else "none is asked for; clients that insist take any text")
     log.info("LM Studio: %s", config.upstream)
     log.info("Log directory: %s",
              monitor.follower.directory if monitor else "not monitored (ENABLE_LOG_MONITORING=false)")
@@ -7152,22 +7170,23 @@ def announce(gateway, port, lan):
 # --- 9.5 addresses of this machine -------------------------------------------
 
 ANYWHERE = ("", "0.0.0.0", "::")
-VIRTUAL = re.compile(r"tun|tap|utun|wg|ppp|ipsec|gpd|tailscale|zt|nord|proton|docker|podman|br-|veth|virbr|vmnet|vbox|"
-                     r"vnic|lxc|lxd|cni|flannel|bridge|awdl|llw", re.I)  # adapters that lead to no LAN
+VIRTUAL = re.compile(  # adapters that lead to no LAN
+    r"tun|tap|utun|wg|ppp|ipsec|gpd|tailscale|zt|nord|proton|docker|podman|br-|veth|virbr|vmnet|vbox|vnic|"
+    r"lxc|lxd|cni|flannel|bridge|awdl|llw", re.I)
 UNLIKELY = tuple(map(ipaddress.ip_network, ("172.16.0.0/12", "192.168.56.0/24")))  # WSL, Hyper-V, VirtualBox
 TAILNET = ipaddress.ip_network("100.64.0.0/10")
 NOWHERE = ("192.0.2.1", 9)  # kept for documentation (RFC 5737); to connect UDP there sends nothing
 
 
 def reachable(config, addresses):
-    """[(address, virtual?)] at which others reach a gateway with this Config; addresses() gives the machine's."""
+    """[(address, virtual?)] at which others reach this gateway; addresses() gives all of the machine's."""
     if loopback(config.host):
         return []
     return addresses() if config.host in ANYWHERE else [(config.host, False)]
 
 
 def lan_addresses():
-    """[(address, virtual?)] of this machine, IPv4 beyond loopback: the way out first, VPN and virtual adapters last."""
+    """[(address, virtual?)] of this machine, IPv4: the way out first, VPN and virtual adapters last."""
     return ranked(adapter_addresses() or named_addresses(), outgoing_address())
 
 
@@ -7221,13 +7240,13 @@ def notify(state, environ=os.environ):
     """Tell systemd a state (sd_notify(3)), where it asked for that."""
     address = environ.get("NOTIFY_SOCKET", "")
     if address.startswith(("/", "@")):
-        with contextlib.suppress(OSError, AttributeError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
             sock.send(state.encode())
 
 
 def watchdog_pause(environ, pid):
-    """Seconds between signs of life for systemd's watchdog (sd_watchdog_enabled(3)); None when it wants none."""
+    """Seconds between signs of life for systemd's watchdog (sd_watchdog_enabled(3)); None: it wants none."""
     limit, asked = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", str(pid))
     return max(0.05, int(limit) / 2e6) if limit.isdecimal() and int(limit) and asked == str(pid) else None
 
@@ -7245,10 +7264,10 @@ def print_launchd(args, config):
     given = [row for row in OPTIONS if row.flag and getattr(args, row.name) is not None]
     secret = [row for row in given if row.variable in SECRET]
     if secret:
-        raise ConfigError(f"{secret[0].flag}: a plist is no place for a secret; put {secret[0].variable} into "
-                          f"{os.path.join(os.getcwd(), '.env')}, or mint a key with --new-key")
-    flags = itertools.chain.from_iterable([row.flag] if row.default is False else [row.flag, getattr(args, row.name)]
-                                          for row in given)
+        raise ConfigError(f"{secret[0].flag}: a plist is no place for a secret; put {secret[0].variable} "
+                          f"into {os.path.join(os.getcwd(), '.env')}, or mint a key with --new-key")
+    flags = itertools.chain.from_iterable(
+        [row.flag] if row.default is False else [row.flag, getattr(args, row.name)] for row in given)
     log_file = config.log_file or str(Path.home() / "Library" / "Logs" / "lmgateway.log")
     agent = {"Label": "lmgateway", "ProgramArguments": [sys.executable, os.path.abspath(__file__), *flags],
              "WorkingDirectory": os.getcwd(), "EnvironmentVariables": {"LOG_FILE": log_file},
@@ -7280,7 +7299,8 @@ class Patient:
     """What the checks look at, each part looked at once, when a check first asks for it."""
 
     def __init__(self, args, environ):
-        self.config, self.sources, self.warnings, self.errors = load_leniently(vars(args), environ, args.env_file)
+        loaded = load_leniently(vars(args), environ, args.env_file)
+        self.config, self.sources, self.warnings, self.errors = loaded
         self.env_file = args.env_file or ".env"
         self.home = find_home()
         self.log_dir = self.config.log_dir or find_log_dir(self.home)
@@ -7345,7 +7365,8 @@ def load_leniently(args, environ, env_file):
 
 
 def check_python(patient):
-    version = f"Python {platform.python_version()} on {platform.system()} {platform.release()}, lmgateway {VERSION}"
+    version = (f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
+               f"lmgateway {VERSION}")
     if sys.version_info < (3, 9):
         yield Finding("bad", version, "install Python 3.9 or newer from https://www.python.org")
     else:
@@ -7363,8 +7384,9 @@ def check_options(patient):
             yield Finding("ok", f"{row.variable}: {value} (from {patient.sources[row.name]})")
     if not patient.sources and not patient.errors:
         yield Finding("ok", "each has its default")
-    if patient.config.log_file and not os.access(os.path.dirname(os.path.abspath(patient.config.log_file)), os.W_OK):
-        yield Finding("bad", f"LOG_FILE {patient.config.log_file} cannot be written", "name a file in a directory of yours")
+    log_file = patient.config.log_file
+    if log_file and not os.access(os.path.dirname(os.path.abspath(log_file)), os.W_OK):
+        yield Finding("bad", f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours")
 
 
 def check_port(patient):
@@ -7379,12 +7401,14 @@ def check_port(patient):
         yield Finding("ok", f"{own} is free")
     except OSError as error:
         if error.errno not in IN_USE:
-            yield Finding("bad", f"cannot listen on {own}: {error_text(error)}", "choose others with --host and --port")
+            yield Finding("bad", f"cannot listen on {own}: {error_text(error)}",
+                          "choose others with --host and --port")
         elif b"<title>lmgateway" in fetched(config.host, config.port, "/", bool(config.tls_cert)):
             yield Finding("ok", f"{own} is held by a running lmgateway")
         else:
             yield Finding("bad", f"{own} is held by {port_holder(config.port) or 'another program'}",
-                          f"stop it ({port_question(config.port)} tells which it is), or choose another with --port")
+                          f"stop it ({port_question(config.port)} tells which it is), or choose another "
+                          "with --port")
 
 
 def fetched(host, port, path, encrypted=False):
@@ -7408,11 +7432,12 @@ def port_holder(port):
         sockets = set()
         for table in ("/proc/net/tcp", "/proc/net/tcp6"):
             rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
-            sockets |= {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+            sockets |= {f"socket:[{row[9]}]" for row in rows  # 0A: it listens
+                        if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
         for entry in os.scandir("/proc"):
             if entry.name.isdecimal() and sockets & opened(entry.path):
-                command = Path(entry.path, "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
-                return f"process {entry.name} ({command[:80]})"
+                command = Path(entry.path, "cmdline").read_bytes().replace(b"\0", b" ")
+                return f"process {entry.name} ({command.decode('utf-8', 'replace').strip()[:80]})"
     return ""
 
 
@@ -7432,9 +7457,9 @@ def check_lmstudio(patient):
         yield Finding("ok", f"LM Studio answers at {patient.upstream}")
         return
     what, _, remedy = reason.partition(". ")
-    settings = patient.settings
-    if isinstance(settings, dict) and settings_port(settings) and f":{settings_port(settings)}" not in patient.upstream:
-        remedy = f"its settings say port {settings_port(settings)}: give that to --upstream (LMSTUDIO_BASE_URL). {remedy}"
+    port = settings_port(patient.settings) if isinstance(patient.settings, dict) else None
+    if port and not patient.upstream.endswith(f":{port}"):
+        remedy = f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). {remedy}"
     yield Finding("bad", what, remedy)
 
 
@@ -7448,11 +7473,13 @@ def check_settings(patient):
     network = network if isinstance(network, str) else ""
     yield Finding("ok", f"{path}: port {port or 'not named'}, interface {network or 'not named'}")
     if network and not loopback(network):
-        yield Finding("warn", f"LM Studio itself listens on the network ({network}): whoever goes there goes round this "
-                      "gateway, its keys and its figures", f"{SETTINGS_MENU} > Serve on Local Network: off")
+        yield Finding("warn", f"LM Studio itself listens on the network ({network}): whoever goes there goes "
+                      "round this gateway, its keys and its figures",
+                      f"{SETTINGS_MENU} > Serve on Local Network: off")
     if settings.get("cors") is True:
-        yield Finding("warn", "LM Studio allows every web page to call it (CORS)", f"{SETTINGS_MENU} > Enable CORS: off; "
-                      "name the origins that may call the gateway with --cors-origins")
+        yield Finding("warn", "LM Studio allows every web page to call it (CORS)",
+                      f"{SETTINGS_MENU} > Enable CORS: off; name the origins that may call the gateway with "
+                      "--cors-origins")
     for name, value, mark, what, remedy in LOG_SETTINGS:
         if settings.get(name) == value and type(settings.get(name)) is type(value):
             yield Finding(mark, what, f"{LOGS_MENU} > {remedy}" if remedy else "")
@@ -7461,13 +7488,14 @@ def check_settings(patient):
 LOG_SETTINGS = (  # (setting, value, mark, what that means, remedy)
     ("fileLoggingMode", "off", "bad", "LM Studio writes no log files: there is nothing to monitor",
      "File Logging Mode: Succinct"),
-    ("verbose", False, "warn", "verbose logging is off: no cache, token and speed figures of streams", "Verbose Logging: on"),
+    ("verbose", False, "warn", "verbose logging is off: no cache, token and speed figures of streams",
+     "Verbose Logging: on"),
     ("verbose", True, "ok", "verbose logging is on", ""),
     ("logSensitiveData", True, "warn", "prompts and answers stand in LM Studio's logs in clear text",
      "Redact Content: on, where others can read this disk (figures of plain requests then go, too)"),
     ("logSensitiveData", False, "ok", "prompts and answers are redacted in LM Studio's logs", ""),
-    ("logIncomingTokens", True, "warn", "every token is logged: the files grow with the square of an answer's length",
-     "Log Incoming Tokens: off"),
+    ("logIncomingTokens", True, "warn",
+     "every token is logged: the files grow with the square of an answer's length", "Log Incoming Tokens: off"),
 )
 
 
@@ -7477,15 +7505,16 @@ def check_logs(patient):
         yield Finding("warn", "the log monitor is switched off", "ENABLE_LOG_MONITORING=true")
     if isinstance(newest, OSError):
         yield Finding("bad", f"log directory {directory}: {error_text(newest)}",
-                      "start LM Studio's server once; name another directory with --log-dir (LMSTUDIO_LOG_DIR); run as the "
-                      "user who runs LM Studio")
+                      "start LM Studio's server once; name another directory with --log-dir (LMSTUDIO_LOG_DIR); "
+                      "run as the user who runs LM Studio")
     elif newest is None:
         yield Finding("bad", f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
                       f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
     else:
         yield from check_newest_log(patient)
     for other in other_log_dirs(patient.home, directory):
-        yield Finding("warn", f"{other} holds a newer log than {directory}", f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
+        yield Finding("warn", f"{other} holds a newer log than {directory}",
+                      f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
 
 
 def check_newest_log(patient):
@@ -7493,21 +7522,25 @@ def check_newest_log(patient):
     try:
         parser, state = patient.parser, os.stat(path)
     except OSError as error:
-        yield Finding("bad", f"{path}: {error_text(error)}", "let this user read it, or run as the user who runs LM Studio")
+        yield Finding("bad", f"{path}: {error_text(error)}",
+                      "let this user read it, or run as the user who runs LM Studio")
         return
     age_s = time.time() - state.st_mtime
-    yield Finding("warn" if age_s > 86400 else "ok", f"{path}: {shown_bytes(state.st_size)}, written {age(age_s)} ago",
-                  "is LM Studio's server running under this user, and does it get requests?" if age_s > 86400 else "")
+    written = f"{path}: {shown_bytes(state.st_size)}, written {age(age_s)} ago"
+    yield Finding("ok", written) if age_s <= 86400 else Finding(
+        "warn", written, "see that LM Studio's server runs under this user and gets requests")
     if not parser.entries:
-        yield Finding("warn", "no log entry in it that lmgateway knows", "send LM Studio a request and look again")
+        yield Finding("warn", "no log entry in it that lmgateway knows",
+                      "send LM Studio a request and look again")
         return
     engines = ", ".join(sorted(name for name in parser.by_engine if name != "App")) or "the app alone"
     yield Finding("ok", f"{parser.entries:,} entries looked at, written by: {engines}")
     if not parser.by_level["DEBUG"]:
-        yield Finding("warn", "no DEBUG lines: no cache, token and speed figures of streams", f"{LOGS_MENU} > Verbose Logging: on")
+        yield Finding("warn", "no DEBUG lines: no cache, token and speed figures of streams",
+                      f"{LOGS_MENU} > Verbose Logging: on")
     if parser.unknown > parser.lines / 10:
-        yield Finding("warn", f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version does not know",
-                      "look for a newer lmgateway; /debug/status shows samples")
+        yield Finding("warn", f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version "
+                      "does not know", "look for a newer lmgateway; /debug/status shows samples")
 
 
 def age(seconds):
@@ -7517,7 +7550,7 @@ def age(seconds):
 def other_log_dirs(home, directory):
     """Log directories at LM Studio's usual places that were written more than an hour after this one."""
     bases = {home, Path.home() / ".lmstudio", Path.home() / ".cache" / "lm-studio"}
-    places = {str(base.joinpath(*parts)) for base in bases for parts in (("server-logs",), ("apps", "bionic", "server-logs"))}
+    places = {str(base / below) for base in bases for below in ("server-logs", "apps/bionic/server-logs")}
     ours = newest_write(directory)
     return sorted(place for place in places if newest_write(place) > ours + 3600
                   and os.path.realpath(place) != os.path.realpath(directory))
@@ -7541,11 +7574,13 @@ def check_keys(patient):
     except (GatewayError, OSError) as error:
         yield Finding("bad", str(error), "--keys-file names another")
         return
-    rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted] + [f"{name} (all rights)" for name in config.api_key]
+    rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted]
+    rows += [f"{name} (all rights)" for name in config.api_key]
     yield Finding("ok", f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
     if patient.exposed and not keys:
-        yield Finding("warn" if config.no_auth else "bad", f"{config.host} is open to the network, and no key is set",
-                      "mint one with --new-key NAME" + ("" if config.no_auth else ", or say --no-auth to let everybody in"))
+        mark, more = ("warn", "") if config.no_auth else ("bad", ", or say --no-auth to let everybody in")
+        yield Finding(mark, f"{config.host} is open to the network, and no key is set",
+                      f"mint one with --new-key NAME{more}")
     for path in (keys_path(config), Path(patient.env_file)):
         if os.name != "nt" and path.exists() and path.stat().st_mode & 0o044:
             yield Finding("warn", f"{path} can be read by other users of this machine", f"chmod 600 {path}")
@@ -7566,12 +7601,14 @@ def check_network(patient):
     yield Finding("ok", f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
                   f"if they do not: {firewall}" if firewall else "")
     if not encrypted:
-        yield Finding("warn", "keys and prompts pass over the LAN in clear text", "--tls-cert and --tls-key (see the README)")
+        yield Finding("warn", "keys and prompts pass over the LAN in clear text",
+                      "--tls-cert and --tls-key (see the README)")
     if config.allow is None:
         yield Finding("ok", "every address may connect; IP_ALLOWLIST (--allow) can narrow that")
 
 
-FIREWALL = {"Windows": "lmgateway.ps1 -OpenFirewall", "Linux": "let the port through the firewall (sudo ufw allow {port}/tcp)",
+FIREWALL = {"Windows": "lmgateway.ps1 -OpenFirewall",
+            "Linux": "let the port through the firewall (sudo ufw allow {port}/tcp)",
             "Darwin": "System Settings > Network > Firewall: allow Python"}
 
 
@@ -7579,14 +7616,15 @@ def check_clock(patient):
     now = time.time()
     zone = time.strftime("%Z %z")
     if now < BUILT:
-        yield Finding("bad", f"the clock says {utc_text(now)}", "set it, best by NTP: times and certificates depend on it")
+        yield Finding("bad", f"the clock says {utc_text(now)}",
+                      "set it, best by NTP: times and certificates depend on it")
         return
     yield Finding("ok", f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {zone}")
     with contextlib.suppress(OSError, AttributeError):
         moment, written = patient.parser.last_moment, os.stat(patient.newest.path).st_mtime
         if moment and abs(moment.epoch - written) > 900:
-            yield Finding("warn", f"the newest log's last entry says {moment.utc}, its file {utc_text(written)}",
-                          "give lmgateway LM Studio's time zone (environment variable TZ), or mend the clock")
+            yield Finding("warn", f"the newest log's last entry says {moment.utc}, its file "
+                          f"{utc_text(written)}", "give lmgateway LM Studio's time zone (environment variable TZ), or mend the clock")
 
 
 BUILT = 1_750_000_000  # June 2025: no clock is right that says less
@@ -7630,7 +7668,8 @@ def examined(check, patient):
     try:
         found.extend(check.find(patient))
     except Exception as error:  # the end of the line: what is broken here is what the doctor is for
-        found.append(Finding("bad", f"this check failed: {type(error).__name__}: {error}", "please report it"))
+        what = f"this check failed: {type(error).__name__}: {error}"
+        found.append(Finding("bad", what, "please report it"))
     return found
 
 
@@ -7638,19 +7677,20 @@ def examined(check, patient):
 
 
 def prune(args, config):
-    """--prune DAYS: LM Studio's logs that are older; with --yes they go.  One line a file; 1 when one could not go."""
+    """--prune DAYS: LM Studio's logs that are older; with --yes they go.  Status 1 when one could not go."""
     directory = config.log_dir or find_log_dir(find_home())
     try:
         old = old_logs(directory, int(args.prune), time.time())
     except OSError as error:
-        raise ConfigError(f"--prune: log directory {directory}: {error_text(error)}; name LM Studio's with --log-dir "
-                          "(LMSTUDIO_LOG_DIR)") from None
+        raise ConfigError(f"--prune: log directory {directory}: {error_text(error)}; name LM Studio's with "
+                          "--log-dir (LMSTUDIO_LOG_DIR)") from None
     total = failed = 0
     for log_file, size in old:
         problem = removal(log_file.path) if args.yes else None
         failed += problem is not None
         total += size if problem is None else 0
-        print(f"{'kept, ' + problem if problem else 'removed' if args.yes else 'would go'}  {shown_bytes(size):>9}  {log_file.path}")
+        fate = f"kept, {problem}" if problem else "removed" if args.yes else "would go"
+        print(f"{fate}  {shown_bytes(size):>9}  {log_file.path}")
     count = f"{len(old) - failed} file{'s' * (len(old) - failed != 1)}, {shown_bytes(total)}"
     print(f"removed {count}" if args.yes else f"{count} older than {args.prune} days in {directory}"
           + ("; add --yes to remove them" if old else "; nothing to do"))
@@ -7660,8 +7700,8 @@ def prune(args, config):
 def old_logs(directory, days, now):
     """[(LogFile, bytes)] of the logs that are older than so many days, by name and by last write.
 
-    Never the newest by name or by time: LM Studio may be writing it.  Only plain files in plain directories whose
-    names are those of server logs.  Raises OSError when the directory cannot be listed."""
+    Never the newest by name or by time: LM Studio may be writing it.  Only plain files, in plain directories,
+    whose names are those of server logs.  Raises OSError when the directory cannot be listed."""
     limit = now - 86400 * days
     last_day = datetime.date.fromtimestamp(max(0, limit)).isoformat()
     found = [(log_file, os.lstat(log_file.path)) for log_file in list_logs(directory)
