@@ -7740,7 +7740,7 @@ DASHBOARD = rb"""<!doctype html>
   --page: #F6F7F9; --panel: #FFFFFF; --line: #DDE1E7; --track: #E6E9EE;
   --text: #1A1F26; --muted: #5A6472; --queued: #6B7280; --prefill: #9A6200; --decode: #0067A8;
   --cached: #00775A; --ok: #1B7F3B; --warn: #8A5A00; --error: #B3261E; --focus: #0B57D0;
-  --fill-prefill: #C47F00; --fill-decode: #2F8FD0; --fill-cached: #23987A;
+  --fill-prefill: #CE7C00; --fill-decode: #2F8FD0; --fill-cached: #23987A;
   --model-0: #5B5BD6; --model-1: #A0448F; --model-2: #00778A; --model-3: #A5541B; --model-4: #5C7A12;
   --model-5: #6B7280;
 }
@@ -7884,7 +7884,7 @@ svg.trace path { fill: none; stroke: var(--fill-decode); stroke-width: 1.5;
 
 /* Tiles */
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: .75rem; }
-.tile { padding: .7rem .9rem .6rem; display: grid; grid-template-rows: auto auto auto 1fr;
+.tile { padding: .7rem .9rem .6rem; display: grid; grid: auto auto auto 1fr / minmax(0, 1fr);
   min-height: 8.6rem; }
 .tile dt { color: var(--muted); white-space: nowrap; }
 .tile dd.figure { font-size: 1.5rem; font-weight: 600; line-height: 1.35; white-space: nowrap; }
@@ -7936,8 +7936,9 @@ tbody tr:last-child td { border-bottom: 0; }
 .num { text-align: right; }
 .wide { overflow-x: auto; }
 #requests-table { table-layout: fixed; }
-.c-time { width: 6.1rem; } .c-status { width: 9.5rem; } .c-who { width: 9.5rem; } .c-queue { width: 5rem; }
-.c-first { width: 6.6rem; } .c-prompt { width: 10.5rem; } .c-prefill { width: 7.2rem; }
+.c-time { width: 6.1rem; } .c-status { width: 9.2rem; } .c-who { width: 8.6rem; } .c-path { width: 11.4rem; }
+.c-queue { width: 5rem; } .c-first { width: 6.4rem; } .c-prompt { width: 9.6rem; }
+.c-prefill { width: 6.4rem; }
 .c-output { width: 5.2rem; }
 .c-decode { width: 6.6rem; } .c-total { width: 5.6rem; } .c-finish { width: 5.2rem; }
 #requests-table td, #requests-table th { overflow: hidden; text-overflow: ellipsis; }
@@ -7950,7 +7951,7 @@ th[aria-sort="ascending"] button::after { content: " \2191"; }
 th[aria-sort="descending"] button::after { content: " \2193"; }
 .toolbar { display: flex; flex-wrap: wrap; gap: .4rem .5rem; align-items: center; margin-bottom: .6rem; }
 .toolbar button, .toolbar select, .toolbar input { min-height: 1.9rem; font-size: .93rem; }
-.toolbar .count { color: var(--muted); }
+.toolbar select { max-width: 15rem; }
 .newer { position: sticky; top: 56px; z-index: 3; display: flex; justify-content: center; height: 0; }
 .newer button { height: 2rem; background: var(--text); color: var(--panel); border-color: var(--text);
   border-radius: 1rem; }
@@ -7963,8 +7964,9 @@ th[aria-sort="descending"] button::after { content: " \2193"; }
   font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 #log-lines li { display: grid; grid-template-columns: 5.2rem 15.5rem minmax(0, 1fr); gap: 0 .75rem;
   padding: 0 .9rem;
-  contain: content; }
+  content-visibility: auto; contain-intrinsic-height: auto 1.5em; }
 #log-lines li > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#log-lines.wrap li { content-visibility: visible; }
 #log-lines.wrap li > :last-child { white-space: pre-wrap; overflow-wrap: anywhere; }
 #log-lines li.WARN > :last-child { color: var(--warn); }
 #log-lines li.ERROR > :last-child { color: var(--error); }
@@ -8000,7 +8002,7 @@ dialog.help { border-radius: 8px; max-width: 34rem; padding: 1.25rem 1.5rem; }
   1fr); }
 .drawer-body h3 { margin-bottom: .4rem; }
 .drawer-body .facts { padding: 0; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); }
-.drawer-body .facts > div { grid-template-columns: 8rem minmax(0, 1fr); }
+.drawer-body .facts > div { grid-template-columns: 9.5rem minmax(0, 1fr); }
 .phase-bar { display: flex; height: 14px; border-radius: 4px; overflow: hidden; background: var(--track);
   gap: 1px; }
 .phase-bar i { flex: var(--share) 1 0; min-width: 2px; background: var(--queued); }
@@ -8030,8 +8032,8 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
   .top { flex-wrap: wrap; padding: .4rem 1rem; top: -3rem; }
   .tools { margin-left: auto; } .tools button { min-width: 0; }
   .top h1 small { display: none; }
-  .states { order: 3; width: 100%; margin: 0; justify-content: space-between; gap: .25rem .5rem;
-    min-height: 2rem; }
+  .states { order: 3; flex-wrap: wrap; width: 100%; margin: 0; justify-content: space-between;
+    gap: 0 .4rem; min-height: 2rem; font-size: .93rem; }
   .banner { padding: .5rem 1rem; }
   main { padding: 1rem 1rem 3rem; }
   .headline { width: 100%; }
@@ -8042,14 +8044,18 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
   .meter .bar, .meter .trace-box { grid-column: 1 / -1; grid-row: 2; margin-top: .2rem; }
   .chips { flex-wrap: nowrap; overflow-x: auto; } .chips button { flex: none; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .tile { padding: .6rem .7rem; }
+  .tile { padding: .6rem .7rem; } .tile:last-child { grid-column: 1 / -1; }
+  .tile dd.figure { font-size: 1.25rem; }
+  svg.trace { height: 12px; }
   .facts, .drawer-body .facts { grid-template-columns: minmax(0, 1fr); }
   .facts > div { grid-template-columns: 7.5rem minmax(0, 1fr); }
-  #log-lines li { grid-template-columns: 5rem minmax(0, 1fr); padding: .15rem .6rem; }
+  #log-lines li { grid-template-columns: 5rem minmax(0, 1fr); padding: .15rem .6rem;
+    content-visibility: visible; }
   #log-lines li > :last-child { grid-column: 1 / -1; white-space: pre-wrap; overflow-wrap: anywhere; }
   #requests-table, #requests-table tbody { display: block; }
   #requests-table thead { display: none; }
-  #requests-table tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .1rem .75rem;
+  #requests-table tr { display: grid; grid-template-columns: 5rem minmax(0, 1.6fr) minmax(0, 1fr);
+    gap: .1rem .75rem;
     padding: .55rem .8rem;
     border-bottom: 1px solid var(--line); }
   #requests-table td { width: auto; padding: 0; border: 0; text-align: left; }
@@ -8591,7 +8597,8 @@ function started(data) {
 function progressed(data) {
   const {requestId, timestamp, source, state, model, elapsedMs, cachedTokens, contextSize, contextUsed,
     ...progress} = data;
-  const news = {source, state, elapsedMs, progress}, before = page.requests.get(requestId);
+  const news = {state, elapsedMs, progress}, before = page.requests.get(requestId);
+  if (source) news.source = source;
   if (model) news.model = model;
   if (known(contextSize)) news.context = {size: contextSize, used: contextUsed};
   if (known(cachedTokens)) {
@@ -8915,12 +8922,15 @@ function paintHeader() {
   showState("state-stream", "Stream", ...streamState());
 }
 
+/* LM Studio's verbose logging is off: so many entries, and none from its engine. */
+const terse = log => log.verbose === false && log.entries > 20;
+
 function logState(log) {
   if (log.enabled === false) return ["muted", "off"];
   if (log.problem) return ["error", "not readable", log.problem];
   if (!log.file) return ["warn", "no file yet"];
   const name = String(log.file).split(/[\\/]/).pop();
-  if (log.verbose === false) return ["warn", "not verbose", name];
+  if (terse(log)) return ["warn", "not verbose", name];
   return log.behindBytes > 1e6 ? ["warn", "behind", bytes(log.behindBytes)] : ["ok", "reading", name];
 }
 
@@ -8942,16 +8952,16 @@ const MONITORING = "Set ENABLE_LOG_MONITORING=true to see prompts being read and
 
 /* What is wrong and how to mend it, the worst first: [colour, what, remedy]. */
 function problems() {
-  const {lmstudio = {}, log = {}} = page.status ?? {}, low = known(log.freeBytes) && log.freeBytes < 2 ** 31;
+  const {lmstudio = {}, log = {}} = page.status ?? {};
+  const warnings = Array.isArray(log.warnings) ? log.warnings.map(text => String(text).split(/: (.*)/s)) : [];
   const rows = [
     [lmstudio.up === false, "error", "LM Studio is not answering",
       (lmstudio.reason ? lmstudio.reason + ". " : "") + START],
     [log.problem, "error", "The log cannot be followed", log.problem],
     [log.enabled === false, "warn", "The log is not followed", MONITORING],
-    [log.verbose === false && log.entries > 20, "warn",
-      "LM Studio writes no DEBUG lines, so most figures of its engine are missing", VERBOSE],
-    [low, "warn", "The disk is nearly full",
-      `${bytes(log.freeBytes)} are free beside LM Studio's logs, which hold ${bytes(log.directoryBytes)}.`],
+    [terse(log), "warn", "LM Studio writes no DEBUG lines, so most figures of its engine are missing",
+      VERBOSE],
+    ...warnings.map(([what, remedy = ""]) => [true, "warn", what, remedy]),
   ];
   return rows.filter(([is]) => is).map(row => row.slice(1));
 }
@@ -9128,7 +9138,7 @@ function paintFirstRun() {
   if (!page.signedOut) for (const id of ["trends", "charts", "requests"]) $(id).hidden = first;
   if (box.hidden === first) touch("banners");
   box.hidden = !first;
-  const shown = JSON.stringify([gateway, lmstudio.up, log.file, log.problem, log.verbose]);
+  const shown = JSON.stringify([gateway, lmstudio.up, log.file, log.problem, log.verbose, terse(log)]);
   if (!first || !outdated(box, shown)) return;
   const here = location.origin, secret = gateway.keyNeeded ? ' -H "Authorization: Bearer YOUR_KEY"' : "";
   const lan = (Array.isArray(gateway.lanUrls) ? gateway.lanUrls : []).filter(url => url !== here);
@@ -9155,7 +9165,8 @@ function checks(lmstudio, log) {
     [lmstudio.up, "LM Studio answers", "LM Studio does not answer", START],
     log.enabled === false ? [false, "", "Its log is not followed", MONITORING]
       : [followed, "Its log is followed", "No log file was found", why + FILE_LOGGING],
-    [log.verbose ?? null, log.verbose ? "It writes DEBUG lines" : "Whether it writes DEBUG lines shows later",
+    [terse(log) ? false : log.verbose || null,
+      log.verbose ? "It writes DEBUG lines" : "Whether it writes DEBUG lines shows later",
       "It writes no DEBUG lines", VERBOSE],
   ];
 }
@@ -9321,10 +9332,10 @@ function grid(svg, width, ticks, y) {
   }
 }
 
-/* A round number at or above n: 1, 2 or 5 times a power of ten. */
+/* A round number at or above n. */
 function round(n) {
   const power = 10 ** Math.floor(Math.log10(n || 1));
-  return [1, 2, 5, 10].find(step => step * power >= n - 1e-9) * power;
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find(step => step * power >= n - 1e-9) * power;
 }
 
 const modelSeats = [];      // model names by the number of their colour
@@ -9344,7 +9355,7 @@ const FIRST_TICKS = [[100, "0.1 s"], [1000, "1 s"], [10000, "10 s"], [60000, "1 
 
 function firstTokens(all) {
   const rows = all.filter(r => known(firstOf(r))).sort((a, b) => a.started - b.started).slice(-ROWS);
-  const means = [["p50", middle(rows, firstOf)], ["p95", middle(rows, firstOf, 0.95)]];
+  const means = [["p50", middle(rows, firstOf), 12], ["p95", middle(rows, firstOf, 0.95), -4]];
   const tones = new Map(different(rows.map(modelOf)).map(name => [name, modelTone(name)]));
   const named = [...tones].filter(([, tone]) => tone < 5), others = tones.size > named.length;
   const y = ms => {         // 0.1 s to 10 min, logarithmic
@@ -9360,13 +9371,14 @@ function firstTokens(all) {
     draw(svg, width) {
       const begin = now() - HOUR_MS, x = t => LEFT + Math.max(0, t - begin) / HOUR_MS * inner(width);
       grid(svg, width, FIRST_TICKS, y);
-      for (let t = Math.ceil(begin / 600000) * 600000; t < begin + HOUR_MS; t += 600000) {
+      const step = width < 400 ? 1200000 : 600000;
+      for (let t = Math.ceil(begin / step) * step; x(t) < width - RIGHT - 16; t += step) {
         svg.append(label(x(t), HEIGHT - 6, "middle", clockTime(t, false)));
       }
       for (const r of rows) svg.append(dot(r, tones.get(modelOf(r)), x(r.started), y(firstOf(r))));
-      for (const [name, ms] of means) {
+      for (const [name, ms, lower] of means) {
         svg.append(dashed({x1: LEFT, x2: width - RIGHT, y1: y(ms), y2: y(ms)}),
-          label(LEFT + 4, y(ms) - 4, "start", name + " " + span(ms)));
+          label(LEFT + 4, y(ms) + lower, "start", name + " " + span(ms)));
       }
     },
   };
@@ -9425,7 +9437,7 @@ function histogram(all, of, tone) {
   const means = [0.5, 0.95, 0.99].map(share => ["p" + 100 * share, quantile(sorted, share)]);
   const said = means.map(([name, value]) => name + " " + rate(value)), bins = Array(20).fill(0);
   for (const value of sorted) bins[Math.min(19, Math.floor(value / step))] += 1;
-  const most = Math.max(2, round(Math.max(...bins)));
+  const most = Math.ceil(round(Math.max(2, ...bins)));
   const range = at => `${rate(at * step)} to ${rate((at + 1) * step)}`;
   return {
     legend: [el("li", sorted.length ? listed(said) + " tok/s" : "\u00a0")],
@@ -9465,9 +9477,9 @@ const COLUMNS = [
   ["queue", "Queue", "num", queueOf, r => span(queueOf(r))],
   ["first", "First token", "num", firstOf, r => span(firstOf(r))],
   ["prompt", "Prompt (cached)", "num", promptOf, promptText],
-  ["prefill", "Prompt tok/s", "num", prefillOf, r => rate(prefillOf(r))],
+  ["prefill", "Read tok/s", "num", prefillOf, r => rate(prefillOf(r))],
   ["output", "Output", "num", outputOf, outputTokens],
-  ["decode", "Gen. tok/s", "num", decodeOf, r => rate(decodeOf(r))],
+  ["decode", "Write tok/s", "num", decodeOf, r => rate(decodeOf(r))],
   ["total", "Total", "num", elapsedOf, r => ended(r) ? span(r.totalTimeMs) : running(elapsedOf(r))],
   ["finish", "Finish", "isolate", r => words(r.finishReason)],
 ];
@@ -9819,10 +9831,9 @@ async function readUsage() {
   const by = $("usage-by").value, asked = `?by=${by}&since=${$("usage-since").value}`;
   $("usage-csv").href = "/debug/usage" + asked + "&format=csv";
   const rows = (await get("/debug/usage" + asked))?.rows;
-  if (!Array.isArray(rows)) return;
-  $("usage-table").replaceChildren(rows.length ? table([by, ...USAGE.map(([text]) => text)],
-    rows.map(row => [words(row[by]), ...USAGE.map(([, show]) => show(row))]))
-    : el("p.empty", "No request in this time."));
+  const none = Array.isArray(rows) ? "No request in this time." : "The history does not answer.";
+  $("usage-table").replaceChildren(rows?.length ? table([by, ...USAGE.map(([text]) => text)],
+    rows.map(row => [words(row[by]), ...USAGE.map(([, show]) => show(row))])) : el("p.empty", none));
 }
 
 // --- 17. server facts, and the title
@@ -9984,7 +9995,10 @@ function listen() {
   document.addEventListener("keydown", onKey);
   document.addEventListener("visibilitychange", onReturn);
   for (const event of ["online", "pageshow"]) addEventListener(event, onReturn);
-  addEventListener("resize", () => touch("charts"));
+  addEventListener("resize", () => {
+    PANELS.charts.due = 0;
+    touch("charts");
+  });
   addEventListener("scroll", () => { if (view.since !== null) touch("requests"); }, {passive: true});
   prefersDark.addEventListener("change", () => setTheme(stored("theme", "auto")));
 }
@@ -9993,9 +10007,9 @@ function listen() {
 function tick() {
   stream.watch();
   if (document.hidden) return;
-  const active = runningOnes(), quarter = Math.round(Date.now() / 1000) % 5 === 0;
+  const active = runningOnes();
   touch("now");
-  if (quarter) touch("tiles", "charts");
+  if (Math.round(Date.now() / 1000) % 5 === 0) touch("tiles", "charts");
   if (active.length) touch("requests");
   if (live() && Date.now() - page.asked > 5000) wantStatus();
   if (active.some(r => r.source === "lmstudio")) wantRequests();
