@@ -1002,7 +1002,7 @@ class Chat:
         self.untimed = False  # it writes no timings of llama.cpp's
         self.engine_model = None  # model, where it is certain that those lines are this chat's
         self.certain = True  # the engine's lines can be no other chat's
-        self.task = None  # G2 and G3: the engine's number for it
+        self.task = self.slot = None  # G2 and G3: the engine's numbers for it
         self.begun = self.read = False  # G1: its prompt has begun to be read, has been read
         self.app_progress = self.app_read = False  # the app has told of its progress, up to 100 %
         self.first_token = False
@@ -1472,7 +1472,7 @@ class Story:
                     chat.certain, chat.engine_model = False, shared_model(together)
             if known.certain and known.model:
                 self._engines[known.model] = self._writer
-        self._at[self._writer] = known
+        self._at[self._writer], known.slot = known, slot
         if task not in (None, "-1"):
             self._tasks[task], known.task = known, task
             while len(self._tasks) > CHATS_KEPT:
@@ -1663,7 +1663,7 @@ ENGINE_SAYS = frozenset(("lmstudio_sampling_params", "lmstudio_token_info", "lms
 ENDINGS = frozenset(("finish", "prediction", "response"))
 TIMINGS = frozenset(("timings", "prompt_eval", "eval", "total", "draft", "release"))
 STATS = ("completionTokens", "promptTokensPerSecond", "tokensPerSecond", "timeToFirstTokenMs", "promptMs",
-         "totalMs", "draftTokens", "acceptedDraftTokens")
+         "totalMs", "draftTokens", "acceptedDraftTokens", "reasoningTokens")
 
 
 def first_line(entry):
@@ -1691,17 +1691,25 @@ def prediction_of(text):
     return body if isinstance(body, dict) else {}
 
 
+def numbers(body, *path):
+    """The members of an object in parsed JSON that are numbers; {} where the path leads to no object."""
+    for name in path:
+        body = body.get(name) if isinstance(body, dict) else None
+    return {name: value for name, value in body.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)} if isinstance(body, dict) else {}
+
+
 def prediction_figures(body):
     """(counts, speeds) of a prediction: /v1 has usage, /api/v0 also stats in s, /api/v1/chat only stats."""
-    usage, stats = ({name: value for name, value in part.items() if isinstance(value, (int, float))}
-                    for part in (body.get(key) if isinstance(body.get(key), dict) else {}
-                                 for key in ("usage", "stats")))
+    usage, stats = numbers(body, "usage"), numbers(body, "stats")
+    detail = numbers(body, "usage", "completion_tokens_details")
     first = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
     both = {**stats, **usage}
     counts = figures(promptTokens=both.get("prompt_tokens", both.get("input_tokens")),
                      completionTokens=both.get("completion_tokens",
                                                both.get("total_output_tokens", both.get("output_tokens"))),
                      timeToFirstTokenMs=None if first is None else round(first * 1000, 3),
+                     reasoningTokens=stats.get("reasoning_output_tokens", detail.get("reasoning_tokens")),
                      draftTokens=both.get("total_draft_tokens_count"),
                      acceptedDraftTokens=both.get("accepted_draft_tokens_count"))
     return counts, figures(tokensPerSecond=stats.get("tokens_per_second"))
@@ -2131,7 +2139,7 @@ class Record:
         self.state, self.entered = "waiting", {"waiting": clock}  # state -> clock when it began
         self.status = self.ended = None
         self.usage = None  # tokenUsage
-        self.first_ms = self.total_ms = self.speed = self.read_speed = None
+        self.first_ms = self.total_ms = self.speed = self.read_speed = self.overhead_s = None
         self.finish = self.error = self.operation = None
         self.percent = self.prompt_tokens = self.cache = self.context_size = self.sampling = None
         self.drafted = self.accepted = None  # tokens of a draft model, and those of them that were taken
@@ -2698,6 +2706,7 @@ DURATION_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640,
               1280)  # a home prefill takes minutes
 A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000)
 A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 SERIES = 500  # of one metric; what comes beyond them is counted as "other"
 MODELS = 100  # names of models that become labels
 
@@ -2723,6 +2732,7 @@ METRICS = (
     Metric("lmstudio_requests_total", "counter", ("model",), "Predictions that the log shows finished"),
     Metric("lmstudio_input_tokens_total", "counter", ("model",), "Prompt tokens of them"),
     Metric("lmstudio_output_tokens_total", "counter", ("model",), "Generated tokens of them"),
+    Metric("lmstudio_reasoning_tokens_total", "counter", ("model",), "Those of them that are reasoning"),
     Metric("lmstudio_accepted_draft_tokens_total", "counter", ("model",), "Draft tokens that were taken"),
     Metric("lmstudio_cached_input_tokens_total", "counter", ("model",),
            "Prompt tokens reused from the cache"),
@@ -2733,7 +2743,7 @@ METRICS = (
     Metric("lmstudio_generation_seconds", "histogram", ("model",), "Time to generate the answer", DURATION_S),
     Metric("lmstudio_prompt_tokens_per_second", "histogram", ("model",), "Speed of reading", A_SECOND),
     Metric("lmstudio_tokens_per_second", "histogram", ("model",), "Speed of generating", A_SECOND),
-    Metric("lmstudio_prompt_progress_ratio", "gauge", ("request", "model"),
+    Metric("lmstudio_prompt_progress_ratio", "gauge", ("model", "slot"),
            "How much of a prompt has been read"),
     Metric("lmstudio_log_lines_total", "counter", ("dialect",),
            "Engine lines recognised, by engine generation"),
@@ -2755,6 +2765,8 @@ METRICS = (
            "From arrival to the first content, reasoning or tool call", DURATION_S),
     Metric("lmstudio_gateway_time_per_output_token_seconds", "histogram", ("model",),
            "Between tokens of a stream, at the mean", A_TOKEN_S),
+    Metric("lmstudio_gateway_overhead_seconds", "histogram", (),
+           "From a request's last byte to its first byte to LM Studio", OVERHEAD_S),
     Metric("lmstudio_gateway_requests_in_flight", "gauge", ("model",), "Requests that are running"),
     Metric("lmstudio_gateway_requests_queued", "gauge", ("model",), "Those that wait in LM Studio's queue"),
     Metric("lmstudio_gateway_client_disconnects_total", "counter", ("phase",),
@@ -2827,6 +2839,7 @@ class Figures:
         endpoint = record.target if record.target in DIALECTS else "other"
         self.add("lmstudio_gateway_requests_total", key, model, endpoint, str(record.status or 0))
         self.count_tokens(record)
+        self.observe("lmstudio_gateway_overhead_seconds", record.overhead_s)
         stream = "true" if record.stream else "false"
         self.observe("lmstudio_gateway_request_duration_seconds", record.total_ms / 1000, endpoint, model,
                      stream)
@@ -2868,7 +2881,7 @@ class Figures:
             flight[labels] += record.source == "gateway"
             queued[labels] += record.state == "queued"
             if record.state == "prompt" and record.percent is not None:
-                prompts[(record.id, *labels)] = round(record.percent / 100, 4)
+                prompts[(*labels, record.chat.slot or "")] = round(record.percent / 100, 4)
         return {"lmstudio_gateway_requests_in_flight": flight, "lmstudio_gateway_requests_queued": queued,
                 "lmstudio_prompt_progress_ratio": prompts,
                 "lmstudio_gateway_correlated_total": {(name,): n for name, n in requests.bound().items()}}
@@ -2882,7 +2895,7 @@ class Figures:
     def on_stats(self, data, model):
         self.add("lmstudio_requests_total", model)
         for name, field in (("input", "promptTokens"), ("output", "completionTokens"),
-                            ("accepted_draft", "acceptedDraftTokens")):
+                            ("reasoning", "reasoningTokens"), ("accepted_draft", "acceptedDraftTokens")):
             if data.get(field):
                 self.add(f"lmstudio_{name}_tokens_total", model, amount=data[field])
         first, speed = data.get("timeToFirstTokenMs"), data.get("tokensPerSecond")
@@ -4300,6 +4313,7 @@ class Request:
         self.client = ""  # address
         self.encrypted = False
         self.body: Any = b""  # bytes-like
+        self.arrived = 0.0  # clock when its last byte had come
         self.identity: Any = None  # whose key it carried, once it has been checked
         self.forwarded = False  # it goes on to LM Studio
         self.told = False  # the log has its line
@@ -5109,6 +5123,7 @@ class Exchange(Passage):
         gateway.hub.begin(self.record)
 
     def open(self):
+        self.record.overhead_s = time.monotonic() - self._request.arrived
         answer = super().open()
         stream = answer.header("content-type").lower().startswith(STREAM_MARKS)
         self.cuts = self._asked.cut and stream
@@ -5452,6 +5467,10 @@ def gauges_of(gateway):
         gauges["lmstudio_model_loaded"] = {(name, kind): 1 for name, kind, _ in models}
         gauges["lmstudio_model_context_length_tokens"] = {
             (name, kind): context for name, kind, context in models if context}
+    volume = gateway.volume.facts() if gateway.volume else {}
+    for name, fact in (("lmstudio_log_directory_bytes", "directoryBytes"),
+                       ("lmstudio_log_filesystem_free_bytes", "freeBytes")):
+        gauges[name] = {(): volume[fact]} if volume.get(fact) is not None else {}
     return {**gauges, **(log_gauges(monitor) if monitor else {})}
 
 
@@ -5644,7 +5663,7 @@ class Handler(socketserver.BaseRequestHandler):
         request.forwarded = route is FORWARD
         request.identity = self._identify(walls, request, route)
         walls.check_origin(request, request.identity)
-        request.body = self.wire.body(request, gateway.config.max_body)
+        request.body, request.arrived = self.wire.body(request, gateway.config.max_body), time.monotonic()
         self.unread = False
         self.server.works(self.request, route.view)
         response = route.view(gateway, request)

@@ -2812,6 +2812,8 @@ def test_metrics_for_prometheus_agree_with_those_in_json(fronts, studio):
     labels = 'key="none",model="qwen/qwen3-8b",endpoint="/v1/chat/completions",code="200"'
     assert f"lmstudio_gateway_requests_total{{{labels}}} 3" in lines
     assert 'lmstudio_gateway_upstream_errors_total{kind="bad_status"} 1' in lines
+    assert "lmstudio_gateway_overhead_seconds_count 4" in lines
+    assert [line for line in lines if 'overhead_seconds_bucket{le="0.25"} 4' in line]
     assert 'lmstudio_gateway_tokens_total{key="none",model="qwen/qwen3-8b",type="input"} 63' in lines
     performance = json.loads(fetched(front, "/debug/metrics")[2])["performance"]
     assert (performance["totalRequests"], performance["totalErrors"], performance["errorRate"]) == (4, 1, 0.25)
