@@ -1656,7 +1656,7 @@ class Story:
 
 
 # What a Chat has from the engine's lines, and the events that tell it.
-ENGINE_SIDE = ("engine", "writer", "untimed", "engine_model", "task", "begun", "read", "tokens", "total",
+ENGINE_SIDE = ("engine", "writer", "untimed", "engine_model", "task", "slot", "begun", "read", "tokens", "total",
                "cached", "stats", "decoded", "timed")
 ENGINE_SAYS = frozenset(("lmstudio_sampling_params", "lmstudio_token_info", "lmstudio_cache_stats",
                          "lmstudio_prediction_stats"))
@@ -2147,7 +2147,8 @@ class Record:
         self.output_since = None  # clock of the first of them
         self.timeline = []  # (ms after the start, event name, data)
         self.held = []  # (event, clock) of its chat that may have been another's
-        self.chat, self.binding = None, "none"  # the log's Chat that it caused; "likely", "exact"
+        self.chat: Any = None
+        self.binding = "none"  # the log's Chat that it caused; "likely", "exact"
         self.doubted = False  # two chats had as much right to it
         self.counted = {}  # tokens that the figures have, by kind
         self._base = None  # (clock, percent) from which the prompt's speed is measured
@@ -2267,7 +2268,8 @@ class Record:
 
     def unbind(self):
         """Forget the chat and all that came from it."""
-        self.chat.record, self.chat, self.binding = None, None, "none"
+        chat, self.chat, self.binding = self.chat, None, "none"
+        chat.record = None
         self.percent = self._base = None
         self.timeline = []
         self.forget_engine()
@@ -2282,7 +2284,7 @@ class Record:
 
     def progress(self, clock):
         """What is known of a running request's progress, {} of nothing; speeds per second, etaMs in ms."""
-        known = {}
+        known: dict[str, Any] = {}
         if self.percent is not None:
             known["percent"] = self.percent
         if self.prompt_tokens is not None:
@@ -2799,8 +2801,8 @@ class Figures:
     """Counters and histograms since the start.  Pure; Hub's lock guards them."""
 
     def __init__(self):
-        self._values = {metric.name: {} for metric in METRICS}
-        self._models = set()
+        self._values: dict[str, dict] = {metric.name: {} for metric in METRICS}
+        self._models: set[str] = set()
 
     def add(self, name, *labels, amount=1):
         series = self._values[name]
@@ -6823,11 +6825,11 @@ REPORT = (  # heading, format, value of a row
     ("day", "{:10}", lambda row: row["day"]), ("model", "{:32.32}", lambda row: printable(row["model"])),
     ("requests", "{:>8,}", lambda row: row["requests"]), ("failed", "{:>6,}", lambda row: row["errors"]),
     ("prompt tok", "{:>12,}", lambda row: row["promptTokens"]),
-    ("cached", "{:>6}", lambda row: percent(row["cachedTokens"], row["promptTokens"])),
+    ("cached", "{:>6}", lambda row: share_text(row["cachedTokens"], row["promptTokens"])),
     ("output tok", "{:>12,}", lambda row: row["completionTokens"]),
     ("read tok/s", "{:>10}",
-     lambda row: speed(row["promptTokens"] - row["cachedTokens"], row["promptSeconds"])),
-    ("write tok/s", "{:>11}", lambda row: speed(row["completionTokens"], row["generationSeconds"])))
+     lambda row: speed_text(row["promptTokens"] - row["cachedTokens"], row["promptSeconds"])),
+    ("write tok/s", "{:>11}", lambda row: speed_text(row["completionTokens"], row["generationSeconds"])))
 
 
 def report_text(rows):
@@ -6843,11 +6845,11 @@ def printable(text):
     return str(text).translate(CONTROL)
 
 
-def percent(part, whole):
+def share_text(part, whole):
     return f"{100 * part / whole:.0f} %" if whole else "-"
 
 
-def speed(tokens, seconds):
+def speed_text(tokens, seconds):
     return f"{tokens / seconds:.1f}" if seconds and tokens > 0 else "-"
 
 
