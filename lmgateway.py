@@ -205,7 +205,8 @@ def networks(value):
 def unmapped(network):
     """An IPv4 network that is written as IPv6 (::ffff:192.168.1.0/120) as IPv4, any other as it is."""
     mapped = getattr(network.network_address, "ipv4_mapped", None)
-    return ipaddress.ip_network((mapped, network.prefixlen - 96)) if mapped and network.prefixlen >= 96 else network
+    return ipaddress.ip_network((mapped,
+                                 network.prefixlen - 96)) if mapped and network.prefixlen >= 96 else network
 
 
 def api_keys(value):
@@ -282,7 +283,8 @@ OPTIONS = (
            "DIR"),
     Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", None, True, boolean, "follow LM Studio's logs",
            "Logs"),
-    Option("log_dir_warn", "LOG_DIR_WARN_BYTES", None, 5_000_000_000, whole(0, 10**15, "use a number of bytes"),
+    Option("log_dir_warn", "LOG_DIR_WARN_BYTES", None, 5_000_000_000,
+           whole(0, 10**15, "use a number of bytes"),
            "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; 0 never", "Logs"),
     Option("log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs",
            "LEVEL"),
@@ -549,8 +551,10 @@ RULES = (
          r"|- cache state: |- prompt [0-9A-F]+:|saving idle slot|- saving prompt|clearing prompt|chat "
          r"format: |graphs reused" r"|loading model|initializing, n_slots|prompt_save: |statistics ",
          "0.30.013.273 I slot get_availabl: id  3 | task -1 | selected slot by LRU, t_last = -1"),
-    Rule("", "engine", "line", "G2 G3", r"LlamaV4(?:::|: server assigned slot \d+ to task)", "LlamaV4: server assigned slot 1 to task 3416"),
-    Rule("", "engine", "line", "G2 G3", r"[IWED]?(?<=[\dIWED|])$", "0.30.015.244 I"),   # the rest is under the next header
+    Rule("", "engine", "line", "G2 G3", r"LlamaV4(?:::|: server assigned slot \d+ to task)",
+         "LlamaV4: server assigned slot 1 to task 3416"),
+    Rule("", "engine", "line", "G2 G3", r"[IWED]?(?<=[\dIWED|])$", "0.30.015.244 I"),
+    # the rest is under the next header
     # --- sampling parameters: G1 writes the first on the heading's line, G3 on lines of their own
     Rule("sampling", "engine", "line", "G1", r"[Ss]ampling params:" + PAIRS,
          "Sampling params:\trepeat_last_n = 64, repeat_penalty = 1.100"),
@@ -1025,18 +1029,26 @@ class Chat:
         return None not in (total, self.total) and self.engine and abs(self.total - total) <= 1
 
 
-class Received(NamedTuple):
+class Received:
     """A request as the log has it, before its chat begins.  text holds the body, long strings cut."""
 
-    moment: Moment
-    path: str
-    text: str
+    def __init__(self, moment, path, text):
+        self.moment, self.path, self.text = moment, path, text
+        self.doubted = False  # another one could have been meant when a chat began
+
+    @functools.cached_property
+    def body(self):
+        """The body, {} where it is hidden or cut."""
+        return prediction_of(self.text)
 
     @property
-    def messages(self):
-        """How many messages the body has; None where it does not tell."""
-        messages = prediction_of(self.text).get("messages")
-        return len(messages) if isinstance(messages, list) else None
+    def model(self):
+        return self.body.get("model")
+
+    def fits(self, chat):
+        """True when the chat has as many messages, or the body does not tell."""
+        messages = self.body.get("messages")
+        return not isinstance(messages, list) or len(messages) == chat.messages
 
 
 def pick(chats, *preferences):
@@ -1151,11 +1163,15 @@ class Story:
     def _request_of(self, chat):
         """The Received that a new chat answers, None where several fit; it waits no longer."""
         recent = [row for row in self._received if chat.started.epoch - row.moment.epoch < SETTLING_S]
-        fitting = [row for row in recent if len(recent) == 1 or row.messages in (None, chat.messages)]
+        fitting = [row for row in recent if len(recent) == 1 or row.fits(chat)]
+        named = [row for row in fitting if row.model and row.model == chat.model]
+        fitting = named or fitting
         if not fitting:
             return None
         self._received.remove(fitting[0])
-        return fitting[0] if len(fitting) == 1 else None
+        for row in fitting[1:]:     # which of them is the next chat's, nobody can say any more
+            row.doubted = True
+        return fitting[0] if len(fitting) == 1 and not fitting[0].doubted else None
 
     def on_stream(self, entry):
         found = [chat for chat in self._of(entry) if not chat.stream and not chat.engine] or self._of(entry)
@@ -1656,7 +1672,8 @@ class Story:
 
 
 # What a Chat has from the engine's lines, and the events that tell it.
-ENGINE_SIDE = ("engine", "writer", "untimed", "engine_model", "task", "slot", "begun", "read", "tokens", "total",
+ENGINE_SIDE = ("engine", "writer", "untimed", "engine_model", "task", "slot", "begun", "read", "tokens",
+               "total",
                "cached", "stats", "decoded", "timed")
 ENGINE_SAYS = frozenset(("lmstudio_sampling_params", "lmstudio_token_info", "lmstudio_cache_stats",
                          "lmstudio_prediction_stats"))
@@ -1696,7 +1713,8 @@ def numbers(body, *path):
     for name in path:
         body = body.get(name) if isinstance(body, dict) else None
     return {name: value for name, value in body.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)} if isinstance(body, dict) else {}
+            if isinstance(value, (int, float))
+            and not isinstance(value, bool)} if isinstance(body, dict) else {}
 
 
 def prediction_figures(body):
@@ -2047,7 +2065,7 @@ class Asked(NamedTuple):
     model: str | None = None
     stream: bool = False
     messages: int | None = None
-    fingerprint: int | None = None
+    fingerprint: Print | None = None
     cut: bool = False  # usage was asked for on the client's behalf
     body: Any = None  # the bytes to send: the client's, or with the question for usage
 
@@ -2084,11 +2102,20 @@ def shortened(value):
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+class Print(NamedTuple):
+    """Fingerprints of a request body: of what it asks, and of all its other members."""
+
+    prompt: int
+    rest: int
+
+
 def fingerprint(body):
-    """A number for what a request body asks; its copy in LM Studio's log has the same.  None for nothing."""
+    """The Print of a request body; its copy in LM Studio's log has the same.  None where it asks nothing."""
     asked = {name: body[name] for name in ("messages", "input", "prompt", "system") if body.get(name)}
+    rest = {name: value for name, value in body.items() if name not in asked and name != "stream_options"}
     try:
-        return hash(json.dumps(shortened(asked), sort_keys=True)) if asked else None
+        return Print(*(hash(json.dumps(shortened(part), sort_keys=True))
+                       for part in (asked, rest))) if asked else None
     except (RecursionError, ValueError):
         return None
 
@@ -2147,8 +2174,8 @@ class Record:
         self.output_since = None  # clock of the first of them
         self.timeline = []  # (ms after the start, event name, data)
         self.held = []  # (event, clock) of its chat that may have been another's
-        self.chat: Any = None
-        self.binding = "none"  # the log's Chat that it caused; "likely", "exact"
+        self.chat: Any = None  # the log's Chat that it caused
+        self.binding = "none"  # or "likely", "exact"
         self.doubted = False  # two chats had as much right to it
         self.counted = {}  # tokens that the figures have, by kind
         self._base = None  # (clock, percent) from which the prompt's speed is measured
@@ -2412,6 +2439,7 @@ ENGINE_EVENTS = frozenset((  # made of lines that name no model
     "lmstudio_sampling_params", "lmstudio_token_info", "lmstudio_cache_stats", "lmstudio_processing_start",
     "lmstudio_prediction_stats"))
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its chat, for so long
+LAG_S = 1.0  # a chat whose request is over must have turned up within this
 SKEW_S = 2  # between the clocks of this machine and of the log, which has whole seconds
 ARRIVAL_S = 2  # LM Studio logs a request's chat within this after the request came, unless it loads a model
 
@@ -2422,15 +2450,14 @@ class Logged(NamedTuple):
     path: str | None = None
     model: str | None = None
     stream: bool | None = None
-    fingerprint: int | None = None
+    fingerprint: Print | None = None
 
 
 def logged_request(received):
     """The Logged of a Received.  A body that is hidden or cut tells nothing beyond its path."""
     if received is None:
         return Logged()
-    body = prediction_of(received.text)
-    model = body.get("model")
+    body, model = received.body, received.model
     return Logged(received.path, model if isinstance(model, str) else None,
                   body.get("stream") is True if body else None, fingerprint(body))
 
@@ -2441,14 +2468,15 @@ class Requests:
     LM Studio's log names no request (LOGS.md 3d), so a request and a chat are bound only where nothing
     else is left.  A chat is met at its first event; the requests that may have caused it are those that
 
-    1. were sent before its line was read, are not bound, and are running or were until just now: the log
-       is followed live, and LM Studio writes `Running chat completion` when a request arrives;
+    1. were sent before its line was read, are not bound, and run or did so until just now (LAG_S): the log
+       is followed live, and LM Studio writes `Running chat completion` when a request arrives.  One that
+       was refused can only be the cause of a chat that ends in an error;
     2. did not begin after the time in the chat's header, give or take SKEW_S: a backlog is no answer;
     3. asked with as many messages, where the dialect says how many there will be;
     4. asked for the chat's model, or for a name that LM Studio has never been seen to serve itself: it
        answers an unknown name with the model that is loaded, and a known one never with another;
     5. do not differ from the logged copy of the request, where the log shows one: path, model, stream and
-       a fingerprint of the prompt.
+       a fingerprint of the prompt; of its other members, too, once a copy was the same in all of them.
 
     One request whose fingerprint is the copy's: bound, exact.  One request left, which is no other chat's
     only one: bound, likely.  More than one: not bound, and looked at again whenever another binding takes
@@ -2471,6 +2499,7 @@ class Requests:
         self._open = {}  # id -> Record that can still be bound, or learn
         self._loose = []  # [(chat, candidates, Logged)] not bound yet
         self._names = {}  # model asked for -> model that answered
+        self._copies_are_true = False  # a logged copy of a request was the same in all its members
         self._numbers = itertools.count(1)
 
     def begin(self, record):
@@ -2533,7 +2562,7 @@ class Requests:
         if not chat.met:
             chat.met = True
             self._meet(chat, clock)
-        elif chat.record is None and (chat.stats or chat.counts):
+        elif chat.record is None and (chat.stats or chat.counts or chat.ended):
             self._settle(clock)
         return chat.record
 
@@ -2541,10 +2570,12 @@ class Requests:
         logged = logged_request(chat.received)
         if chat.model:
             self._learn_name(chat.model, chat.model)
-        candidates = [record for record in self._open.values() if self._may_cause(record, chat, logged)]
-        same = [record for record in candidates if logged.fingerprint is not None
+        candidates = [record for record in self._open.values()
+                      if still_expected(record, clock) and self._may_cause(record, chat, logged)]
+        same = [record for record in candidates if logged.fingerprint
                 and record.fingerprint == logged.fingerprint]
-        if len(same) == 1:
+        self._copies_are_true = self._copies_are_true or bool(same)
+        if len(same) == 1 and fate_fits(same[0], chat):
             self._bind(same[0], chat, "exact")
         elif candidates:
             self._loose.append((chat, candidates, logged))
@@ -2563,8 +2594,13 @@ class Requests:
                 and (logged.path is None or logged.path.rstrip("/") == record.target)
                 and (logged.model is None or logged.model == asked)
                 and (logged.stream is None or logged.stream == record.stream)
-                and (logged.fingerprint is None or record.fingerprint is None
-                     or logged.fingerprint == record.fingerprint))
+                and self._may_be_copy(record.fingerprint, logged.fingerprint))
+
+    def _may_be_copy(self, ours, theirs):
+        """True unless the logged copy differs.  Of members beside the prompt it is believed once one was the same."""
+        if ours is None or theirs is None:
+            return True
+        return ours == theirs if self._copies_are_true else ours.prompt == theirs.prompt
 
     def _settle(self, clock):
         """Bind what has become certain; what no request can have caused any more is LM Studio's own."""
@@ -2577,6 +2613,7 @@ class Requests:
         self._loose = [row for row in self._loose if row[1]]
         only = Counter(candidates[0].id for _, candidates, _ in self._loose if len(candidates) == 1)
         for chat, candidates, _ in self._loose:
+            candidates = [record for record in candidates if fate_fits(record, chat)]
             proven = [record for record in candidates if agrees(record, chat)]
             if len(proven) == 1 and not any(agrees(proven[0], other) for other, *_ in self._loose
                                             if other != chat):
@@ -2681,6 +2718,17 @@ class Requests:
             if record.source == "lmstudio" and record.chat.ended is not None:
                 record.end(clock, Outcome(OUTCOMES.get(record.chat.ended, "done")))
                 self._own_over(record)
+
+
+def still_expected(record, clock):
+    """True when a request's chat may still turn up: it runs, or has ended so lately that the log may lag."""
+    return record.ended is None or clock - record.ended < LAG_S
+
+
+def fate_fits(record, chat):
+    """False for a request that LM Studio refused and a chat that went on."""
+    refused = record.ended is not None and record.status is not None and record.status >= 400
+    return not refused or chat.ended == "error"
 
 
 def agrees(record, chat):
@@ -4485,7 +4533,8 @@ def parse_head(lines):
     """The Request of a head's lines, body not yet read.  Raises HttpError."""
     first = FIRST_LINE.fullmatch(lines[0])
     version = (int(first[3]), int(first[4])) if first else (0, 0)
-    if first and version[0] != 1 or not first and re.search(r" HTTP/(?![01]\.\d$)\d+(?:\.\d+)?$", lines[0][-20:]):
+    if first and version[0] != 1 or not first and re.search(r" HTTP/(?![01]\.\d$)\d+(?:\.\d+)?$",
+                                                            lines[0][-20:]):
         raise HttpError(505, "http_version", "use HTTP/1.1", close=True)
     if not first:
         raise bad("the request line is malformed")
@@ -4782,8 +4831,10 @@ class Walls:
 
         While an address has its fill of wrong keys only those are looked at that were right from there."""
         given = [digest(key) for key in offered]
-        if self._waiting[address] >= MOST_WAITING and not any((address, one) in self._proven for one in given):
-            raise HttpError(429, "too_many_attempts", "too many wrong keys came from this address; wait a few seconds",
+        if self._waiting[address] >= MOST_WAITING and not any((address, one) in self._proven
+                                                              for one in given):
+            raise HttpError(429, "too_many_attempts",
+                            "too many wrong keys came from this address; wait a few seconds",
                             [("Retry-After", f"{LONGEST_WAIT_S:.0f}")])
         for one in given:
             found = self._find(one)
@@ -6176,10 +6227,11 @@ lmgateway.py [options]              gateway, log monitor and dashboard beside LM
 def build_parser():
     """The ArgumentParser: commands by hand, options from OPTIONS."""
     parser = Arguments(prog="lmgateway.py", usage=USAGE, allow_abbrev=False, add_help=False,
-                       formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26, width=100),
+                       formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26,
+                                                         width=100),
                        description="A gateway, log monitor and dashboard for LM Studio.",
-                       epilog="Flags count before the environment, that before .env, that before defaults; see "
-                       "also README.md.")
+                       epilog="Flags count before the environment, that before .env, that before defaults. Only as "
+                       f"variables: {', '.join(row.variable for row in OPTIONS if not row.flag)}. The README says more.")
     commands = parser.add_argument_group("Commands")
     commands.add_argument("--tail-only", action="store_true",
                           help="print this machine's events; PATH ...: replay saved logs")
@@ -6248,7 +6300,8 @@ def main(argv=None):
         for warning in warnings:
             log.warning(warning)
         for name, command in (("new_key", new_key), ("list_keys", list_keys), ("revoke_key", revoke_key),
-                              ("tail_only", tail_only), ("watch", watch), ("report", report), ("prune", prune),
+                              ("tail_only", tail_only), ("watch", watch), ("report", report),
+                              ("prune", prune),
                               ("print_launchd", print_launchd)):
             if getattr(args, name) not in (None, False):
                 return command(args, config)
@@ -6265,7 +6318,8 @@ def main(argv=None):
 COMMANDS = ("tail_only", "watch", "report", "demo", "check", "prune", "new_key", "list_keys", "revoke_key",
             "print_launchd")
 COMPANIONS = {  # flag -> the commands that it goes with
-    "json": ("tail_only", "watch", "report", "check"), "events": ("tail_only", "watch"), "from_start": ("tail_only", "watch"), "yes": ("prune",), "rights": ("new_key",)}
+    "json": ("tail_only", "watch", "report", "check"), "events": ("tail_only", "watch"),
+    "from_start": ("tail_only", "watch"), "yes": ("prune",), "rights": ("new_key",)}
 
 
 def flag_of(name):
@@ -7516,7 +7570,8 @@ LOG_SETTINGS = (  # (setting, value, mark, what that means, remedy)
      "Redact Content: on, where others can read this disk (figures of plain requests then go, too)"),
     ("logSensitiveData", False, "ok", "prompts and answers are redacted in LM Studio's logs", ""),
     ("logIncomingTokens", True, "warn",
-     "every token is logged: the files grow with the square of an answer's length", "Log Incoming Tokens: off"),
+     "every token is logged: the files grow with the square of an answer's length",
+     "Log Incoming Tokens: off"),
 )
 
 
@@ -7560,7 +7615,8 @@ def check_newest_log(patient):
         yield Finding("warn", "no DEBUG lines: no cache, token and speed figures of streams",
                       f"{LOGS_MENU} > Verbose Logging: on")
     if parser.unknown > parser.lines / 10:
-        yield Finding("warn", f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version "
+        yield Finding("warn",
+                      f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version "
                       "does not know", "look for a newer lmgateway; /debug/status shows samples")
 
 
@@ -7645,7 +7701,8 @@ def check_clock(patient):
         moment, written = patient.parser.last_moment, os.stat(patient.newest.path).st_mtime
         if moment and abs(moment.epoch - written) > 900:
             yield Finding("warn", f"the newest log's last entry says {moment.utc}, its file "
-                          f"{utc_text(written)}", "give lmgateway LM Studio's time zone (environment variable TZ), or mend the clock")
+                          f"{utc_text(written)}",
+                          "give lmgateway LM Studio's time zone (environment variable TZ), or mend the clock")
 
 
 BUILT = 1_750_000_000  # June 2025: no clock is right that says less

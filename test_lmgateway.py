@@ -903,13 +903,13 @@ class Office:
         self.events += events
         return events
 
-    def over(self, record, prompt=None, completion=5, state="done", **answer):
+    def over(self, record, prompt=None, completion=5, state="done", status=200, **answer):
         """The answer is over; prompt and completion are its usage, without prompt it had none."""
         meter = lmgateway.Meter(lmgateway.DIALECTS["/v1/chat/completions"], False)
         usage = {"usage": {"prompt_tokens": prompt, "completion_tokens": completion}} if prompt else {}
         meter.feed(json.dumps({**answer, **usage}).encode(), self.clock)
         meter.end()
-        self.requests.over(record, self.clock, lmgateway.Outcome(state, 200, meter=meter))
+        self.requests.over(record, self.clock, lmgateway.Outcome(state, status, meter=meter))
 
     def told(self, record):
         """Names of the typed events that carry a request's id, in order."""
@@ -1128,6 +1128,51 @@ def test_what_an_abandoned_request_cost_comes_from_the_log(utc):
     office.log(engine_end(1, 400, 12), finished("m/one"))
     assert (record.usage["promptTokens"], record.usage["completionTokens"]) == (500, 12)
     assert record in office.requests.changed
+
+
+def test_a_request_that_was_refused_is_not_the_cause_of_a_chat_that_goes_on(utc):
+    office = Office()
+    refused = office.ask("r1", body=chat_body("hi"))
+    office.over(refused, state="failed", status=400)
+    office.log(received(chat_body("hi")), running("m/one"), streaming("m/one"))
+    office.log(engine_run(1, 20), percent("m/one", 100), finished("m/one"))
+    assert (office.claimed(), refused.binding) == (set(), "none")
+
+
+def test_a_request_that_failed_is_the_cause_of_the_chat_that_failed(utc):
+    office = Office()
+    failed = office.ask("r1", body=chat_body("hi"))
+    office.over(failed, state="failed", status=400)
+    office.log(received(chat_body("hi")), running("m/one"),
+               '[ERROR][m/one] Error rendering prompt with jinja template: "No user turn".')
+    assert (failed.binding, office.told(failed)[-1]) == ("exact", "lmstudio_chat_end")
+
+
+def test_a_request_that_ended_a_while_ago_is_not_the_cause_of_a_new_chat(utc):
+    office = Office()
+    earlier = office.ask("r1")
+    office.over(earlier)
+    office.clock += lmgateway.LAG_S
+    office.log(running("m/one"))
+    assert earlier.binding == "none"
+
+
+def test_other_parameters_in_the_logged_copy_are_another_request_once_copies_have_been_true(utc):
+    office = Office()
+    first, second = office.ask("r1", body=chat_body("hi")), office.ask("r2", "m/two", body=chat_body("hi", "m/two"))
+    office.log(received(chat_body("hi")), running("m/one"))
+    assert first.binding == "exact"
+    office.log(received({**chat_body("hi", "m/two"), "temperature": 0.5}), running("m/two"))
+    assert second.binding == "none"
+    office.log(received(chat_body("hi", "m/two")), running("m/two"))
+    assert second.binding == "exact"
+
+
+def test_a_copy_that_stands_long_before_its_chat_is_found_by_its_model(utc):
+    office = Office()
+    ours = office.ask("r1", body=chat_body("hi"))
+    office.log(received(chat_body("hi")), received(chat_body("ho", "m/two")), running("m/two"), running("m/one"))
+    assert ours.binding == "exact"
 
 
 def test_a_chat_of_long_ago_is_no_answer_to_a_request_of_now(utc):
