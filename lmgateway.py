@@ -7099,7 +7099,7 @@ def serve(args, config, sources):
         announce(gateway, server.port, lan)
         settle()
         if args.demo:
-            key = next(iter(config.api_key.values()), "")
+            key = config.api_key.get("demo", "")
             threading.Thread(target=demo_traffic, args=(f"http://127.0.0.1:{server.port}", key, stop.wait),
                              name="demo-traffic", daemon=True).start()
         notify("READY=1")
@@ -7121,13 +7121,16 @@ def open_history_file(config, cleanup):
 
 
 def start_demo(config, cleanup):
-    """Start the imitation; gives the Config that points to it."""
+    """Start the imitation; gives the Config that points to it, with a key for the demo's own traffic where
+    keys are asked for.  Minted keys count only when their file is named: trying it must not need one."""
     directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
     cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
     demo = DemoServer(directory)
     cleanup.callback(demo.stop)
     demo.start()
-    return config.but(upstream=demo.url, log_dir=directory, enable_log_monitoring=True)
+    keys = {"demo": mint_key(), **config.api_key} if config.api_key or config.keys_file else {}
+    return config.but(upstream=demo.url, log_dir=directory, enable_log_monitoring=True, api_key=keys,
+                      keys_file=config.keys_file or os.path.join(directory, "keys.json"))
 
 
 def find_upstream(config, sources):
@@ -7653,7 +7656,11 @@ def check_keys(patient):
         return
     rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted]
     rows += [f"{name} (all rights)" for name in config.api_key]
-    yield Finding("ok", f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
+    if keys and not rows:
+        yield Finding("warn", f"a key is asked for, and there is none: all of {keys_path(config)} were revoked",
+                      "mint one with --new-key NAME, or remove that file")
+    else:
+        yield Finding("ok", f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
     if patient.exposed and not keys:
         mark, more = ("warn", "") if config.no_auth else ("bad", ", or say --no-auth to let everybody in")
         yield Finding(mark, f"{config.host} is open to the network, and no key is set",

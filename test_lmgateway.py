@@ -3971,7 +3971,7 @@ def test_bars_are_made_of_what_the_terminal_can_show(encoding, marks):
 @contextlib.contextmanager
 def stream_server(hub, port=0, **options):
     """A gateway that serves hub's events; gives its port."""
-    config = lmgateway.Config(port=port, **options)
+    config = lmgateway.Config(port=port, **{"keys_file": "/nowhere/keys.json", **options})
     gateway = lmgateway.Gateway(config, hub, lmgateway.Upstream("http://127.0.0.1:9"))
     server = lmgateway.Server(gateway, "127.0.0.1", port)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -4000,8 +4000,14 @@ def brought(url, until, wait=lambda seconds: True, key=None, since=None):
         if until(item):
             raise Reached
 
-    with contextlib.suppress(Reached):
-        lmgateway.StreamLine(lmgateway.watched_address(url), key, since).run(take, wait)
+    def body():
+        with contextlib.suppress(Reached):
+            lmgateway.StreamLine(lmgateway.watched_address(url), key, since).run(take, wait)
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive(), found
     return found
 
 
@@ -4025,7 +4031,7 @@ def test_watch_resumes_by_id_after_a_gateway_was_away_and_tells_of_a_new_one():
                 new = lmgateway.Hub()
                 new.tell("end")
                 servers.enter_context(stream_server(new, port))
-            return False
+            return len(pauses) > 9
 
         def seen(item):
             if named("connected")(item) and not pauses:
@@ -4192,6 +4198,13 @@ def test_systemd_is_told_the_state(tmp_path, abstract):
     ({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "8"}, None), ({"WATCHDOG_USEC": "0"}, None), ({"WATCHDOG_USEC": "x"}, None)])
 def test_the_watchdog_gets_a_sign_of_life_twice_in_its_time(environ, pause):
     assert lmgateway.watchdog_pause(environ, 7) == pause
+
+
+def test_the_accept_loop_of_a_server_shows_that_it_goes_round(front):
+    front.server.ticked, deadline = 0.0, time.monotonic() + PATIENCE_S
+    while not front.server.ticked and time.monotonic() < deadline:
+        talk(front.port, request("GET /health"))
+    assert front.server.ticked
 
 
 def test_the_watchdog_gets_no_sign_of_life_from_a_server_that_hangs(monkeypatch):
@@ -4371,7 +4384,8 @@ def test_the_doctor_finds_a_sound_installation_sound(home, capsys):
     demo = lmgateway.DemoServer(str(home))
     demo.start()
     try:
-        put_settings(home, port=demo.server_address[1], verbose=True, logSensitiveData=False)
+        put_settings(home, port=demo.server_address[1], verbose=True, logSensitiveData=False,
+                     networkInterface="127.0.0.1")
         status, found = findings(capsys, "--port", "0")
         assert (status, {mark for _, mark, _ in found}) == (0, {"ok"})
         assert {name for name, _, _ in found} == {check.name for check in lmgateway.CHECKS}
@@ -4386,6 +4400,23 @@ def test_the_doctor_knows_another_lmgateway_on_the_port(home, capsys):
     with stream_server(lmgateway.Hub()) as port:
         assert ("Port", "ok", f"port {port} of 127.0.0.1 is held by a running lmgateway -> ") in findings(
             capsys, "--port", str(port))[1]
+
+
+def test_the_doctor_sees_that_every_key_was_revoked(home, capsys):
+    assert run(capsys, "--new-key", "anna")[0] == 0
+    assert any(text.startswith("keys: anna (infer, view)") for _, _, text in findings(capsys)[1])
+    assert run(capsys, "--revoke-key", "anna")[0] == 0
+    assert any(row[:2] == ("Keys", "warn") and "mint one with --new-key" in row[2] for row in findings(capsys)[1])
+
+
+@pytest.mark.parametrize(("options", "names"), [({}, []), ({"api_key": {"anna": "a"}}, ["anna", "demo"]),
+                                                ({"keys_file": "k.json"}, ["demo"])])
+def test_the_demo_asks_for_a_key_only_where_one_was_named(home, options, names):
+    put(home / ".config/lmgateway/keys.json", '{"version": 1, "keys": []}')
+    with contextlib.ExitStack() as cleanup:
+        config = lmgateway.start_demo(lmgateway.Config(**options), cleanup)
+        assert sorted(config.api_key) == names
+        assert lmgateway.Walls(config).need_key == bool(names)
 
 
 def test_a_check_that_fails_is_a_finding():
@@ -4405,9 +4436,9 @@ def test_prune_shows_and_then_removes_only_old_server_logs(home, capsys):
     go = [put(logs / day[:7] / f"{day}.{number}.log", "x" * 1500) for number in (1, 2)]
     stay = [put(logs / day[:7] / name, "x") for name in (f"{day}.log", f"{day}.3.log.txt", "notes.txt", f"x{day}.1.log")]
     stay += [put(logs / name / f"{day}.1.log", "x") for name in ("backup", "2020-01", f"{day[:7]}x")]
-    stay.append(put(logs / "2020-02" / "2020-02-01.1.log", "written today"))
+    stay += [put(logs / "2020-02" / f"2020-02-0{number}.1.log", "written today") for number in (1, 2)]
     stay.append(put(logs / "2030-01" / "2030-01-01.1.log", "the newest"))
-    for path in (*go, *stay[:-2], stay[-1]):
+    for path in (*go, *stay[:-3], stay[-1]):
         os.utime(path, (old, old))
     status, out, _ = run(capsys, "--prune", "30")
     assert status == 0 and out.splitlines()[:2] == [f"would go     1.5 kB  {path}" for path in go]
@@ -4425,11 +4456,12 @@ def test_prune_follows_no_links(home, capsys):
     real = put_log(home, "x", "2020-03/2020-03-01.1.log")
     put_log(home, "new", "2030-01/2030-01-01.1.log")
     (home / ".lmstudio/server-logs/2020-01").symlink_to(elsewhere.parent)
-    (real.parent / "2020-03-02.1.log").symlink_to(elsewhere)
-    for path in (elsewhere, real):
-        os.utime(path, (1e9, 1e9))
+    link = real.parent / "2020-03-02.1.log"
+    link.symlink_to(elsewhere)
+    for path in (elsewhere, real, link):
+        os.utime(path, (1e9, 1e9), follow_symlinks=False)
     assert run(capsys, "--prune", "30", "--yes")[0] == 0
-    assert elsewhere.exists() and not real.exists()
+    assert elsewhere.exists() and link.is_symlink() and not real.exists()
 
 
 def test_prune_says_which_file_could_not_go_and_goes_on(home, capsys, monkeypatch):
