@@ -7906,7 +7906,8 @@ main { max-width: 108rem; margin: 0 auto; padding: 1.25rem 1.5rem 4rem; display:
 .box { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; }
 
 /* Now */
-.cards { display: grid; gap: .75rem; }
+.cards { display: grid; gap: .75rem; align-content: start; min-height: 9.4rem; }
+#first-run:not([hidden]) + .cards { min-height: 0; }
 .card { padding: .8rem 1rem .9rem; border-left: 4px solid var(--queued); display: grid; gap: .55rem; }
 .card.prefill { border-left-color: var(--fill-prefill); color: inherit; }
 .card.decode { border-left-color: var(--fill-decode); color: inherit; }
@@ -8022,7 +8023,7 @@ tbody tr:last-child td { border-bottom: 0; }
 .wide { overflow-x: auto; }
 #requests-table { table-layout: fixed; }
 .c-time { width: 6.1rem; } .c-status { width: 9.2rem; } .c-who { width: 8.6rem; } .c-path { width: 11.4rem; }
-.c-queue { width: 5rem; } .c-first { width: 6.4rem; } .c-prompt { width: 9.6rem; }
+.c-queue { width: 5rem; } .c-first { width: 6.9rem; } .c-prompt { width: 9.6rem; }
 .c-prefill { width: 6.4rem; }
 .c-output { width: 5.2rem; }
 .c-decode { width: 6.6rem; } .c-total { width: 5.6rem; } .c-finish { width: 5.2rem; }
@@ -8126,7 +8127,7 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
   .meter { grid-template-columns: 4rem minmax(0, 1fr); }
   .meter .value { grid-row: 1; grid-column: 2; text-align: right; font-size: .857rem; }
   .steps .ahead, .chart figcaption .muted { display: none; }
-  .meter .bar, .meter .trace-box { grid-column: 1 / -1; grid-row: 2; margin-top: .2rem; }
+  .meter .gauge { grid-column: 1 / -1; grid-row: 2; margin-top: .2rem; }
   .chips { flex-wrap: nowrap; overflow-x: auto; } .chips button { flex: none; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .tile { padding: .6rem .7rem; } .tile:last-child { grid-column: 1 / -1; }
@@ -8337,18 +8338,19 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
   </div>
   <dl class="meters">
     <div class="meter"><dt>Prompt</dt>
-      <dd class="bar prefill" data-part="promptBar" role="progressbar" aria-label="Prompt read"
-        aria-valuemin="0" aria-valuemax="100"><i></i></dd><dd class="value" data-part="prompt"></dd></div>
+      <dd class="gauge"><div class="bar prefill" data-part="promptBar" role="progressbar" aria-valuemin="0"
+        aria-valuemax="100" aria-label="Prompt read"><i></i></div></dd>
+      <dd class="value" data-part="prompt"></dd></div>
     <div class="meter"><dt>Output</dt>
-      <dd class="trace-box" aria-hidden="true"><svg class="trace" viewBox="0 0 60 18"
-        preserveAspectRatio="none"><path data-part="trace"/></svg></dd><dd class="value"
-        data-part="output"></dd></div>
+      <dd class="gauge trace-box" aria-hidden="true"><svg class="trace" viewBox="0 0 60 18"
+        preserveAspectRatio="none"><path data-part="trace"/></svg></dd>
+      <dd class="value" data-part="output"></dd></div>
     <div class="meter"><dt>Cache</dt>
-      <dd class="bar cached" data-part="cacheBar" aria-hidden="true"><i></i></dd><dd class="value"
-        data-part="cache"></dd></div>
+      <dd class="gauge" aria-hidden="true"><div class="bar cached" data-part="cacheBar"><i></i></div></dd>
+      <dd class="value" data-part="cache"></dd></div>
     <div class="meter"><dt>Context</dt>
-      <dd class="bar context" data-part="contextBar" aria-hidden="true"><i></i></dd><dd class="value"
-        data-part="context"></dd></div>
+      <dd class="gauge" aria-hidden="true"><div class="bar context" data-part="contextBar"><i></i></div></dd>
+      <dd class="value" data-part="context"></dd></div>
   </dl>
 </article></template>
 <script nonce="@NONCE@">
@@ -8377,7 +8379,7 @@ function span(ms) {
   if (!known(ms)) return NONE;
   const s = ms / 1000;
   if (s >= 59.95) return longSpan(Math.round(s));
-  return (s === 0 ? "0" : s.toFixed(s < 9.995 ? 2 : 1)) + " s";
+  return (s < 0.005 ? "0" : s.toFixed(s < 9.995 ? 2 : 1)) + " s";
 }
 
 /* A duration that runs: whole seconds, so that it does not flicker. */
@@ -8557,7 +8559,7 @@ const who = r => r.key || (r.source === "lmstudio" ? "not via gateway" : r.clien
 const modelOf = r => words(r.model);
 const usageOf = r => r.tokenUsage ?? {};
 const promptOf = r => usageOf(r).promptTokens ?? r.progress?.promptTokens ?? r.cache?.total;
-const cachedOf = r => r.cachedTokens ?? r.cache?.reused;
+const cachedOf = r => usageOf(r).cachedTokens ?? r.cache?.reused;
 const outputOf = r => usageOf(r).completionTokens ?? r.progress?.outputTokens;
 const outputTokens = r => (usageOf(r).estimated ? "~" : "") + tokens(outputOf(r));
 const firstOf = r => r.timeToFirstTokenMs;
@@ -9682,6 +9684,11 @@ function makeRow(r) {
     return cell;
   });
   const row = {node: el("tr", ...cells), cells, version: -1};
+  const open = el("button.plain");      // the row's click is enough; this tells a screen reader of it
+  open.type = "button";
+  open.tabIndex = -1;
+  cells[0].append(open);
+  cells[0] = open;
   row.node.dataset.id = r.requestId;
   rowNodes.set(r.requestId, row);
   return row;
@@ -9751,7 +9758,7 @@ function paintDrawer() {
 const section = (title, ...content) => el("section", el("h3", title), ...content);
 
 function summaryOf(r) {
-  const {size, used} = r.context ?? {}, {reasoningTokens, progress} = r;
+  const {size, used} = r.context ?? {}, {reasoningTokens} = usageOf(r), {progress} = r;
   const asked = r.modelAsked && r.modelAsked !== r.model ? ` (asked for ${r.modelAsked})` : "";
   const rows = [
     fact("Status", ...statusOf(r)),
@@ -9813,6 +9820,7 @@ const logView = {
   off: new Set(["inference_progress"]),     // types that are not shown
   needle: "", pattern: null, level: "", model: "",
   follow: true,
+  top: 0,                   // where it was scrolled to when we last looked
   painted: 0,               // number of the last event that was painted or passed over
 };
 
@@ -9841,6 +9849,7 @@ function paintLog() {
   while (box.children.length > ROWS - fresh.length) box.firstChild.remove();
   box.append(...fresh.map(logLine));
   box.scrollTop = box.scrollHeight;
+  logView.top = box.scrollTop;
 }
 
 function logLine(entry) {
@@ -10015,10 +10024,12 @@ function onLogFilter() {
   relog({pattern, needle: pattern ? "" : given.toLowerCase()});
 }
 
-/* Following lets go when the reader scrolls up, and holds on again at the end. */
+/* Following lets go when the reader scrolls up, not when lines grow, and holds on again at the end. */
 function onLogScroll() {
-  const box = $("log-lines"), below_ = box.scrollHeight - box.scrollTop - box.clientHeight;
-  if (logView.follow ? below_ > 40 : below_ < 2) follow(!logView.follow);
+  const box = $("log-lines"), rest = box.scrollHeight - box.scrollTop - box.clientHeight;
+  const up = box.scrollTop < logView.top;
+  logView.top = box.scrollTop;
+  if (logView.follow ? up && rest > 40 : !up && rest < 2) follow(!logView.follow);
 }
 
 function onSelection() {
