@@ -6229,7 +6229,6 @@ def build_parser():
     parser = Arguments(prog="lmgateway.py", usage=USAGE, allow_abbrev=False, add_help=False,
                        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26,
                                                          width=100),
-                       description="A gateway, log monitor and dashboard for LM Studio.",
                        epilog="Flags count before the environment, that before .env, that before defaults. Only as "
                        f"variables: {', '.join(row.variable for row in OPTIONS if not row.flag)}. The README says more.")
     commands = parser.add_argument_group("Commands")
@@ -6751,6 +6750,12 @@ def fields_of_data(**labels):
                                   if data.get(field) is not None)
 
 
+def used_tokens(usage):
+    """645 + 39 tok: what was read and what was written."""
+    counts = [usage.get(name) for name in ("promptTokens", "completionTokens")]
+    return " + ".join("?" if count is None else f"{count:,}" for count in counts) + " tok" if usage else ""
+
+
 SUMMARIES: dict[str, Callable[[dict], str]] = {
     "lmstudio_log": lambda data: f"{data['level']:5}  " + data["message"].strip().partition("\n")[0][:400],
     "lmstudio_chat_start": lambda data: f"{data['messages']} messages",
@@ -6770,8 +6775,9 @@ SUMMARIES: dict[str, Callable[[dict], str]] = {
     "inference_start": fields_of_data(id="requestId", path="path", client="client", key="key"),
     "inference_progress": fields_of_data(id="requestId", state="state", percent="percent", left_ms="etaMs",
                                          tokens="outputTokens"),
-    "inference_complete": fields_of_data(id="requestId", status="status", ms="totalTimeMs",
-                                         rate="tokensPerSecond"),
+    "inference_complete": lambda data: "  ".join(filter(None, (
+        f"id {data['requestId']}  status {data['status']}  {data['totalTimeMs'] / 1000:.1f} s",
+        used_tokens(data.get("tokenUsage") or {}), per_second(data.get("tokensPerSecond"))))),
     "error": fields_of_data(id="requestId", what="error"),
     "gap": fields_of_data(first="from", last="to", count="count")}
 EVENTS = {  # every event of the stream, and what it says; a test holds the README's table to it
@@ -7476,7 +7482,7 @@ def check_port(patient):
             if os.name != "nt":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((config.host, config.port))
-        yield Finding("ok", f"{own} is free")
+        yield Finding("ok", f"{own} is free" if config.port else "the system will choose one")
     except OSError as error:
         if error.errno not in IN_USE:
             yield Finding("bad", f"cannot listen on {own}: {error_text(error)}",
@@ -7765,7 +7771,7 @@ def prune(args, config):
     """--prune DAYS: LM Studio's logs that are older; with --yes they go.  Status 1 when one could not go."""
     directory = config.log_dir or find_log_dir(find_home())
     try:
-        old = old_logs(directory, int(args.prune), time.time())
+        old = old_logs(directory, int(args.prune), datetime.date.today())
     except OSError as error:
         raise ConfigError(f"--prune: log directory {directory}: {error_text(error)}; name LM Studio's with "
                           "--log-dir (LMSTUDIO_LOG_DIR)") from None
@@ -7782,19 +7788,28 @@ def prune(args, config):
     return int(failed > 0)
 
 
-def old_logs(directory, days, now):
-    """[(LogFile, bytes)] of the logs that are older than so many days, by name and by last write.
+def old_logs(directory, days, today):
+    """[(LogFile, bytes)] of the logs whose names are more than so many days old.
 
-    Never the newest by name or by time: LM Studio may be writing it.  Only plain files, in plain directories,
-    whose names are those of server logs.  Raises OSError when the directory cannot be listed."""
-    limit = now - 86400 * days
-    last_day = datetime.date.fromtimestamp(max(0, limit)).isoformat()
-    found = [(log_file, os.lstat(log_file.path)) for log_file in list_logs(directory)
-             if not os.path.islink(os.path.dirname(log_file.path)) and os.path.isfile(log_file.path)]
-    in_use = {found[-1][0], max(found, key=lambda pair: pair[1].st_mtime)[0]} if found else set()
-    return [(log_file, state.st_size) for log_file, state in found
-            if log_file.day < last_day and log_file.day[:7] == log_file.month and state.st_mtime < limit
-            and stat.S_ISREG(state.st_mode) and log_file not in in_use]
+    Never the newest, and never the one that LM Studio's own note calls its last.  Only plain files, in plain
+    directories, whose names are those of server logs.  Raises OSError when the directory cannot be listed."""
+    first_kept = (today - datetime.timedelta(days=days)).isoformat()
+    found = list_logs(directory)
+    in_use = {(log_file.day, log_file.number) for log_file in found[-1:]} | last_written(directory)
+    old = [(log_file, os.lstat(log_file.path)) for log_file in found
+           if log_file.day < first_kept and log_file.day[:7] == log_file.month
+           and not os.path.islink(os.path.dirname(log_file.path))]
+    return [(log_file, state.st_size) for log_file, state in old
+            if stat.S_ISREG(state.st_mode) and (log_file.day, log_file.number) not in in_use]
+
+
+def last_written(directory):
+    """{(day, number)} of the file that LM Studio wrote last, by its own note (LOGS.md section 6); often empty."""
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
+        note = json.loads(Path(directory, "..", ".internal", "server-logs-state.json").read_bytes())
+        last = note["lastWrittenFile"]
+        return {(re.split(r"[\\/]", last["filePathBase"])[-1], int(last["index"]))}
+    return set()
 
 
 def removal(path):

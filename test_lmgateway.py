@@ -3945,6 +3945,21 @@ def test_on_a_terminal_lines_scroll_above_cards_that_are_redrawn_in_place(termin
     assert [line[10:].split()[0] for line in terminal.rows[:-1]] == [*names, "chat_end"]
 
 
+@pytest.mark.parametrize(("name", "data", "line"), [
+    ("inference_complete", {"requestId": "r", "model": "m", "status": 200, "totalTimeMs": 3297.9, "tokensPerSecond": 33.53,
+                            "tokenUsage": {"promptTokens": 1645, "completionTokens": 39, "totalTokens": 1684}},
+     "m  id r  status 200  3.3 s  1,645 + 39 tok  33.5 tok/s"),
+    ("inference_complete", {"requestId": "r", "status": 200, "totalTimeMs": 9, "tokenUsage": None, "tokensPerSecond": None},
+     "id r  status 200  0.0 s"),
+    ("inference_complete", {"requestId": "r", "status": 200, "totalTimeMs": 9, "tokenUsage": {"promptTokens": 1}},
+     "id r  status 200  0.0 s  1 + ? tok"),
+    ("inference_complete", {"strange": "\x1b[2J\u202e"}, '{"strange": "\\u001b[2J\\u202e"}'),
+    ("lmstudio_log", {"level": "INFO", "message": "a\x1b]0;x\x07\u202eb\x9b"}, "INFO   a\\x1b]0;x\\x07\\u202eb\\x9b"),
+    ("of another version", {"message": "hello\nthere"}, "hello | there")])
+def test_an_event_is_one_line_for_a_person(name, data, line):
+    assert lmgateway.summary(Event(name, data)) == line
+
+
 def test_replayed_logs_and_dumb_terminals_get_plain_lines(terminal, monkeypatch):
     for live, term in ((False, "xterm"), (True, "dumb")):
         monkeypatch.setenv("TERM", term)
@@ -4431,15 +4446,15 @@ def test_a_check_that_fails_is_a_finding():
 # --- 9.8 --prune and the room that logs take
 
 def test_prune_shows_and_then_removes_only_old_server_logs(home, capsys):
-    logs, old = home / ".lmstudio/server-logs", time.time() - 90 * 86400
-    day = time.strftime("%Y-%m-%d", time.localtime(old))
+    logs = home / ".lmstudio/server-logs"
+    day, kept = ((datetime.date.today() - datetime.timedelta(days=days)).isoformat() for days in (31, 30))
     go = [put(logs / day[:7] / f"{day}.{number}.log", "x" * 1500) for number in (1, 2)]
-    stay = [put(logs / day[:7] / name, "x") for name in (f"{day}.log", f"{day}.3.log.txt", "notes.txt", f"x{day}.1.log")]
+    stay = [put(logs / day[:7] / name, "x") for name in (f"{day}.log", f"{day}.4.log.txt", "notes.txt", f"x{day}.1.log")]
     stay += [put(logs / name / f"{day}.1.log", "x") for name in ("backup", "2020-01", f"{day[:7]}x")]
-    stay += [put(logs / "2020-02" / f"2020-02-0{number}.1.log", "written today") for number in (1, 2)]
-    stay.append(put(logs / "2030-01" / "2030-01-01.1.log", "the newest"))
-    for path in (*go, *stay[:-3], stay[-1]):
-        os.utime(path, (old, old))
+    stay.append(put(logs / day[:7] / f"{day}.3.log", "LM Studio's note says that it wrote this last"))
+    put(home / ".lmstudio/.internal/server-logs-state.json", json.dumps(
+        {"lastWrittenFile": {"filePathBase": f"C:\\logs\\{day[:7]}\\{day}", "index": 3}}))
+    stay.append(put(logs / kept[:7] / f"{kept}.1.log", "30 days old, not more"))
     status, out, _ = run(capsys, "--prune", "30")
     assert status == 0 and out.splitlines()[:2] == [f"would go     1.5 kB  {path}" for path in go]
     assert out.splitlines()[2].startswith("2 files, 3.0 kB older than 30 days in ") and "--yes" in out
@@ -4450,6 +4465,14 @@ def test_prune_shows_and_then_removes_only_old_server_logs(home, capsys):
     assert "nothing to do" in run(capsys, "--prune", "30")[1]
 
 
+@pytest.mark.parametrize("note", [b"", b"[]", b'{"lastWrittenFile": 7}', b'{"lastWrittenFile": {"filePathBase": 1, "index": "x"}}'])
+def test_prune_keeps_the_newest_also_when_lm_studio_notes_nothing(home, capsys, note):
+    put(home / ".lmstudio/.internal/server-logs-state.json", note)
+    paths = [put_log(home, "x", f"2020-01/2020-01-01.{number}.log") for number in (9, 10)]
+    assert run(capsys, "--prune", "30", "--yes")[0] == 0
+    assert [path.exists() for path in paths] == [False, True]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_prune_follows_no_links(home, capsys):
     elsewhere = put(home / "elsewhere/2020-01-01.1.log", "x")
@@ -4458,16 +4481,12 @@ def test_prune_follows_no_links(home, capsys):
     (home / ".lmstudio/server-logs/2020-01").symlink_to(elsewhere.parent)
     link = real.parent / "2020-03-02.1.log"
     link.symlink_to(elsewhere)
-    for path in (elsewhere, real, link):
-        os.utime(path, (1e9, 1e9), follow_symlinks=False)
     assert run(capsys, "--prune", "30", "--yes")[0] == 0
     assert elsewhere.exists() and link.is_symlink() and not real.exists()
 
 
 def test_prune_says_which_file_could_not_go_and_goes_on(home, capsys, monkeypatch):
     paths = [put_log(home, "x", f"2020-01/2020-01-0{number}.1.log") for number in (1, 2, 3)]
-    for path in paths:
-        os.utime(path, (1e9, 1e9 + int(path.name[9])))
     remove = os.remove
     monkeypatch.setattr(os, "remove", lambda path: os.stat("/nowhere") if path.endswith("01.1.log") else remove(path))
     status, out, _ = run(capsys, "--prune", "1", "--yes")
