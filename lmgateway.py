@@ -185,6 +185,13 @@ def base_url(value):
     return f"{parts.scheme}://{parts.netloc}"
 
 
+def folder(value):
+    """A directory; it may still have to come."""
+    if os.path.isfile(value):
+        raise ValueError("that is a file; name LM Studio's server-logs directory")
+    return value
+
+
 def level(value):
     if value.strip().lower() not in LEVELS:
         raise ValueError("use error, warn, info or debug")
@@ -278,7 +285,7 @@ OPTIONS = (
            "SQLite file that keeps a row for each request; no prompts, no answers", "Logs", "FILE"),
     Option("history_days", "HISTORY_DAYS", None, 365, whole(0, 36500, "use a number of days, 0 for ever"),
            "days after which its rows are removed; 0 never", "Logs"),
-    Option("log_dir", "LMSTUDIO_LOG_DIR", "--log-dir", None, text,
+    Option("log_dir", "LMSTUDIO_LOG_DIR", "--log-dir", None, folder,
            "LM Studio's server-logs directory; found under the home if not given", "Logs",
            "DIR"),
     Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", None, True, boolean, "follow LM Studio's logs",
@@ -6310,6 +6317,10 @@ def main(argv=None):
         return error.exit_status
     except BrokenPipeError:
         return closed_pipe()
+    except OSError as error:    # a disk that is full, where the output goes
+        closed_pipe()
+        print(f"lmgateway: {error.filename or 'standard output'}: {error_text(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -6337,6 +6348,8 @@ def check_command(args):
             raise ConfigError(f"{flag_of(name)} goes with {' or '.join(map(flag_of, commands))}")
     if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
+    if args.events is not None and not words(args.events):
+        raise ConfigError("--events: name the events to print, comma-separated; see the README")
     unknown = [name for name in words(args.events or "") if name not in EVENTS]
     if unknown:
         near = difflib.get_close_matches(unknown[0], EVENTS, 1)
@@ -6353,7 +6366,7 @@ def quiet_streams():
 
 def closed_pipe():
     """Output went into a closed pipe: end quietly, and keep Python from complaining at exit."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -6464,6 +6477,8 @@ class Printer:
             os.system("")  # Windows' console understands escape sequences from here on
         self._colour = capable and not os.environ.get("NO_COLOR")
         self._cards: Any = Cards(bar_marks(out.encoding)) if capable and live else None
+        self._inline = capable and not live     # progress is redrawn in its line
+        self._unended = False  # such a line stands there
         self._drawn = []  # the lines of the cards that stand on the screen
         self._ticked = 0.0
 
@@ -6494,10 +6509,10 @@ class Printer:
 
     def finish(self):
         """Take the cards off the screen."""
-        if self._drawn:
-            self._out.write(rubbed_out(self._drawn, shutil.get_terminal_size()))
+        if self._drawn or self._unended:
+            self._out.write(rubbed_out(self._drawn, shutil.get_terminal_size()) + "\n" * self._unended)
             self._out.flush()
-            self._drawn = []
+            self._drawn, self._unended = [], False
 
     def _screen(self, text):
         """What the terminal needs to show text above the cards; empty when nothing changed."""
@@ -6516,9 +6531,20 @@ class Printer:
         time_of_day = str(event.data.get("timestamp", ""))[11:19].translate(CONTROL)
         name = event.name.replace("lmstudio_", "").translate(CONTROL)
         line = f"{time_of_day:8}  {name:18}  {summary(event)}".rstrip()
-        if self._cards:
+        if self._cards or self._inline:
             line = clipped(line, shutil.get_terminal_size().columns - 1)
-        return self._painted(line, COLOURS.get(event.name, "0"))
+        painted = self._painted(line, COLOURS.get(event.name, "0"))
+        return self._in_place(event, painted) if self._inline else painted
+
+    def _in_place(self, event, painted):
+        """A line of a replay: one of progress takes the place of the one before it."""
+        before, self._unended = self._unended, shown_on_cards(event)
+        if not self._unended:
+            return "\n" * before + painted
+        if event.name not in PROGRESS:
+            self._unended = before
+            return ""
+        return "\r\x1b[J" * before + painted[:-1]
 
     def _painted(self, line, colour):
         return f"\x1b[{colour}m{line}\x1b[0m\n" if self._colour and colour != "0" else line + "\n"
@@ -6819,7 +6845,9 @@ def readme_tables():
 
 
 def open_printer(args, live):
-    """A Printer on stdout that makes room for what the log says on the same terminal."""
+    """A Printer on stdout that makes room for what the log says on the same terminal.  Raises StartError."""
+    if sys.stdout is None:
+        raise StartError("there is no standard output to print to: send it to a file or a pipe")
     printer = Printer(sys.stdout, args.json, words(args.events or ""), live)
     for handler in log.handlers:
         handler.addFilter(lambda record: printer.finish() or True)
@@ -6828,12 +6856,14 @@ def open_printer(args, live):
 
 def tail_only(args, config):
     """--tail-only: replay PATHs, or follow the live log until a signal.  Returns the exit status."""
-    printer, stop = open_printer(args, live=not args.paths), Stop()
+    printer = open_printer(args, live=not args.paths)
     try:
         if args.paths:
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
             settle()
             replay(saved_logs(args.paths), printer)
             return 0
+        stop = Stop()
         directory = config.log_dir or find_log_dir(find_home())
         follower = Follower(directory, args.from_start, time.time())
         log.info("lmgateway %s, log directory: %s", VERSION, directory)
@@ -7092,12 +7122,13 @@ def serve(args, config, sources):
     with contextlib.ExitStack() as cleanup:
         config = start_demo(config, cleanup) if args.demo else find_upstream(config, sources)
         check_exposure(config)
+        context = tls_context(config)
         history = open_history_file(config, cleanup)
         hub = Hub(config.requests_kept, history and history.keep)
         monitor = start_monitor(config, hub, stop)
         upstream = Upstream(config.upstream, config.upstream_token)
         gateway = Gateway(config, hub, upstream, monitor, sources, history)
-        server = gateway.server = open_server(gateway)
+        server = gateway.server = open_server(gateway, context)
         gateway.address = own_url(config, config.host, server.port)
         lan = reachable(config, lan_addresses)
         gateway.lan_urls = [own_url(config, address, server.port) for address, _ in lan]
@@ -7178,11 +7209,11 @@ def run_monitor(monitor, hub, stop):
                 return None
 
 
-def open_server(gateway):
+def open_server(gateway, context):
     """The Server, bound.  Raises StartError with who to ask."""
     config = gateway.config
     try:
-        return Server(gateway, config.host, config.port, tls_context(config))
+        return Server(gateway, config.host, config.port, context)
     except OSError as error:
         if error.errno in IN_USE:
             raise StartError(f"port {config.port} is in use on {config.host}: stop what holds it "

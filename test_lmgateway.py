@@ -7,6 +7,7 @@ file and installs it there.  No test sleeps to pace itself: PATIENCE_S only boun
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import datetime
 import gzip
@@ -69,6 +70,162 @@ from lmgateway import Event, Parser  # noqa: E402
 PATIENCE_S = 10     # a limit for a hang, never a delay for a passing test
 
 # === 2. CONFIG ===============================================================
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """Commands set the log up for a program of its own: the next test finds it as it was."""
+    log = lmgateway.log
+    before = list(log.handlers), log.propagate, log.level
+    yield
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])
+
+
+def config_of(flags=(), environ=None, env_file=None):
+    """(Config, sources, warnings) of a command line, an environment and a `.env` file's path."""
+    args = lmgateway.build_parser().parse_args(list(flags))
+    return lmgateway.load_config(vars(args), environ or {}, env_file)
+
+
+@pytest.fixture
+def env_file(tmp_path, monkeypatch):
+    """A function that writes a `.env` file and gives its path; the working directory has none of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text, encoding="utf-8"):
+        path = tmp_path / "settings.env"
+        path.write_bytes(text.encode(encoding))
+        return str(path)
+    return write
+
+
+@pytest.mark.parametrize("flags, environ, text, port, source", [
+    ([], {}, "", 8001, None),
+    ([], {}, "GATEWAY_PORT=1", 1, "line 1"),
+    ([], {"GATEWAY_PORT": "2"}, "GATEWAY_PORT=1", 2, "environment variable GATEWAY_PORT"),
+    (["--port", "3"], {"GATEWAY_PORT": "2"}, "GATEWAY_PORT=1", 3, "--port"),
+    (["--port=3"], {}, "", 3, "--port"),
+    ([], {"GATEWAY_PORT": " "}, "GATEWAY_PORT=1", 1, "line 1"),
+    ([], {}, "GATEWAY_PORT=\nGATEWAY_PORT=7\nGATEWAY_PORT=", 7, "line 2")])
+def test_flag_beats_environment_beats_env_file_beats_default(env_file, flags, environ, text, port, source):
+    config, sources, warnings = config_of(flags, environ, env_file(text))
+    assert (config.port, warnings) == (port, [])
+    assert source is None or source in sources["port"]
+
+
+def test_the_working_directorys_env_file_is_read_and_need_not_be_there(env_file, tmp_path):
+    assert config_of()[0].port == 8001
+    (tmp_path / ".env").write_text("GATEWAY_PORT=9", encoding="utf-8")
+    config, sources, _ = config_of()
+    assert (config.port, sources["port"]) == (9, ".env line 1")
+
+
+@pytest.mark.parametrize("line, value", [
+    ("LOG_FILE=a b", "a b"), ("LOG_FILE = x", "x"), ("export LOG_FILE=x", "x"), ("LOG_FILE='x # y'", "x # y"),
+    ('LOG_FILE="x # y" # why', "x # y"), ("LOG_FILE=x # why", "x"), ("LOG_FILE=x#y", "x#y"), ("  LOG_FILE=x  ", "x"),
+    ("# comment\n\n  # another\nLOG_FILE=x", "x"), ("LOG_FILE=a=b", "a=b"), ("LOG_FILE=a\r\nLOG_LEVEL=warn\r\n", "a"),
+    ("\ufeffLOG_FILE=x", "x"), ("LOG_FILE=d\u00e9j\u00e0", "d\u00e9j\u00e0"), ('LOG_FILE=""', None)])
+def test_env_files_are_read_as_people_write_them(env_file, line, value):
+    assert config_of(env_file=env_file(line))[0].log_file == value
+
+
+NEAR = [("GATEWAY_PROT", "GATEWAY_PORT"), ("LMSTUDIO_BASEURL", "LMSTUDIO_BASE_URL"), ("PROXY_TIMEOUTS", "PROXY_TIMEOUT"),
+        ("LOG_LEVLE", "LOG_LEVEL"), ("IP_ALLOW_LIST", "IP_ALLOWLIST"), ("ENABLE_LOG_MONITOR", "ENABLE_LOG_MONITORING"),
+        ("REQUIRE_AUTH_HEALTH", "REQUIRE_AUTH_FOR_HEALTH")]
+
+
+@pytest.mark.parametrize("name, nearest", NEAR)
+def test_an_unknown_name_with_a_prefix_of_ours_is_a_warning_with_the_nearest(env_file, name, nearest):
+    config, _, warnings = config_of(env_file=env_file(f"{name}=1\nOTHERS_OPTION=2\n"))
+    assert len(warnings) == 1
+    assert "line 1" in warnings[0] and name in warnings[0] and nearest in warnings[0]
+
+
+WRONG = {       # command line, `.env` -> what the one line on stderr names
+    "port": (["--port", "70000"], "", ["--port", "70000", "65535"]),
+    "port, no number": ([], "GATEWAY_PORT=http", ["settings.env line 1", "GATEWAY_PORT", "http", "65535"]),
+    "address of LM Studio": (["--upstream", "127.0.0.1:1234"], "", ["--upstream", "http://127.0.0.1:1234"]),
+    "address with a path": (["--upstream", "http://a/v1"], "", ["--upstream", "http://127.0.0.1:1234"]),
+    "address with a bad port": (["--upstream", "http://a:x"], "", ["--upstream", "http://127.0.0.1:1234"]),
+    "level": ([], "\nLOG_LEVEL=loud", ["settings.env line 2", "LOG_LEVEL", "loud", "debug"]),
+    "allowlist": (["--allow", "10.0.0.0/99"], "", ["--allow", "192.168.1.0/24"]),
+    "boolean": ([], "ENABLE_LOG_MONITORING=maybe", ["line 1", "ENABLE_LOG_MONITORING", "true or false"]),
+    "milliseconds": ([], "PROXY_TIMEOUT=10s", ["PROXY_TIMEOUT", "milliseconds"]),
+    "a line of no form": ([], "GATEWAY_PORT 1", ["settings.env line 1", "NAME=value"]),
+    "log directory": (["--log-dir", __file__], "", ["--log-dir", "directory"]),
+    "unknown flag": (["--prot", "1"], "", ["--prot", "--port"]),
+    "unknown flag, nothing near": (["--xyzzy"], "", ["--xyzzy", "--help"]),
+    "flag without a value": (["--port"], "", ["--port"]),
+    "path without --tail-only": (["x.log"], "", ["x.log", "--tail-only"]),
+    "path that is not there": (["--tail-only", "/nowhere/x.log"], "", ["/nowhere/x.log", "log"]),
+    "event": (["--tail-only", "--events", "lmstudio_chat_strat"], "", ["--events", "lmstudio_chat_start"]),
+    "no event": (["--tail-only", "--events", ","], "", ["--events"]),
+    "two commands": (["--tail-only", "--demo"], "", ["--tail-only", "--demo"]),
+    "a flag of another command": (["--json"], "", ["--json", "--tail-only"]),
+    "LAN without a key": (["--host", "0.0.0.0"], "", ["--host", "GATEWAY_API_KEY", "--no-auth"]),
+    "certificate without its key": (["--tls-cert", "x.pem"], "", ["--tls-cert", "--tls-key"]),
+    "log file": (["--tail-only", "--log-file", "/nowhere/x/y.log"], "", ["--log-file", "/nowhere/x/y.log"]),
+}
+
+
+@pytest.mark.parametrize("flags, text, named", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_one_line_with_option_source_and_remedy_and_status_2(env_file, capfd, flags, text, named):
+    assert lmgateway.main([*flags, "--env-file", env_file(text)]) == 2
+    out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if "[info]" not in line]
+    assert (out, len(lines)) == ("", 1), err
+    for word in named:
+        assert word in lines[0]
+
+
+def test_an_env_file_that_is_named_has_to_be_there(env_file, capfd):
+    assert lmgateway.main(["--tail-only", "--env-file", "/nowhere/.env"]) == 2
+    assert "--env-file /nowhere/.env" in capfd.readouterr().err
+
+
+def test_a_wrong_secret_is_not_shown(env_file, capfd):
+    assert lmgateway.main(["--env-file", env_file("GATEWAY_API_KEY=kl\u00e9bold")]) == 2
+    err = capfd.readouterr().err
+    assert "bold" not in err and "GATEWAY_API_KEY" in err
+
+
+def test_rows_of_options_are_complete_and_their_names_unique(env_file):
+    rows = lmgateway.OPTIONS
+    for field in ("name", "variable", "flag"):
+        named = [getattr(row, field) for row in rows if getattr(row, field)]
+        assert len(named) == len(set(named))
+    for row in rows:
+        assert row.about and re.fullmatch(r"[A-Z][A-Z0-9_]+", row.variable)
+        assert row.flag is None or re.fullmatch(r"--[a-z][a-z-]+", row.flag)
+    fixed = {"LMSTUDIO_BASE_URL": "--upstream", "GATEWAY_HOST": "--host", "GATEWAY_PORT": "--port",
+             "GATEWAY_API_KEY": "--api-key", "IP_ALLOWLIST": "--allow", "REQUIRE_AUTH_FOR_HEALTH": None,
+             "LOG_LEVEL": "--log-level", "PROXY_TIMEOUT": None, "PROXY_STREAM_TIMEOUT": None,
+             "LMSTUDIO_LOG_DIR": "--log-dir", "ENABLE_LOG_MONITORING": None}       # CONTRACT.md, section 2
+    assert fixed.items() <= {row.variable: row.flag for row in rows}.items()
+    assert (config_of()[0].proxy_timeout, config_of()[0].proxy_stream_timeout) == (600000, 0)
+
+
+@pytest.mark.parametrize("text, keys", [
+    ("secret", {"default": "secret"}), ("a=1,b=2", {"a": "1", "b": "2"}), ("c2VjcmV0==", {"default": "c2VjcmV0=="}),
+    ("a=x==", {"a": "x=="}), ("", {}), ("a=1 , b=2,", {"a": "1", "b": "2"})])
+def test_one_key_or_several_with_names(text, keys):
+    assert {name.strip(): key.strip() for name, key in lmgateway.api_keys(text).items()} == keys
+
+
+@pytest.mark.parametrize("settings, environ, upstream", [
+    ('{"port": 4321}', {}, "http://127.0.0.1:4321"), ('{"port": 4321}', {"LMSTUDIO_BASE_URL": "http://x:1"}, "http://x:1"),
+    ("{", {}, "http://127.0.0.1:1234"), ('{"port": "x"}', {}, "http://127.0.0.1:1234"), ("[]", {}, "http://127.0.0.1:1234"),
+    ('{"port": 99999}', {}, "http://127.0.0.1:1234"), (None, {}, "http://127.0.0.1:1234")])
+def test_lm_studios_port_is_read_from_its_settings_where_none_is_given(tmp_path, monkeypatch, settings, environ, upstream):
+    monkeypatch.setattr(lmgateway.Path, "home", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    if settings is not None:
+        path = tmp_path / ".lmstudio" / ".internal" / "http-server-config.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(settings, encoding="utf-8")
+    config, sources, _ = config_of(environ=environ)
+    assert lmgateway.find_upstream(config, sources).upstream == upstream
 
 
 # === 3. CORE =================================================================
@@ -1348,6 +1505,107 @@ def test_percentiles_are_values_that_occur(share, value):
 # === 4. HUB ==================================================================
 
 
+def numbers(*wanted):
+    return [Event("n", {"n": number}) for number in wanted]
+
+
+def frame_numbers(frames):
+    return [json.loads(frame.partition(b"data: ")[2])["n"] for _, frame in frames]
+
+
+def everything(hub, cursor):
+    """(numbers of the frames after a cursor, gaps on the way)."""
+    found, gaps = [], []
+    while True:
+        frames, cursor, gap = hub.read(cursor)
+        gaps += [gap] if gap else []
+        if not frames:
+            return found, gaps
+        found += frame_numbers(frames)
+
+
+def test_ids_count_by_one_and_have_an_epoch_of_their_own():
+    hub, other = lmgateway.Hub(), lmgateway.Hub()
+    hub.publish(numbers(1, 2))
+    hub.publish(numbers(3))
+    frames, _, _ = hub.read(0)
+    assert [frame.split(b"\n")[0].decode() for _, frame in frames] == [f"id: {hub.epoch}-{seq}" for seq in (1, 2, 3)]
+    assert frames[0][1] == f'id: {hub.epoch}-1\nevent: n\ndata: {{"n": 1}}\n\n'.encode()
+    assert hub.epoch != other.epoch
+
+
+@pytest.mark.parametrize("since, missed", [("{}-2", [3, 4]), ("{}-4", []), ("{}-0", [1, 2, 3, 4]), ("2", [3, 4]),
+                                           (None, []), ("", []), ("nonsense", []), ("{}-99", [])])
+def test_a_listener_that_comes_back_gets_what_it_missed(since, missed):
+    hub = lmgateway.Hub()
+    hub.publish(numbers(1, 2, 3, 4))
+    cursor, gap = hub.cursor(since and since.format(hub.epoch))
+    assert (everything(hub, cursor), gap) == ((missed, []), None)
+
+
+def test_an_id_of_another_start_is_a_gap_that_nobody_can_count():
+    hub = lmgateway.Hub()
+    hub.publish(numbers(1, 2))
+    cursor, gap = hub.cursor("0ther-7")
+    assert json.loads(lmgateway.gap_data(gap, "now"))["count"] is None
+    assert (gap.first, gap.events) == ("0ther-8", None)
+    assert everything(hub, cursor) == ([1, 2], [])
+
+
+def test_the_ring_holds_ten_thousand_and_tells_what_fell_out():
+    hub = lmgateway.Hub()
+    for start in range(1, 30_001, 500):
+        hub.publish(numbers(*range(start, start + 500)))
+    found, gaps = everything(hub, hub.cursor(f"{hub.epoch}-100")[0])
+    assert len(gaps) == 1 and len(found) >= 10_000
+    assert found == list(range(found[0], 30_001))
+    assert gaps[0] == lmgateway.Gap(hub.event_id(101), hub.event_id(found[0] - 1), found[0] - 101)
+
+
+def test_a_slow_listener_loses_the_oldest_is_told_and_stops_nobody():
+    hub = lmgateway.Hub()
+    cursor, _ = hub.cursor(None)
+    with hub.listening() as bell:
+        for start in range(1, 40_001, 1000):
+            hub.publish(numbers(*range(start, start + 1000)))      # nobody takes anything
+        assert bell.qsize() == 1
+        found, gaps = everything(hub, cursor)
+    assert gaps[0].events + len(found) == 40_000
+    assert found[-1] == 40_000
+    assert hub.dropped == gaps[0].events
+    assert hub.listeners == 0
+
+
+def test_a_frame_is_made_once_whoever_listens(monkeypatch):
+    calls = Counter()
+    monkeypatch.setattr(lmgateway, "data_json", counting("json", lmgateway.data_json, calls))
+    monkeypatch.setattr(lmgateway, "sse_frame", counting("frame", lmgateway.sse_frame, calls))
+    hub = lmgateway.Hub()
+    hub.publish(numbers(1, 2))
+    readers = [hub.read(0)[0] for _ in range(5)]
+    assert calls == {"json": 2, "frame": 2}
+    assert all(one[1] is other[1] for one, other in zip(readers[0], readers[4]))
+
+
+def test_events_of_many_threads_have_one_order():
+    hub = lmgateway.Hub()
+    threads = [threading.Thread(target=lambda n=n: [hub.publish(numbers(n, n)) for _ in range(200)]) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    found, gaps = everything(hub, 0)
+    assert (len(found), gaps, hub.last) == (3200, [], 3200)
+    assert found[::2] == found[1::2]        # what is published together stays together
+
+
+def test_close_wakes_every_listener():
+    hub = lmgateway.Hub()
+    with hub.listening() as bell:
+        hub.close()
+        assert bell.get(timeout=PATIENCE_S) and hub.closed
+
+
 # --- 4.2 history
 
 
@@ -1948,7 +2206,7 @@ class Front:
         self.hub = lmgateway.Hub()
         upstream = lmgateway.Upstream(self.config.upstream, self.config.upstream_token)
         self.gateway = lmgateway.Gateway(self.config, self.hub, upstream)
-        self.server = lmgateway.open_server(self.gateway)
+        self.server = lmgateway.open_server(self.gateway, lmgateway.tls_context(self.gateway.config))
         self.port = self.server.port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self.thread.start()
@@ -3900,7 +4158,7 @@ class Terminal:
     encoding = "utf-8"
 
     def __init__(self):
-        self.rows, self.at = [""], 0
+        self.rows, self.at, self.written = [""], 0, ""
 
     def isatty(self):
         return True
@@ -3909,6 +4167,7 @@ class Terminal:
         pass
 
     def write(self, text):
+        self.written += text
         for part in re.findall(r"\x1b\[\d*[AJm]|[\r\n]|[^\x1b\r\n]+", text):
             if part == "\n":
                 self.at += 1
@@ -3960,12 +4219,12 @@ def test_an_event_is_one_line_for_a_person(name, data, line):
     assert lmgateway.summary(Event(name, data)) == line
 
 
-def test_replayed_logs_and_dumb_terminals_get_plain_lines(terminal, monkeypatch):
-    for live, term in ((False, "xterm"), (True, "dumb")):
-        monkeypatch.setenv("TERM", term)
-        out = Terminal()
-        lmgateway.Printer(out, as_json=False, names=(), live=live)(card_events(*PREFILL, request=False))
-        assert len(out.rows) == len(PREFILL) + 1
+@pytest.mark.parametrize("live", [False, True])
+def test_dumb_terminals_get_plain_lines(terminal, monkeypatch, live):
+    monkeypatch.setenv("TERM", "dumb")
+    lmgateway.Printer(terminal, as_json=False, names=(), live=live)(card_events(*PREFILL, request=False))
+    assert len(terminal.rows) == len(PREFILL) + 1
+    assert "\x1b" not in terminal.written
 
 
 def test_a_narrower_terminal_rubs_out_all_rows_of_the_cards():
@@ -4511,6 +4770,246 @@ def test_help_fits_one_screen(capsys):
     assert all(row.flag in "\n".join(lines) for row in lmgateway.OPTIONS if row.flag)
 
 
+# --- 9.x the tail, the demo, and how they end
+
+
+PROGRAM = [sys.executable, str(HERE / "lmgateway.py")]
+
+
+def alone(home, **more):
+    """An environment in which no LM Studio, no `.env` and no option of this machine is found."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(lmgateway.PREFIXES)}
+    return {**kept, "HOME": str(home), "USERPROFILE": str(home), "TZ": "UTC", **more}
+
+
+def command(home, *args, **how):
+    """A finished run of the program: its status, and what it printed."""
+    how = {"capture_output": True, "timeout": PATIENCE_S, "env": alone(home, **how.pop("environ", {})), "cwd": home, **how}
+    return subprocess.run([*PROGRAM, *map(str, args)], check=False, **how)
+
+
+@contextlib.contextmanager
+def started(home, *args, **how):
+    """A running program; whatever happens it is gone afterwards."""
+    process = subprocess.Popen([*PROGRAM, *map(str, args)], env=alone(home, **how.pop("environ", {})), cwd=home,
+                               **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how})
+    limit = threading.Timer(3 * PATIENCE_S, process.kill)
+    limit.start()
+    try:
+        yield process
+    finally:
+        limit.cancel()
+        process.kill()
+        process.wait(PATIENCE_S)
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream:
+                stream.close()
+
+
+def line_with(stream, words):
+    """The next line of a stream that has the words."""
+    for line in stream:
+        if words in line:
+            return line
+    raise AssertionError(f"{words!r} did not come")
+
+
+def sample(name):
+    return HERE / ".ci" / "samples" / f"{name}.log"
+
+
+def json_lines(data):
+    return [json.loads(line, parse_constant=no_constant) for line in data.decode("ascii").splitlines()]
+
+
+def test_a_saved_log_is_replayed_as_json_lines(tmp_path):
+    run = command(tmp_path, "--tail-only", "--json", sample("g1-full-cache-inf"))
+    assert (run.returncode, run.stderr) == (0, b"")
+    lines = json_lines(run.stdout)
+    assert [line["id"].partition("-")[2] for line in lines] == [str(seq) for seq in range(1, len(lines) + 1)]
+    assert len({line["id"].partition("-")[0] for line in lines}) == 1
+    assert unmet(expected_of(sample("g1-full-cache-inf")), [Event(line["event"], line["data"]) for line in lines]) == []
+
+
+def test_events_are_filtered_and_keep_their_ids(tmp_path):
+    run = command(tmp_path, "--tail-only", "--json", "--events", "lmstudio_chat_end,lmstudio_chat_start", sample("errors"))
+    lines = json_lines(run.stdout)
+    assert [line["event"] for line in lines] == ["lmstudio_chat_start", "lmstudio_chat_end"] * 2
+    assert lines[1]["id"] != lines[0]["id"].replace("-3", "-4")
+
+
+def test_standard_input_is_replayed(tmp_path):
+    data = sample("splash-stream").read_bytes()
+    run = command(tmp_path, "--tail-only", "--json", "-", input=data)
+    assert run.returncode == 0
+    assert unmet(expected_of(sample("splash-stream")), [Event(line["event"], line["data"]) for line in json_lines(run.stdout)]) == []
+
+
+def test_directories_are_replayed_in_date_order_with_their_switches(tmp_path):
+    logs = Logs(tmp_path / "server-logs")
+    for name in ("2026-05-01.10", "2026-04-30.1", "2026-05-01.9", "2026-05-02.1"):
+        logs.write(name, name)
+    run = command(tmp_path, "--tail-only", "--json", logs.directory)
+    assert [Logs.words(Event(line["event"], line["data"])) for line in json_lines(run.stdout)] == [
+        "2026-04-30.1", "2026-04 >> 2026-05-01.9", "2026-05-01.9", "2026-05-01.9 > 2026-05-01.10", "2026-05-01.10",
+        "2026-05-01.10 > 2026-05-02.1", "2026-05-02.1"]
+    (tmp_path / "flat").mkdir()
+    for name in ("2026-05-01.10.log", "2026-05-01.9.log", "b.txt"):
+        (tmp_path / "flat" / name).write_bytes(HEADER + name.encode() + b"\n")
+    run = command(tmp_path, "--tail-only", "--json", "--events", "lmstudio_log", tmp_path / "flat", sample("bystanders"))
+    assert [line["data"]["message"] for line in json_lines(run.stdout)][:2] == ["2026-05-01.9.log", "2026-05-01.10.log"]
+    assert json_lines(run.stdout)[2]["data"]["message"] == "Server stopped."
+    (tmp_path / "empty").mkdir()
+    assert command(tmp_path, "--tail-only", tmp_path / "empty").returncode == 2
+
+
+def test_a_file_that_cannot_be_read_in_the_middle_is_status_1_after_what_came_before(tmp_path, monkeypatch, capfd):
+    def opened(path, *args, original=open, **kwargs):
+        if str(path).endswith("2.log"):
+            raise PermissionError(13, "Permission denied")
+        return original(path, *args, **kwargs)
+
+    for name in ("1.log", "2.log"):
+        (tmp_path / name).write_bytes(HEADER + name.encode() + b"\n")
+    monkeypatch.setattr("builtins.open", opened)
+    monkeypatch.setattr(lmgateway, "settle", lambda: None)
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    assert lmgateway.main(["--tail-only", str(tmp_path / "1.log"), str(tmp_path / "2.log")]) == 1
+    out, err = capfd.readouterr()
+    assert "1.log" in out and "2.log: Permission denied" in err and len(err.splitlines()) == 1
+
+
+def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
+    log = tmp_path / "long.log"
+    log.write_bytes(b"".join(path.read_bytes() for path in SAMPLES) * 30)
+    with started(tmp_path, "--tail-only", "--json", log) as process:
+        assert process.stdout.readline().startswith(b'{"id": ')
+        process.stdout.close()
+        assert process.wait(PATIENCE_S) == 0
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path):
+    with open("/dev/full", "wb") as full:
+        run = command(tmp_path, "--tail-only", "--json", sample("errors"), capture_output=False, stdout=full,
+                      stderr=subprocess.PIPE)
+    assert run.returncode == 1
+    assert re.fullmatch(rb"lmgateway: .*No space left on device\n", run.stderr)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", 0)])
+@pytest.mark.parametrize("path", [[], ["-"]], ids=["following", "replaying"])
+def test_signals_end_the_tail_quietly(tmp_path, number, status, path):
+    logs = Logs(tmp_path / "server-logs")
+    logs.write("2026-05-01.1", "a", "b")
+    with started(tmp_path, "--tail-only", "--json", *([] if path else ["--from-start"]), "--log-dir", logs.directory, *path,
+                 stdin=subprocess.PIPE) as process:
+        if path:
+            process.stdin.write((HEADER + b"x" * 60_000 + b"\n") * 3)
+            process.stdin.flush()
+        assert process.stdout.readline()
+        process.send_signal(getattr(signal, number))
+        assert process.wait(PATIENCE_S) == status
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_the_tail_says_once_that_the_directory_is_missing_and_waits_for_it(tmp_path):
+    logs = Logs(tmp_path / "server-logs")
+    with started(tmp_path, "--tail-only", "--json", "--log-dir", logs.directory) as process:
+        said = line_with(process.stderr, b"[warn]")
+        assert str(logs.directory).encode() in said and b"--log-dir" in said
+        logs.write("2026-05-01.1", "[m] Prompt processing progress: 1.0%")
+        line_with(process.stdout, b'"lmstudio_log"')
+        assert b"Monitoring log file: " in process.stderr.readline()
+
+
+def test_start_up_lines_have_the_form_of_the_contract(tmp_path):
+    logs = Logs(tmp_path / "server-logs")
+    logs.write("2026-05-01.1", "a")
+    with started(tmp_path, "--tail-only", "--log-dir", logs.directory) as process:
+        line = line_with(process.stderr, b"Monitoring").decode()
+        path = re.escape(str(logs.path("2026-05-01.1")))
+        assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \[info\]: Monitoring log file: {path}\r?\n", line)
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eabc\u2066\u2028\x7f\r\b\0"
+
+
+def test_control_characters_of_a_log_never_reach_the_terminal(tmp_path):
+    log = tmp_path / "hostile.log"
+    log.write_text(f"[2026-05-01 10:00:00][INFO][{HOSTILE}] Running chat completion on conversation with 1 messages.\n"
+                   f"[2026-05-01 10:00:00][ERROR] {HOSTILE}\n{HOSTILE}\n[2026-05-01 10:00:00][INFO] {HOSTILE}\n",
+                   encoding="utf-8", newline="\n")
+    out = command(tmp_path, "--tail-only", log, environ={"PYTHONIOENCODING": "utf-8"}).stdout.decode("utf-8")
+    assert not re.search("[\0-\t\x0b-\x1f\x7f-\x9f\u2028\u202e\u2066]", out.replace("\r\n", "\n"))
+    assert out.count("owned") >= 3
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-16"])
+def test_any_text_can_be_printed_whatever_the_output_can_show(tmp_path, encoding):
+    log = tmp_path / "words.log"
+    log.write_bytes(HEADER + "東京 🦊 é\n".encode() + HEADER + b"\xff\xfe\n")
+    run = command(tmp_path, "--tail-only", log, environ={"PYTHONIOENCODING": encoding})
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert len(run.stdout.decode(encoding).splitlines()) == 2
+
+
+@pytest.mark.parametrize("names, coloured", [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True),
+                                             ({"TERM": "dumb"}, False)])
+def test_colour_is_for_terminals_only_and_can_be_refused(terminal, monkeypatch, names, coloured):
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    lmgateway.Printer(terminal, as_json=False, names=(), live=False)([Event("lmstudio_error", {"timestamp": "", "message": "x"})])
+    assert ("\x1b[31m" in terminal.written) is coloured
+
+
+def test_a_replay_redraws_progress_in_its_line(terminal):
+    printer = lmgateway.Printer(terminal, as_json=False, names=(), live=False)
+    printer([event for _, event in parsed(sample("g2-stream-cache-miss").read_bytes())])
+    printer.finish()
+    progress = [row for row in terminal.rows if "prompt_progress" in row]
+    assert 1 <= len(progress) <= 5 and "100.0 %" in progress[-1]        # 5 times something else came between
+    assert not [row for row in terminal.rows if "Prompt processing progress" in row and " log " in row]
+
+
+def test_help_and_version(tmp_path):
+    help_text = command(tmp_path, "--help").stdout.decode()
+    for flag in ("--tail-only", "--json", "--events", "--from-start", *filter(None, (row.flag for row in lmgateway.OPTIONS))):
+        assert flag in help_text
+    assert command(tmp_path, "--version").stdout.decode().strip() == f"lmgateway {lmgateway.VERSION}"
+
+
+def test_the_demo_shows_everything_and_leaves_nothing_behind(tmp_path):
+    with started(tmp_path, "--demo", "--port", "0", environ={"TMPDIR": str(tmp_path), "TEMP": str(tmp_path)}) as process:
+        address = re.search(rb"http://127\.0\.0\.1:\d+", line_with(process.stderr, b"Listening"))[0].decode()
+        seen, wanted = set(), {"connected", "inference_start", "inference_complete", "lmstudio_chat_start", "lmstudio_chat_end",
+                               "lmstudio_prompt_progress", "lmstudio_prediction_stats", "lmstudio_cache_stats"}
+        body = {"model": "x", "max_tokens": 3, "messages": [{"role": "user", "content": "hello"}]}
+        posted = threading.Thread(target=lambda: urllib.request.urlopen(urllib.request.Request(
+            address + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})).read())
+        with urllib.request.urlopen(address + "/debug/stream", timeout=PATIENCE_S) as stream:
+            posted.start()
+            while not wanted <= seen:
+                line = stream.readline().decode()
+                seen |= {line[7:].strip()} if line.startswith("event: ") else set()
+        posted.join(PATIENCE_S)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0
+        assert b"Traceback" not in process.stderr.read()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_in_use_is_one_line_that_says_who_to_ask_and_status_1(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        run = command(tmp_path, "--port", port)
+    errors = [line for line in run.stderr.decode().splitlines() if line.startswith("lmgateway: ")]
+    assert run.returncode == 1 and len(errors) == 1 and "Traceback" not in run.stderr.decode()
+    assert str(port) in errors[0] and "--port" in errors[0]
+
+
 # === 10. DASHBOARD ===========================================================
 
 PAGE = lmgateway.DASHBOARD.decode("utf-8")
@@ -4621,3 +5120,53 @@ def test_page_is_small_and_plain():
 
 
 # === What the one file keeps apart ===========================================
+
+
+# What the sections may know besides what stands above them, and all that CORE may use from outside: it is pure.
+SECTIONS = ["ERRORS", "CONFIG", "CORE", "HUB", "TAIL", "UPSTREAM", "HTTP", "DEMO", "COMMAND", "DASHBOARD"]
+CORE_MAY_IMPORT = {"Any", "Callable", "Counter", "NamedTuple", "OrderedDict", "annotations", "bisect", "codecs", "datetime",
+                   "deque", "hashlib", "itertools", "json", "math", "re", "string", "time", "zlib"}
+CORE_MAY_ASK_TIME = {"gmtime", "strftime"}      # how to write a moment, never which moment it is
+
+
+def names_by_section(source):
+    """{section: (names that it defines, names that it uses)} of the program's top-level statements."""
+    starts = {0: "IMPORTS", **{source.count("\n", 0, found.start()): found[1]
+                               for found in re.finditer(r"^# === \d+\. (\w+)", source, re.M)}}
+    sections = {name: (set(), set()) for name in starts.values()}
+    for node in ast.parse(source).body[:-1]:        # the last one starts main()
+        defined, used = sections[starts[max(line for line in starts if line < node.lineno)]]
+        names = [inner for inner in ast.walk(node) if isinstance(inner, ast.Name)]
+        stored = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        stored |= {inner.arg for inner in ast.walk(node) if isinstance(inner, ast.arg)}
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            defined |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+            continue
+        defined |= {node.name} if hasattr(node, "name") else {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        used |= {name.id for name in names} - (stored if hasattr(node, "name") else set())
+    return sections
+
+
+def test_sections_know_only_what_they_may():
+    source = (HERE / "lmgateway.py").read_text(encoding="utf-8")
+    sections = names_by_section(source)
+    imported, _ = sections.pop("IMPORTS")
+    assert list(sections) == SECTIONS
+    below = {name: SECTIONS[place + 1:-1] for place, name in enumerate(SECTIONS)}
+    breaches = {name: sorted(sections[later][0] & used) for name, (_, used) in sections.items()
+                for later in below[name] if sections[later][0] & used}
+    assert breaches == {}
+    assert sections["CORE"][1] & imported <= CORE_MAY_IMPORT
+    core = source[source.index("# === 3. CORE"):source.index("# === 4. HUB")]
+    assert set(re.findall(r"\btime\.(\w+)\(", core)) <= CORE_MAY_ASK_TIME
+    assert not re.search(r"\bopen\(|\bprint\(|datetime\.now|\.today\(", core)
+
+
+def test_only_the_standard_library_is_imported():
+    known = getattr(sys, "stdlib_module_names", None)
+    if known is None:
+        pytest.skip("this Python has no list of its library")
+    for node in ast.walk(ast.parse((HERE / "lmgateway.py").read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert {module.partition(".")[0] for module in modules} <= known
