@@ -2180,7 +2180,6 @@ class Record:
         self.output = 0  # tokens so far
         self.output_since = None  # clock of the first of them
         self.timeline = []  # (ms after the start, event name, data)
-        self.held = []  # (event, clock) of its chat that may have been another's
         self.chat: Any = None  # the log's Chat that it caused
         self.binding = "none"  # or "likely", "exact"
         self.doubted = False  # two chats had as much right to it
@@ -2446,6 +2445,7 @@ ENGINE_EVENTS = frozenset((  # made of lines that name no model
     "lmstudio_sampling_params", "lmstudio_token_info", "lmstudio_cache_stats", "lmstudio_processing_start",
     "lmstudio_prediction_stats"))
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its chat, for so long
+HELD_KEPT = 500
 LAG_S = 1.0  # a chat whose request is over must have turned up within this
 SKEW_S = 2  # between the clocks of this machine and of the log, which has whole seconds
 ARRIVAL_S = 2  # LM Studio logs a request's chat within this after the request came, unless it loads a model
@@ -2506,6 +2506,7 @@ class Requests:
         self._open = {}  # id -> Record that can still be bound, or learn
         self._loose = []  # [(chat, candidates, Logged)] not bound yet
         self._names = {}  # model asked for -> model that answered
+        self._held: deque[tuple] = deque(maxlen=HELD_KEPT)  # (event, clock) of an engine, not surely whose
         self._copies_are_true = False  # a logged copy of a request was the same in all its members
         self._numbers = itertools.count(1)
 
@@ -2541,8 +2542,8 @@ class Requests:
                 continue
             record = self._record_of(event.chat, clock)
             if record is None or not (event.sure or self._guess):
-                if record is not None and event.name in ENGINE_EVENTS and len(record.held) < TIMELINE:
-                    record.held.append((event, clock))
+                if record is not None and event.name in ENGINE_EVENTS:
+                    self._held.append((event, clock))
                 continue
             if record.source == "gateway":
                 event.data["requestId"] = record.id
@@ -2668,13 +2669,18 @@ class Requests:
             record.forget_engine()  # its chat is right, the engine's lines were another's
 
     def _take_held(self, record):
-        """The engine's lines were this request's after all: nobody else had a prompt of so many tokens."""
-        if not any(other.chat and other.chat.total == record.chat.total for other in self._open.values()
-                   if other is not record):
-            held, record.held = record.held, []
-            for event, clock in held:
-                record.take(event, clock)
-            record.timeline.sort(key=lambda row: row[0])
+        """Take in what the engine told of a prompt with as many tokens as this request's, where only one was."""
+        prompt = record.used("promptTokens")
+        mine = [(event, clock) for event, clock in self._held if prompt_of(event) == prompt]
+        if not mine or len({event.name for event, _ in mine}) < len(mine):
+            return
+        runs = {event.chat for event, _ in mine if event.name != "lmstudio_prediction_stats"}
+        runs -= {event.chat for event, _ in self._held if prompt_of(event) not in (None, prompt)}
+        taken = [row for row in self._held if row in mine or row[0].chat in runs]
+        self._held = deque((row for row in self._held if row not in taken), self._held.maxlen)
+        for event, clock in taken:
+            record.take(event, clock)
+        record.timeline.sort(key=lambda row: row[0])
 
     def _own(self, chat, clock):
         """A record for a chat that did not come through us."""
@@ -2725,6 +2731,12 @@ class Requests:
             if record.source == "lmstudio" and record.chat.ended is not None:
                 record.end(clock, Outcome(OUTCOMES.get(record.chat.ended, "done")))
                 self._own_over(record)
+
+
+def prompt_of(event):
+    """Tokens of the whole prompt of which an engine's event speaks; None where it does not tell."""
+    data = event.data
+    return data.get("total", data.get("totalPromptTokens", data.get("promptTokens")))
 
 
 def still_expected(record, clock):
