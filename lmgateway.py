@@ -405,6 +405,7 @@ def options_table():
     return "\n".join(["| variable | flag | default | meaning |", "|---|---|---|---|", *lines])
 
 
+@functools.lru_cache(maxsize=256)
 def loopback(host):
     """True for localhost and the addresses that only this machine reaches."""
     with contextlib.suppress(ValueError):
@@ -712,6 +713,11 @@ class Calendar:
 
 def utc_text(epoch):
     """Epoch seconds as 2025-11-17T10:59:23Z."""
+    return utc_second(int(epoch // 1))
+
+
+@functools.lru_cache(maxsize=16)
+def utc_second(epoch):
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch))
 
 
@@ -1806,7 +1812,7 @@ STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # no NaN, no Infinity
 def json_object(data):
     """The JSON object in UTF-8 bytes; None for anything else.  Never raises."""
     try:
-        value = STRICT.decode(str(data, "utf-8-sig"))
+        value = STRICT.decode(str(data[3:] if data[:3] == codecs.BOM_UTF8 else data, "utf-8"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -1979,9 +1985,9 @@ class Meter:
             self._rest += data
             buffer = self._rest
         kept, position = [], 0
-        for end in EVENT_END.finditer(buffer, start):
-            event = bytes(buffer[position:end.end()])
-            position = end.end()
+        for end in ends_of_events(buffer, start):
+            event = bytes(buffer[position:end])
+            position = end
             ours = self._event(event) and self._cut
             if not ours or self._given:
                 kept.append(event[self._given:])
@@ -2010,6 +2016,13 @@ class Meter:
         if ERROR_EVENT.search(event) and not self.usage.error:
             self.usage.error = str(body.get("message") or str(data, "utf-8", "replace"))[:500]
         return isinstance(body.get("usage"), dict) and body.get("choices") == []
+
+
+def ends_of_events(buffer, start):
+    """Where the events end in a stream's bytes."""
+    if buffer.endswith(b"\n\n") and buffer.find(b"\n\n", start) == len(buffer) - 2 and b"\r" not in buffer:
+        return [len(buffer)]    # one whole event, as most pieces are
+    return [match.end() for match in EVENT_END.finditer(buffer, start)]
 
 
 def maybe_ours(beginning):
@@ -2444,6 +2457,7 @@ LESSONS = {  # what a record learns from the events of its chat
 ENGINE_EVENTS = frozenset((  # made of lines that name no model
     "lmstudio_sampling_params", "lmstudio_token_info", "lmstudio_cache_stats", "lmstudio_processing_start",
     "lmstudio_prediction_stats"))
+OPEN_LIMIT = 512  # requests that are over and can still be bound
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its chat, for so long
 HELD_KEPT = 500
 LAG_S = 1.0  # a chat whose request is over must have turned up within this
@@ -2509,10 +2523,13 @@ class Requests:
         self._held: deque[tuple] = deque(maxlen=HELD_KEPT)  # (event, clock) of an engine, not surely whose
         self._copies_are_true = False  # a logged copy of a request was the same in all its members
         self._numbers = itertools.count(1)
+        self._swept = 0.0  # clock of the last _expire
 
     def begin(self, record):
         """A request goes to LM Studio."""
-        self.running[record.id] = self._open[record.id] = record
+        self.running[record.id] = record
+        if record.dialect in JOINED:
+            self._open[record.id] = record
         self.total += 1
 
     def over(self, record, clock, outcome):
@@ -2527,6 +2544,8 @@ class Requests:
             self._learn_name(record.model_asked, record.model)
         self._verify(record)
         self._settle(clock)
+        if clock - self._swept > 1.0 or len(self._open) > 2 * OPEN_LIMIT:  # also where no log is followed
+            self._expire(clock)
         return True
 
     def see(self, events, clock):
@@ -2720,8 +2739,10 @@ class Requests:
 
     def _expire(self, clock):
         """Requests that are over for good are counted and forgotten here; so are chats that ended unseen."""
-        over = [record for record in self._open.values() if record.ended is not None
-                and clock - record.ended > LATE_S]
+        self._swept = clock
+        surplus = len(self._open) - OPEN_LIMIT
+        over = [record for number, record in enumerate(self._open.values()) if record.ended is not None
+                and (clock - record.ended > LATE_S or number < surplus)]
         for record in over:
             del self._open[record.id]
             self.bindings[record.binding] += record.dialect in JOINED
@@ -3932,13 +3953,19 @@ class Chunks:
         self.rest = b""  # what is not read yet; once over, what follows the body
         self._room = self.LINE_LIMIT  # for trailers
         self._step = self._size_line
+        self._between = True  # the next byte begins a chunk
 
     def feed(self, data):
         """The payload in data.  Raises ValueError for what is not a chunked body."""
+        if self._between and (match := self.SIZE.match(data)):
+            size = int(match[1], 16)
+            if size and len(data) == match.end() + size + 2 and data.endswith(b"\r\n"):
+                return data[match.end():-2]     # one whole chunk, as most pieces of a stream are
         self.rest = self.rest + data if self.rest else data
         parts: list[bytes] = []
         while not self.over and self._step(parts):
             pass
+        self._between = not self.rest and self._step == self._size_line
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     # Each step below takes its share of rest, and gives False when that is not there yet.
@@ -4052,6 +4079,7 @@ class Answer:
             raise http.client.BadStatusLine(lines[0][:80])
         self._minor, self.status, self.reason = int(first[1]), int(first[2]), first[3] or ""
         self.headers: list[tuple[str, str]] = []
+        self._named: dict[str, str] = {}
         for line in lines[1:]:
             if line[:1] in (" ", "\t") and self.headers:    # an old form that may still come (RFC 9112, 5.2)
                 self.headers[-1] = self.headers[-1][0], f"{self.headers[-1][1]} {line.strip()}"
@@ -4061,6 +4089,8 @@ class Answer:
 
     def _frame(self, method):
         """How the end of the body is known (RFC 9112, 6.3)."""
+        for name, value in self.headers:
+            self._named.setdefault(name.lower(), value)
         coding, length = self.header("transfer-encoding").lower(), self.header("content-length")
         if coding not in ("", "chunked") or length and not coding and not length.isdecimal():
             raise http.client.HTTPException("the length of its answer is not clear")
@@ -4076,7 +4106,7 @@ class Answer:
 
     def header(self, name):
         """The first value of a header, "" without it."""
-        return next((value for key, value in self.headers if key.lower() == name), "")
+        return self._named.get(name, "")
 
     @property
     def ready(self):
@@ -4173,6 +4203,7 @@ class KeptConnections(urllib.request.BaseHandler):
         address = host, parts.port or (443 if tls else 80)
         try:
             sock = socket.create_connection(address, min(CONNECT_S, call.timeout_s or CONNECT_S))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return tls.wrap_socket(sock, server_hostname=parts.hostname) if tls else sock
         except OSError as error:
             why = "the connection timed out" if isinstance(error, TIMEOUTS) else error_text(error)
@@ -4197,7 +4228,6 @@ class KeptConnections(urllib.request.BaseHandler):
 
     @staticmethod
     def _send(call, sock):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         set_timeout(sock, call.timeout_s)
         try:
             call.use(sock)
@@ -4359,7 +4389,7 @@ LINGER_S, LINGER_BYTES = 2.0, 64 * 1024 * 1024  # what is read of a request that
 GRACE_S = 10.0  # for running requests at the end
 STREAM_MARKS = ("text/event-stream", "application/x-ndjson")
 FIRST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,40}) ([!-~]+) HTTP/(\d)\.(\d)")
-TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
 CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%25\w+)?\]|[\w.\-]*)(?::\d{0,5})?", re.ASCII)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -4560,7 +4590,7 @@ def parse_head(lines):
     method, target = first[1], first[2]
     if len(lines) - 1 > HEADERS_LIMIT:
         raise HttpError(431, "head_too_large", f"more than {HEADERS_LIMIT} headers", close=True)
-    headers = [header_of(line) for line in lines[1:]]
+    headers = headers_of(lines[1:])
     if method not in METHODS:
         raise HttpError(501, "method_unknown", f"the method {method} is not supported", close=True)
     if not target.startswith("/"):
@@ -4571,12 +4601,17 @@ def parse_head(lines):
     return Request(method, target, min(version, (1, 1)), headers)
 
 
-def header_of(line):
-    """(name, value) of a header line.  Raises HttpError."""
-    name, colon, value = line.partition(":")
-    if not colon or not TOKEN.fullmatch(name) or CONTROLS.search(value):
-        raise bad("a header line is malformed")
-    return name, value.strip(" \t")
+def headers_of(lines):
+    """[(name, value)] of header lines.  Raises HttpError."""
+    headers = []
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not TOKEN(name):
+            raise bad("a header line is malformed")
+        headers.append((name, value.strip(" \t")))
+    if CONTROLS.search("".join(lines)):
+        raise bad("a header holds a control character")
+    return headers
 
 
 def framing(request):
@@ -5630,6 +5665,7 @@ ROUTES = (
     Route("GET", "/metrics", prometheus, "view", "figures for Prometheus"),
     Route("POST", "/login", login, "open", "a session cookie for a key"),
 )
+FOLDERS = frozenset(route.path.rpartition("/")[0] for route in ROUTES)
 FORWARD = Route("*", "*", forward, "infer", "LM Studio's answer, unchanged")
 
 
@@ -5643,10 +5679,9 @@ def routes_table():
 
 def find_route(request):
     """The Route of a request; FORWARD where no path of ours fits.  Raises HttpError 405."""
-    path = request.path
-    ours = [route for route in ROUTES if path == route.path or route.path.endswith("/*")
-            and path.startswith(route.path[:-1]) and "/" not in path[len(route.path) - 1 :]
-            and path != route.path[:-1]]
+    folder, slash, last = request.path.rpartition("/")
+    ours = [route for route in ROUTES if route.path in (request.path, folder + slash + "*") and last != "*"
+            and (last or route.path == "/")] if folder in FOLDERS else []
     for route in ours:
         if request.method == route.method or (request.method == "HEAD" and route.method == "GET"):
             return route
@@ -5749,7 +5784,9 @@ class Handler(socketserver.BaseRequestHandler):
         if open_to_all:
             return Identity(None)
         identity = walls.identify(request, query_key=request.path.startswith("/debug/"))
-        right = "admin" if route.access == "infer" and changes_machine(request) else route.access
+        right = route.access
+        if right == "infer" and "admin" not in identity.rights and changes_machine(request):
+            right = "admin"
         if right in RIGHTS and right not in identity.rights:
             raise HttpError(403, "right_missing",
                             f"the key {identity.name} has no right to {right}; mint one with "
