@@ -4351,6 +4351,50 @@ def test_watch_of_lm_studio_itself_is_a_wrong_address(tmp_path):
     assert isinstance(error, lmgateway.ConfigError) and "no lmgateway" in str(error)
 
 
+@contextlib.contextmanager
+def watching(port, *flags):
+    """A --watch process of a gateway's port that prints JSON lines."""
+    command = [sys.executable, lmgateway.__file__, "--watch", f"127.0.0.1:{port}", "--json", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_watch_prints_the_gateways_ids_and_ends_quietly_on_a_signal(number, status):
+    hub = lmgateway.Hub()
+    with stream_server(hub) as port, watching(port, "--events", "lmstudio_error") as process:
+        deadline = time.monotonic() + PATIENCE_S
+        while not hub.listeners and time.monotonic() < deadline:
+            time.sleep(0.01)
+        hub.publish([Event("lmstudio_log", {"timestamp": "t"}), Event("lmstudio_error", {"timestamp": "t", "message": "ж"})])
+        assert json.loads(process.stdout.readline()) == {
+            "id": hub.event_id(2), "event": "lmstudio_error", "data": {"timestamp": "t", "message": "ж"}}
+        process.send_signal(number)
+        assert (process.wait(PATIENCE_S), process.stdout.read(), process.stderr.read()) == (status, "", "")
+
+
+def test_watch_ends_quietly_when_nobody_reads_it_any_more():
+    hub = lmgateway.Hub()
+    with stream_server(hub) as port, watching(port, "--from-start") as process:
+        assert json.loads(process.stdout.readline())["event"] == "connected"
+        process.stdout.close()
+        deadline = time.monotonic() + PATIENCE_S
+        while process.poll() is None and time.monotonic() < deadline:
+            hub.tell("more", message="x" * 65536)
+            time.sleep(0.01)
+        assert (process.wait(PATIENCE_S), process.stderr.read()) == (0, "")
+
+
+def test_watch_without_a_key_is_one_line_and_status_1():
+    with stream_server(lmgateway.Hub(), api_key={"anna": "right"}) as port, watching(port) as process:
+        out, err = process.communicate(timeout=PATIENCE_S)
+        assert (process.returncode, out, err.count("\n"), "--api-key KEY" in err) == (1, "", 1, True)
+
+
 @pytest.mark.parametrize("text", ["", "ftp://x", "http://", "http://h:0", "http://h:x", "http://a b", "http://h:1/\x07",
                                   "http://" + "x" * 64, "http://[::1"])
 def test_watch_refuses_what_is_no_address(text):
