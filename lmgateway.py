@@ -3785,12 +3785,12 @@ class LogVolume:
                 "warnings": [*self._warnings(total, growth, free)]}
 
     def _warnings(self, total, growth, free):
-        prune = "lmgateway.py --prune 30 shows what is older than 30 days, and with --yes removes it"
+        remedy = "lmgateway.py --prune 30 shows what is older than 30 days, and with --yes removes it"
         if total and self._warn_bytes and total > self._warn_bytes:
-            yield f"LM Studio's logs take {shown_bytes(total)} in {self.directory}: {prune}"
+            yield f"LM Studio's logs take {shown_bytes(total)} in {self.directory}: {remedy}"
         if free is not None and free < max(LOW_DISK_BYTES, 3 * (growth or 0)):
             yield (f"only {shown_bytes(free)} are free on the disk of {self.directory}: make room there; "
-                   + prune)
+                   + remedy)
 
 
 def daily_growth(sizes, today):
@@ -6520,8 +6520,7 @@ class Printer:
     def __init__(self, out, as_json, names, live):
         self._out, self._json, self._names = out, as_json, frozenset(names)
         self._epoch, self._seq = secrets.token_hex(4), 0
-        tty = out.isatty() and not as_json
-        capable = tty and os.environ.get("TERM") != "dumb"
+        capable = is_terminal(out) and not as_json
         if capable and os.name == "nt":
             os.system("")  # Windows' console understands escape sequences from here on
         self._colour = capable and not os.environ.get("NO_COLOR")
@@ -6597,6 +6596,11 @@ class Printer:
 
     def _painted(self, line, colour):
         return f"\x1b[{colour}m{line}\x1b[0m\n" if self._colour and colour != "0" else line + "\n"
+
+
+def is_terminal(out):
+    """True when a stream shows escape sequences to a person.  A process without a console has no stream at all."""
+    return bool(out) and out.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def shown_on_cards(event):
@@ -6733,7 +6737,7 @@ def usable_fact(name, value):
     """True when a card can show it: events may come from another version, or from no gateway at all."""
     if name in ("model", "state", "path", "client", "key"):
         return isinstance(value, str) and value != ""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) < 1e15  # false for nan, and for integers without end
 
 
 class Cards:
@@ -6747,7 +6751,7 @@ class Cards:
     def take(self, event, now):
         """Learn from one event."""
         data = event.data
-        key = data.get("requestId") or (event.chat.number if event.chat else ("log", data.get("model")))
+        key = str(data.get("requestId") or (event.chat.number if event.chat else f"log of {data.get('model')}"))
         card = self._cards.get(key)
         if self._ends(event, card):
             self._cards.pop(key, None)
@@ -6808,8 +6812,7 @@ def summary(event):
     try:
         shown = model + (SUMMARIES[event.name](data) if event.name in SUMMARIES
                          else str(data.get("message", "")))
-    except (KeyError, TypeError, ValueError,
-            AttributeError):  # another version's gateway may say it otherwise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):  # another version's, or no gateway's
         shown = json.dumps(data)
     return shown.replace("\n", " | ").replace("\t", " ").translate(CONTROL)
 
@@ -7577,13 +7580,13 @@ def check_port(patient):
 
 def fetched(host, port, path, encrypted=False):
     """The body that answers a GET with 200; empty when there is none within a second."""
-    host, connection = "127.0.0.1" if host in ANYWHERE else host, http.client.HTTPConnection
+    host = "127.0.0.1" if host in ANYWHERE else host
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # whose it is, is what we want to know
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        if encrypted:
-            connection = functools.partial(http.client.HTTPSConnection, context=context)
-        with contextlib.closing(connection(host, port, timeout=1.0)) as asked:
+        asked = (http.client.HTTPSConnection(host, port, timeout=1.0, context=context) if encrypted
+                 else http.client.HTTPConnection(host, port, timeout=1.0))
+        with contextlib.closing(asked):
             asked.request("GET", path)
             answer = asked.getresponse()
             return answer.read(65536) if answer.status == 200 else b""
@@ -7691,7 +7694,7 @@ def check_newest_log(patient):
                       "let this user read it, or run as the user who runs LM Studio")
         return
     age_s = time.time() - state.st_mtime
-    written = f"{path}: {shown_bytes(state.st_size)}, written {age(age_s)} ago"
+    written = f"{path}: {shown_bytes(state.st_size)}, written {shown_age(age_s)} ago"
     yield Finding("ok", written) if age_s <= 86400 else Finding(
         "warn", written, "see that LM Studio's server runs under this user and gets requests")
     if not parser.entries:
@@ -7709,7 +7712,7 @@ def check_newest_log(patient):
                       "does not know", "look for a newer lmgateway; /debug/status shows samples")
 
 
-def age(seconds):
+def shown_age(seconds):
     return f"{seconds / 86400:.0f} days" if seconds >= 2 * 86400 else duration(max(0, seconds))
 
 
@@ -7823,7 +7826,7 @@ def doctor(args):
         rows = [{"check": name, **finding._asdict()} for name, finding in found]
         print(json.dumps({"status": "bad" if bad else "ok", "version": VERSION, "findings": rows}))
         return int(bad)
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    colour = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
     for name, (mark, what, remedy) in found:
         shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if colour else f"{mark:4}"
         print(f"{shown}  {name:9}  " + (what + (f"  ->  {remedy}" if remedy else "")).translate(CONTROL))

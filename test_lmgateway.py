@@ -4131,6 +4131,9 @@ CARDS = [  # what happened, the lines of the cards at second 5
      ["(model not named)", "WRITE  1,312 tok  17.8 tok/s  for 5s  elapsed 5s"]),
     (card_events(("inference_progress", {**{name: "x\x1b[2J" for name in GATEWAY}, "requestId": "req_1"})),
      ["x\\x1b[2J", "WAIT  x\\x1b[2J  elapsed 5s"]),
+    (card_events(("inference_progress", {**{name: 10 ** 400 for name in GATEWAY}, "requestId": ["odd"]})),
+     ["(model not named)", "WAIT  elapsed 5s"]),
+    (card_events(("lmstudio_chat_start", {"model": {"odd": []}}), request=True), ["(model not named)", "WAIT  elapsed 5s"]),
     (card_events(("inference_progress", {**{name: float("nan") for name in GATEWAY}, "requestId": "req_1"})), ["(model not named)", "WAIT  elapsed 5s"]),
 ]
 
@@ -4212,6 +4215,9 @@ def test_on_a_terminal_lines_scroll_above_cards_that_are_redrawn_in_place(termin
      "id r  status 200  0.0 s"),
     ("inference_complete", {"requestId": "r", "status": 200, "totalTimeMs": 9, "tokenUsage": {"promptTokens": 1}},
      "id r  status 200  0.0 s  1 + ? tok"),
+    ("inference_complete", {"requestId": 0, "status": 1, "totalTimeMs": 10 ** 400, "message": ""},
+     '{"requestId": 0, "status": 1, "totalTimeMs": 1' + "0" * 400 + ', "message": ""}'),
+    ("lmstudio_prompt_progress", {"progress": 10 ** 400}, '{"progress": 1' + "0" * 400 + "}"),
     ("inference_complete", {"strange": "\x1b[2J\u202e"}, '{"strange": "\\u001b[2J\\u202e"}'),
     ("lmstudio_log", {"level": "INFO", "message": "a\x1b]0;x\x07\u202eb\x9b"}, "INFO   a\\x1b]0;x\\x07\\u202eb\\x9b"),
     ("of another version", {"message": "hello\nthere"}, "hello | there")])
@@ -4735,6 +4741,11 @@ def test_the_demo_asks_for_a_key_only_where_one_was_named(home, options, names):
         config = lmgateway.start_demo(lmgateway.Config(**options), cleanup)
         assert sorted(config.api_key) == names
         assert lmgateway.Walls(config).need_key == bool(names)
+
+
+def test_the_doctor_answers_also_where_nobody_can_read_it(home, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert lmgateway.main(["--check"]) == 1
 
 
 def test_a_check_that_fails_is_a_finding():
