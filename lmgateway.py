@@ -8203,52 +8203,57 @@ kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding:
 .keys { display: grid; grid-template-columns: 5rem 1fr; gap: .4rem; margin: .8rem 0; }
 footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
 
-/* Smaller screens: states in a word, cards for rows */
-@media (max-width: 1280px) { .top nav { display: none; } #requests-table .c-path { display: none; } }
+/* Smaller screens: states in a word, fewer columns, then cards for rows */
+@media (max-width: 1400px) { #requests-table .c-path { display: none; } }
+@media (max-width: 1280px) { .top nav { display: none; } }
+@media (max-width: 1240px) { #requests-table .c-queue, #requests-table .c-finish { display: none; } }
 @media (max-width: 1060px) {
   .states .detail { display: none; }
   .meters { grid-template-columns: minmax(0, 1fr); }
-  #requests-table .c-queue, #requests-table .c-finish { display: none; }
+  #requests-table .c-prefill, #requests-table .c-decode { display: none; }
 }
-@media (max-width: 860px) { .charts { grid-template-columns: minmax(0, 1fr); } }
+@media (max-width: 880px) {
+  .top h1 small { display: none; }
+  .charts { grid-template-columns: minmax(0, 1fr); }
+  #requests-table, #requests-table tbody { display: block; }
+  #requests-table thead, #requests-table .c-total { display: none; }
+  #requests-table tr { display: grid; grid-template-columns: 5rem minmax(0, 1.6fr) minmax(0, 1fr);
+    gap: .1rem .75rem; padding: .55rem .8rem; border-bottom: 1px solid var(--line); }
+  #requests-table td { width: auto; padding: 0; border: 0; text-align: left; }
+  #requests-table td[data-label]::before { content: attr(data-label); display: block; color: var(--muted);
+    font-size: .857rem; }
+  #requests-table .c-status { grid-column: 2; }
+  #requests-table .c-who { text-align: right; }
+  #requests-table .c-model { grid-column: 1 / -1; color: var(--muted); }
+}
 @media (max-width: 640px) {
   html { scroll-padding-top: 7rem; }
-  .top { flex-wrap: wrap; padding: .4rem 1rem; top: -3rem; }
-  .tools { margin-left: auto; } .tools button { min-width: 0; }
-  .top h1 small { display: none; }
-  .states { order: 3; flex-wrap: wrap; width: 100%; margin: 0; justify-content: space-between;
-    gap: 0 .4rem; min-height: 2rem; font-size: .93rem; }
+  .top { flex-wrap: wrap; top: -3rem; padding: .4rem 1rem; }
+  .tools { margin-left: auto; }
+  .tools button { min-width: 0; }
+  .states { order: 3; flex-wrap: wrap; justify-content: space-between; gap: 0 .4rem; width: 100%; margin: 0;
+    min-height: 2rem; font-size: .93rem; }
   .banner { padding: .5rem 1rem; }
   main { padding: 1rem 1rem 3rem; }
-  .headline { width: 100%; }
-  .card h3 { width: 100%; }
-  .meter { grid-template-columns: 4rem minmax(0, 1fr); }
-  .meter .value { grid-row: 1; grid-column: 2; text-align: right; font-size: .857rem; }
+  .headline, .card h3 { width: 100%; }
   .steps .ahead, .chart figcaption .muted { display: none; }
-  .meter .gauge { grid-column: 1 / -1; grid-row: 2; margin-top: .2rem; }
-  .chips { flex-wrap: nowrap; overflow-x: auto; } .chips button { flex: none; }
-  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .tile { padding: .6rem .7rem; } .tile:last-child { grid-column: 1 / -1; }
-  .tile dd.figure { font-size: 1.25rem; }
+  .meter { grid-template-columns: 4rem minmax(0, 1fr); }
+  .meter .value { grid-area: 1 / 2; text-align: right; font-size: .857rem; }
+  .meter .gauge { grid-area: 2 / 1 / auto / -1; margin-top: .2rem; }
   svg.trace { height: 12px; }
-  .facts, .drawer-body .facts { grid-template-columns: minmax(0, 1fr); }
-  .facts > div { grid-template-columns: 7.5rem minmax(0, 1fr); }
+  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .tile { padding: .6rem .7rem; }
+  .tile:last-child { grid-column: 1 / -1; }
+  .tile dd.figure { font-size: 1.25rem; }
+  .chips { flex-wrap: nowrap; overflow-x: auto; }
+  .chips button { flex: none; }
   #log-lines li { grid-template-columns: 5rem minmax(0, 1fr); padding: .15rem .6rem;
     content-visibility: visible; }
   #log-lines li > :last-child { grid-column: 1 / -1; white-space: pre-wrap; overflow-wrap: anywhere; }
-  #requests-table, #requests-table tbody { display: block; }
-  #requests-table thead { display: none; }
-  #requests-table tr { display: grid; grid-template-columns: 5rem minmax(0, 1.6fr) minmax(0, 1fr);
-    gap: .1rem .75rem;
-    padding: .55rem .8rem;
-    border-bottom: 1px solid var(--line); }
-  #requests-table td { width: auto; padding: 0; border: 0; text-align: left; }
-  #requests-table td[data-label]::before { content: attr(data-label) " "; color: var(--muted);
-    font-size: .857rem; display: block; }
-  #requests-table .c-prefill, #requests-table .c-decode, #requests-table .c-total { display: none; }
-  #requests-table .c-model { grid-column: 1 / -1; color: var(--muted); }
-  #requests-table .c-status { grid-column: 2; } #requests-table .c-who { text-align: right; }
-  .copy-line { flex-wrap: wrap; } .copy-line code { flex-basis: 100%; }
+  .facts, .drawer-body .facts { grid-template-columns: minmax(0, 1fr); }
+  .facts > div { grid-template-columns: 7.5rem minmax(0, 1fr); }
+  .copy-line { flex-wrap: wrap; }
+  .copy-line code { flex-basis: 100%; }
   input[type="search"] { width: 100%; }
 }
 @media (pointer: coarse) {
@@ -8968,7 +8973,7 @@ const wantStatus = question(1000, async () => {
   const ahead = Date.parse(status.timestamp) - Date.now();
   page.ahead = Math.abs(ahead) > 2000 ? ahead : 0;      // the stamp has whole seconds
   if (status.gateway?.history && $("usage").hidden) openUsage();
-  touch("banners", "now", "server");
+  touch("banners", "now", "server", "usage");
 });
 
 const wantRequests = question(2000, async () => {
@@ -9388,7 +9393,7 @@ const TILES = [
     note: rows => some(rows, cachedOf) ? short(sum(rows.map(cachedOf))) + " of them cached" : NONE,
     bar: rows => sum(rows.map(promptOf)) + sum(rows.map(outputOf))},
   {label: "Cache hits", tone: "cached", figure: rows => percent(cacheShare(rows)),
-    note: () => "of the prompt tokens", bar: cacheShare},
+    note: () => "of prompt tokens", bar: cacheShare},
   {label: "Wait in the queue", tone: "fill", figure: rows => span(middle(rows, queueOf, 0.95)),
     note: rows => "p95 of " + countOf(rows, queueOf), bar: rows => middle(rows, queueOf)},
 ];
@@ -9682,7 +9687,7 @@ const OUTCOMES = {
   left: r => r.state === "abandoned",
 };
 const FILTERS = ["text", "status", "key", "model"];
-const PAGE_ROWS = innerWidth < 640 ? 20 : 50;
+const PAGE_ROWS = innerWidth <= 880 ? 20 : 50;
 
 const view = {
   text: "", status: "", key: "", model: "",
@@ -10016,7 +10021,6 @@ function openUsage() {
   options($("usage-since"), [["1d", "last day"], ["7d", "last 7 days"], ["30d", "last 30 days"]], "7d");
   for (const id of ["usage-by", "usage-since"]) $(id).addEventListener("change", readUsage);
   for (const id of ["usage", "usage-link"]) $(id).hidden = false;
-  readUsage();
 }
 
 async function readUsage() {
@@ -10217,6 +10221,7 @@ panel("tiles", 1000, paintTiles, $("trends"));
 panel("charts", 2000, paintCharts, $("charts"));
 panel("requests", 500, paintRequests);
 panel("log", 250, paintLog, $("log"));
+panel("usage", 15000, readUsage, $("usage"));
 panel("server", 1000, paintServer, $("server"));
 panel("drawer", 500, paintDrawer);
 panel("title", 1000, paintTitle);
