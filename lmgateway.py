@@ -447,7 +447,7 @@ class Rule(NamedTuple):
     sample: str
 
 
-NUMBER = r"(?:-?[\d.]+(?:e[+-]?\d+)?|-?inf|-?nan)"
+NUMBER = r"(?:-?[\d.]{1,30}(?:e[+-]?\d{1,3})?|-?inf|-?nan)"
 TIMING = r" *(?:\( *{n} ms per token, +(?P<rate>{n}) tokens per second\)|\([^)\n]*\))".format(n=NUMBER)
 PAIRS = r"(?P<pairs>[ \t]*(?:[a-z]\w* = -?[\d.]+,? *)*)$"
 
@@ -608,22 +608,25 @@ RULES = (
          "[cache_wrapper][INFO]: Trimmed 41 tokens from the prompt cache"),
     # --- Splash (2026)
     Rule("splash", "engine", "line", "Splash",
-         r"\d\d:\d\d:\d\d (?:Done(?=.* tok/s)|Cancelled|Error) · input (?P<total>[\d,]+) · cached (?P<reused>[\d,]+)"
-         r"(?: · output (?P<output>[\d,]+))?(?: · TTFT (?P<ttft>[\d.,]+)s)?(?: · (?P<rate>[\d.,]+) tok/s)?",
+         r"\d\d:\d\d:\d\d (?:Done(?=.* tok/s)|Cancelled|Error) · input (?P<total>\d[\d,]{0,18}) · "
+         r"cached (?P<reused>\d[\d,]{0,18})(?: · output (?P<output>\d[\d,]{0,18}))?(?: · TTFT (?P<ttft>[\d.,]+)s)?(?: · (?P<rate>[\d.,]+) tok/s)?",
          "00:54:42 Done · input 26 · cached 0 · output 1,092 · TTFT 0.5s · 92.9 tok/s"),
 )
 
 STRANGER = re.compile(r"\[(?:Plugin\(|Client=|LMSAuthenticator)")  # entries of plugins and SDK clients
-TAG = re.compile(r"\[([^\[\]\n]{1,200})\] ?")
+TAG = re.compile(r"\[((?:[^\[\]\n]|\[[^\[\]\n]*\]){1,200})\] ?")
 SERVER_TAG = "LM STUDIO SERVER"  # stands where later versions name the model; never a model
 
 
 def compile_rules(where, prefix="", suffix=""):
-    """The rules of one place as one pattern, and {outer group: (rule, [(field, group index)])}."""
+    """The rules of one place as one pattern, and {outer group: (rule, [(field, group index)])}.
+
+    A figure has at most 15 digits, so that int and float take every one."""
     parts, rows = [], {}
     for number, rule in enumerate(RULES):
         if rule.where == where:
-            parts.append(f"(?P<r{number}>{rule.pattern.replace('(?P<', f'(?P<r{number}_')})")
+            pattern = rule.pattern.replace("(?P<", f"(?P<r{number}_").replace(r"\d+", r"\d{1,15}")
+            parts.append(f"(?P<r{number}>{pattern})")
             rows[f"r{number}"] = rule
     pattern = re.compile(prefix + "(?:" + "|".join(parts) + ")" + suffix, re.MULTILINE)
     return pattern, {name: (rule, fields_of(pattern, name)) for name, rule in rows.items()}
@@ -748,7 +751,7 @@ class Parser:
     bytes so far (end of a file, a replaced file)."""
 
     def __init__(self):
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
         self._rest = "\n"  # the unfinished last line, after the "\n" that ends the one before
         self._cut = False  # it was longer than an entry may be
         self._entry = None
@@ -757,7 +760,7 @@ class Parser:
         self._calendar = Calendar()
         self._events: list[Event] = []
         self.story = Story(self._events)
-        self.entries = self.lines = self.unknown = self.headless = 0
+        self.entries = self.lines = self.unknown = self.headless = self.faults = 0
         self.by_event: Counter[str] = Counter()
         self.by_engine: Counter[str] = Counter()
         self.by_level: Counter[str] = Counter()
@@ -780,8 +783,8 @@ class Parser:
     def quiet(self):
         """The events of the entry that was open.  A line that has not ended stays open."""
         if len(self._rest) == 1:
-            self._complete()
-            self.story.quiet()
+            self._safely(self._complete)
+            self._safely(self.story.quiet)
         return self._taken()
 
     def end(self):
@@ -791,8 +794,8 @@ class Parser:
         self._rest = "\n"
         if len(rest) > 1:
             self._block(rest)
-        self._complete(final=True)
-        self.story.later(None)
+        self._safely(self._complete, True)
+        self._safely(self.story.later, None)
         return self._taken()
 
     def forget(self):
@@ -829,11 +832,18 @@ class Parser:
         position = 0
         for header in HEADER.finditer(block):
             if header.start() > position:
-                self._add(block[position : header.start()])
-            self._open(header)
+                self._safely(self._add, block[position : header.start()])
+            self._safely(self._open, header)
             position = header.end()
         if position < len(block):
-            self._add(block[position:])
+            self._safely(self._add, block[position:])
+
+    def _safely(self, step, *what):
+        """One step.  A fault of ours costs its events, is counted, and stops nothing that follows."""
+        try:
+            step(*what)
+        except Exception:  # an entry that nobody foresaw; CORE has no log to say it in: faults are shown
+            self.faults += 1
 
     def _open(self, header):
         self._complete(final=True)
@@ -878,7 +888,7 @@ class Parser:
         """The shape of an entry of LM Studio's own, by its first line."""
         message = self._cut_tags(entry, first)
         match = APP.match(message) if entry.level != "ERROR" and len(entry.tags) < 2 else None
-        if match:
+        if match and (entry.level != "DEBUG" or APP_ROWS[match.lastgroup][0].fact in ("", "received")):
             entry.row, fields = APP_ROWS[match.lastgroup]
             entry.fields = {name: match[index] for name, index in fields}
             whole = entry.row.shape == "json" and not message.endswith(("{", "["))
@@ -1034,6 +1044,7 @@ class Chat:
         self.record, self.met = None, False  # the Record that it is bound to; Requests has seen it
         self.ended = None  # outcome
         self.ended_at, self.latest = 0.0, 0  # when, and the number of the latest chat then
+        self.doubted = False  # the disconnect line that ended it can have been another's
         self.left = False  # a disconnect line has been taken for it
         self.predicted = False
 
@@ -1192,7 +1203,7 @@ class Story:
             found[-1].stream = True
 
     def on_progress(self, entry):
-        percent = number(entry.fields["percent"].replace(",", "."))
+        percent = min(100.0, number(entry.fields["percent"].replace(",", ".")))
         found = self._of(entry, ended=True)
         chat = (found[0] if len(found) == 1
                 else pick(found, lambda c: c.ended is None, lambda c: not c.app_read, lambda c: c.engine))
@@ -1228,7 +1239,22 @@ class Story:
             if left[-1].timed:
                 self._give_stats(left[-1], left[-1].timed, entry.model)
             return
+        if chat and not (chat.timed or "lmstudio_prediction_stats" in chat.said):
+            for other in self._ended:
+                if other.doubted and not other.predicted and entry.moment.epoch == other.ended_at:
+                    return self._change_ends(chat, other)
         self._end(chat, entry.moment, "finished", first_line(entry), entry.model or shared_model(found))
+
+    def _change_ends(self, chat, other):
+        """A stream ends right after its client has left: the disconnect line was its own and not the other's."""
+        self._ended[self._ended.index(other)] = chat
+        self.running.remove(chat)
+        self.running = sorted([*self.running, other], key=lambda each: each.number)
+        for name in ("ended", "ended_at", "latest"):
+            mine, theirs = getattr(chat, name), getattr(other, name)
+            setattr(chat, name, theirs)
+            setattr(other, name, mine)
+        chat.predicted, other.doubted = True, False
 
     def on_prediction(self, entry):
         body = prediction_of(entry.text)
@@ -1271,12 +1297,17 @@ class Story:
                 chat.left = True
                 return
         chat = pick(found, lambda c: c.engine or c.app_progress)
-        self._end(chat, entry.moment, "disconnected", first_line(entry), shared_model(found) if found
-                  else None)
+        meant = found + [other for other in self._ended if other.doubted and not other.predicted]
+        if chat:
+            chat.doubted = len(meant) > 1
+        self._end(chat, entry.moment, "disconnected", first_line(entry), shared_model(meant) if meant else None)
 
     def on_stopped(self, entry):
         for chat in self.running[:]:
-            self._close(chat, "stopped", entry.moment)
+            if chat.api:
+                self._end(chat, entry.moment, "error", first_line(entry), chat.model)
+            else:
+                self._close(chat, "stopped", entry.moment)
         self._at.clear()
 
     # --- errors that end chats
@@ -1594,7 +1625,7 @@ class Story:
 
     def _give_cache(self, chat, moment, reused, prefix, other):
         chat.cached, total = reused, chat.total
-        share = 100 * reused / total if total else 0.0
+        share = min(100.0, 100 * reused / total) if total else 0.0
         self._say_once("lmstudio_cache_stats", chat, moment, chat.engine_model, reused=reused, total=total,
                        percentage=round(share, 2), prefix=prefix, nonPrefix=other,
                        message=f"Cache reuse summary: {reused}/{total} of prompt ({share:g}%), "
@@ -1641,14 +1672,24 @@ class Story:
         The two write over channels of their own (LOGS.md section 4, order of one request)."""
         if self._held and self._held[0] is not chat:
             self._release_stats()
-        if chat.engine and not chat.untimed and "totalMs" not in chat.stats:
-            for other in self.running:
-                if other.writer == chat.writer and other.task is None and "totalMs" in other.stats:
-                    self._trade(chat, other)    # those timings were this chat's
-                    return self._give_stats(chat, moment, model)
-        elif chat.ended != "disconnected" or chat.predicted:
-            return self._give_stats(chat, moment, model)
+        other = self._over_for(chat)
+        if other:
+            self._trade(chat, other)    # that run was this chat's
+        if chat.untimed or not chat.engine or "totalMs" in chat.stats:
+            if chat.ended != "disconnected" or chat.predicted:
+                return self._give_stats(chat, moment, model)
         self._held = chat, moment, model
+        return None
+
+    def _over_for(self, chat):
+        """The chat to which a finished run was put without certainty, where chat has ended and its own run has not."""
+        if chat.ended or "totalMs" in chat.stats or chat.engine and chat.untimed:
+            return None
+        writer = chat.writer or "Splash"    # which has no line before its run is over
+        for other in self.running:
+            if (other is not chat and other.writer == writer == self._engines.get(chat.model, writer) and not other.certain
+                    and (writer == "Splash" or "totalMs" in other.stats)):
+                return other
         return None
 
     def _release_stats(self):
@@ -1726,8 +1767,8 @@ def numbers(body, *path):
     for name in path:
         body = body.get(name) if isinstance(body, dict) else None
     return {name: value for name, value in body.items()
-            if isinstance(value, (int, float))
-            and not isinstance(value, bool)} if isinstance(body, dict) else {}
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+            and abs(value) < 1e15} if isinstance(body, dict) else {}
 
 
 def prediction_figures(body):
@@ -3870,7 +3911,8 @@ class Monitor:
 
 
 def replay(paths, publish):
-    """Every event of saved logs, file after file.  Raises StartError for a path that cannot be read."""
+    """Every event of saved logs, file after file.  Raises StartError for a path that cannot be read, ConfigError for
+    one that holds something else."""
     parser, old = Parser(), None
     for path in paths:
         if old is not None:
@@ -3881,13 +3923,24 @@ def replay(paths, publish):
         old = path
         try:
             with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-                while piece := file.read(PIECE):
+                piece = file.read(PIECE)
+                check_text(path, piece)
+                while piece:
                     publish(parser.feed(piece))
+                    piece = file.read(PIECE)
         except OSError as error:
             publish(parser.end())
             raise StartError(f"{path}: {error.strerror or error}") from None
     publish(parser.end())
     return parser
+
+
+def check_text(path, start):
+    """Raises ConfigError where a file begins like no log: as PowerShell writes text, or packed."""
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{path}: it is UTF-16; save it as UTF-8 (PowerShell: Out-File -Encoding utf8)")
+    if start.startswith((b"\x1f\x8b", b"PK\3\4", b"\x28\xb5\x2f\xfd")):
+        raise ConfigError(f"{path}: it is packed; unpack it first")
 
 
 def saved_logs(paths):
@@ -5510,7 +5563,7 @@ def log_status(monitor):
             "lastEntryAt": moment.utc if moment else None, "entries": parser.entries, "lines": parser.lines,
             "events": dict(parser.by_event), "generations": dict(+parser.by_engine),
             "levels": dict(parser.by_level), "unknownLines": parser.unknown,
-            "unknownSamples": parser.samples, "headlessLines": parser.headless,
+            "unknownSamples": parser.samples, "headlessLines": parser.headless, "faults": parser.faults,
             "verbose": bool(parser.by_level["DEBUG"]) if parser.entries else None,
             "problem": follower.problem}
 

@@ -250,7 +250,9 @@ def parsed(data, size=None):
     parser, found = Parser(), []
     for start in range(0, len(data), size or len(data)):
         found += [(parser.entries, event) for event in parser.feed(data[start:start + (size or len(data))])]
-    return found + [(parser.entries, event) for event in parser.end()]
+    found += [(parser.entries, event) for event in parser.end()]
+    assert parser.faults == 0
+    return found
 
 
 def expected_of(log_path):
@@ -578,7 +580,7 @@ SITUATIONS = {
     "progress without a start": ([at(50), FINISH], [seen(50), "chat_end outcome=finished model=m"]),
     "the server stops while a chat runs": (
         [START, "INFO Server stopped.", "5 " + START, "5 " + STREAM, "5 " + FINISH],
-        [*BEGUN, *BEGUN, "chat_end outcome=finished model=m"]),
+        [*BEGUN, "chat_end outcome=error model=m", *BEGUN, "chat_end outcome=finished model=m"]),
     "plugins, clients and embeddings say nothing": (
         ["ERROR [Plugin(a/b)] stderr: Error: Channel Error\nBeginProcessingPrompt", "DEBUG [Client=plugin] Client disconnected.",
          "INFO Received request to embed: x\nBeginProcessingPrompt\nFinished streaming response",
@@ -595,6 +597,26 @@ SITUATIONS = {
          'INFO Generated synchronous v1/responses response: {\n  "usage": {\n    "input_tokens": 100,\n'
          '    "output_tokens": 22\n  }\n}'],
         [*BEGUN, *READ, "prediction_stats completionTokens=22 totalMs=1500.0 model=m", "chat_end outcome=finished model=m"]),
+    "a model's name with blanks and brackets": (
+        [START.replace("[m]", "[my model [x]]"), FINISH.replace("[m]", "[my model [x]]")],
+        ["chat_start messages=2 model=my model [x]", "chat_end outcome=finished model=my model [x]"]),
+    "figures that cannot be": (
+        [START, at(0).replace("0.0", "9" * 400 + ".0"), at(0).replace("0.0", "999.0"), PROMPT.replace("40", "9" * 400)],
+        [*BEGUN, "processing_start model=m", seen(100), "generation_start model=m"]),
+    "an app's words at another level": (["DEBUG Running chat completion on conversation with 7 messages."], []),
+    "two tasks in another order than their requests": (
+        [START, START.replace("[m]", "[x]"), STREAM.replace("[m]", "[x]"), PROMPT, PROMPT.replace("task 7", "task 9"),
+         TIMED, RELEASE, FINISH.replace("[m]", "[x]"), TIMED.replace("task 7", "task 9").replace(" 20 tokens", " 33 tokens"),
+         RELEASE.replace("task 7", "task 9"), ANSWER],
+        [*BEGUN, "chat_start messages=2 model=x", *(event.replace(" model=m", "") for event in READ * 2),
+         "prediction_stats completionTokens=20 totalMs=1500.0 model=x", "chat_end outcome=finished model=x",
+         "prediction_stats completionTokens=21 totalMs=1500.0 model=m", "chat_end outcome=finished model=m"]),
+    "one of two clients leaves, its stream ends at once": (
+        [START, START.replace("[m]", "[x]"), STREAM.replace("[m]", "[x]"), at(100), at(100, "x"), LEFT,
+         FINISH.replace("[m]", "[x]"), "3 " + ANSWER],
+        [*BEGUN, "chat_start messages=2 model=x", "processing_start model=m", seen(100), "generation_start model=m",
+         "processing_start model=x", seen(100, "x"), "generation_start model=x", "chat_end outcome=disconnected",
+         "prediction_stats completionTokens=21 model=m", "chat_end outcome=finished model=m"]),
     "two models, the second's engine first": (
         [START, STREAM, START.replace("[m]", "[x]"), STREAM.replace("[m]", "[x]"),
          "DEBUG [cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache", at(0, "x"), PROMPT, at(40), at(100, "x"),
@@ -710,6 +732,21 @@ def test_only_entries_that_may_go_on_are_held_back(utc, text, at_once):
     events = parser.feed(f"[2026-05-01 10:00:00][{level}] {message}\n".encode())
     assert ("lmstudio_log" in [event.name for event in events]) is at_once
     assert ("lmstudio_log" in [event.name for event in parser.quiet()]) is not at_once
+
+
+@pytest.mark.parametrize("size", [None, 1, 2, 3])
+def test_a_byte_order_mark_is_no_text(utc, size):
+    data = b"\xef\xbb\xbf" + HEADER + b"[m] Finished streaming response\n"
+    assert short(event for _, event in parsed(data, size)) == ["chat_end outcome=finished model=m"]
+
+
+def test_a_fault_of_ours_costs_one_step_and_is_counted(utc, monkeypatch):
+    parser = Parser()
+    monkeypatch.setattr(lmgateway, "first_line", lambda entry: 1 / 0)
+    assert short(parser.feed(HEADER + b"[m] Finished streaming response\n")) == []
+    monkeypatch.undo()
+    assert short(parser.feed(HEADER + b"[m] Finished streaming response\n")) == ["chat_end outcome=finished model=m"]
+    assert parser.faults == 1
 
 
 def test_what_nobody_knows_is_counted_and_shown_without_its_words(utc):
@@ -4900,6 +4937,15 @@ def test_standard_input_is_replayed(tmp_path):
     assert unmet(expected_of(sample("splash-stream")), [Event(line["event"], line["data"]) for line in json_lines(run.stdout)]) == []
 
 
+@pytest.mark.parametrize("start, said", [("words".encode("utf-16"), "UTF-16"), (gzip.compress(b"words"), "packed")])
+def test_what_is_no_log_is_said(tmp_path, capfd, monkeypatch, start, said):
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    (tmp_path / "x.log").write_bytes(start)
+    assert lmgateway.main(["--tail-only", str(tmp_path / "x.log")]) == 2
+    out, err = capfd.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1) and said in err
+
+
 def test_directories_are_replayed_in_date_order_with_their_switches(tmp_path):
     logs = Logs(tmp_path / "server-logs")
     for name in ("2026-05-01.10", "2026-04-30.1", "2026-05-01.9", "2026-05-02.1"):
@@ -4994,9 +5040,8 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eabc\u2066\u2028\x7f\r\b\0"
 
 def test_control_characters_of_a_log_never_reach_the_terminal(tmp_path):
     log = tmp_path / "hostile.log"
-    log.write_text(f"[2026-05-01 10:00:00][INFO][{HOSTILE}] Running chat completion on conversation with 1 messages.\n"
-                   f"[2026-05-01 10:00:00][ERROR] {HOSTILE}\n{HOSTILE}\n[2026-05-01 10:00:00][INFO] {HOSTILE}\n",
-                   encoding="utf-8", newline="\n")
+    log.write_bytes((f"[2026-05-01 10:00:00][INFO][{HOSTILE}] Running chat completion on conversation with 1 messages.\n"
+                     f"[2026-05-01 10:00:00][ERROR] {HOSTILE}\n{HOSTILE}\n[2026-05-01 10:00:00][INFO] {HOSTILE}\n").encode())
     out = command(tmp_path, "--tail-only", log, environ={"PYTHONIOENCODING": "utf-8"}).stdout.decode("utf-8")
     assert not re.search("[\0-\t\x0b-\x1f\x7f-\x9f\u2028\u202e\u2066]", out.replace("\r\n", "\n"))
     assert out.count("owned") >= 3
