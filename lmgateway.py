@@ -7118,7 +7118,7 @@ class StreamLine:
             except GatewayError as error:
                 return hand_over(error)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                problem = certificate_hint(error) or error_text(error)
+                problem = trouble(error)
             hand_over(f"{self._address.netloc}: {problem}; trying again in {self._pause:.0f} s")
             if wait(self._pause):
                 return None
@@ -7162,11 +7162,16 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0  # before the next try; doubled from one
 SILENCE_S = 40  # a gateway sends a ping every 15 s: without any for so long, the line is dead
 
 
-def certificate_hint(error):
+def trouble(error):
+    """Why there is no line to a gateway, with the remedy where one is known."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return (f"its certificate is not trusted ({error.verify_message}); name it in the environment "
                 "variable SSL_CERT_FILE")
-    return ""
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS there ({error_text(error)}); does its address begin with http://?"
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "it closed the connection without a word; does its address begin with https://?"
+    return error_text(error)
 
 
 def stream_events(pieces):
@@ -7680,7 +7685,18 @@ def check_lmstudio(patient):
     port = settings_port(patient.settings) if isinstance(patient.settings, dict) else None
     if port and not patient.upstream.endswith(f":{port}"):
         remedy = f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). {remedy}"
+    if app_runs(patient.home):
+        what += ", though LM Studio itself runs: its server is stopped, or on another port"
     yield Finding("bad", what, remedy)
+
+
+def app_runs(home):
+    """True when LM Studio's internal server answers, which is there also while its API server is stopped
+    (LMSTUDIO.md 2.2)."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        port = json.loads((home / ".internal" / "http-server.json").read_bytes())["port"]
+        return b'"version"' in fetched("127.0.0.1", int(port), "/lms-status")
+    return False
 
 
 def check_settings(patient):

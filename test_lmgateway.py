@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import gzip
 import hashlib
+import http.client
 import json
 import logging
 import os
@@ -4394,6 +4395,16 @@ def test_watch_of_lm_studio_itself_is_a_wrong_address(tmp_path):
     assert isinstance(error, lmgateway.ConfigError) and "no lmgateway" in str(error)
 
 
+@pytest.mark.parametrize(("error", "said"), [
+    (http.client.RemoteDisconnected("x"), "begin with https://"), (ssl.SSLError(1, "wrong version number"), "begin with http://"),
+    (ConnectionRefusedError(111, "Connection refused"), "Connection refused"), (OSError(), "OSError"),
+    (ssl.SSLCertVerificationError(1, "certificate verify failed"), "SSL_CERT_FILE")])
+def test_watch_says_why_there_is_no_line(error, said):
+    if isinstance(error, ssl.SSLCertVerificationError):
+        error.verify_message = "self-signed certificate"
+    assert said in lmgateway.trouble(error)
+
+
 @contextlib.contextmanager
 def watching(port, *flags):
     """A --watch process of a gateway's port that prints JSON lines."""
@@ -4755,6 +4766,16 @@ def test_the_doctor_finds_a_sound_installation_sound(home, capsys):
         assert sys.platform != "linux" or f"process {os.getpid()}" in out
     finally:
         demo.stop()
+
+
+def test_the_doctor_tells_a_stopped_server_from_a_stopped_lm_studio(home, capsys, studio):
+    words = "LM Studio itself runs"
+    assert not any(words in text for _, _, text in findings(capsys, "--upstream", "http://127.0.0.1:9")[1])
+    studio.script = lambda peer: peer.send(plain(b'{"package": "lmstudio", "version": "0.4.25"}'))
+    for note, known in (({"port": studio.port}, True), ({"port": "x"}, False), ([], False)):
+        put(home / ".lmstudio/.internal/http-server.json", json.dumps(note))
+        found = findings(capsys, "--upstream", "http://127.0.0.1:9")[1]
+        assert any(name == "LM Studio" and words in text for name, _, text in found) == known
 
 
 def test_the_doctor_knows_another_lmgateway_on_the_port(home, capsys):
