@@ -8219,6 +8219,7 @@ th[aria-sort="descending"] button::after { content: " \2193"; }
   padding: 0 .9rem;
   content-visibility: auto; contain-intrinsic-height: auto 1.5em; }
 #log-lines li > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#log-lines button { margin-right: .75rem; color: var(--muted); font-size: inherit; }
 #log-lines.wrap li { content-visibility: visible; }
 #log-lines.wrap li > :last-child { white-space: pre-wrap; overflow-wrap: anywhere; }
 #log-lines li.WARN > :last-child { color: var(--warn); }
@@ -8385,7 +8386,8 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
     <li id="state-stream"></li>
   </ul>
   <div class="tools">
-    <button type="button" id="theme" title="Colours: as the system has them, light or dark">Auto</button>
+    <button type="button" id="theme"
+      title="Colours: as the system has them, light or dark">&#9680; Auto</button>
     <button type="button" id="pause" aria-pressed="false"
       title="Stop painting; nothing is lost (p)">Pause</button>
   </div>
@@ -9289,16 +9291,19 @@ function paintCard(r) {
   const card = cards.get(r.requestId), {node, part} = card;
   node.className = "box card " + stateOf(r)[2];
   put(part.who, who(r));
+  part.who.title = HINTS.who(r);
   put(part.model, modelOf(r));
   put(part.headline, headline(r));
   part.headline.title = r.state === "prompt" ? "Estimated from the speed at which it was read so far" : "";
   put(part.elapsed, ended(r) ? `ended ${running(now() - endOf(r))} ago` : running(elapsedOf(r)) + " elapsed");
+  part.elapsed.title = HINTS.time(r);
   put(part.id, r.requestId);
   paintSteps(part.steps, r);
   paintPrompt(card, r);
   paintCache(part, r);
   put(part.output, known(outputOf(r)) ? listed([outputTokens(r) + " tok",
     known(decodeOf(r)) && speed(decodeOf(r)), r.finishReason]) : NONE);
+  part.output.title = HINTS.output(r);
   attribute(part.trace, "d", tracePath(r.trace));
   paintContext(part, r);
 }
@@ -9743,10 +9748,11 @@ const COLUMNS = [
   ["finish", "Finish", "isolate", r => words(r.finishReason)],
 ];
 const HINTS = {             // what a cell says when one points to it
-  time: r => new Date(r.started).toLocaleString(),
+  time: r => "started " + new Date(r.started).toLocaleString(),
   who: r => listed([r.key, r.client, r.userAgent]),
   model: modelOf,
   path: r => words(r.path),
+  output: r => usageOf(r).estimated ? "Counted from the pieces of the answer, which gave no figure" : "",
   finish: r => words(r.finishReason),
 };
 const OUTCOMES = {
@@ -10029,7 +10035,15 @@ function logLine(entry) {
   if (name === "gap") return el("li.cut", `\u2014 ${logText(entry)} \u2014`);
   const time = stamp.endsWith("Z") ? clockTime(Date.parse(stamp)) : stamp.slice(11, 19);
   return el("li." + (LEVELS.includes(level) ? level : "INFO"), el("span.muted", time), el("span.muted", name),
-    el("span.isolate", logText(entry)));
+    el("span.isolate", data.requestId ? requestLink(data.requestId) : null, logText(entry)));
+}
+
+/* The end of a request's id; a click opens it.  It is no stop of the Tab key: there are hundreds. */
+function requestLink(id) {
+  const link = el("button.plain", id.slice(-6));
+  Object.assign(link, {type: "button", tabIndex: -1, title: id});
+  link.dataset.id = id;
+  return link;
 }
 
 /* Paint the log anew, after a filter has changed. */
@@ -10127,6 +10141,7 @@ function paintServer() {
     fact("Engines", counts(log.generations)),
     fact("Levels", counts(log.levels)),
     fact("Unknown lines", tokens(log.unknownLines)),
+    fact("Requests joined", counts(page.status.bindings)),
   ];
   const wide = [fact("Log file", words(log.file ?? log.directory))];
   const strange = samples.map(sample => el("div.mono", String(sample).slice(0, 80)));
@@ -10149,7 +10164,7 @@ const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 function setTheme(chosen) {
   const dark = chosen === "dark" || chosen === "auto" && prefersDark.matches;
   document.documentElement.dataset.theme = dark ? "dark" : "light";
-  put($("theme"), {light: "Light", dark: "Dark"}[chosen] ?? "Auto");
+  put($("theme"), "\u25d0 " + ({light: "Light", dark: "Dark"}[chosen] ?? "Auto"));
   store("theme", chosen);
 }
 
@@ -10233,10 +10248,12 @@ function listen() {
   on("requests-rows", "click", event => openDrawer(event.target.closest("tr").dataset.id));
   on("requests-more", "click", () => refilter({rows: Math.min(ROWS, view.rows + PAGE_ROWS)}));
   on("requests-newer", "click", () => $("requests").scrollIntoView());
-  on("chart-list", "click", event => {
-    const id = event.target.closest("[data-id]")?.dataset.id;
-    if (id) openDrawer(id);
-  });
+  for (const name of ["chart-list", "log-lines"]) {
+    on(name, "click", event => {
+      const id = event.target.closest("[data-id]")?.dataset.id;
+      if (id) openDrawer(id);
+    });
+  }
   on("drawer-close", "click", () => $("drawer").close());
   on("drawer-copy", "click", event =>
     copy(JSON.stringify(drawer.detail ?? page.requests.get(drawer.id), null, 2), event.currentTarget));
