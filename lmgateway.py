@@ -3403,7 +3403,11 @@ SUMS = (  # name in the answer, SQL
     ("promptTokens", "COALESCE(SUM(prompt_tokens), 0)"), ("cachedTokens", "COALESCE(SUM(cached_tokens), 0)"),
     ("completionTokens", "COALESCE(SUM(completion_tokens), 0)"),
     ("promptSeconds", "ROUND(COALESCE(SUM(prompt_ms), 0) / 1000, 1)"),
-    ("generationSeconds", "ROUND(COALESCE(SUM(generation_ms), 0) / 1000, 1)"))
+    ("generationSeconds", "ROUND(COALESCE(SUM(generation_ms), 0) / 1000, 1)"),
+    ("promptTokensPerSecond", "ROUND(1000 * SUM(fresh_tokens) / SUM(CASE WHEN fresh_tokens > 0 THEN prompt_ms END), 1)"),
+    ("tokensPerSecond", "ROUND(1000 * SUM(timed_tokens) / SUM(CASE WHEN timed_tokens > 0 THEN generation_ms END), 1)"))
+TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cached_tokens, 0) END AS fresh_tokens, "
+         "CASE WHEN generation_ms > 0 THEN completion_tokens END AS timed_tokens FROM requests)")  # with speeds
 PRUNE_S = 3600.0  # between two looks for rows that are too old
 
 
@@ -3427,13 +3431,11 @@ def since_epoch(text, now):
 
 
 def usage_rows(connection, groups, since=0.0):
-    """Sums by one or more of GROUPS, newest day or most tokens first, as a list of dicts."""
-    columns = [f"{GROUPS[group]} AS {group}_" for group in groups] + [f"{sql} AS {name}" for name,
-                                                                      sql in SUMS]
+    """Sums by GROUPS as a list of dicts, newest day or most tokens first; without groups one row, of all."""
+    columns = [f"{GROUPS[group]} AS {group}_" for group in groups] + [f"{sql} AS {name}" for name, sql in SUMS]
     order = "day_ DESC" if "day" in groups else "promptTokens + completionTokens DESC"
-    found = connection.execute(f"SELECT {', '.join(columns)} FROM requests WHERE started >= ? "
-                               f"GROUP BY {', '.join(f'{group}_' for group in groups)} ORDER BY {order}",
-                               (since,))
+    grouped = f"GROUP BY {', '.join(f'{group}_' for group in groups)} ORDER BY {order}" if groups else ""
+    found = connection.execute(f"SELECT {', '.join(columns)} FROM {TIMED} WHERE started >= ? {grouped}", (since,))
     names = [*groups, *(name for name, _ in SUMS)]
     return [dict(zip(names, row)) for row in found]
 
@@ -6993,11 +6995,11 @@ def report(args, config):
         if args.paths:
             settle()
             replay(saved_logs(args.paths), LogUsage(connection))
-        rows = usage_rows(connection, ["day", "model"])
+        rows, total = usage_rows(connection, ["day", "model"]), usage_rows(connection, [])
     if args.json:
         print("\n".join(map(json.dumps, rows)))
     elif rows:
-        print(report_text(rows))
+        print(report_text([*rows, {"day": "total", "model": "", **total[0]}]))
     else:
         print("lmgateway: no request in it", file=sys.stderr)
     return 0
@@ -7022,17 +7024,15 @@ REPORT = (  # heading, format, value of a row
     ("prompt tok", "{:>12,}", lambda row: row["promptTokens"]),
     ("cached", "{:>6}", lambda row: share_text(row["cachedTokens"], row["promptTokens"])),
     ("output tok", "{:>12,}", lambda row: row["completionTokens"]),
-    ("read tok/s", "{:>10}",
-     lambda row: speed_text(row["promptTokens"] - row["cachedTokens"], row["promptSeconds"])),
-    ("write tok/s", "{:>11}", lambda row: speed_text(row["completionTokens"], row["generationSeconds"])))
+    ("read tok/s", "{:>10}", lambda row: row["promptTokensPerSecond"] or "-"),
+    ("write tok/s", "{:>11}", lambda row: row["tokensPerSecond"] or "-"))
 
 
 def report_text(rows):
-    """Rows as a table for people, with their sums below."""
-    total = {"day": "total", "model": "", **{name: sum(row[name] for row in rows) for name, _ in SUMS}}
+    """Rows as a table for people."""
     heads = [re.sub(r"[,.]\d*", "", form).format(head) for head, form, _ in REPORT]
-    lines = ["  ".join(form.format(value(row)) for _, form, value in REPORT) for row in [*rows, total]]
-    return "\n".join(["  ".join(heads), *lines])
+    return "\n".join(["  ".join(heads),
+                      *("  ".join(form.format(value(row)) for _, form, value in REPORT) for row in rows)])
 
 
 def printable(text):
@@ -7042,10 +7042,6 @@ def printable(text):
 
 def share_text(part, whole):
     return f"{100 * part / whole:.0f} %" if whole else "-"
-
-
-def speed_text(tokens, seconds):
-    return f"{tokens / seconds:.1f}" if seconds and tokens > 0 else "-"
 
 
 def watch(args, config):

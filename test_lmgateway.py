@@ -1666,7 +1666,8 @@ def test_history_keeps_a_row_for_each_request_and_takes_the_later_word(tmp_path)
     history.close()
     assert history.usage("key") == [{"key": "anna", "requests": 2, "errors": 0, "promptTokens": 140,
                                      "cachedTokens": 40, "completionTokens": 10, "promptSeconds": 0.0,
-                                     "generationSeconds": 0.0}]
+                                     "generationSeconds": 0.0, "promptTokensPerSecond": None,
+                                     "tokensPerSecond": None}]
     assert history.usage("model", since=1_700_050_000.0)[0]["requests"] == 1
     assert [row["requests"] for row in history.usage("day")] == [1, 1]
 
@@ -4486,7 +4487,7 @@ def test_report_of_saved_logs_sums_by_day_and_model(tmp_path, capsys, utc):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
         ["day", "model"], ["2026-08-08", "tundra/nimbus-14b-coder"], ["2026-04-08", "desk"], ["total", "2"]]
-    assert lines[1].split()[2:] == ["1", "0", "1,500", "41", "%", "55", "742.5", "137.5"]
+    assert lines[1].split()[2:] == ["1", "0", "1,500", "41", "%", "55", "737.9", "139.3"]
     assert len({len(line) for line in lines}) == 1
 
 
