@@ -7001,7 +7001,8 @@ def report(args, config):
     elif rows:
         print(report_text([*rows, {"day": "total", "model": "", **total[0]}]))
     else:
-        print("lmgateway: no request in it", file=sys.stderr)
+        print("lmgateway: no request in it; name LM Studio's log directory, or a history that has been kept for a while",
+              file=sys.stderr)
     return 0
 
 
@@ -7291,8 +7292,8 @@ def check_exposure(config):
     """Raises ConfigError where the LAN could come in without a key, and where a keys file cannot be read."""
     open_key_file(config)
     if not loopback(config.host) and not Walls(config).need_key and not config.no_auth:
-        raise ConfigError(f"--host {config.host} (GATEWAY_HOST) listens beyond this machine, and no key is set: set "
-                          "GATEWAY_API_KEY, or say --no-auth to let everybody in")
+        raise ConfigError(f"--host {config.host} (GATEWAY_HOST) listens beyond this machine, and no key is set: mint "
+                          "one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to let everybody in")
 
 
 def start_monitor(config, hub, stop):
@@ -7322,8 +7323,9 @@ def open_server(gateway, context):
         return Server(gateway, config.host, config.port, context)
     except OSError as error:
         if error.errno in IN_USE:
-            raise StartError(f"port {config.port} is in use on {config.host}: stop what holds it "
-                             f"({port_question(config.port)} tells) or choose another with --port (GATEWAY_PORT)") from None
+            who = port_holder(config.port) or f"what holds it ({port_question(config.port)} tells)"
+            raise StartError(f"port {config.port} is in use on {config.host}: stop {who} or choose another with --port "
+                             "(GATEWAY_PORT)") from None
         raise StartError(f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose another address with "
                          "--host (GATEWAY_HOST) and --port") from None
     except OverflowError as error:
@@ -7657,8 +7659,9 @@ def port_holder(port):
                         if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
         for entry in os.scandir("/proc"):
             if entry.name.isdecimal() and sockets & opened(entry.path):
-                command = Path(entry.path, "cmdline").read_bytes().replace(b"\0", b" ")
-                return f"process {entry.name} ({command.decode('utf-8', 'replace').strip()[:80]})"
+                command = Path(entry.path, "cmdline").read_bytes().split(b"\0")[:2]  # the rest may hold a key
+                shown = b" ".join(command).decode("utf-8", "replace").strip().translate(CONTROL)
+                return f"process {entry.name} ({shown[:80]})"
     return ""
 
 

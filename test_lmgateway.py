@@ -4779,6 +4779,16 @@ def test_the_doctor_tells_a_stopped_server_from_a_stopped_lm_studio(home, capsys
         assert any(name == "LM Studio" and words in text for name, _, text in found) == known
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_who_holds_a_port_is_said_without_what_else_stood_on_its_command_line():
+    code = "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, "--api-key", "secret"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        who = lmgateway.port_holder(int(process.stdout.readline()))
+        process.stdin.close()
+    assert who == f"process {process.pid} ({sys.executable} -c)"
+    assert lmgateway.port_holder(0) == ""
+
+
 def test_the_doctor_knows_another_lmgateway_on_the_port(home, capsys):
     with stream_server(lmgateway.Hub()) as port:
         assert ("Port", "ok", f"port {port} of 127.0.0.1 is held by a running lmgateway -> ") in findings(
