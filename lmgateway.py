@@ -2020,15 +2020,17 @@ class Meter:
 
     def _events(self, data):
         """Read the events that data completes; give their bytes without those that were ours alone."""
+        if not self._rest and whole_event(data):
+            return b"" if self._event(data) and self._cut else data
         start, buffer = 0, data
         if self._rest:
             start = max(0, len(self._rest) - 3)     # what was searched is not searched again
             self._rest += data
             buffer = self._rest
         kept, position = [], 0
-        for end in ends_of_events(buffer, start):
-            event = bytes(buffer[position:end])
-            position = end
+        for end in EVENT_END.finditer(buffer, start):
+            event = bytes(buffer[position:end.end()])
+            position = end.end()
             ours = self._event(event) and self._cut
             if not ours or self._given:
                 kept.append(event[self._given:])
@@ -2059,11 +2061,9 @@ class Meter:
         return isinstance(body.get("usage"), dict) and body.get("choices") == []
 
 
-def ends_of_events(buffer, start):
-    """Where the events end in a stream's bytes."""
-    if buffer.endswith(b"\n\n") and buffer.find(b"\n\n", start) == len(buffer) - 2 and b"\r" not in buffer:
-        return [len(buffer)]    # one whole event, as most pieces are
-    return [match.end() for match in EVENT_END.finditer(buffer, start)]
+def whole_event(data):
+    """True for bytes that are one event from its beginning to its end, as most pieces of a stream are."""
+    return data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2 and b"\r" not in data
 
 
 def maybe_ours(beginning):
