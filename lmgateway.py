@@ -441,7 +441,7 @@ class Rule(NamedTuple):
 
     fact: str  # what it states: Story.on_<fact> takes the pattern's named groups
     where: str  # "app": first line of an entry; "engine": any line of a DEBUG entry
-    shape: str  # "line", "json" (goes on to a brace in column 1) or "text" (a user's words)
+    shape: str  # "line", "json" (goes on to a brace in column 1), "text" (a user's words) or "half" (of a line)
     engines: str  # who writes it: App, or the engine generations of LOGS.md
     pattern: str
     sample: str
@@ -534,7 +534,7 @@ RULES = (
          r"draft acceptance(?: rate)? = +\S+ \( *(?P<accepted>\d+) accepted / +(?P<generated>\d+) generated\)",
          "1.02.003.004 I slot print_timing: id  0 | task 9 | draft acceptance = 0.95455 (   63 accepted / "
          "   66 generated), mean len =  3.86"),
-    Rule("timings", "engine", "line", "G2", r"(?<=\| )$", "slot print_timing: id  1 | task 3416 | "),
+    Rule("timings", "engine", "half", "G2", r"(?<=\| )$", "slot print_timing: id  1 | task 3416 | "),
     Rule("prompt", "engine", "line", "G2 G3",
          r"new prompt, n_ctx_slot = (?P<n_ctx>\d+), n_keep = (?P<n_keep>-?\d+), task\.n_tokens = "
          r"(?P<total>\d+)",
@@ -561,7 +561,7 @@ RULES = (
          "0.30.013.273 I slot get_availabl: id  3 | task -1 | selected slot by LRU, t_last = -1"),
     Rule("", "engine", "line", "G2 G3", r"LlamaV4(?:::|: server assigned slot \d+ to task)",
          "LlamaV4: server assigned slot 1 to task 3416"),
-    Rule("", "engine", "line", "G2 G3", r"[IWED]?(?<=[\dIWED|])$", "0.30.015.244 I"),
+    Rule("", "engine", "half", "G2 G3", r"[IWED]?(?<=[\dIWED|])$", "0.30.015.244 I"),
     # the rest is under the next header
     # --- sampling parameters: G1 writes the first on the heading's line, G3 on lines of their own
     Rule("sampling", "engine", "line", "G1", r"[Ss]ampling params:" + PAIRS,
@@ -649,8 +649,13 @@ ERRORS, ERROR_ROWS = compile_rules("error")
 ENGINE, ENGINE_ROWS = compile_rules("engine", "^(?:" + ENGINE_PREFIX, r")[^\n]*|^(?P<unknown>[^\n]*\S[^\n]*)")
 
 
+HALVES = frozenset(["unknown", *(group for group, (rule, _) in ENGINE_ROWS.items() if rule.shape == "half")])
+
+
 def number(text):
     """int or float of the log's text; None for inf, nan and what is no number at all."""
+    if text is not None and text.isdecimal():
+        return int(text)
     try:
         value = float(text.replace(",", ""))
     except (ValueError, AttributeError):
@@ -783,8 +788,8 @@ class Parser:
     def quiet(self):
         """The events of the entry that was open.  A line that has not ended stays open."""
         if len(self._rest) == 1:
-            self._safely(self._complete)
-            self._safely(self.story.quiet)
+            self._complete()
+            self._tell(self.story.quiet)
         return self._taken()
 
     def end(self):
@@ -794,8 +799,8 @@ class Parser:
         self._rest = "\n"
         if len(rest) > 1:
             self._block(rest)
-        self._safely(self._complete, True)
-        self._safely(self.story.later, None)
+        self._complete(final=True)
+        self._tell(self.story.later, None)
         return self._taken()
 
     def forget(self):
@@ -832,17 +837,17 @@ class Parser:
         position = 0
         for header in HEADER.finditer(block):
             if header.start() > position:
-                self._safely(self._add, block[position : header.start()])
-            self._safely(self._open, header)
+                self._add(block[position : header.start()])
+            self._open(header)
             position = header.end()
         if position < len(block):
-            self._safely(self._add, block[position:])
+            self._add(block[position:])
 
-    def _safely(self, step, *what):
-        """One step.  A fault of ours costs its events, is counted, and stops nothing that follows."""
+    def _tell(self, listener, *what):
+        """Tell Story something.  A fault there costs these events, is counted, and stops nothing that follows."""
         try:
-            step(*what)
-        except Exception:  # an entry that nobody foresaw; CORE has no log to say it in: faults are shown
+            listener(*what)
+        except Exception:  # lines that nobody foresaw; CORE has no log to say it in, the status shows it
             self.faults += 1
 
     def _open(self, header):
@@ -851,7 +856,7 @@ class Parser:
         self.entries += 1
         moment = self._calendar.moment(stamp or panel_stamp)
         if moment is not self.last_moment:
-            self.story.later(moment)
+            self._tell(self.story.later, moment)
         self.last_moment = moment
         self._entry = Entry(self.last_moment, level or panel_level, stamp is None)
         self.by_level[self._entry.level] += 1
@@ -913,9 +918,10 @@ class Parser:
         """Facts from lines of a DEBUG entry; torn is the last line before its header, if they are its first."""
         match = None
         for match in ENGINE.finditer(lines):
-            if torn and moment.epoch - torn[2] <= TORN_S:
-                match = self._mended(torn, match)
-            torn = None
+            if torn:
+                if (torn[1] in HALVES or match.lastgroup == "unknown") and moment.epoch - torn[2] <= TORN_S:
+                    match = self._mended(torn, match)
+                torn = None
             if match.lastgroup == "unknown":
                 self._unknown_line(match[0])
                 continue
@@ -924,7 +930,7 @@ class Parser:
             self.by_engine[self._engine] += self._engine != ""
             if rule.fact:
                 facts = {name: match[index] for name, index in fields}
-                self.story.engine(rule.fact, facts, match, self._engine, moment)
+                self._tell(self.story.engine, rule.fact, facts, match, self._engine, moment)
         if match:
             self._last_line = match[0], match.lastgroup, moment.epoch
 
@@ -951,7 +957,7 @@ class Parser:
         """A known entry is whole: tell its fact and send it, without waiting for the next header."""
         if entry.row and entry.row.fact and not entry.told:
             entry.told = True
-            self.story.app(entry)
+            self._tell(self.story.app, entry)
         self._send(entry)
 
     def _complete(self, final=False):
@@ -961,7 +967,7 @@ class Parser:
             return
         if entry.level == "ERROR" and entry.shape == "text" and not entry.told:
             entry.told = True
-            self.story.error(entry)
+            self._tell(self.story.error, entry)
         if final:
             self._conclude(entry)
         else:

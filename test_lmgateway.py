@@ -741,7 +741,7 @@ def test_a_byte_order_mark_is_no_text(utc, size):
     assert short(event for _, event in parsed(data, size)) == ["chat_end outcome=finished model=m"]
 
 
-def test_a_fault_of_ours_costs_one_step_and_is_counted(utc, monkeypatch):
+def test_a_fault_of_ours_costs_one_event_and_is_counted(utc, monkeypatch):
     parser = Parser()
     monkeypatch.setattr(lmgateway, "first_line", lambda entry: 1 / 0)
     assert short(parser.feed(HEADER + b"[m] Finished streaming response\n")) == []
