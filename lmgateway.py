@@ -17,6 +17,8 @@ Words used throughout:
     dialect    one of the APIs that LM Studio speaks: where it puts usage, tokens and errors
     meter      what reads a dialect's answer while it passes
     view       a function (gateway, request) -> Response
+    card       one running request on a terminal
+    finding    what a check of --check has to say, with its remedy
     upstream   LM Studio's server
 
 Threads, and what each may write:
@@ -3580,16 +3582,21 @@ def switch_event(old, new, utc):
     return Event("lmstudio_file_switch", {"timestamp": utc, "oldLogFile": old_path, "newLogFile": new_path})
 
 
+def own_home():
+    """The user's home directory; for a user without one, as containers have them, a `~` that is not there."""
+    return Path(os.path.expanduser("~"))
+
+
 def find_home(environ=None, home=None):
     """LM Studio's home directory, as its own SDK finds it: the pointer file, else ~/.cache/lm-studio,
     else ~/.lmstudio (lmstudio-js, findLMStudioHome.ts).  Never writes the pointer."""
-    home = Path(home) if home else Path.home()
+    home = Path(home) if home else own_home()
     with contextlib.suppress(OSError):
         pointed = (home / ".lmstudio-home-pointer").read_text(encoding="utf-8", errors="replace").strip()
-        if pointed:
+        if pointed and "\0" not in pointed:
             return Path(pointed)
     cache = home / ".cache" / "lm-studio"
-    return cache if cache.is_dir() else home / ".lmstudio"
+    return cache if os.path.isdir(cache) else home / ".lmstudio"
 
 
 def find_log_dir(home):
@@ -7497,7 +7504,7 @@ def print_launchd(args, config):
                           f"into {os.path.join(os.getcwd(), '.env')}, or mint a key with --new-key")
     flags = itertools.chain.from_iterable(
         [row.flag] if row.default is False else [row.flag, getattr(args, row.name)] for row in given)
-    log_file = config.log_file or str(Path.home() / "Library" / "Logs" / "lmgateway.log")
+    log_file = config.log_file or str(own_home() / "Library" / "Logs" / "lmgateway.log")
     agent = {"Label": "lmgateway", "ProgramArguments": [sys.executable, os.path.abspath(__file__), *flags],
              "WorkingDirectory": os.getcwd(), "EnvironmentVariables": {"LOG_FILE": log_file},
              "RunAtLoad": True, "KeepAlive": {"SuccessfulExit": False}, "ThrottleInterval": 10,
@@ -7602,9 +7609,15 @@ def check_python(patient):
         yield Finding("ok", version)
 
 
+def refused(error):
+    """The Finding of an error of ours, whose remedy stands behind its last semicolon."""
+    what, _, remedy = str(error).rpartition("; ")
+    return Finding("bad", what or remedy, remedy if what else "see --help and the README")
+
+
 def check_options(patient):
     for error in patient.errors:
-        yield Finding("bad", *error.rsplit("; ", 1)) if "; " in error else Finding("bad", error, "see --help")
+        yield refused(error)
     for warning in patient.warnings:
         yield Finding("warn", warning, "mend the name, or take the line out")
     for row in OPTIONS:
@@ -7792,7 +7805,7 @@ def shown_age(seconds):
 
 def other_log_dirs(home, directory):
     """Log directories at LM Studio's usual places that were written more than an hour after this one."""
-    bases = {home, Path.home() / ".lmstudio", Path.home() / ".cache" / "lm-studio"}
+    bases = {home, own_home() / ".lmstudio", own_home() / ".cache" / "lm-studio"}
     places = {str(base / below) for base in bases for below in ("server-logs", "apps/bionic/server-logs")}
     ours = newest_write(directory)
     return sorted(place for place in places if newest_write(place) > ours + 3600
@@ -7815,7 +7828,7 @@ def check_keys(patient):
         _, minted = open_key_file(config)
         keys = Walls(config).need_key
     except (GatewayError, OSError) as error:
-        yield Finding("bad", str(error), "--keys-file names another")
+        yield refused(error)
         return
     rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted]
     rows += [f"{name} (all rights)" for name in config.api_key]
@@ -7829,7 +7842,7 @@ def check_keys(patient):
         yield Finding(mark, f"{config.host} is open to the network, and no key is set",
                       f"mint one with --new-key NAME{more}")
     for path in (keys_path(config), Path(patient.env_file)):
-        if os.name != "nt" and path.exists() and path.stat().st_mode & 0o044:
+        if os.name != "nt" and os.path.exists(path) and os.stat(path).st_mode & 0o044:
             yield Finding("warn", f"{path} can be read by other users of this machine", f"chmod 600 {path}")
 
 
@@ -7838,7 +7851,7 @@ def check_network(patient):
     try:
         encrypted = tls_context(config) is not None
     except ConfigError as error:
-        yield Finding("bad", str(error), "name a certificate and its key, both PEM, that this user can read")
+        yield refused(error)
         return
     if not patient.exposed:
         yield Finding("ok", f"{config.host}: only this machine can connect")

@@ -218,11 +218,9 @@ def test_one_key_or_several_with_names(text, keys):
     ('{"port": 4321}', {}, "http://127.0.0.1:4321"), ('{"port": 4321}', {"LMSTUDIO_BASE_URL": "http://x:1"}, "http://x:1"),
     ("{", {}, "http://127.0.0.1:1234"), ('{"port": "x"}', {}, "http://127.0.0.1:1234"), ("[]", {}, "http://127.0.0.1:1234"),
     ('{"port": 99999}', {}, "http://127.0.0.1:1234"), (None, {}, "http://127.0.0.1:1234")])
-def test_lm_studios_port_is_read_from_its_settings_where_none_is_given(tmp_path, monkeypatch, settings, environ, upstream):
-    monkeypatch.setattr(lmgateway.Path, "home", lambda: tmp_path)
-    monkeypatch.chdir(tmp_path)
+def test_lm_studios_port_is_read_from_its_settings_where_none_is_given(home, settings, environ, upstream):
     if settings is not None:
-        path = tmp_path / ".lmstudio" / ".internal" / "http-server-config.json"
+        path = home / ".lmstudio" / ".internal" / "http-server-config.json"
         path.parent.mkdir(parents=True)
         path.write_text(settings, encoding="utf-8")
     config, sources, _ = config_of(environ=environ)
@@ -4810,6 +4808,30 @@ def test_the_demo_asks_for_a_key_only_where_one_was_named(home, options, names):
         config = lmgateway.start_demo(lmgateway.Config(**options), cleanup)
         assert sorted(config.api_key) == names
         assert lmgateway.Walls(config).need_key == bool(names)
+
+
+@pytest.mark.parametrize("pointer", [b"\0", b"\n", b"/nowhere/\0x", b"\xff\xfe"])
+def test_a_damaged_pointer_to_lm_studios_home_is_no_fault(home, capsys, pointer):
+    put(home / ".lmstudio-home-pointer", pointer)
+    status, found = findings(capsys)
+    assert status == 1 and {name for name, _, _ in found} >= {"Settings", "Logs", "Keys", "Clock"}
+
+
+def test_a_user_without_a_home_is_no_fault(home, capsys, monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does where there is none
+    status, found = findings(capsys)
+    assert status == 1 and any(name == "Logs" and f"~{os.sep}.lmstudio" in text for name, _, text in found)
+
+
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+def test_a_home_that_cannot_be_read_is_a_finding(home, capsys):
+    put_settings(home, port=1)
+    put_log(home, "x")
+    os.chmod(home / ".lmstudio", 0)
+    try:
+        assert any(name == "Logs" and "Permission denied" in text for name, _, text in findings(capsys)[1])
+    finally:
+        os.chmod(home / ".lmstudio", 0o700)
 
 
 def test_the_doctor_answers_also_where_nobody_can_read_it(home, monkeypatch):
