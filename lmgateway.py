@@ -194,6 +194,12 @@ def folder(value):
     return value
 
 
+def header_word(value):
+    if not value.strip().isascii() or not value.strip().isprintable() or " " in value.strip():
+        raise ValueError("use printable ASCII without blanks")
+    return value.strip()
+
+
 def level(value):
     if value.strip().lower() not in LEVELS:
         raise ValueError("use error, warn, info or debug")
@@ -253,7 +259,7 @@ OPTIONS = (
     Option("tls_cert", "TLS_CERT", "--tls-cert", None, text, "certificate (PEM), to serve HTTPS",
            value="FILE"),
     Option("tls_key", "TLS_KEY", "--tls-key", None, text, "its private key (PEM)", value="FILE"),
-    Option("upstream_token", "UPSTREAM_TOKEN", None, None, text,
+    Option("upstream_token", "UPSTREAM_TOKEN", None, None, header_word,
            "LM Studio's own API token, where its server asks for one"),
     Option("max_body", "MAX_BODY_BYTES", None, 256 * 1024 * 1024, whole(1, 10**12, "use a number of bytes"),
            "largest request body; 413 beyond it"),
@@ -4088,7 +4094,7 @@ class Call(urllib.request.Request):
         super().__init__(url, method=method)
         self.selector = target
         self.raw_headers, self.body, self.timeout_s = headers, body, timeout_s
-        self._lock = threading.Lock()  # guards the two below: a socket that was given back is not ours to shut
+        self._lock = threading.Lock()  # guards the two below: a socket given back is not ours to shut
         self._sock = None  # while the exchange runs
         self.cancelled = False
         self.reuses = False  # it runs over a connection that was used before
@@ -4225,10 +4231,10 @@ class KeptConnections(urllib.request.BaseHandler):
     """Opens http and https for an OpenerDirector over connections that are used again.
 
     One is used again only if it has been idle for less than REUSE_S and is not readable (readable
-    means closed); if it then fails before the first byte of an answer, a repeatable request is tried once on a
-    fresh one.  Others are not, because LM Studio may have begun to work (RFC 9110, 9.2.2); they take a connection
-    that was never used again only once it is MATURE.  No redirects, no proxies, no error handling: the
-    answer is passed on as it is."""
+    means closed); if it then fails before the first byte of an answer, a repeatable request is tried once
+    on a fresh one.  Others are not, because LM Studio may have begun to work (RFC 9110, 9.2.2); they take a
+    connection that was never used again only once it is older than MATURE_S.  No redirects, no proxies, no
+    error handling: the answer is passed on as it is."""
 
     def __init__(self):
         # (socket, monotonic seconds, used again before), the longest idle first; append and pop are atomic
@@ -4918,7 +4924,7 @@ class Walls:
         return [*self._fixed, *(self._file.keys() or ())]
 
     def client_of(self, request):
-        """The client's address; behind a proxy that is trusted, the last one that it names and is not trusted."""
+        """The client's address; behind trusted proxies, the last that they name and that is not one of them."""
         address = request.client
         trusted = self._config.trusted_proxies
         named = [part.strip() for part in request.header("x-forwarded-for").split(",") if part.strip()]
@@ -5026,7 +5032,7 @@ def remember(table, name, value, limit=10_000):
 
 
 def within(address, ranges):
-    """True when an address lies in one of the networks.  An IPv4 address mapped into IPv6 is that IPv4 address."""
+    """True when an address lies in one of the networks.  One that maps IPv4 into IPv6 counts as IPv4."""
     if ranges is None:
         return True
     with contextlib.suppress(ValueError):
@@ -5902,8 +5908,8 @@ class Handler(socketserver.BaseRequestHandler):
                     request.method, request.path[:200], status, 1000 * (time.monotonic() - self.came))
 
     def _write_pieces(self, head, pieces, chunked):
-        """The head, then each piece in one write the moment it comes.  The head waits for the first piece only
-        where that is there already."""
+        """The head, then each piece in one write the moment it comes.  The head waits for the first piece
+        only where that is there already."""
         sock = self.request
         if not getattr(pieces, "ready", False):
             sock.sendall(head)
@@ -5963,7 +5969,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.ticked = time.monotonic()
 
     def get_request(self):
-        """A new connection.  A TLS handshake is left to its handler: a slow one must not hold up the others."""
+        """A new connection.  A TLS handshake is left to its handler: a slow one must not hold up others."""
         sock, address = super().get_request()
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that went off says no goodbye
