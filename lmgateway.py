@@ -376,7 +376,8 @@ def read_env_file(path):
         content = Path(path or ".env").read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
         if path is None:
-            return {}, []
+            unread = isinstance(error, PermissionError)
+            return {}, [f".env cannot be read ({error.strerror}): what stands in it does not count"] * unread
         raise ConfigError(f"--env-file {path}: {error.strerror}; name a file that can be read") from None
     variables = [row.variable for row in OPTIONS]
     found, warnings = {}, []
@@ -7625,7 +7626,7 @@ def check_options(patient):
     for error in patient.errors:
         yield refused(error)
     for warning in patient.warnings:
-        yield Finding("warn", warning, "mend the name, or take the line out")
+        yield Finding("warn", warning, "mend it, or take it away")
     for row in OPTIONS:
         if row.name in patient.sources:
             value = "set" if row.variable in SECRET else getattr(patient.config, row.name)

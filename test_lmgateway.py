@@ -4978,6 +4978,17 @@ def test_the_demo_asks_for_a_key_only_where_one_was_named(home, options, names):
         assert lmgateway.Walls(config).need_key == bool(names)
 
 
+@pytest.mark.parametrize(("error", "warned"), [(PermissionError(13, "Permission denied"), True),
+                                               (IsADirectoryError(21, "Is a directory"), False)])
+def test_an_env_file_that_cannot_be_read_is_not_passed_over_in_silence(home, capsys, monkeypatch, error, warned):
+    def refuse(path, **options):
+        raise error
+
+    monkeypatch.setattr(lmgateway.Path, "read_text", refuse)
+    said = [text for name, mark, text in findings(capsys)[1] if (name, mark) == ("Options", "warn")]
+    assert ["Permission denied" in text for text in said] == [True] * warned
+
+
 @pytest.mark.parametrize("pointer", [b"\0", b"\n", b"/nowhere/\0x", b"\xff\xfe"])
 def test_a_damaged_pointer_to_lm_studios_home_is_no_fault(home, capsys, pointer):
     put(home / ".lmstudio-home-pointer", pointer)
