@@ -8037,44 +8037,48 @@ DASHBOARD = rb"""<!doctype html>
 /* The page */
 * { box-sizing: border-box; }
 html { font-size: 87.5%; scroll-padding-top: 4.5rem; }
-body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.45 system-ui, "Segoe UI", Roboto,
-  "Helvetica Neue", Arial, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: break-word; }
+body { margin: 0; background: var(--page); color: var(--text);
+  font: 1rem/1.45 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: break-word; }
 h1, h2, h3, p, dl, dd, ol, ul, figure { margin: 0; padding: 0; }
 ol, ul { list-style: none; }
-h2 { font-size: 1rem; font-weight: 600; }
-h3 { font-size: 1rem; font-weight: 600; }
+h2, h3 { font-size: 1rem; font-weight: 600; }
 a { color: var(--decode); }
-code, pre, .mono { font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+code, pre, .mono {
+  font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
   font-size: .857rem; }
 .muted { color: var(--muted); }
 .small { font-size: .857rem; }
 .isolate { unicode-bidi: isolate; }
-.hidden, [hidden] { display: none !important; }
-.unseen { position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden; clip-path: inset(50%);
-  white-space: nowrap; }
+[hidden] { display: none !important; }
+.unseen { position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden;
+  clip-path: inset(50%); white-space: nowrap; }
 .skip { position: absolute; left: -99rem; }
 .skip:focus { left: 1rem; top: .5rem; z-index: 9; padding: .5rem 1rem; background: var(--panel); }
 :focus-visible { outline: 2px solid var(--focus); outline-offset: 2px; border-radius: 3px; }
 svg.mark { width: .95em; height: .95em; flex: none; fill: currentColor; vertical-align: -.1em; }
-.ok { color: var(--ok); } .warn { color: var(--warn); } .error { color: var(--error); }
-.queued { color: var(--queued); } .prefill { color: var(--prefill); } .decode { color: var(--decode); }
+.ok { color: var(--ok); }
+.warn { color: var(--warn); }
+.error { color: var(--error); }
+.queued { color: var(--queued); }
+.prefill { color: var(--prefill); }
+.decode { color: var(--decode); }
 .cached { color: var(--cached); }
-
 button, select, input { font: inherit; color: inherit; }
 button, select, input[type="search"], input[type="password"] { min-height: 2rem; padding: .2rem .65rem;
   background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
 button { cursor: pointer; }
 button:hover, select:hover { border-color: var(--muted); }
 button[aria-pressed="true"] { border-color: var(--text); box-shadow: inset 0 0 0 1px var(--text); }
-button.plain { min-height: 0; padding: 0; border: 0; background: none; color: inherit; text-align: inherit; }
+button.plain { min-height: 0; padding: 0; border: 0; background: none; color: inherit;
+  text-align: inherit; }
 button.plain:hover { text-decoration: underline; }
 button.strong { background: var(--text); border-color: var(--text); color: var(--panel); }
 input[type="search"] { width: 15rem; max-width: 100%; }
 
 /* Header: who and how it is */
 .top { position: sticky; top: 0; z-index: 5; display: flex; align-items: center; gap: .25rem 1.5rem;
-  min-height: 48px;
-  padding: 0 1.5rem; background: var(--panel); border-bottom: 1px solid var(--line); }
+  min-height: 48px; padding: 0 1.5rem; background: var(--panel); border-bottom: 1px solid var(--line); }
 .top h1 { display: flex; align-items: center; gap: .5rem; font-size: 1.07rem; font-weight: 650;
   white-space: nowrap; }
 .top h1 small { font-weight: 400; font-size: .857rem; }
@@ -8087,8 +8091,7 @@ input[type="search"] { width: 15rem; max-width: 100%; }
 .tools { display: flex; gap: .5rem; }
 .tools button { min-width: 5.2rem; }
 .banner { display: flex; gap: .6rem; align-items: baseline; padding: .5rem 1.5rem;
-  border-bottom: 1px solid var(--line);
-  background: var(--panel); }
+  border-bottom: 1px solid var(--line); background: var(--panel); }
 .banner strong { font-weight: 600; }
 main { max-width: 108rem; margin: 0 auto; padding: 1.25rem 1.5rem 4rem; display: grid; gap: 1.5rem;
   grid-template-columns: minmax(0, 1fr); }
@@ -8100,11 +8103,11 @@ main { max-width: 108rem; margin: 0 auto; padding: 1.25rem 1.5rem 4rem; display:
 /* Now */
 .cards { display: grid; gap: .75rem; align-content: start; min-height: 9.4rem; }
 #first-run:not([hidden]) + .cards { min-height: 0; }
-.card { padding: .8rem 1rem .9rem; border-left: 4px solid var(--queued); display: grid; gap: .55rem; }
-.card.prefill { border-left-color: var(--fill-prefill); color: inherit; }
-.card.decode { border-left-color: var(--fill-decode); color: inherit; }
-.card.ok, .card.error, .card.warn { border-left-color: var(--line); color: inherit; }
-.card.queued { color: inherit; }
+.card { display: grid; gap: .55rem; padding: .8rem 1rem .9rem; border-left: 4px solid var(--queued);
+  color: var(--text); }
+.card.prefill { border-left-color: var(--fill-prefill); }
+.card.decode { border-left-color: var(--fill-decode); }
+.card.ok, .card.error, .card.warn { border-left-color: var(--line); }
 .row { display: flex; flex-wrap: wrap; align-items: baseline; justify-content: space-between;
   gap: .15rem 1.25rem; }
 .row > * { min-width: 0; }
@@ -8128,21 +8131,18 @@ main { max-width: 108rem; margin: 0 auto; padding: 1.25rem 1.5rem 4rem; display:
 .meter dt { color: var(--muted); }
 .meter .value { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .bar { height: 8px; border-radius: 4px; background: var(--track); overflow: hidden; }
-.bar i { display: block; height: 100%; width: 100%; transform-origin: 0 50%; transform: scaleX(var(--share,
-  0));
-  background: var(--queued); }
-.bar.cached i { background: var(--fill-cached); } .bar.decode i { background: var(--fill-decode); }
+.bar i { display: block; height: 100%; width: 100%; transform-origin: 0 50%;
+  transform: scaleX(var(--share, 0)); background: var(--queued); }
+.bar.cached i { background: var(--fill-cached); }
+.bar.decode i { background: var(--fill-decode); }
 .bar.prefill i { background: var(--fill-prefill); }
-.bar.warn i { background: var(--warn); } .bar.error i { background: var(--error); }
-.bar.context i { background: var(--queued); }
-.bar.context.warn i { background: var(--warn); } .bar.context.error i { background: var(--error); }
+.bar.warn i { background: var(--warn); }
+.bar.error i { background: var(--error); }
 svg.trace { display: block; width: 100%; height: 18px; overflow: visible; }
 .trace-box { border-bottom: 1px solid var(--line); }
 svg.trace path { fill: none; stroke: var(--fill-decode); stroke-width: 1.5;
   vector-effect: non-scaling-stroke; }
-@media (prefers-reduced-motion: no-preference) {
-  body.live .bar i { transition: transform .25s linear; }
-}
+@media (prefers-reduced-motion: no-preference) { body.live .bar i { transition: transform .25s linear; } }
 .empty { padding: 1.5rem 1rem; color: var(--muted); }
 
 /* First run and login */
@@ -8150,8 +8150,7 @@ svg.trace path { fill: none; stroke: var(--fill-decode); stroke-width: 1.5;
 .guide h3 { font-size: 1.25rem; }
 .copy-line { display: flex; align-items: stretch; gap: .5rem; max-width: 62rem; }
 .copy-line code { flex: 1; min-width: 0; padding: .45rem .7rem; background: var(--page);
-  border: 1px solid var(--line);
-  border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
+  border: 1px solid var(--line); border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .checks li { display: grid; grid-template-columns: 1.2rem minmax(0, 1fr); gap: .1rem .5rem;
   padding: .2rem 0; }
 .checks p { grid-column: 2; }
@@ -8175,7 +8174,8 @@ svg rect, rect.fill { fill: var(--muted); }
 rect.prefill, path.prefill { fill: var(--fill-prefill); }
 rect.decode, path.decode { fill: var(--fill-decode); }
 rect.cached, path.cached { fill: var(--fill-cached); }
-rect.error { fill: var(--error); } rect.ground { fill: var(--line); }
+rect.error { fill: var(--error); }
+rect.ground { fill: var(--line); }
 
 /* Charts */
 .charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .75rem; }
@@ -8214,11 +8214,18 @@ tbody tr:last-child td { border-bottom: 0; }
 .num { text-align: right; }
 .wide { overflow-x: auto; }
 #requests-table { table-layout: fixed; }
-.c-time { width: 6.1rem; } .c-status { width: 9.2rem; } .c-who { width: 8.6rem; } .c-path { width: 11.4rem; }
-.c-queue { width: 5rem; } .c-first { width: 6.9rem; } .c-prompt { width: 9.6rem; }
+.c-time { width: 6.1rem; }
+.c-status { width: 10.1rem; }
+.c-who { width: 8.6rem; }
+.c-path { width: 11.4rem; }
+.c-queue { width: 5rem; }
+.c-first { width: 6.9rem; }
+.c-prompt { width: 9.6rem; }
 .c-prefill { width: 6.4rem; }
 .c-output { width: 5.2rem; }
-.c-decode { width: 6.6rem; } .c-total { width: 5.6rem; } .c-finish { width: 5.2rem; }
+.c-decode { width: 6.6rem; }
+.c-total { width: 5.6rem; }
+.c-finish { width: 5.2rem; }
 #requests-table td, #requests-table th { overflow: hidden; text-overflow: ellipsis; }
 #requests-table tbody tr { cursor: pointer; }
 #requests-table tbody tr:hover, #requests-table tbody tr:focus-visible { background: var(--page); }
@@ -8241,8 +8248,7 @@ th[aria-sort="descending"] button::after { content: " \2193"; }
   overscroll-behavior: contain;
   font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 #log-lines li { display: grid; grid-template-columns: 5.2rem 15.5rem minmax(0, 1fr); gap: 0 .75rem;
-  padding: 0 .9rem;
-  content-visibility: auto; contain-intrinsic-height: auto 1.5em; }
+  padding: 0 .9rem; content-visibility: auto; contain-intrinsic-height: auto 1.5em; }
 #log-lines li > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #log-lines button { margin-right: .75rem; color: var(--muted); font-size: inherit; }
 #log-lines.wrap li { content-visibility: visible; }
@@ -8252,8 +8258,7 @@ th[aria-sort="descending"] button::after { content: " \2193"; }
 #log-lines li.cut { display: block; text-align: center; color: var(--warn); padding: .3rem .9rem; }
 #log-lines.large { font-size: 1rem; }
 .log-box > button { position: absolute; right: 1.25rem; bottom: .8rem; border-radius: 1rem;
-  background: var(--text);
-  color: var(--panel); border-color: var(--text); }
+  background: var(--text); color: var(--panel); border-color: var(--text); }
 .chips { display: flex; flex-wrap: wrap; gap: .35rem; }
 .chips button { min-height: 1.75rem; padding: .05rem .55rem; font-size: .857rem; border-radius: 1rem;
   color: var(--muted); }
@@ -8263,25 +8268,26 @@ th[aria-sort="descending"] button::after { content: " \2193"; }
 /* Facts, usage, dialogs */
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 0 2rem;
   padding: .6rem 1rem; }
-.facts > div { display: grid; grid-template-columns: 9.5rem minmax(0, 1fr); gap: .75rem; padding: .28rem 0; }
+.facts > div { display: grid; grid-template-columns: 9.5rem minmax(0, 1fr); gap: .75rem;
+  padding: .28rem 0; }
 .facts dt { color: var(--muted); }
 .facts dd { overflow-wrap: anywhere; }
 .facts .whole { grid-column: 1 / -1; }
 dialog { color: inherit; background: var(--panel); border: 1px solid var(--line); padding: 0; }
 dialog::backdrop { background: rgba(10, 14, 20, .35); }
 dialog.drawer { width: min(46rem, 100vw); max-width: none; height: 100vh; max-height: none;
-  margin: 0 0 0 auto;
-  border-width: 0 0 0 1px; overflow: auto; overscroll-behavior: contain; }
+  margin: 0 0 0 auto; border-width: 0 0 0 1px; overflow: auto; overscroll-behavior: contain; }
 dialog.help { border-radius: 8px; max-width: 34rem; padding: 1.25rem 1.5rem; }
 .drawer-head { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .3rem .75rem;
-  align-items: center; min-height: 48px;
-  padding: .5rem 1.25rem; background: var(--panel); border-bottom: 1px solid var(--line); z-index: 1; }
+  align-items: center; min-height: 48px; padding: .5rem 1.25rem; background: var(--panel);
+  border-bottom: 1px solid var(--line); z-index: 1; }
 .drawer-head .push { margin-left: auto; }
-.drawer-body { padding: 1rem 1.25rem 3rem; display: grid; gap: 1.4rem; grid-template-columns: minmax(0,
-  1fr); }
+.drawer-body { padding: 1rem 1.25rem 3rem; display: grid; gap: 1.4rem;
+  grid-template-columns: minmax(0, 1fr); }
 .drawer-body h3 { margin-bottom: .4rem; }
 .drawer-body .facts { padding: 0; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); }
-.drawer-body .facts > div { grid-template-columns: 9.5rem minmax(0, 1fr); }
+.drawer-body .facts > div { grid-template-columns: 6rem minmax(0, 1fr); }
+.drawer-body .names > div { grid-template-columns: 9.5rem minmax(0, 1fr); }
 .phase-bar { display: flex; height: 14px; border-radius: 4px; overflow: hidden; background: var(--track);
   gap: 1px; }
 .phase-bar i { flex: var(--share) 1 0; min-width: 2px; background: var(--queued); }
@@ -8290,8 +8296,10 @@ dialog.help { border-radius: 8px; max-width: 34rem; padding: 1.25rem 1.5rem; }
 .phase-bar i.loading { background: var(--line); }
 .swatch { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .4em;
   background: var(--queued); }
-.swatch.prefill { background: var(--fill-prefill); } .swatch.decode { background: var(--fill-decode); }
-.swatch.cached { background: var(--fill-cached); } .swatch.loading { background: var(--line); }
+.swatch.prefill { background: var(--fill-prefill); }
+.swatch.decode { background: var(--fill-decode); }
+.swatch.cached { background: var(--fill-cached); }
+.swatch.loading { background: var(--line); }
 .timeline td { white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
 .timeline td:nth-child(-n+2) { white-space: nowrap; }
 kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding: 0 .4rem; }
@@ -8353,8 +8361,7 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
 }
 @media (pointer: coarse) {
   button, select, input[type="search"], input[type="password"], .toolbar button, .toolbar select,
-    .toolbar input,
-  .chips button, .chart figcaption button { min-height: 44px; }
+    .toolbar input, .chips button, .chart figcaption button { min-height: 44px; }
   button.plain { min-height: 32px; }
 }
 @media (forced-colors: active) {
@@ -8363,16 +8370,22 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
   .bar i, .phase-bar i, .swatch { background: Highlight !important; forced-color-adjust: none; }
   button[aria-pressed="true"] { border: 2px solid Highlight; }
 }
-@media print { .top { position: static; } .tools, .toolbar, .skip { display: none; } }
+@media print {
+  .top { position: static; }
+  .tools, .toolbar, .skip { display: none; }
+}
 </style>
 <script nonce="@NONCE@">
-// Before the first paint, so that a dark page never flashes white.
-(() => {
-  let chosen = "auto";
-  try { chosen = localStorage.getItem("theme") || "auto"; } catch { /* storage may be forbidden */ }
+function stored(name, otherwise) {
+  try { return localStorage.getItem(name) ?? otherwise; } catch { return otherwise; }
+}
+
+/* Light, dark, or (auto) as the system has it.  Here, before the first paint, so that nothing flashes. */
+function applyTheme(chosen) {
   const dark = chosen === "dark" || chosen === "auto" && matchMedia("(prefers-color-scheme: dark)").matches;
   document.documentElement.dataset.theme = dark ? "dark" : "light";
-})();
+}
+applyTheme(stored("theme", "auto"));
 </script>
 </head>
 <body>
@@ -8696,10 +8709,6 @@ function table(head, rows) {
     el("tbody", ...rows.map(row => el("tr", ...row.map((text, at) => el(kind("td", at), text))))));
 }
 
-function stored(name, otherwise) {
-  try { return localStorage.getItem(name) ?? otherwise; } catch { return otherwise; }
-}
-
 function store(name, value) {
   try { localStorage.setItem(name, value); } catch { /* storage may be forbidden */ }
 }
@@ -8826,7 +8835,7 @@ function fields(data) {
     name + " " + (typeof value === "object" ? JSON.stringify(value) : value)).join("  ");
 }
 const message = data => words(data.message);
-const both = data => message(data) + "  " + fields(data);
+const said = data => listed([data.outcome, data.message, data.model]) || NONE;
 
 /* Each event that the stream sends: how its line in the log reads, and what it changes. */
 const EVENTS = {
@@ -8838,15 +8847,15 @@ const EVENTS = {
   inference_complete: [fields, data => finished(data, "done")],
   error: [fields, data => finished(data, data.operation === "client_disconnected" ? "abandoned" : "failed")],
   lmstudio_log: [message],
-  lmstudio_chat_start: [both],
+  lmstudio_chat_start: [said],
   lmstudio_sampling_params: [fields],
   lmstudio_token_info: [fields],
-  lmstudio_cache_stats: [both],
+  lmstudio_cache_stats: [said],
   lmstudio_processing_start: [message],
-  lmstudio_prompt_progress: [both],
+  lmstudio_prompt_progress: [said],
   lmstudio_generation_start: [message],
   lmstudio_prediction_stats: [fields],
-  lmstudio_chat_end: [both, () => wantRequests()],
+  lmstudio_chat_end: [said, () => wantRequests()],
   lmstudio_error: [message],
   lmstudio_file_switch: [fields, () => wantStatus()],
   lmstudio_month_transition: [fields, () => wantStatus()],
@@ -10001,7 +10010,7 @@ function spentOn(r) {
 function samplingOf(r) {
   const rows = Object.entries(r.sampling ?? {}).filter(([name]) => !ELSEWHERE.has(name));
   if (!rows.length) return null;
-  return section("Sampling", el("dl.facts", ...rows.map(([name, value]) => fact(name, words(value)))));
+  return section("Sampling", el("dl.facts.names", ...rows.map(([name, value]) => fact(name, words(value)))));
 }
 
 function timelineOf(r) {
@@ -10184,11 +10193,8 @@ function paintTitle() {
 
 // --- 18. controls
 
-const prefersDark = matchMedia("(prefers-color-scheme: dark)");
-
 function setTheme(chosen) {
-  const dark = chosen === "dark" || chosen === "auto" && prefersDark.matches;
-  document.documentElement.dataset.theme = dark ? "dark" : "light";
+  applyTheme(chosen);
   put($("theme"), "\u25d0 " + ({light: "Light", dark: "Dark"}[chosen] ?? "Auto"));
   store("theme", chosen);
 }
@@ -10309,7 +10315,8 @@ function listen() {
     touch("charts");
   });
   addEventListener("scroll", () => { if (view.since !== null) touch("requests"); }, {passive: true});
-  prefersDark.addEventListener("change", () => setTheme(stored("theme", "auto")));
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  system.addEventListener("change", () => applyTheme(stored("theme", "auto")));
 }
 
 /* Once a second: what changes by itself. */
