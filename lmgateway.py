@@ -1878,8 +1878,9 @@ def json_object(data):
 
 WHOLE_LIMIT = 32 * 1024 * 1024  # a JSON body beyond this is passed on unread
 STREAM_LIMIT = 4 * 1024 * 1024  # one event of a stream beyond this, too
+LONGEST_NAME = 256  # of a model or an id, as it is kept
 HOLD_LIMIT = 64 * 1024  # a usage chunk is smaller
-EVENT_END = re.compile(rb"\r?\n\r?\n")
+EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
 SOME_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')  # never in a chunk that carries only usage
 ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.MULTILINE)
 # What tells more than a token.
@@ -1919,11 +1920,11 @@ class Usage:
     def _take_identity(self, body):
         model = body.get("model") or body.get("model_instance_id")
         if isinstance(model, str) and model:
-            self.model = model
+            self.model = model[:LONGEST_NAME]
         if isinstance(body.get("created"), int):
             self.created = body["created"]
         if isinstance(body.get("id"), str):
-            self.answer_id = body["id"]
+            self.answer_id = body["id"][:LONGEST_NAME]
 
     def _take_finish(self, body):
         """Why it ended.  /v1/responses says so only where something cut it short."""
@@ -1932,7 +1933,7 @@ class Usage:
         for name, field in (("delta", "stop_reason"), ("incomplete_details", "reason")):
             if isinstance(body.get(name), dict):
                 reasons.append(body[name].get(field))
-        self.finish = next((reason for reason in reasons if isinstance(reason, str)), self.finish)
+        self.finish = next((reason[:LONGEST_NAME] for reason in reasons if isinstance(reason, str)), self.finish)
 
     def _take_usage(self, usage):
         """/v1/messages counts up: what it says last is the most."""
@@ -2039,7 +2040,7 @@ class Meter:
             return b"" if self._event(data) and self._cut else data
         start, buffer = 0, data
         if self._rest:
-            start = max(0, len(self._rest) - 3)     # what was searched is not searched again
+            start = max(0, len(self._rest) - 4)     # what was searched is not searched again
             self._rest += data
             buffer = self._rest
         kept, position = [], 0
@@ -2155,7 +2156,7 @@ def read_request(dialect, data):
     options = body.get("stream_options")
     amend = (stream and dialect.asks_usage
              and (options is None or isinstance(options, dict) and options.get("include_usage") is not True))
-    return Asked(model if isinstance(model, str) else None, stream, dialect.messages(body),
+    return Asked(model[:LONGEST_NAME] if isinstance(model, str) else None, stream, dialect.messages(body),
                  fingerprint(body) if dialect.name in JOINED and len(data) <= FINGERPRINT_LIMIT else None,
                  amend, ask_usage(data, options) if amend else data)
 
@@ -2197,12 +2198,31 @@ def fingerprint(body):
 
 
 def ask_usage(data, options):
-    """The request with stream_options.include_usage, its other bytes as they are: what stands last in a JSON
-    object wins.  A bytearray is amended in place."""
+    """The request with stream_options.include_usage, its other bytes as they are.  A bytearray is amended in
+    place."""
     amended = data if isinstance(data, bytearray) else bytearray(data)
-    end = amended.rindex(b"}")
-    amended[end:end] = b',"stream_options":' + json.dumps({**(options or {}), "include_usage": True}).encode()
+    asked = json.dumps({**(options or {}), "include_usage": True}).encode()
+    place = place_of(amended, options)
+    if place:
+        amended[place] = asked
+    else:
+        end = amended.rindex(b"}")
+        amended[end:end] = b',"stream_options":' + asked
     return amended
+
+
+def place_of(data, options):
+    """The slice where stream_options stand in a request that has them; None for none.  A text may hold the
+    same words: the place is right where the request without the value lacks just that."""
+    wanted = json_object(data) or {}
+    if "stream_options" not in wanted:
+        return None
+    for match in re.finditer(rb'"stream_options"\s*:\s*', data):
+        start = match.end()
+        found = re.compile(rb"null|\{[^{}]*\}").match(data, start)
+        if found and json_object(data[:start] + b"0" + data[found.end():]) == {**wanted, "stream_options": 0}:
+            return slice(start, found.end())
+    return None     # nested ones: what stands last in an object wins
 
 
 # --- 3.7 records: the life of a request --------------------------------------
@@ -3998,7 +4018,8 @@ REUSE_S = 2.0  # LM Studio closes a kept connection after 5 s without a request
 MATURE_S = 0.01  # a server that closes after each answer has closed by then
 REPEATABLE = ("GET", "HEAD", "OPTIONS", "PUT", "DELETE")  # idempotent methods (RFC 9110, 9.2.2)
 CONNECT_S = 10.0
-GREETING_S = 0.2  # to connect, and again to answer: `lms` waits 500 ms in all
+HEALTH_S = 2.0  # to connect, and again to answer: a prompt that is read on the CPU makes LM Studio slow
+GREETING_S = 0.3  # what `lms`, which waits 500 ms in all, can be kept waiting
 ANSWER_HEAD_LIMIT = 256 * 1024
 SMALL_BODY = 64 * 1024  # travels in one packet with its head
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
@@ -4150,7 +4171,7 @@ class Answer:
         lines = self._buffer[:end].decode("latin-1").split("\r\n")
         self._buffer = self._buffer[end + 4:]
         first = self.STATUS_LINE.fullmatch(lines[0])
-        if not first or first[2] == "101":
+        if not first or first[2] == "101" or any("\r" in line or "\n" in line for line in lines):
             raise http.client.BadStatusLine(lines[0][:80])
         self._minor, self.status, self.reason = int(first[1]), int(first[2]), first[3] or ""
         self.headers: list[tuple[str, str]] = []
@@ -4167,6 +4188,8 @@ class Answer:
         for name, value in self.headers:
             self._named.setdefault(name.lower(), value)
         coding, length = self.header("transfer-encoding").lower(), self.header("content-length")
+        if len({value for name, value in self.headers if name.lower() == "content-length"}) > 1:
+            length = "more than one"
         if coding not in ("", "chunked") or length and not coding and not length.isdecimal():
             raise http.client.HTTPException("the length of its answer is not clear")
         self.chunks = Chunks() if coding else None
@@ -4353,8 +4376,9 @@ class Upstream:
         self._connections = KeptConnections()
         self._opener = urllib.request.OpenerDirector()  # bare: none of urllib's own handlers
         self._opener.add_handler(self._connections)
-        self._lock = threading.Lock()  # guards _health
-        self._health = (-math.inf, None)  # monotonic seconds, reason why not or ""
+        self._lock = threading.Lock()  # guards the two below
+        self._health = (-math.inf, f"LM Studio at {base} has not answered yet")  # clock, reason or ""
+        self._asking: threading.Event | None = None  # set once the question that is under way is answered
         self._models = (-math.inf, None)  # monotonic seconds, rows of loaded_models
 
     def call(self, method, target, headers, body, timeout_s):
@@ -4387,16 +4411,31 @@ class Upstream:
         """Close a call's connection, whatever its state."""
         hang_up(call.use(None))
 
-    def health(self, max_age_s=3.0):
-        """Why LM Studio does not answer; empty when it does.  Remembered for max_age_s."""
+    def health(self, max_age_s=3.0, wait_s=2 * HEALTH_S):
+        """Why LM Studio does not answer; empty when it does.  Remembered for max_age_s; what was known last
+        where a new answer takes longer than wait_s."""
         with self._lock:
             asked, reason = self._health
-        if time.monotonic() - asked < max_age_s:
-            return reason
-        reason = self._ask()
+            if time.monotonic() - asked < max_age_s:
+                return reason
+            asking = self._asking
+            if asking is None:
+                asking = self._asking = threading.Event()
+                threading.Thread(target=self._refresh, args=(asking,), name="http-health", daemon=True).start()
+        asking.wait(wait_s)
         with self._lock:
-            self._health = (time.monotonic(), reason)
-        return reason
+            return self._health[1]
+
+    def _refresh(self, asking):
+        """Body of the thread that asks for all who wait."""
+        try:
+            reason = self._ask()
+            with self._lock:
+                self._health = (time.monotonic(), reason)
+        finally:
+            with self._lock:
+                self._asking = None
+            asking.set()
 
     def loaded_models(self, max_age_s=60.0):
         """[(name, type, context length or None)] of the models that are loaded; None when LM Studio does not
@@ -4412,7 +4451,7 @@ class Upstream:
 
     def _get_json(self, path, timeout_s):
         """The JSON object at a path of LM Studio's; {} where there is none."""
-        call = self.call("GET", path, [("Accept", "application/json")], None, timeout_s)
+        call = self.call("GET", path, [("Host", self.host), ("Accept", "application/json")], None, timeout_s)
         try:
             answer = self.open(call)
             body = json_object(answer.read(4 * 1024 * 1024))
@@ -4425,14 +4464,15 @@ class Upstream:
     def _ask(self):
         """Any answer but a server's failure counts: not every LM Studio may greet without its token."""
         call = self.call("GET", "/lmstudio-greeting", [("Host", self.host), ("Accept", "application/json")],
-                         None, GREETING_S)
+                         None, HEALTH_S)
         try:
             answer = self.open(call)
             answer.read(4096)
             self.done(call, answer)
         except UpstreamError as error:
             self.drop(call)
-            return str(error)
+            silent = f"LM Studio at {self.base} takes connections but does not answer. Look at its log"
+            return silent if error.kind == "timeout" else str(error)
         except BROKEN:
             self.drop(call)
             return f"what answers at {self.base} breaks off. Look at LM Studio's log"
@@ -5479,7 +5519,7 @@ def ready(gateway, request):
 
 def greeting_page(gateway, request):
     """What LM Studio's own SDKs and `lms` look for before they connect (LMSTUDIO.md 3.2)."""
-    reason = gateway.upstream.health(max_age_s=1.0)
+    reason = gateway.upstream.health(1.0, GREETING_S)
     if reason:
         raise HttpError(503, "upstream_unreachable", reason, [("Retry-After", "5")])
     return json_response({"lmstudio": True})
@@ -5545,7 +5585,7 @@ def status_page(gateway, request):
     hub, shown = gateway.hub, gateway.hub.shown()
     running = [record for record in shown if record["state"] in STATES]
     total, errors, bindings = hub.totals()
-    reason = gateway.upstream.health(max_age_s=10.0)
+    reason = gateway.upstream.health(10.0, GREETING_S)
     return json_response({"status": "degraded" if reason else "ok", "version": VERSION,
                           "timestamp": hub.now(), "uptime": round(time.time() - gateway.started, 1),
                           "currentOperation": operation_of(running), "activeModel": active_model(shown),
@@ -5635,7 +5675,7 @@ def prometheus(gateway, request):
 def gauges_of(gateway):
     """{metric: {labels: value}} of what is as it is now, or counted elsewhere."""
     hub, monitor = gateway.hub, gateway.monitor
-    up = not gateway.upstream.health(max_age_s=10.0)
+    up = not gateway.upstream.health(10.0, GREETING_S)
     models = gateway.upstream.loaded_models() if up else None
     gauges = {"lmstudio_up": {(): int(up)}, "lmstudio_gateway_sse_clients": {(): hub.listeners},
               "lmstudio_gateway_sse_events_total": {(name,): n for name, n in sorted(hub.counts.items())},

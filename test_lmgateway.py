@@ -976,7 +976,7 @@ def test_meter_finds_errors_in_answers_that_look_fine(row):
 
 
 @pytest.mark.parametrize("encoding", ["", "gzip", "deflate"])
-@pytest.mark.parametrize("newline", [b"\n", b"\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
 @pytest.mark.parametrize("size", [1, 2, 7, 100, 10**6])
 def test_only_the_usage_that_we_asked_for_is_taken_out(size, newline, encoding):
     own = [chunk({"content": "Hi"}), b": keep-alive\n\n", chunk({"content": "."}, "stop",
@@ -1034,12 +1034,17 @@ REQUESTS = {    # dialect, body, what is sent instead (None: the same bytes), mo
     "blanks before": ("chat", b' \r\n\t{"stream":true }', b' \r\n\t{"stream":true ' + ASKING, None, True),
     "byte order mark": ("chat", b'\xef\xbb\xbf{"stream":true}', b'\xef\xbb\xbf{"stream":true' + ASKING, None,
                         True),
-    "null options": ("chat", b'{"stream":true,"stream_options":null}',
-                     b'{"stream":true,"stream_options":null' + ASKING,
-                     None, True),
+    "null options": ("chat", b'{"stream":true, "stream_options" : null}',
+                     b'{"stream":true, "stream_options" : {"include_usage": true}}', None, True),
     "not wanted": ("chat", b'{"stream_options":{"include_usage":false,"x":"\xc3\xa9"},"stream":true}',
-                   b'{"stream_options":{"include_usage":false,"x":"\xc3\xa9"},"stream":true,"stream_options":'
-                   b'{"include_usage": true, "x": "\\u00e9"}}', None, True),
+                   b'{"stream_options":{"include_usage": true, "x": "\\u00e9"},"stream":true}', None, True),
+    "spoken of": ("chat", b'{"x":"\\"stream_options\\":{}","y":{"stream_options":{}},"stream":true,"stream_options":{}}',
+                  b'{"x":"\\"stream_options\\":{}","y":{"stream_options":{}},"stream":true,"stream_options":'
+                  b'{"include_usage": true}}', None, True),
+    "twice not wanted": ("chat", b'{"stream_options":{},"stream":true,"stream_options":null}',
+                         b'{"stream_options":{},"stream":true,"stream_options":{"include_usage": true}}', None, True),
+    "nested": ("chat", b'{"stream":true,"stream_options":{"x":{}}}', b'{"stream":true,"stream_options":{"x":{}},'
+               b'"stream_options":{"x": {}, "include_usage": true}}', None, True),
     "wanted": ("chat", b'{"stream":true,"stream_options":{"include_usage":true}}', None, None, True),
     "twice": ("chat", b'{"stream":true,"stream":false,"model":"a","model":"b"}', None, "b", False),
     "wanted at last": ("chat", b'{"stream_options":null,"stream":true,"stream_options":{"include_usage":true}}', None, None,
@@ -2230,7 +2235,7 @@ class Studio:
                         return
                     data += piece
                 head, data = data.split(b"\r\n\r\n", 1)
-                if not re.fullmatch(rb"[A-Z]+ /[!-~]* HTTP/1\.1(\r\n[\w.-]+: ?[^\x00-\x08\x0a-\x1f\x7f]*)+",
+                if b"\r\nhost: " not in head.lower() or not re.fullmatch(rb"[A-Z]+ /[!-~]* HTTP/1\.1(\r\n[\w.-]+: ?[^\x00-\x08\x0a-\x1f\x7f]*)+",
                                     head):
                     self.faults.append(head)
                 length = int((re.findall(rb"(?i)\r\ncontent-length: (\d+)", head) or [0])[0])
@@ -2867,13 +2872,22 @@ def odd_coding(peer):
     peer.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n")
 
 
+def two_lengths(peer):
+    peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxy")
+
+
+def bare_return(peer):
+    peer.send(b"HTTP/1.1 200 OK\r\nX: a\rSet-Cookie: b\r\nContent-Length: 1\r\n\r\nx")
+
+
 def silence(peer):
     peer.wait_for_end()
 
 
 FAILURES = {reset: (502, "upstream_reset"), garbage: (502, "upstream_reset"),
             half_a_head: (502, "upstream_reset"),
-            switching: (502, "upstream_reset"), odd_coding: (502, "upstream_reset"),
+            switching: (502, "upstream_reset"), odd_coding: (502, "upstream_reset"), two_lengths: (502, "upstream_reset"),
+            bare_return: (502, "upstream_reset"),
             silence: (504, "upstream_timeout")}
 
 
@@ -3336,13 +3350,14 @@ def is_closed(listener):
 
 
 @pytest.mark.parametrize("state", [hangs, accepts_only, is_closed], ids=lambda state: state.__name__)
-def test_ready_and_greeting_answer_in_time_when_lm_studio_does_not(fronts, state):
+def test_ready_and_greeting_answer_in_time_when_lm_studio_does_not(fronts, state, monkeypatch):
+    monkeypatch.setattr(lmgateway, "HEALTH_S", 0.2)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     front = fronts(f"http://127.0.0.1:{listener.getsockname()[1]}")
     held = list(state(listener))
     for path in ("/lmstudio-greeting", "/ready"):
-        front.gateway.upstream._health = (-1e9, None)
+        front.gateway.upstream._health = (-1e9, front.gateway.upstream._health[1])
         started = time.monotonic()
         status, headers, body = ask(front, f"GET {path}")
         assert (status, json.loads(body)["error"]["code"]) == (503, "upstream_unreachable")
@@ -3361,6 +3376,29 @@ def test_ready_when_lm_studio_answers(fronts, studio, answer, up):
     status, _, body = ask(front, "GET /lmstudio-greeting")
     assert status == (200 if up else 503) and (json.loads(body) == {"lmstudio": True}) == up
     assert len(studio.peers) == 1 and studio.peers[0].line == "GET /lmstudio-greeting HTTP/1.1"
+
+
+def test_a_slow_lm_studio_is_ready_and_greets_from_what_is_known(fronts, studio):
+    front, go, pause = fronts(), threading.Event(), threading.Event()
+    go.set()
+    studio.script = lambda peer: (pause.wait(0.4), go.wait(PATIENCE_S), peer.send(plain(b'{"lmstudio":true}')))
+    assert ask(front, "GET /ready")[0] == 200
+    front.gateway.upstream._health = (-1e9, "")
+    go.clear()
+    started = time.monotonic()
+    assert ask(front, "GET /lmstudio-greeting")[0] == ask(front, "GET /lmstudio-greeting")[0] == 200
+    assert time.monotonic() - started < 0.9 and len(studio.peers) == 2      # two answers, one question
+    go.set()
+    until(lambda: front.gateway.upstream._asking is None)
+
+
+def test_names_are_kept_short_whatever_a_request_brings(front, studio):
+    studio.script = lambda peer: peer.send(plain(b'{"model": "%b", "choices": []}' % (b"x" * 300_000)))
+    mark = front.hub.last
+    ask(front, POST_CHAT, body=json.dumps({"model": "y" * 300_000}).encode())
+    assert len(json.loads(studio.peers[0].body)["model"]) == 300_000
+    events = front.events(mark, "inference_start") + front.events(mark, "inference_complete")
+    assert [len(event["model"]) for event in events] == [lmgateway.LONGEST_NAME] * 2
 
 
 def test_errors_have_the_shape_of_the_api_that_was_called(front):
