@@ -5151,10 +5151,9 @@ class Unfinished(GatewayError):
 class Gateway:
     """What views may reach.  Built once in main()."""
 
-    def __init__(self, config, hub, upstream, monitor=None, sources=None, history=None):
+    def __init__(self, config, hub, upstream, monitor=None, history=None):
         self.config, self.hub, self.upstream, self.monitor = config, hub, upstream, monitor
         self.history, self.server = history, None
-        self.sources = sources or {}
         self.walls = Walls(config)
         self.watcher = Watcher()
         self.started = time.time()
@@ -6390,135 +6389,7 @@ def demo_traffic(address, key, pause):
 
 # === 9. COMMAND ==============================================================
 
-USAGE = """\
-lmgateway.py [options]              gateway, log monitor and dashboard beside LM Studio
-       lmgateway.py COMMAND [options]      one of the commands below"""
-
-
-def build_parser():
-    """The ArgumentParser: commands by hand, options from OPTIONS."""
-    parser = Arguments(prog="lmgateway.py", usage=USAGE, allow_abbrev=False, add_help=False,
-                       formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26,
-                                                         width=100),
-                       epilog="Flags count before the environment, that before .env, that before defaults. Only as "
-                       f"variables: {', '.join(row.variable for row in OPTIONS if not row.flag)}. The README says more.")
-    commands = parser.add_argument_group("Commands")
-    commands.add_argument("--tail-only", action="store_true",
-                          help="print this machine's events; PATH ...: replay saved logs")
-    commands.add_argument("--watch", metavar="URL", help="print the events of a gateway elsewhere")
-    commands.add_argument("--report", action="store_true",
-                          help="usage by day and model, of --history FILE or of saved logs (PATH)")
-    commands.add_argument("--demo", action="store_true",
-                          help="try it all, beside a built-in imitation of LM Studio")
-    commands.add_argument("--check", action="store_true",
-                          help="look for what commonly goes wrong, and say the remedy")
-    commands.add_argument("--prune", metavar="DAYS",
-                          help="show which of LM Studio's logs are older; --yes removes them")
-    commands.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)
-    commands.add_argument("--new-key", metavar="NAME",
-                          help="mint a key; --rights infer,view,admin [infer,view]")
-    commands.add_argument("--rights", metavar="LIST", help=argparse.SUPPRESS)
-    commands.add_argument("--list-keys", action="store_true", help="names, rights and dates of minted keys")
-    commands.add_argument("--revoke-key", metavar="NAME", help="take a minted key away")
-    commands.add_argument("--print-launchd", action="store_true",
-                          help="a launchd agent for macOS; see the README")
-    commands.add_argument("--help", "-h", action="help", help="show this and exit")
-    commands.add_argument("--version", action="version", version=f"lmgateway {VERSION}",
-                          help="show the version and exit")
-    commands.add_argument("paths", nargs="*", metavar="PATH", help=argparse.SUPPRESS)
-    printing = parser.add_argument_group("Printing (--tail-only, --watch; --check: --json)")
-    printing.add_argument("--json", action="store_true", help="one JSON object a line")
-    printing.add_argument("--events", metavar="LIST", help="only these events, comma-separated")
-    printing.add_argument("--from-start", action="store_true",
-                          help="begin at the start of the newest file, not at its end")
-    groups: dict[str, Any] = {}
-    for row in OPTIONS:
-        if row.flag:
-            group = groups.get(row.group) or groups.setdefault(
-                row.group, parser.add_argument_group(row.group))
-            kind = ({"action": "store_const", "const": "true"} if row.default is False
-                    else {"metavar": row.value})
-            default = "" if row.default in (None, False, {}) else f" [{shown_default(row)}]"
-            group.add_argument(row.flag, dest=row.name, help=row.about.replace("%", "%%") + default, **kind)
-    groups["Gateway"].add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
-    return parser
-
-
-class Arguments(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are ConfigErrors with a remedy."""
-
-    def error(self, message):
-        unknown = re.search(r"unrecognized arguments: (\S+)", message)
-        if unknown:
-            near = difflib.get_close_matches(
-                unknown[1].partition("=")[0], self._option_string_actions, 1, 0.6)
-            message = f"{unknown[1]} is not a known option" + (
-                f"; did you mean {near[0]}?" if near else "; see --help")
-        raise ConfigError(message)
-
-
-def main(argv=None):
-    """Run a command.  Returns its exit status."""
-    quiet_streams()
-    try:
-        args = build_parser().parse_args(argv)
-        check_command(args)
-        if args.check:
-            return doctor(args)
-        config, sources, warnings = load_config(vars(args), os.environ, args.env_file)
-        set_up_logging(config)
-        for warning in warnings:
-            log.warning(warning)
-        for name, command in (("new_key", new_key), ("list_keys", list_keys), ("revoke_key", revoke_key),
-                              ("tail_only", tail_only), ("watch", watch), ("report", report),
-                              ("prune", prune),
-                              ("print_launchd", print_launchd)):
-            if getattr(args, name) not in (None, False):
-                return command(args, config)
-        return serve(args, config, sources)
-    except GatewayError as error:
-        print(f"lmgateway: {error}", file=sys.stderr)
-        return error.exit_status
-    except BrokenPipeError:
-        return closed_pipe()
-    except OSError as error:    # a disk that is full, where the output goes
-        closed_pipe()
-        print(f"lmgateway: {error.filename or 'standard output'}: {error_text(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-
-
-COMMANDS = ("tail_only", "watch", "report", "demo", "check", "prune", "new_key", "list_keys", "revoke_key",
-            "print_launchd")
-COMPANIONS = {  # flag -> the commands that it goes with
-    "json": ("tail_only", "watch", "report", "check"), "events": ("tail_only", "watch"),
-    "from_start": ("tail_only", "watch"), "yes": ("prune",), "rights": ("new_key",)}
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
-
-def check_command(args):
-    """Raises ConfigError for flags that do not go together."""
-    chosen = [name for name in COMMANDS if getattr(args, name) not in (None, False)]
-    if args.paths and not {"tail_only", "report"} & set(chosen):
-        raise ConfigError(f"{args.paths[0]}: a path goes with --tail-only or --report; see --help")
-    if len(chosen) > 1:
-        raise ConfigError(f"{flag_of(chosen[0])} and {flag_of(chosen[1])} do not go together; choose one")
-    for name, commands in COMPANIONS.items():
-        if getattr(args, name) and not set(commands) & set(chosen):
-            raise ConfigError(f"{flag_of(name)} goes with {' or '.join(map(flag_of, commands))}")
-    if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
-        raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
-    if args.events is not None and not words(args.events):
-        raise ConfigError("--events: name the events to print, comma-separated; see the README")
-    unknown = [name for name in words(args.events or "") if name not in EVENTS]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], EVENTS, 1)
-        raise ConfigError(f"--events: {unknown[0]} is not an event"
-                          + (f"; did you mean {near[0]}?" if near else "; see the README"))
+# --- 9.1 output, and our own log ----------------------------------------------
 
 
 def quiet_streams():
@@ -6553,7 +6424,7 @@ def set_up_logging(config):
     logging.raiseExceptions = False  # a log that cannot be written is no reason for a traceback
 
 
-# --- 9.1 keys ----------------------------------------------------------------
+# --- 9.2 keys ----------------------------------------------------------------
 
 
 def new_key(args, config):
@@ -6614,7 +6485,7 @@ def save_keys(file, keys):
         raise ConfigError(f"--keys-file {file.path}: {error_text(error)}; name a file that can be written") from None
 
 
-# --- 9.2 the terminal view: events as lines, running requests as cards -------
+# --- 9.3 the terminal view: events as lines, running requests as cards -------
 
 UNSEEN = (*range(32), *range(127, 160), 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F),
           *range(0x2066, 0x206A))
@@ -7008,7 +6879,7 @@ def readme_tables():
     return [options_table(), routes_table(), events_table()]
 
 
-# --- 9.3 commands that print events: --tail-only and --watch -----------------
+# --- 9.4 commands that print events: --tail-only and --watch -----------------
 
 
 def open_printer(args, live):
@@ -7280,21 +7151,21 @@ def settle():
             ctypes.CDLL(None).malloc_trim(0)
 
 
-# --- 9.4 the server ----------------------------------------------------------
+# --- 9.5 the server ----------------------------------------------------------
 
 
-def serve(args, config, sources):
+def serve(args, config):
     """The gateway until a signal.  Returns the exit status."""
     stop = Stop()
     with contextlib.ExitStack() as cleanup:
-        config = start_demo(config, cleanup) if args.demo else find_upstream(config, sources)
+        config = start_demo(config, cleanup) if args.demo else find_upstream(config, args.sources)
         check_exposure(config)
         context = tls_context(config)
         history = open_history_file(config, cleanup)
         hub = Hub(config.requests_kept, history and history.keep)
         monitor = start_monitor(config, hub, stop)
         upstream = Upstream(config.upstream, config.upstream_token)
-        gateway = Gateway(config, hub, upstream, monitor, sources, history)
+        gateway = Gateway(config, hub, upstream, monitor, history)
         server = gateway.server = open_server(gateway, context)
         gateway.address = own_url(config, config.host, server.port)
         lan = reachable(config, lan_addresses)
@@ -7450,7 +7321,7 @@ def announce(gateway, port, lan):
              monitor.follower.directory if monitor else "not monitored (ENABLE_LOG_MONITORING=false)")
 
 
-# --- 9.5 addresses of this machine -------------------------------------------
+# --- 9.6 addresses of this machine -------------------------------------------
 
 ANYWHERE = ("", "0.0.0.0", "::")
 VIRTUAL = re.compile(  # adapters that lead to no LAN
@@ -7514,7 +7385,7 @@ def outgoing_address():
     return ""
 
 
-# --- 9.6 services: systemd and launchd ---------------------------------------
+# --- 9.7 services: systemd and launchd ---------------------------------------
 
 ALIVE_S = 5.0  # an accept loop that has not come round for so long hangs
 
@@ -7560,7 +7431,7 @@ def print_launchd(args, config):
     return 0
 
 
-# --- 9.7 --check, the doctor -------------------------------------------------
+# --- 9.8 --check, the doctor -------------------------------------------------
 # A check is one row of CHECKS: a function that looks at one thing and yields its findings.
 
 
@@ -7951,7 +7822,7 @@ CHECKS = (
 )
 
 
-def doctor(args):
+def doctor(args, config=None):
     """--check: every finding in one line; 1 when something is bad, else 0.  Works whatever is broken."""
     patient = Patient(args, os.environ)
     found = [(check.name, finding) for check in CHECKS for finding in examined(check, patient)]
@@ -7981,7 +7852,7 @@ def examined(check, patient):
     return found
 
 
-# --- 9.8 --prune -------------------------------------------------------------
+# --- 9.9 --prune -------------------------------------------------------------
 
 
 def prune(args, config):
@@ -8036,6 +7907,150 @@ def removal(path):
     except OSError as error:
         return error_text(error)
     return None
+
+
+# --- 9.10 main ---------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    """One command.  run takes (args, config) and gives the exit status."""
+
+    name: str  # of its flag, with _ for -
+    run: Callable[[Any, Any], int]
+    about: str
+    value: str | None = None  # what its flag takes
+    companions: tuple = ()  # flags that go with it
+    paths: bool = False
+
+
+COMMANDS = (
+    Command("tail_only", tail_only, "print this machine's events; PATH ...: replay saved logs",
+            companions=("json", "events", "from_start"), paths=True),
+    Command("watch", watch, "print the events of a gateway elsewhere", "URL", ("json", "events", "from_start")),
+    Command("report", report, "usage by day and model, of --history FILE or of saved logs (PATH)",
+            companions=("json",), paths=True),
+    Command("demo", serve, "try it all, beside a built-in imitation of LM Studio"),
+    Command("check", doctor, "look for what commonly goes wrong, and say the remedy", companions=("json",)),
+    Command("prune", prune, "show which of LM Studio's logs are older; --yes removes them", "DAYS", ("yes",)),
+    Command("new_key", new_key, "mint a key; --rights infer,view,admin [infer,view]", "NAME", ("rights",)),
+    Command("list_keys", list_keys, "names, rights and dates of minted keys"),
+    Command("revoke_key", revoke_key, "take a minted key away", "NAME"),
+    Command("print_launchd", print_launchd, "a launchd agent for macOS; see the README"),
+)
+COMPANIONS = ("json", "events", "from_start", "yes", "rights")
+USAGE = """\
+lmgateway.py [options]              gateway, log monitor and dashboard beside LM Studio
+       lmgateway.py COMMAND [options]      one of the commands below"""
+
+
+def build_parser():
+    """The ArgumentParser: commands from COMMANDS, options from OPTIONS."""
+    parser = Arguments(
+        prog="lmgateway.py", usage=USAGE, allow_abbrev=False, add_help=False,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26, width=100),
+        epilog="Flags count before the environment, that before .env, that before defaults. Only as variables: "
+               f"{', '.join(row.variable for row in OPTIONS if not row.flag)}. The README says more.")
+    commands = parser.add_argument_group("Commands")
+    for command in COMMANDS:
+        kind = {"metavar": command.value} if command.value else {"action": "store_true"}
+        commands.add_argument(flag_of(command.name), help=command.about, **kind)
+    commands.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)
+    commands.add_argument("--rights", metavar="LIST", help=argparse.SUPPRESS)
+    commands.add_argument("--help", "-h", action="help", help="show this and exit")
+    commands.add_argument("--version", action="version", version=f"lmgateway {VERSION}",
+                          help="show the version and exit")
+    commands.add_argument("paths", nargs="*", metavar="PATH", help=argparse.SUPPRESS)
+    printing = parser.add_argument_group("Printing (--tail-only, --watch; --report, --check: --json)")
+    printing.add_argument("--json", action="store_true", help="one JSON object a line")
+    printing.add_argument("--events", metavar="LIST", help="only these events, comma-separated")
+    printing.add_argument("--from-start", action="store_true",
+                          help="begin at the start of the newest file, not at its end")
+    add_options(parser)
+    return parser
+
+
+def add_options(parser):
+    """A flag for each row of OPTIONS that has one, in the row's group."""
+    groups = {row.group: parser.add_argument_group(row.group)
+              for row in {row.group: row for row in OPTIONS if row.flag}.values()}
+    for row in OPTIONS:
+        if row.flag:
+            kind = {"action": "store_const", "const": "true"} if row.default is False else {"metavar": row.value}
+            default = "" if row.default in (None, False, {}) else f" [{shown_default(row)}]"
+            about = row.about.replace("%", "%%") + default
+            groups[row.group].add_argument(row.flag, dest=row.name, help=about, **kind)
+    groups["Gateway"].add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
+
+
+class Arguments(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are ConfigErrors with a remedy."""
+
+    def error(self, message):
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            near = difflib.get_close_matches(
+                unknown[1].partition("=")[0], self._option_string_actions, 1, 0.6)
+            message = f"{unknown[1]} is not a known option" + (
+                f"; did you mean {near[0]}?" if near else "; see --help")
+        raise ConfigError(message)
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def chosen_command(args):
+    """The Command that args name, None for the gateway.  Raises ConfigError for flags that do not go together."""
+    chosen = [command for command in COMMANDS if getattr(args, command.name) not in (None, False)]
+    if args.paths and not any(command.paths for command in chosen):
+        raise ConfigError(f"{args.paths[0]}: a path goes with --tail-only or --report; see --help")
+    if len(chosen) > 1:
+        raise ConfigError(f"{flag_of(chosen[0].name)} and {flag_of(chosen[1].name)} do not go together; choose one")
+    for name in COMPANIONS:
+        hosts = [command for command in COMMANDS if name in command.companions]
+        if getattr(args, name) and not set(hosts) & set(chosen):
+            raise ConfigError(f"{flag_of(name)} goes with {' or '.join(flag_of(command.name) for command in hosts)}")
+    check_values(args)
+    return chosen[0] if chosen else None
+
+
+def check_values(args):
+    """Raises ConfigError for a command's value that cannot be used."""
+    if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
+        raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
+    if args.events is not None and not words(args.events):
+        raise ConfigError("--events: name the events to print, comma-separated; see the README")
+    unknown = [name for name in words(args.events or "") if name not in EVENTS]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], EVENTS, 1)
+        raise ConfigError(f"--events: {unknown[0]} is not an event"
+                          + (f"; did you mean {near[0]}?" if near else "; see the README"))
+
+
+def main(argv=None):
+    """Run a command.  Returns its exit status."""
+    quiet_streams()
+    try:
+        args = build_parser().parse_args(argv)
+        command = chosen_command(args)
+        if args.check:
+            return doctor(args)     # before anything that can be wrong
+        config, args.sources, warnings = load_config(vars(args), os.environ, args.env_file)
+        set_up_logging(config)
+        for warning in warnings:
+            log.warning(warning)
+        return (command.run if command else serve)(args, config)
+    except GatewayError as error:
+        print(f"lmgateway: {error}", file=sys.stderr)
+        return error.exit_status
+    except BrokenPipeError:
+        return closed_pipe()
+    except OSError as error:    # a disk that is full, where the output goes
+        closed_pipe()
+        print(f"lmgateway: {error.filename or 'standard output'}: {error_text(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 # === 10. DASHBOARD ===========================================================
