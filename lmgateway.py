@@ -3146,7 +3146,7 @@ def data_json(event):
     """The event's data as one line of strict JSON, ASCII only."""
     data = event.data
     if event.name == "lmstudio_log" and len(data) == 4:  # most events are these: no dict encoder for them
-        tags = json.dumps(data["tags"]) if data["tags"] else "[]"
+        tags = f"[{', '.join(map(quote, data['tags']))}]"
         return (f'{{"timestamp": "{data["timestamp"]}", "level": "{data["level"]}", '
                 f'"message": {quote(data["message"])}, "tags": {tags}}}')
     return json.dumps(data)

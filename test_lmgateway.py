@@ -524,8 +524,8 @@ SITUATIONS = {
     "the client of a plain request leaves, no prediction follows, the next one comes": (
         [START, PROMPT, LEFT, TIMED, RELEASE, "5 " + START],
         [*BEGUN, *READ, "chat_end outcome=disconnected model=m", STATS, *BEGUN]),
-    "the client of a plain request leaves, and its prediction comes": (
-        [START, PROMPT, LEFT, TIMED, RELEASE, ANSWER],
+    "the client of a plain request leaves, and its prediction comes a second later": (
+        [START, PROMPT, LEFT, TIMED, RELEASE, "1 " + ANSWER],
         [*BEGUN, *READ, "chat_end outcome=disconnected model=m", "prediction_stats completionTokens=21 totalMs=1500.0 model=m"]),
     "an abandoned request does not take the prediction of the next": (
         [START, "1 " + LEFT, "6 " + START, "7 " + ANSWER],
@@ -1628,6 +1628,8 @@ def test_the_ring_holds_ten_thousand_and_tells_what_fell_out():
     hub = lmgateway.Hub()
     for start in range(1, 30_001, 500):
         hub.publish(numbers(*range(start, start + 500)))
+        _, _, gap = hub.read(0)
+        assert gap is None or hub.last - gap.events >= 10_000
     found, gaps = everything(hub, hub.cursor(f"{hub.epoch}-100")[0])
     assert len(gaps) == 1 and len(found) >= 10_000
     assert found == list(range(found[0], 30_001))
@@ -1933,6 +1935,16 @@ REPLACED = {
     "replaced by another, longer one": lambda path: (path.with_suffix(".tmp").write_bytes(HEADER + b"new" + b"." * 900 + b"\n"),
                                                      path.with_suffix(".tmp").replace(path)),
 }
+
+
+def test_another_file_is_told_by_its_beginning_where_the_rest_is_alike(logs):
+    path = logs.path("2026-05-01.1")
+    logs.write("2026-05-01.1", "x" * 300)
+    assert logs.look(QUIET) == ["x" * 300]
+    other = path.with_suffix(".tmp")
+    other.write_bytes(path.read_bytes().replace(b"old", b"new") + HEADER + b"more\n")
+    other.replace(path)
+    assert logs.look(QUIET) == ["new", "x" * 300, "more"]
 
 
 @pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
