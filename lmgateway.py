@@ -5226,9 +5226,9 @@ def forward(gateway, request):
         bodiless = request.method == "HEAD" or answer.status in (204, 304)
         if bodiless:
             passage.finish()
+        headers = client_headers(answer, passage.cuts)
         abandon.pop_all()
-        return Response(answer.status, client_headers(answer, passage.cuts), None if bodiless else passage,
-                        answer.reason, date=False)
+        return Response(answer.status, headers, None if bodiless else passage, answer.reason, date=False)
 
 
 class Passage:

@@ -2247,8 +2247,9 @@ class Studio:
                         return
                     data += piece
                 head, data = data.split(b"\r\n\r\n", 1)
-                if b"\r\nhost: " not in head.lower() or not re.fullmatch(rb"[A-Z]+ /[!-~]* HTTP/1\.1(\r\n[\w.-]+: ?[^\x00-\x08\x0a-\x1f\x7f]*)+",
-                                    head):
+                proper = re.fullmatch(
+                    rb"[A-Z]+ /[!-~]* HTTP/1\.1(\r\n[\w.-]+: ?[^\x00-\x08\x0a-\x1f\x7f]*)+", head)
+                if not proper or b"\r\nhost: " not in head.lower():
                     self.faults.append(head)
                 length = int((re.findall(rb"(?i)\r\ncontent-length: (\d+)", head) or [0])[0])
                 body = [data]
@@ -3029,6 +3030,15 @@ def test_a_fault_of_ours_ends_the_request_and_its_connection_unfinished(shared, 
     body = split_answer(talk(front.port, request(POST_CHAT, b"{}")))[2]
     assert b"HTTP/1.1" not in body and not body.endswith(b"0\r\n\r\n")
     assert front.events(mark, "error", "inference_complete")[0]["operation"] == "internal_error"
+
+
+def test_a_fault_of_ours_before_the_answer_ends_the_request_too(shared, studio, monkeypatch, caplog):
+    front, mark, ended = shared[1], shared[1].hub.last, queue.Queue()
+    studio.script = lambda peer: (peer.send(STREAM_HEAD), ended.put(peer.wait_for_end()))
+    monkeypatch.setattr(lmgateway, "client_headers", lambda answer, cut: 1 / 0)
+    assert status_of(talk(front.port, request(POST_CHAT, b"{}"))) == 500
+    assert front.events(mark, "error", "inference_complete")[0]["operation"] == "internal_error"
+    assert ended.get(timeout=PATIENCE_S) < 1.0
 
 
 @pytest.mark.parametrize("end", [b"data: [DONE]", CHAT_STREAM[2][:-2], CHAT_STREAM[2][:-1], b": bye"])
