@@ -450,7 +450,7 @@ class Rule(NamedTuple):
 
     fact: str  # what it states: Story.on_<fact> takes the pattern's named groups
     where: str  # "app": first line of an entry; "engine": any line of a DEBUG entry
-    shape: str  # "line", "json" (goes on to a brace in column 1), "text" (a user's words) or "half" (of a line)
+    shape: str  # "line", "json" (goes on to a brace in column 1), "text" (a user's words), "half" (a line)
     engines: str  # who writes it: App, or the engine generations of LOGS.md
     pattern: str
     sample: str
@@ -618,7 +618,8 @@ RULES = (
     # --- Splash (2026)
     Rule("splash", "engine", "line", "Splash",
          r"\d\d:\d\d:\d\d (?:Done(?=.* tok/s)|Cancelled|Error) · input (?P<total>\d[\d,]{0,18}) · "
-         r"cached (?P<reused>\d[\d,]{0,18})(?: · output (?P<output>\d[\d,]{0,18}))?(?: · TTFT (?P<ttft>[\d.,]+)s)?(?: · (?P<rate>[\d.,]+) tok/s)?",
+         r"cached (?P<reused>\d[\d,]{0,18})(?: · output (?P<output>\d[\d,]{0,18}))?"
+         r"(?: · TTFT (?P<ttft>[\d.,]+)s)?(?: · (?P<rate>[\d.,]+) tok/s)?",
          "00:54:42 Done · input 26 · cached 0 · output 1,092 · TTFT 0.5s · 92.9 tok/s"),
 )
 
@@ -634,8 +635,8 @@ def compile_rules(where, prefix="", suffix=""):
     parts, rows = [], {}
     for number, rule in enumerate(RULES):
         if rule.where == where:
-            pattern = rule.pattern.replace("(?P<", f"(?P<r{number}_").replace(r"\d+", r"\d{1,15}")
-            parts.append(f"(?P<r{number}>{pattern})")
+            bounded = rule.pattern.replace("(?P<", f"(?P<r{number}_").replace(r"\d+", r"\d{1,15}")
+            parts.append(f"(?P<r{number}>{bounded})")
             rows[f"r{number}"] = rule
     pattern = re.compile(prefix + "(?:" + "|".join(parts) + ")" + suffix, re.MULTILINE)
     return pattern, {name: (rule, fields_of(pattern, name)) for name, rule in rows.items()}
@@ -778,7 +779,7 @@ class Parser:
         self.by_event: Counter[str] = Counter()
         self.by_engine: Counter[str] = Counter()
         self.by_level: Counter[str] = Counter()
-        self._strange: deque[str] = deque(maxlen=UNKNOWN_SAMPLES)  # the beginnings of the latest unknown lines
+        self._strange: deque[str] = deque(maxlen=UNKNOWN_SAMPLES)  # how the latest unknown lines begin
         self.last_moment = None
 
     def feed(self, chunk):
@@ -853,7 +854,7 @@ class Parser:
             self._add(block[position:])
 
     def _tell(self, listener, *what):
-        """Tell Story something.  A fault there costs these events, is counted, and stops nothing that follows."""
+        """Tell Story something.  A fault there costs these events, is counted, and stops nothing else."""
         try:
             listener(*what)
         except Exception:  # lines that nobody foresaw; CORE has no log to say it in, the status shows it
@@ -924,7 +925,7 @@ class Parser:
         return first[position:]
 
     def _engine_lines(self, lines, moment, torn):
-        """Facts from lines of a DEBUG entry; torn is the last line before its header, if they are its first."""
+        """Facts from lines of a DEBUG entry; torn is the line before its header, if they are its first."""
         match = None
         for match in ENGINE.finditer(lines):
             if torn:
@@ -998,8 +999,8 @@ class Parser:
 
 
 def engine_of(rule, match, before):
-    """The engine generation that wrote a line: what the line shows, else before, that of the line before it; ""
-    where neither tells."""
+    """The engine generation that wrote a line: what the line shows, else before, that of the line before
+    it; "" where neither tells."""
     if " " not in rule.engines:
         return rule.engines
     if match["clock"]:
@@ -1168,7 +1169,7 @@ class Story:
         self._sure = None
 
     def later(self, moment):
-        """The log's time has gone on, or nothing will follow (None): what waited for a further line is told."""
+        """The log's time has gone on, or (None) nothing will follow: what waited for a line is told."""
         self._close_sampling()
         self._close_timings()
         if self._held and (moment is None or moment.epoch - self._held[1].epoch > HELD_S):
@@ -1257,11 +1258,12 @@ class Story:
         if chat and not (chat.timed or "lmstudio_prediction_stats" in chat.said):
             for other in self._ended:
                 if other.doubted and not other.predicted and entry.moment.epoch == other.ended_at:
-                    return self._change_ends(chat, other)
+                    self._change_ends(chat, other)
+                    return
         self._end(chat, entry.moment, "finished", first_line(entry), entry.model or shared_model(found))
 
     def _change_ends(self, chat, other):
-        """A stream ends right after its client has left: the disconnect line was its own and not the other's."""
+        """A stream ends right after its client has left: the disconnect line was its own, not the other's."""
         self._ended[self._ended.index(other)] = chat
         self.running.remove(chat)
         self.running = sorted([*self.running, other], key=lambda each: each.number)
@@ -1315,7 +1317,8 @@ class Story:
         meant = found + [other for other in self._ended if other.doubted and not other.predicted]
         if chat:
             chat.doubted = len(meant) > 1
-        self._end(chat, entry.moment, "disconnected", first_line(entry), shared_model(meant) if meant else None)
+        model = shared_model(meant) if meant else None
+        self._end(chat, entry.moment, "disconnected", first_line(entry), model)
 
     def on_stopped(self, entry):
         for chat in self.running[:]:
@@ -1560,14 +1563,16 @@ class Story:
         """Where it was not certain whose an engine's lines were, the length of the prompt tells."""
         for other in [] if chat.read_all(total) else [*self.running, *self._ended]:
             if other.read_all(total) and other.api and not other.certain:
-                return self._trade(chat, other)
+                self._trade(chat, other)
+                return
 
     def _follow_engine(self, chat):
-        """The first progress line of a chat follows its engine's first lines: those that were taken for another's
-        without certainty were its own."""
+        """The first progress line of a chat follows its engine's first lines: those that were taken for
+        another's without certainty were its own."""
         for other in self.running:
             if other.engine and other.model != chat.model and not (other.certain or other.app_progress):
-                return self._trade(chat, other)
+                self._trade(chat, other)
+                return
 
     def _trade(self, chat, other):
         """Each takes what the engine's lines said of the other."""
@@ -1690,28 +1695,28 @@ class Story:
         other = self._over_for(chat)
         if other:
             self._trade(chat, other)    # that run was this chat's
-        if chat.untimed or not chat.engine or "totalMs" in chat.stats:
-            if chat.ended != "disconnected" or chat.predicted:
-                return self._give_stats(chat, moment, model)
-        self._held = chat, moment, model
-        return None
+        over = chat.untimed or not chat.engine or "totalMs" in chat.stats
+        if over and (chat.ended != "disconnected" or chat.predicted):
+            self._give_stats(chat, moment, model)
+        else:
+            self._held = chat, moment, model
 
     def _over_for(self, chat):
-        """The chat to which a finished run was put without certainty, where chat has ended and its own run has not."""
+        """The chat that has a finished run without certainty, where chat has ended and its own run has not."""
         if chat.ended or "totalMs" in chat.stats or chat.engine and chat.untimed:
             return None
         writer = chat.writer or "Splash"    # which has no line before its run is over
         for other in self.running:
-            if (other is not chat and other.writer == writer == self._engines.get(chat.model, writer) and not other.certain
-                    and (writer == "Splash" or "totalMs" in other.stats)):
+            if (other is not chat and other.writer == writer == self._engines.get(chat.model, writer)
+                    and not other.certain and (writer == "Splash" or "totalMs" in other.stats)):
                 return other
         return None
 
     def _release_stats(self):
         """Tell the stats that waited."""
         if self._held:
-            held, self._held = self._held, None
-            self._give_stats(*held, last=True)
+            (chat, moment, model), self._held = self._held, None
+            self._give_stats(chat, moment, model, last=True)
 
     def _close_in_app(self, chat, moment):
         """A chat inside the app has no line for its end: its last figures are it."""
@@ -1719,8 +1724,8 @@ class Story:
             self._close(chat, "finished", moment)
 
     def _finish_reading(self, chat):
-        """Of two chats that read at once on one model, the first to end has begun to generate: where it did not
-        seem so, what was taken for the other's start was its own."""
+        """Of two chats that read at once on one model, the first to end has begun to generate: where it did
+        not seem so, what was taken for the other's start was its own."""
         if chat.engine and "lmstudio_generation_start" not in chat.said:
             for other in self.running:
                 if other.model == chat.model and other.engine and "lmstudio_generation_start" in other.said:
