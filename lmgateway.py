@@ -896,7 +896,11 @@ class Parser:
         text = entry.text.lstrip("\n")
         if text:
             first = text.partition("\n")[0]
-            entry.shape = "foreign" if STRANGER.match(first) else self._recognise(entry, first)
+            if STRANGER.match(first):
+                self._cut_tags(entry, first)
+                entry.shape, entry.model = "foreign", None
+            else:
+                entry.shape = self._recognise(entry, first)
         return text
 
     def _recognise(self, entry, first):

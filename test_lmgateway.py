@@ -748,6 +748,16 @@ def test_a_fault_of_ours_costs_one_event_and_is_counted(utc, monkeypatch):
     assert parser.faults == 1
 
 
+@pytest.mark.parametrize("text, tags", [
+    ("[DEBUG][LMSAuthenticator][Client=lms-cli] Client created.", ["LMSAuthenticator", "Client=lms-cli"]),
+    ("[ERROR][Plugin(acme/notes)] stderr: x", ["Plugin(acme/notes)"]), ("[INFO][JIT] Just-in-time model loading active.", ["JIT"]),
+    ("[DEBUG][cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache", ["cache_wrapper", "INFO"]),
+    ("[INFO] words [not a tag]", [])])
+def test_leading_tags_stand_in_tags_in_their_order(utc, text, tags):
+    [log] = [event.data for _, event in parsed(f"[2026-05-01 10:00:00]{text}\n".encode()) if event.name == "lmstudio_log"]
+    assert log["tags"] == tags
+
+
 def test_what_nobody_knows_is_counted_and_shown_without_its_words(utc):
     parser = Parser()
     parser.feed(b"before the first header\n[2026-05-01 10:00:00][DEBUG] sphinx: mystery 77 of 'my secret'\n" + HEADER
