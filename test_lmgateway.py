@@ -4151,14 +4151,16 @@ def process(tmp_path, studio):
                            cwd=tmp_path,
                            stderr=subprocess.PIPE, text=True)
     lines = []
-    for line in run.stderr:
-        lines.append(line)
-        if "Listening on" in line:
-            break
-    threading.Thread(target=lambda: lines.extend(run.stderr), daemon=True).start()
-    yield run, int(re.search(r"Listening on http://127\.0\.0\.1:(\d+)", line)[1]), lines
-    run.kill()
-    run.wait()
+    try:
+        for line in run.stderr:
+            lines.append(line)
+            if "Listening on" in line:
+                break
+        threading.Thread(target=lambda: lines.extend(run.stderr), daemon=True).start()
+        yield run, int(re.search(r"Listening on http://127\.0\.0\.1:(\d+)", line)[1]), lines
+    finally:
+        run.kill()
+        run.wait()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
