@@ -300,7 +300,8 @@ OPTIONS = (
            "Logs"),
     Option("log_dir_warn", "LOG_DIR_WARN_BYTES", None, 5_000_000_000,
            whole(0, 10**15, "use a number of bytes"),
-           "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; 0 never", "Logs"),
+           "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
+           "0 never", "Logs"),
     Option("log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs",
            "LEVEL"),
     Option("log_file", "LOG_FILE", "--log-file", None, text,
@@ -409,7 +410,8 @@ def shown_default(row):
 
 def options_table():
     """The README's table of options; a test holds the README to it."""
-    lines = [f"| `{row.variable}` | {f'`{row.flag}`' if row.flag else ''} | `{shown_default(row)}` | {row.about} |"
+    lines = [f"| `{row.variable}` | {f'`{row.flag}`' if row.flag else ''} | `{shown_default(row)}` | "
+             f"{row.about} |"
              for row in OPTIONS]
     return "\n".join(["| variable | flag | default | meaning |", "|---|---|---|---|", *lines])
 
@@ -451,7 +453,7 @@ class Rule(NamedTuple):
     fact: str  # what it states: Story.on_<fact> takes the pattern's named groups
     where: str  # "app": first line of an entry; "engine": any line of a DEBUG entry
     shape: str  # "line", "json" (goes on to a brace in column 1), "text" (a user's words), "half" (a line)
-    engines: str  # who writes it: App, or the engine generations of LOGS.md
+    engines: str  # who writes it: App, or the engine generations named below
     pattern: str
     sample: str
 
@@ -536,11 +538,13 @@ RULES = (
          "token,   232.34 tokens per second)"),
     Rule("eval", "engine", "line", "G1 G2 G3", r"eval time = +(?P<ms>" + NUMBER
          + r") ms / +(?P<tokens>\d+) (?:tokens|runs)\b" + TIMING,
-         "       eval time =   13307.75 ms /   299 tokens (   44.51 ms per token,    22.47 tokens per second)"),
+         "       eval time =   13307.75 ms /   299 tokens (   44.51 ms per token,    22.47 tokens per "
+         "second)"),
     Rule("total", "engine", "line", "G1 G2 G3", r"total time = +(?P<ms>" + NUMBER + r") ms / +\d+ tokens",
          "      total time =   17671.75 ms /  4096 tokens"),
     Rule("draft", "engine", "line", "G2 G3",
-         r"draft acceptance(?: rate)? = +\S+ \( *(?P<accepted>\d+) accepted / +(?P<generated>\d+) generated\)",
+         r"draft acceptance(?: rate)? = +\S+ \( *(?P<accepted>\d+) accepted / +(?P<generated>\d+) "
+         r"generated\)",
          "1.02.003.004 I slot print_timing: id  0 | task 9 | draft acceptance = 0.95455 (   63 accepted / "
          "   66 generated), mean len =  3.86"),
     Rule("timings", "engine", "half", "G2", r"(?<=\| )$", "slot print_timing: id  1 | task 3416 | "),
@@ -682,7 +686,7 @@ def figures(**values):
 
 # --- 3.2 entries: bytes to log records ---------------------------------------
 
-# The file's header, or the one that the Developer Logs panel copies (LOGS.md section 1).
+# The file's header, or the one that the Developer Logs panel copies (both seen from 04-2025 to 09-2026).
 HEADER = re.compile(r"\n(?:\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\]\[(DEBUG|INFO|WARN|ERROR)\] ?"
                     r"|(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\n|\Z))")
 ENTRY_LIMIT = 256 * 1024  # characters; what an entry has beyond them is read and not kept
@@ -704,7 +708,7 @@ class Moment(NamedTuple):
 class Calendar:
     """The log's local time to UTC, in file order.
 
-    The log has no zone (LOGS.md 3g), so the hour that a change to winter time repeats is told
+    The log has no zone, so the hour that a change to winter time repeats is told
     apart by order: a time that would run back by more than a minute is the second one."""
 
     def __init__(self):
@@ -1847,7 +1851,7 @@ MESSAGES = Dialect("messages", False, MESSAGES_TOKEN, unknown_count)
 NATIVE = Dialect("native", False, NATIVE_TOKEN, unknown_count)
 OTHER = Dialect("other", False, OPENAI_TOKEN, unknown_count)
 
-DIALECTS = {  # POST to these paths is an inference (LMSTUDIO.md 1.1)
+DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.1)
     "/v1/chat/completions": CHAT,
     "/api/v0/chat/completions": CHAT,
     "/v1/completions": COMPLETIONS,
@@ -1942,7 +1946,8 @@ class Usage:
         for name, field in (("delta", "stop_reason"), ("incomplete_details", "reason")):
             if isinstance(body.get(name), dict):
                 reasons.append(body[name].get(field))
-        self.finish = next((reason[:LONGEST_NAME] for reason in reasons if isinstance(reason, str)), self.finish)
+        self.finish = next((reason[:LONGEST_NAME] for reason in reasons if isinstance(reason, str)),
+                           self.finish)
 
     def _take_usage(self, usage):
         """/v1/messages counts up: what it says last is the most."""
@@ -2005,7 +2010,7 @@ class Meter:
         self._given = 0  # bytes of _rest that the client has, where it can no longer be what is cut out
         self._cut = cut and self._readable
         self._encode = encoder(encoding) if self._cut else None
-        self.first = self.last = self._now = None  # clock readings of the first and the latest token and piece
+        self.first = self.last = self._now = None  # clocks: first, latest token, piece
         self.pieces = 0  # events with a token
 
     def feed(self, piece, now):
@@ -2072,7 +2077,8 @@ class Meter:
         return b"".join(kept)
 
     def _event(self, event):
-        """Learn from one event.  True when it is the usage-only chunk that a client may not have asked for."""
+        """Learn from one event.  True when it is the usage-only chunk that a client may not have asked
+        for."""
         if self.dialect.token.search(event):
             self.pieces += 1
             self.first, self.last = self.first or self._now, self._now
@@ -2141,7 +2147,7 @@ def encoder(encoding):
 JOINED = frozenset(("chat", "responses", "messages",
                     "native"))  # dialects whose requests the log shows as chats
 FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
-LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a long string (LOGS.md section 5)
+LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
 LOG_KEEPS = 50  # UTF-16 units before and after it
 
 
@@ -2422,9 +2428,10 @@ class Record:
             known["promptTokens"] = self.prompt_tokens
             if self.percent is not None:
                 known["promptTokensRead"] = round(self.prompt_tokens * self.percent / 100)
-        if self._base and self.state == "prompt" and self.percent > self._base[1] and clock > self._base[0]:
-            a_second = (self.percent - self._base[1]) / (clock - self._base[0])  # percent
-            known["etaMs"] = round(1000 * (100 - self.percent) / a_second)
+        percent, (since, base) = self.percent or 0, self._base or (clock, 0)
+        if self.state == "prompt" and percent > base and clock > since:
+            a_second = (percent - base) / (clock - since)  # percent
+            known["etaMs"] = round(1000 * (100 - percent) / a_second)
             if self.prompt_tokens:
                 known["promptTokensPerSecond"] = round(a_second * self.prompt_tokens / 100, 1)
         if self.output:
@@ -2571,8 +2578,9 @@ def logged_request(received):
 class Requests:
     """Every request and every chat of the log, and which caused which.
 
-    LM Studio's log names no request (LOGS.md 3d), so a request and a chat are bound only where nothing
-    else is left.  A chat is met at its first event; the requests that may have caused it are those that
+    No line of LM Studio's log names a request (seen up to 09-2026), so a request and a chat are bound only
+    where nothing else is left.  A chat is met at its first event; the requests that may have caused it are
+    those that
 
     1. were sent before its line was read, are not bound, and run or did so until just now (LAG_S): the log
        is followed live, and LM Studio writes `Running chat completion` when a request arrives.  One that
@@ -2696,7 +2704,7 @@ class Requests:
         self._settle(clock)
 
     def _may_cause(self, record, chat, logged):
-        if record.chat is not None or record.dialect not in JOINED or not chat.api or record.id not in self._open:
+        if record.chat or record.dialect not in JOINED or not chat.api or record.id not in self._open:
             return False
         asked, served = record.model_asked, self._names.get(record.model_asked)
         return (record.started - SKEW_S <= chat.started.epoch
@@ -2709,7 +2717,8 @@ class Requests:
                 and self._may_be_copy(record.fingerprint, logged.fingerprint))
 
     def _may_be_copy(self, ours, theirs):
-        """True unless the logged copy differs.  Of members beside the prompt it is believed once one was the same."""
+        """True unless the logged copy differs.  Of members beside the prompt it is believed once one
+        was the same."""
         if ours is None or theirs is None:
             return True
         return ours == theirs if self._copies_are_true else ours.prompt == theirs.prompt
@@ -2724,8 +2733,8 @@ class Requests:
                 self._own(chat, clock)
         self._loose = [row for row in self._loose if row[1]]
         only = Counter(candidates[0].id for _, candidates, _ in self._loose if len(candidates) == 1)
-        for chat, candidates, _ in self._loose:
-            candidates = [record for record in candidates if fate_fits(record, chat)]
+        for chat, all_candidates, _ in self._loose:
+            candidates = [record for record in all_candidates if fate_fits(record, chat)]
             proven = [record for record in candidates if agrees(record, chat)]
             if len(proven) == 1 and not any(agrees(proven[0], other) for other, *_ in self._loose
                                             if other != chat):
@@ -2773,7 +2782,8 @@ class Requests:
             record.forget_engine()  # its chat is right, the engine's lines were another's
 
     def _take_held(self, record):
-        """Take in what the engine told of a prompt with as many tokens as this request's, where only one was."""
+        """Take in what the engine told of a prompt with as many tokens as this request's, where only
+        one was."""
         prompt = record.used("promptTokens")
         mine = [(event, clock) for event, clock in self._held if prompt_of(event) == prompt]
         if not mine or len({event.name for event, _ in mine}) < len(mine):
@@ -2858,7 +2868,7 @@ def fate_fits(record, chat):
 
 def agrees(record, chat):
     """True when an answer's id or count of prompt tokens is the chat's, False when one of them or the model
-    surely is another, None when nothing is known.  MLX's log counts one token less (LOGS.md section 4)."""
+    surely is another, None when nothing is known.  MLX's log counts one token less than the answer."""
     if record.ended is None:
         return None
     if record.answer_id and chat.answer_id == record.answer_id:
@@ -3003,7 +3013,8 @@ class Figures:
         return name if name in self._models else "other" if name else "unknown"
 
     def model_of(self, record):
-        """A label for a request's model: what answered, or what was asked for where LM Studio knows the name."""
+        """A label for a request's model: what answered, or what was asked for where LM Studio knows
+        the name."""
         if record.model:
             return self.model(record.model)
         return record.model_asked if record.model_asked in self._models else "other"
@@ -3031,7 +3042,8 @@ class Figures:
             self.add("lmstudio_gateway_upstream_errors_total", kind)
 
     def count_tokens(self, record):
-        """The tokens of a request that is over, as far as they have not been counted: the log can tell later."""
+        """The tokens of a request that is over, as far as they have not been counted: the log can tell
+        later."""
         usage, key, model = record.usage or {}, record.key or "none", self.model_of(record)
         for kind, field in TOKEN_KINDS.items():
             fresh = (usage.get(field) or 0) - record.counted.get(kind, 0)
@@ -3448,10 +3460,13 @@ SUMS = (  # name in the answer, SQL
     ("completionTokens", "COALESCE(SUM(completion_tokens), 0)"),
     ("promptSeconds", "ROUND(COALESCE(SUM(prompt_ms), 0) / 1000, 1)"),
     ("generationSeconds", "ROUND(COALESCE(SUM(generation_ms), 0) / 1000, 1)"),
-    ("promptTokensPerSecond", "ROUND(1000 * SUM(fresh_tokens) / SUM(CASE WHEN fresh_tokens > 0 THEN prompt_ms END), 1)"),
-    ("tokensPerSecond", "ROUND(1000 * SUM(timed_tokens) / SUM(CASE WHEN timed_tokens > 0 THEN generation_ms END), 1)"))
-TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cached_tokens, 0) END AS fresh_tokens, "
-         "CASE WHEN generation_ms > 0 THEN completion_tokens END AS timed_tokens FROM requests)")  # with speeds
+    ("promptTokensPerSecond", "ROUND(1000 * SUM(fresh_tokens) / SUM(CASE WHEN fresh_tokens > 0 THEN "
+                              "prompt_ms END), 1)"),
+    ("tokensPerSecond", "ROUND(1000 * SUM(timed_tokens) / SUM(CASE WHEN timed_tokens > 0 THEN "
+                        "generation_ms END), 1)"))
+TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cached_tokens, 0) END AS "
+         "fresh_tokens, "
+         "CASE WHEN generation_ms > 0 THEN completion_tokens END AS timed_tokens FROM requests)")
 PRUNE_S = 3600.0  # between two looks for rows that are too old
 
 
@@ -3476,12 +3491,12 @@ def since_epoch(text, now):
 
 def usage_rows(connection, groups, since=0.0):
     """Sums by GROUPS as a list of dicts, newest day or most tokens first; without groups one row, of all."""
-    columns = [f"{GROUPS[group]} AS {group}_" for group in groups] + [f"{sql} AS {name}" for name, sql in SUMS]
+    columns = [*(f"{GROUPS[group]} AS {group}_" for group in groups), *(f"{sql} AS {name}" for name, sql in SUMS)]
     order = "day_ DESC" if "day" in groups else "promptTokens + completionTokens DESC"
     grouped = f"GROUP BY {', '.join(f'{group}_' for group in groups)} ORDER BY {order}" if groups else ""
-    found = connection.execute(f"SELECT {', '.join(columns)} FROM {TIMED} WHERE started >= ? {grouped}", (since,))
+    query = f"SELECT {', '.join(columns)} FROM {TIMED} WHERE started >= ? {grouped}"
     names = [*groups, *(name for name, _ in SUMS)]
-    return [dict(zip(names, row)) for row in found]
+    return [dict(zip(names, row)) for row in connection.execute(query, (since,))]
 
 
 class History:
@@ -3533,7 +3548,8 @@ def naming(path, kind):
     try:
         yield
     except kind as error:
-        raise HistoryError(f"--history {path} (HISTORY_FILE): {error}; name a file that can be written and is a "
+        raise HistoryError(f"--history {path} (HISTORY_FILE): {error}; name a file that can be written "
+                           "and is a "
                            "history or new") from None
 
 
@@ -3590,7 +3606,8 @@ class LogFile(NamedTuple):
 
 
 def list_months(directory, since=None):
-    """The paths of the months in a log directory, oldest first; only since's and later ones.  Raises OSError."""
+    """The paths of the months in a log directory, oldest first; only since's and later ones.  Raises
+    OSError."""
     return [os.path.join(directory, name) for name in sorted(os.listdir(directory))
             if MONTH.fullmatch(name) and (since is None or name >= since.month)]
 
@@ -3636,14 +3653,14 @@ def find_home(environ=None, home=None):
 
 
 def find_log_dir(home):
-    """The log directory under LM Studio's home: of the app and of Bionic (LOGS.md section 6), the one
+    """The log directory under LM Studio's home: of the app and of Bionic (since 07-2026), the one
     that holds the newest file; the app's when neither holds any."""
     places = [home / "server-logs", home / "apps" / "bionic" / "server-logs"]
     return str(max(places, key=newest_write))
 
 
 def settings_path(home):
-    """Where LM Studio keeps its server's settings (LOGS.md section 5); the app's place when there is none."""
+    """Where LM Studio keeps its server's settings; the app's place when there is none."""
     places = [home / ".internal" / SETTINGS_NAME, home / "apps" / "bionic" / ".internal" / SETTINGS_NAME]
     return next((path for path in places if os.path.exists(path)), places[0])
 
@@ -3841,7 +3858,8 @@ class Follower:
     def _complain(self, problem):
         if problem != self.problem:
             self.problem = problem
-            log.warning("%s; I keep looking. Start LM Studio's server, or name its log directory with --log-dir "
+            log.warning("%s; I keep looking. Start LM Studio's server, or name its log directory with "
+                        "--log-dir "
                         "(LMSTUDIO_LOG_DIR)", problem)
 
 
@@ -3962,7 +3980,8 @@ class Monitor:
 
 
 def replay(paths, publish):
-    """Every event of saved logs, file after file.  Raises StartError for a path that cannot be read, ConfigError for
+    """Every event of saved logs, file after file.  Raises StartError for a path that cannot be read,
+    ConfigError for
     one that holds something else."""
     parser, old = Parser(), None
     for path in paths:
@@ -4005,7 +4024,8 @@ def saved_logs(paths):
             continue
         inside = [log_file.path for log_file in list_logs(path)] or flat_logs(path)
         if not inside:
-            raise ConfigError(f"{path}: no log files in it; name a directory with YYYY-MM/YYYY-MM-DD.N.log or *.log files")
+            raise ConfigError(f"{path}: no log files in it; name a directory with "
+                              "YYYY-MM/YYYY-MM-DD.N.log or *.log files")
         files += inside
     return files
 
@@ -4430,7 +4450,8 @@ class Upstream:
             asking = self._asking
             if asking is None:
                 asking = self._asking = threading.Event()
-                threading.Thread(target=self._refresh, args=(asking,), name="http-health", daemon=True).start()
+                threading.Thread(target=self._refresh, args=(asking,), name="http-health",
+                                 daemon=True).start()
         asking.wait(wait_s)
         with self._lock:
             return self._health[1]
@@ -4489,7 +4510,8 @@ class Upstream:
 
 
 def loaded_rows(body):
-    """The loaded models in an answer of /api/v0/models (LMSTUDIO.md 1.7); None where it is no such answer."""
+    """The loaded models in an answer of /api/v0/models (LM Studio since 0.3.6); None where it is no
+    such answer."""
     if not isinstance(body.get("data"), list):
         return None
     return [(str(model.get("id")), str(model.get("type")), count(model, "loaded_context_length"))
@@ -4600,7 +4622,8 @@ class Wire:
                 self._more(deadline - time.monotonic())
             except TIMEOUTS:
                 raise HttpError(408, "head_timeout",
-                                f"the head of the request did not arrive within {HEAD_S:.0f} s; send it at once",
+                                f"the head of the request did not arrive within {HEAD_S:.0f} s; send it "
+                                "at once",
                                 close=True) from None
             end = self.buffer.find(b"\r\n\r\n")
         self._check_size(end)
@@ -4904,7 +4927,8 @@ class KeyFile:
             return [Key(row["name"], bytes.fromhex(row["sha256"]), frozenset(row["rights"]),
                         row.get("created", "")) for row in rows]
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"--keys-file {self.path}: damaged; mend it, or move it away and mint keys anew") from None
+            raise ConfigError(f"--keys-file {self.path}: damaged; mend it, or move it away and mint keys "
+                              "anew") from None
 
     def write(self, keys):
         """Replace the file in one step.  Raises OSError."""
@@ -4926,7 +4950,8 @@ ALPHANUMERIC = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def mint_key():
-    """A key in the form of LM Studio's own tokens, which its SDKs insist on (LMSTUDIO.md 2.1)."""
+    """A key in the form of LM Studio's own tokens, which its SDKs insist on (lmstudio-js,
+    lmstudioAPIToken.ts)."""
     letters = "".join(secrets.choice(ALPHANUMERIC) for _ in range(28))
     return f"sk-lm-{letters[:8]}:{letters[8:]}"
 
@@ -4974,7 +4999,8 @@ class Walls:
         return [*self._fixed, *(self._file.keys() or ())]
 
     def client_of(self, request):
-        """The client's address; behind trusted proxies, the last that they name and that is not one of them."""
+        """The client's address; behind trusted proxies, the last that they name and that is not one of
+        them."""
         address = request.client
         trusted = self._config.trusted_proxies
         named = [part.strip() for part in request.header("x-forwarded-for").split(",") if part.strip()]
@@ -5411,7 +5437,8 @@ class Exchange(Passage):
 
 
 class Commented:
-    """A streaming Exchange that speaks while LM Studio is silent (PREFILL_COMMENTS): SSE comments, which every
+    """A streaming Exchange that speaks while LM Studio is silent (PREFILL_COMMENTS): SSE comments,
+    which every
     client ignores and which keep idle timers awake.
 
     LM Studio is spoken to in a thread of its own, whose pieces come through a queue.  Who has had no byte
@@ -5504,7 +5531,8 @@ def stream_event(body, anthropic):
 
 def dashboard(gateway, request):
     nonce = secrets.token_urlsafe(16)
-    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src "
+              "'self'; "
               "img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
     return Response(200,
                     [("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store"),
@@ -5526,7 +5554,8 @@ def ready(gateway, request):
 
 
 def greeting_page(gateway, request):
-    """What LM Studio's own SDKs and `lms` look for before they connect (LMSTUDIO.md 3.2)."""
+    """What LM Studio's own SDKs and `lms` look for before they connect (lms, createClient.ts: within
+    500 ms)."""
     reason = gateway.upstream.health(1.0, GREETING_S)
     if reason:
         raise HttpError(503, "upstream_unreachable", reason, [("Retry-After", "5")])
@@ -5656,7 +5685,8 @@ def metrics_json(gateway, request):
 
 
 def system_figures(gateway):
-    """What this process takes; sizes in bytes, times in s.  A figure that the system does not tell is None."""
+    """What this process takes; sizes in bytes, times in s.  A figure that the system does not tell is
+    None."""
     return {"uptime": round(time.time() - gateway.started, 1), "version": VERSION,
             "python": platform.python_version(), "platform": platform.platform(), "pid": os.getpid(),
             "cpuSeconds": round(time.process_time(), 2), "memoryBytes": resident_bytes(),
@@ -5674,7 +5704,7 @@ def resident_bytes():
 
 def prometheus(gateway, request):
     """Text for Prometheus.  A scrape asks LM Studio for its models at most once a minute, because each
-    question stands in the user's log (LMSTUDIO.md 1.7)."""
+    question stands in the user's log."""
     text = gateway.hub.exposition(gauges_of(gateway))
     return Response(200, [("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),
                           ("Cache-Control", "no-store")], text.encode("utf-8", "replace"))
@@ -6079,7 +6109,8 @@ class Server(http.server.ThreadingHTTPServer):
         log.debug("connection from %s ended: %s", client_address[0], sys.exc_info()[1])
 
     def finish_requests(self, seconds):
-        """The end: running requests may finish for that long, then they are cut, then the event streams, which
+        """The end: running requests may finish for that long, then they are cut, then the event
+        streams, which
         have told of them, end.  Connections without a request are closed at once."""
         self.gateway.stopping = True
         self.server_close()     # the port is free for the next one
@@ -6179,11 +6210,12 @@ class DemoRun:
     def read_prompt(self, alive):
         """The prompt phase, in steps of a batch; stops when alive() is False."""
         self.log.engine(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
-                        " repeat_last_n = 64, repeat_penalty = 1.000, frequency_penalty = 0.000, presence_penalty = "
-                        "0.000\n" " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
+                        " repeat_last_n = 64, repeat_penalty = 1.000, presence_penalty = 0.000\n"
+                        " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
                         " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
         self.log.engine(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
-                        f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 8192, n_keep = 20, task.n_tokens = "
+                        f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 8192, n_keep = 20, "
+                        "task.n_tokens = "
                         f"{self.prompt}",
                         f"slot   operator(): {self.slot}cached n_tokens = {self.cached}, memory_seq_rm "
                         f"[{self.cached}, end)")
@@ -6193,7 +6225,8 @@ class DemoRun:
             if not alive() or self.server.pause(self.server.step_s):
                 return False
             self.progress(100 * (self.cached + (self.prompt - self.cached) * step / steps) / self.prompt)
-        self.log.engine(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, tokens: text = {self.prompt}, "
+        self.log.engine(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, tokens: text = "
+                        f"{self.prompt}, "
                         f"total = {self.prompt}")
         return True
 
@@ -6212,9 +6245,12 @@ class DemoRun:
         fresh = self.prompt - self.cached
         read_ms = max(0.01, 1000 * self.server.step_s * self.server.prompt_steps)
         write_ms = max(0.01, 1000 * self.server.token_s * self.completion)
-        self.log.engine(f"slot print_timing: {self.slot}prompt eval time = {read_ms:10.2f} ms / {fresh:5} tokens "
-                        f"({read_ms / max(1, fresh):8.2f} ms per token, {1000 * fresh / read_ms:8.2f} tokens per second)",
-                        f"slot print_timing: {self.slot}       eval time = {write_ms:10.2f} ms / {self.completion:5} "
+        self.log.engine(f"slot print_timing: {self.slot}prompt eval time = {read_ms:10.2f} ms / "
+                        f"{fresh:5} tokens "
+                        f"({read_ms / max(1, fresh):8.2f} ms per token, {1000 * fresh / read_ms:8.2f} "
+                        "tokens per second)",
+                        f"slot print_timing: {self.slot}       eval time = {write_ms:10.2f} ms / "
+                        f"{self.completion:5} "
                         "tokens " f"({write_ms / max(1, self.completion):8.2f} ms per token, "
                         f"{1000 * self.completion / write_ms:8.2f} tokens per second)",
                         f"slot print_timing: {self.slot}      total time = {read_ms + write_ms:10.2f} ms / "
@@ -6231,10 +6267,12 @@ class DemoRun:
 
     def abandoned(self):
         self.log.write("INFO",
-                       "Client disconnected. Stopping generation... (If the model is busy processing the prompt, "
+                       "Client disconnected. Stopping generation... (If the model is busy processing the "
+                       "prompt, "
                        "it will finish first.)", SERVER_TAG)
         self.log.engine(f"srv          stop: cancel task, id_task = {self.task}",
-                        f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, truncated = 0")
+                        f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
+                        "truncated = 0")
 
     def usage(self):
         return {"prompt_tokens": self.prompt, "completion_tokens": self.completion,
@@ -6341,7 +6379,8 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _unexpected(self):
-        """LM Studio's answer to a path that it does not know (LMSTUDIO.md 2.3)."""
+        """LM Studio's answer to a path that it does not know: 200 with an error (all versions up to
+        1.1.7)."""
         what = f"Unexpected endpoint or method. ({self.command} {self.path})"
         self.server.demo_log.write("ERROR", what + ". Returning 200 anyway")
         self._json({"error": what})
@@ -6426,7 +6465,8 @@ def set_up_logging(config):
                 config.log_file, maxBytes=5_000_000, backupCount=3, encoding="utf-8",
                 errors="backslashreplace")
         except OSError as error:
-            raise ConfigError(f"--log-file {config.log_file}: {error_text(error)}; name a file that can be written") from None
+            raise ConfigError(f"--log-file {config.log_file}: {error_text(error)}; name a file that can "
+                              "be written") from None
     handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s]: %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(LEVELS[config.log_level])
@@ -6446,7 +6486,8 @@ def new_key(args, config):
         raise ConfigError("--new-key: a name is made of up to 64 letters, digits and . _ - @")
     file, keys = open_key_file(config)
     if any(key.name == name for key in keys) or name in config.api_key:
-        raise ConfigError(f"--new-key {name}: there is a key of that name; choose another, or --revoke-key {name} first")
+        raise ConfigError(f"--new-key {name}: there is a key of that name; choose another, or "
+                          f"--revoke-key {name} first")
     key = mint_key()
     save_keys(file, [*keys, Key(name, digest(key), frozenset(rights), time.strftime("%Y-%m-%d"))])
     print(key)
@@ -6472,7 +6513,8 @@ def revoke_key(args, config):
     file, keys = open_key_file(config)
     left = [key for key in keys if key.name != args.revoke_key]
     if len(left) == len(keys):
-        raise ConfigError(f"--revoke-key {args.revoke_key}: no such key in {file.path}; --list-keys shows them")
+        raise ConfigError(f"--revoke-key {args.revoke_key}: no such key in {file.path}; --list-keys "
+                          "shows them")
     save_keys(file, left)
     print(f"lmgateway: {args.revoke_key} is revoked", file=sys.stderr)
     return 0
@@ -6484,14 +6526,16 @@ def open_key_file(config):
     try:
         return file, file.read() if file.path.exists() else []
     except OSError as error:
-        raise ConfigError(f"--keys-file {file.path}: {error_text(error)}; name a file that can be read") from None
+        raise ConfigError(f"--keys-file {file.path}: {error_text(error)}; name a file that can be "
+                          "read") from None
 
 
 def save_keys(file, keys):
     try:
         file.write(keys)
     except OSError as error:
-        raise ConfigError(f"--keys-file {file.path}: {error_text(error)}; name a file that can be written") from None
+        raise ConfigError(f"--keys-file {file.path}: {error_text(error)}; name a file that can be "
+                          "written") from None
 
 
 # --- 9.3 the terminal view: events as lines, running requests as cards -------
@@ -6594,7 +6638,8 @@ class Printer:
 
 
 def is_terminal(out):
-    """True when a stream shows escape sequences to a person.  A process without a console has no stream at all."""
+    """True when a stream shows escape sequences to a person.  A process without a console has no
+    stream at all."""
     return bool(out) and out.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -6732,7 +6777,7 @@ def usable_fact(name, value):
     """True when a card can show it: events may come from another version, or from no gateway at all."""
     if name in ("model", "state", "path", "client", "key"):
         return isinstance(value, str) and value != ""
-    return isinstance(value, (int, float)) and abs(value) < 1e15  # false for nan, and for integers without end
+    return isinstance(value, (int, float)) and abs(value) < 1e15  # false for nan
 
 
 class Cards:
@@ -6746,7 +6791,8 @@ class Cards:
     def take(self, event, now):
         """Learn from one event."""
         data = event.data
-        key = str(data.get("requestId") or (event.chat.number if event.chat else f"log of {data.get('model')}"))
+        chat = event.chat.number if event.chat else f"log of {data.get('model')}"
+        key = str(data.get("requestId") or chat)
         card = self._cards.get(key)
         if self._ends(event, card):
             self._cards.pop(key, None)
@@ -6763,7 +6809,8 @@ class Cards:
 
     @staticmethod
     def _ends(event, card):
-        """A request ends with its answer, a chat of the log with its end line, one inside the app with figures."""
+        """A request ends with its answer, a chat of the log with its end line, one inside the app with
+        figures."""
         if event.name in ("inference_complete", "error"):
             return True
         of_log = "requestId" not in event.data
@@ -6807,7 +6854,7 @@ def summary(event):
     try:
         shown = model + (SUMMARIES[event.name](data) if event.name in SUMMARIES
                          else str(data.get("message", "")))
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):  # another version's, or no gateway's
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):  # another version's
         shown = json.dumps(data)
     return shown.replace("\n", " | ").replace("\t", " ").translate(CONTROL)
 
@@ -6833,7 +6880,8 @@ SUMMARIES: dict[str, Callable[[dict], str]] = {
     "lmstudio_log": lambda data: f"{data['level']:5}  " + data["message"].strip().partition("\n")[0][:400],
     "lmstudio_chat_start": lambda data: f"{data['messages']} messages",
     "lmstudio_prompt_progress": percent_bar,
-    "lmstudio_cache_stats": lambda data: (f"{data['reused']} of {data['total']} tokens from the cache ({data['percentage']} %)"),
+    "lmstudio_cache_stats": lambda data: (f"{data['reused']} of {data['total']} tokens from the cache "
+                                          f"({data['percentage']} %)"),
     "lmstudio_token_info": fields_of_data(prompt="totalPromptTokens", fresh="promptTokensToDecode",
                                           context="n_ctx", limit="n_predict"),
     "lmstudio_sampling_params": fields_of_data(
@@ -6930,7 +6978,8 @@ def report(args, config):
         raise ConfigError("--report: name saved logs or a log directory, or a history with --history FILE "
                           "(HISTORY_FILE)")
     if config.history and not args.paths and not os.path.exists(config.history):
-        raise ConfigError(f"--history {config.history} (HISTORY_FILE): no such file; name one that a gateway keeps")
+        raise ConfigError(f"--history {config.history} (HISTORY_FILE): no such file; name one that a "
+                          "gateway keeps")
     with contextlib.closing(open_history(":memory:" if args.paths else config.history)) as connection:
         if args.paths:
             settle()
@@ -6941,7 +6990,8 @@ def report(args, config):
     elif rows:
         print(report_text([*rows, {"day": "total", "model": "", **total[0]}]))
     else:
-        print("lmgateway: no request in it; name LM Studio's log directory, or a history that has been kept for a while",
+        print("lmgateway: no request in it; name LM Studio's log directory, or a history that has been "
+              "kept for a while",
               file=sys.stderr)
     return 0
 
@@ -7232,8 +7282,10 @@ def check_exposure(config):
     """Raises ConfigError where the LAN could come in without a key, and where a keys file cannot be read."""
     open_key_file(config)
     if not loopback(config.host) and not Walls(config).need_key and not config.no_auth:
-        raise ConfigError(f"--host {config.host} (GATEWAY_HOST) listens beyond this machine, and no key is set: mint "
-                          "one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to let everybody in")
+        raise ConfigError(f"--host {config.host} (GATEWAY_HOST) listens beyond this machine, and no key "
+                          "is set: mint "
+                          "one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to let "
+                          "everybody in")
 
 
 def start_monitor(config, hub, stop):
@@ -7264,9 +7316,11 @@ def open_server(gateway, context):
     except OSError as error:
         if error.errno in IN_USE:
             who = port_holder(config.port) or f"what holds it ({port_question(config.port)} tells)"
-            raise StartError(f"port {config.port} is in use on {config.host}: stop {who} or choose another with --port "
+            raise StartError(f"port {config.port} is in use on {config.host}: stop {who} or choose "
+                             "another with --port "
                              "(GATEWAY_PORT)") from None
-        raise StartError(f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose another address with "
+        raise StartError(f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose "
+                         "another address with "
                          "--host (GATEWAY_HOST) and --port") from None
     except OverflowError as error:
         raise StartError(f"cannot listen on {config.host}:{config.port}: {error}") from None
@@ -7283,10 +7337,12 @@ def tls_context(config):
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key, password=refuse_password)
     except ssl.SSLError as error:
-        raise ConfigError(f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: no matching pair of PEM files "
+        raise ConfigError(f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: no matching pair "
+                          "of PEM files "
                           f"({error.reason or error}); see the README for a line that makes one") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: {error_text(error)}") from None
+        raise ConfigError(f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: "
+                          f"{error_text(error)}") from None
     return context
 
 
@@ -7636,8 +7692,7 @@ def check_lmstudio(patient):
 
 
 def app_runs(home):
-    """True when LM Studio's internal server answers, which is there also while its API server is stopped
-    (LMSTUDIO.md 2.2)."""
+    """True when LM Studio's internal server answers, which is there also while its API server is stopped."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         port = json.loads((home / ".internal" / "http-server.json").read_bytes())["port"]
         return b'"version"' in fetched("127.0.0.1", int(port), "/lms-status")
@@ -7687,7 +7742,8 @@ def check_logs(patient):
         yield Finding("warn", "the log monitor is switched off", "ENABLE_LOG_MONITORING=true")
     if isinstance(newest, OSError):
         yield Finding("bad", f"log directory {directory}: {error_text(newest)}",
-                      "start LM Studio's server once; name another directory with --log-dir (LMSTUDIO_LOG_DIR); "
+                      "start LM Studio's server once; name another directory with --log-dir "
+                      "(LMSTUDIO_LOG_DIR); "
                       "run as the user who runs LM Studio")
     elif newest is None:
         yield Finding("bad", f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
@@ -7760,7 +7816,8 @@ def check_keys(patient):
     rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted]
     rows += [f"{name} (all rights)" for name in config.api_key]
     if keys and not rows:
-        yield Finding("warn", f"a key is asked for, and there is none: all of {keys_path(config)} were revoked",
+        yield Finding("warn", f"a key is asked for, and there is none: all of {keys_path(config)} were "
+                              "revoked",
                       "mint one with --new-key NAME, or remove that file")
     else:
         yield Finding("ok", f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
@@ -7901,7 +7958,8 @@ def old_logs(directory, days, today):
 
 
 def last_written(directory):
-    """{(day, number)} of the file that LM Studio wrote last, by its own note (LOGS.md section 6); often empty."""
+    """{(day, number)} of the file that LM Studio wrote last, by its own note (server-logs-state.json);
+    often empty."""
     with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
         note = json.loads(Path(directory, "..", ".internal", "server-logs-state.json").read_bytes())
         last = note["lastWrittenFile"]
@@ -7935,7 +7993,8 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("tail_only", tail_only, "print this machine's events; PATH ...: replay saved logs",
             companions=("json", "events", "from_start"), paths=True),
-    Command("watch", watch, "print the events of a gateway elsewhere", "URL", ("json", "events", "from_start")),
+    Command("watch", watch, "print the events of a gateway elsewhere", "URL",
+            ("json", "events", "from_start")),
     Command("report", report, "usage by day and model, of --history FILE or of saved logs (PATH)",
             companions=("json",), paths=True),
     Command("demo", serve, "try it all, beside a built-in imitation of LM Studio"),
@@ -7957,11 +8016,12 @@ def build_parser():
     parser = Arguments(
         prog="lmgateway.py", usage=USAGE, allow_abbrev=False, add_help=False,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26, width=100),
-        epilog="Flags count before the environment, that before .env, that before defaults. Only as variables: "
+        epilog="Flags count before the environment, that before .env, that before defaults. Only as "
+               "variables: "
                f"{', '.join(row.variable for row in OPTIONS if not row.flag)}. The README says more.")
     commands = parser.add_argument_group("Commands")
     for command in COMMANDS:
-        kind = {"metavar": command.value} if command.value else {"action": "store_true"}
+        kind: dict[str, Any] = {"metavar": command.value} if command.value else {"action": "store_true"}
         commands.add_argument(flag_of(command.name), help=command.about, **kind)
     commands.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)
     commands.add_argument("--rights", metavar="LIST", help=argparse.SUPPRESS)
@@ -7984,7 +8044,8 @@ def add_options(parser):
               for row in {row.group: row for row in OPTIONS if row.flag}.values()}
     for row in OPTIONS:
         if row.flag:
-            kind = {"action": "store_const", "const": "true"} if row.default is False else {"metavar": row.value}
+            kind = ({"action": "store_const", "const": "true"} if row.default is False
+                    else {"metavar": row.value})
             default = "" if row.default in (None, False, {}) else f" [{shown_default(row)}]"
             about = row.about.replace("%", "%%") + default
             groups[row.group].add_argument(row.flag, dest=row.name, help=about, **kind)
@@ -8009,16 +8070,19 @@ def flag_of(name):
 
 
 def chosen_command(args):
-    """The Command that args name, None for the gateway.  Raises ConfigError for flags that do not go together."""
+    """The Command that args name, None for the gateway.  Raises ConfigError for flags that do not go
+    together."""
     chosen = [command for command in COMMANDS if getattr(args, command.name) not in (None, False)]
     if args.paths and not any(command.paths for command in chosen):
         raise ConfigError(f"{args.paths[0]}: a path goes with --tail-only or --report; see --help")
     if len(chosen) > 1:
-        raise ConfigError(f"{flag_of(chosen[0].name)} and {flag_of(chosen[1].name)} do not go together; choose one")
+        raise ConfigError(f"{flag_of(chosen[0].name)} and {flag_of(chosen[1].name)} do not go together; "
+                          "choose one")
     for name in COMPANIONS:
         hosts = [command for command in COMMANDS if name in command.companions]
         if getattr(args, name) and not set(hosts) & set(chosen):
-            raise ConfigError(f"{flag_of(name)} goes with {' or '.join(flag_of(command.name) for command in hosts)}")
+            raise ConfigError(f"{flag_of(name)} goes with "
+                              f"{' or '.join(flag_of(command.name) for command in hosts)}")
     check_values(args)
     return chosen[0] if chosen else None
 

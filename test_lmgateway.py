@@ -202,7 +202,7 @@ def test_rows_of_options_are_complete_and_their_names_unique(env_file):
     fixed = {"LMSTUDIO_BASE_URL": "--upstream", "GATEWAY_HOST": "--host", "GATEWAY_PORT": "--port",
              "GATEWAY_API_KEY": "--api-key", "IP_ALLOWLIST": "--allow", "REQUIRE_AUTH_FOR_HEALTH": None,
              "LOG_LEVEL": "--log-level", "PROXY_TIMEOUT": None, "PROXY_STREAM_TIMEOUT": None,
-             "LMSTUDIO_LOG_DIR": "--log-dir", "ENABLE_LOG_MONITORING": None}       # CONTRACT.md, section 2
+             "LMSTUDIO_LOG_DIR": "--log-dir", "ENABLE_LOG_MONITORING": None}
     assert fixed.items() <= {row.variable: row.flag for row in rows}.items()
     assert (config_of()[0].proxy_timeout, config_of()[0].proxy_stream_timeout) == (600000, 0)
 
@@ -265,7 +265,8 @@ def bare(text):
 
 
 def fits(expected, event):
-    """True when an event is what an expectation (../shared/samples/README.md) asks for."""
+    """True when an event is what an expectation (a line of .ci/samples/*.events.jsonl) asks for: fields
+    that are equal, near, one of several, absent or only contained; a time between two."""
     data = event.data
     if event.name != expected["event"]:
         return False
