@@ -2244,6 +2244,7 @@ def place_of(data, options):
 
 TIMELINE = 400  # events of one request that are kept
 SLOW_MS = 1000  # a phase longer than this is marked
+OWN_EVENTS = frozenset(("inference_start", "inference_complete", "error"))
 TELL_S = 0.25  # between two inference_progress of one request
 STATES = ("waiting", "loading", "queued", "prompt", "generating")  # in the order in which they come
 OUTCOMES = {"finished": "done", "disconnected": "abandoned", "error": "failed", "stopped": "failed",
@@ -2302,10 +2303,14 @@ class Record:
             self.state = state
             self.entered[state] = clock
 
+    def note(self, event, clock):
+        """One more event for its timeline."""
+        if len(self.timeline) < TIMELINE or event.name in OWN_EVENTS:
+            self.timeline.append((round(1000 * (clock - self.clock), 1), event.name, event.data))
+
     def take(self, event, clock):
         """An event of its chat.  True when listeners should hear of its progress."""
-        if len(self.timeline) < TIMELINE:
-            self.timeline.append((round(1000 * (clock - self.clock), 1), event.name, event.data))
+        self.note(event, clock)
         before, lesson = self.state, LESSONS.get(event.name)
         if lesson is None:
             return False
@@ -2408,7 +2413,7 @@ class Record:
         chat, self.chat, self.binding = self.chat, None, "none"
         chat.record = None
         self.percent = self._base = None
-        self.timeline = []
+        self.timeline = [row for row in self.timeline if row[1] in OWN_EVENTS]
         self.forget_engine()
 
     def forget_engine(self):
@@ -2505,7 +2510,8 @@ class Record:
                 **self.token_usage(), "finishReason": self.finish, "error": self.error,
                 "operation": self.operation, "binding": self.binding,
                 "progress": self.progress(clock) if self.ended is None else {}, "cache": self.cache,
-                "context": self.context(), "phases": self.phases(clock)}
+                "context": self.context(), "phases": self.phases(clock),
+                **figures(draftTokens=self.drafted, acceptedDraftTokens=self.accepted)}
 
     def token_usage(self):
         """tokenUsage with its three counts, None where one is unknown; beside it those that only some answers
@@ -2653,7 +2659,7 @@ class Requests:
             if event.chat is None:
                 continue
             record = self._record_of(event.chat, clock)
-            if record is None or not (event.sure or self._guess):
+            if record is None or not (event.sure and speaks_of(event, record) or self._guess):
                 if record is not None and event.name in ENGINE_EVENTS:
                     self._held.append((event, clock))
                 continue
@@ -2853,6 +2859,16 @@ def prompt_of(event):
     """Tokens of the whole prompt of which an engine's event speaks; None where it does not tell."""
     data = event.data
     return data.get("total", data.get("totalPromptTokens", data.get("promptTokens")))
+
+
+def speaks_of(event, record):
+    """False where an answer's counts show that an engine's event is about another request."""
+    if record.ended is None or record.source != "gateway":
+        return True
+    pairs = ((prompt_of(event), record.used("promptTokens")),
+             (event.data.get("completionTokens"), record.used("completionTokens")))
+    return record.state == "abandoned" or not any(told is not None and counted and abs(told - counted) > 1
+                                                  for told, counted in pairs)
 
 
 def still_expected(record, clock):
@@ -3267,9 +3283,11 @@ class Hub:
 
     def begin(self, record):
         """Any thread.  A request goes to LM Studio."""
+        start = record.start_event(self.now())
         with self._lock:
             self._requests.begin(record)
-        self.publish([record.start_event(self.now())])
+            record.note(start, record.clock)
+        self.publish([start])
 
     def generated(self, record, tokens, first):
         """Any thread.  The answer of a running request has so many tokens; the first came at clock first."""
@@ -3288,11 +3306,14 @@ class Hub:
     def end(self, record, outcome):
         """Any thread.  A request is over.  Later calls do nothing."""
         with self._lock:
-            if not self._requests.over(record, self._clock(), outcome):
+            clock = self._clock()
+            if not self._requests.over(record, clock, outcome):
                 return
+            end = record.end_event(self.now())
+            record.note(end, clock)
             self._figures.count_request(record)
             rows = self._changed_rows()
-        self.publish([record.end_event(self.now())])
+        self.publish([end])
         self._give(rows)
 
     def publish_log(self, events):
@@ -3581,7 +3602,9 @@ def store_rows(connection, rows):
 
 # === 5. TAIL: files to chunks ================================================
 
-PIECE = 64 * 1024  # bytes of one read: more would hold up the proxy (the GIL), fewer cost calls
+PIECE = 64 * 1024  # bytes of one read of a saved log, or of a socket
+LIVE_PIECE = 8 * 1024  # of a live log: parsing them holds the GIL for about half a millisecond
+YIELD_S = 0.0005  # between two pieces of a live log, so that a backlog does not hold up the proxy
 BUSY_S, IDLE_S = 0.01, 0.1  # pauses between looks while bytes flow, and after QUIET_S .. CALM_S without any
 CALM_S = 5.0
 QUIET_S = 0.2  # an entry without a next header is complete after this
@@ -3823,7 +3846,7 @@ class Follower:
                     and not self._still_ours(file)):
                 return None
             file.seek(self.position - len(self._anchor))
-            data = file.read(len(self._anchor) + PIECE)
+            data = file.read(len(self._anchor) + LIVE_PIECE)
             if len(self._head) < HEAD and data:
                 file.seek(0)
                 self._head = file.read(min(HEAD, self.position + len(data) - len(self._anchor)))
@@ -3956,7 +3979,7 @@ class Monitor:
         old = follower.file
         news = follower.next_news(now)
         if news:
-            return self._take(news, old, now), 0
+            return self._take(news, old, now), YIELD_S
         if news is None:
             return self.parser.end(), 0
         since = now - self._last_news

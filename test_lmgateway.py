@@ -1359,6 +1359,16 @@ def test_an_answer_of_the_same_prompt_proves_a_likely_binding(utc):
     assert (record.binding, record.usage["cachedTokens"]) == ("exact", 100)
 
 
+def test_figures_that_are_not_the_answers_are_not_given_to_it(utc):
+    office = Office()
+    record = office.ask("r1")
+    office.log(running("m/one"), streaming("m/one"), engine_run(1, 500), percent("m/one", 100))
+    office.over(record, prompt=500, completion=20)
+    office.log(engine_end(1, 500, 90), finished("m/one"))
+    [stats] = [event for event in office.events if event.name == "lmstudio_prediction_stats"]
+    assert ("requestId" in stats.data, record.usage["completionTokens"]) == (False, 20)
+
+
 def test_what_an_abandoned_request_cost_comes_from_the_log(utc):
     office = Office()
     record = office.ask("r1")
@@ -2070,7 +2080,7 @@ def test_looking_is_cheap_and_its_pace_follows_the_log(logs, monkeypatch):
     for name in ("stat", "listdir"):
         monkeypatch.setattr(os, name, counting(name, getattr(os, name), calls))
     logs.write("2026-05-01.1", "a")
-    assert logs.monitor.step()[1] == 0              # news: at once again
+    assert logs.monitor.step()[1] == lmgateway.YIELD_S              # news: at once again
     assert logs.monitor.step()[1] <= 0.02           # while bytes flow
     logs.clock += 60
     logs.look(1)
@@ -4305,6 +4315,8 @@ def test_clients_of_two_models_find_their_own_progress_cache_and_speed(demo):
         assert record["promptTokensPerSecond"] > 0
         assert [phase["name"] for phase in record["phases"]][-2:] == ["prompt", "generating"]
         assert record["sampling"]["top_k"] == 40
+        assert record["timeline"][0]["event"] == "inference_start"
+        assert "inference_complete" in [row["event"] for row in record["timeline"]]
         assert [row["ms"] for row in record["timeline"]] == sorted(row["ms"] for row in record["timeline"])
 
 
