@@ -4340,7 +4340,10 @@ class KeptConnections(urllib.request.BaseHandler):
                 return self._send(call, sock)
             except BROKEN as error:
                 hang_up(call.use(None))
-                if call.cancelled or not repeatable or isinstance(error, TIMEOUTS):
+                if call.cancelled or isinstance(error, TIMEOUTS):
+                    raise
+                if not repeatable:
+                    hang_up(self._connect(call, tls))   # a server that is gone is said to be gone
                     raise
         call.reuses = False
         return self._send(call, self._connect(call, tls))

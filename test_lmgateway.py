@@ -2750,6 +2750,22 @@ def test_only_what_may_be_repeated_is_tried_again_when_a_kept_connection_dies(fr
     assert len(calls) == 2 + tries
 
 
+def test_a_server_that_went_away_behind_a_kept_connection_is_unreachable(fronts):
+    studio = Studio()
+    front = fronts(studio.url)
+    talk(front.port, request("GET /v1/models"))     # leaves a connection behind
+    talk(front.port, request("GET /v1/models"))     # proves it
+
+    def script(peer):
+        with contextlib.suppress(OSError):
+            studio.listener.shutdown(socket.SHUT_RDWR)
+        studio.listener.close()
+        peer.sock.close()
+
+    studio.script = script
+    assert error_of(talk(front.port, request(POST_CHAT, b"{}")))["code"] == "upstream_unreachable"
+
+
 def test_a_server_that_closes_after_each_answer_without_saying_so_costs_no_request(fronts, studio, monkeypatch):
     def script(peer):
         peer.send(plain(b"one"))
