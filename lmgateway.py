@@ -560,7 +560,7 @@ RULES = (
     Rule("release", "engine", "line", "G2 G3",
          r"stop processing: n_tokens = (?P<context>\d+), truncated = (?P<truncated>\d)",
          "slot      release: id  1 | task 3416 | stop processing: n_tokens = 4095, truncated = 1"),
-    Rule("", "engine", "line", "G2 G3", r"cancel task, id_task = (?P<cancelled>\d+)",
+    Rule("cancel", "engine", "line", "G2 G3", r"cancel task, id_task = (?P<cancelled>\d+)",
          "srv          stop: cancel task, id_task = 21"),
     Rule("reset", "engine", "line", "G2 G3", r"forcing full prompt re-processing",
          "slot update_slots: id  1 | task 7 | forcing full prompt re-processing due to lack of cache data"),
@@ -1031,6 +1031,8 @@ def redacted(line):
 
 
 # --- 3.3 story: facts to events ----------------------------------------------
+# The app (INFO) writes of chats and names at best a model; an engine (DEBUG) writes of runs and names at
+# best a task.  So there are two kinds of things, Chat and Run, and Pairs, which says whose a run can be.
 
 CHATS_KEPT = 64  # running chats that are remembered; one that never ends is forgotten at last
 ENDED_KEPT = 8  # ended chats that late lines can still mean
@@ -1038,43 +1040,94 @@ RECEIVED_KEPT = 8  # requests whose chat has not begun
 SETTLING_S = 120  # an abandoned chat can still write lines for so long
 HELD_S = 1  # the engine's timings and the app's last line come within this, in either order
 SWALLOW_S = 1  # a disconnect line this soon after an end says nothing new (LOGS.md, case 8)
+UNTIMED = frozenset(("MLX", "Splash"))  # engines that write no timings of llama.cpp's
+
+
+class Run:
+    """What an engine's lines tell of one run of a model.  G2 and G3 number it, G1 begins one with its
+    sampling block, MLX has a cache line for each, Splash a line when it is over."""
+
+    def __init__(self, writer, meant):
+        self.writer = writer  # the engine
+        self.meant = meant  # the chats that it can be of
+        self.chat = None  # the one of them that it is taken for
+        self.task = self.slot = None  # G2 and G3: the engine's numbers for it
+        self.begun = self.read = False  # G1: its prompt has begun to be read, has been read
+        self.said = set()  # names of events that it gave and that come once
+        self.tokens = {}  # of lmstudio_token_info
+        self.total = self.cached = None  # tokens of the prompt; those of them that were cached
+        self.stats = {}  # of lmstudio_prediction_stats
+        self.decoded = None  # tokens that it has generated so far
+        self.timed = None  # the Moment of its last timing, until the stats are told
+
+    @property
+    def certain(self):
+        """It can be no other chat's."""
+        return len(self.meant) < 2
+
+    @property
+    def model(self):
+        """The model that it surely ran, else None."""
+        return shared_model(self.meant)
+
+    @property
+    def over(self):
+        """Its last figures are there."""
+        return "totalMs" in self.stats or self.writer == "Splash"
+
+    def has_read(self, total):
+        """True when its prompt had so many tokens.  MLX does not count the last one."""
+        return None not in (total, self.total) and abs(self.total - total) <= 1
 
 
 class Chat:
-    """One run of a model, as the log shows it: a chat over HTTP, or one inside the app."""
+    """A chat as the app's lines tell it; one inside the app (api False) has none and is made by its run."""
 
     def __init__(self, number, moment, model=None, api=True, messages=None):
         self.number, self.started, self.model = number, moment, model
         self.api = api  # it has a line of the app's: it came over HTTP
         self.messages = messages
         self.stream = False
-        self.engine = False  # the engine's lines have begun
-        self.writer = None  # which engine
-        self.untimed = False  # it writes no timings of llama.cpp's
-        self.engine_model = None  # model, where it is certain that those lines are this chat's
-        self.certain = True  # the engine's lines can be no other chat's
-        self.task = self.slot = None  # G2 and G3: the engine's numbers for it
-        self.begun = self.read = False  # G1: its prompt has begun to be read, has been read
+        self.run = None  # the Run that is taken for its
+        self.said = set()  # names of events that its lines gave and that come once
         self.app_progress = self.app_read = False  # the app has told of its progress, up to 100 %
         self.first_token = False
-        self.said = set()  # names of events that come once
-        self.tokens = {}  # of lmstudio_token_info
-        self.total = self.cached = None  # tokens of the prompt; those of them that were cached
-        self.stats, self.counts = {}, {}  # of lmstudio_prediction_stats: the engine's, the prediction's
-        self.decoded = None  # tokens that the engine has generated so far
-        self.timed = None  # the Moment of the engine's last timing, until the stats are told
+        self.counts, self.speeds = {}, {}  # of its prediction
         self.received = None  # the Received that it answers, where that is certain
         self.answer_id, self.answer_sure = None, False  # of its prediction; no other chat's can be meant
         self.record, self.met = None, False  # the Record that it is bound to; Requests has seen it
         self.ended = None  # outcome
         self.ended_at, self.latest = 0.0, 0  # when, and the number of the latest chat then
-        self.doubted = False  # the disconnect line that ended it can have been another's
+        self.doubted = []  # the chats that can have been meant by the disconnect line that ended it
         self.left = False  # a disconnect line has been taken for it
         self.predicted = False
 
-    def read_all(self, total):
-        """True when an engine had a prompt of so many tokens for it.  MLX does not count the last one."""
-        return None not in (total, self.total) and self.engine and abs(self.total - total) <= 1
+    total = property(lambda self: self.run and self.run.total)
+    slot = property(lambda self: self.run and self.run.slot)
+    decoded = property(lambda self: self.run and self.run.decoded)
+    stats = property(lambda self: self.run.stats if self.run else {})
+    certain = property(lambda self: self.run is None or self.run.certain)
+
+    @property
+    def timed(self):
+        """The figures of its run are there."""
+        return self.run is not None and self.run.over
+
+    @property
+    def free(self):
+        """Its run, if there is one, can be another's."""
+        return self.run is None or not self.run.certain
+
+    @property
+    def abandoned(self):
+        """Its client has left, and its last line can still come."""
+        return self.ended == "disconnected" and not self.predicted
+
+    def has_said(self, name):
+        return name in self.said or self.run is not None and name in self.run.said
+
+    def generates(self):
+        return self.has_said("lmstudio_generation_start")
 
 
 class Received:
@@ -1112,251 +1165,403 @@ def shared_model(chats):
     return models.pop() if len(models) == 1 else None
 
 
-class Story:
-    """What the log says about chats, told once each.  Facts come in as on_<fact>, events go to a list.
+class Pairs:
+    """The chats and the runs, and which of them belong together.
 
-    An app line (INFO) names a model and never a chat; an engine line (DEBUG) names neither, at best a
-    task.  A line belongs to the chats that it could mean, and to the first of them by the preferences
-    given with each fact; it carries a model only if all of them have it."""
+    Each run is taken for the oldest chat that it can be of.  What comes later (a model's tag, the length
+    of a prompt, the order of ends) takes it for another, or settles it."""
 
-    def __init__(self, events):
-        self._events = events
+    def __init__(self):
         self.running = []  # the chats that have not ended, oldest first
-        self._ended: deque[Chat] = deque(maxlen=ENDED_KEPT)
-        self._tasks = {}  # G2, G3: task -> chat
-        self._slots = {}  # slot -> chat whose sampler was set up and whose task is not known yet
-        self._at = {}  # engine -> the chat that its lines were about last
-        self._writer = None  # the engine of the line at hand
+        self.ended: deque[Chat] = deque(maxlen=ENDED_KEPT)
+        self.runs = []  # those that a line can still mean
+        self.at = {}  # engine -> the run that its lines were about last
+        self.tasks = {}  # G2, G3: task -> run
+        self._slots = {}  # slot -> run whose sampler was set up and whose task is not known yet
         self._engines = {}  # model -> the engine that runs it, where that was certain
-        self._sampling = None  # (chat, moment, parameters so far) while the block is open
-        self._timing = None  # G2: the task that bare timing lines belong to
-        self.resets: Counter[str] = Counter()  # prompts that were read wholly anew, by model
-        self._received: deque[Received] = deque(maxlen=RECEIVED_KEPT)
-        self._sure = None  # of an app line: no other chat can be meant; None for engine lines
-        self._meant = None  # the chat of which the line at hand spoke, where that is sure
-        self._held = None  # (chat, moment, model) whose stats wait for the engine's timings
         self._chats = 0  # how many there have been
-        self._facts = {rule.fact: getattr(self, "on_" + rule.fact) for rule in RULES if rule.fact}
 
-    def app(self, entry):
-        """A recognised entry of the app."""
-        if entry.row.fact in ("received", "start"):
-            self._release_stats()
-        alive = self._alive(entry)
-        if entry.row.fact in ENDINGS and entry.model:   # one engine runs a model: who has none of its lines waits
-            alive = [chat for chat in alive if chat.engine] or alive
-        self._sure, self._meant = len(alive) < 2, None
-        self._facts[entry.row.fact](entry)
-        entry.chat, self._sure = self._meant, None
+    # --- chats
 
-    def engine(self, fact, fields, match, engine, moment):
-        """A recognised line of an engine."""
-        self._writer = engine
-        if fact not in TIMINGS:
-            self._timing = None
-        if self._sampling and fact != "params":
-            self._close_sampling()
-        chat = self._at.get(engine)
-        if chat and chat.timed and fact not in TIMINGS:
-            self._give_stats(chat, chat.timed)
-        fields["task"], fields["slot"] = match["task"], match["slot"]
-        self._facts[fact](fields, moment)
+    def new(self, moment, model=None, **about):
+        self._chats += 1
+        chat = Chat(self._chats, moment, model, **about)
+        self.running.append(chat)
+        if len(self.running) > CHATS_KEPT:
+            self.close(self.running[0], "forgotten", moment)
+        return chat
 
-    def error(self, entry):
-        """An ERROR entry of LM Studio's own, complete."""
-        message = entry.text.strip()
-        first = message.partition("\n")[0]
-        for tag in entry.tags:
-            first = first.replace(f"[{tag}]", "", 1).lstrip()
-        self._sure = len(self._alive(entry)) < 2
-        self._say("lmstudio_error", None, entry.moment, entry.model, message=message)
-        match = ERRORS.match(first)
-        if match:
-            entry.row = ERROR_ROWS[match.lastgroup][0]
-            self._facts[entry.row.fact](entry, first)
-        self._sure = None
+    def close(self, chat, outcome, moment):
+        if chat.ended is None:
+            self.running.remove(chat)
+            self.ended.append(chat)
+        chat.ended, chat.ended_at, chat.latest = outcome, moment.epoch, self._chats
+        run = chat.run
+        if outcome == "finished" and run and (run.over or run.writer in UNTIMED):  # what goes on was not its
+            for other in [other for other in self.runs if other is not run and not other.over]:
+                self._exclude(other, chat)
 
-    def later(self, moment):
-        """The log's time has gone on, or (None) nothing will follow: what waited for a line is told."""
-        self._close_sampling()
-        self._close_timings()
-        if self._held and (moment is None or moment.epoch - self._held[1].epoch > HELD_S):
-            self._release_stats()
+    def of(self, entry, ended=False):
+        """The chats that an app line can mean: those of its model, or all if it names none."""
+        chats = [*self.ended, *self.running] if ended else self.running
+        return [chat for chat in chats
+                if chat.api and (entry.model is None or chat.model is None or chat.model == entry.model)]
 
-    def quiet(self):
-        """Nothing has come for a while.  A block that is torn can still go on."""
-        self._close_timings()
-        self._release_stats()
+    def alive(self, entry):
+        """The chats that can still write app lines: running ones, and abandoned ones that have not settled."""
+        return [chat for chat in self.of(entry, ended=True) if chat.ended is None
+                or chat.abandoned and entry.moment.epoch - chat.ended_at < SETTLING_S]
 
-    def _close_timings(self):
-        for chat in self._at.values():
-            if chat.timed:
-                self._give_stats(chat, chat.timed)
+    def lives(self, chat):
+        """A chat goes on: if a client has left, it was another's."""
+        if chat.ended:
+            other = pick([other for other in chat.doubted if other.ended is None], lambda c: c.run,
+                         lambda c: c.app_progress)
+            if other:
+                self.change_ends(other, chat)
+        for other in self.ended:
+            if chat in other.doubted:
+                other.doubted.remove(chat)
 
-    # --- the app's facts
-
-    def on_received(self, entry):
-        self._received.append(Received(entry.moment, entry.fields["path"], entry.text))
-
-    def on_load(self, entry):
-        entry.loads = entry.fields["asked"]
-
-    def on_start(self, entry):
-        chat = self._new(entry.moment, entry.model, messages=int(entry.fields["messages"]))
-        chat.received = self._request_of(chat)
-        self._sure = True
-        self._say("lmstudio_chat_start", chat, entry.moment, entry.model, message=first_line(entry),
-                  messages=chat.messages)
-
-    def _request_of(self, chat):
-        """The Received that a new chat answers, None where several fit; it waits no longer."""
-        recent = [row for row in self._received if chat.started.epoch - row.moment.epoch < SETTLING_S]
-        fitting = [row for row in recent if len(recent) == 1 or row.fits(chat)]
-        named = [row for row in fitting if row.model and row.model == chat.model]
-        fitting = named or fitting
-        if not fitting:
-            return None
-        self._received.remove(fitting[0])
-        for row in fitting[1:]:     # which of them is the next chat's, nobody can say any more
-            row.doubted = True
-        return fitting[0] if len(fitting) == 1 and not fitting[0].doubted else None
-
-    def on_stream(self, entry):
-        found = [chat for chat in self._of(entry) if not chat.stream and not chat.engine] or self._of(entry)
-        if found:
-            found[-1].stream = True
-
-    def on_progress(self, entry):
-        percent = min(100.0, number(entry.fields["percent"].replace(",", ".")))
-        found = self._of(entry, ended=True)
-        chat = (found[0] if len(found) == 1
-                else pick(found, lambda c: c.ended is None, lambda c: not c.app_read, lambda c: c.engine))
-        if chat is None:
-            chat = self._new(entry.moment, entry.model)  # we came in the middle
-            if percent:
-                chat.said.add("lmstudio_processing_start")
-        if not (chat.engine or chat.app_progress):
-            self._follow_engine(chat)
-        chat.app_progress = True
-        self._begin_processing(chat, entry.moment, entry.model)
-        self._say("lmstudio_prompt_progress", chat, entry.moment, entry.model, progress=percent,
-                  message=first_line(entry))
-        if percent >= 100:
-            chat.app_read = True
-            self._begin_generation(chat, entry.moment, entry.model)
-
-    def on_first_token(self, entry):
-        chat = pick([c for c in self._of(entry) if not c.first_token], lambda c: c.stream,
-                    lambda c: c.engine, lambda c: c.app_progress)
-        if chat:
-            chat.first_token = True
-            self._begin_generation(chat, entry.moment, entry.model)
-
-    def on_finish(self, entry):
-        found = [chat for chat in self._of(entry) if chat.stream]
-        left = [chat for chat in self._of(entry, ended=True)
-                if chat.ended == "disconnected" and not chat.predicted]
-        chat = pick(found, lambda c: c.timed or "lmstudio_prediction_stats" in c.said, lambda c: c.engine,
-                    lambda c: "lmstudio_generation_start" in c.said)
-        if left and (chat is None or not chat.timed and entry.moment.epoch - left[-1].ended_at <= 2):
-            left[-1].predicted = True  # it finished because its client had left
-            if left[-1].timed:
-                self._give_stats(left[-1], left[-1].timed, entry.model)
-            return
-        if chat and not (chat.timed or "lmstudio_prediction_stats" in chat.said):
-            for other in self._ended:
-                if other.doubted and not other.predicted and entry.moment.epoch == other.ended_at:
-                    self._change_ends(chat, other)
-                    return
-        self._end(chat, entry.moment, "finished", first_line(entry), entry.model or shared_model(found))
-
-    def _change_ends(self, chat, other):
-        """A stream ends right after its client has left: the disconnect line was its own, not the other's."""
-        self._ended[self._ended.index(other)] = chat
+    def change_ends(self, chat, other):
+        """The line that ended the other one was the chat's."""
+        self.ended[self.ended.index(other)] = chat
         self.running.remove(chat)
         self.running = sorted([*self.running, other], key=lambda each: each.number)
         for name in ("ended", "ended_at", "latest"):
             mine, theirs = getattr(chat, name), getattr(other, name)
             setattr(chat, name, theirs)
             setattr(other, name, mine)
-        chat.predicted, other.doubted = True, False
+        other.doubted = []
 
-    def on_prediction(self, entry):
-        body = prediction_of(entry.text)
-        chat, model = self._answered(entry, body)
-        self._take_answer(chat or self._new(entry.moment, model), body, entry.moment, model)
+    # --- runs
 
-    def on_response(self, entry):
-        body = prediction_of(entry.text)
-        chat, model = self._answered(entry, body)
-        if chat:
-            self._take_answer(chat, body, entry.moment, model)
+    def attach(self, writer, moment, slot=None, task=None, chosen=None):
+        """The run that an engine now begins with."""
+        run = self._slots.pop(slot, None) or self.tasks.get(task)
+        if run is None:
+            run = self._begin(writer, moment, chosen)
+        self.at[writer], run.slot = run, slot
+        if task not in (None, "-1"):
+            self.tasks[task], run.task = run, task
+            while len(self.tasks) > CHATS_KEPT:
+                del self.tasks[next(iter(self.tasks))]
+        elif slot is not None:
+            self._slots[slot] = run
+        return run
 
-    def _answered(self, entry, body):
-        """(chat or None, model or None) of a whole answer.  A client that has left gets one, too."""
-        found = [chat for chat in self._of(entry, ended=True)
-                 if not chat.predicted and not chat.stream
-                 and (chat.ended is None or chat.ended == "disconnected")]
-        total = prediction_figures(body)[0].get("promptTokens")
-        newest = max((chat.number for chat in found if chat.ended is None), default=0)
-        chat = pick(found, lambda c: c.read_all(total), lambda c: c.timed,
-                    lambda c: c.ended is None and "lmstudio_generation_start" in c.said,
-                    lambda c: c.ended is None or (c.engine or c.app_progress) and c.latest >= newest,
-                    lambda c: c.engine, lambda c: c.app_progress)
-        return chat, entry.model or body.get("model") or shared_model(found)
+    def _begin(self, writer, moment, chosen):
+        """A new run, taken for the oldest chat that waits for one, else for one inside the app."""
+        meant = [chat for chat in (*self.ended, *self.running) if chat.api and chat.free
+                 and (chat.ended is None or chat.doubted and not chat.predicted or chat is chosen)]
+        if len(meant) > 1:
+            meant = [chat for chat in meant if self.suits(writer, chat)] or meant
+        busy = {run.chat.model for run in self.runs if not run.chat.ended}
+        chat = chosen or pick([chat for chat in meant if chat.run is None], lambda c: c.ended is None,
+                              lambda c: not c.app_progress, lambda c: c.model not in busy)
+        if chat is None:
+            chat = self.new(moment, api=False)
+            meant.append(chat)
+        run = Run(writer, meant)
+        run.chat, chat.run = chat, run
+        self.runs = [other for other in self.runs[-CHATS_KEPT:] if not all(chat.ended for chat in other.meant)]
+        self.runs.append(run)
+        if writer == "G1":  # it has no tasks: its lines can be of any run that goes on
+            together = [other for other in self.runs if other.writer == writer and not other.over
+                        and other.chat.ended is None]
+            for other in together if len(together) > 1 else ():
+                other.meant = [chat for chat in (*self.ended, *self.running)
+                               if any(chat in each.meant for each in together)]
+        self._learn(run)
+        return run
 
-    def _take_answer(self, chat, body, moment, model):
-        chat.predicted = True
-        self._predicted(chat, body)
-        self._hold_stats(chat, moment, model)
-        if chat.ended is None:
-            self._end(chat, moment, "finished", "Generated prediction", model)
+    def suits(self, writer, chat):
+        """False for a chat whose model is known to be run by another engine."""
+        return self._engines.get(chat.model, writer) == writer
 
-    def on_disconnect(self, entry):
-        now = entry.moment.epoch
-        found = self._of(entry)
-        for chat in self._ended:
-            began = any(other.number > chat.latest and (other.engine or other.app_progress)
-                        for other in found)
-            if chat.ended == "finished" and not (chat.left or began) and now - chat.ended_at <= SWALLOW_S:
-                chat.left = True
+    def _learn(self, run):
+        if run.certain and run.chat.model:
+            self._engines[run.chat.model] = run.writer
+
+    def at_work(self, writer, moment, fields=None, lacks=None):
+        """The run that an engine line is about: its task's, else the one whose lines came last.
+
+        lacks is True for a run of which such a line has not been seen: where the engine names no task
+        and has several, it is one of those."""
+        task = fields and fields["task"]
+        run = self.tasks.get(task) if task else self.at.get(writer)
+        if run and lacks and not task and not lacks(run):
+            others = [other for other in self.runs
+                      if other.writer == writer and other.chat.ended is None and lacks(other)]
+            run = self.at[writer] = others[0] if others else run
+        return run or self.attach(writer, moment, fields and fields["slot"], task)
+
+    # --- which belong together
+
+    def pair(self, run, chat):
+        """Take a run for a chat's; the chat's former one is taken for the other's."""
+        before, other = run.chat, chat.run
+        if before is chat:
+            return
+        run.chat, chat.run, before.run = chat, run, other
+        if other:
+            other.chat = before
+        elif not before.api and before.ended is None:
+            self.running.remove(before)  # there was none inside the app
+        if before.model == chat.model:  # so were the lines of their progress
+            for name in ("app_progress", "app_read", "first_token", "said"):
+                mine, theirs = getattr(chat, name), getattr(before, name)
+                setattr(chat, name, theirs)
+                setattr(before, name, mine)
+        for name in run.said & chat.said - before.said:  # the chat told it, the other's line did not
+            if not before.has_said(name) and before.app_progress:
+                chat.said.discard(name)
+                before.said.add(name)
+
+    def settle(self, run, chat):
+        """A run is a chat's for certain, and so no other one is."""
+        self.pair(run, chat)
+        run.meant = [chat]
+        self._learn(run)
+        for other in self.runs:
+            if other is not run:
+                self._exclude(other, chat)
+
+    def _exclude(self, run, chat):
+        """A run is not a chat's."""
+        if chat in run.meant and len(run.meant) > 1:
+            run.meant = [other for other in run.meant if other is not chat]
+            if len(run.meant) == 1:
+                self.settle(run, run.meant[0])
+            elif run.chat is chat:
+                self.pair(run, pick([other for other in run.meant if other.free], lambda c: c.run is None))
+
+    def by_length(self, chat, counts):
+        """The length of the prompt that an answer tells says which run was its chat's."""
+        total, output = counts.get("promptTokens"), counts.get("completionTokens", -9)
+        if not chat.free:
+            return
+        fitting = [run for run in self.runs if run.has_read(total) and chat in run.meant]
+        run = pick(fitting, lambda r: abs(r.stats.get("completionTokens", -99) - output) <= 1,
+                   lambda r: r is chat.run)
+        if len(fitting) == 1:
+            self.settle(run, chat)
+        elif run:
+            self.pair(run, chat)
+
+    def by_progress(self, chat, read):
+        """A chat's first and last progress lines follow its engine's: a run was taken for another chat's that
+        has had none of them."""
+        first = chat.run is None and not chat.app_progress
+        for run in self.runs if first or read and chat.free else ():
+            taken = run.chat.app_progress if first else run.chat.app_read or not run.read or chat.run and chat.run.read
+            if chat in run.meant and not (run.certain or taken or run.over) and run.chat.model != chat.model:
+                self.pair(run, chat)
                 return
-        chat = pick(found, lambda c: c.engine or c.app_progress)
-        meant = found + [other for other in self._ended if other.doubted and not other.predicted]
-        if chat:
-            chat.doubted = len(meant) > 1
-        model = shared_model(meant) if meant else None
-        self._end(chat, entry.moment, "disconnected", first_line(entry), model)
 
-    def on_stopped(self, entry):
-        for chat in self.running[:]:
-            if chat.api:
-                self._end(chat, entry.moment, "error", first_line(entry), chat.model)
+    def by_end(self, chat):
+        """A chat has ended, and so has its run.  If one run only has, that is it."""
+        if not chat.free:
+            return
+        total = chat.counts.get("promptTokens")
+        over = [run for run in self.runs if (run.over or run.writer == "MLX") and chat in run.meant
+                and (None in (total, run.total) or run.has_read(total))]
+        untaken = [run for run in over if not run.chat.predicted and run.chat.ended != "finished"]
+        if len(over) == 1:
+            self.settle(over[0], chat)
+        elif untaken and chat.run not in over:
+            self.pair(untaken[0], chat)
+
+
+class Telling:
+    """Events, each thing told once."""
+
+    def __init__(self, events, pairs):
+        self._events, self._pairs = events, pairs
+        self.sure = None  # of an app line: no other chat can be meant; None for engine lines
+        self.meant = None  # the chat of which the line at hand spoke, where that is sure
+        self._held = []  # (chat, moment, model) whose stats wait for the engine's timings
+
+    def say(self, name, chat, moment, model=None, **data):
+        data = {"timestamp": moment.utc, **data}
+        if model:
+            data["model"] = model
+        sure = chat is not None and chat.certain if self.sure is None else self.sure and chat is not None
+        self.meant = chat if sure else None
+        self._events.append(Event(name, data, chat, sure))
+
+    def _once(self, name, teller, moment, model, **data):
+        """What a Run and its Chat tell once together."""
+        chat = teller.chat if isinstance(teller, Run) else teller
+        if not chat.has_said(name):
+            teller.said.add(name)
+            self.say(name, chat, moment, model, **data)
+
+    def processing(self, teller, moment, model):
+        self._once("lmstudio_processing_start", teller, moment, model, message="BeginProcessingPrompt")
+
+    def generation(self, teller, moment, model):
+        self._once("lmstudio_generation_start", teller, moment, model,
+                   message="The prompt is read, the first token is next")
+
+    def progress(self, run, moment, percent):
+        self.processing(run, moment, run.model)
+        self.say("lmstudio_prompt_progress", run.chat, moment, run.model, progress=percent,
+                 message=f"Prompt processing progress: {percent:.1f}%")
+
+    def sampling(self, run, moment, values):
+        if values:
+            self._once("lmstudio_sampling_params", run, moment, run.model, **values)
+
+    def cache(self, run, moment, reused, prefix, other):
+        run.cached, total = reused, run.total
+        share = min(100.0, 100 * reused / total) if total else 0.0
+        self._once("lmstudio_cache_stats", run, moment, run.model, reused=reused, total=total,
+                   percentage=round(share, 2), prefix=prefix, nonPrefix=other,
+                   message=f"Cache reuse summary: {reused}/{total} of prompt ({share:g}%), "
+                   f"{prefix} prefix, {other} non-prefix")
+
+    def tokens(self, run, moment):
+        if run.total is not None:
+            run.tokens["totalPromptTokens"] = run.total
+        if run.tokens:
+            self._once("lmstudio_token_info", run, moment, run.model, **run.tokens)
+
+    # --- stats
+
+    def run_over(self, run, moment):
+        """The figures of a run are whole: tell them, unless an answer with more is still to come."""
+        run.timed = None
+        awaited = [chat for chat in run.meant
+                   if chat.api and not (chat.stream or chat.predicted or chat.ended == "finished")]
+        if not awaited:
+            self._stats(run, run.chat, moment, None)
+        elif all(chat.ended for chat in awaited):  # its client has left: a prediction may come or not
+            self._held.append((run.chat, moment, None))
+
+    def chat_over(self, chat, moment, model):
+        """The app says that a chat is over: tell its stats, or wait for the engine's within that second.
+
+        The two write over channels of their own (LOGS.md section 4, order of one request)."""
+        self._pairs.by_end(chat)
+        run = chat.run
+        if run is None or run.writer in UNTIMED or run.over:
+            self._stats(run, chat, moment, model)
+        else:
+            self._held.append((chat, moment, model))
+
+    def rest(self, moment):
+        """Tell what the runs that are over have waited for in vain."""
+        for run in self._pairs.runs:
+            if run.over and "lmstudio_prediction_stats" not in run.said:
+                self.run_over(run, moment)
+
+    def release(self, moment=None):
+        """Tell the stats that have waited long enough, by default all."""
+        held, self._held = self._held, []
+        for row in held:
+            if moment is None or moment.epoch - row[1].epoch > HELD_S:
+                self._stats(row[0].run, *row)
             else:
-                self._close(chat, "stopped", entry.moment)
-        self._at.clear()
+                self._held.append(row)
 
-    # --- errors that end chats
+    def _stats(self, run, chat, moment, model):
+        """lmstudio_prediction_stats of a run with what its chat's answer adds, or of an answer alone."""
+        name, counts, stats = "lmstudio_prediction_stats", chat.counts, {}
+        if run:
+            if counts and run.total and not run.certain and not run.has_read(counts.get("promptTokens", run.total)):
+                run.said.discard(name)
+                run, stats = None, {}
+            else:
+                stats = run.stats
+        stats = {**chat.speeds, **stats, **counts}
+        prompt = stats.get("promptTokens") or run and run.total or stats.get("evaluated")
+        known = figures(promptTokens=prompt, **{key: stats.get(key) for key in STATS})
+        told = run.said if run else chat.said
+        if known.keys() - {"promptTokens"} and name not in told and not (chat.certain and name in chat.said):
+            told.add(name)
+            certain = model if not run or run.certain else None
+            self.say(name, chat, moment, certain or run and run.model, **known)
+            if run:
+                self.close_in_app(run, moment)
 
-    def on_render_error(self, entry, message):
-        found = self._of(entry)
-        self._end(pick(found[::-1], lambda c: not c.engine), entry.moment, "error", message,
-                  entry.model or shared_model(found))
+    def close_in_app(self, run, moment):
+        """A chat inside the app has no line for its end: its last figures are it."""
+        if not run.chat.api and run.chat.ended is None:
+            self._pairs.close(run.chat, "finished", moment)
 
-    def on_channel_error(self, entry, message):
-        found = self._of(entry)
-        self._end(pick(found), entry.moment, "error", message, entry.model or shared_model(found))
+    # --- ends
 
-    def on_crash(self, entry, message):
-        for chat in self._of(entry):
-            self._end(chat, entry.moment, "error", message, chat.model)
-        self._at.clear()
+    def end(self, chat, moment, outcome, message, model):
+        if chat:
+            if outcome == "finished":
+                self.chat_over(chat, moment, model)
+                self._finish_reading(chat)
+            if chat.run and "n_ctx" in chat.run.tokens:
+                self.tokens(chat.run, moment)
+            self._pairs.close(chat, outcome, moment)
+        self.say("lmstudio_chat_end", chat, moment, model, outcome=outcome, message=message)
+        if chat and outcome == "finished":
+            self.rest(moment)
+
+    def _finish_reading(self, chat):
+        """Of two chats that read at once on one model, the first to end has begun to generate: where it did
+        not seem so, what was taken for the other's start was its own."""
+        name = "lmstudio_generation_start"
+        for other in self._pairs.running if chat.run and not chat.generates() else ():
+            if other.model == chat.model and other.run and name in other.said:
+                chat.said.add(name)
+                other.said.discard(name)
+                other.app_read = False
+                return
+
+
+class EngineLines:
+    """Facts of the engines' lines, on_<fact>."""
+
+    def __init__(self, events):
+        self._pairs = Pairs()
+        self._tell = Telling(events, self._pairs)
+        self._writer = None  # the engine of the line at hand
+        self._sampling = None  # (run, moment, parameters so far) while the block is open
+        self._timing = None  # G2: the task that bare timing lines belong to
+        self.resets: Counter[str] = Counter()  # prompts that were read wholly anew, by model
+        self._swallowed = None  # the latest disconnect line that seemed to say nothing new
+        self._facts = {rule.fact: getattr(self, "on_" + rule.fact) for rule in RULES if rule.fact}
+
+    def engine(self, fact, fields, match, engine, moment):
+        """A recognised line of an engine."""
+        self._writer = engine
+        if fact not in TIMINGS:
+            self._timing = None
+            run = self._pairs.at.get(engine)
+            if run and run.timed:
+                self._tell.run_over(run, run.timed)
+        if self._sampling and fact != "params":
+            self._close_sampling()
+        fields["task"], fields["slot"] = match["task"], match["slot"]
+        self._facts[fact](fields, moment)
+
+    def _close_sampling(self):
+        if self._sampling:
+            (run, moment, values), self._sampling = self._sampling, None
+            self._tell.sampling(run, moment, values)
+
+    def _close_timings(self):
+        for run in self._pairs.at.values():
+            if run.timed:
+                self._tell.run_over(run, run.timed)
+
+    def _attach(self, moment, *numbers, chosen=None):
+        return self._pairs.attach(self._writer, moment, *numbers, chosen=chosen)
+
+    def _at_work(self, moment, fields=None, lacks=None):
+        return self._pairs.at_work(self._writer, moment, fields, lacks)
 
     # --- G1
 
     def on_sampling(self, fields, moment):
-        chat = self._attach(moment, fields["slot"], fields["task"])
-        self._sampling = (chat, moment, {})
+        self._sampling = (self._attach(moment, fields["slot"], fields["task"]), moment, {})
         if fields["pairs"]:
             self.on_params(fields, moment)
 
@@ -1375,45 +1580,44 @@ class Story:
             self._close_sampling()
 
     def on_generate(self, fields, moment):
-        chat = self._at_work(moment, lacks=lambda c: "n_ctx" not in c.tokens)
-        chat.tokens.update(figures(n_ctx=number(fields["n_ctx"]), n_batch=number(fields["n_batch"]),
-                                   n_predict=number(fields["n_predict"]), n_keep=number(fields["n_keep"])))
+        run = self._at_work(moment, lacks=lambda r: "n_ctx" not in r.tokens)
+        run.tokens.update(figures(n_ctx=number(fields["n_ctx"]), n_batch=number(fields["n_batch"]),
+                                  n_predict=number(fields["n_predict"]), n_keep=number(fields["n_keep"])))
 
     def on_reuse(self, fields, moment):
-        chat = self._at_work(moment, lacks=lambda c: c.cached is None)
-        chat.total = int(fields["total"])
-        self._give_cache(chat, moment, int(fields["reused"]), int(fields["prefix"]), int(fields["other"]))
+        run = self._at_work(moment, lacks=lambda r: r.cached is None)
+        run.total = int(fields["total"])
+        self._tell.cache(run, moment, int(fields["reused"]), int(fields["prefix"]), int(fields["other"]))
 
     def on_prompt_total(self, fields, moment):
-        self._at_work(moment,
-                      lacks=lambda c: "promptTokensToDecode" not in c.tokens).total = int(fields["total"])
+        run = self._at_work(moment, lacks=lambda r: "promptTokensToDecode" not in r.tokens)
+        run.total = int(fields["total"])
 
     def on_to_decode(self, fields, moment):
-        chat = self._at_work(moment, lacks=lambda c: "promptTokensToDecode" not in c.tokens)
-        decode = int(fields["tokens"])
-        chat.tokens["promptTokensToDecode"] = decode
-        self._give_tokens(chat, moment)
-        if chat.total == decode:
-            self._give_cache(chat, moment, 0, 0, 0)
+        run = self._at_work(moment, lacks=lambda r: "promptTokensToDecode" not in r.tokens)
+        decode = run.tokens["promptTokensToDecode"] = int(fields["tokens"])
+        self._tell.tokens(run, moment)
+        if run.total == decode:
+            self._tell.cache(run, moment, 0, 0, 0)
 
     def on_begin(self, fields, moment):
-        chat = self._at_work(moment, lacks=lambda c: not c.begun)
-        if chat.begun:
-            chat = self._attach(moment)  # a run of its own: no sampling block came before it
-        chat.begun = True
-        self._give_tokens(chat, moment)
-        self._begin_processing(chat, moment, chat.engine_model)
+        run = self._at_work(moment, lacks=lambda r: not r.begun)
+        if run.begun:
+            run = self._attach(moment)  # a run of its own: no sampling block came before it
+        run.begun = True
+        self._tell.tokens(run, moment)
+        self._tell.processing(run, moment, run.model)
 
     def on_early_progress(self, fields, moment):
-        chat = self._at_work(moment)
-        if not chat.app_progress:
-            self._progress(chat, moment, number(fields["percent"]))
+        run = self._at_work(moment)
+        if not run.chat.app_progress:
+            self._tell.progress(run, moment, number(fields["percent"]))
 
     def on_finished_prompt(self, fields, moment):
-        chat = self._at_work(moment, lacks=lambda c: c.begun and not c.read)
-        chat.read = True
-        self._give_tokens(chat, moment)
-        self._begin_generation(chat, moment, chat.engine_model)
+        run = self._at_work(moment, lacks=lambda r: r.begun and not r.read)
+        run.read = True
+        self._tell.tokens(run, moment)
+        self._tell.generation(run, moment, run.model)
 
     # --- G2 and G3
 
@@ -1421,41 +1625,52 @@ class Story:
         self._attach(moment, fields["slot"], fields["task"])
 
     def on_prompt(self, fields, moment):
-        chat = self._at_work(moment, fields)
-        if chat.task is None:
-            chat = self._attach(moment, fields["slot"], fields["task"])
-        chat.total = int(fields["total"])
-        chat.tokens.update(n_ctx=int(fields["n_ctx"]), n_keep=int(fields["n_keep"]))
-        self._begin_processing(chat, moment, chat.engine_model)
+        run = self._at_work(moment, fields)
+        if run.task is None:
+            run = self._attach(moment, fields["slot"], fields["task"])
+        run.total = int(fields["total"])
+        run.tokens.update(n_ctx=int(fields["n_ctx"]), n_keep=int(fields["n_keep"]))
+        self._tell.processing(run, moment, run.model)
 
     def on_cached(self, fields, moment):
-        chat, reused = self._at_work(moment, fields), int(fields["reused"])
-        if chat.total is None or chat.cached is not None or "n_ctx" not in chat.tokens:
+        run, reused = self._at_work(moment, fields), int(fields["reused"])
+        if run.total is None or run.cached is not None or "n_ctx" not in run.tokens:
             return  # later lines of a task tell how far the prompt has been read
-        chat.tokens["promptTokensToDecode"] = chat.total - reused
-        self._give_tokens(chat, moment)
-        self._give_cache(chat, moment, reused, reused, 0)
+        run.tokens["promptTokensToDecode"] = run.total - reused
+        self._tell.tokens(run, moment)
+        self._tell.cache(run, moment, reused, reused, 0)
 
     def on_read(self, fields, moment):
-        chat = self._at_work(moment, fields)
-        if not chat.api:
-            self._progress(chat, moment, round(100 * float(fields["share"]), 4))
+        run = self._at_work(moment, fields)
+        if not run.chat.api:
+            self._tell.progress(run, moment, round(100 * float(fields["share"]), 4))
 
     def on_reset(self, fields, moment):
-        self.resets[self._at_work(moment, fields).model or "unknown"] += 1
+        self.resets[self._at_work(moment, fields).chat.model or "unknown"] += 1
 
     def on_decoded(self, fields, moment):
-        chat = self._at_work(moment, fields)
-        chat.decoded = int(fields["tokens"])
+        self._at_work(moment, fields).decoded = int(fields["tokens"])
 
     def on_sampler(self, fields, moment):
         self._at_work(moment, fields).total = int(fields["total"])
 
+    def on_cancel(self, fields, moment):
+        """The engine stops a run whose client has left: it says whose disconnect line that was."""
+        run, entry = self._pairs.tasks.get(fields["cancelled"]), self._swallowed
+        if run is None or not run.certain:
+            return
+        doubted = [chat for chat in self._pairs.ended if run.chat in chat.doubted]
+        if run.chat.ended is None and doubted:
+            self._pairs.change_ends(run.chat, doubted[-1])
+        elif run.chat.ended is None and entry and moment.epoch - entry.moment.epoch <= SWALLOW_S:
+            self._tell.end(run.chat, entry.moment, "disconnected", first_line(entry), run.model)
+        run.chat.doubted = []
+
     def on_release(self, fields, moment):
-        chat = self._tasks.pop(fields["task"], None)
-        if chat:
-            self._give_stats(chat, moment)
-            self._close_in_app(chat, moment)
+        run = self._pairs.tasks.pop(fields["task"], None)
+        if run:
+            self._tell.run_over(run, moment)
+            self._tell.close_in_app(run, moment)
 
     # --- timings, in every generation of llama.cpp
 
@@ -1463,302 +1678,268 @@ class Story:
         self._timing = fields["task"]
 
     def on_prompt_eval(self, fields, moment):
-        stats = self._timed(fields, moment).stats
-        stats["evaluated"] = int(fields["tokens"])
-        stats["promptTokensPerSecond"] = rate(fields)
-        stats["promptMs"] = number(fields["ms"])
+        self._timed(fields, moment).stats.update(evaluated=int(fields["tokens"]), promptMs=number(fields["ms"]),
+                                                 promptTokensPerSecond=rate(fields))
 
     def on_eval(self, fields, moment):
-        stats = self._timed(fields, moment).stats
-        stats["completionTokens"] = int(fields["tokens"])
-        stats["tokensPerSecond"] = rate(fields)
+        self._timed(fields, moment).stats.update(completionTokens=int(fields["tokens"]),
+                                                 tokensPerSecond=rate(fields))
 
     def on_total(self, fields, moment):
-        chat = self._timed(fields, moment)
-        chat.stats["totalMs"] = number(fields["ms"])
-        chat.timed = moment
+        run = self._timed(fields, moment)
+        run.stats["totalMs"], run.timed = number(fields["ms"]), moment
 
     def on_draft(self, fields, moment):
         self._timed(fields, moment).stats.update(
             draftTokens=int(fields["generated"]), acceptedDraftTokens=int(fields["accepted"]))
 
+    def _timed(self, fields, moment):
+        """The run that a timing line is about.  G2's have their task on a line before them."""
+        task = fields["task"] or self._timing
+        run = self._pairs.at.get(self._writer)
+        if run and run.timed and task is None:
+            del self._pairs.at[self._writer]  # G1: these are of a further run whose start was not seen
+        return self._at_work(moment, {"task": task, "slot": None}, lambda r: "totalMs" not in r.stats)
+
     # --- MLX and Splash
 
     def on_mlx_cache(self, fields, moment):
-        chat = self._attach(moment)
-        chat.untimed, reused = True, int(fields["reused"])
-        chat.total = int(fields["total"]) if "total" in fields else reused + int(fields["fresh"])
-        self._give_cache(chat, moment, reused, reused, 0)
-        chat.tokens["promptTokensToDecode"] = chat.total - reused
-        self._give_tokens(chat, moment)
-        self._begin_processing(chat, moment, chat.engine_model)
+        run, reused = self._attach(moment), int(fields["reused"])
+        run.total = int(fields["total"]) if "total" in fields else reused + int(fields["fresh"])
+        self._tell.cache(run, moment, reused, reused, 0)
+        run.tokens["promptTokensToDecode"] = run.total - reused
+        self._tell.tokens(run, moment)
+        self._tell.processing(run, moment, run.model)
 
     def on_splash(self, fields, moment):
-        waiting = [chat for chat in (*self._ended, *self.running) if not chat.engine
-                   and (chat.ended is None or chat.ended == "disconnected" and not chat.predicted)]
+        waiting = [chat for chat in (*self._pairs.ended, *self._pairs.running) if chat.run is None
+                   and (chat.ended is None or chat.abandoned)]
         newest = max((chat.number for chat in waiting if chat.ended is None), default=0)
-        chat = pick(waiting, lambda c: c.ended is None or c.latest >= newest,
-                    lambda c: "lmstudio_generation_start" in c.said, lambda c: c.app_progress)
-        chat = self._attach(moment, chosen=chat)
-        chat.untimed = True
-        chat.total, reused = number(fields["total"]), number(fields["reused"])
-        chat.tokens["promptTokensToDecode"] = chat.total - reused
-        self._give_tokens(chat, moment)
-        self._give_cache(chat, moment, reused, reused, 0)
+        chat = pick(waiting, lambda c: self._pairs.suits("Splash", c),
+                    lambda c: c.ended is None or c.latest >= newest, Chat.generates, lambda c: c.app_progress)
+        run = self._attach(moment, chosen=chat)
+        run.total, reused = number(fields["total"]), number(fields["reused"])
+        run.tokens["promptTokensToDecode"] = run.total - reused
+        self._tell.tokens(run, moment)
+        self._tell.cache(run, moment, reused, reused, 0)
         ttft = number(fields["ttft"])
-        chat.stats.update(completionTokens=number(fields["output"]), tokensPerSecond=number(fields["rate"]),
-                          timeToFirstTokenMs=ttft and round(ttft * 1000, 3))
-        if chat.stream or chat.ended or not chat.api:
-            self._give_stats(chat, moment)
+        run.stats.update(completionTokens=number(fields["output"]), tokensPerSecond=number(fields["rate"]),
+                         timeToFirstTokenMs=ttft and round(ttft * 1000, 3))
+        self._tell.run_over(run, moment)
 
-    # --- which chat a line means
 
-    def _new(self, moment, model=None, **about):
-        self._chats += 1
-        chat = Chat(self._chats, moment, model, **about)
-        self.running.append(chat)
-        if len(self.running) > CHATS_KEPT:
-            self._close(self.running[0], "forgotten", moment)
-        return chat
+class Story(EngineLines):
+    """What the log says about chats, told once each.  Facts come in as on_<fact>, events go to a list.
 
-    def _close(self, chat, outcome, moment):
-        if chat.ended is None:
-            self.running.remove(chat)
-            self._ended.append(chat)
-        chat.ended, chat.ended_at, chat.latest = outcome, moment.epoch, self._chats
+    A line belongs to the chats that it could mean, and to the first of them by the preferences given with
+    each fact; it carries a model only if all of them have it."""
 
-    def _of(self, entry, ended=False):
-        """The chats that an app line can mean: those of its model, or all if it names none."""
-        chats = [*self._ended, *self.running] if ended else self.running
-        return [chat for chat in chats
-                if chat.api and (entry.model is None or chat.model is None or chat.model == entry.model)]
+    def __init__(self, events):
+        super().__init__(events)
+        self._received: deque[Received] = deque(maxlen=RECEIVED_KEPT)
 
-    def _alive(self, entry):
-        """The chats that can still write app lines: running ones, and abandoned ones that have not settled."""
-        return [chat for chat in self._of(entry, ended=True) if chat.ended is None
-                or chat.ended == "disconnected" and not chat.predicted
-                and entry.moment.epoch - chat.ended_at < SETTLING_S]
+    @property
+    def running(self):
+        """The chats that have not ended, oldest first."""
+        return self._pairs.running
 
-    def _attach(self, moment, slot=None, task=None, chosen=None):
-        """The chat that an engine now begins with: the oldest that waits for one, else one inside the app."""
-        known = self._slots.pop(slot, None) or self._tasks.get(task)
-        if known is None:
-            waiting = [chat for chat in self.running if chat.api and not chat.engine]
-            busy = {chat.model for chat in self.running if chat.engine}
-            known = chosen or pick(waiting,
-                                   lambda c: self._engines.get(c.model, self._writer) == self._writer,
-                                   lambda c: not c.app_progress, lambda c: c.model not in busy)
-            known = known or self._new(moment, api=False)
-            meant = [chat for chat in self.running if chat.api and not (chat.engine and chat.certain)]
-            known.engine, known.engine_model = True, shared_model(meant) if meant else None
-            known.certain, known.writer = len(meant) < 2, self._writer
-            if self._writer == "G1":    # it has no tasks: its lines can be any chat's that it runs
-                together = [chat for chat in self.running if chat.writer == "G1"]
-                for chat in together if len(together) > 1 else ():
-                    chat.certain, chat.engine_model = False, shared_model(together)
-            if known.certain and known.model:
-                self._engines[known.model] = self._writer
-        self._at[self._writer], known.slot = known, slot
-        if task not in (None, "-1"):
-            self._tasks[task], known.task = known, task
-            while len(self._tasks) > CHATS_KEPT:
-                del self._tasks[next(iter(self._tasks))]
-        elif slot is not None:
-            self._slots[slot] = known
-        return known
+    def app(self, entry):
+        """A recognised entry of the app."""
+        if entry.row.fact in ("received", "start"):
+            self._tell.release()
+        alive = self._pairs.alive(entry)
+        if entry.row.fact in ENDINGS and entry.model:   # one engine runs a model: who has none of its lines waits
+            alive = [chat for chat in alive if chat.run] or alive
+        self._tell.sure, self._tell.meant = len(alive) < 2, None
+        self._facts[entry.row.fact](entry)
+        entry.chat, self._tell.sure = self._tell.meant, None
 
-    def _put_right(self, chat, total):
-        """Where it was not certain whose an engine's lines were, the length of the prompt tells."""
-        for other in [] if chat.read_all(total) else [*self.running, *self._ended]:
-            if other.read_all(total) and other.api and not other.certain:
-                self._trade(chat, other)
-                return
+    def error(self, entry):
+        """An ERROR entry of LM Studio's own, complete."""
+        message = entry.text.strip()
+        first = message.partition("\n")[0]
+        for tag in entry.tags:
+            first = first.replace(f"[{tag}]", "", 1).lstrip()
+        self._tell.sure = len(self._pairs.alive(entry)) < 2
+        self._tell.say("lmstudio_error", None, entry.moment, entry.model, message=message)
+        match = ERRORS.match(first)
+        if match:
+            entry.row = ERROR_ROWS[match.lastgroup][0]
+            self._facts[entry.row.fact](entry, first)
+        self._tell.sure = None
 
-    def _follow_engine(self, chat):
-        """The first progress line of a chat follows its engine's first lines: those that were taken for
-        another's without certainty were its own."""
-        for other in self.running:
-            if other.engine and other.model != chat.model and not (other.certain or other.app_progress):
-                self._trade(chat, other)
-                return
+    def later(self, moment):
+        """The log's time has gone on, or (None) nothing will follow: what waited for a line is told."""
+        if self._sampling and (moment is None or moment.epoch - self._sampling[1].epoch > TORN_S):
+            self._close_sampling()
+        self._close_timings()
+        self._tell.release(moment)
 
-    def _trade(self, chat, other):
-        """Each takes what the engine's lines said of the other."""
-        for name in ENGINE_SIDE:
-            mine, theirs = getattr(chat, name), getattr(other, name)
-            setattr(chat, name, theirs)
-            setattr(other, name, mine)
-        told = ENGINE_SAYS if chat.app_progress or other.app_progress else chat.said | other.said
-        if other.ended:
-            told = told - {"lmstudio_prediction_stats"}
-        chat.said, other.said = chat.said - told | other.said & told, other.said - told | chat.said & told
-        for places in (self._tasks, self._slots, self._at):
-            places.update({place: chat if known is other else other for place, known in places.items()
-                           if known in (chat, other)})
+    def quiet(self):
+        """Nothing has come for a while.  A block that is torn can still go on."""
+        self._close_timings()
+        self._tell.release()
 
-    def _at_work(self, moment, fields=None, lacks=None):
-        """The chat that an engine line is about: its task's, else the one whose lines came last.
+    def on_received(self, entry):
+        self._received.append(Received(entry.moment, entry.fields["path"], entry.text))
 
-        lacks is True for a chat of which such a line has not been seen: where the engine names no task
-        and runs several, it is one of those."""
-        task = fields and fields["task"]
-        chat = self._tasks.get(task) if task else self._at.get(self._writer)
-        if chat and lacks and not task and not lacks(chat):
-            others = [other for other in self.running if other.writer == self._writer and lacks(other)]
-            chat = self._at[self._writer] = others[0] if others else chat
-        if chat is None:
-            chat = self._attach(moment, fields and fields["slot"], task)
-        return chat
+    def on_load(self, entry):
+        entry.loads = entry.fields["asked"]
 
-    def _timed(self, fields, moment):
-        """The chat that a timing line is about.  G2's have their task on a line before them."""
-        task = fields["task"] or self._timing
-        chat = self._at.get(self._writer)
-        if chat and chat.timed and task is None:
-            del self._at[self._writer]  # G1: these are of a further run whose start was not seen
-        return self._at_work(moment, {"task": task, "slot": None}, lambda c: "totalMs" not in c.stats)
+    def on_start(self, entry):
+        chat = self._pairs.new(entry.moment, entry.model, messages=int(entry.fields["messages"]))
+        chat.received = self._request_of(chat)
+        self._tell.sure = True
+        self._tell.say("lmstudio_chat_start", chat, entry.moment, entry.model, message=first_line(entry),
+                       messages=chat.messages)
 
-    # --- telling
-
-    def _say(self, name, chat, moment, model=None, **data):
-        data = {"timestamp": moment.utc, **data}
-        if model:
-            data["model"] = model
-        sure = self._is_sure(chat)
-        self._meant = chat if sure else None
-        self._events.append(Event(name, data, chat, sure))
-
-    def _is_sure(self, chat):
-        """True when the line at hand can mean no other chat."""
-        if chat is None or self._sure is not None:
-            return bool(self._sure)
-        return chat.certain and (chat.task is not None or sum(other.engine for other in self.running) < 2)
-
-    def _say_once(self, name, chat, moment, model=None, **data):
-        if name not in chat.said:
-            chat.said.add(name)
-            self._say(name, chat, moment, model, **data)
-
-    def _begin_processing(self, chat, moment, model):
-        self._say_once("lmstudio_processing_start", chat, moment, model, message="BeginProcessingPrompt")
-
-    def _begin_generation(self, chat, moment, model):
-        self._say_once("lmstudio_generation_start", chat, moment, model,
-                       message="The prompt is read, the first token is next")
-
-    def _progress(self, chat, moment, percent):
-        self._begin_processing(chat, moment, chat.engine_model)
-        self._say("lmstudio_prompt_progress", chat, moment, chat.engine_model, progress=percent,
-                  message=f"Prompt processing progress: {percent:.1f}%")
-
-    def _give_cache(self, chat, moment, reused, prefix, other):
-        chat.cached, total = reused, chat.total
-        share = min(100.0, 100 * reused / total) if total else 0.0
-        self._say_once("lmstudio_cache_stats", chat, moment, chat.engine_model, reused=reused, total=total,
-                       percentage=round(share, 2), prefix=prefix, nonPrefix=other,
-                       message=f"Cache reuse summary: {reused}/{total} of prompt ({share:g}%), "
-                       f"{prefix} prefix, {other} non-prefix")
-
-    def _give_tokens(self, chat, moment):
-        if chat.total is not None:
-            chat.tokens["totalPromptTokens"] = chat.total
-        if chat.tokens:
-            self._say_once("lmstudio_token_info", chat, moment, chat.engine_model, **chat.tokens)
-
-    def _predicted(self, chat, body):
-        """Take the figures of a prediction: its counts, and its speed where the engine gave none."""
-        counts, speeds = prediction_figures(body)
-        if "promptTokens" in counts and not (chat.engine and chat.certain):
-            self._put_right(chat, counts["promptTokens"])
-        chat.counts, chat.stats = counts, {**speeds, **chat.stats}
-        chat.answer_id, chat.answer_sure = body.get("id"), bool(self._sure)
-
-    def _close_sampling(self):
-        if self._sampling:
-            (chat, moment, values), self._sampling = self._sampling, None
-            if values:
-                self._say("lmstudio_sampling_params", chat, moment, chat.engine_model, **values)
-
-    def _give_stats(self, chat, moment, model=None, last=False):
-        """lmstudio_prediction_stats, unless a prediction with more is still to come."""
-        chat.timed = None
-        answered = chat.stream or chat.predicted or chat.ended == "finished" or not chat.api
-        if not (answered or model or last):
-            if chat.ended:
-                self._hold_stats(chat, moment, None)    # its client has left: a prediction may come or not
-            return
-        stats = {**chat.stats, **chat.counts}
-        known = figures(promptTokens=stats.get("promptTokens") or chat.total or stats.get("evaluated"),
-                        **{name: stats.get(name) for name in STATS})
-        if known.keys() - {"promptTokens"}:
-            self._say_once("lmstudio_prediction_stats", chat, moment, model or chat.engine_model, **known)
-            self._close_in_app(chat, moment)
-
-    def _hold_stats(self, chat, moment, model):
-        """The app says that a chat is over: tell its stats, or wait for the engine's within that second.
-
-        The two write over channels of their own (LOGS.md section 4, order of one request)."""
-        if self._held and self._held[0] is not chat:
-            self._release_stats()
-        other = self._over_for(chat)
-        if other:
-            self._trade(chat, other)    # that run was this chat's
-        over = chat.untimed or not chat.engine or "totalMs" in chat.stats
-        if over and (chat.ended != "disconnected" or chat.predicted):
-            self._give_stats(chat, moment, model)
-        else:
-            self._held = chat, moment, model
-
-    def _over_for(self, chat):
-        """The chat that has a finished run without certainty, where chat has ended and its own run has not."""
-        if chat.ended or "totalMs" in chat.stats or chat.engine and chat.untimed:
+    def _request_of(self, chat):
+        """The Received that a new chat answers, None where several fit; it waits no longer."""
+        recent = [row for row in self._received if chat.started.epoch - row.moment.epoch < SETTLING_S]
+        fitting = [row for row in recent if len(recent) == 1 or row.fits(chat)]
+        named = [row for row in fitting if row.model and row.model == chat.model]
+        fitting = named or fitting
+        if not fitting:
             return None
-        writer = chat.writer or "Splash"    # which has no line before its run is over
-        for other in self.running:
-            if (other is not chat and other.writer == writer == self._engines.get(chat.model, writer)
-                    and not other.certain and (writer == "Splash" or "totalMs" in other.stats)):
-                return other
-        return None
+        self._received.remove(fitting[0])
+        for row in fitting[1:]:     # which of them is the next chat's, nobody can say any more
+            row.doubted = True
+        return fitting[0] if len(fitting) == 1 and not fitting[0].doubted else None
 
-    def _release_stats(self):
-        """Tell the stats that waited."""
-        if self._held:
-            (chat, moment, model), self._held = self._held, None
-            self._give_stats(chat, moment, model, last=True)
+    def on_stream(self, entry):
+        found = self._pairs.of(entry)
+        found = [chat for chat in found if not (chat.stream or chat.run)] or found
+        if found:
+            found[-1].stream = True
 
-    def _close_in_app(self, chat, moment):
-        """A chat inside the app has no line for its end: its last figures are it."""
-        if not chat.api and chat.ended is None:
-            self._close(chat, "finished", moment)
+    def on_progress(self, entry):
+        percent = min(100.0, number(entry.fields["percent"].replace(",", ".")))
+        found = self._pairs.of(entry, ended=True)
+        chat = (found[0] if len(found) == 1
+                else pick(found, lambda c: c.ended is None, lambda c: not c.app_read, lambda c: c.run))
+        if chat is None:
+            chat = self._pairs.new(entry.moment, entry.model)  # we came in the middle
+            if percent:
+                chat.said.add("lmstudio_processing_start")
+        if len(found) == 1 and not chat.app_progress:
+            self._pairs.lives(chat)
+        self._pairs.by_progress(chat, percent >= 100)
+        chat.app_progress = True
+        self._tell.processing(chat, entry.moment, entry.model)
+        self._tell.say("lmstudio_prompt_progress", chat, entry.moment, entry.model, progress=percent,
+                       message=first_line(entry))
+        if percent >= 100:
+            chat.app_read = True
+            self._tell.generation(chat, entry.moment, entry.model)
 
-    def _finish_reading(self, chat):
-        """Of two chats that read at once on one model, the first to end has begun to generate: where it did
-        not seem so, what was taken for the other's start was its own."""
-        if chat.engine and "lmstudio_generation_start" not in chat.said:
-            for other in self.running:
-                if other.model == chat.model and other.engine and "lmstudio_generation_start" in other.said:
-                    chat.said.add("lmstudio_generation_start")
-                    other.said.discard("lmstudio_generation_start")
-                    other.app_read = False
-                    return
-
-    def _end(self, chat, moment, outcome, message, model):
+    def on_first_token(self, entry):
+        chat = pick([c for c in self._pairs.of(entry) if not c.first_token], lambda c: c.stream,
+                    lambda c: c.run, lambda c: c.app_progress)
         if chat:
-            if outcome == "finished":
-                self._hold_stats(chat, moment, model)
-                self._finish_reading(chat)
-            if chat.engine and "n_ctx" in chat.tokens:
-                self._give_tokens(chat, moment)
-            self._close(chat, outcome, moment)
-        self._say("lmstudio_chat_end", chat, moment, model, outcome=outcome, message=message)
+            chat.first_token = True
+            self._tell.generation(chat, entry.moment, entry.model)
+
+    # --- the app's ends
+
+    def on_finish(self, entry):
+        found = [chat for chat in self._pairs.of(entry) if chat.stream]
+        left = [chat for chat in self._pairs.of(entry, ended=True) if chat.abandoned]
+        chat = pick(found, lambda c: c.timed, lambda c: c.run, Chat.generates)
+        if left and (chat is None or not (chat.run and chat.run.timed)
+                     and entry.moment.epoch - left[-1].ended_at <= 2):
+            if not self._stayed(left[-1], entry):
+                left[-1].predicted = True  # it finished because its client had left
+                if left[-1].run and left[-1].run.timed:
+                    self._tell.chat_over(left[-1], left[-1].run.timed, entry.model)
+                return
+            chat = left[-1]
+        elif chat and not chat.timed:
+            for other in self._pairs.ended:
+                if chat in other.doubted and other.abandoned and entry.moment.epoch == other.ended_at:
+                    self._pairs.change_ends(chat, other)    # the disconnect line just before was its own
+                    chat.predicted = True
+                    return
+        self._tell.end(chat, entry.moment, "finished", first_line(entry), entry.model or shared_model(found))
+
+    def _stayed(self, chat, entry):
+        """True when the line that ended a chat was another's: its client would have left long ago."""
+        if entry.model and chat.doubted and (chat.timed or entry.moment.epoch - chat.ended_at > SWALLOW_S):
+            self._pairs.lives(chat)
+        return chat.ended is None
+
+    def on_prediction(self, entry):
+        body = prediction_of(entry.text)
+        chat, model = self._answered(entry, body)
+        self._take_answer(chat or self._pairs.new(entry.moment, model), body, entry.moment, model)
+
+    def on_response(self, entry):
+        body = prediction_of(entry.text)
+        chat, model = self._answered(entry, body)
+        if chat:
+            self._take_answer(chat, body, entry.moment, model)
+
+    def _answered(self, entry, body):
+        """(chat or None, model or None) of a whole answer.  A client that has left gets one, too."""
+        found = [chat for chat in self._pairs.of(entry, ended=True)
+                 if not (chat.predicted or chat.stream) and (chat.ended is None or chat.abandoned)]
+        total = prediction_figures(body)[0].get("promptTokens")
+        newest = max((chat.number for chat in found if chat.ended is None), default=0)
+        chat = pick(found, lambda c: c.run and c.run.has_read(total), lambda c: c.timed,
+                    lambda c: c.ended is None and c.generates(),
+                    lambda c: c.ended is None or (c.run or c.app_progress) and c.latest >= newest,
+                    lambda c: c.run, lambda c: c.app_progress)
+        return chat, entry.model or body.get("model") or shared_model(found)
+
+    def _take_answer(self, chat, body, moment, model):
+        chat.counts, chat.speeds = prediction_figures(body)
+        self._pairs.by_length(chat, chat.counts)
+        chat.answer_id, chat.answer_sure = body.get("id"), bool(self._tell.sure)
+        chat.predicted = True
+        if chat.ended is None:
+            self._tell.end(chat, moment, "finished", "Generated prediction", model)
+        else:
+            self._tell.chat_over(chat, moment, model)
+
+    def on_disconnect(self, entry):
+        now = entry.moment.epoch
+        found = self._pairs.of(entry)
+        for chat in self._pairs.ended:
+            began = any(other.number > chat.latest and (other.run or other.app_progress) for other in found)
+            if chat.ended == "finished" and not (chat.left or began) and now - chat.ended_at <= SWALLOW_S:
+                chat.left = True
+                self._swallowed = entry
+                return
+        chat = pick(found, lambda c: c.run or c.app_progress)
+        meant = found + [other for other in self._pairs.ended if other.doubted and other.abandoned]
+        if chat:
+            chat.doubted = [other for other in meant if other is not chat]
+        self._tell.end(chat, entry.moment, "disconnected", first_line(entry), meant and shared_model(meant) or None)
+
+    def on_stopped(self, entry):
+        for chat in self.running[:]:
+            if chat.api:
+                self._tell.end(chat, entry.moment, "error", first_line(entry), chat.model)
+            else:
+                self._pairs.close(chat, "stopped", entry.moment)
+        self._pairs.at.clear()
+
+    # --- errors that end chats
+
+    def on_render_error(self, entry, message):
+        found = self._pairs.of(entry)
+        self._tell.end(pick(found[::-1], lambda c: not c.run), entry.moment, "error", message,
+                       entry.model or shared_model(found))
+
+    def on_channel_error(self, entry, message):
+        found = self._pairs.of(entry)
+        self._tell.end(pick(found), entry.moment, "error", message, entry.model or shared_model(found))
+
+    def on_crash(self, entry, message):
+        for chat in self._pairs.of(entry):
+            self._tell.end(chat, entry.moment, "error", message, chat.model)
+        self._pairs.at.clear()
 
 
-# What a Chat has from the engine's lines, and the events that tell it.
-ENGINE_SIDE = ("engine", "writer", "untimed", "engine_model", "task", "slot", "begun", "read", "tokens",
-               "total",
-               "cached", "stats", "decoded", "timed")
-ENGINE_SAYS = frozenset(("lmstudio_sampling_params", "lmstudio_token_info", "lmstudio_cache_stats",
-                         "lmstudio_prediction_stats"))
 ENDINGS = frozenset(("finish", "prediction", "response"))
 TIMINGS = frozenset(("timings", "prompt_eval", "eval", "total", "draft", "release"))
 STATS = ("completionTokens", "promptTokensPerSecond", "tokensPerSecond", "timeToFirstTokenMs", "promptMs",

@@ -570,7 +570,7 @@ SITUATIONS = {
     "Splash, cancelled": (
         [START, STREAM, at(100), LEFT, SPLASH.format("Cancelled"), FINISH],
         [*BEGUN, "processing_start model=m", seen(100), "generation_start model=m", "chat_end outcome=disconnected model=m",
-         *(event.replace(" model=m", "") for event in SPLASH_STATS)]),
+         *SPLASH_STATS]),
     "a crash ends all that runs, and the next request is a new one": (
         [START, STREAM, PROMPT, START, STREAM, CRASH, "4 " + START, "4 " + STREAM, "4 " + FINISH],
         [*BEGUN, *READ, *BEGUN, "error", "chat_end outcome=error model=m", "chat_end outcome=error model=m",
@@ -622,7 +622,8 @@ SITUATIONS = {
          "DEBUG [cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache", at(0, "x"), PROMPT, at(40), at(100, "x"),
          FINISH.replace("[m]", "[x]"), at(100), TIMED, RELEASE, FINISH],
         [*BEGUN, "chat_start messages=2 model=x", "cache_stats reused=0 total=11",
-         "token_info totalPromptTokens=11 promptTokensToDecode=11", "processing_start", seen(0, "x"), *READ, seen(40),
+         "token_info totalPromptTokens=11 promptTokensToDecode=11", "processing_start", seen(0, "x"),
+         *(event.replace(" model=m", "") for event in READ), seen(40),
          seen(100, "x"), "generation_start model=x", "chat_end outcome=finished model=x", seen(100), "generation_start model=m",
          STATS, "chat_end outcome=finished model=m"]),
 }
