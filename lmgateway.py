@@ -1039,7 +1039,7 @@ ENDED_KEPT = 8  # ended chats that late lines can still mean
 RECEIVED_KEPT = 8  # requests whose chat has not begun
 SETTLING_S = 120  # an abandoned chat can still write lines for so long
 HELD_S = 1  # the engine's timings and the app's last line come within this, in either order
-SWALLOW_S = 1  # a disconnect line this soon after an end says nothing new (LOGS.md, case 8)
+SWALLOW_S = 1  # a disconnect line this soon after an end says nothing new
 UNTIMED = frozenset(("MLX", "Splash"))  # engines that write no timings of llama.cpp's
 
 
@@ -1130,6 +1130,9 @@ class Chat:
         return self.has_said("lmstudio_generation_start")
 
 
+LOGGED_MODEL = re.compile(r'\n  "model": "([^"\\]+)"')  # pretty-printed with two blanks
+
+
 class Received:
     """A request as the log has it, before its chat begins.  text holds the body, long strings cut."""
 
@@ -1144,12 +1147,15 @@ class Received:
 
     @property
     def model(self):
-        return self.body.get("model")
+        """The model that was asked for, None where it does not stand there."""
+        found = LOGGED_MODEL.search(self.text)
+        return found and found[1]
 
     def fits(self, chat):
-        """True when the chat has as many messages, or the body does not tell."""
-        messages = self.body.get("messages")
-        return not isinstance(messages, list) or len(messages) == chat.messages
+        """True when the chat has as many messages, or the body does not tell.  They are counted without
+        reading the JSON: inside a string the second quote of "role" has a backslash before it."""
+        messages = self.text.count('"role": ')
+        return not messages or messages == chat.messages
 
 
 def pick(chats, *preferences):
@@ -1208,7 +1214,8 @@ class Pairs:
                 if chat.api and (entry.model is None or chat.model is None or chat.model == entry.model)]
 
     def alive(self, entry):
-        """The chats that can still write app lines: running ones, and abandoned ones that have not settled."""
+        """The chats that can still write app lines: running ones, and abandoned ones that have not
+        settled."""
         return [chat for chat in self.of(entry, ended=True) if chat.ended is None
                 or chat.abandoned and entry.moment.epoch - chat.ended_at < SETTLING_S]
 
@@ -1264,7 +1271,8 @@ class Pairs:
             meant.append(chat)
         run = Run(writer, meant)
         run.chat, chat.run = chat, run
-        self.runs = [other for other in self.runs[-CHATS_KEPT:] if not all(chat.ended for chat in other.meant)]
+        self.runs = [other for other in self.runs[-CHATS_KEPT:]
+                     if not all(chat.ended for chat in other.meant)]
         self.runs.append(run)
         if writer == "G1":  # it has no tasks: its lines can be of any run that goes on
             together = [other for other in self.runs if other.writer == writer and not other.over
@@ -1354,7 +1362,8 @@ class Pairs:
         has had none of them."""
         first = chat.run is None and not chat.app_progress
         for run in self.runs if first or read and chat.free else ():
-            taken = run.chat.app_progress if first else run.chat.app_read or not run.read or chat.run and chat.run.read
+            taken = (run.chat.app_progress if first
+                     else run.chat.app_read or not run.read or chat.run and chat.run.read)
             if chat in run.meant and not (run.certain or taken or run.over) and run.chat.model != chat.model:
                 self.pair(run, chat)
                 return
@@ -1442,7 +1451,7 @@ class Telling:
     def chat_over(self, chat, moment, model):
         """The app says that a chat is over: tell its stats, or wait for the engine's within that second.
 
-        The two write over channels of their own (LOGS.md section 4, order of one request)."""
+        The two write over channels of their own: within a second their order is open."""
         self._pairs.by_end(chat)
         run = chat.run
         if run is None or run.writer in UNTIMED or run.over:
@@ -1467,9 +1476,11 @@ class Telling:
 
     def _stats(self, run, chat, moment, model):
         """lmstudio_prediction_stats of a run with what its chat's answer adds, or of an answer alone."""
-        name, counts, stats = "lmstudio_prediction_stats", chat.counts, {}
+        name, counts = "lmstudio_prediction_stats", chat.counts
+        stats: dict[str, Any] = {}
         if run:
-            if counts and run.total and not run.certain and not run.has_read(counts.get("promptTokens", run.total)):
+            read = counts.get("promptTokens", run.total)
+            if counts and run.total and not run.certain and not run.has_read(read):
                 run.said.discard(name)
                 run, stats = None, {}
             else:
@@ -1678,7 +1689,8 @@ class EngineLines:
         self._timing = fields["task"]
 
     def on_prompt_eval(self, fields, moment):
-        self._timed(fields, moment).stats.update(evaluated=int(fields["tokens"]), promptMs=number(fields["ms"]),
+        self._timed(fields, moment).stats.update(evaluated=int(fields["tokens"]),
+                                                 promptMs=number(fields["ms"]),
                                                  promptTokensPerSecond=rate(fields))
 
     def on_eval(self, fields, moment):
@@ -1748,7 +1760,7 @@ class Story(EngineLines):
         if entry.row.fact in ("received", "start"):
             self._tell.release()
         alive = self._pairs.alive(entry)
-        if entry.row.fact in ENDINGS and entry.model:   # one engine runs a model: who has none of its lines waits
+        if entry.row.fact in ENDINGS and entry.model:   # one engine runs a model: who has no line of it waits
             alive = [chat for chat in alive if chat.run] or alive
         self._tell.sure, self._tell.meant = len(alive) < 2, None
         self._facts[entry.row.fact](entry)
@@ -1913,7 +1925,8 @@ class Story(EngineLines):
         meant = found + [other for other in self._pairs.ended if other.doubted and other.abandoned]
         if chat:
             chat.doubted = [other for other in meant if other is not chat]
-        self._tell.end(chat, entry.moment, "disconnected", first_line(entry), meant and shared_model(meant) or None)
+        self._tell.end(chat, entry.moment, "disconnected", first_line(entry), meant and shared_model(meant)
+                       or None)
 
     def on_stopped(self, entry):
         for chat in self.running[:]:
@@ -3693,7 +3706,8 @@ def since_epoch(text, now):
 
 def usage_rows(connection, groups, since=0.0):
     """Sums by GROUPS as a list of dicts, newest day or most tokens first; without groups one row, of all."""
-    columns = [*(f"{GROUPS[group]} AS {group}_" for group in groups), *(f"{sql} AS {name}" for name, sql in SUMS)]
+    columns = [*(f"{GROUPS[group]} AS {group}_" for group in groups),
+               *(f"{sql} AS {name}" for name, sql in SUMS)]
     order = "day_ DESC" if "day" in groups else "promptTokens + completionTokens DESC"
     grouped = f"GROUP BY {', '.join(f'{group}_' for group in groups)} ORDER BY {order}" if groups else ""
     query = f"SELECT {', '.join(columns)} FROM {TIMED} WHERE started >= ? {grouped}"

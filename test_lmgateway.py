@@ -1281,6 +1281,25 @@ def test_a_request_that_waits_for_the_engine_cannot_be_the_one_that_finished(utc
     assert (office.told(one)[-1], office.told(two)) == ("lmstudio_chat_end", ["lmstudio_chat_start"])
 
 
+def test_two_timing_blocks_before_the_first_end_are_two_stats(utc):
+    office = Office()
+    office.log(running("m/one"), streaming("m/one"), engine_run(1, 500))
+    office.log(running("m/two"), streaming("m/two"), engine_run(2, 700))
+    office.log(engine_end(1, 500, 20), engine_end(2, 700, 30))
+    office.log(finished("m/two"), finished("m/one"))
+    stats = [event.data for event in office.events if event.name == "lmstudio_prediction_stats"]
+    assert [(row["promptTokens"], row["completionTokens"]) for row in stats] == [(500, 20), (700, 30)]
+
+
+def test_each_of_two_requests_on_one_model_begins_once(utc):
+    office = Office()
+    office.log(running("m/one"), streaming("m/one"), running("m/one"))
+    for task, prompt in ((1, 500), (2, 700)):
+        office.log(engine_run(task, prompt), percent("m/one", 0), percent("m/one", 100), engine_end(task, prompt, 9))
+    names = [event.name for event in office.events]
+    assert (names.count("lmstudio_processing_start"), names.count("lmstudio_generation_start")) == (2, 2)
+
+
 def test_a_request_sent_after_the_chats_line_did_not_cause_it(utc):
     office = Office()
     one = office.ask("r1")
