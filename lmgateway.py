@@ -528,7 +528,7 @@ RULES = (
          r"prompt processing, n_tokens = +(?P<tokens>\d+), progress = (?P<share>\d+\.\d+)(?:, t = +[\d.]+ s "
          r"/ (?P<rate>[\d.]+))?",
          "1.02.003.004 I slot print_timing: id  2 | task 9 | prompt processing, n_tokens =   1024, "
-         "progress = 0.39, " "t =   0.44 s / 2337.12 tokens per second"),
+         "progress = 0.39, t =   0.44 s / 2337.12 tokens per second"),
     Rule("decoded", "engine", "line", "G3", r"n_decoded = +(?P<tokens>\d+), tg = +(?P<rate>[\d.]+) t/s",
          "1.02.003.004 I slot print_timing: id  2 | task 9 | n_decoded =    197, tg =  32.55 t/s, tg_3s = "
          " 32.18 t/s"),
@@ -570,7 +570,7 @@ RULES = (
          r"|cache reuse is not supported|n_past = |restored context|created context|erased invalidated"
          r"|checking checkpoint"
          r"|- cache state: |- prompt [0-9A-F]+:|saving idle slot|- saving prompt|clearing prompt|chat "
-         r"format: |graphs reused" r"|loading model|initializing, n_slots|prompt_save: |statistics ",
+         r"format: |graphs reused|loading model|initializing, n_slots|prompt_save: |statistics ",
          "0.30.013.273 I slot get_availabl: id  3 | task -1 | selected slot by LRU, t_last = -1"),
     Rule("", "engine", "line", "G2 G3", r"LlamaV4(?:::|: server assigned slot \d+ to task)",
          "LlamaV4: server assigned slot 1 to task 3416"),
@@ -1401,7 +1401,7 @@ class Telling:
 
     def _once(self, name, teller, moment, model, **data):
         """What a Run and its Chat tell once together."""
-        chat = teller.chat if isinstance(teller, Run) else teller
+        chat: Any = teller.chat if isinstance(teller, Run) else teller
         if not chat.has_said(name):
             teller.said.add(name)
             self.say(name, chat, moment, model, **data)
@@ -1563,8 +1563,8 @@ class EngineLines:
             if run.timed:
                 self._tell.run_over(run, run.timed)
 
-    def _attach(self, moment, *numbers, chosen=None):
-        return self._pairs.attach(self._writer, moment, *numbers, chosen=chosen)
+    def _attach(self, moment, slot=None, task=None, chosen=None):
+        return self._pairs.attach(self._writer, moment, slot, task, chosen)
 
     def _at_work(self, moment, fields=None, lacks=None):
         return self._pairs.at_work(self._writer, moment, fields, lacks)
@@ -2689,6 +2689,10 @@ class Record:
         tokens = self.used("completionTokens")
         return round(1000 * tokens / self.speed, 1) if self.speed and tokens else self._phase_ms("generating")
 
+    def queued_ms(self):
+        """How long it waited in LM Studio's queue; None where the log did not show that."""
+        return self._phase_ms("queued")
+
     def _phase_ms(self, name):
         return next((phase["ms"] for phase in self.phases(self.clock) if phase["name"] == name), None)
 
@@ -3160,6 +3164,8 @@ METRICS = (
            "From arrival to the first content, reasoning or tool call", DURATION_S),
     Metric("lmstudio_gateway_time_per_output_token_seconds", "histogram", ("model",),
            "Between tokens of a stream, at the mean", A_TOKEN_S),
+    Metric("lmstudio_gateway_queue_seconds", "histogram", ("key_priority",),
+           "Time in LM Studio's queue, where the log shows it; keys have one priority", DURATION_S),
     Metric("lmstudio_gateway_overhead_seconds", "histogram", (),
            "From a request's last byte to its first byte to LM Studio", OVERHEAD_S),
     Metric("lmstudio_gateway_requests_in_flight", "gauge", ("model",), "Requests that are running"),
@@ -3236,6 +3242,8 @@ class Figures:
         self.add("lmstudio_gateway_requests_total", key, model, endpoint, str(record.status or 0))
         self.count_tokens(record)
         self.observe("lmstudio_gateway_overhead_seconds", record.overhead_s)
+        queued = record.queued_ms()
+        self.observe("lmstudio_gateway_queue_seconds", queued and queued / 1000, "default")
         stream = "true" if record.stream else "false"
         self.observe("lmstudio_gateway_request_duration_seconds", record.total_ms / 1000, endpoint, model,
                      stream)
@@ -6471,8 +6479,7 @@ class DemoRun:
                         f"({read_ms / max(1, fresh):8.2f} ms per token, {1000 * fresh / read_ms:8.2f} "
                         "tokens per second)",
                         f"slot print_timing: {self.slot}       eval time = {write_ms:10.2f} ms / "
-                        f"{self.completion:5} "
-                        "tokens " f"({write_ms / max(1, self.completion):8.2f} ms per token, "
+                        f"{self.completion:5} tokens ({write_ms / max(1, self.completion):8.2f} ms per token, "
                         f"{1000 * self.completion / write_ms:8.2f} tokens per second)",
                         f"slot print_timing: {self.slot}      total time = {read_ms + write_ms:10.2f} ms / "
                         f"{fresh + self.completion:5} tokens",

@@ -1597,6 +1597,19 @@ def test_histograms_are_cumulative_and_labels_escaped():
     assert f'lmstudio_time_to_first_token_seconds_count{{{label}}} 3' in text
 
 
+def test_time_in_lm_studios_queue_is_counted_where_the_log_shows_it(utc):
+    office, figures = Office(), lmgateway.Figures()
+    shown, unseen = office.ask("r1"), office.ask("r2", messages=7)
+    office.log(running("m/one"))
+    office.clock += 3
+    office.log(percent("m/one", 0))
+    for record in (shown, unseen):
+        office.over(record)
+        figures.count_request(record)
+    assert 'lmstudio_gateway_queue_seconds_count{key_priority="default"} 1' in exposition(figures)
+    assert 'lmstudio_gateway_queue_seconds_sum{key_priority="default"} 3.0' in exposition(figures)
+
+
 def test_tokens_that_the_log_tells_later_are_counted_once():
     figures, record = lmgateway.Figures(), lmgateway.Record("r1", 0, 0)
     record.end(1, lmgateway.Outcome("abandoned", None, "left", "client_disconnected"))
