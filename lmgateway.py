@@ -4073,7 +4073,6 @@ class Follower:
             self.position, self._head = self.size, head
             file.seek(max(0, self.size - ANCHOR))
             self._anchor = file.read(ANCHOR)[: self.size]
-            self._seen = None
         else:
             self._start_over()
         return False
@@ -4184,7 +4183,9 @@ class Monitor:
         if news:
             return self._take(news, old, now), YIELD_S
         if news is None:
-            return self.parser.end(), 0
+            events = self.parser.end()
+            self.parser.forget()
+            return events, 0
         since = now - self._last_news
         if not self._settled and since >= (MIDLINE_S if self.parser.midline else QUIET_S):
             self._settled = True
@@ -4198,8 +4199,7 @@ class Monitor:
             return self.parser.feed(news)
         if old is None:
             return []
-        events = self.parser.end()
-        self.parser.forget()
+        events = self.parser.end()  # and not forget(): LM Studio may go on with an entry in the next file
         event = switch_event(old, news, utc_text(self._now()))
         self.switches[event.name] += 1
         return [*events, event]
@@ -4213,7 +4213,8 @@ def replay(paths, publish):
     for path in paths:
         if old is not None:
             publish(parser.end())
-            parser.forget()
+            if not ("", 0) < log_place(old) < log_place(path):  # else LM Studio may go on with an entry in it
+                parser.forget()
             moment = parser.last_moment
             publish([switch_event(old, path, moment.utc if moment else utc_text(0))])
         old = path
@@ -4258,13 +4259,14 @@ def saved_logs(paths):
 
 def flat_logs(directory):
     """The logs that lie directly in a directory, server logs by date and number, others by name."""
+    names = sorted(os.listdir(directory), key=lambda name: (*log_place(name), name))
+    return [os.path.join(directory, name) for name in names if name.endswith(".log")]
 
-    def place(name):
-        match = LOG_NAME.fullmatch(name)
-        return (match[1], int(match[2]), name) if match else ("", 0, name)
 
-    return [os.path.join(directory, name) for name in sorted(os.listdir(directory), key=place)
-            if name.endswith(".log")]
+def log_place(path):
+    """(day, number) of a server log by its name; ("", 0) for any other file."""
+    match = LOG_NAME.fullmatch(os.path.basename(path))
+    return (match[1], int(match[2])) if match else ("", 0)
 
 
 # === 6. UPSTREAM: requests to LM Studio ======================================
@@ -5810,7 +5812,9 @@ def stream_frames(hub, since, names, watcher, request):
         yield sse_frame(last, "connected", message, retry=f"retry: {RETRY_MS}\n")
         while True:
             frames, cursor, lost = hub.read(cursor)
-            parts = [frame for name, frame in frames if not names or name in names]
+            wanted = [(seq, frame) for seq, (name, frame) in enumerate(frames, cursor - len(frames) + 1)
+                      if not names or name in names]
+            parts = [frame for _, frame in wanted]
             for missed in (gap, lost):
                 if missed and frames:
                     parts.insert(0, sse_frame(last, "gap", gap_data(missed, hub.now())))
@@ -5818,7 +5822,7 @@ def stream_frames(hub, since, names, watcher, request):
                 parts.append(sse_frame(last, "gap", gap_data(gap, hub.now())))
             gap = None
             if parts:
-                last = hub.event_id(cursor)
+                last = hub.event_id(wanted[-1][0]) if wanted else last
                 yield b"".join(parts)
             if len(frames) == BATCH:
                 continue

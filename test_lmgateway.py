@@ -1885,6 +1885,9 @@ def test_the_newest_log_is_read_from_its_end_and_numbers_are_numbers(tmp_path):
         logs.write(name, "old")
     (tmp_path / "2026-05" / "2026-06-01.1.log.bak").write_bytes(HEADER + b"not a log\n")
     (tmp_path / "2026-05" / "notes").mkdir()
+    (tmp_path / "2026-06").write_bytes(b"no directory")
+    (tmp_path / "2026-05-copy").mkdir()
+    (tmp_path / "2026-05-copy" / "2026-05-30.1.log").write_bytes(HEADER + b"no month of LM Studio's\n")
     (tmp_path / "other").mkdir()
     assert logs.look() == []
     logs.write("2026-05-01.10", "a", "b")
@@ -1898,6 +1901,18 @@ def test_from_start_begins_at_the_start_of_the_newest_file(tmp_path):
     logs.write("2026-04-30.1", "old")
     logs.write("2026-05-01.1", "a", "b")
     assert logs.look(QUIET) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("mtimes", "told"), [([5e8], []), ([2e9], ["1"]), ([5e8, 2e9, 2e9], ["2", "3"]), ([5e8, 6e8], [])])
+def test_of_a_directory_that_appears_later_only_what_was_written_since_the_start_is_news(tmp_path, mtimes, told):
+    logs = Logs(tmp_path / "server-logs", started=1e9)
+    assert logs.look(1) == []
+    for number, mtime in enumerate(mtimes, 1):
+        logs.write(f"2026-05-01.{number}", str(number))
+        os.utime(logs.path(f"2026-05-01.{number}"), (mtime, mtime))
+    assert [word for word in logs.look(QUIET) if ">" not in word] == told
+    logs.write(f"2026-05-01.{len(mtimes)}", "more")
+    assert logs.look(QUIET) == ["more"]
 
 
 def write_in_pieces(logs, data, size):
@@ -1951,6 +1966,34 @@ def test_a_new_day_number_and_month_are_read_after_the_rest_of_the_old_file(logs
     assert logs.look(QUIET) == ["2026-05 >> 2026-06-01.1", "e"]
 
 
+def test_what_the_old_file_gets_while_the_new_one_appears_is_read_first(logs, monkeypatch):
+    logs.write("2026-05-01.2")
+    assert logs.look() == []
+
+    def read(original=logs.follower._read):
+        news = original()
+        monkeypatch.undo()      # just after the look at the old file, both are written
+        logs.write("2026-05-01.1", "last")
+        logs.write("2026-05-01.2", "first")
+        return news
+
+    monkeypatch.setattr(logs.follower, "_read", read)
+    assert logs.look(QUIET) == ["last", "2026-05-01.1 > 2026-05-01.2", "first"]
+
+
+def test_an_entry_that_goes_on_in_the_next_file_is_lost_in_no_part(logs):
+    logs.write("2026-05-01.1", "begun\nha", end=b"")
+    logs.path("2026-05-01.2").write_bytes(b"lf\nrest\n" + HEADER + b"next\n")
+    assert logs.look(QUIET) == ["begun\nha", "2026-05-01.1 > 2026-05-01.2", "lf\nrest continued", "next"]
+
+
+def test_a_replaced_file_continues_nothing(logs):
+    logs.write("2026-05-01.1", "half a li", end=b"")
+    assert logs.look() == []
+    logs.path("2026-05-01.1").write_bytes(b"x" * 99 + b"\n" + HEADER + b"new\n")
+    assert logs.look(QUIET) == ["half a li", "new"]
+
+
 def test_several_files_at_once_are_read_in_order_of_time(logs):
     logs.write("2026-05-01.1", "a")
     for name in ("2026-05-01.10", "2026-06-02.1", "2026-05-01.9", "2026-05-30.1"):
@@ -1973,6 +2016,14 @@ def test_an_empty_newer_file_or_month_is_not_taken_before_something_stands_in_it
     assert logs.look(QUIET) == ["june"]
 
 
+def test_a_new_file_is_seen_soon_where_directories_keep_their_times(logs):
+    times = [(path, path.stat()) for path in (logs.directory, logs.directory / "2026-05")]
+    logs.write("2026-05-02.1", "next")
+    for path, state in times:
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert logs.look(2.5) == ["2026-05-01.1 > 2026-05-02.1", "next"]
+
+
 def test_a_new_file_in_a_month_that_was_there_already_is_seen_at_once(logs):
     logs.path("2026-06-01.1")
     assert logs.look(1) == []
@@ -1982,7 +2033,8 @@ def test_a_new_file_in_a_month_that_was_there_already_is_seen_at_once(logs):
 
 REPLACED = {
     "emptied and written anew": lambda path: path.write_bytes(HEADER + b"new\n"),
-    "written anew, as long as before": lambda path: path.write_bytes(HEADER + b"new" + b"." * 14 + b"\n"),
+    "written anew, as long as before": lambda path: path.write_bytes(
+        (HEADER + b"new").ljust(path.stat().st_size - 1, b".") + b"\n"),
     "written anew, longer": lambda path: path.write_bytes(HEADER + b"new" + b"." * 3000 + b"\n"),
     "renamed and made again": lambda path: (path.rename(path.with_suffix(".bak")), path.write_bytes(HEADER + b"new\n")),
     "deleted and made again, longer": lambda path: (path.unlink(), path.write_bytes(HEADER + b"new" + b"." * 900 + b"\n")),
@@ -1991,14 +2043,17 @@ REPLACED = {
 }
 
 
-def test_another_file_is_told_by_its_beginning_where_the_rest_is_alike(logs):
+@pytest.mark.parametrize(("changed", "told"), [(b"old", ["new", "two", "x" * 300, "more"]),
+                                               (b"two", ["old", "new", "x" * 300, "more"]), (b"none", ["more"])])
+def test_another_file_is_told_by_its_beginning_where_the_rest_is_alike(logs, changed, told):
     path = logs.path("2026-05-01.1")
-    logs.write("2026-05-01.1", "x" * 300)
-    assert logs.look(QUIET) == ["x" * 300]
+    for word in ("two", "x" * 300):
+        logs.write("2026-05-01.1", word)
+        assert logs.look(QUIET) == [word]
     other = path.with_suffix(".tmp")
-    other.write_bytes(path.read_bytes().replace(b"old", b"new") + HEADER + b"more\n")
+    other.write_bytes(path.read_bytes().replace(changed, b"new") + HEADER + b"more\n")
     other.replace(path)
-    assert logs.look(QUIET) == ["new", "x" * 300, "more"]
+    assert logs.look(QUIET) == told
 
 
 @pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
@@ -2009,6 +2064,17 @@ def test_a_replaced_file_is_read_from_its_start(logs, replace):
     assert [word.rstrip(".") for word in logs.look(QUIET)] == ["new"]
     logs.write("2026-05-01.1", "after")
     assert logs.look(QUIET) == ["after"]
+
+
+@pytest.mark.parametrize("words", [["new", "x" * 300, "more"], ["new", "more" * 200]], ids=["alike before the end", "all new"])
+def test_a_file_that_is_replaced_before_anything_of_it_was_read_is_read_from_its_start(tmp_path, words):
+    logs = Logs(tmp_path)
+    logs.write("2026-05-01.1", "old", "x" * 300)
+    assert logs.look() == []
+    path = logs.path("2026-05-01.1")
+    path.rename(path.with_suffix(".bak"))
+    logs.write("2026-05-01.1", *words)
+    assert logs.look(QUIET) == words
 
 
 def test_a_file_cut_short_goes_on_where_it_ends_now(logs):
@@ -2037,6 +2103,7 @@ def test_a_directory_may_come_late_vanish_and_return(tmp_path, caplog):
     assert logs.look(3) == []
     assert "server-logs" in logs.follower.problem
     (tmp_path / "away").rename(logs.directory)
+    assert (logs.look(QUIET), logs.follower.problem) == ([], None)
     logs.write("2026-05-01.1", "second")
     assert logs.look(QUIET) == ["second"]
     assert len(caplog.records) == 2     # each said once
@@ -2070,6 +2137,43 @@ def test_a_file_that_cannot_be_read_for_a_while_is_said_once_and_read_later(logs
     assert logs.look(QUIET) == ["a", "b"]
     assert logs.follower.problem is None
     assert len([record for record in caplog.records if "Permission denied" in record.getMessage()]) == 1
+
+
+def test_a_file_that_cannot_be_read_at_the_start_is_said_and_read_later(tmp_path, monkeypatch, caplog):
+    caplog.set_level("WARNING", "lmgateway")
+    logs = Logs(tmp_path)
+    logs.write("2026-05-01.1", "old")
+
+    def refused(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refused)
+    assert logs.look(3) == []
+    monkeypatch.undo()
+    logs.write("2026-05-01.1", "new")
+    assert (logs.look(QUIET), logs.follower.problem) == (["new"], None)
+    assert len([record for record in caplog.records if "Permission denied" in record.getMessage()]) == 1
+
+
+def test_an_old_file_that_cannot_be_read_holds_up_the_newer_one_for_a_while_only(logs, monkeypatch):
+    old = str(logs.path("2026-05-01.1"))
+
+    def guarded(path, *args, original=open, **kwargs):
+        if str(path) == old and refused:
+            raise PermissionError(13, "Permission denied")
+        return original(path, *args, **kwargs)
+
+    refused = True
+    monkeypatch.setattr("builtins.open", guarded)
+    logs.write("2026-05-01.1", "a")
+    logs.write("2026-05-01.2", "b")
+    assert logs.look(8) == []
+    refused = False
+    assert logs.look(0) == [] and logs.follower.position == logs.follower.size
+    refused = True
+    logs.write("2026-05-01.1", "more")
+    assert logs.look(8) == ["a"]        # patience began anew
+    assert logs.look(4) == ["2026-05-01.1 > 2026-05-01.2", "b"]
 
 
 def test_a_path_that_is_no_file_is_no_end(logs):
@@ -2115,9 +2219,15 @@ def test_looking_is_cheap_and_its_pace_follows_the_log(logs, monkeypatch):
     logs.write("2026-05-01.1", "a")
     assert logs.monitor.step()[1] == lmgateway.YIELD_S              # news: at once again
     assert logs.monitor.step()[1] <= 0.02           # while bytes flow
+    calls.clear()
+    logs.look(1)
+    assert calls["stat"] < 150      # one of the file each time, now and then those of the directories
     logs.clock += 60
     logs.look(1)
     assert 0.02 < logs.monitor.step()[1] <= 0.2     # after a long quiet
+    for month in range(1, 13):
+        logs.path(f"2025-{month:02}-01.1")      # old months cost nothing
+    logs.look(1)
     calls.clear()
     logs.look(10)
     assert calls["stat"] < 500
@@ -2131,9 +2241,21 @@ def test_the_home_directory_is_found_as_lm_studio_finds_it(tmp_path):
     assert found() == tmp_path / ".lmstudio"
     (tmp_path / ".cache" / "lm-studio").mkdir(parents=True)
     assert found() == tmp_path / ".cache" / "lm-studio"
-    (tmp_path / ".lmstudio-home-pointer").write_text(" /else/where \n", encoding="utf-8")
-    assert found() == Path("/else/where")
+    for pointer, home in ((" /else/where \n", Path("/else/where")), (" \n", tmp_path / ".cache" / "lm-studio"),
+                          ("/a\0b", tmp_path / ".cache" / "lm-studio")):
+        (tmp_path / ".lmstudio-home-pointer").write_text(pointer, encoding="utf-8")
+        assert found() == home
     assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", ".lmstudio-home-pointer"]     # nothing is written
+
+
+def test_on_windows_a_size_is_asked_of_the_open_file_because_the_directorys_can_be_old(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(b"12345")
+    path, old = str(tmp_path / "x"), os.stat(tmp_path)
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "stat", lambda path: old)
+        windows.setattr(os, "name", "nt")
+        state = lmgateway.file_state(path)
+    assert state.st_size == 5
 
 
 def test_the_log_directory_is_the_one_with_the_newest_log(tmp_path):
@@ -2209,6 +2331,10 @@ def test_room_of_the_logs_is_measured_and_warned_of(tmp_path, monkeypatch):
     assert (facts["directoryBytes"], facts["growthBytesPerDay"]) == (10000, 10000)
     assert "take 10.0 kB" in facts["warnings"][0] and "--prune" in facts["warnings"][0]
     assert lmgateway.LogVolume(str(tmp_path), 0).facts()["warnings"] == facts["warnings"][1:]
+    with monkeypatch.context() as growing:
+        growing.setattr(lmgateway, "LOW_DISK_BYTES", 0)
+        growing.setattr(lmgateway, "daily_growth", lambda sizes, today: 10**18)     # full within three days
+        assert "free on the disk" in lmgateway.LogVolume(str(tmp_path), 0).facts()["warnings"][0]
     assert lmgateway.LogVolume(str(tmp_path / "none"), 1).facts() == {
         "directoryBytes": None, "growthBytesPerDay": None, "freeBytes": None, "warnings": []}
     monkeypatch.setattr(lmgateway, "LOW_DISK_BYTES", 10**18)
@@ -3591,13 +3717,69 @@ def test_what_the_ring_no_longer_holds_is_told_as_a_gap(fronts):
         assert next(frames)[0] == front.hub.event_id(first)
 
 
+def test_the_id_of_an_event_source_that_reconnects_counts_before_the_since_of_its_address(front):
+    mark = front.hub.last
+    for _ in range(3):
+        front.hub.tell("one")
+    with listening(front, f"?since={front.hub.event_id(mark)}", f"Last-Event-ID: {front.hub.event_id(mark + 2)}") as (
+            _, _, frames):
+        assert [next(frames)[0] for _ in range(2)] == [front.hub.event_id(mark + 2), front.hub.event_id(mark + 3)]
+
+
+def test_what_is_published_while_a_listener_connects_is_not_lost():
+    """Between its place in the stream and its first look at the ring."""
+    hub, watcher = lmgateway.Hub(), types.SimpleNamespace(watch=lambda *args: None, forget=lambda sock: None)
+    with contextlib.closing(lmgateway.stream_frames(hub, "", (), watcher, types.SimpleNamespace(connection=None))) as frames:
+        assert b"event: connected" in next(frames)
+        hub.tell("between")
+        assert next(frames).startswith(f"id: {hub.event_id(1)}\nevent: between".encode())
+
+
+def test_a_client_that_does_not_read_holds_nobody_up_and_is_told_what_it_lost(fronts):
+    front, filler = fronts(), "x" * 1000
+    with listening(front, "?events=last") as (_, _, quick), contextlib.closing(socket.socket()) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.settimeout(PATIENCE_S)
+        slow.connect(("127.0.0.1", front.port))
+        slow.sendall(request("GET /debug/stream", close=False))
+        first = read_until(slow, b"event: connected").partition(b"\r\n\r\n")[2]
+        next(quick)
+        for _ in range(36):
+            front.hub.publish([Event("n", {"timestamp": "x", "text": filler})] * 500)
+        front.hub.tell("last")
+        assert next(quick)[1] == "last"
+        seqs, lost, name = [], [], ""
+        frames = frames_of(slow, first)
+        while name != "last":
+            event_id, name, data, _ = next(frames)
+            if name == "gap":
+                lost += range(*(int(data[end].partition("-")[2]) for end in ("from", "to")))
+                lost.append(lost[-1] + 1)
+                assert data["count"] == len(lost) and (event_id, data["to"]) == (
+                    front.hub.event_id(seqs[-1]), front.hub.event_id(lost[-1]))
+            elif name != "connected":
+                seqs.append(int(event_id.partition("-")[2]))
+        assert lost and sorted(seqs + lost) == list(range(1, 18_002))
+        assert seqs == sorted(seqs)
+
+
 def test_silence_is_broken_by_pings(front, monkeypatch):
+    assert lmgateway.PING_S == 15
     monkeypatch.setattr(lmgateway, "PING_S", 0.02)
     with listening(front) as (_, _, frames):
         last = next(frames)[0]
         for _ in range(2):
             event_id, name, data, _ = next(frames)
             assert (event_id, name, list(data)) == (last, "ping", ["timestamp"])
+
+
+def test_a_ping_repeats_the_id_of_the_event_that_its_listener_got_last(front, monkeypatch):
+    monkeypatch.setattr(lmgateway, "PING_S", 0.02)
+    with listening(front, "?events=wanted") as (_, _, frames):
+        next(frames)
+        front.hub.publish([Event(name, {"timestamp": "x"}) for name in ("other", "wanted", "other")])
+        wanted = next(frame for frame in frames if frame[1] == "wanted")[0]
+        assert (wanted, next(frames)[:2]) == (front.hub.event_id(front.hub.last - 1), (wanted, "ping"))
 
 
 def test_the_stream_ends_in_order_when_the_gateway_stops(fronts):
@@ -5304,7 +5486,9 @@ def test_standard_input_is_replayed(tmp_path):
     assert unmet(expected_of(sample("splash-stream")), [Event(line["event"], line["data"]) for line in json_lines(run.stdout)]) == []
 
 
-@pytest.mark.parametrize("start, said", [("words".encode("utf-16"), "UTF-16"), (gzip.compress(b"words"), "packed")])
+@pytest.mark.parametrize("start, said", [
+    (b"\xff\xfew\0", "UTF-16"), (b"\xfe\xff\0w", "UTF-16"), (gzip.compress(b"words"), "packed"), (b"PK\3\4\24\0", "packed"),
+    (b"\x28\xb5\x2f\xfd\4", "packed")])
 def test_what_is_no_log_is_said(tmp_path, capfd, monkeypatch, start, said):
     monkeypatch.setattr("signal.signal", lambda *args: None)
     (tmp_path / "x.log").write_bytes(start)
@@ -5327,8 +5511,23 @@ def test_directories_are_replayed_in_date_order_with_their_switches(tmp_path):
     run = command(tmp_path, "--tail-only", "--json", "--events", "lmstudio_log", tmp_path / "flat", sample("bystanders"))
     assert [line["data"]["message"] for line in json_lines(run.stdout)][:2] == ["2026-05-01.9.log", "2026-05-01.10.log"]
     assert json_lines(run.stdout)[2]["data"]["message"] == "Server stopped."
+    assert lmgateway.saved_logs(["-", str(tmp_path / "flat"), __file__]) == [
+        "-", *(str(tmp_path / "flat" / f"2026-05-01.{number}.log") for number in (9, 10)), __file__]
     (tmp_path / "empty").mkdir()
     assert command(tmp_path, "--tail-only", tmp_path / "empty").returncode == 2
+
+
+@pytest.mark.parametrize(("names", "told"), [
+    (("2026-05-01.9", "2026-05-01.10"), ["begun", "head continued", "next"]), (("2026-05-02.1", "2026-05-01.1"), ["begun", "next"]),
+    (("a", "b"), ["begun", "next"])], ids=["in order", "not in order", "others"])
+def test_a_saved_log_goes_on_with_the_entry_of_the_one_before_it_where_lm_studio_may_have_done_so(utc, tmp_path, names, told):
+    paths, found = [tmp_path / f"{name}.log" for name in names], []
+    for path, data in zip(paths, (HEADER + b"begun", b"head\n" + HEADER + b"next\n")):
+        path.write_bytes(data)
+    lmgateway.replay(map(str, paths), found.extend)
+    assert [Logs.words(event) for event in found if event.name == "lmstudio_log"] == told
+    (switch,) = [event.data for event in found if event.name == "lmstudio_file_switch"]
+    assert (switch["timestamp"], switch["newLogFile"]) == (found[0].data["timestamp"].replace(" ", "T") + "Z", str(paths[1]))
 
 
 def test_a_file_that_cannot_be_read_in_the_middle_is_status_1_after_what_came_before(tmp_path, monkeypatch, capfd):
