@@ -324,7 +324,7 @@ class Config:
 
 
 PREFIXES = ("LMSTUDIO_", "GATEWAY_", "IP_", "REQUIRE_", "LOG_", "PROXY_", "ENABLE_", "TLS_", "CORS_", "MAX_",
-            "HISTORY_", "REQUESTS_", "PREFILL_")
+            "HISTORY_", "REQUESTS_", "PREFILL_", "UPSTREAM_", "TRUSTED_", "KEYS_")
 
 
 class Setting(NamedTuple):
@@ -4443,7 +4443,9 @@ class Answer:
     def _frame(self, method):
         """How the end of the body is known (RFC 9112, 6.3)."""
         for name, value in self.headers:
-            self._named.setdefault(name.lower(), value)
+            key = name.lower()
+            joined = key in self._named and key != "content-length"
+            self._named[key] = f"{self._named[key]}, {value}" if joined else value
         coding, length = self.header("transfer-encoding").lower(), self.header("content-length")
         if len({value for name, value in self.headers if name.lower() == "content-length"}) > 1:
             length = "more than one"
@@ -4460,7 +4462,7 @@ class Answer:
             else "keep-alive" in options) and not (self.over and self._buffer)
 
     def header(self, name):
-        """The first value of a header, "" without it."""
+        """The header's values, joined as RFC 9110, 5.3 has it; "" without one."""
         return self._named.get(name, "")
 
     @property
@@ -4712,7 +4714,9 @@ class Upstream:
 
     def _get_json(self, path, timeout_s):
         """The JSON object at a path of LM Studio's; {} where there is none."""
-        call = self.call("GET", path, [("Host", self.host), ("Accept", "application/json")], None, timeout_s)
+        headers = [("Host", self.host), ("Accept", "application/json")]
+        headers += [("Authorization", f"Bearer {self.token}")] if self.token else []
+        call = self.call("GET", path, headers, None, timeout_s)
         try:
             answer = self.open(call)
             body = json_object(answer.read(4 * 1024 * 1024))
@@ -5147,6 +5151,7 @@ class KeyFile:
                 self._seen = (found.st_mtime_ns, found.st_size)
         except FileNotFoundError:
             self._keys = self._seen and []  # a file that vanished opens no door
+            self._seen = self._seen and (0, 0)      # it may come back as it was
         except (OSError, ConfigError) as error:
             log.error("%s; the keys known so far go on", error)
             self._keys = self._keys or []   # a file that cannot be read opens no door either
