@@ -38,10 +38,33 @@ socket, no clock, no thread.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import marshal
+import os
+import sys
+
+# CPython keeps the syntax tree of a script for as long as it runs: 20 MB of this file, which nobody reads once
+# it is compiled.  On Linux a fresh interpreter therefore takes this one's place (the same process, the same
+# words) and runs the compiled code, which it finds in memory as a .pyc (PEP 552).  Where that cannot be had,
+# or the interpreter's own options are not understood here, things go on in this one.
+if __name__ == "__main__" and sys.platform == "linux":
+    if "script" in sys._xoptions:
+        os.close(int(os.path.basename(__file__)))
+        __file__ = sys.argv[0] = str(sys._xoptions["script"])
+    else:
+        with contextlib.suppress(OSError, ValueError), open("/proc/self/cmdline", "rb") as cmdline:
+            python, *flags, script = cmdline.read().split(b"\0")[:-len(sys.argv)]
+            if script == os.fsencode(sys.argv[0]) and all(flag.startswith(b"-") for flag in flags):
+                memory = os.memfd_create("lmgateway", 0)
+                with open(memory, "wb", closefd=False) as pyc:
+                    pyc.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
+                os.execv(sys.executable, [python, *flags, "-X", f"script={os.path.abspath(__file__)}",
+                                          f"/proc/self/fd/{memory}", *sys.argv[1:]])
+
 import argparse
 import bisect
 import codecs
-import contextlib
 import csv
 import datetime
 import difflib
@@ -58,7 +81,6 @@ import json
 import logging
 import logging.handlers
 import math
-import os
 import platform
 import plistlib
 import queue
@@ -73,7 +95,6 @@ import socketserver
 import ssl
 import stat
 import struct
-import sys
 import tempfile
 import threading
 import time

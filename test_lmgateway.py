@@ -5767,6 +5767,51 @@ def test_a_port_in_use_is_one_line_that_says_who_to_ask_and_status_1(tmp_path):
     assert str(port) in errors[0] and "--port" in errors[0]
 
 
+# --- what a script costs to run
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has memory files")
+
+
+@needs_linux
+def test_the_program_keeps_nothing_of_its_own_text(tmp_path):
+    """A syntax tree that CPython keeps makes it 46 MB; the one process that was started is the one that runs."""
+    with started(tmp_path, "--port", "0") as process:
+        line_with(process.stderr, b"Log directory")
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        words = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
+        files = [os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir()]
+    assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < 35_000
+    assert f"script={HERE / 'lmgateway.py'}".encode() in words and words[-3:-1] == [b"--port", b"0"]
+    assert not [file for file in files if "memfd" in file]
+
+
+@needs_linux
+@pytest.mark.parametrize("words", [("-u",), ("-W", "ignore"), ("-X", "dev"), ("-Wignore", "-B"), ("-m", "cProfile"),
+                                   ("-c", "import runpy, sys; sys.argv[0] = runpy.run_path('lmgateway.py', run_name='__main__')")],
+                         ids=" ".join)
+def test_the_program_runs_however_it_is_started(tmp_path, words):
+    shutil.copy(HERE / "lmgateway.py", tmp_path)
+    script = [] if "-c" in words else ["lmgateway.py"]
+    run = subprocess.run([sys.executable, *words, *script, "--version"], cwd=tmp_path, capture_output=True,
+                         env=alone(tmp_path), timeout=PATIENCE_S, check=False)
+    assert run.returncode == 0 and f"lmgateway {lmgateway.VERSION}".encode() in run.stdout.splitlines(), run.stderr
+
+
+@needs_linux
+def test_the_program_runs_where_memory_files_cannot_be_written(tmp_path):
+    import resource
+    run = command(tmp_path, "--version", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert (run.returncode, run.stdout, run.stderr) == (0, f"lmgateway {lmgateway.VERSION}\n".encode(), b"")
+
+
+def test_the_program_knows_its_own_path(tmp_path):
+    (tmp_path / "home").mkdir()
+    shutil.copy(HERE / "lmgateway.py", tmp_path / "here.py")
+    run = subprocess.run([sys.executable, "../here.py", "--print-launchd"], cwd=tmp_path / "home", capture_output=True,
+                         env=alone(tmp_path / "home"), timeout=PATIENCE_S, check=False)
+    assert str(tmp_path / "here.py").encode() in run.stdout
+
+
 # === 10. DASHBOARD ===========================================================
 
 PAGE = lmgateway.DASHBOARD.decode("utf-8")
