@@ -649,28 +649,28 @@ RULES = (
 )
 
 STRANGER = re.compile(r"\[(?:Plugin\(|Client=|LMSAuthenticator)")  # entries of plugins and SDK clients
-TAG = re.compile(r"\[((?:[^\[\]\n]|\[[^\[\]\n]*\]){1,200})\] ?")
+TAG = re.compile(r"\[(?!\])([^\[\]\n]{0,200}(?:\[[^\[\]\n]*\][^\[\]\n]{0,200}){0,9})\] ?")
 SERVER_TAG = "LM STUDIO SERVER"  # stands where later versions name the model; never a model
 
 
 def compile_rules(where, prefix="", suffix=""):
-    """The rules of one place as one pattern, and {outer group: (rule, [(field, group index)])}.
+    """The rules of one place as one pattern, and {last group: (rule, [(field, group index)])}.
 
     A figure has at most 15 digits, so that int and float take every one."""
     parts, rows = [], {}
     for number, rule in enumerate(RULES):
         if rule.where == where:
             bounded = rule.pattern.replace("(?P<", f"(?P<r{number}_").replace(r"\d+", r"\d{1,15}")
-            parts.append(f"(?P<r{number}>{bounded})")
+            parts.append(f"(?:{bounded})(?P<r{number}>)")  # re passes over what begins with another letter
             rows[f"r{number}"] = rule
     pattern = re.compile(prefix + "(?:" + "|".join(parts) + ")" + suffix, re.MULTILINE)
     return pattern, {name: (rule, fields_of(pattern, name)) for name, rule in rows.items()}
 
 
 def fields_of(pattern, name):
-    """[(field, group index)] of one rule's named groups inside a compiled alternation."""
-    return [(group[len(name) + 1 :], index) for group, index in pattern.groupindex.items()
-            if group.startswith(name + "_")]
+    """[(field, group index)] of one rule inside a compiled alternation: its own, and what the prefix has."""
+    return [(group.rpartition(f"{name}_")[2], index) for group, index in pattern.groupindex.items()
+            if group.startswith(f"{name}_") or group in ("slot", "task")]
 
 
 # G3 puts its clock (minutes.seconds.ms.us since the engine started) and a level before each line;
@@ -707,11 +707,12 @@ def figures(**values):
 
 # --- 3.2 entries: bytes to log records ---------------------------------------
 
-# The file's header, or the one that the Developer Logs panel copies (both seen from 04-2025 to 09-2026).
-HEADER = re.compile(r"\n(?:\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\]\[(DEBUG|INFO|WARN|ERROR)\] ?"
-                    r"|(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\n|\Z))")
 ENTRY_LIMIT = 256 * 1024  # characters; what an entry has beyond them is read and not kept
-CLOSED = re.compile(r"\n[}\]]$", re.MULTILINE)  # the end of pretty-printed JSON
+UNENDED_LIMIT = 1024 * 1024  # bytes; the same for a line that does not end
+# The file's header, or the one that the Developer Logs panel copies (both seen from 04-2025 to 09-2026).
+HEADER = re.compile(rb"\n(?:\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\]\[(DEBUG|INFO|WARN|ERROR)\] ?"
+                    rb"|(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\n|\Z))")
+CLOSED = ("\n}", "\n]")  # the end of pretty-printed JSON
 PANEL_GAP = re.compile(r"(?<=[^ \n])  (?=[{\[](?:\n|$))")  # the panel's second blank before JSON
 UNKNOWN_SAMPLES = 8
 TORN_S = 1  # a line broken over two headers goes on within this
@@ -734,6 +735,7 @@ class Calendar:
 
     def __init__(self):
         self._last = Moment("", "", 0.0)
+        self._minute = Moment("", "", 0.0)  # how that and its minute begin
         self._repeats = False  # the hour is being repeated
 
     def moment(self, text):
@@ -743,15 +745,21 @@ class Calendar:
         return self._last
 
     def _resolve(self, text):
+        minute, second = text[:17], text[17:]
         try:
-            local = datetime.datetime(int(text[:4]), int(text[5:7]), int(text[8:10]), int(text[11:13]),
-                                      int(text[14:16]), int(text[17:19]))
-            epoch, second = local.timestamp(), local.replace(fold=1).timestamp()
-            self._repeats = second > epoch and (self._repeats or epoch < self._last.epoch - 60)
-            epoch = second if self._repeats else epoch
-            return Moment(text, utc_text(epoch), epoch)
+            if minute != self._minute.text or second > "59":
+                self._minute = self._minute_of(minute, text)
+            _, utc, epoch = self._minute
+            return Moment(text, f"{utc}{second}Z", epoch + int(second))
         except (ValueError, OverflowError, OSError):
             return Moment(text, text.replace(" ", "T") + "Z", self._last.epoch)
+
+    def _minute_of(self, minute, text):
+        local = datetime.datetime.fromisoformat(text)
+        epoch, second = local.timestamp(), local.replace(fold=1).timestamp()
+        self._repeats = second > epoch and (self._repeats or epoch < self._last.epoch - 60)
+        epoch = (second if self._repeats else epoch) - local.second
+        return Moment(minute, utc_text(epoch)[:17], epoch)
 
 
 def utc_text(epoch):
@@ -767,20 +775,19 @@ def utc_second(epoch):
 class Entry:
     """One log record while its lines come in."""
 
-    __slots__ = ("moment", "level", "panel", "text", "tags", "shape", "model", "row", "fields", "sent",
-                 "cut", "told", "chat", "loads")
+    text = ""
+    line = ""  # its first line that has any text, without the tags before it
+    shape = None  # "line", "json", "text", "engine", "foreign"; None before its first text
+    model = None
+    row = fields = None  # the app rule that it fits, and that rule's fields
+    listener = None  # what of Story is to hear of it once it is whole
+    sent = -1  # characters of text that events have carried; -1 before the first event
+    cut = False  # lines were left out
+    chat = loads = None  # the chat that it surely means; the model whose loading it announces
 
     def __init__(self, moment, level, panel):
         self.moment, self.level, self.panel = moment, level, panel
-        self.text = ""
         self.tags = []
-        self.shape = None  # "line", "json", "text", "engine", "foreign"; None before its first text
-        self.model = None
-        self.row, self.fields = None, {}  # the app rule that it fits, and that rule's fields
-        self.sent = -1  # characters of text that events have carried; -1 before the first event
-        self.cut = False  # lines were left out
-        self.told = False  # Story knows it
-        self.chat = self.loads = None  # the chat that it surely means; the model whose loading it announces
 
 
 class Parser:
@@ -791,9 +798,9 @@ class Parser:
     bytes so far (end of a file, a replaced file)."""
 
     def __init__(self):
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
-        self._rest = "\n"  # the unfinished last line, after the "\n" that ends the one before
-        self._cut = False  # it was longer than an entry may be
+        self._rest = b"\n"  # the unfinished last line, after the "\n" that ends the one before
+        self._cut = False  # it was longer than a line may be
+        self._first = True  # the next line is the first of its file
         self._entry = None
         self._last_line = None  # (text, rule's group, epoch) of the engine's latest line
         self._engine = ""  # the generation that wrote it
@@ -809,15 +816,13 @@ class Parser:
 
     def feed(self, chunk):
         """The events that the bytes complete, in order."""
-        text = self._rest + self._decoder.decode(chunk)
-        end = text.rfind("\n")
+        data = self._rest + chunk
+        end = data.rfind(b"\n")
         if end > 0:
-            self._rest = text[end:]
-            self._block(text[:end])
-        elif len(text) > ENTRY_LIMIT:
-            self._rest, self._cut = text[:ENTRY_LIMIT], True  # a line without end: keep its start
+            self._rest = data[end:]
+            self._block(data[:end])
         else:
-            self._rest = text
+            self._rest, self._cut = data[:UNENDED_LIMIT], self._cut or len(data) > UNENDED_LIMIT
         return self._taken()
 
     def quiet(self):
@@ -829,11 +834,10 @@ class Parser:
 
     def end(self):
         """The events of all that is there, the unfinished line included."""
-        rest = self._rest + self._decoder.decode(b"", True)
-        self._decoder.reset()
-        self._rest = "\n"
+        rest, self._rest = self._rest, b"\n"
         if len(rest) > 1:
             self._block(rest)
+        self._first = True
         self._complete(final=True)
         self._tell(self.story.later, None)
         return self._taken()
@@ -859,24 +863,24 @@ class Parser:
 
     def _taken(self):
         events, self._events[:] = self._events[:], []
-        for event in events:
-            self.by_event[event.name] += 1
+        self.by_event.update([event.name for event in events])
         return events
 
     def _block(self, block):
-        """Whole lines, the first after its "\n"."""
-        if "\r" in block:
-            block = block.replace("\r\n", "\n")
-            block = block[:-1] if block.endswith("\r") else block
-        self.lines += block.count("\n")
-        position = 0
-        for header in HEADER.finditer(block):
-            if header.start() > position:
-                self._add(block[position : header.start()])
-            self._open(header)
-            position = header.end()
-        if position < len(block):
-            self._add(block[position:])
+        """Bytes of whole lines, the first after its "\n"."""
+        if self._first:
+            block, self._first = b"\n" + block[1:].removeprefix(codecs.BOM_UTF8), False
+        if b"\r" in block:
+            block = block.replace(b"\r\n", b"\n").removesuffix(b"\r")
+        self.lines += block.count(b"\n")
+        before, *pieces = HEADER.split(block)
+        if before:
+            self._add(before)
+        for stamp, level, panel_stamp, panel_level, lines in zip(*[iter(pieces)] * 5):
+            self._complete(final=True)
+            self._open((stamp or panel_stamp).decode(), (level or panel_level).decode(), stamp is None)
+            if lines:
+                self._add(lines)
 
     def _tell(self, listener, *what):
         """Tell Story something.  A fault there costs these events, is counted, and stops nothing else."""
@@ -885,23 +889,22 @@ class Parser:
         except Exception:  # lines that nobody foresaw; CORE has no log to say it in, the status shows it
             self.faults += 1
 
-    def _open(self, header):
-        self._complete(final=True)
-        stamp, level, panel_stamp, panel_level = header.groups()
+    def _open(self, stamp, level, panel):
         self.entries += 1
-        moment = self._calendar.moment(stamp or panel_stamp)
+        self.by_level[level] += 1
+        moment = self._calendar.moment(stamp)
         if moment is not self.last_moment:
+            self.last_moment = moment
             self._tell(self.story.later, moment)
-        self.last_moment = moment
-        self._entry = Entry(self.last_moment, level or panel_level, stamp is None)
-        self.by_level[self._entry.level] += 1
+        self._entry = Entry(moment, level, panel)
 
-    def _add(self, lines):
+    def _add(self, data):
         """More lines of the open entry."""
         entry = self._entry
         if entry is None:
-            self.headless += lines.count("\n")
+            self.headless += data.count(b"\n")
             return
+        lines = data.decode("utf-8", "replace")
         room = ENTRY_LIMIT - len(entry.text)
         entry.cut, self._cut = entry.cut or self._cut or len(lines) > room, False
         entry.text += lines[:room] if entry.cut else lines
@@ -910,7 +913,7 @@ class Parser:
             lines, torn = self._begin(entry), self._last_line
         if entry.shape == "engine":
             self._engine_lines(lines, entry.moment, torn)
-        elif entry.shape == "line" and entry.sent < 0 or entry.shape == "json" and CLOSED.search(lines):
+        elif entry.shape == "line" and entry.sent < 0 or entry.shape == "json" and lines.endswith(CLOSED):
             self._conclude(entry)
 
     def _begin(self, entry):
@@ -920,65 +923,66 @@ class Parser:
             entry.panel = False
         text = entry.text.lstrip("\n")
         if text:
-            first = text.partition("\n")[0]
-            if STRANGER.match(first):
-                self._cut_tags(entry, first)
-                entry.shape, entry.model = "foreign", None
-            else:
-                entry.shape = self._recognise(entry, first)
+            entry.line = text.partition("\n")[0]
+            stranger = entry.line.startswith("[") and STRANGER.match(entry.line)
+            self._cut_tags(entry)
+            entry.shape = "foreign" if stranger else self._recognise(entry)
+            entry.line = entry.line.strip()
         return text
 
-    def _recognise(self, entry, first):
-        """The shape of an entry of LM Studio's own, by its first line."""
-        message = self._cut_tags(entry, first)
-        match = APP.match(message) if entry.level != "ERROR" and len(entry.tags) < 2 else None
-        if match and (entry.level != "DEBUG" or APP_ROWS[match.lastgroup][0].fact in ("", "received")):
-            entry.row, fields = APP_ROWS[match.lastgroup]
-            entry.fields = {name: match[index] for name, index in fields}
-            whole = entry.row.shape == "json" and not message.endswith(("{", "["))
-            return "line" if whole else entry.row.shape
-        if entry.level == "DEBUG":
-            return "engine"
-        if entry.level != "ERROR":
-            self._unknown_line(message)
-        return "text"
-
-    def _cut_tags(self, entry, first):
-        """The first line without its leading tags.  The only tag of an app line is its model."""
-        position = 0
-        while match := TAG.match(first, position):
+    def _cut_tags(self, entry):
+        while entry.line.startswith("[") and (match := TAG.match(entry.line)):
             entry.tags.append(match[1])
-            position = match.end()
-        if len(entry.tags) == 1 and entry.level != "DEBUG" and entry.tags[0] not in NO_MODEL:
-            entry.model = entry.tags[0]
-        return first[position:]
+            entry.line = entry.line[match.end() :]
+
+    def _recognise(self, entry):
+        """The shape of an entry of LM Studio's own, by its first line."""
+        level, tags = entry.level, entry.tags
+        if len(tags) == 1 and level != "DEBUG" and tags[0] not in NO_MODEL:
+            entry.model = tags[0]  # the only tag of an app line is its model
+        if level == "ERROR":
+            entry.listener = self.story.error
+            return "text"
+        match = APP.match(entry.line) if len(tags) < 2 else None
+        if match:
+            row, fields = APP_ROWS[match.lastgroup]
+            if level != "DEBUG" or row.fact in ("", "received"):
+                entry.row, entry.fields = row, {name: match[index] for name, index in fields}
+                entry.listener = self.story.app if row.fact else None
+                whole = row.shape == "json" and not entry.line.endswith(("{", "["))
+                return "line" if whole else row.shape
+        if level == "DEBUG":
+            return "engine"
+        self._unknown_line(entry.line)
+        return "text"
 
     def _engine_lines(self, lines, moment, torn):
         """Facts from lines of a DEBUG entry; torn is the line before its header, if they are its first."""
         match = None
         for match in ENGINE.finditer(lines):
             if torn:
-                if (torn[1] in HALVES or match.lastgroup == "unknown") and moment.epoch - torn[2] <= TORN_S:
-                    match = self._mended(torn, match)
-                torn = None
+                match, torn = self._mended(torn, match, moment), None
             if match.lastgroup == "unknown":
                 self._unknown_line(match[0])
                 continue
             rule, fields = ENGINE_ROWS[match.lastgroup]
-            self._engine = engine_of(rule, match, self._engine)
-            self.by_engine[self._engine] += self._engine != ""
+            engine = self._engine = engine_of(rule, match, self._engine)
+            if engine:
+                self.by_engine[engine] += 1
             if rule.fact:
                 facts = {name: match[index] for name, index in fields}
-                self._tell(self.story.engine, rule.fact, facts, match, self._engine, moment)
+                self._tell(self.story.engine, rule.fact, facts, engine, moment)
         if match:
             self._last_line = match[0], match.lastgroup, moment.epoch
 
-    def _mended(self, torn, match):
+    def _mended(self, torn, match, moment):
         """The match of a line, joined with the one before its header where the two are one line.
 
         A rule's pattern begins where the line does.  So one that fits both together and not the first half
         alone says that they belong together, and what the second half looks like alone is chance."""
-        line, group, _ = torn
+        line, group, epoch = torn
+        if moment.epoch - epoch > TORN_S or group not in HALVES and match.lastgroup != "unknown":
+            return match
         blank = line.endswith(" ") or match[0].startswith(" ")
         for glue in ("",) if blank else (" ", ""):
             joined = ENGINE.match(line + glue + match[0])
@@ -993,10 +997,10 @@ class Parser:
         self._strange.append(line[:160])
 
     def _conclude(self, entry):
-        """A known entry is whole: tell its fact and send it, without waiting for the next header."""
-        if entry.row and entry.row.fact and not entry.told:
-            entry.told = True
-            self._tell(self.story.app, entry)
+        """An entry is whole: tell what it states and send it, without waiting for the next header."""
+        if entry.listener:
+            listener, entry.listener = entry.listener, None
+            self._tell(listener, entry)
         self._send(entry)
 
     def _complete(self, final=False):
@@ -1004,10 +1008,7 @@ class Parser:
         entry = self._entry
         if entry is None:
             return
-        if entry.level == "ERROR" and entry.shape == "text" and not entry.told:
-            entry.told = True
-            self._tell(self.story.error, entry)
-        if final:
+        if final or entry.level == "ERROR":
             self._conclude(entry)
         else:
             self._send(entry)
@@ -1032,13 +1033,9 @@ def engine_of(rule, match, before):
     it; "" where neither tells."""
     if " " not in rule.engines:
         return rule.engines
-    if match["clock"]:
-        return "G3"
-    if match["printer"]:
-        return "G1"
-    if match["task"]:
-        return "G2"
-    return before if before in rule.engines.split() else ""
+    clock, printer, task = match.group("clock", "printer", "task")
+    shown = "G3" if clock else "G1" if printer else "G2" if task else ""
+    return shown or (before if before in rule.engines else "")
 
 
 QUOTED = re.compile(r'"[^"]*"?|\'[^\']*\'?')
@@ -1089,7 +1086,7 @@ class Run:
     @property
     def model(self):
         """The model that it surely ran, else None."""
-        return shared_model(self.meant)
+        return self.meant[0].model if len(self.meant) == 1 else shared_model(self.meant)
 
     @property
     def over(self):
@@ -1181,7 +1178,7 @@ class Received:
 
 def pick(chats, *preferences):
     """The oldest of the chats that fit the most preferences, taken in order; None of none."""
-    for prefers in preferences:
+    for prefers in preferences if len(chats) > 1 else ():
         chats = [chat for chat in chats if prefers(chat)] or chats
     return chats[0] if chats else None
 
@@ -1230,15 +1227,19 @@ class Pairs:
 
     def of(self, entry, ended=False):
         """The chats that an app line can mean: those of its model, or all if it names none."""
-        chats = [*self.ended, *self.running] if ended else self.running
-        return [chat for chat in chats
-                if chat.api and (entry.model is None or chat.model is None or chat.model == entry.model)]
+        model = entry.model
+        return [chat for chat in ((*self.ended, *self.running) if ended else self.running)
+                if chat.api and (model is None or chat.model is None or chat.model == model)]
 
     def alive(self, entry):
         """The chats that can still write app lines: running ones, and abandoned ones that have not
         settled."""
-        return [chat for chat in self.of(entry, ended=True) if chat.ended is None
-                or chat.abandoned and entry.moment.epoch - chat.ended_at < SETTLING_S]
+        settling = [chat for chat in self.ended
+                    if chat.ended == "disconnected" and chat.abandoned
+                    and entry.moment.epoch - chat.ended_at < SETTLING_S]
+        if not settling:
+            return self.of(entry)
+        return [chat for chat in self.of(entry, ended=True) if chat.ended is None or chat in settling]
 
     def lives(self, chat):
         """A chat goes on: if a client has left, it was another's."""
@@ -1280,8 +1281,9 @@ class Pairs:
 
     def _begin(self, writer, moment, chosen):
         """A new run, taken for the oldest chat that waits for one, else for one inside the app."""
-        meant = [chat for chat in (*self.ended, *self.running) if chat.api and chat.free
-                 and (chat.ended is None or chat.doubted and not chat.predicted or chat is chosen)]
+        meant = [chat for chat in (*self.ended, *self.running)
+                 if (chat.ended is None or chat.doubted and not chat.predicted or chat is chosen)
+                 and chat.api and chat.free]
         if len(meant) > 1:
             meant = [chat for chat in meant if self.suits(writer, chat)] or meant
         busy = {run.chat.model for run in self.runs if not run.chat.ended}
@@ -1508,7 +1510,8 @@ class Telling:
                 stats = run.stats
         stats = {**chat.speeds, **stats, **counts}
         prompt = stats.get("promptTokens") or run and run.total or stats.get("evaluated")
-        known = figures(promptTokens=prompt, **{key: stats.get(key) for key in STATS})
+        known = figures(promptTokens=prompt)
+        known.update((key, stats[key]) for key in STATS if stats.get(key) is not None)
         told = run.said if run else chat.said
         if known.keys() - {"promptTokens"} and name not in told and not (chat.certain and name in chat.said):
             told.add(name)
@@ -1561,7 +1564,7 @@ class EngineLines:
         self._swallowed = None  # the latest disconnect line that seemed to say nothing new
         self._facts = {rule.fact: getattr(self, "on_" + rule.fact) for rule in RULES if rule.fact}
 
-    def engine(self, fact, fields, match, engine, moment):
+    def engine(self, fact, fields, engine, moment):
         """A recognised line of an engine."""
         self._writer = engine
         if fact not in TIMINGS:
@@ -1571,7 +1574,6 @@ class EngineLines:
                 self._tell.run_over(run, run.timed)
         if self._sampling and fact != "params":
             self._close_sampling()
-        fields["task"], fields["slot"] = match["task"], match["slot"]
         self._facts[fact](fields, moment)
 
     def _close_sampling(self):
@@ -1603,11 +1605,7 @@ class EngineLines:
                 return
             self._sampling = (self._attach(moment), moment, {})  # the heading was not seen
         pairs = fields["pairs"].strip()
-        for pair in pairs.split(","):
-            name, _, value = pair.partition(" = ")
-            value = number(value.strip())
-            if value is not None:
-                self._sampling[2][name.strip()] = value
+        self._sampling[2].update(parameters(pairs))
         if "mirostat_ent" in pairs and not pairs.endswith(","):
             self._close_sampling()
 
@@ -1695,7 +1693,7 @@ class EngineLines:
         if run.chat.ended is None and doubted:
             self._pairs.change_ends(run.chat, doubted[-1])
         elif run.chat.ended is None and entry and moment.epoch - entry.moment.epoch <= SWALLOW_S:
-            self._tell.end(run.chat, entry.moment, "disconnected", first_line(entry), run.model)
+            self._tell.end(run.chat, entry.moment, "disconnected", entry.line, run.model)
         run.chat.doubted = []
 
     def on_release(self, fields, moment):
@@ -1789,16 +1787,12 @@ class Story(EngineLines):
 
     def error(self, entry):
         """An ERROR entry of LM Studio's own, complete."""
-        message = entry.text.strip()
-        first = message.partition("\n")[0]
-        for tag in entry.tags:
-            first = first.replace(f"[{tag}]", "", 1).lstrip()
         self._tell.sure = len(self._pairs.alive(entry)) < 2
-        self._tell.say("lmstudio_error", None, entry.moment, entry.model, message=message)
-        match = ERRORS.match(first)
+        self._tell.say("lmstudio_error", None, entry.moment, entry.model, message=entry.text.strip())
+        match = ERRORS.match(entry.line)
         if match:
             entry.row = ERROR_ROWS[match.lastgroup][0]
-            self._facts[entry.row.fact](entry, first)
+            self._facts[entry.row.fact](entry)
         self._tell.sure = None
 
     def later(self, moment):
@@ -1823,17 +1817,17 @@ class Story(EngineLines):
         chat = self._pairs.new(entry.moment, entry.model, messages=int(entry.fields["messages"]))
         chat.received = self._request_of(chat)
         self._tell.sure = True
-        self._tell.say("lmstudio_chat_start", chat, entry.moment, entry.model, message=first_line(entry),
+        self._tell.say("lmstudio_chat_start", chat, entry.moment, entry.model, message=entry.line,
                        messages=chat.messages)
 
     def _request_of(self, chat):
         """The Received that a new chat answers, None where several fit; it waits no longer."""
         recent = [row for row in self._received if chat.started.epoch - row.moment.epoch < SETTLING_S]
         fitting = [row for row in recent if len(recent) == 1 or row.fits(chat)]
-        named = [row for row in fitting if row.model and row.model == chat.model]
-        fitting = named or fitting
         if not fitting:
             return None
+        if len(fitting) > 1:
+            fitting = [row for row in fitting if row.model and row.model == chat.model] or fitting
         self._received.remove(fitting[0])
         for row in fitting[1:]:     # which of them is the next chat's, nobody can say any more
             row.doubted = True
@@ -1848,8 +1842,8 @@ class Story(EngineLines):
     def on_progress(self, entry):
         percent = min(100.0, number(entry.fields["percent"].replace(",", ".")))
         found = self._pairs.of(entry, ended=True)
-        chat = (found[0] if len(found) == 1
-                else pick(found, lambda c: c.ended is None, lambda c: not c.app_read, lambda c: c.run))
+        chat = pick([chat for chat in found if chat.ended is None] or found, lambda c: not c.app_read,
+                    lambda c: c.run)
         if chat is None:
             chat = self._pairs.new(entry.moment, entry.model)  # we came in the middle
             if percent:
@@ -1860,7 +1854,7 @@ class Story(EngineLines):
         chat.app_progress = True
         self._tell.processing(chat, entry.moment, entry.model)
         self._tell.say("lmstudio_prompt_progress", chat, entry.moment, entry.model, progress=percent,
-                       message=first_line(entry))
+                       message=entry.line)
         if percent >= 100:
             chat.app_read = True
             self._tell.generation(chat, entry.moment, entry.model)
@@ -1892,7 +1886,7 @@ class Story(EngineLines):
                     self._pairs.change_ends(chat, other)    # the disconnect line just before was its own
                     chat.predicted = True
                     return
-        self._tell.end(chat, entry.moment, "finished", first_line(entry), entry.model or shared_model(found))
+        self._tell.end(chat, entry.moment, "finished", entry.line, entry.model or shared_model(found))
 
     def _stayed(self, chat, entry):
         """True when the line that ended a chat was another's: its client would have left long ago."""
@@ -1946,31 +1940,31 @@ class Story(EngineLines):
         meant = found + [other for other in self._pairs.ended if other.doubted and other.abandoned]
         if chat:
             chat.doubted = [other for other in meant if other is not chat]
-        self._tell.end(chat, entry.moment, "disconnected", first_line(entry), meant and shared_model(meant)
+        self._tell.end(chat, entry.moment, "disconnected", entry.line, meant and shared_model(meant)
                        or None)
 
     def on_stopped(self, entry):
         for chat in self.running[:]:
             if chat.api:
-                self._tell.end(chat, entry.moment, "error", first_line(entry), chat.model)
+                self._tell.end(chat, entry.moment, "error", entry.line, chat.model)
             else:
                 self._pairs.close(chat, "stopped", entry.moment)
         self._pairs.at.clear()
 
     # --- errors that end chats
 
-    def on_render_error(self, entry, message):
+    def on_render_error(self, entry):
         found = self._pairs.of(entry)
-        self._tell.end(pick(found[::-1], lambda c: not c.run), entry.moment, "error", message,
+        self._tell.end(pick(found[::-1], lambda c: not c.run), entry.moment, "error", entry.line,
                        entry.model or shared_model(found))
 
-    def on_channel_error(self, entry, message):
+    def on_channel_error(self, entry):
         found = self._pairs.of(entry)
-        self._tell.end(pick(found), entry.moment, "error", message, entry.model or shared_model(found))
+        self._tell.end(pick(found), entry.moment, "error", entry.line, entry.model or shared_model(found))
 
-    def on_crash(self, entry, message):
+    def on_crash(self, entry):
         for chat in self._pairs.of(entry):
-            self._tell.end(chat, entry.moment, "error", message, chat.model)
+            self._tell.end(chat, entry.moment, "error", entry.line, chat.model)
         self._pairs.at.clear()
 
 
@@ -1980,12 +1974,12 @@ STATS = ("completionTokens", "promptTokensPerSecond", "tokensPerSecond", "timeTo
          "totalMs", "draftTokens", "acceptedDraftTokens", "reasoningTokens")
 
 
-def first_line(entry):
-    """The entry's first line that has text, its tags cut off."""
-    line = entry.text.lstrip("\n").partition("\n")[0]
-    for tag in entry.tags:
-        line = line.replace(f"[{tag}]", "", 1)
-    return line.strip()
+@functools.lru_cache(maxsize=64)
+def parameters(pairs):
+    """{name: number} of a line of a sampling block.  Most requests have the same ones as those before."""
+    values = {name.strip(): number(text.strip()) for name, _, text in
+              (pair.partition(" = ") for pair in pairs.split(","))}
+    return figures(**values)
 
 
 def rate(fields):
@@ -1996,10 +1990,13 @@ def rate(fields):
     return round(1000 * int(fields["tokens"]) / ms, 2) if ms else None
 
 
+LENIENT = json.JSONDecoder()
+
+
 def prediction_of(text):
     """The JSON of a Generated prediction, {} where it is hidden or cut."""
     try:
-        body, _ = json.JSONDecoder().raw_decode(text, text.index("{"))
+        body, _ = LENIENT.raw_decode(text, text.index("{"))
     except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
@@ -3400,16 +3397,18 @@ def mean(values):
 # --- 3.10 wire formats of events ----------------------------------------------
 
 quote = json.encoder.encode_basestring_ascii
+SCALARS = {str: quote, int: int.__repr__, float: float.__repr__}  # half of what json.dumps takes for them
 
 
 def data_json(event):
     """The event's data as one line of strict JSON, ASCII only."""
     data = event.data
-    if event.name == "lmstudio_log" and len(data) == 4:  # most events are these: no dict encoder for them
+    if event.name == "lmstudio_log" and len(data) == 4:  # most events are these
         tags = f"[{', '.join(map(quote, data['tags']))}]"
         return (f'{{"timestamp": "{data["timestamp"]}", "level": "{data["level"]}", '
                 f'"message": {quote(data["message"])}, "tags": {tags}}}')
-    return json.dumps(data)
+    return "{%s}" % ", ".join([f"{quote(name)}: {SCALARS.get(type(value), json.dumps)(value)}"
+                               for name, value in data.items()])
 
 
 def sse_frame(event_id, name, data, retry=""):

@@ -767,7 +767,7 @@ def test_a_byte_order_mark_is_no_text(utc, size):
 
 def test_a_fault_of_ours_costs_one_event_and_is_counted(utc, monkeypatch):
     parser = Parser()
-    monkeypatch.setattr(lmgateway, "first_line", lambda entry: 1 / 0)
+    monkeypatch.setattr(lmgateway.Pairs, "alive", lambda self, entry: 1 / 0)
     assert short(parser.feed(HEADER + b"[m] Finished streaming response\n")) == []
     monkeypatch.undo()
     assert short(parser.feed(HEADER + b"[m] Finished streaming response\n")) == ["chat_end outcome=finished model=m"]
@@ -814,7 +814,9 @@ def test_engines_are_counted_by_generation(utc):
     ("Europe/Berlin", ["2026-03-29 01:59:59", "2026-03-29 03:00:00"], ["00:59:59", "01:00:00"]),
     ("America/New_York", ["2025-11-02 01:59:58", "2025-11-02 01:59:57", "2025-11-02 01:00:10", "2025-11-02 02:00:00"],
      ["05:59:58", "05:59:57", "06:00:10", "07:00:00"]),
-    ("Asia/Kathmandu", ["2026-01-01 00:00:00"], ["18:15:00"])])
+    ("Asia/Kathmandu", ["2026-01-01 00:00:00"], ["18:15:00"]),
+    ("Europe/Berlin", ["2026-01-01 10:00:07", "2026-01-01 10:00:61", "2026-13-01 10:00:07", "2026-01-01 10:00:08"],
+     ["09:00:07", "10:00:61", "10:00:07", "09:00:08"])])
 def test_local_time_becomes_utc_in_file_order(monkeypatch, zone, times, expected):
     monkeypatch.setenv("TZ", zone)
     time.tzset()
@@ -827,6 +829,16 @@ def test_local_time_becomes_utc_in_file_order(monkeypatch, zone, times, expected
         time.tzset()
 
 
+
+
+# --- 3.10 wire formats
+
+@pytest.mark.parametrize("data", [
+    {"timestamp": "2026-05-01 10:00:00", "level": "INFO", "message": 'é "🦊"\n\\\x7f', "tags": ["m", "ü"]},
+    {"a": 1, "b": -0.5, "c": 1e300, "d": True, "e": None, "f": ["x", 1], "g": {"h": False}, "ü\"": "i"}, {}],
+    ids=["log", "values", "nothing"])
+def test_an_events_data_is_written_as_json_dumps_would_write_it(data):
+    assert lmgateway.data_json(Event("lmstudio_log", data)) == json.dumps(data)
 
 
 # --- 3.4 to 3.6: dialects, meter, request bodies
