@@ -2506,12 +2506,12 @@ def framed(*pieces, end=True):
 class Front:
     """A running gateway, and what its tests ask of it."""
 
-    def __init__(self, upstream, tmp_path, **options):
+    def __init__(self, upstream, tmp_path, monitor=None, **options):
         options = {"keys_file": str(tmp_path / "no-keys.json"), "host": "127.0.0.1", "port": 0, **options}
         self.config = lmgateway.Config(upstream=upstream, **options)
         self.hub = lmgateway.Hub()
         upstream = lmgateway.Upstream(self.config.upstream, self.config.upstream_token)
-        self.gateway = lmgateway.Gateway(self.config, self.hub, upstream)
+        self.gateway = lmgateway.Gateway(self.config, self.hub, upstream, monitor)
         self.server = lmgateway.open_server(self.gateway, lmgateway.tls_context(self.gateway.config))
         self.port = self.server.port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
@@ -2736,7 +2736,7 @@ def test_expect_100_continue_is_answered_before_the_body(front, studio):
 
 
 def test_expect_100_continue_is_not_answered_where_none_is_to_come(front):
-    old = request("POST /v1/x", b"", "Expect: 100-continue", "Content-Length: 2").replace(b"HTTP/1.1", b"HTTP/1.0")
+    old = request("POST /v1/x", b"", "Expect: 100-continue", "Content-Length: 2").replace(b"/1.1", b"/1.0")
     with dial(front.port) as sock:
         sock.sendall(old)
         assert not lmgateway.select.select([sock], [], [], 0.05)[0]
@@ -2792,6 +2792,7 @@ ANSWERS = {     # what LM Studio sends, and what a client gets of it, hop-by-hop
     "chunked with trailers": STREAM_HEAD + framed(b"a", end=False) + b"0\r\nX-T: 1\r\n\r\n",
     "early hints": b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n" + plain(b"x"),
     "no content": b"HTTP/1.1 204 No Content\r\nETag: x\r\n\r\n",
+    "not modified, no length": b"HTTP/1.1 304 Not Modified\r\nETag: x\r\n\r\n",
     "not modified": b"HTTP/1.1 304 Not Modified\r\nETag: x\r\nContent-Length: 100\r\n\r\n",
     "folded": b"HTTP/1.1 200 OK\r\nX-Old: a\r\n  b\r\nContent-Length: 1\r\n\r\nx",
 }
@@ -2826,7 +2827,24 @@ def test_hop_by_hop_and_cors_headers_of_an_answer_stop_here(front, studio):
         "Proxy-Connection: close", "TE: trailers", "Trailer: X", "Upgrade: h2c"))
     assert split_answer(talk(front.port, request()))[1] == [
         ("X-Powered-By", "Express"), ("Content-Type", "application/json; charset=utf-8"),
-        ("Content-Length", "1"), ("X-Kept", "1"), ("Date", "Mon, 17 Nov 2025 10:59:23 GMT"), ("Connection", "close")]
+        ("Content-Length", "1"), ("X-Kept", "1"), ("Date", "Mon, 17 Nov 2025 10:59:23 GMT"),
+        ("Connection", "close")]
+
+
+def test_only_a_young_connection_is_used_again_and_for_a_prompt_only_one_that_has_proven_itself(
+        fronts, studio, monkeypatch):
+    front = fronts()
+
+    def connections(line):
+        assert status_of(talk(front.port, request(line, b"{}" if "POST" in line else b""))) == 200
+        return studio.connections
+
+    monkeypatch.setattr(lmgateway, "MATURE_S", PATIENCE_S)
+    assert [connections("GET /v1/models"), connections(POST_CHAT)] == [1, 2]    # the server may close it yet
+    monkeypatch.setattr(lmgateway, "MATURE_S", 0)
+    assert connections(POST_CHAT) == 2
+    monkeypatch.setattr(lmgateway, "REUSE_S", -1)
+    assert [connections("GET /v1/models"), connections("GET /v1/models")] == [3, 4]
 
 
 @pytest.mark.parametrize("said", ["Connection: close", "Connection: x\r\nConnection: close"])
@@ -2931,12 +2949,22 @@ def test_an_answer_that_ends_with_its_connection_is_chunked_for_the_client(front
     assert re.fullmatch(rb"(?:[1-3]\r\n[abc]+\r\n)+0\r\n\r\n", split_answer(talk(front.port, request()))[2])
 
 
-def test_connections_are_kept_on_both_sides(front, studio):
+@pytest.mark.parametrize(("method", "end"), [("GET", b"true}"), ("HEAD", b"\r\n\r\n")])
+def test_connections_are_kept_on_both_sides(front, studio, method, end):
+    answer = plain(b'{"ok": true}')
+    studio.script = lambda peer: peer.send(answer if method == "GET" else answer.partition(b"{")[0])
     with dial(front.port) as sock:
         for _ in range(5):
-            sock.sendall(request(close=False))
-            assert status_of(read_until(sock, b"true}")) == 200
+            sock.sendall(request(f"{method} /v1/models", close=False))
+            assert status_of(read_until(sock, end)) == 200
     assert len(studio.peers) == 5 and studio.connections <= 1
+
+
+def test_an_answer_with_both_framings_leaves_with_one(front, studio):
+    head = STREAM_HEAD.replace(b"Date", b"Content-Length: 3\r\nDate")
+    studio.script = lambda peer: peer.send(head + framed(b"ab"))
+    answer = talk(front.port, request())
+    assert b"content-length" not in answer.lower() and unchunked(split_answer(answer)[2]) == b"ab"
 
 
 def test_pipelined_requests_are_answered_in_order(front, studio):
@@ -3612,7 +3640,110 @@ def test_usage_comes_from_the_history_as_json_and_csv(fronts, studio, tmp_path):
 
 def test_an_unknown_request_is_not_found(front):
     assert fetched(front, "/debug/requests/req_none")[0] == 404
+
+
 # --- the gateway's own pages
+
+def page(front, path):
+    """The JSON of one of the gateway's pages."""
+    status, _, body = fetched(front, path)
+    assert status == 200
+    return json.loads(body)
+
+
+def test_status_says_what_goes_on(fronts, studio):
+    def script(peer):
+        if peer.line.startswith("GET"):
+            return peer.send(plain(b'{"lmstudio":true}'))
+        asked = json.loads(peer.body)
+        if asked["model"] == "slow":
+            here.set()
+            go.wait(PATIENCE_S)
+        bad = asked["model"] == "bad"
+        return peer.send(plain(b'{"error":"no"}', "500 Oops") if bad else plain(CHAT_WHOLE))
+
+    front, here, go, studio.script = fronts(), threading.Event(), threading.Event(), script
+    idle = page(front, "/debug/status")
+    assert (idle["status"], idle["currentOperation"], idle["activeModel"]) == ("ok", "idle", None)
+    assert (idle["recentRequests"], idle["running"]) == ([], [])
+    assert (idle["totalRequests"], idle["totalErrors"]) == (0, 0)
+    assert idle["log"] == {"enabled": False} and idle["lmstudio"] == {"up": True, "reason": None}
+    for model in ("good", "bad"):
+        talk(front.port, request(POST_CHAT, json.dumps({"model": model}).encode()))
+    with dial(front.port) as sock:
+        sock.sendall(request(POST_CHAT, b'{"model":"slow"}'))
+        assert here.wait(PATIENCE_S)
+        data = page(front, "/debug/status")
+        assert (data["currentOperation"], data["activeModel"]) == ("waiting", "slow")
+        assert [record["model"] for record in data["running"]] == ["slow"]
+        assert [record["model"] for record in data["recentRequests"]] == ["bad", "qwen/qwen3-8b"]
+        assert (data["totalRequests"], data["totalErrors"]) == (3, 1)
+        go.set()
+        rest_of(sock)
+    assert not {"key", "token"} & set(data["gateway"]) and data["gateway"]["keyNeeded"] is False
+
+
+def test_status_says_what_the_monitor_reads_and_how_far_behind_it_is(fronts, tmp_path):
+    logs = Logs(tmp_path / "server-logs", from_start=True)
+    logs.write("2026-05-01.1", "hello", "whatever")
+    front = fronts(monitor=logs.monitor)
+    assert page(front, "/debug/status")["log"]["enabled"] is True
+    logs.look(1)
+    found = page(front, "/debug/status")["log"]
+    assert {name: found[name] for name in ("directory", "file", "entries")} == {
+        "directory": str(logs.directory), "file": str(logs.path("2026-05-01.1")), "entries": 2}
+    assert found["position"] == found["bytesRead"] == 2 * len(HEADER) + len("hello\nwhatever\n")
+    assert found["lastEntryAt"] and found["unknownLines"] == 2 and found["behindBytes"] == 0
+    with logs.path("2026-05-01.1").open("ab") as file:
+        file.write(b" " * (lmgateway.PIECE + 7))
+    logs.monitor.step()
+    assert page(front, "/debug/status")["log"]["behindBytes"] == logs.follower.behind > 0
+
+
+def test_status_without_lm_studio_says_why(fronts):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    front = fronts(f"http://127.0.0.1:{port}")
+    data = page(front, "/debug/status")
+    assert (data["status"], data["lmstudio"]["up"]) == ("degraded", False)
+    assert f"not reachable at http://127.0.0.1:{port}" in data["lmstudio"]["reason"]
+    status, _, body = fetched(front, "/ready")
+    assert status == 503 and json.loads(body)["error"]["message"] == data["lmstudio"]["reason"]
+
+
+def test_requests_are_shown_newest_first_and_one_with_its_timeline(fronts, studio):
+    front, studio.script = fronts(requests_kept=3), lambda peer: peer.send(plain(CHAT_WHOLE))
+    for number in range(5):
+        talk(front.port, request(f"{POST_CHAT}?api_key=x", b'{"model":"m%d"}' % number, "User-Agent: test"))
+    shown = page(front, "/debug/requests")["requests"]
+    assert [record["modelAsked"] for record in shown] == ["m4", "m3", "m2"]
+    newest = {"method": "POST", "path": "/v1/chat/completions", "model": "qwen/qwen3-8b", "state": "done",
+              "status": 200, "client": "127.0.0.1", "key": None, "stream": False, "userAgent": "test",
+              "tokenUsage": COUNTS, "finishReason": "stop", "error": None, "source": "gateway"}
+    assert {name: shown[0][name] for name in newest} == newest
+    one = page(front, f"/debug/requests/{shown[0]['requestId']}")
+    assert {name: one[name] for name in newest} == newest
+    assert [row["event"] for row in one["timeline"]] == ["inference_start", "inference_complete"]
+    assert all(row["data"]["requestId"] == one["requestId"] and row["ms"] >= 0 for row in one["timeline"])
+
+
+def test_metrics_are_those_of_the_requests_that_are_kept(fronts, studio):
+    front = fronts()
+    empty = page(front, "/debug/metrics")["performance"]
+    assert (empty["totalRequests"], empty["errorRate"], empty["avgResponseTimeMs"]) == (0, 0, None)
+    studio.script = lambda peer: peer.send(plain(V0_WHOLE))
+    for _ in range(3):
+        talk(front.port, request("POST /api/v0/chat/completions", b"{}"))
+    times = sorted(record["totalTimeMs"] for record in page(front, "/debug/requests")["requests"])
+    data = page(front, "/debug/metrics")
+    wanted = {"totalRequests": 3, "totalErrors": 0, "errorRate": 0, "totalTokensProcessed": 3 * 24,
+              "minResponseTimeMs": times[0], "medianResponseTimeMs": times[1], "p95ResponseTimeMs": times[2],
+              "maxResponseTimeMs": times[2], "avgResponseTimeMs": round(sum(times) / 3, 2),
+              "avgTokensPerSec": 48.2}
+    assert {name: data["performance"][name] for name in wanted} == wanted
+    assert data["performance"]["tokenStats"]["promptTokens"] == 3 * 21
+    assert data["system"]["uptime"] >= 0 and data["system"]["threads"] > 1 and data["system"]["version"]
+
 
 def json_of(data):
     return json.loads(split_answer(data)[2])
@@ -3627,7 +3758,7 @@ def ask(front, line, *headers, body=b""):
 def test_health_says_that_the_gateway_is_up(front):
     status, headers, body = ask(front, "GET /health")
     data = json.loads(body)
-    assert (status, data["status"]) == (200, "ok") and data["uptime"] >= 0
+    assert (status, data["status"], data["version"]) == (200, "ok", lmgateway.VERSION) and data["uptime"] >= 0
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", data["timestamp"])
     assert dict(headers)["Content-Type"] == "application/json; charset=utf-8" and "Date" in dict(headers)
 
