@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import datetime
+import errno
 import gzip
 import hashlib
 import http.client
@@ -880,6 +881,7 @@ def typed(kind, **data):
     return event({"type": kind, **data}, kind)
 
 
+MESSAGES_USAGE = typed("message_delta", delta={}, usage={"input_tokens": 21, "output_tokens": 3})
 COUNTS = {"promptTokens": 21, "completionTokens": 3, "totalTokens": 24}
 THINKING = {**COUNTS, "reasoningTokens": 2}
 CACHED = {**THINKING, "cachedTokens": 20}
@@ -959,6 +961,35 @@ METERED = {     # path, the answer's events or its whole body, tokenUsage, finis
         typed("reasoning.start"), typed("reasoning.delta", content="Hm"),
         typed("message.delta", content="Hi"),
         typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 3),
+    "v0 without a reason of OpenAI's": ("/api/v0/completions", V0_WHOLE.replace(
+        b'"finish_reason":"stop",', b""), COUNTS, "eosFound", None),
+    "chat cached": ("/v1/chat/completions", CHAT_WHOLE.replace(
+        b'"completion_tokens_details"', b'"prompt_tokens_details":{"cached_tokens":20},"completion_tokens_details"'),
+        CACHED, "stop", None),
+    "chat over two lines": ("/v1/chat/completions", [
+        CHAT_STREAM[1], USAGE_CHUNK.replace(b', "usage"', b',\ndata: "usage"')], COUNTS, None, 0),
+    "chat with a function": ("/v1/chat/completions", [
+        chunk({"content": None}), chunk({"function_call": {"name": "f", "arguments": ""}}), USAGE_CHUNK], COUNTS,
+        None, 1),
+    "messages that count down": ("/v1/messages", [
+        typed("message_start", message={"model": "qwen/qwen3-8b", "usage": {"input_tokens": 21}}),
+        typed("message_delta", delta={}, usage={"output_tokens": 3}),
+        typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"input_tokens": 0, "output_tokens": 0})],
+        COUNTS, "end_turn", None),
+    "messages tools": ("/v1/messages", [
+        typed("message_start", message={"model": "qwen/qwen3-8b", "content": []}),
+        typed("content_block_start", index=0, content_block={"type": "tool_use", "name": "f", "input": {}}),
+        MESSAGES_USAGE], COUNTS, None, 1),
+    "messages tools, arguments": ("/v1/messages", [
+        typed("message_start", message={"model": "qwen/qwen3-8b", "content": []}),
+        typed("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": ""}),
+        typed("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": "{}"}),
+        MESSAGES_USAGE], COUNTS, None, 2),
+    "native tools": ("/api/v1/chat", [
+        typed("chat.start", model_instance_id="qwen/qwen3-8b"), typed("tool_call.start", tool="f"),
+        typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 1),
+    "odd counts": ("/v1/chat/completions", b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":true,'
+                   b'"completion_tokens":"3","total_tokens":null}}', None, None, None),
     "decisions": ("/v1/decisions", b'{"model":"qwen/qwen3-8b","usage":{"inputTokens":21}}',
                   {"promptTokens": 21}, None, None),
     "no usage": ("/v1/chat/completions", b'{"model":"qwen/qwen3-8b","choices":[{"finish_reason":"stop"}]}',
@@ -1056,10 +1087,18 @@ def test_the_beginning_of_an_event_is_held_back_only_while_it_may_be_ours(beginn
     assert meter.feed(CHAT_STREAM[1] + USAGE_CHUNK, 1.0) == CHAT_STREAM[1]
 
 
-def test_an_endless_event_passes_unread_in_linear_time():
+def test_an_endless_event_passes_unread_in_linear_time_and_bounded_memory():
     meter, piece = lmgateway.Meter(lmgateway.CHAT, True, cut=True), b"x" * 4096
-    got = sum(len(meter.feed(piece, 1.0)) for _ in range(2000)) + len(meter.end())
-    assert got == 2000 * len(piece)
+    got = sum(len(meter.feed(piece, 1.0)) for _ in range(2000))
+    assert len(meter._rest) <= lmgateway.STREAM_LIMIT and got + len(meter.end()) == 2000 * len(piece)
+
+
+def test_a_huge_body_passes_unread(monkeypatch):
+    monkeypatch.setattr(lmgateway, "WHOLE_LIMIT", len(CHAT_WHOLE) + 9)
+    for rest, usage in ((b" " * 9, THINKING), (b" " * 10, None)):
+        meter = lmgateway.Meter(lmgateway.CHAT, stream=False)
+        assert (meter.feed(CHAT_WHOLE, 1.0), meter.feed(rest, 1.0), meter.end()) == (CHAT_WHOLE, rest, b"")
+        assert meter.usage.tokens(lmgateway.CHAT) == usage
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, br"])
@@ -2622,6 +2661,7 @@ def front(shared, studio, caplog):
         yield shared[1]
     assert "a fault in lmgateway" not in caplog.text
     assert not shared[1].hub._requests.running
+    until(lambda: not shared[1].gateway.watcher._watched)
 
 
 @pytest.fixture
@@ -3182,6 +3222,10 @@ def two_lengths(peer):
     peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxy")
 
 
+def endless_head(peer):
+    peer.send(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 60_000)
+
+
 def bare_return(peer):
     peer.send(b"HTTP/1.1 200 OK\r\nX: a\rSet-Cookie: b\r\nContent-Length: 1\r\n\r\nx")
 
@@ -3193,7 +3237,7 @@ def silence(peer):
 FAILURES = {reset: (502, "upstream_reset"), garbage: (502, "upstream_reset"),
             half_a_head: (502, "upstream_reset"),
             switching: (502, "upstream_reset"), odd_coding: (502, "upstream_reset"), two_lengths: (502, "upstream_reset"),
-            bare_return: (502, "upstream_reset"),
+            bare_return: (502, "upstream_reset"), endless_head: (502, "upstream_reset"),
             silence: (504, "upstream_timeout")}
 
 
@@ -3211,6 +3255,17 @@ def test_failures_before_the_answer(fronts, studio, script, path, caplog):
     assert len(caplog.records) == 1 and caplog.records[0].levelname in ("WARNING", "warn")
     if "models" not in path:
         assert front.events(0, "error", "inference_complete")[0]["operation"] == code
+
+
+def test_a_connection_that_nobody_takes_is_given_up_also_where_patience_is_endless(fronts, monkeypatch):
+    monkeypatch.setattr(lmgateway, "CONNECT_S", 0.1)
+    with socket.socket() as listener, contextlib.ExitStack() as held:
+        listener.bind(("127.0.0.1", 0))
+        for sock in hangs(listener):
+            held.enter_context(sock)
+        front = fronts(f"http://127.0.0.1:{listener.getsockname()[1]}", proxy_timeout=0)
+        status, _, body = ask(front, POST_CHAT, body=b"{}")
+    assert (status, json.loads(body)["error"]["code"]) == (502, "upstream_unreachable")
 
 
 def breaks_off(*pieces):
@@ -3395,13 +3450,54 @@ def test_a_client_that_leaves_ends_the_request_within_a_second(front, studio, ph
     sock.close()
 
 
-def test_a_client_that_leaves_a_plain_request_frees_lm_studio_too(front, studio):
+def test_a_client_that_leaves_a_plain_request_frees_lm_studio_too(front, studio, caplog):
     ended, here, mark = queue.Queue(), threading.Event(), front.hub.last
     studio.script = lambda peer: (here.set(), ended.put(peer.wait_for_end()))
     with dial(front.port) as sock:
         sock.sendall(request("POST /api/v1/models/load", b"{}"))
         assert here.wait(PATIENCE_S)
     assert ended.get(timeout=PATIENCE_S) < 1.0 and front.hub.last == mark
+    until(lambda: not front.gateway.watcher._watched and not front.server.working)
+    assert [record.getMessage() for record in caplog.records if "models/load" in record.getMessage()] == [
+        "POST /api/v1/models/load: the client left"]
+
+
+def test_a_request_whose_client_left_before_it_was_sent_is_not_sent(front, studio):
+    upstream = front.gateway.upstream
+    call = upstream.call("POST", "/v1/chat/completions", [("Host", upstream.host)], b"{}", 5)
+    call.cancel()
+    with pytest.raises(lmgateway.UpstreamError):
+        upstream.open(call)
+    assert not studio.peers
+
+
+def test_waiting_requests_share_one_watcher(front, studio):
+    here, go = threading.Semaphore(0), threading.Event()
+    studio.script = lambda peer: (here.release(), go.wait(PATIENCE_S), peer.send(plain(b"{}")))
+    before = threading.active_count()
+    with contextlib.ExitStack() as waiting:
+        socks = [waiting.enter_context(dial(front.port)) for _ in range(5)]
+        for sock in socks:
+            sock.sendall(request(POST_CHAT, b"{}"))
+            assert here.acquire(timeout=PATIENCE_S)
+        assert threading.active_count() <= before + 2 * len(socks)      # half of them are LM Studio's
+        go.set()
+        assert all(rest_of(sock) for sock in socks)
+
+
+def test_a_client_that_stays_and_does_not_read_is_given_up(fronts, studio, monkeypatch):
+    monkeypatch.setattr(lmgateway, "CLIENT_S", 0.2)
+    front, ended = fronts(), threading.Event()
+
+    def script(peer):
+        with contextlib.suppress(OSError):
+            peer.send(plain(b"x" * 50_000_000))
+        ended.set()
+
+    studio.script = script
+    with dial(front.port) as sock:
+        sock.sendall(request())
+        assert ended.wait(PATIENCE_S)
 
 
 def test_a_client_that_leaves_an_answer_without_a_known_end(front, studio):
@@ -4199,6 +4295,29 @@ def test_minted_keys_work_at_once_with_their_rights_and_until_they_are_revoked(k
     assert ask(front, "GET /debug/status", f"X-API-Key: {viewer}")[0] == 200
 
 
+def test_a_keys_file_may_lie_in_a_new_directory_beside_what_a_crash_left(tmp_path, capsys):
+    path = tmp_path / "new" / "keys.json"
+    args = ["--keys-file", str(path), "--new-key"]
+    assert lmgateway.main([*args, "anna"]) == 0
+    path.with_name("keys.json.new").write_text("half")      # readable by all
+    assert lmgateway.main([*args, "ben"]) == 0 and os.stat(path).st_mode & 0o777 == 0o600
+    assert [path] == list(path.parent.iterdir())
+    assert [key.name for key in lmgateway.KeyFile(path).keys()] == ["anna", "ben"]
+
+
+def test_keys_that_cannot_be_written_leave_those_that_are_there(keys, monkeypatch):
+    def half(value, file, **how):
+        file.write("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    keys("--new-key", "anna")
+    before = keys.path.read_text()
+    monkeypatch.setattr(lmgateway.json, "dump", half)
+    status, out, error = keys("--new-key", "ben")
+    assert (status, out) == (2, "") and "can be written" in error
+    assert keys.path.read_text() == before
+
+
 def until(holds):
     deadline = time.monotonic() + PATIENCE_S
     while not holds():
@@ -4218,7 +4337,7 @@ def test_a_session_ends_with_its_key(keys, fronts):
 
 @pytest.mark.parametrize(("args", "said"), [
     (["--new-key", "a b"], "letters"), (["--new-key", "x", "--rights", "all"], "infer, view, admin"),
-    (["--revoke-key", "x"], "no such key"),
+    (["--revoke-key", "x"], "no such key"), (["--new-key", "fixed", "--api-key", "fixed=1"], "choose another"),
     (["--new-key", "taken"], "choose another")])
 def test_wrong_key_commands_say_what_to_do(keys, args, said):
     keys("--new-key", "taken")
