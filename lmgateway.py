@@ -5995,7 +5995,7 @@ def gauges_of(gateway):
 def log_gauges(monitor):
     """The monitor's own figures; plain reads of numbers that only the tail thread writes."""
     parser, moment = monitor.parser, monitor.parser.last_moment
-    return {"lmstudio_log_lines_total": {(name,): n for name, n in sorted(parser.by_engine.items())},
+    return {"lmstudio_log_lines_total": {(name,): n for name, n in sorted((+parser.by_engine).items())},
             "lmstudio_log_entries_total": {(name,): n for name, n in sorted(parser.by_event.items())},
             "lmstudio_cache_resets_total": {(name,): n for name, n in sorted(parser.story.resets.items())},
             "lmstudio_log_unparsed_entries_total": {(): parser.unknown},
@@ -7222,8 +7222,6 @@ def tail_only(args, config):
         settle()
         Monitor(follower).run(printer, lambda seconds: printer.tick() or stop.wait(seconds))
         return stop.status
-    except KeyboardInterrupt:
-        return 130
     finally:
         with contextlib.suppress(OSError):
             printer.finish()

@@ -14,6 +14,7 @@ import errno
 import gzip
 import hashlib
 import http.client
+import io
 import json
 import logging
 import os
@@ -70,6 +71,7 @@ import lmgateway  # noqa: E402
 from lmgateway import Event, Parser  # noqa: E402
 
 PATIENCE_S = 10     # a limit for a hang, never a delay for a passing test
+os.environ.pop("PYTHONUNBUFFERED", None)    # with it no test could tell whether a program flushes what it prints
 
 # === 2. CONFIG ===============================================================
 
@@ -1685,6 +1687,65 @@ def test_time_in_lm_studios_queue_is_counted_where_the_log_shows_it(utc):
     assert 'lmstudio_gateway_queue_seconds_sum{key_priority="default"} 3.0' in exposition(figures)
 
 
+@pytest.mark.parametrize(("state", "outcome", "line"), [
+    ("waiting", ("failed", None, "x", "upstream_unreachable"), 'upstream_errors_total{kind="refused"} 1'),
+    ("waiting", ("failed", 504, "x", "upstream_timeout"), 'upstream_errors_total{kind="timeout"} 1'),
+    ("generating", ("failed", 200, "x", "upstream_reset"), 'upstream_errors_total{kind="reset"} 1'),
+    ("waiting", ("failed", 500, "x", "upstream_error"), 'upstream_errors_total{kind="bad_status"} 1'),
+    ("waiting", ("failed", 200, "x", "upstream_error"), 'upstream_errors_total{kind="error_in_200"} 1'),
+    ("waiting", ("abandoned", None, "x", "client_disconnected"), 'client_disconnects_total{phase="queued"} 1'),
+    ("loading", ("abandoned", None, "x", "client_disconnected"), 'client_disconnects_total{phase="queued"} 1'),
+    ("prompt", ("abandoned", None, "x", "client_disconnected"), 'client_disconnects_total{phase="prefill"} 1'),
+    ("generating", ("abandoned", 200, "x", "client_disconnected"), 'client_disconnects_total{phase="decode"} 1')])
+def test_a_request_that_fails_is_counted_by_its_cause_and_one_that_is_left_by_its_phase(state, outcome, line):
+    figures, record = lmgateway.Figures(), lmgateway.Record("r1", 0, 0)
+    record.enter(state, 0.5)
+    record.end(1, lmgateway.Outcome(*outcome))
+    figures.count_request(record)
+    assert [row for row in exposition(figures) if "errors_total{" in row or "disconnects_total{" in row] == [
+        f"lmstudio_gateway_{line}"]
+
+
+def test_times_of_a_request_are_seconds_and_running_ones_are_gauges(utc):
+    office, figures = Office(), lmgateway.Figures()
+    record = office.ask("r1", overhead_s=0.002)
+    office.log(running("m/one"), streaming("m/one"), engine_run(1, 500), percent("m/one", 40))
+    waiting = office.ask("r2")
+    office.log(running("m/one"), streaming("m/one"))
+    figures.model("m/one")
+    gauges = figures.of_requests(office.requests)
+    assert gauges["lmstudio_gateway_requests_in_flight"] == {("m/one",): 2}
+    assert (waiting.state, gauges["lmstudio_gateway_requests_queued"]) == ("queued", {("m/one",): 1})
+    assert list(gauges["lmstudio_prompt_progress_ratio"].values()) == [0.4]
+    office.log(running("m/two", 7))       # not through us
+    assert figures.of_requests(office.requests)["lmstudio_gateway_requests_in_flight"] == {("m/one",): 2, ("m/two",): 0}
+    office.clock += 2
+    record.first_ms, record.speed = 500.0, 20.0
+    office.over(record, prompt=500)
+    figures.count_request(record)
+    sums = dict(re.findall(r"lmstudio_gateway_(\w+)_seconds_sum\S* (\S+)", "\n".join(exposition(figures))))
+    assert {name: float(value) for name, value in sums.items()} == {
+        "request_duration": 2, "time_to_first_token": 0.5, "time_per_output_token": 0.05, "overhead": 0.002, "queue": 0}
+    assert figures.of_requests(office.requests)["lmstudio_gateway_correlated_total"] == {
+        ("exact",): 1, ("likely",): 0, ("none",): 0}
+
+
+def test_performance_is_of_the_requests_that_are_kept():
+    records = [lmgateway.Record(f"r{number}", 0, 0, speed=speed, first_ms=first)
+               for number, speed, first in ((1, 10.0, 100.0), (2, None, None), (3, 30.0, 300.0), (4, None, 200.0))]
+    for number, record in enumerate(records, 1):
+        record.end(number, lmgateway.Outcome("done", 200))
+    tokens = Counter({"input": 7, "output": 5, "cached_input": 3, "reasoning": 2})
+    assert lmgateway.performance(records, 40, 10, tokens) == {
+        "totalRequests": 40, "totalErrors": 10, "errorRate": 0.25, "keptRequests": 4, "avgResponseTimeMs": 2500.0,
+        "minResponseTimeMs": 1000, "maxResponseTimeMs": 4000, "medianResponseTimeMs": 2000, "p95ResponseTimeMs": 4000,
+        "p99ResponseTimeMs": 4000, "medianTimeToFirstTokenMs": 200.0, "p95TimeToFirstTokenMs": 300.0, "avgTokensPerSec": 20.0,
+        "totalTokensProcessed": 12,
+        "tokenStats": {"promptTokens": 7, "completionTokens": 5, "cachedTokens": 3, "reasoningTokens": 2}}
+    nothing = lmgateway.performance([], 0, 0, Counter())
+    assert (nothing["errorRate"], nothing["avgResponseTimeMs"], nothing["p95ResponseTimeMs"]) == (0, None, None)
+
+
 def test_tokens_that_the_log_tells_later_are_counted_once():
     figures, record = lmgateway.Figures(), lmgateway.Record("r1", 0, 0)
     record.end(1, lmgateway.Outcome("abandoned", None, "left", "client_disconnected"))
@@ -1733,6 +1794,54 @@ def test_ids_count_by_one_and_have_an_epoch_of_their_own():
     assert [frame.split(b"\n")[0].decode() for _, frame in frames] == [f"id: {hub.epoch}-{seq}" for seq in (1, 2, 3)]
     assert frames[0][1] == f'id: {hub.epoch}-1\nevent: n\ndata: {{"n": 1}}\n\n'.encode()
     assert hub.epoch != other.epoch
+    assert len({hub.request_id(), hub.request_id(), other.request_id(), other.request_id()}) == 4
+
+
+@pytest.mark.parametrize("data", [
+    {"timestamp": "t", "level": "INFO", "message": 'a"b\\c\n\ud800 \u2028 \u00e9', "tags": ["m", '"']},
+    {"timestamp": "t", "level": "INFO", "message": "m", "tags": [], "continued": True, "truncated": True},
+    {"timestamp": "t", "level": "INFO", "message": "m", "tags": [], "requestId": "req_1"}])
+def test_an_entry_is_one_line_of_strict_json_with_all_its_fields(data):
+    line = lmgateway.json_line("e-1", Event("lmstudio_log", data))
+    assert line.isascii() and line.count("\n") == 1
+    assert json.loads(line, parse_constant=no_constant) == {"id": "e-1", "event": "lmstudio_log", "data": data}
+
+
+def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_figures(utc):
+    rows, parser, stamp = [], Parser(), "2026-11-24 10:00:00"
+    hub, started = lmgateway.Hub(keep=rows.extend), lmgateway.Calendar().moment(stamp).epoch
+
+    def log(*entries):
+        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n" for entry in entries).encode()) + parser.quiet())
+
+    record = lmgateway.Record(hub.request_id(), started, time.monotonic(), model_asked="m/one", messages=1, dialect="chat",
+                              target="/v1/chat/completions", stream=True)
+    hub.begin(record)
+    log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100), percent("m/one", 0), percent("m/one", 100))
+    for _ in range(2):
+        hub.end(record, lmgateway.Outcome("abandoned", None, "it left", "client_disconnected"))
+    log(engine_end(1, 400, 12), finished("m/one"))
+    log(running("m/two"), streaming("m/two"), engine_run(2, 70), percent("m/two", 100), engine_end(2, 70, 9), finished("m/two"))
+    told = Counter(name for name, _ in hub.read(0)[0])
+    assert (told["inference_start"], told["error"], told["inference_progress"] > 0) == (1, 1, True)
+    by_name = [dict(zip([name for name, _, _ in lmgateway.HISTORY], row)) for row in rows]
+    assert (by_name[0]["id"], by_name[0]["completion_tokens"]) == (record.id, None)
+    ours, other = ({row["id"]: row for row in by_name}[name] for name in (record.id, by_name[-1]["id"]))
+    assert (ours["prompt_tokens"], ours["completion_tokens"], ours["outcome"]) == (500, 12, "abandoned")
+    assert (other["source"], other["model"], other["prompt_tokens"]) == ("lmstudio", "m/two", 70)
+    figures = hub.performance()     # of what came through us
+    assert (figures["keptRequests"], figures["tokenStats"]["promptTokens"], figures["totalErrors"]) == (1, 500, 1)
+
+
+def test_requests_are_shown_running_ones_first_and_each_newest_first():
+    hub = lmgateway.Hub()
+    records = [lmgateway.Record(f"r{number}", 0, 0) for number in range(4)]
+    for record in records:
+        hub.begin(record)
+    for record in records[:2]:
+        hub.end(record, lmgateway.Outcome("done", 200))
+    assert [shown["requestId"] for shown in hub.shown()] == ["r3", "r2", "r1", "r0"]
+    assert [shown["requestId"] for shown in hub.shown(3)] == ["r3", "r2", "r1"]
 
 
 @pytest.mark.parametrize("since, missed", [("{}-2", [3, 4]), ("{}-4", []), ("{}-0", [1, 2, 3, 4]), ("2", [3, 4]),
@@ -1742,6 +1851,17 @@ def test_a_listener_that_comes_back_gets_what_it_missed(since, missed):
     hub.publish(numbers(1, 2, 3, 4))
     cursor, gap = hub.cursor(since and since.format(hub.epoch))
     assert (everything(hub, cursor), gap) == ((missed, []), None)
+    hub.publish(numbers(5))
+    assert everything(hub, cursor) == ([*missed, 5], [])
+
+
+def test_listeners_that_come_back_are_counted_by_what_the_ring_could_give_them():
+    hub = lmgateway.Hub()
+    for _ in range(13):
+        hub.publish(numbers(*range(1000)))
+    for since in ("", f"{hub.epoch}-12999", f"{hub.epoch}-12", "0ther-7"):
+        hub.cursor(since)
+    assert hub.replays == {"full": 1, "gap": 2}
 
 
 def test_an_id_of_another_start_is_a_gap_that_nobody_can_count():
@@ -1763,15 +1883,18 @@ def test_the_ring_holds_ten_thousand_and_tells_what_fell_out():
     assert len(gaps) == 1 and len(found) >= 10_000
     assert found == list(range(found[0], 30_001))
     assert gaps[0] == lmgateway.Gap(hub.event_id(101), hub.event_id(found[0] - 1), found[0] - 101)
+    frames, cursor, _ = hub.read(20_000)
+    assert (len(frames), cursor) == (lmgateway.BATCH, 20_000 + lmgateway.BATCH) and lmgateway.BATCH <= 1000    # of one write
 
 
 def test_a_slow_listener_loses_the_oldest_is_told_and_stops_nobody():
     hub = lmgateway.Hub()
     cursor, _ = hub.cursor(None)
     with hub.listening() as bell:
+        started = time.monotonic()
         for start in range(1, 40_001, 1000):
             hub.publish(numbers(*range(start, start + 1000)))      # nobody takes anything
-        assert bell.qsize() == 1
+        assert bell.qsize() == 1 and time.monotonic() - started < PATIENCE_S
         found, gaps = everything(hub, cursor)
     assert gaps[0].events + len(found) == 40_000
     assert found[-1] == 40_000
@@ -1784,7 +1907,8 @@ def test_a_frame_is_made_once_whoever_listens(monkeypatch):
     monkeypatch.setattr(lmgateway, "data_json", counting("json", lmgateway.data_json, calls))
     monkeypatch.setattr(lmgateway, "sse_frame", counting("frame", lmgateway.sse_frame, calls))
     hub = lmgateway.Hub()
-    hub.publish(numbers(1, 2))
+    with hub.listening(), hub.listening():
+        hub.publish(numbers(1, 2))
     readers = [hub.read(0)[0] for _ in range(5)]
     assert calls == {"json": 2, "frame": 2}
     assert all(one[1] is other[1] for one, other in zip(readers[0], readers[4]))
@@ -3755,6 +3879,58 @@ def test_every_metric_has_its_help_and_type_once_and_a_known_name(front):
         assert metric.name.endswith("_total") == (metric.kind == "counter")
 
 
+@pytest.fixture
+def logged(fronts, studio, tmp_path, utc):
+    """A gateway whose monitor has read a saved log and gone on to a newer one, and is 3 bytes behind there."""
+    studio.script = lambda peer: peer.send(plain(b'{"lmstudio":true}'))
+    logs = Logs(tmp_path / "server-logs", from_start=True)
+    logs.path("2026-08-08.1").write_bytes(sample("g2-nonstream-cache-hit").read_bytes())
+    front = fronts(log_dir=str(logs.directory))
+    front.gateway.monitor, front.gateway.volume = logs.monitor, lmgateway.LogVolume(str(logs.directory), 0)
+    for end in (5, 10):
+        while logs.clock < 1000 + end:
+            events, pause = logs.monitor.step()
+            front.hub.publish_log(events)
+            logs.clock += pause
+        logs.write("2026-08-09.1", "words of nobody")
+    logs.follower.size += 3 - logs.follower.behind
+    return front
+
+
+def test_what_the_log_tells_is_in_the_metrics(logged):
+    text = fetched(logged, "/metrics")[2].decode()
+    (started,) = re.findall(r"^process_start_time_seconds (\S+)$", text, re.M)
+    assert abs(float(started) - time.time()) < 100
+    read = logged.gateway.monitor.read
+    for line in ('lmstudio_requests_total{model="desk"} 1', 'lmstudio_input_tokens_total{model="desk"} 1900',
+                 'lmstudio_output_tokens_total{model="desk"} 15', 'lmstudio_cached_input_tokens_total{model="desk"} 1899',
+                 'lmstudio_prompt_eval_seconds_sum{model="desk"} 0.03', 'lmstudio_generation_seconds_sum{model="desk"} 0.206669',
+                 'lmstudio_prompt_tokens_per_second_sum{model="desk"} 33.33', 'lmstudio_tokens_per_second_sum{model="desk"} 72.58',
+                 'lmstudio_log_lines_total{dialect="G2"} 17', 'lmstudio_log_entries_total{event="lmstudio_prompt_progress"} 2',
+                 "lmstudio_log_unparsed_entries_total 1", f"lmstudio_log_bytes_read_total {read}",
+                 'lmstudio_log_rotations_total{reason="lmstudio_file_switch"} 1', "lmstudio_log_read_lag_bytes 3",
+                 "lmstudio_log_last_entry_timestamp_seconds 1777629600.0", f"lmstudio_log_directory_bytes {read + len(HEADER) + 16}",
+                 'lmstudio_gateway_sse_events_total{type="lmstudio_file_switch"} 1', "lmstudio_up 1",
+                 f'lmstudio_gateway_build_info{{version="{lmgateway.VERSION}",python="{sys.version.split()[0]}"}} 1'):
+        assert line in text.splitlines(), line
+    assert 'dialect=""' not in text
+
+
+def test_the_status_says_what_the_monitor_reads_and_does_not_understand(logged):
+    log, logs = json.loads(fetched(logged, "/debug/status")[2])["log"], Path(logged.config.log_dir)
+    path = logs / "2026-08" / "2026-08-09.1.log"
+    assert (log["enabled"], log["directory"], log["file"], log["problem"]) == (True, str(logs), str(path), None)
+    assert (log["position"], log["size"], log["behindBytes"]) == (len(HEADER) + 16, len(HEADER) + 19, 3)
+    assert (log["generations"], log["events"]["lmstudio_log"], log["levels"]) == ({"G2": 17}, 15, {"DEBUG": 8, "INFO": 7})
+    assert (log["unknownLines"], log["unknownSamples"], log["headlessLines"], log["faults"]) == (1, ["wor~ of nob~"], 0, 0)
+    assert (log["lastEntryAt"], log["verbose"], log["bytesRead"]) == ("2026-05-01T10:00:00Z", True, logged.gateway.monitor.read)
+    assert log["directoryBytes"] > 0 and log["warnings"] == []
+    logged.gateway.monitor.follower.problem = "cannot read it"
+    assert json.loads(fetched(logged, "/debug/status")[2])["log"]["problem"] == "cannot read it"
+    logged.gateway.monitor = None
+    assert json.loads(fetched(logged, "/debug/status")[2])["log"]["enabled"] is False
+
+
 def test_what_is_turned_away_is_counted(fronts):
     front = fronts(api_key={"anna": "secret"})
     assert fetched(front, "/metrics")[0] == 401
@@ -4024,6 +4200,9 @@ def test_websocket_upgrades_are_refused_and_others_ignored(front, studio):
 
 # --- /debug/stream
 
+UTC_TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+
+
 @contextlib.contextmanager
 def listening(front, query="", *headers, close=False):
     """A socket that listens to /debug/stream, and its decoded frames as an iterator of (id, name, data)."""
@@ -4060,6 +4239,7 @@ def test_the_stream_begins_with_connected_and_goes_on_with_events(front):
         last, name, data, retry = next(frames)
         assert (last, name, retry) == (front.hub.event_id(front.hub.last), "connected",
                                        "2000") and data["message"]
+        assert re.fullmatch(UTC_TIME, data["timestamp"])
         front.hub.tell("one", text="\u2028\n\r\x00 \ud800")
         event_id, name, data, _ = next(frames)
         assert (event_id, name, data["text"]) == (front.hub.event_id(front.hub.last), "one",
@@ -4076,7 +4256,7 @@ def test_a_listener_that_comes_back_gets_each_event_that_it_missed_once(front):
         with listening(front, query, *header) as (_, _, frames):
             assert next(frames)[:2] == (front.hub.event_id(mark + 2), "connected")
             assert [next(frames)[0] for _ in missed] == [front.hub.event_id(seq) for seq in missed]
-    with listening(front, f"?events=odd,gap&since={front.hub.event_id(mark)}") as (_, _, frames):
+    with listening(front, f"?events=%20odd,gap&since={front.hub.event_id(mark)}") as (_, _, frames):
         assert [next(frames)[1:3:2] for _ in range(3)] == [("connected",), ("odd",), ("odd",)]
 
 
@@ -4088,7 +4268,18 @@ def test_a_listener_of_another_start_is_told_that_nobody_knows_what_it_missed(fr
         _, name, data, _ = next(frames)
         assert (name, data["from"], data["to"], data["count"]) == ("gap", "0ther-42", front.hub.event_id(0),
                                                                    None)
+        assert re.fullmatch(UTC_TIME, data["timestamp"])
         assert next(frames)[:2] == (front.hub.event_id(1), "one")
+        front.hub.tell("two")
+        assert next(frames)[1] == "two"     # and no second gap
+
+
+def test_a_gateway_that_has_just_started_tells_a_listener_of_before_at_once_that_it_missed_something(fronts):
+    front = fronts()
+    with listening(front, "?events=one", "Last-Event-ID: 0ther-41") as (_, _, frames):
+        assert [next(frames)[1] for _ in range(2)] == ["connected", "gap"]
+        front.hub.tell("one")
+        assert next(frames)[1] == "one"
 
 
 def test_what_the_ring_no_longer_holds_is_told_as_a_gap(fronts):
@@ -4096,12 +4287,13 @@ def test_what_the_ring_no_longer_holds_is_told_as_a_gap(fronts):
     for _ in range(3):
         front.hub.publish([Event("n", {"timestamp": "x"})] * 5000)
     first = front.hub._first
-    with listening(front, f"?since={front.hub.event_id(10)}") as (_, _, frames):
-        assert next(frames)[:2] == (front.hub.event_id(10), "connected")
-        event_id, name, data, _ = next(frames)
-        assert (event_id, name, data["from"], data["to"], data["count"]) == (
-            front.hub.event_id(10), "gap", front.hub.event_id(11), front.hub.event_id(first - 1), first - 11)
-        assert next(frames)[0] == front.hub.event_id(first)
+    for query in ("", "&events=n"):
+        with listening(front, f"?since={front.hub.event_id(10)}{query}") as (_, _, frames):
+            assert next(frames)[:2] == (front.hub.event_id(10), "connected")
+            event_id, name, data, _ = next(frames)
+            assert (event_id, name, data["from"], data["to"], data["count"]) == (
+                front.hub.event_id(10), "gap", front.hub.event_id(11), front.hub.event_id(first - 1), first - 11)
+            assert next(frames)[0] == front.hub.event_id(first)
 
 
 def test_the_id_of_an_event_source_that_reconnects_counts_before_the_since_of_its_address(front):
@@ -4175,6 +4367,7 @@ def test_the_stream_ends_in_order_when_the_gateway_stops(fronts):
         next(frames)
         front.hub.close()
         assert list(frames) == []
+    until(lambda: not front.gateway.watcher._watched)       # its connection is not looked after any more
 
 
 def test_a_head_of_the_stream_has_no_end_to_wait_for(front):
@@ -4993,6 +5186,34 @@ def test_a_second_signal_ends_at_once(process, studio):
         started = time.monotonic()
         run.send_signal(signal.SIGTERM)
         assert run.wait(PATIENCE_S) == 0 and time.monotonic() - started < 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
+def test_running_requests_have_ten_seconds_at_the_end_and_no_more(monkeypatch, studio, tmp_path):
+    assert lmgateway.GRACE_S == 10
+    monkeypatch.setattr(lmgateway, "GRACE_S", 0.05)
+    monkeypatch.setattr(lmgateway, "settle", lambda: None)
+    monkeypatch.setenv("KEYS_FILE", str(tmp_path / "none.json"))
+    here, before = threading.Event(), [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    studio.script = lambda peer: (here.set(), peer.wait_for_end())
+
+    def leave(port):
+        with dial(port) as sock:
+            sock.sendall(request(POST_CHAT, b"{}"))
+            here.wait(PATIENCE_S)
+            os.kill(os.getpid(), signal.SIGTERM)
+            rest_of(sock)
+
+    monkeypatch.setattr(lmgateway, "announce", lambda gateway, port, lan: threading.Thread(target=leave, args=(port,)).start())
+    started = time.monotonic()
+    try:
+        assert lmgateway.main(["--port", "0", "--upstream", studio.url, "--log-dir", str(tmp_path)]) == 0
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    assert time.monotonic() - started < PATIENCE_S - 2
+
+
 # --- the log has a line for each request
 
 
@@ -5109,6 +5330,64 @@ def test_eight_clients_and_one_beside_us_are_bound_right_or_not_at_all(demo):
         if "requestId" in claim:
             number = asked[claim["requestId"]]
             assert (claim["model"], claim["messages"]) == (lmgateway.DEMO_MODELS[number % 2], number % 4 + 1)
+
+
+def test_the_demo_needs_nothing_of_the_machine():
+    config = lmgateway.Config(upstream="http://127.0.0.1:9", log_dir="/nowhere", enable_log_monitoring=False)
+    with contextlib.ExitStack() as cleanup:
+        made = lmgateway.start_demo(config, cleanup)
+        models = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(made.upstream + "/v1/models", timeout=PATIENCE_S)
+        assert [model["id"] for model in json.load(models)["data"]] == list(lmgateway.DEMO_MODELS)
+        assert made.enable_log_monitoring and os.path.isdir(made.log_dir)
+        assert (made.keys_file, made.api_key) == (os.path.join(made.log_dir, "keys.json"), {})     # none of the user's
+    assert not os.path.exists(made.log_dir)
+
+
+def test_the_demos_own_traffic_has_its_key_and_every_shape(studio):
+    pauses = iter([False] * 7)
+    lmgateway.demo_traffic(studio.url, "secret", lambda seconds: next(pauses, True))
+    bodies = [json.loads(peer.body) for peer in studio.peers]
+    assert [dict(peer.headers)["Authorization"] for peer in studio.peers] == ["Bearer secret"] * 7
+    assert {(body["model"], body["stream"], len(body["messages"])) for body in bodies} >= {
+        ("demo/kestrel-8b", True, 1), ("demo/wren-2b", True, 2), ("demo/kestrel-8b", False, 1), ("demo/wren-2b", False, 2)}
+
+
+def test_the_imitation_answers_as_lm_studio_does(tmp_path):
+    studio = lmgateway.DemoServer(str(tmp_path), step_s=0.001, token_s=0.001)
+    studio.start()
+    port = studio.server_address[1]
+    stream = {"model": "x", "stream": True, "max_tokens": 3, "messages": [{"role": "user", "content": "hi"}]}
+
+    def asked(line, body=b""):
+        return talk(port, request(line, body))
+
+    def chunks(**more):
+        events = lmgateway.Chunks().feed(asked(POST_CHAT, json.dumps({**stream, **more}).encode()).partition(b"\r\n\r\n")[2])
+        *data, done = [event[6:] for event in events.strip().split(b"\n\n")]
+        assert done == b"[DONE]"
+        return [json.loads(chunk) for chunk in data]
+
+    try:
+        assert "usage" not in chunks()[-1]
+        *words, last, usage = chunks(stream_options={"include_usage": True})
+        assert (len(words), last["choices"][0]["finish_reason"], usage["choices"]) == (3, "stop", [])
+        assert usage["usage"]["completion_tokens"] == 3
+        assert status_of(asked("GET /v1/nothing")) == 200 and "Unexpected endpoint" in json_of(asked("GET /v1/nothing"))["error"]
+        assert status_of(asked(POST_CHAT, b'{"messages": []}')) == 400
+        studio.step_s = 0.02
+        with dial(port) as sock:
+            sock.sendall(request(POST_CHAT, json.dumps(stream).encode()))
+            read_until(sock, b"\r\n\r\n")
+        (log,) = tmp_path.glob("*/*.log")
+        until(lambda: "Client disconnected. Stopping generation" in log.read_text(encoding="utf-8"))
+        studio.step_s, left = PATIENCE_S, threading.Thread(target=asked, args=(POST_CHAT, json.dumps(stream).encode()))
+        left.start()
+        until(lambda: log.read_text(encoding="utf-8").count("Running chat completion") == 4)
+    finally:
+        studio.stop()
+    started = time.monotonic()
+    left.join(PATIENCE_S)
+    assert time.monotonic() - started < PATIENCE_S / 2      # a stop cuts what is running
 
 
 # === 9. COMMAND ==============================================================
@@ -6013,7 +6292,7 @@ def test_events_are_filtered_and_keep_their_ids(tmp_path):
     run = command(tmp_path, "--tail-only", "--json", "--events", "lmstudio_chat_end,lmstudio_chat_start", sample("errors"))
     lines = json_lines(run.stdout)
     assert [line["event"] for line in lines] == ["lmstudio_chat_start", "lmstudio_chat_end"] * 2
-    assert lines[1]["id"] != lines[0]["id"].replace("-3", "-4")
+    assert [line["id"].partition("-")[2] for line in lines] == ["2", "6", "11", "15"]
 
 
 def test_standard_input_is_replayed(tmp_path):
@@ -6093,6 +6372,21 @@ def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
         assert process.stderr.read() == b""
 
 
+def test_a_short_output_into_a_closed_pipe_ends_quietly_too(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = command(tmp_path, "--tail-only", sample("errors"), capture_output=False, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (0, b"")
+
+
+def test_a_process_without_standard_output_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert lmgateway.main(["--tail-only", str(sample("errors"))]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("lmgateway: there is no standard output") and err.count("\n") == 1
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path):
     with open("/dev/full", "wb") as full:
@@ -6130,13 +6424,59 @@ def test_the_tail_says_once_that_the_directory_is_missing_and_waits_for_it(tmp_p
         assert b"Monitoring log file: " in process.stderr.readline()
 
 
-def test_start_up_lines_have_the_form_of_the_contract(tmp_path):
-    logs = Logs(tmp_path / "server-logs")
+def test_the_monitor_of_the_server_follows_from_now_on_survives_a_fault_and_can_be_switched_off(tmp_path, caplog, monkeypatch):
+    hub, stop, config = lmgateway.Hub(), threading.Event(), lmgateway.Config(log_dir=str(tmp_path / "server-logs"))
+    faults, take = [ZeroDivisionError()], hub.publish_log
+
+    def publish(events):
+        take(events)
+        if faults:
+            raise faults.pop()
+
+    hub.publish_log = publish
+    assert lmgateway.start_monitor(config.but(enable_log_monitoring=False), hub, stop) is None
+    monkeypatch.setattr(stop, "wait", lambda seconds, wait=stop.wait: wait(min(seconds, 0.01)))
+    monitor, logs = lmgateway.start_monitor(config, hub, stop), Logs(tmp_path / "server-logs")
+    try:
+        until(lambda: monitor.follower.problem)     # it has looked, and nothing was there
+        logs.write("2026-05-01.1", "[m] Prompt processing progress: 1.0%")
+        until(lambda: hub.counts["lmstudio_prompt_progress"] == 1 and not faults)
+        logs.write("2026-05-01.1", "[m] Prompt processing progress: 2.0%")
+        until(lambda: hub.counts["lmstudio_prompt_progress"] == 2)
+    finally:
+        stop.set()
+    assert "a fault in lmgateway's log monitor" in caplog.text
+
+
+@pytest.mark.parametrize("days, kept", [(365, 80), (1, 30)])
+def test_what_came_before_the_end_is_in_the_history(tmp_path, days, kept):
+    config = lmgateway.Config(history=str(tmp_path / "h.db"), history_days=days)
+    with contextlib.ExitStack() as cleanup:
+        history = lmgateway.open_history_file(config, cleanup)
+        history.keep([lmgateway.history_row(finished_record(f"old{number}", time.time() - 5 * 86400)) for number in range(50)])
+        for number in range(30):
+            history.keep([lmgateway.history_row(finished_record(f"new{number}", time.time()))])
+    assert sum(row["requests"] for row in history.usage("key")) == kept
+    assert lmgateway.open_history_file(lmgateway.Config(), cleanup) is None
+
+
+@pytest.mark.parametrize("command_flags", [["--tail-only"], ["--port", "0"]], ids=["tail", "server"])
+def test_start_up_lines_have_the_form_of_the_contract(tmp_path, command_flags):
+    logs = Logs(tmp_path / ".lmstudio" / "server-logs")      # where it is looked for when nothing names it
     logs.write("2026-05-01.1", "a")
-    with started(tmp_path, "--tail-only", "--log-dir", logs.directory) as process:
-        line = line_with(process.stderr, b"Monitoring").decode()
-        path = re.escape(str(logs.path("2026-05-01.1")))
-        assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \[info\]: Monitoring log file: {path}\r?\n", line)
+    (tmp_path / ".env").write_text("GATEWAY_PROT=1\n", encoding="utf-8")
+    wanted = {"warning": r"\[warn\]: \.env line 1: GATEWAY_PROT is not .*GATEWAY_PORT\?",
+              "version": rf"\[info\]: lmgateway {re.escape(lmgateway.VERSION)}.*",
+              "directory": rf"\[info\]: .*[Ll]og directory: {re.escape(str(logs.directory))}",
+              "file": rf"\[info\]: Monitoring log file: {re.escape(str(logs.path('2026-05-01.1')))}"}
+    if "--port" in command_flags:
+        wanted.update(address=r"\[info\]: Listening on http://127\.0\.0\.1:[1-9]\d*", upstream=r"\[info\]: LM Studio: http://127.0.0.1:1234")
+    with started(tmp_path, *command_flags) as process:
+        while wanted:
+            line = process.stderr.readline().decode().rstrip("\r\n")
+            stamp, _, rest = line[:19], line[19], line[20:]
+            assert line and re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", stamp), line
+            wanted = {name: form for name, form in wanted.items() if not re.fullmatch(form, rest)}
 
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eabc\u2066\u2028\x7f\r\b\0"
@@ -6169,6 +6509,20 @@ def test_colour_is_for_terminals_only_and_can_be_refused(terminal, monkeypatch, 
     assert ("\x1b[31m" in terminal.written) is coloured
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_json_on_a_terminal_is_json_alone(terminal, live):
+    printer = lmgateway.Printer(terminal, as_json=True, names=(), live=live)
+    printer([*card_events(*PREFILL), Event("lmstudio_error", {"timestamp": "", "message": "x"})])
+    printer.finish()
+    assert [line["event"] for line in json_lines(terminal.written.encode())] == [*(name for name, _ in PREFILL), "lmstudio_error"]
+
+
+def test_names_and_times_of_another_gateways_events_are_shown_without_control_characters():
+    out = io.StringIO()
+    lmgateway.Printer(out, as_json=False, names=(), live=True)([Event("a\x1b[2J", {"timestamp": "2026-05-01T\x1b[31m:00", "message": "m"})])
+    assert out.getvalue().split() == ["\\x1b[31m:00", "a\\x1b[2J", "m"]
+
+
 def test_a_replay_redraws_progress_in_its_line(terminal):
     printer = lmgateway.Printer(terminal, as_json=False, names=(), live=False)
     printer([event for _, event in parsed(sample("g2-stream-cache-miss").read_bytes())])
@@ -6176,6 +6530,18 @@ def test_a_replay_redraws_progress_in_its_line(terminal):
     progress = [row for row in terminal.rows if "prompt_progress" in row]
     assert 1 <= len(progress) <= 5 and "100.0 %" in progress[-1]        # 5 times something else came between
     assert not [row for row in terminal.rows if "Prompt processing progress" in row and " log " in row]
+
+
+def test_progress_of_a_replay_is_one_line_until_something_else_comes(terminal):
+    printer = lmgateway.Printer(terminal, as_json=False, names=(), live=False)
+    progress = [Event("lmstudio_prompt_progress", {"timestamp": "", "progress": float(done)}) for done in (10, 20, 100)]
+    log = Event("lmstudio_log", {"timestamp": "", "level": "INFO", "message": "Prompt processing progress: 20.0%", "tags": []})
+    printer([progress[0], progress[1], log])
+    printer([progress[2], Event("lmstudio_error", {"timestamp": "", "message": "x"}), progress[0]])
+    assert not terminal.written.endswith("\n")
+    printer.finish()
+    assert [row.split()[:1] + row.split()[-2:-1] for row in terminal.rows] == [
+        ["prompt_progress", "100.0"], ["error", "error"], ["prompt_progress", "10.0"], []]
 
 
 def test_help_and_version(tmp_path):
@@ -6190,15 +6556,10 @@ def test_the_demo_shows_everything_and_leaves_nothing_behind(tmp_path):
         address = re.search(rb"http://127\.0\.0\.1:\d+", line_with(process.stderr, b"Listening"))[0].decode()
         seen, wanted = set(), {"connected", "inference_start", "inference_complete", "lmstudio_chat_start", "lmstudio_chat_end",
                                "lmstudio_prompt_progress", "lmstudio_prediction_stats", "lmstudio_cache_stats"}
-        body = {"model": "x", "max_tokens": 3, "messages": [{"role": "user", "content": "hello"}]}
-        posted = threading.Thread(target=lambda: urllib.request.urlopen(urllib.request.Request(
-            address + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})).read())
         with urllib.request.urlopen(address + "/debug/stream", timeout=PATIENCE_S) as stream:
-            posted.start()
-            while not wanted <= seen:
+            while not wanted <= seen:       # of the demo's own traffic
                 line = stream.readline().decode()
                 seen |= {line[7:].strip()} if line.startswith("event: ") else set()
-        posted.join(PATIENCE_S)
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 0
         assert b"Traceback" not in process.stderr.read()
@@ -6212,6 +6573,30 @@ def test_a_port_in_use_is_one_line_that_says_who_to_ask_and_status_1(tmp_path):
     errors = [line for line in run.stderr.decode().splitlines() if line.startswith("lmgateway: ")]
     assert run.returncode == 1 and len(errors) == 1 and "Traceback" not in run.stderr.decode()
     assert str(port) in errors[0] and "--port" in errors[0]
+    if sys.platform == "linux":
+        assert f"process {os.getpid()} (" in errors[0]
+
+
+def test_an_address_that_is_not_this_machines_is_one_line_with_the_remedy_and_status_1(home, capsys):
+    status, _, err = run(capsys, "--host", "192.0.2.1", "--no-auth", "--port", "0")
+    assert status == 1
+    assert "cannot listen on 192.0.2.1:0" in err.splitlines()[-1] and "--host" in err.splitlines()[-1]
+
+
+# --- our own log
+
+def test_our_log_file_is_turned_over_takes_any_text_and_is_never_the_end(tmp_path, capsys):
+    path = tmp_path / "our.log"
+    lmgateway.set_up_logging(lmgateway.Config(log_file=str(path)))
+    for _ in range(3):
+        lmgateway.log.info("\u6771\ud800" + "x" * 2_400_000)
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["our.log", "our.log.1"]
+    if os.path.exists("/dev/full"):
+        lmgateway.set_up_logging(lmgateway.Config(log_file="/dev/full"))
+        lmgateway.log.info("lost")
+        with contextlib.suppress(OSError):
+            lmgateway.log.handlers[0].close()
+    assert capsys.readouterr() == ("", "")
 
 
 # --- what a script costs to run
