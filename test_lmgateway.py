@@ -1596,6 +1596,28 @@ def test_one_request_through_us_gets_all_events_of_its_chat_whichever_engine_ran
 
 # --- 3.7 the life of a request
 
+TIMED = {   # path, the answer's events, their clocks after the request -> timeToFirstTokenMs, tokensPerSecond
+    "first to last": ("/v1/chat/completions", CHAT_STREAM, (1, 2, 3.5, 4, 5, 6), 2000.0, 2.0),
+    "one token": ("/v1/chat/completions", [CHAT_STREAM[1], USAGE_CHUNK], (2, 3), 2000.0, None),
+    "no usage": ("/v1/chat/completions", CHAT_STREAM[:4], (1, 2, 3, 4), 2000.0, None),
+    "LM Studio's own speed": ("/api/v1/chat", METERED["native stream"][1], (1, 2, 3, 4, 5, 6), 4000.0, 48.2),
+    "LM Studio's own times": ("/api/v0/chat/completions", V0_WHOLE, (9,), 120.0, 48.2),
+    "nothing timed": ("/v1/chat/completions", CHAT_WHOLE, (9,), None, None),
+}
+
+
+@pytest.mark.parametrize("row", TIMED.values(), ids=TIMED)
+def test_a_request_is_timed_by_its_tokens(row):
+    path, answer, clocks, first_ms, speed = row
+    meter = lmgateway.Meter(lmgateway.DIALECTS[path], isinstance(answer, list))
+    for clock, piece in zip(clocks, answer if meter.stream else [answer]):
+        meter.feed(piece, 100.0 + clock)
+    meter.end()
+    record = lmgateway.Record("r", 1_700_000_000.0, 100.0, method="POST", path=path)
+    record.end(110.0, lmgateway.Outcome("done", 200, meter=meter))
+    data = record.end_event("x").data
+    assert (data["timeToFirstTokenMs"], data["tokensPerSecond"], data["totalTimeMs"]) == (first_ms, speed, 10_000.0)
+
 
 def test_a_request_goes_through_its_phases_with_progress_and_time_left(utc):
     office = Office()
@@ -3280,10 +3302,17 @@ def test_an_error_to_an_amended_request_keeps_its_length(front, studio):
     assert b"Content-Length: 14\r\n" in answer and b"chunked" not in answer
 
 
-@pytest.mark.parametrize("path", lmgateway.DIALECTS)
+INFERENCES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages",
+              "/v1/decisions", "/v1/systemone", "/api/v0/chat/completions", "/api/v0/completions",
+              "/api/v0/embeddings", "/api/v1/chat")
+
+
+@pytest.mark.parametrize("path", INFERENCES)
 def test_usage_is_asked_for_where_a_stream_has_none_of_its_own(front, studio, path):
     for body in (b'{"stream": true}', b'{"stream": false}'):
+        mark = front.hub.last
         talk(front.port, request(f"POST {path}", body))
+        front.events(mark, "inference_start")
         asked = b"include_usage" in studio.peers[-1].body
         assert asked == ("completions" in path and b"true" in body)
 
@@ -4799,16 +4828,13 @@ def test_pages_that_are_let_in_can_read_answers_and_errors_and_get_no_header_twi
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """(certificate, key), signed by itself."""
+    """(certificate, key), made by the README's own line."""
     if not shutil.which("openssl"):
         pytest.skip("no openssl here")
     folder = tmp_path_factory.mktemp("tls")
-    names = [str(folder / name) for name in ("cert.pem", "key.pem")]
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
-                    "/CN=localhost", "-addext",
-                    "subjectAltName=DNS:localhost", "-out", names[0], "-keyout", names[1]], check=True,
-                    capture_output=True)
-    return names
+    line = re.search(r"`(openssl req [^`]+)`", (HERE / "README.md").read_text(encoding="utf-8"))[1]
+    subprocess.run(line.replace("HOST", "localhost").split(), check=True, capture_output=True, cwd=folder)
+    return [str(folder / name) for name in ("cert.pem", "key.pem")]
 
 
 def secured(sock, pair):
@@ -5157,7 +5183,7 @@ def test_a_signal_tells_listeners_and_lets_running_requests_finish(process, stud
         assert b"event: inference_complete" in told and told.endswith(b"0\r\n\r\n")
     assert run.wait(PATIENCE_S) == 0
     assert not [line for line in lines if "Traceback" in line]
-    assert any("1 requests are running" in line for line in lines)
+    until(lambda: any("1 requests are running" in line for line in lines))
 
 
 def test_requests_that_take_too_long_are_cut_at_the_end_and_told(fronts, studio):
