@@ -2340,9 +2340,10 @@ def decoder(encoding):
 
     def decode(data):
         try:
-            return inflater.decompress(data, WHOLE_LIMIT)
+            decoded = inflater.decompress(data, WHOLE_LIMIT)
         except zlib.error:
             return None
+        return None if inflater.unconsumed_tail else decoded    # nothing honest grows so much
 
     return decode
 
