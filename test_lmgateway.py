@@ -1613,7 +1613,7 @@ def test_one_request_through_us_gets_all_events_of_its_chat_whichever_engine_ran
 
 # --- 3.7 the life of a request
 
-TIMED = {   # path, the answer's events, their clocks after the request -> timeToFirstTokenMs, tokensPerSecond
+TOKEN_TIMES = {   # path, the answer's events, their clocks after the request -> timeToFirstTokenMs, tokensPerSecond
     "first to last": ("/v1/chat/completions", CHAT_STREAM, (1, 2, 3.5, 4, 5, 6), 2000.0, 2.0),
     "one token": ("/v1/chat/completions", [CHAT_STREAM[1], USAGE_CHUNK], (2, 3), 2000.0, None),
     "no usage": ("/v1/chat/completions", CHAT_STREAM[:4], (1, 2, 3, 4), 2000.0, None),
@@ -1623,7 +1623,7 @@ TIMED = {   # path, the answer's events, their clocks after the request -> timeT
 }
 
 
-@pytest.mark.parametrize("row", TIMED.values(), ids=TIMED)
+@pytest.mark.parametrize("row", TOKEN_TIMES.values(), ids=TOKEN_TIMES)
 def test_a_request_is_timed_by_its_tokens(row):
     path, answer, clocks, first_ms, speed = row
     meter = lmgateway.Meter(lmgateway.DIALECTS[path], isinstance(answer, list))
