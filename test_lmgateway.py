@@ -4648,6 +4648,17 @@ def test_minted_keys_work_at_once_with_their_rights_and_until_they_are_revoked(k
     assert ask(front, "GET /debug/status", f"X-API-Key: {viewer}")[0] == 200
 
 
+def test_a_minted_key_has_lm_studios_form_and_only_its_hash_is_kept(keys):
+    status, key, said = keys("--new-key", "anna", "--rights", "view")
+    key = key.strip()
+    assert status == 0 and re.fullmatch(r"sk-lm-[A-Za-z0-9]{8}:[A-Za-z0-9]{20}", key) and key not in said
+    assert json.loads(keys.path.read_text()) == {"keys": [{
+        "name": "anna", "sha256": hashlib.sha256(key.encode()).hexdigest(), "rights": ["view"],
+        "created": time.strftime("%Y-%m-%d")}]}
+    assert os.stat(keys.path).st_mode & 0o777 == 0o600
+    assert len({lmgateway.mint_key() for _ in range(100)}) == 100
+
+
 def test_a_keys_file_may_lie_in_a_new_directory_beside_what_a_crash_left(tmp_path, capsys):
     path = tmp_path / "new" / "keys.json"
     args = ["--keys-file", str(path), "--new-key"]
@@ -4947,7 +4958,7 @@ def test_a_bad_pair_is_said_clearly(pair, tmp_path):
 
 GET, POST = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n", b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\n"
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
-HOSTILE = {     # bytes, what may be answered first
+HOSTILE_BYTES = {   # bytes, what may be answered first
     "two lengths": (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400),
     "two equal lengths": (POST + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello", 400),
     "list of lengths": (POST + b"Content-Length: 5, 5\r\n\r\nhello", 400),
@@ -5019,7 +5030,7 @@ HOSTILE = {     # bytes, what may be answered first
 }
 
 
-@pytest.mark.parametrize("row", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("row", HOSTILE_BYTES.values(), ids=HOSTILE_BYTES)
 def test_hostile_bytes_are_refused_and_reach_nobody(front, studio, row):
     data, wanted = row
     with dial(front.port) as sock:
