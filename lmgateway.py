@@ -5154,6 +5154,7 @@ class KeyFile:
         self._seen = None  # modification time and size when last read
         self._keys = None  # the Keys, None without a file
         self._asked = -math.inf
+        self._problem = ""  # that was said last
 
     def keys(self):
         """Any thread.  The Keys, read again when the file has changed; None when there is no file."""
@@ -5170,11 +5171,14 @@ class KeyFile:
             if (found.st_mtime_ns, found.st_size) != self._seen:
                 self._keys = self.read()
                 self._seen = (found.st_mtime_ns, found.st_size)
+                self._problem = ""
         except FileNotFoundError:
             self._keys = self._seen and []  # a file that vanished opens no door
             self._seen = self._seen and (0, 0)      # it may come back as it was
         except (OSError, ConfigError) as error:
-            log.error("%s; the keys known so far go on", error)
+            if str(error) != self._problem:
+                log.error("%s; the keys known so far go on", error)
+            self._problem = str(error)
             self._keys = self._keys or []   # a file that cannot be read opens no door either
 
     def read(self):
@@ -6712,6 +6716,14 @@ def closed_pipe():
     return 0
 
 
+class OneLine(logging.Formatter):
+    """A message is one line, whatever names and errors others put into it; a fault's traceback follows."""
+
+    def formatMessage(self, record):
+        record.message = record.message.translate(CONTROL)
+        return super().formatMessage(record)
+
+
 def set_up_logging(config):
     """2025-11-17 12:00:00 [info]: message, on stderr or in LOG_FILE.  Raises ConfigError."""
     for number, name in ((10, "debug"), (20, "info"), (30, "warn"), (40, "error")):
@@ -6725,7 +6737,7 @@ def set_up_logging(config):
         except OSError as error:
             raise ConfigError(f"--log-file {config.log_file}: {error_text(error)}; name a file that can "
                               "be written") from None
-    handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s]: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(OneLine("%(asctime)s [%(levelname)s]: %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(LEVELS[config.log_level])
     logging.raiseExceptions = False  # a log that cannot be written is no reason for a traceback

@@ -4720,14 +4720,17 @@ def test_a_damaged_keys_file_opens_no_door(keys, fronts, content):
     assert ask(fronts(keys_file=str(keys.path)), "GET /v1/models")[0] == 401
 
 
-def test_a_keys_file_that_becomes_damaged_leaves_the_keys_as_they_are(keys, fronts):
+def test_a_keys_file_that_becomes_damaged_is_said_once_and_leaves_the_keys_as_they_are(keys, fronts, caplog):
     key = keys("--new-key", "anna")[1].strip()
     front = fronts(keys_file=str(keys.path))
     assert ask(front, "GET /v1/models", f"X-API-Key: {key}")[0] == 200
     keys.path.write_text("{")
-    front.gateway.walls._file._asked = -1e9
-    assert (ask(front, "GET /v1/models", f"X-API-Key: {key}")[0],
-            ask(front, "GET /v1/models")[0]) == (200, 401)
+    lmgateway.log.propagate = True
+    for _ in range(3):
+        front.gateway.walls._file._asked = -1e9
+        assert (ask(front, "GET /v1/models", f"X-API-Key: {key}")[0],
+                ask(front, "GET /v1/models")[0]) == (200, 401)
+    assert caplog.text.count("damaged") == 1
 
 
 def test_lm_studios_token_has_to_fit_into_a_header(keys, monkeypatch):
@@ -5308,6 +5311,15 @@ def test_each_request_is_one_line_of_the_log_at_its_level_and_without_keys(front
                      ("info", "127.0.0.1 - GET /debug/status 401 N ms"),
                      ("debu", "127.0.0.1 - GET /health 200 N ms")]
     assert "secret" not in caplog.text
+
+
+def test_what_others_say_is_no_line_of_the_log(fronts, studio, capsys):
+    front, error = fronts(), b'{"error":"no\\n2025-11-17 12:00:00 [info]: forged \\u001b[31m"}'
+    lmgateway.set_up_logging(lmgateway.Config())
+    studio.script = lambda peer: peer.send(plain(error))
+    talk(front.port, request(POST_CHAT, b'{"model":"m\\r\\n2025-11-17 12:00:00 [info]: forged \\u001b[31m"}'))
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and said.count("forged") == 2 and "\x1b" not in said
 
 
 # === 8. DEMO =================================================================
