@@ -4861,7 +4861,10 @@ def test_preflights_are_answered_here(fronts, studio):
     assert dict(plain_asked)["Access-Control-Allow-Headers"] == "authorization, x-api-key, content-type"
     assert ask(front, "OPTIONS /v1/chat/completions", "Origin: https://evil.example", *asked)[0] == 403
     assert not studio.peers
-    assert ask(fronts(cors_origins=("*",)), "OPTIONS /", "Origin: https://any.example", *asked)[0] == 204
+    front = fronts(cors_origins=("*",))
+    for origin, status in (("https://any.example", 204), ("null", 403)):    # null is a page of no origin
+        assert ask(front, "OPTIONS /", f"Origin: {origin}", *asked)[0] == status
+        assert (ask(front, "POST /v1/x", f"Origin: {origin}")[0] == 403) == (status == 403)
 
 
 def test_pages_that_are_let_in_can_read_answers_and_errors_and_get_no_header_twice(fronts, studio):
