@@ -2103,7 +2103,7 @@ def json_object(data):
 
 WHOLE_LIMIT = 32 * 1024 * 1024  # a JSON body beyond this is passed on unread
 STREAM_LIMIT = 4 * 1024 * 1024  # one event of a stream beyond this, too
-LONGEST_NAME = 256  # of a model or an id, as it is kept
+LONGEST_NAME, LONGEST_ERROR = 256, 500  # of a model or an id, of a message, as they are kept
 HOLD_LIMIT = 64 * 1024  # a usage chunk is smaller
 EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
 SOME_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')  # never in a chunk that carries only usage
@@ -2140,16 +2140,16 @@ class Usage:
         error = body.get("error")
         if error:
             message = error.get("message") if isinstance(error, dict) else error
-            self.error = str(message or error)[:500]
+            self.error = tidy(str(message or error), LONGEST_ERROR)
 
     def _take_identity(self, body):
         model = body.get("model") or body.get("model_instance_id")
         if isinstance(model, str) and model:
-            self.model = model[:LONGEST_NAME]
+            self.model = tidy(model)
         if isinstance(body.get("created"), int):
             self.created = body["created"]
         if isinstance(body.get("id"), str):
-            self.answer_id = body["id"][:LONGEST_NAME]
+            self.answer_id = tidy(body["id"])
 
     def _take_finish(self, body):
         """Why it ended.  /v1/responses says so only where something cut it short."""
@@ -2158,8 +2158,7 @@ class Usage:
         for name, field in (("delta", "stop_reason"), ("incomplete_details", "reason")):
             if isinstance(body.get(name), dict):
                 reasons.append(body[name].get(field))
-        self.finish = next((reason[:LONGEST_NAME] for reason in reasons if isinstance(reason, str)),
-                           self.finish)
+        self.finish = next((tidy(reason) for reason in reasons if isinstance(reason, str)), self.finish)
 
     def _take_usage(self, usage):
         """/v1/messages counts up: what it says last is the most."""
@@ -2180,13 +2179,14 @@ class Usage:
         self.prompt = count(stats, "input_tokens", default=self.prompt)
         self.completion = count(stats, "total_output_tokens", default=self.completion)
         self.reasoning = count(stats, "reasoning_output_tokens", default=self.reasoning)
-        if isinstance(stats.get("tokens_per_second"), (int, float)):
-            self.speed = round(stats["tokens_per_second"], 2)
-        first = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
-        if isinstance(first, (int, float)):
+        speed = usable(stats.get("tokens_per_second"))
+        if speed is not None:
+            self.speed = round(speed, 2)
+        first = usable(stats.get("time_to_first_token", stats.get("time_to_first_token_seconds")))
+        if first is not None:
             self.first_ms = round(1000 * first, 1)
         if isinstance(stats.get("stop_reason"), str) and not self.finish:
-            self.finish = stats["stop_reason"]
+            self.finish = tidy(stats["stop_reason"])
 
     def tokens(self, dialect):
         """tokenUsage of the events; None when LM Studio gave no count.  Embeddings complete nothing."""
@@ -2204,7 +2204,17 @@ class Usage:
 def count(values, *names, default=None):
     """The first whole number among the values of those names."""
     return next((values[name] for name in names
-                 if isinstance(values.get(name), int) and not isinstance(values[name], bool)), default)
+                 if isinstance(values.get(name), int) and usable(values[name]) is not None), default)
+
+
+def usable(value):
+    """A figure of an answer; None for what is none, or so large that others would not read it as it is."""
+    return value if type(value) in (int, float) and 0 <= value < 2**53 else None
+
+
+def tidy(text, length=LONGEST_NAME):
+    """A text that a request or an answer brought, as it is kept: short, and such as UTF-8 can hold."""
+    return text[:length].encode("utf-8", "replace").decode("utf-8")
 
 
 class Meter:
@@ -2300,7 +2310,7 @@ class Meter:
         body = json_object(data) or {}
         self.usage.take(body)
         if ERROR_EVENT.search(event) and not self.usage.error:
-            self.usage.error = str(body.get("message") or str(data, "utf-8", "replace"))[:500]
+            self.usage.error = tidy(str(body.get("message") or str(data, "utf-8", "replace")), LONGEST_ERROR)
         return isinstance(body.get("usage"), dict) and body.get("choices") == []
 
 
@@ -2384,7 +2394,7 @@ def read_request(dialect, data):
     options = body.get("stream_options")
     amend = (stream and dialect.asks_usage
              and (options is None or isinstance(options, dict) and options.get("include_usage") is not True))
-    return Asked(model[:LONGEST_NAME] if isinstance(model, str) else None, stream, dialect.messages(body),
+    return Asked(tidy(model) if isinstance(model, str) else None, stream, dialect.messages(body),
                  fingerprint(body) if dialect.name in JOINED and len(data) <= FINGERPRINT_LIMIT else None,
                  amend, ask_usage(data, options) if amend else data)
 
@@ -3778,7 +3788,7 @@ class History:
             while (rows := self._rows.get()) is not None:
                 due = self._days and time.monotonic() - pruned > PRUNE_S
                 try:
-                    with naming(self.path, connection.Error):
+                    with naming(self.path, (connection.Error, ValueError, OverflowError)):
                         store_rows(connection, rows)
                         if due:
                             pruned = time.monotonic()

@@ -992,6 +992,9 @@ METERED = {     # path, the answer's events or its whole body, tokenUsage, finis
         typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 1),
     "odd counts": ("/v1/chat/completions", b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":true,'
                    b'"completion_tokens":"3","total_tokens":null}}', None, None, None),
+    "counts that nobody can mean": (
+        "/v1/chat/completions", b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":-1,"completion_tokens":'
+        + b"9" * 400 + b',"total_tokens":1e999}}', None, None, None),
     "decisions": ("/v1/decisions", b'{"model":"qwen/qwen3-8b","usage":{"inputTokens":21}}',
                   {"promptTokens": 21}, None, None),
     "no usage": ("/v1/chat/completions", b'{"model":"qwen/qwen3-8b","choices":[{"finish_reason":"stop"}]}',
@@ -1619,6 +1622,8 @@ TOKEN_TIMES = {   # path, the answer's events, their clocks after the request ->
     "no usage": ("/v1/chat/completions", CHAT_STREAM[:4], (1, 2, 3, 4), 2000.0, None),
     "LM Studio's own speed": ("/api/v1/chat", METERED["native stream"][1], (1, 2, 3, 4, 5, 6), 4000.0, 48.2),
     "LM Studio's own times": ("/api/v0/chat/completions", V0_WHOLE, (9,), 120.0, 48.2),
+    "times that nobody can mean": ("/api/v0/chat/completions", V0_WHOLE.replace(b"48.2", b"1e999").replace(
+        b"0.12", b"9" * 400), (9,), None, None),
     "nothing timed": ("/v1/chat/completions", CHAT_WHOLE, (9,), None, None),
 }
 
@@ -2028,6 +2033,18 @@ def test_what_is_no_history_is_refused_with_the_remedy(tmp_path, make):
     make(tmp_path / "h.db")
     with pytest.raises(lmgateway.HistoryError, match="--history .*h.db .HISTORY_FILE.*; name a file"):
         lmgateway.History(str(tmp_path / "h.db"))
+
+
+def test_a_row_that_cannot_be_written_is_said_and_the_next_one_is_kept(tmp_path, caplog):
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    lmgateway.log.propagate = True
+    for name, model in (("r1", "\ud800"), ("r2", "fine"), ("r3", 2**70)):
+        record = finished_record(name)
+        record.model = model
+        history.keep([lmgateway.history_row(record)])
+    history.close()
+    assert [row["model"] for row in history.usage("model")] == ["fine"]
+    assert caplog.text.count("are missing") == 2
 
 
 def test_a_history_that_cannot_be_written_any_more_is_said_and_stops_nothing(tmp_path, caplog):
@@ -4246,6 +4263,8 @@ def test_names_are_kept_short_whatever_a_request_brings(front, studio):
     assert len(json.loads(studio.peers[0].body)["model"]) == 300_000
     events = front.events(mark, "inference_start") + front.events(mark, "inference_complete")
     assert [len(event["model"]) for event in events] == [lmgateway.LONGEST_NAME] * 2
+    ask(front, POST_CHAT, body=b'{"model": "a\\ud800"}')       # no text that a file could hold
+    assert front.events(mark, "inference_start", count=2)[1]["model"] == "a?"
 
 
 def test_errors_have_the_shape_of_the_api_that_was_called(front):
@@ -4743,6 +4762,15 @@ def test_lm_studios_token_has_to_fit_into_a_header(keys, monkeypatch):
 def test_the_lan_is_not_let_in_without_a_key(keys, host, monkeypatch):
     status, _, error = keys("--host", host, "--port", "0")
     assert status == 2 and "GATEWAY_API_KEY" in error and "--no-auth" in error and len(error.splitlines()) == 1
+
+
+def test_the_lan_is_let_in_with_a_key_or_out_loud(keys):
+    keys("--new-key", "anna")
+    none = {"host": "0.0.0.0", "keys_file": str(keys.path.with_name("none"))}
+    with pytest.raises(lmgateway.ConfigError):
+        lmgateway.check_exposure(lmgateway.Config(**none))
+    for options in ({"no_auth": True}, {"api_key": KEYS}, {"keys_file": str(keys.path)}, {"host": "127.0.0.1"}):
+        lmgateway.check_exposure(lmgateway.Config(**{**none, **options}))
 
 
 @pytest.mark.parametrize(("allowed", "address", "status"), [
