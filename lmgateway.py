@@ -4794,6 +4794,7 @@ def error_text(error):
 HEAD_LIMIT = 64 * 1024  # bytes of a request's head
 LINE_LIMIT = 8 * 1024  # bytes of its first line (RFC 9112, section 3: at least 8000)
 HEADERS_LIMIT = 128
+OWN_LIMIT = 16 * 1024  # bytes of a body for our own pages, which come before any key
 HEAD_S = 30.0  # for a head to arrive; then 408
 CLIENT_S = 60.0     # for the next request, for a byte of a body, for room in a client's socket
 PING_S = 15.0
@@ -4986,9 +4987,8 @@ def bad(what):
 
 
 def too_large(limit):
-    return HttpError(413, "body_too_large",
-                     f"the body is larger than {limit} bytes; raise MAX_BODY_BYTES or send less",
-                     close=True)
+    remedy = "send less" if limit == OWN_LIMIT else "raise MAX_BODY_BYTES or send less"
+    return HttpError(413, "body_too_large", f"the body is larger than {limit} bytes; {remedy}", close=True)
 
 
 def parse_head(lines):
@@ -6196,7 +6196,8 @@ class Handler(socketserver.BaseRequestHandler):
         request.forwarded = route is FORWARD
         request.identity = self._identify(walls, request, route)
         walls.check_origin(request, request.identity)
-        request.body, request.arrived = self.wire.body(request, gateway.config.max_body), time.monotonic()
+        limit = gateway.config.max_body if request.forwarded else OWN_LIMIT
+        request.body, request.arrived = self.wire.body(request, limit), time.monotonic()
         self.unread = False
         self.server.works(self.request, route.view)
         response = route.view(gateway, request)

@@ -2989,6 +2989,15 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read(fronts, studio, he
     assert len(studio.peers) == 1
 
 
+@pytest.mark.parametrize("line", ["POST /login", "GET /health", "GET /debug/status"])
+def test_pages_of_ours_take_no_large_body(front, line):
+    limit = lmgateway.OWN_LIMIT
+    answer = talk(front.port, request(line, b"", f"Content-Length: {limit + 1}"))
+    assert (status_of(answer), error_of(answer)["code"]) == (413, "body_too_large")
+    assert "MAX_BODY_BYTES" not in error_of(answer)["message"]
+    assert status_of(talk(front.port, request(line, b" " * limit))) != 413
+
+
 def test_a_client_that_sends_on_can_read_why_it_was_refused(fronts):
     front = fronts(max_body=1000)
     size = 20_000_000
