@@ -4995,6 +4995,8 @@ def test_a_bad_pair_is_said_clearly(pair, tmp_path):
                             (pair[0], str(tmp_path / "none"), "No such file")):
         with pytest.raises(lmgateway.ConfigError, match=said):
             lmgateway.tls_context(lmgateway.Config(tls_cert=cert, tls_key=key))
+    sound = lmgateway.tls_context(lmgateway.Config(tls_cert=pair[0], tls_key=pair[1]))
+    assert sound.minimum_version == ssl.TLSVersion.TLSv1_2
 
 
 # --- hostile bytes
