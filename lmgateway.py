@@ -6352,10 +6352,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self._reading.pop(sock, None)
                 shut(sock)
         self._resting[request] = None
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:        # no thread can be started: the machine is full
-            self.shutdown_request(request)
+        super().process_request(request, client_address)
 
     def shutdown_request(self, request):
         for state in (self._resting, self._reading, self._working, self._streaming):
