@@ -4426,10 +4426,9 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_is_told_what_it_lost(fr
         while name != "last":
             event_id, name, data, _ = next(frames)
             if name == "gap":
-                lost += range(*(int(data[end].partition("-")[2]) for end in ("from", "to")))
-                lost.append(lost[-1] + 1)
-                assert data["count"] == len(lost) and (event_id, data["to"]) == (
-                    front.hub.event_id(seqs[-1]), front.hub.event_id(lost[-1]))
+                first, last = (int(data[end].partition("-")[2]) for end in ("from", "to"))
+                lost += range(first, last + 1)      # a busy machine may make two gaps
+                assert data["count"] == last + 1 - first and event_id == front.hub.event_id(seqs[-1])
             elif name != "connected":
                 seqs.append(int(event_id.partition("-")[2]))
         assert lost and sorted(seqs + lost) == list(range(1, 18_002))
