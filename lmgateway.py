@@ -1058,6 +1058,7 @@ RECEIVED_KEPT = 8  # requests whose chat has not begun
 SETTLING_S = 120  # an abandoned chat can still write lines for so long
 HELD_S = 1  # the engine's timings and the app's last line come within this, in either order
 SWALLOW_S = 1  # a disconnect line this soon after an end says nothing new
+STARTS = frozenset(("lmstudio_processing_start", "lmstudio_generation_start"))
 UNTIMED = frozenset(("MLX", "Splash"))  # engines that write no timings of llama.cpp's
 
 
@@ -1071,6 +1072,7 @@ class Run:
         self.chat = None  # the one of them that it is taken for
         self.task = self.slot = None  # G2 and G3: the engine's numbers for it
         self.begun = self.read = False  # G1: its prompt has begun to be read, has been read
+        self.twins = []  # G1: the runs that its timings can be of, too
         self.said = set()  # names of events that it gave and that come once
         self.tokens = {}  # of lmstudio_token_info
         self.total = self.cached = None  # tokens of the prompt; those of them that were cached
@@ -1097,6 +1099,27 @@ class Run:
         """True when its prompt had so many tokens.  MLX does not count the last one."""
         return None not in (total, self.total) and abs(self.total - total) <= 1
 
+    def has_written(self, output):
+        """True when its timings tell of so many tokens.  G1 counts one more or less."""
+        return abs(self.stats.get("completionTokens", -99) - output) <= 1
+
+    def trade_progress(self, other):
+        """What was told of the progress of one was the other's."""
+        self.begun, other.begun, self.read, other.read = other.begun, self.begun, other.read, self.read
+        traded = (self.said ^ other.said) & STARTS
+        self.said ^= traded
+        other.said ^= traded
+
+    def tell_from_twins(self, output):
+        """Its answer says how many tokens it has written, and so which timings are its own."""
+        for other in self.twins:
+            told = "lmstudio_prediction_stats" in other.said
+            if other.has_written(output) and not (self.has_written(output) or told):
+                self.stats, other.stats = other.stats, self.stats
+                self.timed, other.timed = other.timed, self.timed
+            other.twins.remove(self)
+        self.twins = []
+
 
 class Chat:
     """A chat as the app's lines tell it; one inside the app (api False) has none and is made by its run."""
@@ -1110,6 +1133,7 @@ class Chat:
         self.said = set()  # names of events that its lines gave and that come once
         self.app_progress = self.app_read = False  # the app has told of its progress, up to 100 %
         self.first_token = False
+        self.read_at = 0.0  # when its generation began
         self.counts, self.speeds = {}, {}  # of its prediction
         self.received = None  # the Received that it answers, where that is certain
         self.answer_id, self.answer_sure = None, False  # of its prediction; no other chat's can be meant
@@ -1327,6 +1351,14 @@ class Pairs:
             run = self.at[writer] = others[0] if others else run
         return run or self.attach(writer, moment, fields and fields["slot"], task)
 
+    def turn(self, writer, fits):
+        """The next lines of an engine are about the run that fits, if there is one that is not over."""
+        fitting = [run for run in self.runs if run.writer == writer and not run.over and fits(run)]
+        for run in fitting if len(fitting) > 1 else ():
+            run.twins = [other for other in fitting if other is not run]
+        if fitting and self.at.get(writer) not in fitting:
+            self.at[writer] = fitting[0]
+
     # --- which belong together
 
     def pair(self, run, chat):
@@ -1344,13 +1376,14 @@ class Pairs:
                 mine, theirs = getattr(chat, name), getattr(before, name)
                 setattr(chat, name, theirs)
                 setattr(before, name, mine)
-        for name in run.said & chat.said - before.said:  # the chat told it, the other's line did not
-            if not before.has_said(name) and before.app_progress:
-                chat.said.discard(name)
-                before.said.add(name)
+        for one, another in (chat, before), (before, chat):
+            twice = one.said & one.run.said if one.run else ()  # one of them was told for the other
+            another.said.update(name for name in twice if not another.has_said(name))
 
     def settle(self, run, chat):
         """A run is a chat's for certain, and so no other one is."""
+        if chat.run and run.task is None:
+            run.trade_progress(chat.run)
         self.pair(run, chat)
         run.meant = [chat]
         self._learn(run)
@@ -1359,9 +1392,11 @@ class Pairs:
                 self._exclude(other, chat)
 
     def _exclude(self, run, chat):
-        """A run is not a chat's."""
+        """A run is not a chat's.  It can be its twin's: nobody could tell which of the two began first."""
         if chat in run.meant and len(run.meant) > 1:
-            run.meant = [other for other in run.meant if other is not chat]
+            twins = [other for other in self.running if other is not chat and other.free
+                     and (other.model, other.stream) == (chat.model, chat.stream)]
+            run.meant = [other for other in run.meant if other is not chat and other not in twins] + twins
             if len(run.meant) == 1:
                 self.settle(run, run.meant[0])
             elif run.chat is chat:
@@ -1373,8 +1408,9 @@ class Pairs:
         if not chat.free:
             return
         fitting = [run for run in self.runs if run.has_read(total) and chat in run.meant]
-        run = pick(fitting, lambda r: abs(r.stats.get("completionTokens", -99) - output) <= 1,
-                   lambda r: r is chat.run)
+        run = pick(fitting, lambda r: r.has_written(output), lambda r: r is chat.run)
+        if run:
+            run.tell_from_twins(output)
         if len(fitting) == 1:
             self.settle(run, chat)
         elif run:
@@ -1433,6 +1469,8 @@ class Telling:
         self._once("lmstudio_processing_start", teller, moment, model, message="BeginProcessingPrompt")
 
     def generation(self, teller, moment, model):
+        chat = teller.chat if isinstance(teller, Run) else teller
+        chat.read_at = chat.read_at or moment.epoch
         self._once("lmstudio_generation_start", teller, moment, model,
                    message="The prompt is read, the first token is next")
 
@@ -1510,7 +1548,7 @@ class Telling:
                 stats = run.stats
         stats = {**chat.speeds, **stats, **counts}
         prompt = stats.get("promptTokens") or run and run.total or stats.get("evaluated")
-        known = figures(promptTokens=prompt)
+        known = figures(promptTokens=None if run and run.twins and not counts else prompt)
         known.update((key, stats[key]) for key in STATS if stats.get(key) is not None)
         told = run.said if run else chat.said
         if known.keys() - {"promptTokens"} and name not in told and not (chat.certain and name in chat.said):
@@ -1708,7 +1746,10 @@ class EngineLines:
         self._timing = fields["task"]
 
     def on_prompt_eval(self, fields, moment):
-        self._timed(fields, moment).stats.update(evaluated=int(fields["tokens"]),
+        evaluated = int(fields["tokens"])
+        if self._writer == "G1":
+            self._pairs.turn("G1", lambda r: r.tokens.get("promptTokensToDecode") == evaluated)
+        self._timed(fields, moment).stats.update(evaluated=evaluated,
                                                  promptMs=number(fields["ms"]),
                                                  promptTokensPerSecond=rate(fields))
 
@@ -1889,21 +1930,23 @@ class Story(EngineLines):
         self._tell.end(chat, entry.moment, "finished", entry.line, entry.model or shared_model(found))
 
     def _stayed(self, chat, entry):
-        """True when the line that ended a chat was another's: its client would have left long ago."""
-        if entry.model and chat.doubted and (chat.timed or entry.moment.epoch - chat.ended_at > SWALLOW_S):
+        """True when the line that ended a chat was another's.  The engine stops for a client that has left as
+        soon as the prompt is read, and G2 and G3 have no timings for what they stop."""
+        stopped = entry.moment.epoch - max(chat.ended_at, chat.read_at) <= SWALLOW_S
+        if entry.model and chat.doubted and (not stopped or chat.timed and chat.run.task):
             self._pairs.lives(chat)
         return chat.ended is None
 
     def on_prediction(self, entry):
         body = prediction_of(entry.text)
         chat, model = self._answered(entry, body)
-        self._take_answer(chat or self._pairs.new(entry.moment, model), body, entry.moment, model)
+        self._take_answer(chat or self._pairs.new(entry.moment, model), body, entry, model)
 
     def on_response(self, entry):
         body = prediction_of(entry.text)
         chat, model = self._answered(entry, body)
         if chat:
-            self._take_answer(chat, body, entry.moment, model)
+            self._take_answer(chat, body, entry, model)
 
     def _answered(self, entry, body):
         """(chat or None, model or None) of a whole answer.  A client that has left gets one, too."""
@@ -1911,21 +1954,23 @@ class Story(EngineLines):
                  if not (chat.predicted or chat.stream) and (chat.ended is None or chat.abandoned)]
         total = prediction_figures(body)[0].get("promptTokens")
         newest = max((chat.number for chat in found if chat.ended is None), default=0)
-        chat = pick(found, lambda c: c.run and c.run.has_read(total), lambda c: c.timed,
+        chat = pick(found, lambda c: c.run and c.run.has_read(total),
+                    lambda c: c.free or None in (total, c.run.total), lambda c: c.timed,
                     lambda c: c.ended is None and c.generates(),
                     lambda c: c.ended is None or (c.run or c.app_progress) and c.latest >= newest,
                     lambda c: c.run, lambda c: c.app_progress)
         return chat, entry.model or body.get("model") or shared_model(found)
 
-    def _take_answer(self, chat, body, moment, model):
+    def _take_answer(self, chat, body, entry, model):
         chat.counts, chat.speeds = prediction_figures(body)
         self._pairs.by_length(chat, chat.counts)
         chat.answer_id, chat.answer_sure = body.get("id"), bool(self._tell.sure)
-        chat.predicted = True
-        if chat.ended is None:
-            self._tell.end(chat, moment, "finished", "Generated prediction", model)
+        if chat.ended is None or self._stayed(chat, entry):
+            chat.predicted = True
+            self._tell.end(chat, entry.moment, "finished", "Generated prediction", model)
         else:
-            self._tell.chat_over(chat, moment, model)
+            chat.predicted, chat.ended_at = True, entry.moment.epoch
+            self._tell.chat_over(chat, entry.moment, model)
 
     def on_disconnect(self, entry):
         now = entry.moment.epoch
@@ -1936,7 +1981,10 @@ class Story(EngineLines):
                 chat.left = True
                 self._swallowed = entry
                 return
-        chat = pick(found, lambda c: c.run or c.app_progress)
+        chat = pick(found, lambda c: not c.timed, lambda c: c.run or c.app_progress)
+        gone = [other for other in self._pairs.ended if other.ended == "disconnected"]
+        if chat is None and any(other.abandoned or now - other.ended_at <= SWALLOW_S for other in gone):
+            return  # it has been told, when a line that was another's was taken for it
         meant = found + [other for other in self._pairs.ended if other.doubted and other.abandoned]
         if chat:
             chat.doubted = [other for other in meant if other is not chat]

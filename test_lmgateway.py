@@ -380,14 +380,19 @@ def short(events, *names):
 
 
 def told(*lines, size=None):
-    """The typed events of entries, each written as `LEVEL text` or `SECOND LEVEL text`, as short() has them."""
+    """The typed events of entries, as short() has them."""
+    return short(event for _, event in parsed(entries_as_log(*lines), size))
+
+
+def entries_as_log(*lines):
+    """A log's bytes from entries that are written as `LEVEL text` or `SECOND LEVEL text`."""
     text = ""
     for line in lines:
         second, _, rest = line.partition(" ") if line[0].isdigit() else ("0", "", line)
         level, _, message = rest.partition(" ")
         gap = "" if message.startswith("[") else " "
         text += f"[2026-05-01 10:00:{int(second):02}][{level}]{gap}{message}\n"
-    return short(event for _, event in parsed(text.encode(), size))
+    return text.encode()
 
 
 def entries_of(text):
@@ -530,11 +535,21 @@ G1_READ = ["sampling_params model=m", "token_info totalPromptTokens=100 promptTo
            "cache_stats reused=0 total=100 model=m", "processing_start model=m"]
 G1_TWO = ["sampling_params", "token_info totalPromptTokens=100 promptTokensToDecode=100 n_ctx=4096",
           "cache_stats reused=0 total=100", "processing_start"]
+G1_SHORT = G1_RUN.replace("100", "50")
+G1_SHORT_TIMED = G1_TIMED.replace("   100 tokens", "    50 tokens").replace("   20 runs", "    9 runs").replace("1500", "700")
+G1_SHORT_READ = ["sampling_params", "token_info totalPromptTokens=50 promptTokensToDecode=50 n_ctx=4096",
+                 "cache_stats reused=0 total=50"]
 BEGUN = ["chat_start messages=2 model=m"]
+OTHER = ["chat_start messages=2 model=x"]
 
 
 def at(percent, model="m"):
     return f"INFO [{model}] Prompt processing progress: {percent:.1f}%"
+
+
+def its(line, task=9):
+    """The same line of another model's chat, or of another task."""
+    return line.replace("[m]", "[x]").replace("task 7", f"task {task}").replace("id  1", "id  2")
 
 
 def seen(percent, model="m"):
@@ -644,6 +659,34 @@ SITUATIONS = {
         [*BEGUN, "chat_start messages=2 model=x", "processing_start model=m", seen(100), "generation_start model=m",
          "processing_start model=x", seen(100, "x"), "generation_start model=x", "chat_end outcome=disconnected",
          "prediction_stats completionTokens=21 model=m", "chat_end outcome=finished model=m"]),
+    "who has its figures is not the one that left": (
+        [START, PROMPT, its(START), at(0, "x"), TIMED, RELEASE, LEFT, ANSWER],
+        [*BEGUN, *READ, *OTHER, "processing_start model=x", seen(0, "x"), "chat_end outcome=disconnected",
+         "prediction_stats completionTokens=21 totalMs=1500.0 model=m", "chat_end outcome=finished model=m"]),
+    "a task that was not cancelled had not been left": (
+        [START, PROMPT, its(START), at(0, "x"), LEFT, TIMED, RELEASE, ANSWER],
+        [*BEGUN, *READ, *OTHER, "processing_start model=x", seen(0, "x"), "chat_end outcome=disconnected",
+         "prediction_stats completionTokens=21 totalMs=1500.0 model=m", "chat_end outcome=finished model=m"]),
+    "what goes on for seconds had not been left": (
+        [START, at(100), its(START), LEFT, "3 " + ANSWER],
+        [*BEGUN, "processing_start model=m", seen(100), "generation_start model=m", *OTHER, "chat_end outcome=disconnected",
+         "prediction_stats completionTokens=21 model=m", "chat_end outcome=finished model=m"]),
+    "what was left is read to its end first": (
+        [START, at(0), its(START), LEFT, "3 " + at(100), "4 " + ANSWER],
+        [*BEGUN, "processing_start model=m", seen(0), *OTHER, "chat_end outcome=disconnected", seen(100),
+         "generation_start model=m", "prediction_stats completionTokens=21 model=m"]),
+    "the second leaves, too, when the first turned out to have stayed": (
+        [START, PROMPT, its(START), at(100, "x"), LEFT, "3 " + its(ANSWER), "6 " + LEFT,
+         "6 DEBUG srv          stop: cancel task, id_task = 7"],
+        [*BEGUN, *READ, *OTHER, "processing_start model=x", seen(100, "x"), "generation_start model=x",
+         "chat_end outcome=disconnected", "prediction_stats completionTokens=21 model=x", "chat_end outcome=finished model=x"]),
+    "G1 twice at once, each begins once": (
+        [START, STREAM, its(START), its(STREAM), G1_RUN, at(0, "x"), G1_SHORT, at(0),
+         "DEBUG FinishedProcessingPrompt. Progress: 100", at(100, "x"), G1_TIMED, its(FINISH),
+         "DEBUG FinishedProcessingPrompt. Progress: 100", at(100), G1_SHORT_TIMED, FINISH],
+        [*BEGUN, *OTHER, *G1_TWO, seen(0, "x"), *G1_SHORT_READ, "processing_start", seen(0), "generation_start",
+         seen(100, "x"), STATS.replace("=m", "=x"), "chat_end outcome=finished model=x", "generation_start model=m",
+         seen(100), "prediction_stats completionTokens=9 totalMs=700.0 model=m", "chat_end outcome=finished model=m"]),
     "two models, the second's engine first": (
         [START, STREAM, START.replace("[m]", "[x]"), STREAM.replace("[m]", "[x]"),
          "DEBUG [cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache", at(0, "x"), PROMPT, at(40), at(100, "x"),
@@ -660,6 +703,63 @@ SITUATIONS = {
 @pytest.mark.parametrize("lines, events", SITUATIONS.values(), ids=SITUATIONS)
 def test_situations(utc, lines, events, size):
     assert told(*lines, size=size) == events
+
+
+def answer(prompt, completion, model="m"):
+    return ANSWER.replace("21", str(completion)).replace("100", str(prompt)).replace("[m]", f"[{model}]")
+
+
+def g1_run(prompt, fresh=1):
+    return G1_RUN.replace("tokens: 100", f"tokens: {prompt}").replace("decode: 100", f"decode: {fresh}")
+
+
+def g1_timed(completion, fresh=1):
+    return G1_TIMED.replace("100 tokens", f"{fresh} tokens").replace("20 runs", f"{completion} runs")
+
+
+def task_run(task, prompt):
+    return its(PROMPT, task).replace("n_tokens = 100", f"n_tokens = {prompt}")
+
+
+def task_timed(task, completion):
+    return its(TIMED, task).replace(" 20 tokens", f" {completion} tokens"), its(RELEASE, task)
+
+
+# Runs at once, and which figures belong together: (entries, [(promptTokens, completionTokens, tokens/s, model)]).
+FIGURES = {
+    "G1: timings are those of the run that read so many": (
+        [START, STREAM, its(START), its(STREAM), g1_run(300, 100), g1_run(70, 70), g1_timed(33, 70), its(FINISH),
+         g1_timed(44, 100), FINISH],
+        [(70, 33, 20.0, "x"), (300, 44, 20.0, "m")]),
+    "G1: as many were read by both, and the answer tells whose they are": (
+        [START, its(START), g1_run(300), g1_run(70), g1_timed(33), answer(70, 33, "x"), g1_timed(44), answer(300, 44)],
+        [(70, 33, 20.0, "x"), (300, 44, 20.0, "m")]),
+    "G1: as many were read by both, and nothing tells": (
+        [START, STREAM, its(START), its(STREAM), g1_run(300), g1_run(70), g1_timed(33), its(FINISH), g1_timed(44), FINISH],
+        [(None, 33, 20.0, "x"), (None, 44, 20.0, "m")]),
+    "a chat whose run read another prompt did not get the answer": (
+        [START, task_run(1, 347), START, STREAM, START, task_run(2, 327), task_run(3, 3342), *task_timed(2, 117),
+         answer(327, 117), *task_timed(3, 13), FINISH, *task_timed(1, 139), answer(347, 139)],
+        [(327, 117, 20.0, "m"), (3342, 13, 20.0, "m"), (347, 139, 20.0, "m")]),
+    "of two chats of a model either can have been the first": (
+        [START, its(START), its(STREAM), task_run(1, 287), START, task_run(2, 2421), *task_timed(2, 33), answer(2421, 33),
+         *task_timed(1, 44), "INFO [m] Generated prediction: [Hidden]"],
+        [(2421, 33, 20.0, "m"), (287, 44, 20.0, "m")]),
+    "timings of a task are never another's": (
+        [START, STREAM, START, STREAM, task_run(1, 300), task_run(2, 70), *task_timed(2, 33), *task_timed(1, 44), FINISH, FINISH],
+        [(70, 33, 20.0, "m"), (300, 44, 20.0, "m")]),
+    "Splash beside llama.cpp": (
+        [START, its(START), its(STREAM), g1_run(300, 100), at(100, "x"), SPLASH.format("Done"), its(FINISH),
+         g1_timed(44, 100), answer(300, 44)],
+        [(1100, 1092, 92.9, "x"), (300, 44, 20.0, "m")]),
+}
+
+
+@pytest.mark.parametrize("lines, expected", FIGURES.values(), ids=FIGURES)
+def test_runs_at_once_keep_their_own_figures(utc, lines, expected):
+    stats = [event.data for _, event in parsed(entries_as_log(*lines)) if event.name == "lmstudio_prediction_stats"]
+    assert [tuple(map(data.get, ("promptTokens", "completionTokens", "tokensPerSecond", "model"))) for data in stats
+            ] == expected
 
 
 def test_one_request_of_two_is_plain_while_the_other_streams(utc):
