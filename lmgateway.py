@@ -2269,7 +2269,11 @@ class Meter:
     """Reads an answer while it passes.  feed() gives the bytes for the client, at once.
 
     With cut, the chunk that carries only the usage we asked for is taken out again; the beginning of an
-    event is then held back as long as it may be that of such a chunk."""
+    event is then held back as long as it may be that of such a chunk.  Once the first token is known, whole
+    events without usage are read some at a time: a thread that was just woken takes several times as long for
+    each.  All figures but first are right after settle() and end()."""
+
+    PUT_OFF = 32  # events that may wait to be read
 
     def __init__(self, dialect, stream, cut=False, encoding=""):
         self.usage = Usage()
@@ -2282,11 +2286,19 @@ class Meter:
         self._encode = encoder(encoding) if self._cut else None
         self.first = self.last = self._now = None  # clocks: first, latest token, piece
         self.pieces = 0  # events with a token
+        self._waiting: list[tuple[bytes, float]] = []  # events that came, unread, each with its clock
 
     def feed(self, piece, now):
         """The bytes to pass on for the bytes that came at the clock reading now."""
         if not self._readable:
             return piece
+        if (self.first is not None and not self._rest and self._decode is identity
+                and b'"usage"' not in piece and whole_event(piece)):
+            self._waiting.append((piece, now))
+            if len(self._waiting) >= self.PUT_OFF:
+                self.settle()
+            return piece
+        self.settle()
         self._now = now
         data = self._decode(piece) if self._decode is not identity else piece
         if data is None:
@@ -2301,8 +2313,15 @@ class Meter:
             self._rest.clear()
         return piece
 
+    def settle(self):
+        """Read the events that wait."""
+        for event, self._now in self._waiting:
+            self._event(event)
+        self._waiting.clear()
+
     def end(self):
         """The answer is over.  Gives the bytes that were held back."""
+        self.settle()
         rest = bytes(self._rest)
         self._rest.clear()
         ours = False
@@ -2517,6 +2536,7 @@ TIMELINE = 400  # events of one request that are kept
 SLOW_MS = 1000  # a phase longer than this is marked
 OWN_EVENTS = frozenset(("inference_start", "inference_complete", "error"))
 TELL_S = 0.25  # between two inference_progress of one request
+COUNT_S = 1.0  # between two that say how many tokens its answer has: each costs as much as ten pieces of it
 STATES = ("waiting", "loading", "queued", "prompt", "generating")  # in the order in which they come
 OUTCOMES = {"finished": "done", "disconnected": "abandoned", "error": "failed", "stopped": "failed",
             "forgotten": "failed"}  # of a chat -> state of its record
@@ -5708,8 +5728,9 @@ class Exchange(Passage):
     def passed(self, piece):
         now, meter = time.monotonic(), self._meter
         out = meter.feed(piece, now)
-        if meter.first is not None and now - self._told >= TELL_S:
+        if meter.first is not None and now - self._told >= COUNT_S:
             self._told = now
+            meter.settle()
             self._gateway.hub.generated(self.record, meter.pieces, meter.first)
         return out
 
@@ -5746,6 +5767,8 @@ class Exchange(Passage):
     def _end(self, error, operation):
         """Publish the end, and log it: once."""
         record, status = self.record, self._answer.status if self._answer else None
+        if self._meter:
+            self._meter.settle()
         state = ("done" if error is None else "abandoned" if operation == "client_disconnected" else "failed")
         self._gateway.hub.end(record, Outcome(state, status, error, operation, self._meter))
         usage, self._request.told = record.usage or {}, True
@@ -6288,16 +6311,16 @@ class Handler(socketserver.BaseRequestHandler):
             headers.append(("Connection", "keep-alive"))
         reason = response.reason if response.reason is not None else reason_of(response.status)
         head = head_bytes(response.status, reason, headers)
-        with contextlib.closing(body) if hasattr(body, "close") else contextlib.nullcontext():
-            self.begun = True
-            set_timeout(self.request, CLIENT_S)
-            try:
+        self.begun = True
+        set_timeout(self.request, CLIENT_S)
+        try:
+            with contextlib.closing(body) if hasattr(body, "close") else contextlib.nullcontext():
                 if whole or body is None or no_body:
                     self.request.sendall(head if no_body else head + (body or b""))
                 else:
                     self._write_pieces(head, body, chunked)
-            finally:
-                self._note(request, response.status)
+        finally:
+            self._note(request, response.status)
         return alive
 
     def _note(self, request, status):
@@ -7230,7 +7253,7 @@ SUMMARIES: dict[str, Callable[[dict], str]] = {
 EVENTS = {  # every event of the stream, and what it says; a test holds the README's table to it
     "connected": "you are listening",
     "inference_start": "a client's request goes to LM Studio",
-    "inference_progress": "how far it is, at most four times a second: state, percent, speeds, time left",
+    "inference_progress": "how far it is, at most four times a second, while it answers once: state, percent, speeds, time left",
     "inference_complete": "it was answered: status, times, tokens",
     "error": "it was not: refused, failed, broken off or abandoned",
     "lmstudio_log": "one entry of LM Studio's log, as it stands there",

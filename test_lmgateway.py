@@ -1126,6 +1126,18 @@ def test_meter_times_tokens_only_from_the_first_to_the_last():
                                                        2)   # neither role, finish, usage nor [DONE]
 
 
+def test_meter_may_read_later_but_knows_the_first_token_at_once_and_the_rest_in_the_end():
+    meter, most = lmgateway.Meter(lmgateway.CHAT, stream=True), 0
+    for number in range(100):
+        assert meter.feed(chunk({"content": "x"}), 10.0 + number) == chunk({"content": "x"})
+        assert meter.first == 10.0
+        most = max(most, number + 1 - meter.pieces)
+    assert most < meter.PUT_OFF
+    for _ in range(2):
+        meter.settle()
+        assert (meter.first, meter.last, meter.pieces) == (10.0, 109.0, 100)
+
+
 def test_meter_takes_what_lm_studio_timed_itself():
     meter = lmgateway.Meter(lmgateway.NATIVE, stream=False)
     meter.feed(NATIVE_WHOLE, 1.0)
@@ -3531,6 +3543,51 @@ def test_what_was_generated_before_the_end_is_an_estimate(front, studio):
     talk(front.port, request(POST_CHAT, b'{"stream":true}'))
     assert front.events(mark, "error")[0]["tokenUsage"] == {
         "promptTokens": None, "completionTokens": 2, "totalTokens": None, "estimated": True}
+
+
+def test_what_was_generated_before_the_client_left_is_an_estimate_and_one_line_of_the_log(front, studio, caplog):
+    token, taken = chunk({"content": "x"}), threading.Semaphore(0)
+
+    def script(peer):
+        peer.send(STREAM_HEAD)
+        for _ in range(6):
+            peer.send(framed(token, end=False))
+            taken.acquire(timeout=PATIENCE_S)
+        peer.wait_for_end()
+
+    studio.script, mark = script, front.hub.last
+    lmgateway.log.propagate = True
+    with caplog.at_level(logging.DEBUG, "lmgateway"), dial(front.port) as sock:
+        sock.sendall(request(POST_CHAT, b'{"stream":true}'))
+        for _ in range(6):
+            read_until(sock, token)
+            taken.release()
+        sock.close()
+        assert front.events(mark, "error")[0]["tokenUsage"]["completionTokens"] == 6
+        lmgateway.wait_until(lambda: not front.server.connections, PATIENCE_S)
+    assert len([record for record in caplog.records if "/v1/chat/completions" in record.getMessage()]) == 1
+
+
+def test_listeners_hear_how_many_tokens_an_answer_has(front, studio, monkeypatch):
+    monkeypatch.setattr(lmgateway, "COUNT_S", 0.0)
+    monkeypatch.setattr(lmgateway, "TELL_S", 0.0)
+    token, turn = chunk({"content": "x"}), threading.Semaphore(0)
+
+    def script(peer):
+        peer.send(STREAM_HEAD)
+        for _ in range(4):
+            peer.send(framed(token, end=False))
+            turn.acquire(timeout=PATIENCE_S)
+        peer.send(framed())
+
+    studio.script, mark = script, front.hub.last
+    with dial(front.port) as sock:
+        sock.sendall(request(POST_CHAT, b'{"stream":true}'))
+        for _ in range(4):
+            read_until(sock, token)
+            turn.release()
+    told = front.events(mark, "inference_progress", count=4)
+    assert [event["outputTokens"] for event in told if event["state"] == "generating"][:4] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("line", ["GET /v1/models", "POST /api/v1/models/load", "POST /api/v1/models/unload",
