@@ -194,6 +194,14 @@ def test_what_is_wrong_is_one_line_with_option_source_and_remedy_and_status_2(en
         assert word in lines[0]
 
 
+@pytest.mark.parametrize("options", [{"host": "localhost"}, {"host": "::1"}, {"host": "0.0.0.0", "no_auth": True},
+                                     {"host": "0.0.0.0", "api_key": {"anna": "secret"}}], ids=str)
+def test_who_listens_on_loopback_has_a_key_or_says_no_auth_may_start(home, options):
+    lmgateway.check_exposure(lmgateway.Config(**options))
+    with pytest.raises(lmgateway.ConfigError, match="--no-auth"):
+        lmgateway.check_exposure(lmgateway.Config(host="192.168.1.5"))
+
+
 def test_an_env_file_that_is_named_has_to_be_there(env_file, capfd):
     assert lmgateway.main(["--tail-only", "--env-file", "/nowhere/.env"]) == 2
     assert "--env-file /nowhere/.env" in capfd.readouterr().err
@@ -213,21 +221,48 @@ def test_rows_of_options_are_complete_and_their_names_unique(env_file):
     for row in rows:
         assert row.about and re.fullmatch(r"[A-Z][A-Z0-9_]+", row.variable)
         assert row.flag is None or re.fullmatch(r"--[a-z][a-z-]+", row.flag)
-    fixed = {"LMSTUDIO_BASE_URL": "--upstream", "GATEWAY_HOST": "--host", "GATEWAY_PORT": "--port",
-             "GATEWAY_API_KEY": "--api-key", "IP_ALLOWLIST": "--allow", "REQUIRE_AUTH_FOR_HEALTH": None,
-             "LOG_LEVEL": "--log-level", "PROXY_TIMEOUT": None, "PROXY_STREAM_TIMEOUT": None,
-             "LMSTUDIO_LOG_DIR": "--log-dir", "ENABLE_LOG_MONITORING": None}
-    assert fixed.items() <= {row.variable: row.flag for row in rows}.items()
+    fixed = {"LMSTUDIO_BASE_URL": ("--upstream", "http://127.0.0.1:1234"), "GATEWAY_HOST": ("--host", "127.0.0.1"),
+             "GATEWAY_PORT": ("--port", 8001), "GATEWAY_API_KEY": ("--api-key", {}), "IP_ALLOWLIST": ("--allow", None),
+             "REQUIRE_AUTH_FOR_HEALTH": (None, False), "LOG_LEVEL": ("--log-level", "info"), "PROXY_TIMEOUT": (None, 600000),
+             "PROXY_STREAM_TIMEOUT": (None, 0), "LMSTUDIO_LOG_DIR": ("--log-dir", None), "ENABLE_LOG_MONITORING": (None, True)}
     config = config_of()[0]
-    assert (config.proxy_timeout, config.proxy_stream_timeout) == (600000, 0)
+    assert fixed == {row.variable: (row.flag, getattr(config, row.name)) for row in rows if row.variable in fixed}
     assert config.max_body == 256 * 1024 * 1024 and config.requests_kept == 100
+
+
+def nets(*texts):
+    return tuple(map(lmgateway.ipaddress.ip_network, texts))
+
+
+@pytest.mark.parametrize("variable, text", [
+    *(("GATEWAY_PORT", text) for text in ("-1", "65536", "1.5", "x")), ("MAX_CONNECTIONS", "7"), ("MAX_BODY_BYTES", "0"),
+    ("REQUESTS_KEPT", "0"), ("HISTORY_DAYS", "-1"), ("NO_AUTH", "2"), ("LOG_LEVEL", "trace"), ("PROXY_TIMEOUT", "-1"),
+    *(("LMSTUDIO_BASE_URL", text) for text in ("ftp://h:1", "//h:1", "http://", "http://h:0", "http://h:1/v1", "http://h?x", "http://u@h")),
+    ("IP_ALLOWLIST", "localhost"), ("GATEWAY_API_KEY", "a=1,a=2"), ("GATEWAY_API_KEY", "a b"), ("GATEWAY_API_KEY", "a\x07"),
+    *(("UPSTREAM_TOKEN", text) for text in ("a b", "kl\u00e9", "a\x07"))])
+def test_other_values_are_refused_with_what_to_write_and_secrets_are_not_shown(variable, text):
+    with pytest.raises(lmgateway.ConfigError, match=variable) as refused:
+        config_of(environ={variable: text})
+    assert re.search(r"use |stands there twice|is made of", str(refused.value))
+    assert (repr(text) in str(refused.value)) == (variable not in ("GATEWAY_API_KEY", "UPSTREAM_TOKEN"))
+
+
+@pytest.mark.parametrize("host, alone", [
+    *((host, True) for host in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "::1%lo", "::ffff:127.0.0.1", "LocalHost", "a.localhost")),
+    *((host, False) for host in ("0.0.0.0", "::", "192.168.1.5", "::ffff:10.0.0.1", "localhost.example", "notlocalhost", ""))])
+def test_loopback_is_what_only_this_machine_reaches(host, alone):
+    assert lmgateway.loopback(host) is alone
 
 
 @pytest.mark.parametrize("variable, text, value", [
     ("LOG_LEVEL", "WARN", "warn"), ("LMSTUDIO_BASE_URL", "http://a:1/", "http://a:1"),
     ("IP_ALLOWLIST", "10.0.0.1, *", None),
     ("ENABLE_LOG_MONITORING", "No", False), ("REQUIRE_AUTH_FOR_HEALTH", "yes", True), ("NO_AUTH", "ON", True),
-    ("CORS_ORIGINS", "https://a/, https://b", ("https://a", "https://b")), ("PROXY_TIMEOUT", " 0 ", 0)])
+    ("CORS_ORIGINS", "https://a/, https://b", ("https://a", "https://b")), ("PROXY_TIMEOUT", " 0 ", 0),
+    ("GATEWAY_PORT", "65535", 65535), ("HISTORY_DAYS", "0", 0), ("LMSTUDIO_BASE_URL", "https://[::1]", "https://[::1]"),
+    *(("NO_AUTH", text, True) for text in ("true", "1", "yes")), *(("NO_AUTH", text, False) for text in ("False", "0", "off")),
+    ("UPSTREAM_TOKEN", " x ", "x"), ("IP_ALLOWLIST", "192.168.1.7/24, fd00::/8", nets("192.168.1.0/24", "fd00::/8")),
+    ("IP_ALLOWLIST", "::ffff:192.168.1.0/120", nets("192.168.1.0/24")), ("IP_ALLOWLIST", "::ffff:0:0/95", nets("::fffe:0:0/95"))])
 def test_values_are_taken_as_people_write_them(env_file, variable, text, value):
     name = next(row.name for row in lmgateway.OPTIONS if row.variable == variable)
     assert getattr(config_of(environ={variable: text})[0], name) == value
@@ -4165,11 +4200,9 @@ def test_what_the_log_tells_is_in_the_metrics(logged):
     assert 'dialect=""' not in text
 
 
-def test_the_status_says_what_the_monitor_reads_and_does_not_understand(logged):
-    log, logs = json.loads(fetched(logged, "/debug/status")[2])["log"], Path(logged.config.log_dir)
-    path = logs / "2026-08" / "2026-08-09.1.log"
-    assert (log["enabled"], log["directory"], log["file"], log["problem"]) == (True, str(logs), str(path), None)
-    assert (log["position"], log["size"], log["behindBytes"]) == (len(HEADER) + 16, len(HEADER) + 19, 3)
+def test_the_status_says_which_engine_wrote_and_what_is_not_understood(logged):
+    log = json.loads(fetched(logged, "/debug/status")[2])["log"]
+    assert (log["position"], log["size"], log["problem"]) == (len(HEADER) + 16, len(HEADER) + 19, None)
     assert (log["generations"], log["events"]["lmstudio_log"], log["levels"]) == ({"G2": 17}, 15, {"DEBUG": 8, "INFO": 7})
     assert (log["unknownLines"], log["unknownSamples"], log["headlessLines"], log["faults"]) == (1, ["wor~ of nob~"], 0, 0)
     assert (log["lastEntryAt"], log["verbose"], log["bytesRead"]) == ("2026-05-01T10:00:00Z", True, logged.gateway.monitor.read)
@@ -6869,6 +6902,14 @@ def test_an_address_that_is_not_this_machines_is_one_line_with_the_remedy_and_st
 
 
 # --- our own log
+
+@pytest.mark.parametrize("level", ["error", "warn", "info", "debug"])
+def test_our_log_has_what_its_level_lets_through(capsys, level):
+    lmgateway.set_up_logging(lmgateway.Config(log_level=level))
+    for name, number in lmgateway.LEVELS.items():
+        lmgateway.log.log(number, "of %s", name)
+    assert re.findall(r"\[(\w+)\]: of \1\n", capsys.readouterr().err) == list(lmgateway.LEVELS)[:list(lmgateway.LEVELS).index(level) + 1]
+
 
 def test_our_log_file_is_turned_over_takes_any_text_and_is_never_the_end(tmp_path, capsys):
     path = tmp_path / "our.log"
