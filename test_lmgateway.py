@@ -2711,13 +2711,13 @@ def test_an_event_is_there_within_milliseconds_of_the_write(tmp_path):
     try:
         while monitor.follower.file is None:
             assert not stop.wait(0.001)
-        delays = []
-        for _ in range(30):
+        delays = [1.0] * 30
+        while sorted(delays[-30:])[15] >= 0.025:    # a machine that is busy gets more tries
+            assert len(delays) < 500, sorted(delays)
             written = time.perf_counter()
             with path.open("ab", 0) as file:
                 file.write(HEADER + b"[m] Prompt processing progress: 1.0%\n")
             delays.append(news.get(timeout=PATIENCE_S) - written)
-        assert sorted(delays)[15] < 0.025
     finally:
         stop.set()
         thread.join(PATIENCE_S)
@@ -5444,6 +5444,17 @@ def process(tmp_path, studio):
         run.wait()
 
 
+def refused(port):
+    """True when nobody listens on a port.  A connection that a closing listener resets says nothing yet."""
+    try:
+        dial(port).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
 def test_a_signal_tells_listeners_and_lets_running_requests_finish(process, studio, how):
@@ -5457,8 +5468,7 @@ def test_a_signal_tells_listeners_and_lets_running_requests_finish(process, stud
         assert here.wait(PATIENCE_S)
         run.send_signal(how)
         assert resting.recv(1) == b"" and run.poll() is None
-        with pytest.raises(ConnectionRefusedError):
-            until(lambda: dial(port).close())
+        until(lambda: refused(port))
         go.set()
         answer = rest_of(running)
         assert answer.endswith(b"done") and b"Connection: close" in answer
@@ -5690,17 +5700,20 @@ def test_the_imitation_answers_as_lm_studio_does(tmp_path):
         *words, last, usage = chunks(stream_options={"include_usage": True})
         assert (len(words), last["choices"][0]["finish_reason"], usage["choices"]) == (3, "stop", [])
         assert usage["usage"]["completion_tokens"] == 3
+        at_once(chunks, chunks, chunks)
+        (log,) = tmp_path.glob("*/*.log")
+        turns = re.findall(r"processing task|Finished streaming", log.read_text(encoding="utf-8"))
+        assert turns == ["processing task", "Finished streaming"] * 5       # one after the other
         assert status_of(asked("GET /v1/nothing")) == 200 and "Unexpected endpoint" in json_of(asked("GET /v1/nothing"))["error"]
         assert status_of(asked(POST_CHAT, b'{"messages": []}')) == 400
         studio.step_s = 0.02
         with dial(port) as sock:
             sock.sendall(request(POST_CHAT, json.dumps(stream).encode()))
             read_until(sock, b"\r\n\r\n")
-        (log,) = tmp_path.glob("*/*.log")
         until(lambda: "Client disconnected. Stopping generation" in log.read_text(encoding="utf-8"))
         studio.step_s, left = PATIENCE_S, threading.Thread(target=asked, args=(POST_CHAT, json.dumps(stream).encode()))
         left.start()
-        until(lambda: log.read_text(encoding="utf-8").count("Running chat completion") == 4)
+        until(lambda: log.read_text(encoding="utf-8").count("Running chat completion") == 7)
     finally:
         studio.stop()
     started = time.monotonic()
