@@ -93,6 +93,13 @@ def config_of(flags=(), environ=None, env_file=None):
 
 
 @pytest.fixture
+def stopped(monkeypatch):
+    """A command that should never have begun ends at once."""
+    monkeypatch.setattr(lmgateway, "Stop", lambda: types.SimpleNamespace(wait=lambda seconds=None: True, status=0))
+    monkeypatch.setattr(lmgateway, "settle", lambda: None)
+
+
+@pytest.fixture
 def env_file(tmp_path, monkeypatch):
     """A function that writes a `.env` file and gives its path; the working directory has none of its own."""
     monkeypatch.chdir(tmp_path)
@@ -170,6 +177,7 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
     "a line of no form": ([], "GATEWAY_PORT 1", ["settings.env line 1", "NAME=value"]),
     "log directory": (["--log-dir", __file__], "", ["--log-dir", "directory"]),
     "unknown flag": (["--prot", "1"], "", ["--prot", "--port"]),
+    "shortened flag": (["--tail"], "", ["--tail is not", "--tail-only"]),
     "unknown flag, nothing near": (["--xyzzy"], "", ["--xyzzy", "--help"]),
     "flag without a value": (["--port"], "", ["--port"]),
     "path without --tail-only": (["x.log"], "", ["x.log", "--tail-only"]),
@@ -185,7 +193,7 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
 
 
 @pytest.mark.parametrize("flags, text, named", WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_one_line_with_option_source_and_remedy_and_status_2(env_file, capfd, flags, text, named):
+def test_what_is_wrong_is_one_line_with_option_source_and_remedy_and_status_2(env_file, capfd, stopped, flags, text, named):
     assert lmgateway.main([*flags, "--env-file", env_file(text)]) == 2
     out, err = capfd.readouterr()
     lines = [line for line in err.splitlines() if "[info]" not in line]
@@ -6128,6 +6136,19 @@ def test_report_of_a_history_as_json(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["promptTokens"] == 70
 
 
+def test_report_of_nothing_makes_no_history_and_says_so(home, capsys):
+    assert run(capsys, "--report", "--history", str(home / "none.db"))[0] == 2
+    assert not (home / "none.db").exists()
+    put(home / "x.log", HEADER + b"Server started.\n")
+    status, out, err = run(capsys, "--report", str(home / "x.log"))
+    assert (status, out, err.startswith("lmgateway: no request in it")) == (0, "", True)
+
+
+def test_report_shows_no_control_characters(capsys):
+    row = dict(lmgateway.usage_rows(lmgateway.open_history(":memory:"), [])[0], day="2026-01-01", model="a\x1b[2J", errors=0)
+    assert "a\\x1b[2J" in lmgateway.report_text([row])
+
+
 @pytest.mark.parametrize("args, said", [
     ([], "--report: name saved logs"), (["--history", "/nowhere/h.db"], "--history /nowhere/h.db"),
     (["/nowhere.log"], "/nowhere.log: no such file")])
@@ -6544,7 +6565,7 @@ def test_prune_says_which_file_could_not_go_and_goes_on(home, capsys, monkeypatc
 @pytest.mark.parametrize("argv", [("--prune", "0"), ("--prune", "x"), ("--prune", "-1"), ("--prune=",), ("--prune", "30"),
                                   ("--yes",), ("--prune", "30", "--check"), ("--watch", ""), ("--watch", "ftp://x"),
                                   ("--watch", "h", "--tail-only"), ("--rights", "infer"), ("--json",)])
-def test_what_cannot_be_done_is_one_line_and_status_2(home, capsys, argv):
+def test_what_cannot_be_done_is_one_line_and_status_2(home, capsys, stopped, argv):
     status, out, err = run(capsys, *argv)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("lmgateway: ")
@@ -6873,6 +6894,62 @@ def test_progress_of_a_replay_is_one_line_until_something_else_comes(terminal):
     printer.finish()
     assert [row.split()[:1] + row.split()[-2:-1] for row in terminal.rows] == [
         ["prompt_progress", "100.0"], ["error", "error"], ["prompt_progress", "10.0"], []]
+
+
+PROGRESS_LOG = b"".join(HEADER + line.encode() + b"\n" for line in (
+    "[m] Running chat completion on conversation with 1 messages.", *(f"[m] Prompt processing progress: {done}.0%" for done in (1, 2, 3))))
+
+
+@pytest.fixture
+def on_terminal(terminal, monkeypatch):
+    """A function that runs a command whose output goes to a terminal, until wait() is true."""
+    monkeypatch.setattr(lmgateway, "settle", lambda: None)
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+
+    def run(*argv, wait=None):
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monkeypatch.setattr(lmgateway, "Stop", lambda: types.SimpleNamespace(wait=wait, status=0))
+        assert lmgateway.main(list(map(str, argv))) == 0
+    return run
+
+
+def test_a_replay_on_a_terminal_has_its_progress_in_place_and_no_cards(on_terminal, terminal, tmp_path):
+    (tmp_path / "x.log").write_bytes(PROGRESS_LOG)
+    on_terminal("--tail-only", tmp_path / "x.log")
+    assert "\r\x1b[J" in terminal.written and "PREFILL" not in terminal.written
+    assert sum("prompt_progress" in row for row in terminal.rows) == 1
+
+
+def test_a_tail_on_a_terminal_has_cards_and_takes_them_off_at_the_end(on_terminal, terminal, tmp_path):
+    logs = Logs(tmp_path / "server-logs")
+    logs.path("2026-05-01.1").write_bytes(PROGRESS_LOG)
+    limit = time.monotonic() + PATIENCE_S
+    on_terminal("--tail-only", "--from-start", "--log-dir", logs.directory,
+                wait=lambda seconds: "PREFILL" in terminal.written or time.monotonic() > limit)
+    assert "PREFILL" in terminal.written
+    assert not [row for row in terminal.rows if "PREFILL" in row] and terminal.rows[-1] == ""
+
+
+def test_our_log_takes_the_cards_off_the_screen_before_it_writes(terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", terminal)
+    lmgateway.set_up_logging(lmgateway.Config())
+    printer = lmgateway.open_printer(types.SimpleNamespace(json=False, events=None), live=True)
+    printer(card_events(*PREFILL, request=False))
+    assert [row for row in terminal.rows if "PREFILL" in row]
+    lmgateway.log.warning("beside them")
+    assert not [row for row in terminal.rows if "PREFILL" in row]
+    assert "beside them" in capsys.readouterr().err
+
+
+def test_the_clocks_of_cards_go_on_in_silence_and_lines_are_never_wider_than_the_terminal(terminal, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    printer = lmgateway.Printer(terminal, as_json=False, names=(), live=True)
+    printer([*card_events(*PREFILL, request=False), Event("lmstudio_error", {"timestamp": "", "message": "words " * 50})])
+    clock[0] += 61
+    printer.tick()
+    assert [row for row in terminal.rows if "elapsed 1m01s" in row] and max(map(len, terminal.rows)) == 99
+    printer.finish()
 
 
 def test_help_and_version(tmp_path):
