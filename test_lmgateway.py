@@ -1745,6 +1745,112 @@ def test_bindings_are_counted_when_a_request_is_over_for_good(utc):
     assert not office.requests._open
 
 
+HI = chat_body("hi")
+COPIES = {  # a request, the copy of one in the log, how they are bound
+    "other path": (HI, {}, HI, "/api/v0/chat/completions", "none"),
+    "other model": (chat_body("hi", "alias"), {"model": "alias"}, HI, "/v1/chat/completions", "none"),
+    "other way to answer": (None, {"stream": False}, HI, "/v1/chat/completions", "none"),
+    "other parameters, before a copy was true": ({**HI, "temperature": 0.5}, {}, HI, "/v1/chat/completions", "likely"),
+    "the same": (HI, {}, HI, "/v1/chat/completions", "exact")}
+
+
+@pytest.mark.parametrize(("body", "about", "copy", "path", "binding"), COPIES.values(), ids=COPIES)
+def test_a_logged_copy_is_held_against_a_request_in_all_that_it_tells(utc, body, about, copy, path, binding):
+    office = Office()
+    record = office.ask("r1", body=body, **about)
+    office.log(received(copy, path), running("m/one"), streaming("m/one"))
+    assert record.binding == binding
+
+
+def test_two_requests_that_are_alike_are_not_told_apart_by_a_copy(utc):
+    office = Office()
+    office.ask("r1", body=HI), office.ask("r2", body=HI)
+    office.log(received(HI), running("m/one"), percent("m/one", 1))
+    assert office.claimed() == set()
+
+
+def test_a_request_whose_answer_named_its_model_did_not_cause_a_chat_of_another(utc):
+    office = Office()
+    record = office.ask("r1", model=None)
+    office.over(record, model="m/two")
+    office.log(running("m/one"))
+    assert record.binding == "none"
+
+
+def test_one_request_that_is_left_for_two_chats_is_bound_to_none(utc):
+    office = Office()
+    one, two = office.ask("r1"), office.ask("r2")
+    office.log(running("m/one"), running("m/one"))
+    office.over(two, state="failed", status=400)
+    office.log(percent("m/one", 1))
+    assert (one.binding, two.binding) == ("none", "none")
+
+
+@pytest.mark.parametrize(("totals", "binding"), [((500,), "exact"), ((500, 700), "exact"), ((500, 500), "none")])
+def test_tokens_prove_what_only_one_chat_can_have_had(utc, totals, binding):
+    office = Office()
+    one, two = office.ask("r1"), office.ask("r2")
+    for task, total in enumerate(totals, 1):
+        office.log(running("m/one"), streaming("m/one"), engine_run(task, total))
+    office.over(one, prompt=500)
+    assert (one.binding, two.binding != "exact") == (binding, True)
+
+
+ANSWERS = {  # what the answer of a request says whose chat read 500 tokens, its binding, whether the cache stays known
+    "as many tokens": ({"prompt": 500}, "exact", True), "one more, as MLX counts": ({"prompt": 501}, "likely", True),
+    "other tokens": ({"prompt": 510}, "none", False), "another model": ({"prompt": None, "model": "m/two"}, "none", False),
+    "nothing": ({"prompt": None}, "likely", True)}
+
+
+@pytest.mark.parametrize(("answer", "binding", "known"), ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_is_held_against_the_chat(utc, answer, binding, known):
+    office = Office()
+    record = office.ask("r1", "alias")
+    office.log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100))
+    office.over(record, **answer)
+    assert (record.binding, record.cache is not None) == (binding, known)
+
+
+def test_a_copy_that_was_right_stays_right_when_the_engines_lines_were_anothers(utc):
+    office = Office()
+    record = office.ask("r1", body=HI)
+    office.log(received(HI), running("m/one"), streaming("m/one"), engine_run(1, 500, 100))
+    office.over(record, prompt=77)
+    assert (record.binding, record.cache) == ("exact", None)
+
+
+@pytest.mark.parametrize(("logged", "bindings"), [("chatcmpl-1", ("none", "exact")), ("chatcmpl-7", ("likely", "none"))])
+def test_the_id_of_an_answer_proves_its_chat(utc, logged, bindings):
+    office = Office()
+    one, two = office.ask("r1", stream=False), office.ask("r2", stream=False)
+    office.log(running("m/one"))
+    office.log("[INFO][m/one] Generated prediction: " + json.dumps({"id": logged, "model": "m/one"}, indent=2))
+    office.over(two, id="chatcmpl-1")
+    assert (one.binding, two.binding) == bindings
+
+
+def test_an_estimate_of_an_abandoned_answer_gives_way_to_the_log_and_the_change_is_noted(utc):
+    office = Office()
+    record = office.ask("r1")
+    office.log(running("m/one"), streaming("m/one"), engine_run(1, 500), percent("m/one", 100))
+    office.requests.over(record, office.clock, lmgateway.Outcome("abandoned"))
+    record.usage = {"completionTokens": 3, "estimated": True}
+    office.requests.changed.clear()
+    office.log(engine_end(1, 500, 12), finished("m/one"))
+    assert (record.usage["completionTokens"], record in office.requests.changed) == (12, True)
+
+
+def test_requests_and_names_that_are_remembered_are_bounded_also_where_no_log_is_followed():
+    office = Office()
+    for number in range(3 * lmgateway.OPEN_LIMIT):
+        office.over(office.ask(f"r{number}", f"name-{number}"), model="m/one")
+    assert len(office.requests._open) <= 2 * lmgateway.OPEN_LIMIT + 1
+    assert len(office.requests._names) <= 1000
+    office.clock += lmgateway.LATE_S + 1
+    office.over(office.ask("last"))
+    assert list(office.requests._open) == ["last"]
+
+
 ONE_CHAT = [path for path in SAMPLES
             if path.read_bytes().count(b"Running chat completion") == 1 and path.stem != "gui-paste"]
 
@@ -1860,6 +1966,24 @@ def test_no_client_can_invent_a_series():
                         f"{lmgateway.SERIES + 50}"]
     cached = [line for line in exposition(figures) if line.startswith("lmstudio_cached_input_tokens_total{")]
     assert len(cached) == lmgateway.MODELS + 1
+
+
+def test_a_metric_has_a_bounded_number_of_series_and_stands_there_once_it_has_one():
+    figures = lmgateway.Figures()
+    assert exposition(figures) == [""]
+    for number in range(lmgateway.SERIES + 50):
+        figures.add("lmstudio_log_rotations_total", f"reason {number}")
+    assert len(exposition(figures)) == 2 + lmgateway.SERIES + 1
+    assert exposition(figures)[-1] == 'lmstudio_log_rotations_total{reason="other"} 50'
+
+
+def test_figures_of_the_engine_are_summed_in_seconds_and_by_kind_of_token():
+    figures = lmgateway.Figures()
+    figures.count_event(Event("lmstudio_prediction_stats", {"model": "m", "timeToFirstTokenMs": 500, "reasoningTokens": 3,
+                                                            "acceptedDraftTokens": 4}))
+    for line in ("time_to_first_token_seconds_sum{model=\"m\"} 0.5", 'reasoning_tokens_total{model="m"} 3',
+                 'accepted_draft_tokens_total{model="m"} 4'):
+        assert f"lmstudio_{line}" in exposition(figures)
 
 
 def test_histograms_are_cumulative_and_labels_escaped():
@@ -2172,6 +2296,50 @@ def test_history_holds_no_prompt_and_no_answer(tmp_path, utc):
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert b"m/one" in written
     assert b"piano" not in written
+
+
+def usage_of(records, *groups):
+    """Rows of usage of records that are over, their figures cut down to what a test names."""
+    connection = lmgateway.open_history(":memory:")
+    lmgateway.store_rows(connection, [lmgateway.history_row(record) for record in records])
+    return lmgateway.usage_rows(connection, groups)
+
+
+def test_usage_is_summed_by_key_model_and_day_whoever_asked(utc, monkeypatch):
+    noon = 1_767_268_800.0      # 2026-01-01 12:00 UTC
+    beside = finished_record("log_1", noon, source="lmstudio")
+    keyless, failed = finished_record("r2", noon), finished_record("r3", noon + 86400)
+    beside.key = keyless.key = None
+    failed.end(3.0, lmgateway.Outcome("failed", 500, "x", "upstream_error"))
+    failed.model = failed.usage = None
+    failed.model_asked = "m/asked"
+    records = [finished_record("r1", noon), beside, keyless, failed]
+    assert {row["key"]: (row["requests"], row["errors"]) for row in usage_of(records, "key")} == {
+        "anna": (2, 1), "not via gateway": (1, 0), "no key": (1, 0)}
+    assert [(row["model"], row["requests"], row["promptTokens"]) for row in usage_of(records, "model")] == [
+        ("m/one", 3, 210), ("m/asked", 1, 0)]       # the most tokens first
+    assert [row["day"] for row in usage_of(records, "day")] == ["2026-01-02", "2026-01-01"]
+    columns = dict(zip([name for name, _, _ in lmgateway.HISTORY], lmgateway.history_row(failed)))
+    assert {name: columns[name] for name in ("source", "status", "outcome", "operation")} == {
+        "source": "gateway", "status": 500, "outcome": "failed", "operation": "upstream_error"}
+    if hasattr(time, "tzset"):
+        monkeypatch.setenv("TZ", "Pacific/Kiritimati")      # 14 hours ahead
+        time.tzset()
+        assert [row["day"] for row in usage_of(records, "day")] == ["2026-01-03", "2026-01-02"]
+
+
+def test_keeping_a_row_never_waits_and_old_ones_are_looked_for_once_an_hour(tmp_path, monkeypatch):
+    go, calls, store = threading.Event(), Counter(), lmgateway.store_rows
+    monkeypatch.setattr(lmgateway, "store_rows", lambda *args: (go.wait(PATIENCE_S), store(*args)))
+    monkeypatch.setattr(lmgateway, "remove_rows", counting("removed", lmgateway.remove_rows, calls))
+    history, started = lmgateway.History(str(tmp_path / "h.db"), days=30), time.monotonic()
+    for number in range(5):
+        history.keep([lmgateway.history_row(finished_record(f"r{number}", time.time()))])
+    assert time.monotonic() - started < PATIENCE_S / 2
+    go.set()
+    history.close()
+    assert (history.usage("key")[0]["requests"], calls["removed"]) == (5, 1)
+    assert lmgateway.open_history(history.path).execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_history_forgets_rows_that_are_too_old(tmp_path):
@@ -4206,6 +4374,23 @@ def test_what_the_log_tells_is_in_the_metrics(logged):
                  f'lmstudio_gateway_build_info{{version="{lmgateway.VERSION}",python="{sys.version.split()[0]}"}} 1'):
         assert line in text.splitlines(), line
     assert 'dialect=""' not in text
+
+
+def test_listeners_and_what_they_lost_are_in_metrics_and_status(logged):
+    logged.hub.dropped, logged.hub.replays["gap"] = 7, 2
+    logged.gateway.monitor.parser.story.resets["desk"] = 5
+    with listening(logged, f"?since={logged.hub.event_id(1)}") as (_, _, frames):
+        next(frames)
+        text = fetched(logged, "/metrics")[2].decode().splitlines()
+        assert json.loads(fetched(logged, "/debug/status")[2])["stream"]["clients"] == 1
+    for line in ("sse_clients 1", 'sse_dropped_total{reason="slow"} 7', 'sse_replays_total{result="gap"} 2',
+                 'sse_replays_total{result="full"} 1'):
+        assert f"lmstudio_gateway_{line}" in text
+    assert 'lmstudio_cache_resets_total{model="desk"} 5' in text
+
+
+def test_metrics_say_that_lm_studio_is_away(fronts):
+    assert "lmstudio_up 0" in fetched(fronts("http://127.0.0.1:9"), "/metrics")[2].decode().splitlines()
 
 
 def test_the_status_says_which_engine_wrote_and_what_is_not_understood(logged):
@@ -6523,6 +6708,7 @@ def test_prune_shows_and_then_removes_only_old_server_logs(home, capsys):
     put(home / ".lmstudio/.internal/server-logs-state.json", json.dumps(
         {"lastWrittenFile": {"filePathBase": f"C:\\logs\\{day[:7]}\\{day}", "index": 3}}))
     stay.append(put(logs / kept[:7] / f"{kept}.1.log", "30 days old, not more"))
+    stay.append(put(logs / f"{datetime.date.today()}"[:7] / f"{datetime.date.today()}.1.log", "the newest"))
     status, out, _ = run(capsys, "--prune", "30")
     assert status == 0 and out.splitlines()[:2] == [f"would go     1.5 kB  {path}" for path in go]
     assert out.splitlines()[2].startswith("2 files, 3.0 kB older than 30 days in ") and "--yes" in out
