@@ -3244,6 +3244,22 @@ def test_a_large_body_is_read_into_one_buffer():
         assert peak() < 1.1 * len(body)
 
 
+def test_a_large_body_is_sent_as_it_lies_there():
+    body, pair = os.urandom(1 << 20) * 8, socket.socketpair()
+    call = lmgateway.Upstream("http://127.0.0.1:1").call("POST", "/", [("Host", "x")], body, PATIENCE_S)
+
+    def read_and_answer():
+        size = 0
+        while size < len(body):
+            size += len(pair[1].recv(65536))
+        pair[1].sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    with pair[0], pair[1], tracing() as peak:
+        threading.Thread(target=read_and_answer, daemon=True).start()
+        assert lmgateway.KeptConnections._send(call, pair[0]).status == 204
+        assert peak() < len(body) // 10
+
+
 @contextlib.contextmanager
 def tracing():
     """Yields a function that gives the most bytes that were in use."""
@@ -3568,6 +3584,16 @@ def test_pipelined_requests_are_answered_in_order(front, studio):
     studio.script = lambda peer: peer.send(plain(peer.line.encode()))
     data = b"".join(request(f"GET /v1/{number}", close=False) for number in range(9)) + request("GET /v1/9")
     assert re.findall(rb"GET /v1/(\d)", talk(front.port, data)) == [b"%d" % number for number in range(10)]
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 5\r\n\r\nhello", b"Transfer-Encoding: chunked\r\n\r\n"
+                                     + framed(b"hello")], ids=["length", "chunked"])
+def test_what_follows_a_body_is_the_next_request(front, studio, framing):
+    sent = b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\n" + framing
+    answer = talk(front.port, sent + sent + request("GET /v1/last"))
+    assert len(re.findall(rb"HTTP/1\.1 200 OK", answer)) == 3
+    assert [(peer.line.split()[1], peer.body) for peer in studio.peers] == [
+        ("/v1/x", b"hello"), ("/v1/x", b"hello"), ("/v1/last", b"")]
 
 
 def test_a_kept_connection_that_lm_studio_closed_costs_no_request(front, studio):
@@ -4889,7 +4915,7 @@ def test_keys(guarded, studio, headers, name):
 
 
 @pytest.mark.parametrize("path", ["/debug/stream", "/debug/status", "/debug/requests", "/debug/metrics",
-                                  "/metrics", "/v1/models",
+                                  "/metrics", "/v1/models", "/debug/requests/req_1", "/debug/usage",
                                   "/debug/nothing", "//debug/status"])
 def test_what_asks_for_a_key(guarded, studio, path):
     assert ask(guarded, f"GET {path}")[0] == 401 and not studio.peers
@@ -4969,7 +4995,8 @@ def test_wrong_keys_slow_the_address_that_offers_them_and_no_other(fronts, monke
         deadline = time.monotonic() + PATIENCE_S
         while front.gateway.walls._waiting["192.0.2.1"] < lmgateway.MOST_WAITING and time.monotonic() < deadline:
             time.sleep(0.001)
-        assert timed(bad, "X-API-Key: wrong")[0] == 429
+        status, headers, _ = ask(front, "GET /debug/status", bad, "X-API-Key: wrong")
+        assert (status, "Retry-After" in dict(headers)) == (429, True)
         assert timed(bad, "X-API-Key: other=")[0] == 429       # nobody can tell that this one is right
         assert (timed(bad, right)[0], timed(good, "X-API-Key: other=")[0]) == (200, 200)
         assert timed(good, "X-API-Key: wrong")[1] < 0.2
@@ -5509,6 +5536,11 @@ def test_a_refused_client_that_sends_on_for_ever_is_left(fronts, monkeypatch):
         while time.monotonic() - started < 2:
             sock.sendall(b"x" * 1000)
     assert time.monotonic() - started < 1
+
+
+def test_a_refused_request_without_a_body_costs_no_connection(guarded):
+    answer = talk(guarded.port, request("GET /debug/status", close=False) + request("GET /health"))
+    assert re.findall(rb"HTTP/1\.1 (\d+)", answer) == [b"401", b"200"]
 
 
 @pytest.mark.parametrize("line", ["POST /v1/x", "POST /health", "POST /debug/status"])
