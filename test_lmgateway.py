@@ -3823,6 +3823,7 @@ def test_listeners_hear_how_many_tokens_an_answer_has(front, studio, monkeypatch
         for _ in range(4):
             read_until(sock, token)
             turn.release()
+        rest_of(sock)
     told = front.events(mark, "inference_progress", count=4)
     assert [event["outputTokens"] for event in told if event["state"] == "generating"][:4] == [1, 2, 3, 4]
 
