@@ -210,7 +210,12 @@ def test_who_listens_on_loopback_has_a_key_or_says_no_auth_may_start(home, optio
         lmgateway.check_exposure(lmgateway.Config(host="192.168.1.5"))
 
 
-def test_an_env_file_that_is_named_has_to_be_there(env_file, capfd):
+def test_an_env_file_in_another_encoding_is_read_as_far_as_it_goes(env_file):
+    config = config_of(env_file=env_file("LOG_FILE=d\u00e9j\u00e0\nGATEWAY_PORT=7", "latin-1"))[0]
+    assert (config.log_file, config.port) == ("d\ufffdj\ufffd", 7)
+
+
+def test_an_env_file_that_is_named_has_to_be_there(env_file, capfd, stopped):
     assert lmgateway.main(["--tail-only", "--env-file", "/nowhere/.env"]) == 2
     assert "--env-file /nowhere/.env" in capfd.readouterr().err
 
@@ -1817,6 +1822,44 @@ def test_a_copy_that_was_right_stays_right_when_the_engines_lines_were_anothers(
     office.log(received(HI), running("m/one"), streaming("m/one"), engine_run(1, 500, 100))
     office.over(record, prompt=77)
     assert (record.binding, record.cache) == ("exact", None)
+
+
+@pytest.mark.parametrize(("runs", "answered", "cache"), [
+    ([(700, 100)], 700, 100), ([(700, 100), (700, 300)], 700, None), ([(700, 100)], 500, None)],
+    ids=["the answer's", "two alike", "another's"])
+def test_what_the_engine_said_while_two_chats_waited_is_taken_in_when_the_answers_tokens_are_its_only_ones(
+        utc, runs, answered, cache):
+    office = Office()
+    one, two = office.ask("r1", messages=1), office.ask("r2", messages=2)
+    office.log(running("m/one", 1), streaming("m/one"), running("m/one", 2), streaming("m/one"))
+    for task, (prompt, cached) in enumerate(runs, 1):
+        office.log(engine_run(task, prompt, cached), engine_end(task, prompt - cached, 9))
+    assert office.told(one) == ["lmstudio_chat_start"] and one.cache is None
+    office.over(one, prompt=answered)
+    assert one.chat is not None and (one.cache or {}).get("reused") == cache     # what is unsure contradicts nothing
+
+
+def test_a_likely_binding_is_let_go_only_for_a_twin_of_its_own_time_and_then_for_good(utc):
+    office = Office()
+    ours = office.ask("r1")
+    office.log(running("m/one"), streaming("m/one"), engine_run(1, 500))
+    office.clock, office.stamp = office.clock + 10, "2026-11-24 10:00:10"
+    office.log(running("m/one"))        # too late to be its
+    assert ours.binding == "likely"
+    office = Office()
+    ours = office.ask("r1")
+    office.log(running("m/one"), streaming("m/one"), engine_run(1, 500))
+    office.log(running("m/one"))
+    office.over(ours, prompt=700)       # so it was not the first, but that does not make it the second
+    assert ours.binding == "none"
+
+
+def test_a_chat_that_the_server_stopped_is_over(utc):
+    office = Office()
+    office.log(running("m/one"), streaming("m/one"))
+    office.log("Server stopped.")
+    office.log("Server started.")
+    assert ([record.state for record in office.requests.finished], office.requests.running) == (["failed"], {})
 
 
 @pytest.mark.parametrize(("logged", "bindings"), [("chatcmpl-1", ("none", "exact")), ("chatcmpl-7", ("likely", "none"))])
