@@ -5922,6 +5922,7 @@ def stream_frames(hub, since, names, watcher, request):
         message = json.dumps({"timestamp": hub.now(), "message": "Connected to lmgateway"})
         yield sse_frame(last, "connected", message, retry=f"retry: {RETRY_MS}\n")
         while True:
+            over = hub.closed or left.is_set()  # asked first: what was published before the end is still sent
             frames, cursor, lost = hub.read(cursor)
             wanted = [(seq, frame) for seq, (name, frame) in enumerate(frames, cursor - len(frames) + 1)
                       if not names or name in names]
@@ -5937,7 +5938,7 @@ def stream_frames(hub, since, names, watcher, request):
                 yield b"".join(parts)
             if len(frames) == BATCH:
                 continue
-            if hub.closed or left.is_set():
+            if over:
                 return
             try:
                 bell.get(timeout=PING_S)

@@ -4859,6 +4859,9 @@ def test_what_is_published_while_a_listener_connects_is_not_lost():
         assert b"event: connected" in next(frames)
         hub.tell("between")
         assert next(frames).startswith(f"id: {hub.event_id(1)}\nevent: between".encode())
+        hub.tell("last words")
+        hub.close()
+        assert [frame.splitlines()[1] for frame in frames] == [b"event: last words"]     # and then it ends
 
 
 def test_a_client_that_does_not_read_holds_nobody_up_and_is_told_what_it_lost(fronts):
