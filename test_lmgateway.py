@@ -3595,6 +3595,7 @@ def test_what_follows_an_answer_reaches_nobody(fronts, studio, answer):
     for _ in range(2):
         assert b"forged" not in talk(front.port, request("GET /v1/x"))
         assert talk(front.port, request("GET /v1/mine")).endswith(b"\r\n\r\nmine")
+    assert studio.connections == 3      # one that brought more than its answer is not used again
 
 
 def test_a_connection_whose_answer_was_not_read_to_its_end_is_not_used_again(fronts, studio, monkeypatch):
