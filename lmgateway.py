@@ -1310,9 +1310,8 @@ class Pairs:
                  and chat.api and chat.free]
         if len(meant) > 1:
             meant = [chat for chat in meant if self.suits(writer, chat)] or meant
-        busy = {run.chat.model for run in self.runs if not run.chat.ended}
         chat = chosen or pick([chat for chat in meant if chat.run is None], lambda c: c.ended is None,
-                              lambda c: not c.app_progress, lambda c: c.model not in busy)
+                              lambda c: not c.app_progress)
         if chat is None:
             chat = self.new(moment, api=False)
             meant.append(chat)
@@ -1381,15 +1380,12 @@ class Pairs:
             another.said.update(name for name in twice if not another.has_said(name))
 
     def settle(self, run, chat):
-        """A run is a chat's for certain, and so no other one is."""
+        """A run is a chat's for certain."""
         if chat.run and run.task is None:
             run.trade_progress(chat.run)
         self.pair(run, chat)
         run.meant = [chat]
         self._learn(run)
-        for other in self.runs:
-            if other is not run:
-                self._exclude(other, chat)
 
     def _exclude(self, run, chat):
         """A run is not a chat's.  It can be its twin's: nobody could tell which of the two began first."""
@@ -1397,10 +1393,9 @@ class Pairs:
             twins = [other for other in self.running if other is not chat and other.free
                      and (other.model, other.stream) == (chat.model, chat.stream)]
             run.meant = [other for other in run.meant if other is not chat and other not in twins] + twins
-            if len(run.meant) == 1:
-                self.settle(run, run.meant[0])
-            elif run.chat is chat:
-                self.pair(run, pick([other for other in run.meant if other.free], lambda c: c.run is None))
+            if run.chat not in run.meant:
+                self.pair(run, pick(run.meant, lambda c: c.free, lambda c: c.run is None))
+            self._learn(run)
 
     def by_length(self, chat, counts):
         """The length of the prompt that an answer tells says which run was its chat's."""
@@ -1408,13 +1403,12 @@ class Pairs:
         if not chat.free:
             return
         fitting = [run for run in self.runs if run.has_read(total) and chat in run.meant]
-        run = pick(fitting, lambda r: r.has_written(output), lambda r: r is chat.run)
+        fitting = [run for run in fitting if run.has_written(output)] or fitting
+        run = pick(fitting, lambda r: r is chat.run)
         if run:
             run.tell_from_twins(output)
-        if len(fitting) == 1:
-            self.settle(run, chat)
-        elif run:
-            self.pair(run, chat)
+            take = self.settle if len(fitting) == 1 else self.pair
+            take(run, chat)
 
     def by_progress(self, chat, read):
         """A chat's first and last progress lines follow its engine's: a run was taken for another chat's that
@@ -1770,6 +1764,7 @@ class EngineLines:
         task = fields["task"] or self._timing
         run = self._pairs.at.get(self._writer)
         if run and run.timed and task is None:
+            self._tell.run_over(run, run.timed)
             del self._pairs.at[self._writer]  # G1: these are of a further run whose start was not seen
         return self._at_work(moment, {"task": task, "slot": None}, lambda r: "totalMs" not in r.stats)
 
@@ -1786,9 +1781,7 @@ class EngineLines:
     def on_splash(self, fields, moment):
         waiting = [chat for chat in (*self._pairs.ended, *self._pairs.running) if chat.run is None
                    and (chat.ended is None or chat.abandoned)]
-        newest = max((chat.number for chat in waiting if chat.ended is None), default=0)
-        chat = pick(waiting, lambda c: self._pairs.suits("Splash", c),
-                    lambda c: c.ended is None or c.latest >= newest, Chat.generates, lambda c: c.app_progress)
+        chat = pick(waiting, lambda c: self._pairs.suits("Splash", c), Chat.generates, lambda c: c.app_progress)
         run = self._attach(moment, chosen=chat)
         run.total, reused = number(fields["total"]), number(fields["reused"])
         run.tokens["promptTokensToDecode"] = run.total - reused

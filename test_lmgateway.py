@@ -711,6 +711,25 @@ SITUATIONS = {
         [START, PROMPT, its(START), at(0, "x"), TIMED, RELEASE, LEFT, ANSWER],
         [*BEGUN, *READ, *OTHER, "processing_start model=x", seen(0, "x"), "chat_end outcome=disconnected",
          "prediction_stats completionTokens=21 totalMs=1500.0 model=m", "chat_end outcome=finished model=m"]),
+    "who has its figures is not the one that left, G1": (
+        [START, G1_RUN, its(START), at(0, "x"), G1_TIMED, LEFT, ANSWER],
+        [*BEGUN, *G1_READ, *OTHER, "processing_start model=x", seen(0, "x"), "chat_end outcome=disconnected",
+         "prediction_stats completionTokens=21 totalMs=1500.0 model=m", "chat_end outcome=finished model=m"]),
+    "a cancelled task says who left": (
+        [its(START), its(STREAM), "DEBUG [cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache", START, STREAM,
+         PROMPT, LEFT, "DEBUG srv          stop: cancel task, id_task = 7", its(FINISH)],
+        [*OTHER, "cache_stats reused=0 total=11 model=x", "token_info totalPromptTokens=11 promptTokensToDecode=11 model=x",
+         "processing_start model=x", *BEGUN, *READ, "chat_end outcome=disconnected", "chat_end outcome=finished model=x"]),
+    "which engine runs a model is known from before": (
+        [START, STREAM, PROMPT, TIMED, RELEASE, FINISH, "5 " + START, "5 " + its(START), "5 " + its(PROMPT, 8),
+         "5 DEBUG [cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache"],
+        [*BEGUN, *READ, STATS, "chat_end outcome=finished model=m", *BEGUN, *OTHER, "processing_start",
+         "token_info totalPromptTokens=100 promptTokensToDecode=60 n_ctx=4096", "cache_stats reused=40 total=100",
+         "cache_stats reused=0 total=11 model=x",
+         "token_info totalPromptTokens=11 promptTokensToDecode=11 model=x", "processing_start model=x"]),
+    "G1, where the start of neither run was seen": (
+        [G1_TIMED, G1_SHORT_TIMED], ["prediction_stats completionTokens=20 totalMs=1500.0",
+                                     "prediction_stats completionTokens=9 totalMs=700.0"]),
     "a task that was not cancelled had not been left": (
         [START, PROMPT, its(START), at(0, "x"), LEFT, TIMED, RELEASE, ANSWER],
         [*BEGUN, *READ, *OTHER, "processing_start model=x", seen(0, "x"), "chat_end outcome=disconnected",
@@ -793,6 +812,13 @@ FIGURES = {
         [START, its(START), its(STREAM), task_run(1, 287), START, task_run(2, 2421), *task_timed(2, 33), answer(2421, 33),
          *task_timed(1, 44), "INFO [m] Generated prediction: [Hidden]"],
         [(2421, 33, 20.0, "m"), (287, 44, 20.0, "m")]),
+    "one prompt for two models": (
+        [START, its(START), task_run(1, 100), task_run(2, 100), *task_timed(2, 33), *task_timed(1, 44),
+         answer(100, 33, "x"), answer(100, 44)],
+        [(100, 33, 20.0, "x"), (100, 44, 20.0, "m")]),
+    "an answer of another length takes no run's figures": (
+        [START, its(START), task_run(1, 100), *task_timed(1, 20), answer(555, 33), answer(100, 20, "x")],
+        [(555, 33, None, "m"), (100, 20, 20.0, "x")]),
     "timings of a task are never another's": (
         [START, STREAM, START, STREAM, task_run(1, 300), task_run(2, 70), *task_timed(2, 33), *task_timed(1, 44), FINISH, FINISH],
         [(70, 33, 20.0, "m"), (300, 44, 20.0, "m")]),
