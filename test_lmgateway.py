@@ -5168,6 +5168,8 @@ def test_a_minted_key_has_lm_studios_form_and_only_its_hash_is_kept(keys):
         "name": "anna", "sha256": hashlib.sha256(key.encode()).hexdigest(), "rights": ["view"],
         "created": time.strftime("%Y-%m-%d")}]}
     assert os.stat(keys.path).st_mode & 0o777 == 0o600
+    listed = keys("--list-keys", "--api-key", "fixed=1")[1]
+    assert re.search(r"(?m)^fixed +admin,infer,view +GATEWAY_API_KEY$", listed)
     assert len({lmgateway.mint_key() for _ in range(100)}) == 100
 
 
