@@ -583,6 +583,9 @@ G1_READ = ["sampling_params model=m", "token_info totalPromptTokens=100 promptTo
            "cache_stats reused=0 total=100 model=m", "processing_start model=m"]
 G1_TWO = ["sampling_params", "token_info totalPromptTokens=100 promptTokensToDecode=100 n_ctx=4096",
           "cache_stats reused=0 total=100", "processing_start"]
+G1_HEAD, G1_PROMPT, G1_BEGIN = re.fullmatch(r"(.*)\n(Total.*\d)\n(\w+)", G1_RUN, re.S).groups()
+G1_PROMPT, G1_BEGIN = f"DEBUG {G1_PROMPT}", f"DEBUG {G1_BEGIN}"
+G1_READY = "DEBUG FinishedProcessingPrompt. Progress: 100"
 G1_SHORT = G1_RUN.replace("100", "50")
 G1_SHORT_TIMED = G1_TIMED.replace("   100 tokens", "    50 tokens").replace("   20 runs", "    9 runs").replace("1500", "700")
 G1_SHORT_READ = ["sampling_params", "token_info totalPromptTokens=50 promptTokensToDecode=50 n_ctx=4096",
@@ -602,6 +605,26 @@ def its(line, task=9):
 
 def seen(percent, model="m"):
     return f"prompt_progress progress={percent:.1f} model={model}"
+
+
+def answer(prompt, completion, model="m"):
+    return ANSWER.replace("21", str(completion)).replace("100", str(prompt)).replace("[m]", f"[{model}]")
+
+
+def g1_run(prompt, fresh=1):
+    return G1_RUN.replace("tokens: 100", f"tokens: {prompt}").replace("decode: 100", f"decode: {fresh}")
+
+
+def g1_timed(completion, fresh=1):
+    return G1_TIMED.replace("100 tokens", f"{fresh} tokens").replace("20 runs", f"{completion} runs")
+
+
+def task_run(task, prompt):
+    return its(PROMPT, task).replace("n_tokens = 100", f"n_tokens = {prompt}")
+
+
+def task_timed(task, completion):
+    return its(TIMED, task).replace(" 20 tokens", f" {completion} tokens"), its(RELEASE, task)
 
 
 # What the sample logs do not show: (entries, events).
@@ -642,11 +665,11 @@ SITUATIONS = {
         [*(event.replace(" model=m", "") for event in READ), STATS.replace(" model=m", ""), *BEGUN,
          "processing_start model=m", seen(0), "chat_end outcome=finished model=m"]),
     "progress before BeginProcessingPrompt": (
-        [START, STREAM, at(0), G1_RUN, at(100), "DEBUG FinishedProcessingPrompt. Progress: 100", G1_TIMED, FINISH],
+        [START, STREAM, at(0), G1_RUN, at(100), G1_READY, G1_TIMED, FINISH],
         [*BEGUN, "processing_start model=m", seen(0), *G1_READ[:3], seen(100), "generation_start model=m", STATS,
          "chat_end outcome=finished model=m"]),
     "the end of the prompt is said twice while another request waits": (
-        [START, STREAM, G1_RUN, START, STREAM, "DEBUG FinishedProcessingPrompt. Progress: 100", at(100), G1_TIMED, FINISH,
+        [START, STREAM, G1_RUN, START, STREAM, G1_READY, at(100), G1_TIMED, FINISH,
          G1_RUN, at(100), G1_TIMED, FINISH],
         [*BEGUN, *G1_READ, *BEGUN, "generation_start model=m", seen(100), STATS, "chat_end outcome=finished model=m",
          *G1_READ, seen(100), "generation_start model=m", STATS, "chat_end outcome=finished model=m"]),
@@ -720,6 +743,23 @@ SITUATIONS = {
          PROMPT, LEFT, "DEBUG srv          stop: cancel task, id_task = 7", its(FINISH)],
         [*OTHER, "cache_stats reused=0 total=11 model=x", "token_info totalPromptTokens=11 promptTokensToDecode=11 model=x",
          "processing_start model=x", *BEGUN, *READ, "chat_end outcome=disconnected", "chat_end outcome=finished model=x"]),
+    "a cancelled task says that a disconnect line was its own, which seemed to be that of one that had ended": (
+        [START, STREAM, PROMPT, its(START), its(STREAM), at(100, "x"), its(FINISH), LEFT,
+         "DEBUG srv          stop: cancel task, id_task = 7", FINISH],
+        [*BEGUN, *READ, *OTHER, "processing_start model=x", seen(100, "x"), "generation_start model=x",
+         "chat_end outcome=finished model=x", "chat_end outcome=disconnected model=m"]),
+    "G1 twice at once, their lines mixed": (
+        [START, its(START), its(STREAM), G1_HEAD, G1_HEAD, G1_PROMPT.replace("100", "50"), G1_BEGIN, at(0, "x"), G1_PROMPT, at(0),
+         G1_BEGIN, G1_READY, at(100, "x"), G1_READY, at(100)],
+        [*BEGUN, *OTHER, "sampling_params", *G1_SHORT_READ, "processing_start", seen(0, "x"), *G1_TWO[1:3],
+         "processing_start model=m", seen(0), "generation_start", seen(100, "x"), "generation_start", seen(100)]),
+    "of two chats of a model the one that ends first has begun to generate": (
+        [START, START, PROMPT, its(PROMPT).replace("= 100", "= 70"), at(0), at(0), at(100), *task_timed(9, 20),
+         answer(70, 20), at(100), *task_timed(7, 20), answer(100, 20)],
+        [*BEGUN, *BEGUN, *READ, READ[0], "token_info totalPromptTokens=70 promptTokensToDecode=30 n_ctx=4096 model=m",
+         "cache_stats reused=40 total=70 model=m", seen(0), seen(0), seen(100), "generation_start model=m",
+         STATS, "chat_end outcome=finished model=m", seen(100), "generation_start model=m", STATS,
+         "chat_end outcome=finished model=m"]),
     "which engine runs a model is known from before": (
         [START, STREAM, PROMPT, TIMED, RELEASE, FINISH, "5 " + START, "5 " + its(START), "5 " + its(PROMPT, 8),
          "5 DEBUG [cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache"],
@@ -749,8 +789,8 @@ SITUATIONS = {
          "chat_end outcome=disconnected", "prediction_stats completionTokens=21 model=x", "chat_end outcome=finished model=x"]),
     "G1 twice at once, each begins once": (
         [START, STREAM, its(START), its(STREAM), G1_RUN, at(0, "x"), G1_SHORT, at(0),
-         "DEBUG FinishedProcessingPrompt. Progress: 100", at(100, "x"), G1_TIMED, its(FINISH),
-         "DEBUG FinishedProcessingPrompt. Progress: 100", at(100), G1_SHORT_TIMED, FINISH],
+         G1_READY, at(100, "x"), G1_TIMED, its(FINISH),
+         G1_READY, at(100), G1_SHORT_TIMED, FINISH],
         [*BEGUN, *OTHER, *G1_TWO, seen(0, "x"), *G1_SHORT_READ, "processing_start", seen(0), "generation_start",
          seen(100, "x"), STATS.replace("=m", "=x"), "chat_end outcome=finished model=x", "generation_start model=m",
          seen(100), "prediction_stats completionTokens=9 totalMs=700.0 model=m", "chat_end outcome=finished model=m"]),
@@ -772,26 +812,6 @@ def test_situations(utc, lines, events, size):
     assert told(*lines, size=size) == events
 
 
-def answer(prompt, completion, model="m"):
-    return ANSWER.replace("21", str(completion)).replace("100", str(prompt)).replace("[m]", f"[{model}]")
-
-
-def g1_run(prompt, fresh=1):
-    return G1_RUN.replace("tokens: 100", f"tokens: {prompt}").replace("decode: 100", f"decode: {fresh}")
-
-
-def g1_timed(completion, fresh=1):
-    return G1_TIMED.replace("100 tokens", f"{fresh} tokens").replace("20 runs", f"{completion} runs")
-
-
-def task_run(task, prompt):
-    return its(PROMPT, task).replace("n_tokens = 100", f"n_tokens = {prompt}")
-
-
-def task_timed(task, completion):
-    return its(TIMED, task).replace(" 20 tokens", f" {completion} tokens"), its(RELEASE, task)
-
-
 # Runs at once, and which figures belong together: (entries, [(promptTokens, completionTokens, tokens/s, model)]).
 FIGURES = {
     "G1: timings are those of the run that read so many": (
@@ -799,8 +819,8 @@ FIGURES = {
          g1_timed(44, 100), FINISH],
         [(70, 33, 20.0, "x"), (300, 44, 20.0, "m")]),
     "G1: as many were read by both, and the answer tells whose they are": (
-        [START, its(START), g1_run(300), g1_run(70), g1_timed(33), answer(70, 33, "x"), g1_timed(44), answer(300, 44)],
-        [(70, 33, 20.0, "x"), (300, 44, 20.0, "m")]),
+        [START, its(START), g1_run(300), g1_run(70), g1_timed(44), answer(300, 44), g1_timed(33), answer(70, 33, "x")],
+        [(300, 44, 20.0, "m"), (70, 33, 20.0, "x")]),
     "G1: as many were read by both, and nothing tells": (
         [START, STREAM, its(START), its(STREAM), g1_run(300), g1_run(70), g1_timed(33), its(FINISH), g1_timed(44), FINISH],
         [(None, 33, 20.0, "x"), (None, 44, 20.0, "m")]),
@@ -819,6 +839,10 @@ FIGURES = {
     "an answer of another length takes no run's figures": (
         [START, its(START), task_run(1, 100), *task_timed(1, 20), answer(555, 33), answer(100, 20, "x")],
         [(555, 33, None, "m"), (100, 20, 20.0, "x")]),
+    "figures that waited for an answer are told when none is left to come": (
+        [START, START, STREAM, task_run(1, 168), task_run(2, 52), *task_timed(1, 135), *task_timed(2, 140), FINISH,
+         answer(52, 140)],
+        [(52, 140, 20.0, "m"), (168, 135, 20.0, "m")]),
     "timings of a task are never another's": (
         [START, STREAM, START, STREAM, task_run(1, 300), task_run(2, 70), *task_timed(2, 33), *task_timed(1, 44), FINISH, FINISH],
         [(70, 33, 20.0, "m"), (300, 44, 20.0, "m")]),
@@ -923,6 +947,14 @@ def test_lines_that_come_after_a_quiet_continue_their_entry(utc):
     [log] = parser.quiet()
     assert log.data == {"timestamp": "2026-05-01 10:00:00", "level": "DEBUG", "message": "Prompt tokens to decode: 60",
                         "tags": [], "continued": True}
+
+
+def test_a_sampling_block_goes_on_after_a_quiet(utc):
+    parser, events = Parser(), []
+    for text in ("Sampling params:", "repeat_last_n = 64, top_k = 40,", "mirostat = 0, mirostat_ent = 5.000"):
+        events += parser.feed(f"[2026-05-01 10:00:00][DEBUG] {text}\n".encode()) + parser.quiet()
+    [block] = [event.data for event in events if event.name == "lmstudio_sampling_params"]
+    assert block == {"timestamp": "2026-05-01T10:00:00Z", "repeat_last_n": 64, "top_k": 40, "mirostat": 0, "mirostat_ent": 5.0}
 
 
 @pytest.mark.parametrize("text, at_once", [
