@@ -2295,7 +2295,7 @@ class Meter:
         self._now = now
         data = self._decode(piece) if self._decode is not identity else piece
         if data is None:
-            self._readable = False  # not what its Content-Encoding says: pass it on unread
+            self._readable = self._cut = False  # not what its Content-Encoding says: pass it on unread
             return piece
         if self.stream:
             kept = self._events(data)

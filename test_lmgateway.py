@@ -1350,6 +1350,8 @@ def test_a_body_that_grows_beyond_measure_when_it_is_decoded_passes_unread(monke
         assert meter.feed(bomb, 1.0) == bomb and meter.feed(b"more", 1.0) == b"more"
         assert peak() < 1_000_000
     assert meter.end() == b"" and not meter._rest
+    meter = lmgateway.Meter(lmgateway.CHAT, True, True, "gzip")     # where something was to be taken out, too
+    assert meter.feed(bomb, 1.0) + meter.end() == bomb
 
 
 STREAMED = b'{"model": "m", "stream": true, "messages": [{}, {}]}'
