@@ -685,6 +685,8 @@ ENGINE, ENGINE_ROWS = compile_rules("engine", "^(?:" + ENGINE_PREFIX, r")[^\n]*|
 
 
 HALVES = frozenset(["unknown", *(group for group, (rule, _) in ENGINE_ROWS.items() if rule.shape == "half")])
+GROWING = frozenset(group for group, (rule, _) in ENGINE_ROWS.items()  # torn in a number, they are told again
+                    if rule.fact == "params")
 
 
 def number(text):
@@ -979,14 +981,15 @@ class Parser:
         """The match of a line, joined with the one before its header where the two are one line.
 
         A rule's pattern begins where the line does.  So one that fits both together and not the first half
-        alone says that they belong together, and what the second half looks like alone is chance."""
+        alone says that they belong together, and what the second half looks like alone is chance.  A line of
+        parameters fits at any of its numbers' digits."""
         line, group, epoch = torn
         if moment.epoch - epoch > TORN_S or group not in HALVES and match.lastgroup != "unknown":
             return match
         blank = line.endswith(" ") or match[0].startswith(" ")
         for glue in ("",) if blank else (" ", ""):
             joined = ENGINE.match(line + glue + match[0])
-            if joined.lastgroup not in ("unknown", group):
+            if joined.lastgroup not in ("unknown", group) or group == joined.lastgroup in GROWING:
                 if group == "unknown":
                     self.unknown -= 1
                 return joined
@@ -1781,7 +1784,8 @@ class EngineLines:
     def on_splash(self, fields, moment):
         waiting = [chat for chat in (*self._pairs.ended, *self._pairs.running) if chat.run is None
                    and (chat.ended is None or chat.abandoned)]
-        chat = pick(waiting, lambda c: self._pairs.suits("Splash", c), Chat.generates, lambda c: c.app_progress)
+        chat = pick(waiting, lambda c: self._pairs.suits("Splash", c), Chat.generates,
+                    lambda c: c.app_progress)
         run = self._attach(moment, chosen=chat)
         run.total, reused = number(fields["total"]), number(fields["reused"])
         run.tokens["promptTokensToDecode"] = run.total - reused

@@ -957,6 +957,16 @@ def test_a_sampling_block_goes_on_after_a_quiet(utc):
     assert block == {"timestamp": "2026-05-01T10:00:00Z", "repeat_last_n": 64, "top_k": 40, "mirostat": 0, "mirostat_ent": 5.0}
 
 
+@pytest.mark.parametrize("cut", range(1, 66, 3))
+def test_a_sampling_line_may_be_torn_anywhere(utc, cut):
+    line = "repeat_last_n = 64, repeat_penalty = 1.100, dry_multiplier = 0.825"
+    [block] = [event.data for _, event in parsed(entries_as_log(
+        "DEBUG Sampling params:", f"DEBUG {line[:cut]}", f"DEBUG {line[cut:]}", "DEBUG mirostat = 0, mirostat_ent = 5.000"))
+        if event.name == "lmstudio_sampling_params"]
+    assert block == {"timestamp": "2026-05-01T10:00:00Z", "repeat_last_n": 64, "repeat_penalty": 1.1,
+                     "dry_multiplier": 0.825, "mirostat": 0, "mirostat_ent": 5.0}
+
+
 @pytest.mark.parametrize("text, at_once", [
     (f"{START}", True), (f"{FINISH}", True), (f"{ANSWER}", True), ("DEBUG Received request: GET to /v1/models", True),
     ("ERROR Error: Channel Error", False), ("INFO words that nobody knows", False), (f"{TIMED}", False)])
