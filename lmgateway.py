@@ -44,10 +44,10 @@ import marshal
 import os
 import sys
 
-# CPython keeps the syntax tree of a script for as long as it runs: 20 MB of this file, which nobody reads once
-# it is compiled.  On Linux a fresh interpreter therefore takes this one's place (the same process, the same
-# words) and runs the compiled code, which it finds in memory as a .pyc (PEP 552).  Where that cannot be had,
-# or the interpreter's own options are not understood here, things go on in this one.
+# CPython keeps the syntax tree of a script for as long as it runs: 20 MB of this file, which nobody reads
+# once it is compiled.  On Linux a fresh interpreter takes this one's place (the same process, the same
+# arguments) and runs the compiled code, which it finds in memory as a .pyc (PEP 552).  Where that cannot
+# be had, or the interpreter's own options are not understood here, things go on in this one.
 if __name__ == "__main__" and sys.platform == "linux":
     if "script" in sys._xoptions:
         os.close(int(os.path.basename(__file__)))
@@ -59,8 +59,8 @@ if __name__ == "__main__" and sys.platform == "linux":
                 memory = os.memfd_create("lmgateway", 0)
                 with open(memory, "wb", closefd=False) as pyc:
                     pyc.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
-                os.execv(sys.executable, [python, *flags, "-X", f"script={os.path.abspath(__file__)}",
-                                          f"/proc/self/fd/{memory}", *sys.argv[1:]])
+                own = ("-X", f"script={os.path.abspath(__file__)}", f"/proc/self/fd/{memory}", *sys.argv[1:])
+                os.execv(sys.executable, [python, *flags, *map(os.fsencode, own)])
 
 import argparse
 import bisect
@@ -200,10 +200,10 @@ def base_url(value):
     """http://HOST[:PORT], without a path."""
     parts = urllib.parse.urlsplit(value.strip().rstrip("/"))
     try:
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
-        usable = False
-    if not usable or parts.path or parts.query or parts.username:
+        known = False
+    if not known or parts.path or parts.query or parts.username:
         raise ValueError("use the form http://127.0.0.1:1234")
     return f"{parts.scheme}://{parts.netloc}"
 
@@ -387,7 +387,8 @@ def parse_setting(row, setting):
 
 
 SECRET = ("GATEWAY_API_KEY", "UPSTREAM_TOKEN")
-ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
+ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
+                      r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
 
 
 def read_env_file(path):
@@ -1466,7 +1467,7 @@ class Telling:
         self._once("lmstudio_processing_start", teller, moment, model, message="BeginProcessingPrompt")
 
     def generation(self, teller, moment, model):
-        chat = teller.chat if isinstance(teller, Run) else teller
+        chat: Any = teller.chat if isinstance(teller, Run) else teller
         chat.read_at = chat.read_at or moment.epoch
         self._once("lmstudio_generation_start", teller, moment, model,
                    message="The prompt is read, the first token is next")
@@ -2312,7 +2313,8 @@ class Meter:
 
     def settle(self):
         """Read the events that wait."""
-        for event, self._now in self._waiting:
+        for event, clock in self._waiting:
+            self._now = clock
             self._event(event)
         self._waiting.clear()
 
@@ -6449,9 +6451,8 @@ class Server(http.server.ThreadingHTTPServer):
         log.debug("connection from %s ended: %s", client_address[0], sys.exc_info()[1])
 
     def finish_requests(self, seconds):
-        """The end: running requests may finish for that long, then they are cut, then the event
-        streams, which
-        have told of them, end.  Connections without a request are closed at once."""
+        """The end: running requests may finish for that long, then they are cut, then the event streams,
+        which have told of them, end.  Connections without a request are closed at once."""
         self.gateway.stopping = True
         self.server_close()     # the port is free for the next one
         for sock in list(self._resting):
@@ -6590,8 +6591,9 @@ class DemoRun:
                         f"({read_ms / max(1, fresh):8.2f} ms per token, {1000 * fresh / read_ms:8.2f} "
                         "tokens per second)",
                         f"slot print_timing: {self.slot}       eval time = {write_ms:10.2f} ms / "
-                        f"{self.completion:5} tokens ({write_ms / max(1, self.completion):8.2f} ms per token, "
-                        f"{1000 * self.completion / write_ms:8.2f} tokens per second)",
+                        f"{self.completion:5} tokens "
+                        f"({write_ms / max(1, self.completion):8.2f} ms per token, {1000 * self.completion / write_ms:8.2f} "
+                        "tokens per second)",
                         f"slot print_timing: {self.slot}      total time = {read_ms + write_ms:10.2f} ms / "
                         f"{fresh + self.completion:5} tokens",
                         f"slot      release: {self.slot}stop processing: n_tokens = "
@@ -7251,7 +7253,7 @@ SUMMARIES: dict[str, Callable[[dict], str]] = {
 EVENTS = {  # every event of the stream, and what it says; a test holds the README's table to it
     "connected": "you are listening",
     "inference_start": "a client's request goes to LM Studio",
-    "inference_progress": "how far it is, at most four times a second, while it answers once: state, percent, speeds, time left",
+    "inference_progress": "how far it is, at most four times a second, once while it answers",
     "inference_complete": "it was answered: status, times, tokens",
     "error": "it was not: refused, failed, broken off or abandoned",
     "lmstudio_log": "one entry of LM Studio's log, as it stands there",
