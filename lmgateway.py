@@ -6581,19 +6581,18 @@ class DemoRun:
                 return
             yield DEMO_WORDS[count % len(DEMO_WORDS)] + " "
 
+    def timing(self, name, spent_ms, tokens):
+        each_ms, speed = spent_ms / max(1, tokens), 1000 * tokens / spent_ms
+        return (f"slot print_timing: {self.slot}{name} = {spent_ms:10.2f} ms / {tokens:5} tokens "
+                f"({each_ms:8.2f} ms per token, {speed:8.2f} tokens per second)")
+
     def finished(self, usage):
         """The engine's timings and the app's last line."""
         fresh = self.prompt - self.cached
         read_ms = max(0.01, 1000 * self.server.step_s * self.server.prompt_steps)
         write_ms = max(0.01, 1000 * self.server.token_s * self.completion)
-        self.log.engine(f"slot print_timing: {self.slot}prompt eval time = {read_ms:10.2f} ms / "
-                        f"{fresh:5} tokens "
-                        f"({read_ms / max(1, fresh):8.2f} ms per token, {1000 * fresh / read_ms:8.2f} "
-                        "tokens per second)",
-                        f"slot print_timing: {self.slot}       eval time = {write_ms:10.2f} ms / "
-                        f"{self.completion:5} tokens "
-                        f"({write_ms / max(1, self.completion):8.2f} ms per token, {1000 * self.completion / write_ms:8.2f} "
-                        "tokens per second)",
+        self.log.engine(self.timing("prompt eval time", read_ms, fresh),
+                        self.timing("       eval time", write_ms, self.completion),
                         f"slot print_timing: {self.slot}      total time = {read_ms + write_ms:10.2f} ms / "
                         f"{fresh + self.completion:5} tokens",
                         f"slot      release: {self.slot}stop processing: n_tokens = "
