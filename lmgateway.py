@@ -4727,6 +4727,17 @@ def set_timeout(sock, seconds):
         sock.settimeout(seconds)
 
 
+def set_send_timeout(sock, seconds):
+    """For many writes: each is one system call that waits, at most for so long, and not two.  Where the kernel
+    has no such timeout (socket(7), SO_SNDTIMEO), or TLS could not tell of it, sock.settimeout's."""
+    if os.name == "posix" and not isinstance(sock, ssl.SSLSocket):
+        sock.settimeout(None)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO,
+                        struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+    else:
+        sock.settimeout(seconds)
+
+
 class Upstream:
     """LM Studio's server.  Any thread may call."""
 
@@ -6335,6 +6346,7 @@ class Handler(socketserver.BaseRequestHandler):
         """The head, then each piece in one write the moment it comes.  The head waits for the first piece
         only where that is there already."""
         sock = self.request
+        set_send_timeout(sock, CLIENT_S)
         if not getattr(pieces, "ready", False):
             sock.sendall(head)
             head = b""
