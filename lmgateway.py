@@ -6230,12 +6230,14 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _serve_one(self):
         """Answer one request.  True when the connection can take another."""
+        self.target = ""  # what the request line asks for
         self.seen = None  # the Request, once its head is understood
         self.unread = True  # its body is still on the wire
         self.begun = False  # its answer is on the wire
         try:
             lines = self.wire.head()
             self.came = time.monotonic()
+            self.target = (lines[0].split(" ") + [""])[1]
             with self.server.busy(self.request):
                 self.seen = parse_head(lines)
                 return self._write(self._respond(self.server.gateway, self.seen), self.seen)
@@ -6254,8 +6256,7 @@ class Handler(socketserver.BaseRequestHandler):
         if self.begun:
             raise Unfinished
         self.server.gateway.hub.reject(error.code)
-        anthropic = bool(request) and upstream_target(request.path, False).startswith("/v1/messages")
-        response = error_response(error, anthropic)
+        response = error_response(error, upstream_target(self.target, False).startswith("/v1/messages"))
         close = error.close or request is None or self.unread and request.has_body
         if request:
             response.headers.extend(cors_headers(self.server.gateway.walls, request))

@@ -4809,6 +4809,13 @@ def test_errors_have_the_shape_of_the_api_that_was_called(front):
     assert anthropic == {"type": "error", "error": openai["error"]}
 
 
+@pytest.mark.parametrize("header", ["Host: other", "Content-Length: x", "Expect: a-miracle", "bare\rreturn: x"])
+def test_heads_that_are_refused_are_told_in_the_shape_of_the_api_too(front, header):
+    wrong = {path: json_of(talk(front.port, request(f"POST {path}", b"", header)))
+             for path in ("/v1/messages?beta=true", "/messages", "/v1/chat/completions")}
+    assert [list(answer) for answer in wrong.values()] == [["type", "error"]] * 2 + [["error"]]
+
+
 def test_websocket_upgrades_are_refused_and_others_ignored(front, studio):
     status, _, body = ask(front, "GET /llm", "Connection: Upgrade", "Upgrade: websocket",
                           "Sec-WebSocket-Version: 13")
