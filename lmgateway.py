@@ -3781,10 +3781,10 @@ SUMS = (  # name in the answer, SQL
     ("completionTokens", "COALESCE(SUM(completion_tokens), 0)"),
     ("promptSeconds", "ROUND(COALESCE(SUM(prompt_ms), 0) / 1000, 1)"),
     ("generationSeconds", "ROUND(COALESCE(SUM(generation_ms), 0) / 1000, 1)"),
-    ("promptTokensPerSecond", "ROUND(1000 * SUM(fresh_tokens) / SUM(CASE WHEN fresh_tokens > 0 THEN "
-                              "prompt_ms END), 1)"),
-    ("tokensPerSecond", "ROUND(1000 * SUM(timed_tokens) / SUM(CASE WHEN timed_tokens > 0 THEN "
-                        "generation_ms END), 1)"))
+    ("promptTokensPerSecond",
+     "ROUND(1000 * SUM(fresh_tokens) / SUM(CASE WHEN fresh_tokens > 0 THEN prompt_ms END), 1)"),
+    ("tokensPerSecond",
+     "ROUND(1000 * SUM(timed_tokens) / SUM(CASE WHEN timed_tokens > 0 THEN generation_ms END), 1)"))
 TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cached_tokens, 0) END AS "
          "fresh_tokens, "
          "CASE WHEN generation_ms > 0 THEN completion_tokens END AS timed_tokens FROM requests)")
@@ -4728,8 +4728,8 @@ def set_timeout(sock, seconds):
 
 
 def set_send_timeout(sock, seconds):
-    """For many writes: each is one system call that waits, at most for so long, and not two.  Where the kernel
-    has no such timeout (socket(7), SO_SNDTIMEO), or TLS could not tell of it, sock.settimeout's."""
+    """For many writes: each is one system call that waits, at most for so long, and not two.  Where the
+    kernel has no such timeout (socket(7), SO_SNDTIMEO), or TLS could not tell of it, sock.settimeout's."""
     if os.name == "posix" and not isinstance(sock, ssl.SSLSocket):
         sock.settimeout(None)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO,
