@@ -962,9 +962,9 @@ class Parser:
     def _engine_lines(self, lines, moment, torn):
         """Facts from lines of a DEBUG entry; torn is the line before its header, if they are its first."""
         match = None
-        for match in ENGINE.finditer(lines):
-            if torn:
-                match, torn = self._mended(torn, match, moment), None
+        for found in ENGINE.finditer(lines):
+            match = self._mended(torn, found, moment) if torn else found
+            torn = None
             if match.lastgroup == "unknown":
                 self._unknown_line(match[0])
                 continue
@@ -3161,8 +3161,8 @@ def speaks_of(event, record):
         return True
     pairs = ((prompt_of(event), record.used("promptTokens")),
              (event.data.get("completionTokens"), record.used("completionTokens")))
-    return record.state == "abandoned" or not any(told is not None and counted and abs(told - counted) > 1
-                                                  for told, counted in pairs)
+    return record.state == "abandoned" or not any(told is not None and used and abs(told - used) > 1
+                                                  for told, used in pairs)
 
 
 def still_expected(record, clock):
@@ -3172,8 +3172,8 @@ def still_expected(record, clock):
 
 def fate_fits(record, chat):
     """False for a request that LM Studio refused and a chat that went on."""
-    refused = record.ended is not None and record.status is not None and record.status >= 400
-    return not refused or chat.ended == "error"
+    said_no = record.ended is not None and record.status is not None and record.status >= 400
+    return not said_no or chat.ended == "error"
 
 
 def agrees(record, chat):
@@ -5652,8 +5652,8 @@ class Passage:
         answer = self._answer
         try:
             for piece in answer.pieces():
-                piece = self.passed(piece)
-                yield piece + self.finish() if answer.over else piece
+                out = self.passed(piece)
+                yield out + self.finish() if answer.over else out
         except BROKEN as error:
             if not self._call.cancelled:
                 yield self.broke(error)

@@ -3897,24 +3897,29 @@ def test_what_was_generated_before_the_end_is_an_estimate(front, studio):
         "promptTokens": None, "completionTokens": 2, "totalTokens": None, "estimated": True}
 
 
-def test_what_was_generated_before_the_client_left_is_an_estimate_and_one_line_of_the_log(front, studio, caplog):
-    token, taken = chunk({"content": "x"}), threading.Semaphore(0)
+def stream_in_turn(studio, front, count, end):
+    """Lets the imitation stream count tokens, each once the one before it was seen; gives the client's socket."""
+    token, turn = chunk({"content": "x"}), threading.Semaphore(0)
 
     def script(peer):
         peer.send(STREAM_HEAD)
-        for _ in range(6):
+        for _ in range(count):
             peer.send(framed(token, end=False))
-            taken.acquire(timeout=PATIENCE_S)
-        peer.wait_for_end()
+            turn.acquire(timeout=PATIENCE_S)
+        end(peer)
 
-    studio.script, mark = script, front.hub.last
-    lmgateway.log.propagate = True
-    with caplog.at_level(logging.DEBUG, "lmgateway"), dial(front.port) as sock:
-        sock.sendall(request(POST_CHAT, b'{"stream":true}'))
-        for _ in range(6):
-            read_until(sock, token)
-            taken.release()
-        sock.close()
+    studio.script, sock = script, dial(front.port)
+    sock.sendall(request(POST_CHAT, b'{"stream":true}'))
+    for _ in range(count):
+        read_until(sock, token)
+        turn.release()
+    return sock
+
+
+def test_what_was_generated_before_the_client_left_is_an_estimate_and_one_line_of_the_log(front, studio, caplog):
+    mark, lmgateway.log.propagate = front.hub.last, True
+    with caplog.at_level(logging.DEBUG, "lmgateway"):
+        stream_in_turn(studio, front, 6, lambda peer: peer.wait_for_end()).close()
         assert front.events(mark, "error")[0]["tokenUsage"]["completionTokens"] == 6
         lmgateway.wait_until(lambda: not front.server.connections, PATIENCE_S)
     assert len([record for record in caplog.records if "/v1/chat/completions" in record.getMessage()]) == 1
@@ -3923,23 +3928,9 @@ def test_what_was_generated_before_the_client_left_is_an_estimate_and_one_line_o
 def test_listeners_hear_how_many_tokens_an_answer_has(front, studio, monkeypatch):
     monkeypatch.setattr(lmgateway, "COUNT_S", 0.0)
     monkeypatch.setattr(lmgateway, "TELL_S", 0.0)
-    token, turn = chunk({"content": "x"}), threading.Semaphore(0)
-
-    def script(peer):
-        peer.send(STREAM_HEAD)
-        for _ in range(4):
-            peer.send(framed(token, end=False))
-            turn.acquire(timeout=PATIENCE_S)
-        peer.send(framed())
-
-    studio.script, mark = script, front.hub.last
-    with dial(front.port) as sock:
-        sock.sendall(request(POST_CHAT, b'{"stream":true}'))
-        for _ in range(4):
-            read_until(sock, token)
-            turn.release()
-        rest_of(sock)
-    told = front.events(mark, "inference_progress", count=4)
+    mark = front.hub.last
+    with stream_in_turn(studio, front, 4, lambda peer: peer.send(framed())):
+        told = front.events(mark, "inference_progress", count=4)
     assert [event["outputTokens"] for event in told if event["state"] == "generating"][:4] == [1, 2, 3, 4]
 
 
