@@ -71,7 +71,7 @@ import lmgateway  # noqa: E402
 from lmgateway import Event, Parser  # noqa: E402
 
 PATIENCE_S = 10     # a limit for a hang, never a delay for a passing test
-os.environ.pop("PYTHONUNBUFFERED", None)    # with it no test could tell whether a program flushes what it prints
+os.environ.pop("PYTHONUNBUFFERED", None)    # with it no test could tell whether a program flushes its lines
 
 # === 2. CONFIG ===============================================================
 
@@ -95,7 +95,8 @@ def config_of(flags=(), environ=None, env_file=None):
 @pytest.fixture
 def stopped(monkeypatch):
     """A command that should never have begun ends at once."""
-    monkeypatch.setattr(lmgateway, "Stop", lambda: types.SimpleNamespace(wait=lambda seconds=None: True, status=0))
+    monkeypatch.setattr(lmgateway, "Stop",
+                        lambda: types.SimpleNamespace(wait=lambda seconds=None: True, status=0))
     monkeypatch.setattr(lmgateway, "settle", lambda: None)
 
 
@@ -134,15 +135,19 @@ def test_the_working_directorys_env_file_is_read_and_need_not_be_there(env_file,
 
 @pytest.mark.parametrize("line, value", [
     ("LOG_FILE=a b", "a b"), ("LOG_FILE = x", "x"), ("export LOG_FILE=x", "x"), ("LOG_FILE='x # y'", "x # y"),
-    ('LOG_FILE="x # y" # why', "x # y"), ("LOG_FILE=x # why", "x"), ("LOG_FILE=x#y", "x#y"), ("  LOG_FILE=x  ", "x"),
-    ("# comment\n\n  # another\nLOG_FILE=x", "x"), ("LOG_FILE=a=b", "a=b"), ("LOG_FILE=a\r\nLOG_LEVEL=warn\r\n", "a"),
+    ('LOG_FILE="x # y" # why', "x # y"), ("LOG_FILE=x # why", "x"), ("LOG_FILE=x#y", "x#y"),
+    ("  LOG_FILE=x  ", "x"),
+    ("# comment\n\n  # another\nLOG_FILE=x", "x"), ("LOG_FILE=a=b", "a=b"),
+    ("LOG_FILE=a\r\nLOG_LEVEL=warn\r\n", "a"),
     ("\ufeffLOG_FILE=x", "x"), ("LOG_FILE=d\u00e9j\u00e0", "d\u00e9j\u00e0"), ('LOG_FILE=""', None)])
 def test_env_files_are_read_as_people_write_them(env_file, line, value):
     assert config_of(env_file=env_file(line))[0].log_file == value
 
 
-NEAR = [("GATEWAY_PROT", "GATEWAY_PORT"), ("LMSTUDIO_BASEURL", "LMSTUDIO_BASE_URL"), ("PROXY_TIMEOUTS", "PROXY_TIMEOUT"),
-        ("LOG_LEVLE", "LOG_LEVEL"), ("IP_ALLOW_LIST", "IP_ALLOWLIST"), ("ENABLE_LOG_MONITOR", "ENABLE_LOG_MONITORING"),
+NEAR = [("GATEWAY_PROT", "GATEWAY_PORT"), ("LMSTUDIO_BASEURL", "LMSTUDIO_BASE_URL"),
+        ("PROXY_TIMEOUTS", "PROXY_TIMEOUT"),
+        ("LOG_LEVLE", "LOG_LEVEL"), ("IP_ALLOW_LIST", "IP_ALLOWLIST"),
+        ("ENABLE_LOG_MONITOR", "ENABLE_LOG_MONITORING"),
         ("REQUIRE_AUTH_HEALTH", "REQUIRE_AUTH_FOR_HEALTH"), ("TRUSTED_PROXY", "TRUSTED_PROXIES"),
         ("UPSTREAM_TOKENS", "UPSTREAM_TOKEN")]
 
@@ -202,7 +207,8 @@ def test_what_is_wrong_is_one_line_with_option_source_and_remedy_and_status_2(en
         assert word in lines[0]
 
 
-@pytest.mark.parametrize("options", [{"host": "localhost"}, {"host": "::1"}, {"host": "0.0.0.0", "no_auth": True},
+@pytest.mark.parametrize("options",
+                         [{"host": "localhost"}, {"host": "::1"}, {"host": "0.0.0.0", "no_auth": True},
                                      {"host": "0.0.0.0", "api_key": {"anna": "secret"}}], ids=str)
 def test_who_listens_on_loopback_has_a_key_or_says_no_auth_may_start(home, options):
     lmgateway.check_exposure(lmgateway.Config(**options))
@@ -234,12 +240,17 @@ def test_rows_of_options_are_complete_and_their_names_unique(env_file):
     for row in rows:
         assert row.about and re.fullmatch(r"[A-Z][A-Z0-9_]+", row.variable)
         assert row.flag is None or re.fullmatch(r"--[a-z][a-z-]+", row.flag)
-    fixed = {"LMSTUDIO_BASE_URL": ("--upstream", "http://127.0.0.1:1234"), "GATEWAY_HOST": ("--host", "127.0.0.1"),
-             "GATEWAY_PORT": ("--port", 8001), "GATEWAY_API_KEY": ("--api-key", {}), "IP_ALLOWLIST": ("--allow", None),
-             "REQUIRE_AUTH_FOR_HEALTH": (None, False), "LOG_LEVEL": ("--log-level", "info"), "PROXY_TIMEOUT": (None, 600000),
-             "PROXY_STREAM_TIMEOUT": (None, 0), "LMSTUDIO_LOG_DIR": ("--log-dir", None), "ENABLE_LOG_MONITORING": (None, True)}
+    fixed = {"LMSTUDIO_BASE_URL": ("--upstream", "http://127.0.0.1:1234"),
+             "GATEWAY_HOST": ("--host", "127.0.0.1"),
+             "GATEWAY_PORT": ("--port", 8001), "GATEWAY_API_KEY": ("--api-key", {}),
+             "IP_ALLOWLIST": ("--allow", None),
+             "REQUIRE_AUTH_FOR_HEALTH": (None, False), "LOG_LEVEL": ("--log-level", "info"),
+             "PROXY_TIMEOUT": (None, 600000),
+             "PROXY_STREAM_TIMEOUT": (None, 0), "LMSTUDIO_LOG_DIR": ("--log-dir", None),
+             "ENABLE_LOG_MONITORING": (None, True)}
     config = config_of()[0]
-    assert fixed == {row.variable: (row.flag, getattr(config, row.name)) for row in rows if row.variable in fixed}
+    assert fixed == {row.variable: (row.flag, getattr(config, row.name)) for row in rows
+                     if row.variable in fixed}
     assert config.max_body == 256 * 1024 * 1024 and config.requests_kept == 100
 
 
@@ -248,10 +259,14 @@ def nets(*texts):
 
 
 @pytest.mark.parametrize("variable, text", [
-    *(("GATEWAY_PORT", text) for text in ("-1", "65536", "1.5", "x")), ("MAX_CONNECTIONS", "7"), ("MAX_BODY_BYTES", "0"),
-    ("REQUESTS_KEPT", "0"), ("HISTORY_DAYS", "-1"), ("NO_AUTH", "2"), ("LOG_LEVEL", "trace"), ("PROXY_TIMEOUT", "-1"),
-    *(("LMSTUDIO_BASE_URL", text) for text in ("ftp://h:1", "//h:1", "http://", "http://h:0", "http://h:1/v1", "http://h?x", "http://u@h")),
-    ("IP_ALLOWLIST", "localhost"), ("GATEWAY_API_KEY", "a=1,a=2"), ("GATEWAY_API_KEY", "a b"), ("GATEWAY_API_KEY", "a\x07"),
+    *(("GATEWAY_PORT", text) for text in ("-1", "65536", "1.5", "x")), ("MAX_CONNECTIONS", "7"),
+    ("MAX_BODY_BYTES", "0"),
+    ("REQUESTS_KEPT", "0"), ("HISTORY_DAYS", "-1"), ("NO_AUTH", "2"), ("LOG_LEVEL", "trace"),
+    ("PROXY_TIMEOUT", "-1"),
+    *(("LMSTUDIO_BASE_URL", text) for text in ("ftp://h:1", "//h:1", "http://", "http://h:0",
+                                               "http://h:1/v1", "http://h?x", "http://u@h")),
+    ("IP_ALLOWLIST", "localhost"), ("GATEWAY_API_KEY", "a=1,a=2"), ("GATEWAY_API_KEY", "a b"),
+    ("GATEWAY_API_KEY", "a\x07"),
     *(("UPSTREAM_TOKEN", text) for text in ("a b", "kl\u00e9", "a\x07"))])
 def test_other_values_are_refused_with_what_to_write_and_secrets_are_not_shown(variable, text):
     with pytest.raises(lmgateway.ConfigError, match=variable) as refused:
@@ -261,8 +276,10 @@ def test_other_values_are_refused_with_what_to_write_and_secrets_are_not_shown(v
 
 
 @pytest.mark.parametrize("host, alone", [
-    *((host, True) for host in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "::1%lo", "::ffff:127.0.0.1", "LocalHost", "a.localhost")),
-    *((host, False) for host in ("0.0.0.0", "::", "192.168.1.5", "::ffff:10.0.0.1", "localhost.example", "notlocalhost", ""))])
+    *((host, True) for host in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "::1%lo", "::ffff:127.0.0.1",
+                                "LocalHost", "a.localhost")),
+    *((host, False) for host in ("0.0.0.0", "::", "192.168.1.5", "::ffff:10.0.0.1", "localhost.example",
+                                 "notlocalhost", ""))])
 def test_loopback_is_what_only_this_machine_reaches(host, alone):
     assert lmgateway.loopback(host) is alone
 
@@ -272,17 +289,22 @@ def test_loopback_is_what_only_this_machine_reaches(host, alone):
     ("IP_ALLOWLIST", "10.0.0.1, *", None),
     ("ENABLE_LOG_MONITORING", "No", False), ("REQUIRE_AUTH_FOR_HEALTH", "yes", True), ("NO_AUTH", "ON", True),
     ("CORS_ORIGINS", "https://a/, https://b", ("https://a", "https://b")), ("PROXY_TIMEOUT", " 0 ", 0),
-    ("GATEWAY_PORT", "65535", 65535), ("HISTORY_DAYS", "0", 0), ("LMSTUDIO_BASE_URL", "https://[::1]", "https://[::1]"),
-    *(("NO_AUTH", text, True) for text in ("true", "1", "yes")), *(("NO_AUTH", text, False) for text in ("False", "0", "off")),
-    ("UPSTREAM_TOKEN", " x ", "x"), ("IP_ALLOWLIST", "192.168.1.7/24, fd00::/8", nets("192.168.1.0/24", "fd00::/8")),
-    ("IP_ALLOWLIST", "::ffff:192.168.1.0/120", nets("192.168.1.0/24")), ("IP_ALLOWLIST", "::ffff:0:0/95", nets("::fffe:0:0/95"))])
+    ("GATEWAY_PORT", "65535", 65535), ("HISTORY_DAYS", "0", 0),
+    ("LMSTUDIO_BASE_URL", "https://[::1]", "https://[::1]"),
+    *(("NO_AUTH", text, True) for text in ("true", "1", "yes")),
+    *(("NO_AUTH", text, False) for text in ("False", "0", "off")),
+    ("UPSTREAM_TOKEN", " x ", "x"),
+    ("IP_ALLOWLIST", "192.168.1.7/24, fd00::/8", nets("192.168.1.0/24", "fd00::/8")),
+    ("IP_ALLOWLIST", "::ffff:192.168.1.0/120", nets("192.168.1.0/24")),
+    ("IP_ALLOWLIST", "::ffff:0:0/95", nets("::fffe:0:0/95"))])
 def test_values_are_taken_as_people_write_them(env_file, variable, text, value):
     name = next(row.name for row in lmgateway.OPTIONS if row.variable == variable)
     assert getattr(config_of(environ={variable: text})[0], name) == value
 
 
 @pytest.mark.parametrize("text, keys", [
-    ("secret", {"default": "secret"}), ("a=1,b=2", {"a": "1", "b": "2"}), ("c2VjcmV0==", {"default": "c2VjcmV0=="}),
+    ("secret", {"default": "secret"}), ("a=1,b=2", {"a": "1", "b": "2"}),
+    ("c2VjcmV0==", {"default": "c2VjcmV0=="}),
     ("a=x==", {"a": "x=="}), ("", {}), ("a=1 , b=2,", {"a": "1", "b": "2"}),
     ("one,two=,three=3", {"default": "one", "key2": "two=", "three": "3"})])
 def test_one_key_or_several_with_names(text, keys):
@@ -290,8 +312,10 @@ def test_one_key_or_several_with_names(text, keys):
 
 
 @pytest.mark.parametrize("settings, environ, upstream", [
-    ('{"port": 4321}', {}, "http://127.0.0.1:4321"), ('{"port": 4321}', {"LMSTUDIO_BASE_URL": "http://x:1"}, "http://x:1"),
-    ("{", {}, "http://127.0.0.1:1234"), ('{"port": "x"}', {}, "http://127.0.0.1:1234"), ("[]", {}, "http://127.0.0.1:1234"),
+    ('{"port": 4321}', {}, "http://127.0.0.1:4321"),
+    ('{"port": 4321}', {"LMSTUDIO_BASE_URL": "http://x:1"}, "http://x:1"),
+    ("{", {}, "http://127.0.0.1:1234"), ('{"port": "x"}', {}, "http://127.0.0.1:1234"),
+    ("[]", {}, "http://127.0.0.1:1234"),
     ('{"port": 99999}', {}, "http://127.0.0.1:1234"), (None, {}, "http://127.0.0.1:1234")])
 def test_lm_studios_port_is_read_from_its_settings_where_none_is_given(home, settings, environ, upstream):
     if settings is not None:
@@ -349,7 +373,8 @@ def fits(expected, event):
         near = expected.get("tolerance", {}).get(name)
         if near is None and data.get(name) != value:
             return False
-        if near is not None and not (isinstance(data.get(name), (int, float)) and abs(data[name] - value) <= near):
+        if near is not None and not (isinstance(data.get(name), (int, float))
+                                     and abs(data[name] - value) <= near):
             return False
     for name, value in expected.get("may", {}).items():
         allowed = value if isinstance(value, list) else [value]
@@ -359,7 +384,8 @@ def fits(expected, event):
         return False
     if any(data.get(name) is not None for name in expected.get("absent", ())):
         return False
-    if any(bare(part) not in bare(str(data.get(name))) for name, part in expected.get("contains", {}).items()):
+    if any(bare(part) not in bare(str(data.get(name))) for name,
+           part in expected.get("contains", {}).items()):
         return False
     between = expected.get("between")
     return between is None or between[0] <= data["timestamp"] <= between[1]
@@ -423,7 +449,8 @@ def short(events, *names):
     """The typed events as words: name without lmstudio_, then the values of the fields that tell them apart."""
     fields = ("messages", "progress", "reused", "total", "totalPromptTokens", "promptTokensToDecode", "n_ctx",
               "completionTokens", "totalMs", "acceptedDraftTokens", "outcome", "model")
-    return [" ".join([event.name[9:], *(f"{name}={event.data[name]}" for name in fields if name in event.data)])
+    return [" ".join([event.name[9:],
+                      *(f"{name}={event.data[name]}" for name in fields if name in event.data)])
             for event in events if event.name != "lmstudio_log" and (not names or event.name[9:] in names)]
 
 
@@ -510,7 +537,8 @@ def shuffled(entries, random):
 FILE_STYLE = [path for path in SAMPLES if path.stem != "gui-paste"]
 VARIED = {"whole lines in other entries": lambda entries, random: rechunked(entries, random, 0),
           "broken lines": lambda entries, random: rechunked(entries, random, 0.2),
-          "another order in a second": lambda entries, random: rechunked(shuffled(entries, random), random, 0.1)}
+          "another order in a second": lambda entries,
+          random: rechunked(shuffled(entries, random), random, 0.1)}
 
 
 @pytest.mark.parametrize("vary", VARIED.values(), ids=VARIED)
@@ -533,15 +561,18 @@ STYLES = {"panel": lambda data: log_of(entries_of(data.decode()), panel=True),
 @pytest.mark.parametrize("log_path", FILE_STYLE, ids=lambda path: path.stem)
 def test_samples_in_other_styles_give_the_same_events(utc, log_path, size, style):
     data = log_path.read_bytes()
-    plain, other = ([(event.name, event.data) for _, event in parsed(written, size) if event.name != "lmstudio_log"]
+    plain, other = ([(event.name, event.data) for _, event in parsed(written, size)
+                     if event.name != "lmstudio_log"]
                     for written in (data, style(data)))
     assert plain == other
     assert not any("\r" in str(event.data) for _, event in parsed(style(data)))
 
 
-@pytest.mark.parametrize("rule", lmgateway.RULES, ids=lambda rule: f"{rule.engines} {rule.fact or rule.sample[:30]}")
+@pytest.mark.parametrize("rule", lmgateway.RULES,
+                         ids=lambda rule: f"{rule.engines} {rule.fact or rule.sample[:30]}")
 def test_each_rules_sample_is_recognised_by_that_rule(rule):
-    pattern, rows = {"app": (lmgateway.APP, lmgateway.APP_ROWS), "error": (lmgateway.ERRORS, lmgateway.ERROR_ROWS),
+    pattern, rows = {"app": (lmgateway.APP, lmgateway.APP_ROWS),
+                     "error": (lmgateway.ERRORS, lmgateway.ERROR_ROWS),
                      "engine": (lmgateway.ENGINE, lmgateway.ENGINE_ROWS)}[rule.where]
     assert rows[pattern.match(rule.sample).lastgroup][0] is rule
     assert set(rule.engines.split()) <= {"App", "G1", "G2", "G3", "MLX", "Splash"}
@@ -565,7 +596,8 @@ TIMED = ("DEBUG slot print_timing: id  1 | task 7 | \nprompt eval time =  500.00
          "tokens per second)\n      total time =  1500.00 ms /    80 tokens")
 RELEASE = "DEBUG slot      release: id  1 | task 7 | stop processing: n_tokens = 119, truncated = 0"
 ANSWER = 'INFO [m] Generated prediction: {\n  "usage": {\n    "prompt_tokens": 100,\n    "completion_tokens": 21\n  }\n}'
-READ = ["processing_start model=m", "token_info totalPromptTokens=100 promptTokensToDecode=60 n_ctx=4096 model=m",
+READ = ["processing_start model=m",
+        "token_info totalPromptTokens=100 promptTokensToDecode=60 n_ctx=4096 model=m",
         "cache_stats reused=40 total=100 model=m"]
 STATS = "prediction_stats completionTokens=20 totalMs=1500.0 model=m"
 CRASH = "ERROR Error: The model has crashed without additional information. (Exit code: 6)"
@@ -579,7 +611,8 @@ G1_TIMED = ("DEBUG Target model llama_perf stats:\nllama_perf_context_print: pro
             "(    5.00 ms per token,   200.00 tokens per second)\nllama_perf_context_print:        eval time =  1000.00 ms "
             "/    20 runs   (   50.00 ms per token,    20.00 tokens per second)\n"
             "llama_perf_context_print:       total time =  1500.00 ms /   120 tokens")
-G1_READ = ["sampling_params model=m", "token_info totalPromptTokens=100 promptTokensToDecode=100 n_ctx=4096 model=m",
+G1_READ = ["sampling_params model=m",
+           "token_info totalPromptTokens=100 promptTokensToDecode=100 n_ctx=4096 model=m",
            "cache_stats reused=0 total=100 model=m", "processing_start model=m"]
 G1_TWO = ["sampling_params", "token_info totalPromptTokens=100 promptTokensToDecode=100 n_ctx=4096",
           "cache_stats reused=0 total=100", "processing_start"]
@@ -587,7 +620,8 @@ G1_HEAD, G1_PROMPT, G1_BEGIN = re.fullmatch(r"(.*)\n(Total.*\d)\n(\w+)", G1_RUN,
 G1_PROMPT, G1_BEGIN = f"DEBUG {G1_PROMPT}", f"DEBUG {G1_BEGIN}"
 G1_READY = "DEBUG FinishedProcessingPrompt. Progress: 100"
 G1_SHORT = G1_RUN.replace("100", "50")
-G1_SHORT_TIMED = G1_TIMED.replace("   100 tokens", "    50 tokens").replace("   20 runs", "    9 runs").replace("1500", "700")
+G1_SHORT_TIMED = G1_TIMED.replace("   100 tokens",
+                                  "    50 tokens").replace("   20 runs", "    9 runs").replace("1500", "700")
 G1_SHORT_READ = ["sampling_params", "token_info totalPromptTokens=50 promptTokensToDecode=50 n_ctx=4096",
                  "cache_stats reused=0 total=50"]
 BEGUN = ["chat_start messages=2 model=m"]
@@ -634,13 +668,15 @@ SITUATIONS = {
         [*BEGUN, *READ, seen(40), "chat_end outcome=disconnected model=m", seen(40)]),
     "the client leaves, and the engine's timings come all the same": (
         [START, STREAM, PROMPT, at(100), LEFT, TIMED, RELEASE],
-        [*BEGUN, *READ, seen(100), "generation_start model=m", "chat_end outcome=disconnected model=m", STATS]),
+        [*BEGUN, *READ, seen(100), "generation_start model=m", "chat_end outcome=disconnected model=m",
+         STATS]),
     "the client of a plain request leaves, no prediction follows, the next one comes": (
         [START, PROMPT, LEFT, TIMED, RELEASE, "5 " + START],
         [*BEGUN, *READ, "chat_end outcome=disconnected model=m", STATS, *BEGUN]),
     "the client of a plain request leaves, and its prediction comes a second later": (
         [START, PROMPT, LEFT, TIMED, RELEASE, "1 " + ANSWER],
-        [*BEGUN, *READ, "chat_end outcome=disconnected model=m", "prediction_stats completionTokens=21 totalMs=1500.0 model=m"]),
+        [*BEGUN, *READ, "chat_end outcome=disconnected model=m",
+         "prediction_stats completionTokens=21 totalMs=1500.0 model=m"]),
     "an abandoned request does not take the prediction of the next": (
         [START, "1 " + LEFT, "6 " + START, "7 " + ANSWER],
         [*BEGUN, "chat_end outcome=disconnected model=m", *BEGUN,
@@ -654,9 +690,11 @@ SITUATIONS = {
          "chat_end outcome=disconnected model=m"]),
     "timings that come after the app's last line": (
         [START, PROMPT, ANSWER, TIMED, RELEASE],
-        [*BEGUN, *READ, "chat_end outcome=finished model=m", "prediction_stats completionTokens=21 totalMs=1500.0 model=m"]),
+        [*BEGUN, *READ, "chat_end outcome=finished model=m",
+         "prediction_stats completionTokens=21 totalMs=1500.0 model=m"]),
     "draft tokens come after the total": (
-        [START, STREAM, PROMPT, TIMED + "\ndraft acceptance = 0.95455 (   63 accepted /    66 generated), mean len =  3.86",
+        [START, STREAM, PROMPT,
+         TIMED + "\ndraft acceptance = 0.95455 (   63 accepted /    66 generated), mean len =  3.86",
          RELEASE, FINISH],
         [*BEGUN, *READ, "prediction_stats completionTokens=20 totalMs=1500.0 acceptedDraftTokens=63 model=m",
          "chat_end outcome=finished model=m"]),
@@ -666,12 +704,14 @@ SITUATIONS = {
          "processing_start model=m", seen(0), "chat_end outcome=finished model=m"]),
     "progress before BeginProcessingPrompt": (
         [START, STREAM, at(0), G1_RUN, at(100), G1_READY, G1_TIMED, FINISH],
-        [*BEGUN, "processing_start model=m", seen(0), *G1_READ[:3], seen(100), "generation_start model=m", STATS,
+        [*BEGUN, "processing_start model=m", seen(0), *G1_READ[:3], seen(100), "generation_start model=m",
+         STATS,
          "chat_end outcome=finished model=m"]),
     "the end of the prompt is said twice while another request waits": (
         [START, STREAM, G1_RUN, START, STREAM, G1_READY, at(100), G1_TIMED, FINISH,
          G1_RUN, at(100), G1_TIMED, FINISH],
-        [*BEGUN, *G1_READ, *BEGUN, "generation_start model=m", seen(100), STATS, "chat_end outcome=finished model=m",
+        [*BEGUN, *G1_READ, *BEGUN, "generation_start model=m", seen(100), STATS,
+         "chat_end outcome=finished model=m",
          *G1_READ, seen(100), "generation_start model=m", STATS, "chat_end outcome=finished model=m"]),
     "an in-app run of G1 is told in its own second": (
         [G1_RUN, G1_TIMED, "3 " + START],
@@ -682,7 +722,8 @@ SITUATIONS = {
          "prediction_stats completionTokens=21 model=m", "chat_end outcome=finished model=m"]),
     "Splash, cancelled": (
         [START, STREAM, at(100), LEFT, SPLASH.format("Cancelled"), FINISH],
-        [*BEGUN, "processing_start model=m", seen(100), "generation_start model=m", "chat_end outcome=disconnected model=m",
+        [*BEGUN, "processing_start model=m", seen(100), "generation_start model=m",
+         "chat_end outcome=disconnected model=m",
          *SPLASH_STATS]),
     "a crash ends all that runs, and the next request is a new one": (
         [START, STREAM, PROMPT, START, STREAM, CRASH, "4 " + START, "4 " + STREAM, "4 " + FINISH],
@@ -695,31 +736,39 @@ SITUATIONS = {
         [START, "INFO Server stopped.", "5 " + START, "5 " + STREAM, "5 " + FINISH],
         [*BEGUN, "chat_end outcome=error model=m", *BEGUN, "chat_end outcome=finished model=m"]),
     "plugins, clients and embeddings say nothing": (
-        ["ERROR [Plugin(a/b)] stderr: Error: Channel Error\nBeginProcessingPrompt", "DEBUG [Client=plugin] Client disconnected.",
+        ["ERROR [Plugin(a/b)] stderr: Error: Channel Error\nBeginProcessingPrompt",
+         "DEBUG [Client=plugin] Client disconnected.",
          "INFO Received request to embed: x\nBeginProcessingPrompt\nFinished streaming response",
          "DEBUG [LMSAuthenticator][Client=x] BeginProcessingPrompt"], []),
     "an ERROR that is no end": (
-        [START, "ERROR Error in channel handler: x", "ERROR Unexpected endpoint or method. (GET /x). Returning 200 anyway"],
+        [START, "ERROR Error in channel handler: x",
+         "ERROR Unexpected endpoint or method. (GET /x). Returning 200 anyway"],
         [*BEGUN, "error", "error"]),
     "the model is loaded first": (
         ["DEBUG Received request: POST to /v1/chat/completions with body [Hidden]",
-         'INFO [JIT] Requested model (m) is not loaded. Loading "m" now...', "4 " + START, "4 " + STREAM, "4 " + FINISH],
+         'INFO [JIT] Requested model (m) is not loaded. Loading "m" now...', "4 " + START, "4 " + STREAM,
+         "4 " + FINISH],
         [*BEGUN, "chat_end outcome=finished model=m"]),
     "/v1/responses, not streaming": (
         [START, "INFO Generating synchronous v1/responses response...", PROMPT, TIMED, RELEASE,
          'INFO Generated synchronous v1/responses response: {\n  "usage": {\n    "input_tokens": 100,\n'
          '    "output_tokens": 22\n  }\n}'],
-        [*BEGUN, *READ, "prediction_stats completionTokens=22 totalMs=1500.0 model=m", "chat_end outcome=finished model=m"]),
+        [*BEGUN, *READ, "prediction_stats completionTokens=22 totalMs=1500.0 model=m",
+         "chat_end outcome=finished model=m"]),
     "a model's name with blanks and brackets": (
         [START.replace("[m]", "[my model [x]]"), FINISH.replace("[m]", "[my model [x]]")],
         ["chat_start messages=2 model=my model [x]", "chat_end outcome=finished model=my model [x]"]),
     "figures that cannot be": (
-        [START, at(0).replace("0.0", "9" * 400 + ".0"), at(0).replace("0.0", "999.0"), PROMPT.replace("40", "9" * 400)],
+        [START, at(0).replace("0.0", "9" * 400 + ".0"), at(0).replace("0.0", "999.0"),
+         PROMPT.replace("40", "9" * 400)],
         [*BEGUN, "processing_start model=m", seen(100), "generation_start model=m"]),
-    "an app's words at another level": (["DEBUG Running chat completion on conversation with 7 messages."], []),
+    "an app's words at another level": (["DEBUG Running chat completion on conversation with 7 messages."],
+                                        []),
     "two tasks in another order than their requests": (
-        [START, START.replace("[m]", "[x]"), STREAM.replace("[m]", "[x]"), PROMPT, PROMPT.replace("task 7", "task 9"),
-         TIMED, RELEASE, FINISH.replace("[m]", "[x]"), TIMED.replace("task 7", "task 9").replace(" 20 tokens", " 33 tokens"),
+        [START, START.replace("[m]", "[x]"), STREAM.replace("[m]", "[x]"), PROMPT,
+         PROMPT.replace("task 7", "task 9"),
+         TIMED, RELEASE, FINISH.replace("[m]", "[x]"),
+         TIMED.replace("task 7", "task 9").replace(" 20 tokens", " 33 tokens"),
          RELEASE.replace("task 7", "task 9"), ANSWER],
         [*BEGUN, "chat_start messages=2 model=x", *(event.replace(" model=m", "") for event in READ * 2),
          "prediction_stats completionTokens=20 totalMs=1500.0 model=x", "chat_end outcome=finished model=x",
@@ -727,8 +776,10 @@ SITUATIONS = {
     "one of two clients leaves, its stream ends at once": (
         [START, START.replace("[m]", "[x]"), STREAM.replace("[m]", "[x]"), at(100), at(100, "x"), LEFT,
          FINISH.replace("[m]", "[x]"), "3 " + ANSWER],
-        [*BEGUN, "chat_start messages=2 model=x", "processing_start model=m", seen(100), "generation_start model=m",
-         "processing_start model=x", seen(100, "x"), "generation_start model=x", "chat_end outcome=disconnected",
+        [*BEGUN, "chat_start messages=2 model=x", "processing_start model=m", seen(100),
+         "generation_start model=m",
+         "processing_start model=x", seen(100, "x"), "generation_start model=x",
+         "chat_end outcome=disconnected",
          "prediction_stats completionTokens=21 model=m", "chat_end outcome=finished model=m"]),
     "who has its figures is not the one that left": (
         [START, PROMPT, its(START), at(0, "x"), TIMED, RELEASE, LEFT, ANSWER],
@@ -739,32 +790,41 @@ SITUATIONS = {
         [*BEGUN, *G1_READ, *OTHER, "processing_start model=x", seen(0, "x"), "chat_end outcome=disconnected",
          "prediction_stats completionTokens=21 totalMs=1500.0 model=m", "chat_end outcome=finished model=m"]),
     "a cancelled task says who left": (
-        [its(START), its(STREAM), "DEBUG [cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache", START, STREAM,
+        [its(START), its(STREAM),
+         "DEBUG [cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache", START, STREAM,
          PROMPT, LEFT, "DEBUG srv          stop: cancel task, id_task = 7", its(FINISH)],
-        [*OTHER, "cache_stats reused=0 total=11 model=x", "token_info totalPromptTokens=11 promptTokensToDecode=11 model=x",
-         "processing_start model=x", *BEGUN, *READ, "chat_end outcome=disconnected", "chat_end outcome=finished model=x"]),
+        [*OTHER, "cache_stats reused=0 total=11 model=x",
+         "token_info totalPromptTokens=11 promptTokensToDecode=11 model=x",
+         "processing_start model=x", *BEGUN, *READ, "chat_end outcome=disconnected",
+         "chat_end outcome=finished model=x"]),
     "a cancelled task says that a disconnect line was its own, which seemed to be that of one that had ended": (
         [START, STREAM, PROMPT, its(START), its(STREAM), at(100, "x"), its(FINISH), LEFT,
          "DEBUG srv          stop: cancel task, id_task = 7", FINISH],
         [*BEGUN, *READ, *OTHER, "processing_start model=x", seen(100, "x"), "generation_start model=x",
          "chat_end outcome=finished model=x", "chat_end outcome=disconnected model=m"]),
     "G1 twice at once, their lines mixed": (
-        [START, its(START), its(STREAM), G1_HEAD, G1_HEAD, G1_PROMPT.replace("100", "50"), G1_BEGIN, at(0, "x"), G1_PROMPT, at(0),
+        [START, its(START), its(STREAM), G1_HEAD, G1_HEAD, G1_PROMPT.replace("100", "50"), G1_BEGIN,
+         at(0, "x"), G1_PROMPT, at(0),
          G1_BEGIN, G1_READY, at(100, "x"), G1_READY, at(100)],
         [*BEGUN, *OTHER, "sampling_params", *G1_SHORT_READ, "processing_start", seen(0, "x"), *G1_TWO[1:3],
-         "processing_start model=m", seen(0), "generation_start", seen(100, "x"), "generation_start", seen(100)]),
+         "processing_start model=m", seen(0), "generation_start", seen(100, "x"), "generation_start",
+         seen(100)]),
     "of two chats of a model the one that ends first has begun to generate": (
-        [START, START, PROMPT, its(PROMPT).replace("= 100", "= 70"), at(0), at(0), at(100), *task_timed(9, 20),
+        [START, START, PROMPT, its(PROMPT).replace("= 100", "= 70"), at(0), at(0), at(100),
+         *task_timed(9, 20),
          answer(70, 20), at(100), *task_timed(7, 20), answer(100, 20)],
-        [*BEGUN, *BEGUN, *READ, READ[0], "token_info totalPromptTokens=70 promptTokensToDecode=30 n_ctx=4096 model=m",
+        [*BEGUN, *BEGUN, *READ, READ[0],
+         "token_info totalPromptTokens=70 promptTokensToDecode=30 n_ctx=4096 model=m",
          "cache_stats reused=40 total=70 model=m", seen(0), seen(0), seen(100), "generation_start model=m",
          STATS, "chat_end outcome=finished model=m", seen(100), "generation_start model=m", STATS,
          "chat_end outcome=finished model=m"]),
     "which engine runs a model is known from before": (
-        [START, STREAM, PROMPT, TIMED, RELEASE, FINISH, "5 " + START, "5 " + its(START), "5 " + its(PROMPT, 8),
+        [START, STREAM, PROMPT, TIMED, RELEASE, FINISH, "5 " + START, "5 " + its(START),
+         "5 " + its(PROMPT, 8),
          "5 DEBUG [cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache"],
         [*BEGUN, *READ, STATS, "chat_end outcome=finished model=m", *BEGUN, *OTHER, "processing_start",
-         "token_info totalPromptTokens=100 promptTokensToDecode=60 n_ctx=4096", "cache_stats reused=40 total=100",
+         "token_info totalPromptTokens=100 promptTokensToDecode=60 n_ctx=4096",
+         "cache_stats reused=40 total=100",
          "cache_stats reused=0 total=11 model=x",
          "token_info totalPromptTokens=11 promptTokensToDecode=11 model=x", "processing_start model=x"]),
     "G1, where the start of neither run was seen": (
@@ -776,7 +836,8 @@ SITUATIONS = {
          "prediction_stats completionTokens=21 totalMs=1500.0 model=m", "chat_end outcome=finished model=m"]),
     "what goes on for seconds had not been left": (
         [START, at(100), its(START), LEFT, "3 " + ANSWER],
-        [*BEGUN, "processing_start model=m", seen(100), "generation_start model=m", *OTHER, "chat_end outcome=disconnected",
+        [*BEGUN, "processing_start model=m", seen(100), "generation_start model=m", *OTHER,
+         "chat_end outcome=disconnected",
          "prediction_stats completionTokens=21 model=m", "chat_end outcome=finished model=m"]),
     "what was left is read to its end first": (
         [START, at(0), its(START), LEFT, "3 " + at(100), "4 " + ANSWER],
@@ -786,22 +847,28 @@ SITUATIONS = {
         [START, PROMPT, its(START), at(100, "x"), LEFT, "3 " + its(ANSWER), "6 " + LEFT,
          "6 DEBUG srv          stop: cancel task, id_task = 7"],
         [*BEGUN, *READ, *OTHER, "processing_start model=x", seen(100, "x"), "generation_start model=x",
-         "chat_end outcome=disconnected", "prediction_stats completionTokens=21 model=x", "chat_end outcome=finished model=x"]),
+         "chat_end outcome=disconnected", "prediction_stats completionTokens=21 model=x",
+         "chat_end outcome=finished model=x"]),
     "G1 twice at once, each begins once": (
         [START, STREAM, its(START), its(STREAM), G1_RUN, at(0, "x"), G1_SHORT, at(0),
          G1_READY, at(100, "x"), G1_TIMED, its(FINISH),
          G1_READY, at(100), G1_SHORT_TIMED, FINISH],
-        [*BEGUN, *OTHER, *G1_TWO, seen(0, "x"), *G1_SHORT_READ, "processing_start", seen(0), "generation_start",
-         seen(100, "x"), STATS.replace("=m", "=x"), "chat_end outcome=finished model=x", "generation_start model=m",
-         seen(100), "prediction_stats completionTokens=9 totalMs=700.0 model=m", "chat_end outcome=finished model=m"]),
+        [*BEGUN, *OTHER, *G1_TWO, seen(0, "x"), *G1_SHORT_READ, "processing_start", seen(0),
+         "generation_start",
+         seen(100, "x"), STATS.replace("=m", "=x"), "chat_end outcome=finished model=x",
+         "generation_start model=m",
+         seen(100), "prediction_stats completionTokens=9 totalMs=700.0 model=m",
+         "chat_end outcome=finished model=m"]),
     "two models, the second's engine first": (
         [START, STREAM, START.replace("[m]", "[x]"), STREAM.replace("[m]", "[x]"),
-         "DEBUG [cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache", at(0, "x"), PROMPT, at(40), at(100, "x"),
+         "DEBUG [cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache", at(0, "x"), PROMPT,
+         at(40), at(100, "x"),
          FINISH.replace("[m]", "[x]"), at(100), TIMED, RELEASE, FINISH],
         [*BEGUN, "chat_start messages=2 model=x", "cache_stats reused=0 total=11",
          "token_info totalPromptTokens=11 promptTokensToDecode=11", "processing_start", seen(0, "x"),
          *(event.replace(" model=m", "") for event in READ), seen(40),
-         seen(100, "x"), "generation_start model=x", "chat_end outcome=finished model=x", seen(100), "generation_start model=m",
+         seen(100, "x"), "generation_start model=x", "chat_end outcome=finished model=x", seen(100),
+         "generation_start model=m",
          STATS, "chat_end outcome=finished model=m"]),
 }
 
@@ -815,21 +882,26 @@ def test_situations(utc, lines, events, size):
 # Runs at once, and which figures belong together: (entries, [(promptTokens, completionTokens, tokens/s, model)]).
 FIGURES = {
     "G1: timings are those of the run that read so many": (
-        [START, STREAM, its(START), its(STREAM), g1_run(300, 100), g1_run(70, 70), g1_timed(33, 70), its(FINISH),
+        [START, STREAM, its(START), its(STREAM), g1_run(300, 100), g1_run(70, 70), g1_timed(33, 70),
+         its(FINISH),
          g1_timed(44, 100), FINISH],
         [(70, 33, 20.0, "x"), (300, 44, 20.0, "m")]),
     "G1: as many were read by both, and the answer tells whose they are": (
-        [START, its(START), g1_run(300), g1_run(70), g1_timed(44), answer(300, 44), g1_timed(33), answer(70, 33, "x")],
+        [START, its(START), g1_run(300), g1_run(70), g1_timed(44), answer(300, 44), g1_timed(33),
+         answer(70, 33, "x")],
         [(300, 44, 20.0, "m"), (70, 33, 20.0, "x")]),
     "G1: as many were read by both, and nothing tells": (
-        [START, STREAM, its(START), its(STREAM), g1_run(300), g1_run(70), g1_timed(33), its(FINISH), g1_timed(44), FINISH],
+        [START, STREAM, its(START), its(STREAM), g1_run(300), g1_run(70), g1_timed(33), its(FINISH),
+         g1_timed(44), FINISH],
         [(None, 33, 20.0, "x"), (None, 44, 20.0, "m")]),
     "a chat whose run read another prompt did not get the answer": (
-        [START, task_run(1, 347), START, STREAM, START, task_run(2, 327), task_run(3, 3342), *task_timed(2, 117),
+        [START, task_run(1, 347), START, STREAM, START, task_run(2, 327), task_run(3, 3342),
+         *task_timed(2, 117),
          answer(327, 117), *task_timed(3, 13), FINISH, *task_timed(1, 139), answer(347, 139)],
         [(327, 117, 20.0, "m"), (3342, 13, 20.0, "m"), (347, 139, 20.0, "m")]),
     "of two chats of a model either can have been the first": (
-        [START, its(START), its(STREAM), task_run(1, 287), START, task_run(2, 2421), *task_timed(2, 33), answer(2421, 33),
+        [START, its(START), its(STREAM), task_run(1, 287), START, task_run(2, 2421), *task_timed(2, 33),
+         answer(2421, 33),
          *task_timed(1, 44), "INFO [m] Generated prediction: [Hidden]"],
         [(2421, 33, 20.0, "m"), (287, 44, 20.0, "m")]),
     "one prompt for two models": (
@@ -840,11 +912,13 @@ FIGURES = {
         [START, its(START), task_run(1, 100), *task_timed(1, 20), answer(555, 33), answer(100, 20, "x")],
         [(555, 33, None, "m"), (100, 20, 20.0, "x")]),
     "figures that waited for an answer are told when none is left to come": (
-        [START, START, STREAM, task_run(1, 168), task_run(2, 52), *task_timed(1, 135), *task_timed(2, 140), FINISH,
+        [START, START, STREAM, task_run(1, 168), task_run(2, 52), *task_timed(1, 135), *task_timed(2, 140),
+         FINISH,
          answer(52, 140)],
         [(52, 140, 20.0, "m"), (168, 135, 20.0, "m")]),
     "timings of a task are never another's": (
-        [START, STREAM, START, STREAM, task_run(1, 300), task_run(2, 70), *task_timed(2, 33), *task_timed(1, 44), FINISH, FINISH],
+        [START, STREAM, START, STREAM, task_run(1, 300), task_run(2, 70), *task_timed(2, 33),
+         *task_timed(1, 44), FINISH, FINISH],
         [(70, 33, 20.0, "m"), (300, 44, 20.0, "m")]),
     "Splash beside llama.cpp": (
         [START, its(START), its(STREAM), g1_run(300, 100), at(100, "x"), SPLASH.format("Done"), its(FINISH),
@@ -855,8 +929,10 @@ FIGURES = {
 
 @pytest.mark.parametrize("lines, expected", FIGURES.values(), ids=FIGURES)
 def test_runs_at_once_keep_their_own_figures(utc, lines, expected):
-    stats = [event.data for _, event in parsed(entries_as_log(*lines)) if event.name == "lmstudio_prediction_stats"]
-    assert [tuple(map(data.get, ("promptTokens", "completionTokens", "tokensPerSecond", "model"))) for data in stats
+    stats = [event.data for _, event in parsed(entries_as_log(*lines))
+             if event.name == "lmstudio_prediction_stats"]
+    assert [tuple(map(data.get, ("promptTokens", "completionTokens", "tokensPerSecond", "model")))
+            for data in stats
             ] == expected
 
 
@@ -864,14 +940,18 @@ def test_one_request_of_two_is_plain_while_the_other_streams(utc):
     other = PROMPT.replace("task 7", "task 9").replace("id  1", "id  2")
     events = told(START, STREAM, PROMPT, START, other, TIMED.replace("task 7", "task 9"),
                   RELEASE.replace("task 7", "task 9"), ANSWER, TIMED, RELEASE, FINISH)
-    assert events == [*BEGUN, *READ, *BEGUN, *READ, "prediction_stats completionTokens=21 totalMs=1500.0 model=m",
+    assert events == [*BEGUN, *READ, *BEGUN, *READ,
+                      "prediction_stats completionTokens=21 totalMs=1500.0 model=m",
                       "chat_end outcome=finished model=m", STATS, "chat_end outcome=finished model=m"]
 
 
 HEADER = b"[2026-05-01 10:00:00][INFO] "
-WORDS = [b"\n", b"\r\n", b"\r", b"\0", b"\xff\xfe", "é🦊".encode(), b" ", b"{", b"}", b"\n}\n", b"\n]\n", b"\t", b"[m] ",
-         HEADER, b"[2026-05-01 10:00:01][DEBUG] ", b"[2026-05-01 10:00:01][DEBUG]", b"2026-05-01 10:00:02  [INFO]\n ",
-         b"2026-05-01 10:00:02 [DEBUG]\n", b"[2026-13-77 99:99:99][WARN] ", b"[2026-05-01 10:00:03][ERROR] ", b"inf", b"nan",
+WORDS = [b"\n", b"\r\n", b"\r", b"\0", b"\xff\xfe", "é🦊".encode(), b" ", b"{", b"}", b"\n}\n", b"\n]\n",
+         b"\t", b"[m] ",
+         HEADER, b"[2026-05-01 10:00:01][DEBUG] ", b"[2026-05-01 10:00:01][DEBUG]",
+         b"2026-05-01 10:00:02  [INFO]\n ",
+         b"2026-05-01 10:00:02 [DEBUG]\n", b"[2026-13-77 99:99:99][WARN] ",
+         b"[2026-05-01 10:00:03][ERROR] ", b"inf", b"nan",
          *(rule.sample.encode() for rule in lmgateway.RULES)]
 
 
@@ -892,7 +972,8 @@ def told_and_logged(data, size=None):
 @pytest.mark.parametrize("seed", range(80))
 def test_any_bytes_give_the_same_events_wherever_they_are_split_and_never_raise(utc, seed):
     random = Random(seed)
-    pieces = [random.choice(WORDS) if random.random() < 0.8 else bytes(random.choices(range(256), k=random.randrange(12)))
+    pieces = [random.choice(WORDS) if random.random() < 0.8
+              else bytes(random.choices(range(256), k=random.randrange(12)))
               for _ in range(random.randrange(150))]
     data = b"".join(piece + (b"\n" if random.random() < 0.5 else b"") for piece in pieces)
     whole = told_and_logged(data)
@@ -925,7 +1006,8 @@ def test_huge_entries_are_plain_events_in_bounded_memory(utc, data):
             events += parser.feed(data[start:start + 65536])
         events += parser.end()
         assert peak() < 12_000_000
-    assert {event.name for event in events} <= {"lmstudio_log", "lmstudio_prediction_stats", "lmstudio_chat_end"}
+    assert {event.name for event in events} <= {"lmstudio_log", "lmstudio_prediction_stats",
+                                                "lmstudio_chat_end"}
     logs = [event.data for event in events if event.name == "lmstudio_log"]
     assert len(logs) == (0 if data.startswith(b"x") else 1)
     for entry in logs:
@@ -945,7 +1027,8 @@ def test_lines_that_come_after_a_quiet_continue_their_entry(utc):
     later = parser.feed(b"Prompt tokens to decode: 60\n")
     assert short(later) == ["token_info totalPromptTokens=100 promptTokensToDecode=60"]
     [log] = parser.quiet()
-    assert log.data == {"timestamp": "2026-05-01 10:00:00", "level": "DEBUG", "message": "Prompt tokens to decode: 60",
+    assert log.data == {"timestamp": "2026-05-01 10:00:00", "level": "DEBUG",
+                        "message": "Prompt tokens to decode: 60",
                         "tags": [], "continued": True}
 
 
@@ -954,21 +1037,24 @@ def test_a_sampling_block_goes_on_after_a_quiet(utc):
     for text in ("Sampling params:", "repeat_last_n = 64, top_k = 40,", "mirostat = 0, mirostat_ent = 5.000"):
         events += parser.feed(f"[2026-05-01 10:00:00][DEBUG] {text}\n".encode()) + parser.quiet()
     [block] = [event.data for event in events if event.name == "lmstudio_sampling_params"]
-    assert block == {"timestamp": "2026-05-01T10:00:00Z", "repeat_last_n": 64, "top_k": 40, "mirostat": 0, "mirostat_ent": 5.0}
+    assert block == {"timestamp": "2026-05-01T10:00:00Z", "repeat_last_n": 64, "top_k": 40, "mirostat": 0,
+                     "mirostat_ent": 5.0}
 
 
 @pytest.mark.parametrize("cut", range(1, 66, 3))
 def test_a_sampling_line_may_be_torn_anywhere(utc, cut):
     line = "repeat_last_n = 64, repeat_penalty = 1.100, dry_multiplier = 0.825"
     [block] = [event.data for _, event in parsed(entries_as_log(
-        "DEBUG Sampling params:", f"DEBUG {line[:cut]}", f"DEBUG {line[cut:]}", "DEBUG mirostat = 0, mirostat_ent = 5.000"))
+        "DEBUG Sampling params:", f"DEBUG {line[:cut]}", f"DEBUG {line[cut:]}",
+        "DEBUG mirostat = 0, mirostat_ent = 5.000"))
         if event.name == "lmstudio_sampling_params"]
     assert block == {"timestamp": "2026-05-01T10:00:00Z", "repeat_last_n": 64, "repeat_penalty": 1.1,
                      "dry_multiplier": 0.825, "mirostat": 0, "mirostat_ent": 5.0}
 
 
 @pytest.mark.parametrize("text, at_once", [
-    (f"{START}", True), (f"{FINISH}", True), (f"{ANSWER}", True), ("DEBUG Received request: GET to /v1/models", True),
+    (f"{START}", True), (f"{FINISH}", True), (f"{ANSWER}", True),
+    ("DEBUG Received request: GET to /v1/models", True),
     ("ERROR Error: Channel Error", False), ("INFO words that nobody knows", False), (f"{TIMED}", False)])
 def test_only_entries_that_may_go_on_are_held_back(utc, text, at_once):
     level, _, message = text.partition(" ")
@@ -995,11 +1081,13 @@ def test_a_fault_of_ours_costs_one_event_and_is_counted(utc, monkeypatch):
 
 @pytest.mark.parametrize("text, tags", [
     ("[DEBUG][LMSAuthenticator][Client=lms-cli] Client created.", ["LMSAuthenticator", "Client=lms-cli"]),
-    ("[ERROR][Plugin(acme/notes)] stderr: x", ["Plugin(acme/notes)"]), ("[INFO][JIT] Just-in-time model loading active.", ["JIT"]),
+    ("[ERROR][Plugin(acme/notes)] stderr: x", ["Plugin(acme/notes)"]),
+    ("[INFO][JIT] Just-in-time model loading active.", ["JIT"]),
     ("[DEBUG][cache_wrapper][INFO]: Prompt cache: using 0/11 tokens from cache", ["cache_wrapper", "INFO"]),
     ("[INFO] words [not a tag]", [])])
 def test_leading_tags_stand_in_tags_in_their_order(utc, text, tags):
-    [log] = [event.data for _, event in parsed(f"[2026-05-01 10:00:00]{text}\n".encode()) if event.name == "lmstudio_log"]
+    [log] = [event.data for _, event in parsed(f"[2026-05-01 10:00:00]{text}\n".encode())
+             if event.name == "lmstudio_log"]
     assert log["tags"] == tags
 
 
@@ -1020,7 +1108,8 @@ def test_engines_are_counted_by_generation(utc):
         counts[path.stem] = set(+parser.by_engine)
         assert parser.unknown == 0 or path.stem in ("bystanders", "errors", "g1-crash"), parser.samples
     for name, found in counts.items():
-        known = {"g1a": "G1", "g1": "G1", "g2": "G2", "g3": "G3", "mlx": "MLX", "splash": "Splash", "api": "G3"}
+        known = {"g1a": "G1", "g1": "G1", "g2": "G2", "g3": "G3", "mlx": "MLX", "splash": "Splash",
+                 "api": "G3"}
         if name.partition("-")[0] in known:
             assert found == {known[name.partition("-")[0]]}, name
     assert counts["two-models-at-once"] == {"G3", "MLX"}
@@ -1028,13 +1117,16 @@ def test_engines_are_counted_by_generation(utc):
 
 @pytest.mark.skipif(not hasattr(time, "tzset"), reason="the system cannot change its time zone")
 @pytest.mark.parametrize("zone, times, expected", [
-    ("Europe/Berlin", ["2025-10-26 02:59:59", "2025-10-26 02:00:00", "2025-10-26 02:59:59", "2025-10-26 03:00:00"],
+    ("Europe/Berlin",
+     ["2025-10-26 02:59:59", "2025-10-26 02:00:00", "2025-10-26 02:59:59", "2025-10-26 03:00:00"],
      ["00:59:59", "01:00:00", "01:59:59", "02:00:00"]),
     ("Europe/Berlin", ["2026-03-29 01:59:59", "2026-03-29 03:00:00"], ["00:59:59", "01:00:00"]),
-    ("America/New_York", ["2025-11-02 01:59:58", "2025-11-02 01:59:57", "2025-11-02 01:00:10", "2025-11-02 02:00:00"],
+    ("America/New_York",
+     ["2025-11-02 01:59:58", "2025-11-02 01:59:57", "2025-11-02 01:00:10", "2025-11-02 02:00:00"],
      ["05:59:58", "05:59:57", "06:00:10", "07:00:00"]),
     ("Asia/Kathmandu", ["2026-01-01 00:00:00"], ["18:15:00"]),
-    ("Europe/Berlin", ["2026-01-01 10:00:07", "2026-01-01 10:00:61", "2026-13-01 10:00:07", "2026-01-01 10:00:08"],
+    ("Europe/Berlin",
+     ["2026-01-01 10:00:07", "2026-01-01 10:00:61", "2026-13-01 10:00:07", "2026-01-01 10:00:08"],
      ["09:00:07", "10:00:61", "10:00:07", "09:00:08"])])
 def test_local_time_becomes_utc_in_file_order(monkeypatch, zone, times, expected):
     monkeypatch.setenv("TZ", zone)
@@ -1134,7 +1226,8 @@ METERED = {     # path, the answer's events or its whole body, tokenUsage, finis
                                    "choices": [{"text": "Hi", "finish_reason": None}]}),
                             event({"choices": [{"text": "", "finish_reason": "stop"}]}), USAGE_CHUNK], COUNTS,
                             "stop", 1),
-    "embeddings": ("/v1/embeddings", b'{"model":"qwen/qwen3-8b","data":[],"usage":{"prompt_tokens":8,"total_tokens":8}}',
+    "embeddings": ("/v1/embeddings",
+                   b'{"model":"qwen/qwen3-8b","data":[],"usage":{"prompt_tokens":8,"total_tokens":8}}',
                    {"promptTokens": 8, "completionTokens": 0, "totalTokens": 8}, None, None),
     "embeddings of LM Studio": ("/api/v0/embeddings", b'{"data":[],"model":"qwen/qwen3-8b","usage":'
                                 b'{"prompt_tokens":0,"total_tokens":0}}',
@@ -1342,7 +1435,8 @@ def test_what_we_cannot_decode_passes_unread(encoding):
 
 def test_what_is_not_what_its_encoding_says_passes_unread():
     meter = lmgateway.Meter(lmgateway.CHAT, False, False, "gzip")
-    assert meter.feed(b"plain", 1.0) == b"plain" and meter.end() == b"" and meter.usage.tokens(lmgateway.CHAT) is None
+    assert meter.feed(b"plain",
+                      1.0) == b"plain" and meter.end() == b"" and meter.usage.tokens(lmgateway.CHAT) is None
 
 
 def test_a_compressed_stream_leaves_piece_by_piece_also_where_something_is_taken_out():
@@ -1381,8 +1475,10 @@ REQUESTS = {    # dialect, body, what is sent instead (None: the same bytes), mo
                   b'{"x":"\\"stream_options\\":{}","y":{"stream_options":{}},"stream":true,"stream_options":'
                   b'{"include_usage": true}}', None, True),
     "twice not wanted": ("chat", b'{"stream_options":{},"stream":true,"stream_options":null}',
-                         b'{"stream_options":{},"stream":true,"stream_options":{"include_usage": true}}', None, True),
-    "nested": ("chat", b'{"stream":true,"stream_options":{"x":{}}}', b'{"stream":true,"stream_options":{"x":{}},'
+                         b'{"stream_options":{},"stream":true,"stream_options":{"include_usage": true}}',
+                         None, True),
+    "nested": ("chat", b'{"stream":true,"stream_options":{"x":{}}}',
+               b'{"stream":true,"stream_options":{"x":{}},'
                b'"stream_options":{"x": {}, "include_usage": true}}', None, True),
     "wanted": ("chat", b'{"stream":true,"stream_options":{"include_usage":true}}', None, None, True),
     "twice": ("chat", b'{"stream":true,"stream":false,"model":"a","model":"b"}', None, "b", False),
@@ -1546,10 +1642,12 @@ def test_a_logged_copy_of_the_request_binds_it_at_once_and_every_event_carries_i
     assert (record.cache["reused"], record.context_size) == (300, 8192)
 
 
-@pytest.mark.parametrize("text", ["short", "x" * 100, "y" * 101, "ä" * 120, "z" * 121, "😀" * 70, "a" + "😀" * 70])
+@pytest.mark.parametrize("text",
+                         ["short", "x" * 100, "y" * 101, "ä" * 120, "z" * 121, "😀" * 70, "a" + "😀" * 70])
 def test_a_prompt_and_its_logged_copy_have_one_fingerprint(text):
     units = text.encode("utf-16-le")
-    cut = text if len(units) <= 240 else (units[:100].decode("utf-16-le", "replace") + "... <Truncated in logs> ..."
+    cut = text if len(units) <= 240 else (units[:100].decode("utf-16-le",
+                                                             "replace") + "... <Truncated in logs> ..."
                                           + units[-100:].decode("utf-16-le", "replace"))
     assert lmgateway.fingerprint(chat_body(text)) == lmgateway.fingerprint(chat_body(cut))
     assert lmgateway.fingerprint(chat_body(text)) != lmgateway.fingerprint(chat_body(text + "!"))
@@ -1622,7 +1720,8 @@ def test_each_of_two_requests_on_one_model_begins_once(utc):
     office = Office()
     office.log(running("m/one"), streaming("m/one"), running("m/one"))
     for task, prompt in ((1, 500), (2, 700)):
-        office.log(engine_run(task, prompt), percent("m/one", 0), percent("m/one", 100), engine_end(task, prompt, 9))
+        office.log(engine_run(task, prompt), percent("m/one", 0), percent("m/one", 100),
+                   engine_end(task, prompt, 9))
     names = [event.name for event in office.events]
     assert (names.count("lmstudio_processing_start"), names.count("lmstudio_generation_start")) == (2, 2)
 
@@ -1756,7 +1855,8 @@ def test_a_request_that_ended_a_while_ago_is_not_the_cause_of_a_new_chat(utc):
 
 def test_other_parameters_in_the_logged_copy_are_another_request_once_copies_have_been_true(utc):
     office = Office()
-    first, second = office.ask("r1", body=chat_body("hi")), office.ask("r2", "m/two", body=chat_body("hi", "m/two"))
+    first, second = office.ask("r1",
+                               body=chat_body("hi")), office.ask("r2", "m/two", body=chat_body("hi", "m/two"))
     office.log(received(chat_body("hi")), running("m/one"))
     assert first.binding == "exact"
     office.log(received({**chat_body("hi", "m/two"), "temperature": 0.5}), running("m/two"))
@@ -1768,7 +1868,8 @@ def test_other_parameters_in_the_logged_copy_are_another_request_once_copies_hav
 def test_a_copy_that_stands_long_before_its_chat_is_found_by_its_model(utc):
     office = Office()
     ours = office.ask("r1", body=chat_body("hi"))
-    office.log(received(chat_body("hi")), received(chat_body("ho", "m/two")), running("m/two"), running("m/one"))
+    office.log(received(chat_body("hi")), received(chat_body("ho", "m/two")), running("m/two"),
+               running("m/one"))
     assert ours.binding == "exact"
 
 
@@ -1825,7 +1926,8 @@ COPIES = {  # a request, the copy of one in the log, how they are bound
     "other path": (HI, {}, HI, "/api/v0/chat/completions", "none"),
     "other model": (chat_body("hi", "alias"), {"model": "alias"}, HI, "/v1/chat/completions", "none"),
     "other way to answer": (None, {"stream": False}, HI, "/v1/chat/completions", "none"),
-    "other parameters, before a copy was true": ({**HI, "temperature": 0.5}, {}, HI, "/v1/chat/completions", "likely"),
+    "other parameters, before a copy was true": ({**HI, "temperature": 0.5}, {}, HI,
+                                                 "/v1/chat/completions", "likely"),
     "the same": (HI, {}, HI, "/v1/chat/completions", "exact")}
 
 
@@ -1861,7 +1963,8 @@ def test_one_request_that_is_left_for_two_chats_is_bound_to_none(utc):
     assert (one.binding, two.binding) == ("none", "none")
 
 
-@pytest.mark.parametrize(("totals", "binding"), [((500,), "exact"), ((500, 700), "exact"), ((500, 500), "none")])
+@pytest.mark.parametrize(("totals", "binding"),
+                         [((500,), "exact"), ((500, 700), "exact"), ((500, 500), "none")])
 def test_tokens_prove_what_only_one_chat_can_have_had(utc, totals, binding):
     office = Office()
     one, two = office.ask("r1"), office.ask("r2")
@@ -1872,8 +1975,10 @@ def test_tokens_prove_what_only_one_chat_can_have_had(utc, totals, binding):
 
 
 ANSWERS = {  # what the answer of a request says whose chat read 500 tokens, its binding, whether the cache stays known
-    "as many tokens": ({"prompt": 500}, "exact", True), "one more, as MLX counts": ({"prompt": 501}, "likely", True),
-    "other tokens": ({"prompt": 510}, "none", False), "another model": ({"prompt": None, "model": "m/two"}, "none", False),
+    "as many tokens": ({"prompt": 500}, "exact", True),
+    "one more, as MLX counts": ({"prompt": 501}, "likely", True),
+    "other tokens": ({"prompt": 510}, "none", False),
+    "another model": ({"prompt": None, "model": "m/two"}, "none", False),
     "nothing": ({"prompt": None}, "likely", True)}
 
 
@@ -1906,7 +2011,8 @@ def test_what_the_engine_said_while_two_chats_waited_is_taken_in_when_the_answer
         office.log(engine_run(task, prompt, cached), engine_end(task, prompt - cached, 9))
     assert office.told(one) == ["lmstudio_chat_start"] and one.cache is None
     office.over(one, prompt=answered)
-    assert one.chat is not None and (one.cache or {}).get("reused") == cache     # what is unsure contradicts nothing
+    assert one.chat is not None and (one.cache
+                                     or {}).get("reused") == cache     # what is unsure contradicts nothing
 
 
 def test_a_likely_binding_is_let_go_only_for_a_twin_of_its_own_time_and_then_for_good(utc):
@@ -1929,15 +2035,18 @@ def test_a_chat_that_the_server_stopped_is_over(utc):
     office.log(running("m/one"), streaming("m/one"))
     office.log("Server stopped.")
     office.log("Server started.")
-    assert ([record.state for record in office.requests.finished], office.requests.running) == (["failed"], {})
+    assert ([record.state for record in office.requests.finished],
+            office.requests.running) == (["failed"], {})
 
 
-@pytest.mark.parametrize(("logged", "bindings"), [("chatcmpl-1", ("none", "exact")), ("chatcmpl-7", ("likely", "none"))])
+@pytest.mark.parametrize(("logged", "bindings"),
+                         [("chatcmpl-1", ("none", "exact")), ("chatcmpl-7", ("likely", "none"))])
 def test_the_id_of_an_answer_proves_its_chat(utc, logged, bindings):
     office = Office()
     one, two = office.ask("r1", stream=False), office.ask("r2", stream=False)
     office.log(running("m/one"))
-    office.log("[INFO][m/one] Generated prediction: " + json.dumps({"id": logged, "model": "m/one"}, indent=2))
+    office.log("[INFO][m/one] Generated prediction: " + json.dumps({"id": logged, "model": "m/one"},
+                                                                   indent=2))
     office.over(two, id="chatcmpl-1")
     assert (one.binding, two.binding) == bindings
 
@@ -1984,7 +2093,8 @@ def test_one_request_through_us_gets_all_events_of_its_chat_whichever_engine_ran
         office.events += events
     events = office.parser.end()
     office.requests.see(events, office.clock)
-    typed = [event for event in office.events + events if event.name not in ("lmstudio_log", "lmstudio_error")]
+    typed = [event for event in office.events + events
+             if event.name not in ("lmstudio_log", "lmstudio_error")]
     assert [event.name for event in typed if event.data.get("requestId") != "r1"] == []
 
 
@@ -2092,7 +2202,8 @@ def test_a_metric_has_a_bounded_number_of_series_and_stands_there_once_it_has_on
 
 def test_figures_of_the_engine_are_summed_in_seconds_and_by_kind_of_token():
     figures = lmgateway.Figures()
-    figures.count_event(Event("lmstudio_prediction_stats", {"model": "m", "timeToFirstTokenMs": 500, "reasoningTokens": 3,
+    figures.count_event(Event("lmstudio_prediction_stats",
+                              {"model": "m", "timeToFirstTokenMs": 500, "reasoningTokens": 3,
                                                             "acceptedDraftTokens": 4}))
     for line in ("time_to_first_token_seconds_sum{model=\"m\"} 0.5", 'reasoning_tokens_total{model="m"} 3',
                  'accepted_draft_tokens_total{model="m"} 4'):
@@ -2130,10 +2241,14 @@ def test_time_in_lm_studios_queue_is_counted_where_the_log_shows_it(utc):
     ("generating", ("failed", 200, "x", "upstream_reset"), 'upstream_errors_total{kind="reset"} 1'),
     ("waiting", ("failed", 500, "x", "upstream_error"), 'upstream_errors_total{kind="bad_status"} 1'),
     ("waiting", ("failed", 200, "x", "upstream_error"), 'upstream_errors_total{kind="error_in_200"} 1'),
-    ("waiting", ("abandoned", None, "x", "client_disconnected"), 'client_disconnects_total{phase="queued"} 1'),
-    ("loading", ("abandoned", None, "x", "client_disconnected"), 'client_disconnects_total{phase="queued"} 1'),
-    ("prompt", ("abandoned", None, "x", "client_disconnected"), 'client_disconnects_total{phase="prefill"} 1'),
-    ("generating", ("abandoned", 200, "x", "client_disconnected"), 'client_disconnects_total{phase="decode"} 1')])
+    ("waiting", ("abandoned", None, "x", "client_disconnected"),
+     'client_disconnects_total{phase="queued"} 1'),
+    ("loading", ("abandoned", None, "x", "client_disconnected"),
+     'client_disconnects_total{phase="queued"} 1'),
+    ("prompt", ("abandoned", None, "x", "client_disconnected"),
+     'client_disconnects_total{phase="prefill"} 1'),
+    ("generating", ("abandoned", 200, "x", "client_disconnected"),
+     'client_disconnects_total{phase="decode"} 1')])
 def test_a_request_that_fails_is_counted_by_its_cause_and_one_that_is_left_by_its_phase(state, outcome, line):
     figures, record = lmgateway.Figures(), lmgateway.Record("r1", 0, 0)
     record.enter(state, 0.5)
@@ -2162,25 +2277,31 @@ def test_times_of_a_request_are_seconds_and_running_ones_are_gauges(utc):
     figures.count_request(record)
     sums = dict(re.findall(r"lmstudio_gateway_(\w+)_seconds_sum\S* (\S+)", "\n".join(exposition(figures))))
     assert {name: float(value) for name, value in sums.items()} == {
-        "request_duration": 2, "time_to_first_token": 0.5, "time_per_output_token": 0.05, "overhead": 0.002, "queue": 0}
+        "request_duration": 2, "time_to_first_token": 0.5, "time_per_output_token": 0.05,
+        "overhead": 0.002, "queue": 0}
     assert figures.of_requests(office.requests)["lmstudio_gateway_correlated_total"] == {
         ("exact",): 1, ("likely",): 0, ("none",): 0}
 
 
 def test_performance_is_of_the_requests_that_are_kept():
     records = [lmgateway.Record(f"r{number}", 0, 0, speed=speed, first_ms=first)
-               for number, speed, first in ((1, 10.0, 100.0), (2, None, None), (3, 30.0, 300.0), (4, None, 200.0))]
+               for number, speed,
+               first in ((1, 10.0, 100.0), (2, None, None), (3, 30.0, 300.0), (4, None, 200.0))]
     for number, record in enumerate(records, 1):
         record.end(number, lmgateway.Outcome("done", 200))
     tokens = Counter({"input": 7, "output": 5, "cached_input": 3, "reasoning": 2})
     assert lmgateway.performance(records, 40, 10, tokens) == {
-        "totalRequests": 40, "totalErrors": 10, "errorRate": 0.25, "keptRequests": 4, "avgResponseTimeMs": 2500.0,
-        "minResponseTimeMs": 1000, "maxResponseTimeMs": 4000, "medianResponseTimeMs": 2000, "p95ResponseTimeMs": 4000,
-        "p99ResponseTimeMs": 4000, "medianTimeToFirstTokenMs": 200.0, "p95TimeToFirstTokenMs": 300.0, "avgTokensPerSec": 20.0,
+        "totalRequests": 40, "totalErrors": 10, "errorRate": 0.25, "keptRequests": 4,
+        "avgResponseTimeMs": 2500.0,
+        "minResponseTimeMs": 1000, "maxResponseTimeMs": 4000, "medianResponseTimeMs": 2000,
+        "p95ResponseTimeMs": 4000,
+        "p99ResponseTimeMs": 4000, "medianTimeToFirstTokenMs": 200.0, "p95TimeToFirstTokenMs": 300.0,
+        "avgTokensPerSec": 20.0,
         "totalTokensProcessed": 12,
         "tokenStats": {"promptTokens": 7, "completionTokens": 5, "cachedTokens": 3, "reasoningTokens": 2}}
     nothing = lmgateway.performance([], 0, 0, Counter())
-    assert (nothing["errorRate"], nothing["avgResponseTimeMs"], nothing["p95ResponseTimeMs"]) == (0, None, None)
+    assert (nothing["errorRate"], nothing["avgResponseTimeMs"],
+            nothing["p95ResponseTimeMs"]) == (0, None, None)
 
 
 def test_tokens_that_the_log_tells_later_are_counted_once():
@@ -2228,7 +2349,8 @@ def test_ids_count_by_one_and_have_an_epoch_of_their_own():
     hub.publish(numbers(1, 2))
     hub.publish(numbers(3))
     frames, _, _ = hub.read(0)
-    assert [frame.split(b"\n")[0].decode() for _, frame in frames] == [f"id: {hub.epoch}-{seq}" for seq in (1, 2, 3)]
+    assert [frame.split(b"\n")[0].decode() for _,
+            frame in frames] == [f"id: {hub.epoch}-{seq}" for seq in (1, 2, 3)]
     assert frames[0][1] == f'id: {hub.epoch}-1\nevent: n\ndata: {{"n": 1}}\n\n'.encode()
     assert hub.epoch != other.epoch
     assert len({hub.request_id(), hub.request_id(), other.request_id(), other.request_id()}) == 4
@@ -2241,7 +2363,8 @@ def test_ids_count_by_one_and_have_an_epoch_of_their_own():
 def test_an_entry_is_one_line_of_strict_json_with_all_its_fields(data):
     line = lmgateway.json_line("e-1", Event("lmstudio_log", data))
     assert line.isascii() and line.count("\n") == 1
-    assert json.loads(line, parse_constant=no_constant) == {"id": "e-1", "event": "lmstudio_log", "data": data}
+    assert json.loads(line, parse_constant=no_constant) == {"id": "e-1", "event": "lmstudio_log",
+                                                            "data": data}
 
 
 def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_figures(utc):
@@ -2249,16 +2372,20 @@ def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_fig
     hub, started = lmgateway.Hub(keep=rows.extend), lmgateway.Calendar().moment(stamp).epoch
 
     def log(*entries):
-        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n" for entry in entries).encode()) + parser.quiet())
+        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n"
+                                            for entry in entries).encode()) + parser.quiet())
 
-    record = lmgateway.Record(hub.request_id(), started, time.monotonic(), model_asked="m/one", messages=1, dialect="chat",
+    record = lmgateway.Record(hub.request_id(), started, time.monotonic(), model_asked="m/one", messages=1,
+                              dialect="chat",
                               target="/v1/chat/completions", stream=True)
     hub.begin(record)
-    log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100), percent("m/one", 0), percent("m/one", 100))
+    log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100), percent("m/one", 0),
+        percent("m/one", 100))
     for _ in range(2):
         hub.end(record, lmgateway.Outcome("abandoned", None, "it left", "client_disconnected"))
     log(engine_end(1, 400, 12), finished("m/one"))
-    log(running("m/two"), streaming("m/two"), engine_run(2, 70), percent("m/two", 100), engine_end(2, 70, 9), finished("m/two"))
+    log(running("m/two"), streaming("m/two"), engine_run(2, 70), percent("m/two", 100),
+        engine_end(2, 70, 9), finished("m/two"))
     told = Counter(name for name, _ in hub.read(0)[0])
     assert (told["inference_start"], told["error"], told["inference_progress"] > 0) == (1, 1, True)
     by_name = [dict(zip([name for name, _, _ in lmgateway.HISTORY], row)) for row in rows]
@@ -2267,7 +2394,8 @@ def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_fig
     assert (ours["prompt_tokens"], ours["completion_tokens"], ours["outcome"]) == (500, 12, "abandoned")
     assert (other["source"], other["model"], other["prompt_tokens"]) == ("lmstudio", "m/two", 70)
     figures = hub.performance()     # of what came through us
-    assert (figures["keptRequests"], figures["tokenStats"]["promptTokens"], figures["totalErrors"]) == (1, 500, 1)
+    assert (figures["keptRequests"], figures["tokenStats"]["promptTokens"],
+            figures["totalErrors"]) == (1, 500, 1)
 
 
 def test_requests_are_shown_running_ones_first_and_each_newest_first():
@@ -2281,7 +2409,8 @@ def test_requests_are_shown_running_ones_first_and_each_newest_first():
     assert [shown["requestId"] for shown in hub.shown(3)] == ["r3", "r2", "r1"]
 
 
-@pytest.mark.parametrize("since, missed", [("{}-2", [3, 4]), ("{}-4", []), ("{}-0", [1, 2, 3, 4]), ("2", [3, 4]),
+@pytest.mark.parametrize("since, missed",
+                         [("{}-2", [3, 4]), ("{}-4", []), ("{}-0", [1, 2, 3, 4]), ("2", [3, 4]),
                                            (None, []), ("", []), ("nonsense", []), ("{}-99", [])])
 def test_a_listener_that_comes_back_gets_what_it_missed(since, missed):
     hub = lmgateway.Hub()
@@ -2321,7 +2450,8 @@ def test_the_ring_holds_ten_thousand_and_tells_what_fell_out():
     assert found == list(range(found[0], 30_001))
     assert gaps[0] == lmgateway.Gap(hub.event_id(101), hub.event_id(found[0] - 1), found[0] - 101)
     frames, cursor, _ = hub.read(20_000)
-    assert (len(frames), cursor) == (lmgateway.BATCH, 20_000 + lmgateway.BATCH) and lmgateway.BATCH <= 1000    # of one write
+    assert (len(frames), cursor) == (lmgateway.BATCH,
+                                     20_000 + lmgateway.BATCH) and lmgateway.BATCH <= 1000    # of one write
 
 
 def test_a_slow_listener_loses_the_oldest_is_told_and_stops_nobody():
@@ -2353,7 +2483,8 @@ def test_a_frame_is_made_once_whoever_listens(monkeypatch):
 
 def test_events_of_many_threads_have_one_order():
     hub = lmgateway.Hub()
-    threads = [threading.Thread(target=lambda n=n: [hub.publish(numbers(n, n)) for _ in range(200)]) for n in range(8)]
+    threads = [threading.Thread(target=lambda n=n: [hub.publish(numbers(n, n)) for _ in range(200)])
+               for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -2374,10 +2505,12 @@ def test_close_wakes_every_listener():
 
 
 def finished_record(name="r1", started=1_700_000_000.0, **about):
-    record = lmgateway.Record(name, started, 0.0, key="anna", client="192.168.1.7", path="/v1/chat/completions",
+    record = lmgateway.Record(name, started, 0.0, key="anna", client="192.168.1.7",
+                              path="/v1/chat/completions",
                               model_asked="m/one", stream=True, **about)
     meter = lmgateway.Meter(lmgateway.DIALECTS["/v1/chat/completions"], False)
-    meter.feed(json.dumps({"model": "m/one", "usage": {"prompt_tokens": 70, "completion_tokens": 5}}).encode(), 1.0)
+    meter.feed(json.dumps({"model": "m/one",
+                           "usage": {"prompt_tokens": 70, "completion_tokens": 5}}).encode(), 1.0)
     meter.end()
     record.end(2.0, lmgateway.Outcome("done", 200, meter=meter))
     return record
@@ -2388,7 +2521,8 @@ def test_history_keeps_a_row_for_each_request_and_takes_the_later_word(tmp_path)
     record = finished_record()
     history.keep([lmgateway.history_row(record)])
     record.usage = {**record.usage, "cachedTokens": 40}
-    history.keep([lmgateway.history_row(record), lmgateway.history_row(finished_record("r2", 1_700_100_000.0))])
+    history.keep([lmgateway.history_row(record),
+                  lmgateway.history_row(finished_record("r2", 1_700_100_000.0))])
     history.close()
     assert history.usage("key") == [{"key": "anna", "requests": 2, "errors": 0, "promptTokens": 140,
                                      "cachedTokens": 40, "completionTokens": 10, "promptSeconds": 0.0,
@@ -2499,7 +2633,8 @@ def test_history_survives_a_killed_process(tmp_path):
             "history.keep([lmgateway.history_row(record)])\n"
             "while not history.usage('key'): pass\n"
             "os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))\n")
-    subprocess.run([sys.executable, "-c", code, str(HERE), str(tmp_path / "h.db")], check=False, timeout=PATIENCE_S)
+    subprocess.run([sys.executable, "-c", code, str(HERE), str(tmp_path / "h.db")], check=False,
+                   timeout=PATIENCE_S)
     history = lmgateway.History(str(tmp_path / "h.db"))
     history.close()
     assert history.usage("key")[0]["requests"] == 1
@@ -2595,7 +2730,8 @@ def test_from_start_begins_at_the_start_of_the_newest_file(tmp_path):
     assert logs.look(QUIET) == ["a", "b"]
 
 
-@pytest.mark.parametrize(("mtimes", "told"), [([5e8], []), ([2e9], ["1"]), ([5e8, 2e9, 2e9], ["2", "3"]), ([5e8, 6e8], [])])
+@pytest.mark.parametrize(("mtimes", "told"),
+                         [([5e8], []), ([2e9], ["1"]), ([5e8, 2e9, 2e9], ["2", "3"]), ([5e8, 6e8], [])])
 def test_of_a_directory_that_appears_later_only_what_was_written_since_the_start_is_news(tmp_path, mtimes, told):
     logs = Logs(tmp_path / "server-logs", started=1e9)
     assert logs.look(1) == []
@@ -2691,7 +2827,8 @@ def test_several_files_at_once_are_read_in_order_of_time(logs):
     for name in ("2026-05-01.10", "2026-06-02.1", "2026-05-01.9", "2026-05-30.1"):
         logs.write(name, name)
     told = logs.look(QUIET)
-    assert [word for word in told if ">" not in word] == ["a", "2026-05-01.9", "2026-05-01.10", "2026-05-30.1", "2026-06-02.1"]
+    assert [word for word in told if ">" not in word] == ["a", "2026-05-01.9", "2026-05-01.10",
+                                                          "2026-05-30.1", "2026-06-02.1"]
     assert [word for word in told if ">" in word] == [
         "2026-05-01.1 > 2026-05-01.9", "2026-05-01.9 > 2026-05-01.10", "2026-05-01.10 > 2026-05-30.1",
         "2026-05 >> 2026-06-02.1"]
@@ -2728,15 +2865,18 @@ REPLACED = {
     "written anew, as long as before": lambda path: path.write_bytes(
         (HEADER + b"new").ljust(path.stat().st_size - 1, b".") + b"\n"),
     "written anew, longer": lambda path: path.write_bytes(HEADER + b"new" + b"." * 3000 + b"\n"),
-    "renamed and made again": lambda path: (path.rename(path.with_suffix(".bak")), path.write_bytes(HEADER + b"new\n")),
-    "deleted and made again, longer": lambda path: (path.unlink(), path.write_bytes(HEADER + b"new" + b"." * 900 + b"\n")),
+    "renamed and made again": lambda path: (path.rename(path.with_suffix(".bak")),
+                                            path.write_bytes(HEADER + b"new\n")),
+    "deleted and made again, longer": lambda path: (path.unlink(),
+                                                    path.write_bytes(HEADER + b"new" + b"." * 900 + b"\n")),
     "replaced by another, longer one": lambda path: (path.with_suffix(".tmp").write_bytes(HEADER + b"new" + b"." * 900 + b"\n"),
                                                      path.with_suffix(".tmp").replace(path)),
 }
 
 
 @pytest.mark.parametrize(("changed", "told"), [(b"old", ["new", "two", "x" * 300, "more"]),
-                                               (b"two", ["old", "new", "x" * 300, "more"]), (b"none", ["more"])])
+                                               (b"two", ["old", "new", "x" * 300, "more"]),
+                                               (b"none", ["more"])])
 def test_another_file_is_told_by_its_beginning_where_the_rest_is_alike(logs, changed, told):
     path = logs.path("2026-05-01.1")
     for word in ("two", "x" * 300):
@@ -2758,7 +2898,8 @@ def test_a_replaced_file_is_read_from_its_start(logs, replace):
     assert logs.look(QUIET) == ["after"]
 
 
-@pytest.mark.parametrize("words", [["new", "x" * 300, "more"], ["new", "more" * 200]], ids=["alike before the end", "all new"])
+@pytest.mark.parametrize("words", [["new", "x" * 300, "more"], ["new", "more" * 200]],
+                         ids=["alike before the end", "all new"])
 def test_a_file_that_is_replaced_before_anything_of_it_was_read_is_read_from_its_start(tmp_path, words):
     logs = Logs(tmp_path)
     logs.write("2026-05-01.1", "old", "x" * 300)
@@ -2933,7 +3074,8 @@ def test_the_home_directory_is_found_as_lm_studio_finds_it(tmp_path):
     assert found() == tmp_path / ".lmstudio"
     (tmp_path / ".cache" / "lm-studio").mkdir(parents=True)
     assert found() == tmp_path / ".cache" / "lm-studio"
-    for pointer, home in ((" /else/where \n", Path("/else/where")), (" \n", tmp_path / ".cache" / "lm-studio"),
+    for pointer, home in ((" /else/where \n", Path("/else/where")),
+                          (" \n", tmp_path / ".cache" / "lm-studio"),
                           ("/a\0b", tmp_path / ".cache" / "lm-studio")):
         (tmp_path / ".lmstudio-home-pointer").write_text(pointer, encoding="utf-8")
         assert found() == home
@@ -2961,7 +3103,8 @@ def test_the_log_directory_is_the_one_with_the_newest_log(tmp_path):
 
 
 @pytest.mark.parametrize("log_path", [path for path in SAMPLES if path.stem in (
-    "g1-stream-partial-cache", "g2-nonstream-cache-hit", "g3-stream-split-lines", "traps", "two-models-at-once")],
+    "g1-stream-partial-cache", "g2-nonstream-cache-hit", "g3-stream-split-lines", "traps",
+    "two-models-at-once")],
     ids=lambda path: path.stem)
 def test_a_growing_file_gives_the_samples_events_while_it_grows(utc, tmp_path, log_path):
     """Real threads and a real clock: entry after entry, as LM Studio writes them."""
@@ -2970,7 +3113,8 @@ def test_a_growing_file_gives_the_samples_events_while_it_grows(utc, tmp_path, l
     path = directory / "2026-05-01.1.log"
     path.write_bytes(b"")
     monitor, news, stop = lmgateway.Monitor(lmgateway.Follower(str(tmp_path))), queue.Queue(), threading.Event()
-    thread = threading.Thread(target=monitor.run, args=(lambda events: list(map(news.put, events)), stop.wait))
+    thread = threading.Thread(target=monitor.run,
+                              args=(lambda events: list(map(news.put, events)), stop.wait))
     thread.start()
     try:
         while monitor.follower.file is None:
@@ -2980,7 +3124,8 @@ def test_a_growing_file_gives_the_samples_events_while_it_grows(utc, tmp_path, l
             with path.open("ab", 0) as file:
                 file.write(entry[:len(entry) // 2])
                 file.write(entry[len(entry) // 2:])
-        while sum(event.name == "lmstudio_log" for event in events) < sum(row["event"] == "lmstudio_log" for row in expected):
+        while sum(event.name == "lmstudio_log"
+                  for event in events) < sum(row["event"] == "lmstudio_log" for row in expected):
             events.append(news.get(timeout=PATIENCE_S))
     finally:
         stop.set()
@@ -2995,7 +3140,8 @@ def test_an_event_is_there_within_milliseconds_of_the_write(tmp_path):
     path.write_bytes(HEADER + b"old\n")
     monitor, news, stop = lmgateway.Monitor(lmgateway.Follower(str(tmp_path))), queue.Queue(), threading.Event()
     thread = threading.Thread(target=monitor.run, args=(
-        lambda events: [news.put(time.perf_counter()) for event in events if event.name == "lmstudio_log"], stop.wait))
+        lambda events: [news.put(time.perf_counter()) for event in events if event.name == "lmstudio_log"],
+        stop.wait))
     thread.start()
     try:
         while monitor.follower.file is None:
@@ -3037,13 +3183,16 @@ def test_room_of_the_logs_is_measured_and_warned_of(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("sizes", "growth"), [
-    ({}, 0), ({"2026-09-10": 70}, 70), ({"2026-09-09": 50, "2026-09-10": 20}, 35), ({"2026-09-04": 70, "2026-09-10": 70}, 20),
-    ({"2026-09-03": 10**9, "2026-09-10": 7}, 7), ({"2026-09-11": 10**9}, 0), ({"2026-09-31": 5, "2026-09-09": 4}, 2)])
+    ({}, 0), ({"2026-09-10": 70}, 70), ({"2026-09-09": 50, "2026-09-10": 20}, 35),
+    ({"2026-09-04": 70, "2026-09-10": 70}, 20),
+    ({"2026-09-03": 10**9, "2026-09-10": 7}, 7), ({"2026-09-11": 10**9}, 0),
+    ({"2026-09-31": 5, "2026-09-09": 4}, 2)])
 def test_growth_is_bytes_a_day_over_the_last_week(sizes, growth):
     assert lmgateway.daily_growth(sizes, datetime.date(2026, 9, 10)) == growth
 
 
-@pytest.mark.parametrize(("count", "shown"), [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (12_345_678, "12.3 MB"),
+@pytest.mark.parametrize(("count", "shown"),
+                         [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (12_345_678, "12.3 MB"),
                                               (4 * 10**11, "400.0 GB"), (5 * 10**15, "5000.0 TB")])
 def test_sizes_are_shown_as_disks_are_sold(count, shown):
     assert lmgateway.shown_bytes(count) == shown
@@ -4005,7 +4154,8 @@ def silence(peer):
 
 FAILURES = {reset: (502, "upstream_reset"), garbage: (502, "upstream_reset"),
             half_a_head: (502, "upstream_reset"),
-            switching: (502, "upstream_reset"), odd_coding: (502, "upstream_reset"), two_lengths: (502, "upstream_reset"),
+            switching: (502, "upstream_reset"), odd_coding: (502, "upstream_reset"),
+            two_lengths: (502, "upstream_reset"),
             bare_return: (502, "upstream_reset"), endless_head: (502, "upstream_reset"),
             silence: (504, "upstream_timeout")}
 
@@ -4496,13 +4646,19 @@ def test_what_the_log_tells_is_in_the_metrics(logged):
     assert abs(float(started) - time.time()) < 100
     read = logged.gateway.monitor.read
     for line in ('lmstudio_requests_total{model="desk"} 1', 'lmstudio_input_tokens_total{model="desk"} 1900',
-                 'lmstudio_output_tokens_total{model="desk"} 15', 'lmstudio_cached_input_tokens_total{model="desk"} 1899',
-                 'lmstudio_prompt_eval_seconds_sum{model="desk"} 0.03', 'lmstudio_generation_seconds_sum{model="desk"} 0.206669',
-                 'lmstudio_prompt_tokens_per_second_sum{model="desk"} 33.33', 'lmstudio_tokens_per_second_sum{model="desk"} 72.58',
-                 'lmstudio_log_lines_total{dialect="G2"} 17', 'lmstudio_log_entries_total{event="lmstudio_prompt_progress"} 2',
+                 'lmstudio_output_tokens_total{model="desk"} 15',
+                 'lmstudio_cached_input_tokens_total{model="desk"} 1899',
+                 'lmstudio_prompt_eval_seconds_sum{model="desk"} 0.03',
+                 'lmstudio_generation_seconds_sum{model="desk"} 0.206669',
+                 'lmstudio_prompt_tokens_per_second_sum{model="desk"} 33.33',
+                 'lmstudio_tokens_per_second_sum{model="desk"} 72.58',
+                 'lmstudio_log_lines_total{dialect="G2"} 17',
+                 'lmstudio_log_entries_total{event="lmstudio_prompt_progress"} 2',
                  "lmstudio_log_unparsed_entries_total 1", f"lmstudio_log_bytes_read_total {read}",
-                 'lmstudio_log_rotations_total{reason="lmstudio_file_switch"} 1', "lmstudio_log_read_lag_bytes 3",
-                 "lmstudio_log_last_entry_timestamp_seconds 1777629600.0", f"lmstudio_log_directory_bytes {read + len(HEADER) + 16}",
+                 'lmstudio_log_rotations_total{reason="lmstudio_file_switch"} 1',
+                 "lmstudio_log_read_lag_bytes 3",
+                 "lmstudio_log_last_entry_timestamp_seconds 1777629600.0",
+                 f"lmstudio_log_directory_bytes {read + len(HEADER) + 16}",
                  'lmstudio_gateway_sse_events_total{type="lmstudio_file_switch"} 1', "lmstudio_up 1",
                  f'lmstudio_gateway_build_info{{version="{lmgateway.VERSION}",python="{sys.version.split()[0]}"}} 1'):
         assert line in text.splitlines(), line
@@ -4529,9 +4685,12 @@ def test_metrics_say_that_lm_studio_is_away(fronts):
 def test_the_status_says_which_engine_wrote_and_what_is_not_understood(logged):
     log = json.loads(fetched(logged, "/debug/status")[2])["log"]
     assert (log["position"], log["size"], log["problem"]) == (len(HEADER) + 16, len(HEADER) + 19, None)
-    assert (log["generations"], log["events"]["lmstudio_log"], log["levels"]) == ({"G2": 17}, 15, {"DEBUG": 8, "INFO": 7})
-    assert (log["unknownLines"], log["unknownSamples"], log["headlessLines"], log["faults"]) == (1, ["wor~ of nob~"], 0, 0)
-    assert (log["lastEntryAt"], log["verbose"], log["bytesRead"]) == ("2026-05-01T10:00:00Z", True, logged.gateway.monitor.read)
+    assert (log["generations"], log["events"]["lmstudio_log"],
+            log["levels"]) == ({"G2": 17}, 15, {"DEBUG": 8, "INFO": 7})
+    assert (log["unknownLines"], log["unknownSamples"], log["headlessLines"],
+            log["faults"]) == (1, ["wor~ of nob~"], 0, 0)
+    assert (log["lastEntryAt"], log["verbose"], log["bytesRead"]) == ("2026-05-01T10:00:00Z", True,
+                                                                      logged.gateway.monitor.read)
     assert log["directoryBytes"] > 0 and log["warnings"] == []
     logged.gateway.monitor.follower.problem = "cannot read it"
     assert json.loads(fetched(logged, "/debug/status")[2])["log"]["problem"] == "cannot read it"
@@ -4770,7 +4929,8 @@ def test_ready_when_lm_studio_answers(fronts, studio, answer, up):
 def test_a_slow_lm_studio_is_ready_and_greets_from_what_is_known(fronts, studio):
     front, go, pause = fronts(), threading.Event(), threading.Event()
     go.set()
-    studio.script = lambda peer: (pause.wait(0.4), go.wait(PATIENCE_S), peer.send(plain(b'{"lmstudio":true}')))
+    studio.script = lambda peer: (pause.wait(0.4), go.wait(PATIENCE_S),
+                                  peer.send(plain(b'{"lmstudio":true}')))
     assert ask(front, "GET /ready")[0] == 200
     front.gateway.upstream._health = (-1e9, "")
     go.clear()
@@ -4800,7 +4960,8 @@ def test_errors_have_the_shape_of_the_api_that_was_called(front):
     assert anthropic == {"type": "error", "error": openai["error"]}
 
 
-@pytest.mark.parametrize("header", ["Host: other", "Content-Length: x", "Expect: a-miracle", "bare\rreturn: x"])
+@pytest.mark.parametrize("header",
+                         ["Host: other", "Content-Length: x", "Expect: a-miracle", "bare\rreturn: x"])
 def test_heads_that_are_refused_are_told_in_the_shape_of_the_api_too(front, header):
     wrong = {path: json_of(talk(front.port, request(f"POST {path}", b"", header)))
              for path in ("/v1/messages?beta=true", "/messages", "/v1/chat/completions")}
@@ -4909,7 +5070,8 @@ def test_what_the_ring_no_longer_holds_is_told_as_a_gap(fronts):
             assert next(frames)[:2] == (front.hub.event_id(10), "connected")
             event_id, name, data, _ = next(frames)
             assert (event_id, name, data["from"], data["to"], data["count"]) == (
-                front.hub.event_id(10), "gap", front.hub.event_id(11), front.hub.event_id(first - 1), first - 11)
+                front.hub.event_id(10), "gap", front.hub.event_id(11), front.hub.event_id(first - 1),
+                first - 11)
             assert next(frames)[0] == front.hub.event_id(first)
 
 
@@ -4917,15 +5079,18 @@ def test_the_id_of_an_event_source_that_reconnects_counts_before_the_since_of_it
     mark = front.hub.last
     for _ in range(3):
         front.hub.tell("one")
-    with listening(front, f"?since={front.hub.event_id(mark)}", f"Last-Event-ID: {front.hub.event_id(mark + 2)}") as (
+    with listening(front, f"?since={front.hub.event_id(mark)}",
+                   f"Last-Event-ID: {front.hub.event_id(mark + 2)}") as (
             _, _, frames):
-        assert [next(frames)[0] for _ in range(2)] == [front.hub.event_id(mark + 2), front.hub.event_id(mark + 3)]
+        assert [next(frames)[0] for _ in range(2)] == [front.hub.event_id(mark + 2),
+                                                       front.hub.event_id(mark + 3)]
 
 
 def test_what_is_published_while_a_listener_connects_is_not_lost():
     """Between its place in the stream and its first look at the ring."""
     hub, watcher = lmgateway.Hub(), types.SimpleNamespace(watch=lambda *args: None, forget=lambda sock: None)
-    with contextlib.closing(lmgateway.stream_frames(hub, "", (), watcher, types.SimpleNamespace(connection=None))) as frames:
+    with contextlib.closing(lmgateway.stream_frames(hub, "", (), watcher,
+                                                    types.SimpleNamespace(connection=None))) as frames:
         assert b"event: connected" in next(frames)
         hub.tell("between")
         assert next(frames).startswith(f"id: {hub.event_id(1)}\nevent: between".encode())
@@ -5306,7 +5471,8 @@ def test_the_lan_is_let_in_with_a_key_or_out_loud(keys):
     none = {"host": "0.0.0.0", "keys_file": str(keys.path.with_name("none"))}
     with pytest.raises(lmgateway.ConfigError):
         lmgateway.check_exposure(lmgateway.Config(**none))
-    for options in ({"no_auth": True}, {"api_key": KEYS}, {"keys_file": str(keys.path)}, {"host": "127.0.0.1"}):
+    for options in ({"no_auth": True}, {"api_key": KEYS}, {"keys_file": str(keys.path)},
+                    {"host": "127.0.0.1"}):
         lmgateway.check_exposure(lmgateway.Config(**{**none, **options}))
 
 
@@ -5858,7 +6024,8 @@ def test_running_requests_have_ten_seconds_at_the_end_and_no_more(monkeypatch, s
     monkeypatch.setattr(lmgateway, "GRACE_S", 0.05)
     monkeypatch.setattr(lmgateway, "settle", lambda: None)
     monkeypatch.setenv("KEYS_FILE", str(tmp_path / "none.json"))
-    here, before = threading.Event(), [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    here, before = threading.Event(), [(number, signal.getsignal(number))
+                                       for number in (signal.SIGTERM, signal.SIGINT)]
     studio.script = lambda peer: (here.set(), peer.wait_for_end())
 
     def leave(port):
@@ -5868,7 +6035,8 @@ def test_running_requests_have_ten_seconds_at_the_end_and_no_more(monkeypatch, s
             os.kill(os.getpid(), signal.SIGTERM)
             rest_of(sock)
 
-    monkeypatch.setattr(lmgateway, "announce", lambda gateway, port, lan: threading.Thread(target=leave, args=(port,)).start())
+    monkeypatch.setattr(lmgateway, "announce", lambda gateway, port,
+                        lan: threading.Thread(target=leave, args=(port,)).start())
     started = time.monotonic()
     try:
         assert lmgateway.main(["--port", "0", "--upstream", studio.url, "--log-dir", str(tmp_path)]) == 0
@@ -5933,7 +6101,8 @@ def ask_demo(front, number, model, messages=1):
     content = f"{number} " + "word " * 20 * (number + 1)
     body = {"model": model, "stream": number % 3 != 0,
             "messages": [{"role": "user", "content": content}] * messages}
-    talk(front.port, request("POST /v1/chat/completions", json.dumps(body).encode(), f"User-Agent: client-{number}"))
+    talk(front.port,
+         request("POST /v1/chat/completions", json.dumps(body).encode(), f"User-Agent: client-{number}"))
     return 400 + 7 * len(content) * messages
 
 
@@ -5967,7 +6136,8 @@ def test_clients_of_two_models_find_their_own_progress_cache_and_speed(demo):
     for number, total in enumerate(tokens):
         record = of_client(front, number)
         assert (record["binding"], record["model"]) == ("exact", lmgateway.DEMO_MODELS[number])
-        steps = [row["data"]["progress"] for row in record["timeline"] if row["event"] == "lmstudio_prompt_progress"]
+        steps = [row["data"]["progress"] for row in record["timeline"]
+                 if row["event"] == "lmstudio_prompt_progress"]
         assert (steps[0], steps[-1], len(steps)) == (0, 100, 4)
         assert {row["data"]["requestId"] for row in record["timeline"] if "progress" in row["event"]} == {
             record["requestId"]}
@@ -5985,9 +6155,11 @@ def test_clients_of_two_models_find_their_own_progress_cache_and_speed(demo):
 def test_eight_clients_and_one_beside_us_are_bound_right_or_not_at_all(demo):
     front, studio = demo
     beside = urllib.request.Request(studio.url + "/v1/chat/completions", json.dumps(
-        {"model": lmgateway.DEMO_MODELS[0], "messages": [{"role": "user", "content": "not through us"}]}).encode())
+        {"model": lmgateway.DEMO_MODELS[0],
+         "messages": [{"role": "user", "content": "not through us"}]}).encode())
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    tokens = at_once(*(lambda number=number: ask_demo(front, number, lmgateway.DEMO_MODELS[number % 2], number % 4 + 1)
+    tokens = at_once(*(lambda number=number: ask_demo(front, number, lmgateway.DEMO_MODELS[number % 2],
+                                                      number % 4 + 1)
                        for number in range(8)), lambda: opener.open(beside, timeout=PATIENCE_S).read())
     front.events(0, "lmstudio_chat_end", count=9)
     records = [of_client(front, number) for number in range(8)]
@@ -5996,7 +6168,8 @@ def test_eight_clients_and_one_beside_us_are_bound_right_or_not_at_all(demo):
         assert record["tokenUsage"]["promptTokens"] == total
         assert record["cache"] is None or record["cache"]["total"] == total
         chat = front.hub._requests.find(record["requestId"]).chat
-        assert chat is None or (chat.model, chat.messages) == (lmgateway.DEMO_MODELS[number % 2], number % 4 + 1)
+        assert chat is None or (chat.model, chat.messages) == (lmgateway.DEMO_MODELS[number % 2],
+                                                               number % 4 + 1)
     claims = front.events(0, "lmstudio_chat_start", count=9)
     asked = {record["requestId"]: number for number, record in enumerate(records)}
     for claim in claims:
@@ -6012,7 +6185,8 @@ def test_the_demo_needs_nothing_of_the_machine():
         models = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(made.upstream + "/v1/models", timeout=PATIENCE_S)
         assert [model["id"] for model in json.load(models)["data"]] == list(lmgateway.DEMO_MODELS)
         assert made.enable_log_monitoring and os.path.isdir(made.log_dir)
-        assert (made.keys_file, made.api_key) == (os.path.join(made.log_dir, "keys.json"), {})     # none of the user's
+        assert (made.keys_file, made.api_key) == (os.path.join(made.log_dir, "keys.json"),
+                                                  {})     # none of the user's
     assert not os.path.exists(made.log_dir)
 
 
@@ -6022,7 +6196,8 @@ def test_the_demos_own_traffic_has_its_key_and_every_shape(studio):
     bodies = [json.loads(peer.body) for peer in studio.peers]
     assert [dict(peer.headers)["Authorization"] for peer in studio.peers] == ["Bearer secret"] * 7
     assert {(body["model"], body["stream"], len(body["messages"])) for body in bodies} >= {
-        ("demo/kestrel-8b", True, 1), ("demo/wren-2b", True, 2), ("demo/kestrel-8b", False, 1), ("demo/wren-2b", False, 2)}
+        ("demo/kestrel-8b", True, 1), ("demo/wren-2b", True, 2), ("demo/kestrel-8b", False, 1),
+        ("demo/wren-2b", False, 2)}
 
 
 def test_the_imitation_answers_as_lm_studio_does(tmp_path):
@@ -6056,7 +6231,8 @@ def test_the_imitation_answers_as_lm_studio_does(tmp_path):
             sock.sendall(request(POST_CHAT, json.dumps(stream).encode()))
             read_until(sock, b"\r\n\r\n")
         until(lambda: "Client disconnected. Stopping generation" in log.read_text(encoding="utf-8"))
-        studio.step_s, left = PATIENCE_S, threading.Thread(target=asked, args=(POST_CHAT, json.dumps(stream).encode()))
+        studio.step_s, left = PATIENCE_S, threading.Thread(target=asked,
+                                                           args=(POST_CHAT, json.dumps(stream).encode()))
         left.start()
         until(lambda: log.read_text(encoding="utf-8").count("Running chat completion") == 7)
     finally:
@@ -6119,8 +6295,10 @@ PREFILL = (("lmstudio_chat_start", {"messages": 2, "model": "qwen3-8b"}),
            ("lmstudio_prompt_progress", {"progress": 20.0, "model": "qwen3-8b"}),
            ("lmstudio_prompt_progress", {"progress": 30.0, "model": "qwen3-8b"}))
 SPOKEN = (("lmstudio_prompt_progress", {"progress": 100.0}), ("lmstudio_generation_start", {}))
-GATEWAY = {"requestId": "req_1", "state": "prompt", "percent": 41.2, "promptTokens": 14906, "promptTokensRead": 6144,
-           "promptTokensPerSecond": 101.0, "etaMs": 87000, "elapsedMs": 61000, "model": "m", "cachedTokens": 0}
+GATEWAY = {"requestId": "req_1", "state": "prompt", "percent": 41.2, "promptTokens": 14906,
+           "promptTokensRead": 6144,
+           "promptTokensPerSecond": 101.0, "etaMs": 87000, "elapsedMs": 61000, "model": "m",
+           "cachedTokens": 0}
 
 CARDS = [  # what happened, the lines of the cards at second 5
     (card_events(*PREFILL, request=False),
@@ -6129,9 +6307,11 @@ CARDS = [  # what happened, the lines of the cards at second 5
     (card_events(*PREFILL[:1], *SPOKEN, request=False), ["qwen3-8b", "WRITE  for 3s  elapsed 5s"]),
     (card_events(*PREFILL[:1], *SPOKEN[::-1], request=False), ["qwen3-8b", "WRITE  for 4s  elapsed 5s"]),
     (card_events(*PREFILL, ("lmstudio_chat_end", {"outcome": "finished"}), request=False), []),
-    (card_events(PREFILL[0], ("lmstudio_chat_end", {}), PREFILL[3], ("lmstudio_prediction_stats", {}), request=False), []),
+    (card_events(PREFILL[0], ("lmstudio_chat_end", {}), PREFILL[3], ("lmstudio_prediction_stats", {}),
+                 request=False), []),
     (card_events(PREFILL[3], ("lmstudio_prediction_stats", {"completionTokens": 3}), request=False), []),
-    (card_events(("inference_start", {"model": "m", "path": "/v1/chat/completions", "client": "10.0.0.7", "key": "anna"})),
+    (card_events(("inference_start",
+                  {"model": "m", "path": "/v1/chat/completions", "client": "10.0.0.7", "key": "anna"})),
      ["m  anna  10.0.0.7  /v1/chat/completions", "WAIT  elapsed 5s"]),
     (card_events(("inference_start", {"model": "m"}), ("lmstudio_chat_end", {"outcome": "finished"})),
      ["m", "WAIT  elapsed 5s"]),
@@ -6140,14 +6320,17 @@ CARDS = [  # what happened, the lines of the cards at second 5
     (card_events(("inference_progress", GATEWAY)),
      ["m", "PREFILL  ########............   41 %  6,144/14,906 tok  101 tok/s  elapsed 1m06s  eta 1m22s",
       "cache    0 of 14,906 prompt tokens reused (0 %)"]),
-    (card_events(("inference_progress", {"state": "generating", "outputTokens": 1312, "outputTokensPerSecond": 17.84})),
+    (card_events(("inference_progress",
+                  {"state": "generating", "outputTokens": 1312, "outputTokensPerSecond": 17.84})),
      ["(model not named)", "WRITE  1,312 tok  17.8 tok/s  for 5s  elapsed 5s"]),
     (card_events(("inference_progress", {**{name: "x\x1b[2J" for name in GATEWAY}, "requestId": "req_1"})),
      ["x\\x1b[2J", "WAIT  x\\x1b[2J  elapsed 5s"]),
     (card_events(("inference_progress", {**{name: 10 ** 400 for name in GATEWAY}, "requestId": ["odd"]})),
      ["(model not named)", "WAIT  elapsed 5s"]),
-    (card_events(("lmstudio_chat_start", {"model": {"odd": []}}), request=True), ["(model not named)", "WAIT  elapsed 5s"]),
-    (card_events(("inference_progress", {**{name: float("nan") for name in GATEWAY}, "requestId": "req_1"})), ["(model not named)", "WAIT  elapsed 5s"]),
+    (card_events(("lmstudio_chat_start", {"model": {"odd": []}}), request=True),
+     ["(model not named)", "WAIT  elapsed 5s"]),
+    (card_events(("inference_progress", {**{name: float("nan") for name in GATEWAY},
+                                         "requestId": "req_1"})), ["(model not named)", "WAIT  elapsed 5s"]),
 ]
 
 
@@ -6158,7 +6341,8 @@ def test_cards_show_what_each_running_request_does(number):
 
 
 def test_cards_never_need_more_room_than_the_terminal_has():
-    events = [Event("inference_start", {"requestId": f"req_{number}", "model": "界" * number + "\u202e"}) for number in range(9)]
+    events = [Event("inference_start", {"requestId": f"req_{number}", "model": "界" * number + "\u202e"})
+              for number in range(9)]
     for rows in (-1, 0, 1, 2, 3, 7, 50):
         for columns in (-1, 1, 2, 9, 80):
             lines = cards_after(events, columns=columns, rows=rows)
@@ -6221,18 +6405,23 @@ def test_on_a_terminal_lines_scroll_above_cards_that_are_redrawn_in_place(termin
 
 
 @pytest.mark.parametrize(("name", "data", "line"), [
-    ("inference_complete", {"requestId": "r", "model": "m", "status": 200, "totalTimeMs": 3297.9, "tokensPerSecond": 33.53,
-                            "tokenUsage": {"promptTokens": 1645, "completionTokens": 39, "totalTokens": 1684}},
+    ("inference_complete",
+     {"requestId": "r", "model": "m", "status": 200, "totalTimeMs": 3297.9, "tokensPerSecond": 33.53,
+                            "tokenUsage": {"promptTokens": 1645, "completionTokens": 39,
+                                           "totalTokens": 1684}},
      "m  id r  status 200  3.3 s  1,645 + 39 tok  33.5 tok/s"),
-    ("inference_complete", {"requestId": "r", "status": 200, "totalTimeMs": 9, "tokenUsage": None, "tokensPerSecond": None},
+    ("inference_complete",
+     {"requestId": "r", "status": 200, "totalTimeMs": 9, "tokenUsage": None, "tokensPerSecond": None},
      "id r  status 200  0.0 s"),
-    ("inference_complete", {"requestId": "r", "status": 200, "totalTimeMs": 9, "tokenUsage": {"promptTokens": 1}},
+    ("inference_complete",
+     {"requestId": "r", "status": 200, "totalTimeMs": 9, "tokenUsage": {"promptTokens": 1}},
      "id r  status 200  0.0 s  1 + ? tok"),
     ("inference_complete", {"requestId": 0, "status": 1, "totalTimeMs": 10 ** 400, "message": ""},
      '{"requestId": 0, "status": 1, "totalTimeMs": 1' + "0" * 400 + ', "message": ""}'),
     ("lmstudio_prompt_progress", {"progress": 10 ** 400}, '{"progress": 1' + "0" * 400 + "}"),
     ("inference_complete", {"strange": "\x1b[2J\u202e"}, '{"strange": "\\u001b[2J\\u202e"}'),
-    ("lmstudio_log", {"level": "INFO", "message": "a\x1b]0;x\x07\u202eb\x9b"}, "INFO   a\\x1b]0;x\\x07\\u202eb\\x9b"),
+    ("lmstudio_log", {"level": "INFO", "message": "a\x1b]0;x\x07\u202eb\x9b"},
+     "INFO   a\\x1b]0;x\\x07\\u202eb\\x9b"),
     ("of another version", {"message": "hello\nthere"}, "hello | there")])
 def test_an_event_is_one_line_for_a_person(name, data, line):
     assert lmgateway.summary(Event(name, data)) == line
@@ -6254,7 +6443,8 @@ def test_a_narrower_terminal_rubs_out_all_rows_of_the_cards():
     assert lmgateway.rubbed_out(["界" * 30] * 9, size((20, 5))) == "\r\x1b[4A\x1b[J"
 
 
-@pytest.mark.parametrize(("encoding", "marks"), [("utf-8", "█░"), ("cp1252", "#."), ("ascii", "#."), (None, "#.")])
+@pytest.mark.parametrize(("encoding", "marks"),
+                         [("utf-8", "█░"), ("cp1252", "#."), ("ascii", "#."), (None, "#.")])
 def test_bars_are_made_of_what_the_terminal_can_show(encoding, marks):
     assert lmgateway.bar_marks(encoding) == marks
 
@@ -6335,7 +6525,8 @@ def test_watch_resumes_by_id_after_a_gateway_was_away_and_tells_of_a_new_one():
 
         found = brought(f"127.0.0.1:{port}", seen, go_on)
     events = [item for item in found if isinstance(item, tuple)]
-    assert [event.name for _, event in events] == ["connected", "first", "connected", "later", "connected", "gap", "end"]
+    assert [event.name for _, event in events] == ["connected", "first", "connected", "later", "connected",
+                                                   "gap", "end"]
     assert [event_id for event_id, _ in events[:4]] == [hub.event_id(seq) for seq in (0, 1, 1, 2)]
     assert events[5][1].data["count"] is None
     assert pauses == [1, 2, 4, 1]
@@ -6371,7 +6562,8 @@ def test_watch_of_lm_studio_itself_is_a_wrong_address(tmp_path):
 
 
 @pytest.mark.parametrize(("error", "said"), [
-    (http.client.RemoteDisconnected("x"), "begin with https://"), (ssl.SSLError(1, "wrong version number"), "begin with http://"),
+    (http.client.RemoteDisconnected("x"), "begin with https://"),
+    (ssl.SSLError(1, "wrong version number"), "begin with http://"),
     (ConnectionRefusedError(111, "Connection refused"), "Connection refused"), (OSError(), "OSError"),
     (ssl.SSLCertVerificationError(1, "certificate verify failed"), "SSL_CERT_FILE")])
 def test_watch_says_why_there_is_no_line(error, said):
@@ -6399,7 +6591,8 @@ def test_watch_prints_the_gateways_ids_and_ends_quietly_on_a_signal(number, stat
         deadline = time.monotonic() + PATIENCE_S
         while not hub.listeners and time.monotonic() < deadline:
             time.sleep(0.01)
-        hub.publish([Event("lmstudio_log", {"timestamp": "t"}), Event("lmstudio_error", {"timestamp": "t", "message": "ж"})])
+        hub.publish([Event("lmstudio_log", {"timestamp": "t"}),
+                     Event("lmstudio_error", {"timestamp": "t", "message": "ж"})])
         assert json.loads(process.stdout.readline()) == {
             "id": hub.event_id(2), "event": "lmstudio_error", "data": {"timestamp": "t", "message": "ж"}}
         process.send_signal(number)
@@ -6424,7 +6617,8 @@ def test_watch_without_a_key_is_one_line_and_status_1():
         assert (process.returncode, out, err.count("\n"), "--api-key KEY" in err) == (1, "", 1, True)
 
 
-@pytest.mark.parametrize("text", ["", "ftp://x", "http://", "http://h:0", "http://h:x", "http://a b", "http://h:1/\x07",
+@pytest.mark.parametrize("text", ["", "ftp://x", "http://", "http://h:0", "http://h:x", "http://a b",
+                                  "http://h:1/\x07",
                                   "http://" + "x" * 64, "http://[::1"])
 def test_watch_refuses_what_is_no_address(text):
     with pytest.raises(lmgateway.ConfigError, match="--watch"):
@@ -6482,7 +6676,8 @@ def test_report_of_nothing_makes_no_history_and_says_so(home, capsys):
 
 
 def test_report_shows_no_control_characters(capsys):
-    row = dict(lmgateway.usage_rows(lmgateway.open_history(":memory:"), [])[0], day="2026-01-01", model="a\x1b[2J", errors=0)
+    row = dict(lmgateway.usage_rows(lmgateway.open_history(":memory:"), [])[0], day="2026-01-01",
+               model="a\x1b[2J", errors=0)
     assert "a\\x1b[2J" in lmgateway.report_text([row])
 
 
@@ -6498,12 +6693,15 @@ def test_report_of_nothing_says_what_it_needs(args, said, capsys):
 
 def test_the_way_out_comes_first_and_virtual_adapters_last():
     found = [("lo", "127.0.0.1"), ("docker0", "172.17.0.1"), ("tun0", "10.8.0.3"), ("wlan0", "192.168.1.30"),
-             ("eth0", "192.168.1.20"), ("eth1", "100.101.2.3"), ("eth2", "169.254.1.1"), ("wlan0", "192.168.1.30")]
+             ("eth0", "192.168.1.20"), ("eth1", "100.101.2.3"), ("eth2", "169.254.1.1"),
+             ("wlan0", "192.168.1.30")]
     assert lmgateway.ranked(found, "192.168.1.20") == [
-        ("192.168.1.20", False), ("192.168.1.30", False), ("172.17.0.1", True), ("10.8.0.3", True), ("100.101.2.3", True)]
+        ("192.168.1.20", False), ("192.168.1.30", False), ("172.17.0.1", True), ("10.8.0.3", True),
+        ("100.101.2.3", True)]
     assert lmgateway.ranked(found, "10.8.0.3")[0] == ("192.168.1.30", False)
     nameless = [("", "172.28.0.1"), ("", "192.168.56.1"), ("", "10.0.0.5")]
-    assert lmgateway.ranked(nameless, "10.0.0.5") == [("10.0.0.5", False), ("172.28.0.1", True), ("192.168.56.1", True)]
+    assert lmgateway.ranked(nameless, "10.0.0.5") == [("10.0.0.5", False), ("172.28.0.1", True),
+                                                      ("192.168.56.1", True)]
     assert lmgateway.ranked(nameless, "172.28.0.1")[0] == ("172.28.0.1", False)
     assert lmgateway.ranked([], "") == []
 
@@ -6515,13 +6713,16 @@ def test_this_machine_is_asked_for_its_addresses_without_an_error():
 
 
 @pytest.mark.parametrize(("options", "wanted"), [
-    ({}, ["Listening on http://127.0.0.1:81", "Dashboard: http://127.0.0.1:81/", "On the LAN: closed; --host 0.0.0.0",
+    ({}, ["Listening on http://127.0.0.1:81", "Dashboard: http://127.0.0.1:81/",
+          "On the LAN: closed; --host 0.0.0.0",
           "clients: http://127.0.0.1:81/v1 (OpenAI", "Key: none"]),
     ({"host": "0.0.0.0", "api_key": {"a": "secret"}},
-     ["Listening on http://0.0.0.0:81", "Dashboard: http://127.0.0.1:81/", "On the LAN: http://10.0.0.5:81, http://10.8.0.3:81 (VPN",
+     ["Listening on http://0.0.0.0:81", "Dashboard: http://127.0.0.1:81/",
+      "On the LAN: http://10.0.0.5:81, http://10.8.0.3:81 (VPN",
       "clients: http://10.0.0.5:81/v1 (OpenAI", "Key: needed"]),
     ({"host": "192.168.7.7", "tls_cert": "c", "no_auth": True},
-     ["Listening on https://192.168.7.7:81", "Dashboard: https://192.168.7.7:81/", "On the LAN: https://192.168.7.7:81",
+     ["Listening on https://192.168.7.7:81", "Dashboard: https://192.168.7.7:81/",
+      "On the LAN: https://192.168.7.7:81",
       "clients: https://192.168.7.7:81/v1", "Key: none"]),
     ({"host": "::1"}, ["Listening on http://[::1]:81", "Dashboard: http://[::1]:81/", "On the LAN: closed"])])
 def test_start_up_says_what_a_person_needs_next_and_never_a_key(caplog, options, wanted):
@@ -6533,7 +6734,8 @@ def test_start_up_says_what_a_person_needs_next_and_never_a_key(caplog, options,
     lmgateway.log.propagate = True
     with caplog.at_level("INFO", "lmgateway"):
         lmgateway.announce(gateway, 81, lan)
-    for text in (*wanted, f"lmgateway {lmgateway.VERSION}", "LM Studio: http://u:1", "Log directory: not monitored"):
+    for text in (*wanted, f"lmgateway {lmgateway.VERSION}", "LM Studio: http://u:1",
+                 "Log directory: not monitored"):
         assert text in caplog.text
     assert "secret" not in caplog.text
 
@@ -6555,7 +6757,8 @@ def test_systemd_is_told_the_state(tmp_path, abstract):
 
 @pytest.mark.parametrize(("environ", "pause"), [
     ({}, None), ({"WATCHDOG_USEC": "30000000"}, 15), ({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "7"}, 1),
-    ({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "8"}, None), ({"WATCHDOG_USEC": "0"}, None), ({"WATCHDOG_USEC": "x"}, None)])
+    ({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "8"}, None), ({"WATCHDOG_USEC": "0"}, None),
+    ({"WATCHDOG_USEC": "x"}, None)])
 def test_the_watchdog_gets_a_sign_of_life_twice_in_its_time(environ, pause):
     assert lmgateway.watchdog_pause(environ, 7) == pause
 
@@ -6587,11 +6790,13 @@ def test_the_watchdog_gets_no_sign_of_life_from_a_server_that_hangs(monkeypatch)
 def test_launchd_agent_runs_this_file_as_it_was_called(capsys, home):
     assert run(capsys, "--print-launchd", "--port", "9000", "--no-auth")[0] == 0
     agent = plistlib.loads(run(capsys, "--print-launchd", "--port", "9000", "--no-auth")[1].encode())
-    assert agent["ProgramArguments"] == [sys.executable, os.path.abspath(lmgateway.__file__), "--port", "9000", "--no-auth"]
+    assert agent["ProgramArguments"] == [sys.executable, os.path.abspath(lmgateway.__file__), "--port",
+                                         "9000", "--no-auth"]
     assert agent["WorkingDirectory"] == os.getcwd() and agent["KeepAlive"] == {"SuccessfulExit": False}
     assert agent["EnvironmentVariables"]["LOG_FILE"].endswith("lmgateway.log")
     status, out, err = run(capsys, "--print-launchd", "--api-key", "secret")
-    assert (status, out, "secret" in err.replace("a secret", ""), "GATEWAY_API_KEY" in err) == (2, "", False, True)
+    assert (status, out, "secret" in err.replace("a secret", ""),
+            "GATEWAY_API_KEY" in err) == (2, "", False, True)
 
 
 def test_service_files_are_what_their_systems_read():
@@ -6606,9 +6811,11 @@ def test_service_files_are_what_their_systems_read():
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
 def test_the_unit_passes_systemds_own_tools():
     unit = str(HERE / "lmgateway.service")
-    checked = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    checked = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True,
+                             timeout=PATIENCE_S, check=False)
     assert checked.stdout + checked.stderr == ""
-    rated = subprocess.run(["systemd-analyze", "security", "--offline=true", "--threshold=25", unit], capture_output=True,
+    rated = subprocess.run(["systemd-analyze", "security", "--offline=true", "--threshold=25", unit],
+                           capture_output=True,
                            timeout=PATIENCE_S, check=False)
     assert rated.returncode == 0
 
@@ -6641,7 +6848,8 @@ def findings(capsys, *argv):
     status, out, _ = run(capsys, "--check", "--json", *argv)
     report = json.loads(out)
     assert report["status"] == ("bad" if status else "ok")
-    return status, [(row["check"], row["mark"], f"{row['what']} -> {row['remedy']}") for row in report["findings"]]
+    return status, [(row["check"], row["mark"], f"{row['what']} -> {row['remedy']}")
+                    for row in report["findings"]]
 
 
 def put(path, content=""):
@@ -6666,13 +6874,16 @@ G1_LINES = stamped("BeginProcessingPrompt", "DEBUG") + stamped("[m] Prompt proce
 SICK = [  # name, what is broken, arguments, (check, mark, words) that must be found
     ("no home", lambda home: None, (), ("Logs", "bad", "start LM Studio's server once")),
     ("no settings", lambda home: None, (), ("Settings", "warn", "http-server-config.json")),
-    ("settings are no JSON", lambda home: put(home / ".lmstudio/.internal/http-server-config.json", b"\xff{"), (),
+    ("settings are no JSON",
+     lambda home: put(home / ".lmstudio/.internal/http-server-config.json", b"\xff{"), (),
      ("Settings", "warn", "no JSON object")),
     ("settings are a directory", lambda home: put(home / ".lmstudio/.internal/http-server-config.json/x"), (),
      ("Settings", "warn", "cannot be read")),
-    ("settings are odd", lambda home: put_settings(home, port="x", networkInterface=7, verbose="no", cors=None), (),
+    ("settings are odd",
+     lambda home: put_settings(home, port="x", networkInterface=7, verbose="no", cors=None), (),
      ("Settings", "ok", "port not named, interface not named")),
-    ("settings of Bionic", lambda home: put(home / ".lmstudio/apps/bionic/.internal/http-server-config.json", '{"port": 4321}'),
+    ("settings of Bionic",
+     lambda home: put(home / ".lmstudio/apps/bionic/.internal/http-server-config.json", '{"port": 4321}'),
      (), ("Settings", "ok", "port 4321")),
     ("on the LAN", lambda home: put_settings(home, networkInterface="0.0.0.0"), (),
      ("Settings", "warn", "Serve on Local Network: off")),
@@ -6681,46 +6892,63 @@ SICK = [  # name, what is broken, arguments, (check, mark, words) that must be f
     ("CORS", lambda home: put_settings(home, cors=True), (), ("Settings", "warn", "Enable CORS: off")),
     ("no files", lambda home: put_settings(home, fileLoggingMode="off"), (),
      ("Settings", "bad", 'Developer Logs, "..." menu > File Logging Mode: Succinct')),
-    ("terse", lambda home: put_settings(home, verbose=False), (), ("Settings", "warn", "Verbose Logging: on")),
-    ("clear text", lambda home: put_settings(home, logSensitiveData=True), (), ("Settings", "warn", "Redact Content: on")),
+    ("terse", lambda home: put_settings(home, verbose=False), (),
+     ("Settings", "warn", "Verbose Logging: on")),
+    ("clear text", lambda home: put_settings(home, logSensitiveData=True), (),
+     ("Settings", "warn", "Redact Content: on")),
     ("redacted", lambda home: put_settings(home, logSensitiveData=False), (), ("Settings", "ok", "redacted")),
-    ("tokens", lambda home: put_settings(home, logIncomingTokens=True), (), ("Settings", "warn", "Log Incoming Tokens: off")),
+    ("tokens", lambda home: put_settings(home, logIncomingTokens=True), (),
+     ("Settings", "warn", "Log Incoming Tokens: off")),
     ("its port is another", lambda home: put_settings(home, port=4321), ("--upstream", "http://127.0.0.1:9"),
      ("LM Studio", "bad", "its settings say port 4321")),
     ("not running", lambda home: put_settings(home, port=9), (), ("LM Studio", "bad", "127.0.0.1:9 (")),
-    ("empty directory", lambda home: put_log(home, "", "x.log"), (), ("Logs", "bad", "no server logs (YYYY-MM")),
+    ("empty directory", lambda home: put_log(home, "", "x.log"), (),
+     ("Logs", "bad", "no server logs (YYYY-MM")),
     ("named directory is none", lambda home: None, ("--log-dir", "nowhere"), ("Logs", "bad", "nowhere: ")),
     ("fresh log", lambda home: put_log(home, G1_LINES), (), ("Logs", "ok", "written 0s ago")),
-    ("engine", lambda home: put_log(home, G1_LINES), (), ("Logs", "ok", "2 entries looked at, written by: G1")),
+    ("engine", lambda home: put_log(home, G1_LINES), (),
+     ("Logs", "ok", "2 entries looked at, written by: G1")),
     ("no DEBUG", lambda home: put_log(home, stamped("hello")), (), ("Logs", "warn", "Verbose Logging: on")),
     ("no entries", lambda home: put_log(home, b"\0\xff" * 99), (), ("Logs", "warn", "no log entry")),
     ("old log", lambda home: os.utime(put_log(home, G1_LINES), (1e9, 1e9)), (), ("Logs", "warn", "days ago")),
-    ("log is a directory", lambda home: put_log(home, "", "2026-09/2026-09-02.1.log/x"), (), ("Logs", "bad", "2026-09-02.1.log: ")),
+    ("log is a directory", lambda home: put_log(home, "", "2026-09/2026-09-02.1.log/x"), (),
+     ("Logs", "bad", "2026-09-02.1.log: ")),
     ("stale home", lambda home: (os.utime(put_log(home, G1_LINES), (1e9, 1e9)),
                                  put(home / ".cache/lm-studio/server-logs/2026-09/2026-09-01.1.log", "x")),
      ("--log-dir", ".lmstudio/server-logs"), ("Logs", "warn", "holds a newer log")),
-    ("monitor off", lambda home: put(home / ".env", "ENABLE_LOG_MONITORING=false"), (), ("Logs", "warn", "switched off")),
-    ("size", lambda home: (put_log(home, G1_LINES), put(home / ".env", "LOG_DIR_WARN_BYTES=10")), (), ("Room", "warn", "--prune 30")),
+    ("monitor off", lambda home: put(home / ".env", "ENABLE_LOG_MONITORING=false"), (),
+     ("Logs", "warn", "switched off")),
+    ("size", lambda home: (put_log(home, G1_LINES), put(home / ".env", "LOG_DIR_WARN_BYTES=10")), (),
+     ("Room", "warn", "--prune 30")),
     ("room", lambda home: put_log(home, "x" * 12345), (), ("Room", "ok", "12.3 kB")),
-    ("misspelt", lambda home: put(home / ".env", "GATEWAY_PROT=1"), (), ("Options", "warn", "did you mean GATEWAY_PORT?")),
-    ("two mistakes", lambda home: put(home / ".env", "LOG_LEVEL=loud\nPROXY_TIMEOUT=soon"), (), ("Options", "bad", ".env line 2")),
+    ("misspelt", lambda home: put(home / ".env", "GATEWAY_PROT=1"), (),
+     ("Options", "warn", "did you mean GATEWAY_PORT?")),
+    ("two mistakes", lambda home: put(home / ".env", "LOG_LEVEL=loud\nPROXY_TIMEOUT=soon"), (),
+     ("Options", "bad", ".env line 2")),
     ("no .env line", lambda home: put(home / ".env", "what is this"), (), ("Options", "bad", ".env line 1")),
     ("no env file", lambda home: None, ("--env-file", "nowhere"), ("Options", "bad", "nowhere")),
-    ("sources", lambda home: put(home / ".env", "GATEWAY_API_KEY=abc"), (), ("Options", "ok", "GATEWAY_API_KEY: set (from .env line 1)")),
+    ("sources", lambda home: put(home / ".env", "GATEWAY_API_KEY=abc"), (),
+     ("Options", "ok", "GATEWAY_API_KEY: set (from .env line 1)")),
     ("log file", lambda home: None, ("--log-file", "nowhere/x.log"), ("Options", "bad", "cannot be written")),
     ("no such address", lambda home: None, ("--host", "192.0.2.77", "--no-auth"), ("Port", "bad", "--host")),
     ("no such host", lambda home: None, ("--host", "no host", "--no-auth"), ("Port", "bad", "--host")),
     ("exposed", lambda home: None, ("--host", "0.0.0.0"), ("Keys", "bad", "--new-key NAME")),
-    ("exposed on purpose", lambda home: None, ("--host", "0.0.0.0", "--no-auth"), ("Keys", "warn", "open to the network")),
-    ("clear text on the LAN", lambda home: None, ("--host", "0.0.0.0", "--api-key", "k"), ("Network", "warn", "--tls-cert")),
-    ("certificate", lambda home: None, ("--tls-cert", "nowhere", "--tls-key", "nowhere"), ("Network", "bad", "--tls-cert")),
-    ("keys", lambda home: put(home / ".env", "GATEWAY_API_KEY=anna=a,ben=b"), (), ("Keys", "ok", "anna (all rights), ben")),
-    ("clock", lambda home: put_log(home, stamped("hello", seconds_ago=7200)), (), ("Clock", "warn", "(environment variable TZ)")),
+    ("exposed on purpose", lambda home: None, ("--host", "0.0.0.0", "--no-auth"),
+     ("Keys", "warn", "open to the network")),
+    ("clear text on the LAN", lambda home: None, ("--host", "0.0.0.0", "--api-key", "k"),
+     ("Network", "warn", "--tls-cert")),
+    ("certificate", lambda home: None, ("--tls-cert", "nowhere", "--tls-key", "nowhere"),
+     ("Network", "bad", "--tls-cert")),
+    ("keys", lambda home: put(home / ".env", "GATEWAY_API_KEY=anna=a,ben=b"), (),
+     ("Keys", "ok", "anna (all rights), ben")),
+    ("clock", lambda home: put_log(home, stamped("hello", seconds_ago=7200)), (),
+     ("Clock", "warn", "(environment variable TZ)")),
     ("clock agrees", lambda home: put_log(home, stamped("hello")), (), ("Clock", "ok", "time zone")),
 ]
 
 
-@pytest.mark.parametrize(("sicken", "argv", "wanted"), [row[1:] for row in SICK], ids=[row[0] for row in SICK])
+@pytest.mark.parametrize(("sicken", "argv", "wanted"), [row[1:] for row in SICK],
+                         ids=[row[0] for row in SICK])
 def test_the_doctor_names_what_is_wrong_and_the_remedy(home, capsys, sicken, argv, wanted):
     sicken(home)
     status, found = findings(capsys, *argv)
@@ -6734,7 +6962,8 @@ def test_the_doctor_names_what_is_wrong_and_the_remedy(home, capsys, sicken, arg
 def test_the_doctor_sees_secrets_that_others_can_read(home, capsys):
     path = put(home / ".env", "GATEWAY_API_KEY=abc")
     os.chmod(path, 0o644)
-    assert ("Keys", "warn", ".env can be read by other users of this machine -> chmod 600 .env") in findings(capsys)[1]
+    assert ("Keys", "warn",
+            ".env can be read by other users of this machine -> chmod 600 .env") in findings(capsys)[1]
     os.chmod(path, 0o600)
     assert not any("chmod" in text for _, _, text in findings(capsys)[1])
 
@@ -6769,7 +6998,8 @@ def test_the_doctor_tells_a_stopped_server_from_a_stopped_lm_studio(home, capsys
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 def test_who_holds_a_port_is_said_without_what_else_stood_on_its_command_line():
     code = "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code, "--api-key", "secret"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", code, "--api-key", "secret"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
         who = lmgateway.port_holder(int(process.stdout.readline()))
         process.stdin.close()
     assert who == f"process {process.pid} ({sys.executable} -c)"
@@ -6786,7 +7016,8 @@ def test_the_doctor_sees_that_every_key_was_revoked(home, capsys):
     assert run(capsys, "--new-key", "anna")[0] == 0
     assert any(text.startswith("keys: anna (infer, view)") for _, _, text in findings(capsys)[1])
     assert run(capsys, "--revoke-key", "anna")[0] == 0
-    assert any(row[:2] == ("Keys", "warn") and "mint one with --new-key" in row[2] for row in findings(capsys)[1])
+    assert any(row[:2] == ("Keys", "warn") and "mint one with --new-key" in row[2]
+               for row in findings(capsys)[1])
 
 
 @pytest.mark.parametrize(("options", "names"), [({}, []), ({"api_key": {"anna": "a"}}, ["anna", "demo"]),
@@ -6823,7 +7054,8 @@ def test_a_user_without_a_home_is_no_fault(home, capsys, monkeypatch):
     assert status == 1 and any(name == "Logs" and f"~{os.sep}.lmstudio" in text for name, _, text in found)
 
 
-@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0,
+                    reason="root reads everything")
 def test_a_home_that_cannot_be_read_is_a_finding(home, capsys):
     put_settings(home, port=1)
     put_log(home, "x")
@@ -6854,7 +7086,8 @@ def test_prune_shows_and_then_removes_only_old_server_logs(home, capsys):
     logs = home / ".lmstudio/server-logs"
     day, kept = ((datetime.date.today() - datetime.timedelta(days=days)).isoformat() for days in (31, 30))
     go = [put(logs / day[:7] / f"{day}.{number}.log", "x" * 1500) for number in (1, 2)]
-    stay = [put(logs / day[:7] / name, "x") for name in (f"{day}.log", f"{day}.4.log.txt", "notes.txt", f"x{day}.1.log")]
+    stay = [put(logs / day[:7] / name, "x")
+            for name in (f"{day}.log", f"{day}.4.log.txt", "notes.txt", f"x{day}.1.log")]
     stay += [put(logs / name / f"{day}.1.log", "x") for name in ("backup", "2020-01", f"{day[:7]}x")]
     stay.append(put(logs / day[:7] / f"{day}.3.log", "LM Studio's note says that it wrote this last"))
     put(home / ".lmstudio/.internal/server-logs-state.json", json.dumps(
@@ -6871,7 +7104,8 @@ def test_prune_shows_and_then_removes_only_old_server_logs(home, capsys):
     assert "nothing to do" in run(capsys, "--prune", "30")[1]
 
 
-@pytest.mark.parametrize("note", [b"", b"[]", b'{"lastWrittenFile": 7}', b'{"lastWrittenFile": {"filePathBase": 1, "index": "x"}}'])
+@pytest.mark.parametrize("note", [b"", b"[]", b'{"lastWrittenFile": 7}',
+                                  b'{"lastWrittenFile": {"filePathBase": 1, "index": "x"}}'])
 def test_prune_keeps_the_newest_also_when_lm_studio_notes_nothing(home, capsys, note):
     put(home / ".lmstudio/.internal/server-logs-state.json", note)
     paths = [put_log(home, "x", f"2020-01/2020-01-01.{number}.log") for number in (9, 10)]
@@ -6894,14 +7128,17 @@ def test_prune_follows_no_links(home, capsys):
 def test_prune_says_which_file_could_not_go_and_goes_on(home, capsys, monkeypatch):
     paths = [put_log(home, "x", f"2020-01/2020-01-0{number}.1.log") for number in (1, 2, 3)]
     remove = os.remove
-    monkeypatch.setattr(os, "remove", lambda path: os.stat("/nowhere") if path.endswith("01.1.log") else remove(path))
+    monkeypatch.setattr(os, "remove", lambda path: os.stat("/nowhere") if path.endswith("01.1.log")
+                        else remove(path))
     status, out, _ = run(capsys, "--prune", "1", "--yes")
     assert status == 1 and out.startswith("kept, No such file") and "removed 1 file, 1 bytes" in out
     assert [path.exists() for path in paths] == [True, False, True]
 
 
-@pytest.mark.parametrize("argv", [("--prune", "0"), ("--prune", "x"), ("--prune", "-1"), ("--prune=",), ("--prune", "30"),
-                                  ("--yes",), ("--prune", "30", "--check"), ("--watch", ""), ("--watch", "ftp://x"),
+@pytest.mark.parametrize("argv", [("--prune", "0"), ("--prune", "x"), ("--prune", "-1"), ("--prune=",),
+                                  ("--prune", "30"),
+                                  ("--yes",), ("--prune", "30", "--check"), ("--watch", ""),
+                                  ("--watch", "ftp://x"),
                                   ("--watch", "h", "--tail-only"), ("--rights", "infer"), ("--json",)])
 def test_what_cannot_be_done_is_one_line_and_status_2(home, capsys, stopped, argv):
     status, out, err = run(capsys, *argv)
@@ -6931,14 +7168,16 @@ def alone(home, **more):
 
 def command(home, *args, **how):
     """A finished run of the program: its status, and what it printed."""
-    how = {"capture_output": True, "timeout": PATIENCE_S, "env": alone(home, **how.pop("environ", {})), "cwd": home, **how}
+    how = {"capture_output": True, "timeout": PATIENCE_S, "env": alone(home, **how.pop("environ", {})),
+           "cwd": home, **how}
     return subprocess.run([*PROGRAM, *map(str, args)], check=False, **how)
 
 
 @contextlib.contextmanager
 def started(home, *args, **how):
     """A running program; whatever happens it is gone afterwards."""
-    process = subprocess.Popen([*PROGRAM, *map(str, args)], env=alone(home, **how.pop("environ", {})), cwd=home,
+    process = subprocess.Popen([*PROGRAM, *map(str, args)], env=alone(home, **how.pop("environ", {})),
+                               cwd=home,
                                **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how})
     limit = threading.Timer(3 * PATIENCE_S, process.kill)
     limit.start()
@@ -6975,11 +7214,13 @@ def test_a_saved_log_is_replayed_as_json_lines(tmp_path):
     lines = json_lines(run.stdout)
     assert [line["id"].partition("-")[2] for line in lines] == [str(seq) for seq in range(1, len(lines) + 1)]
     assert len({line["id"].partition("-")[0] for line in lines}) == 1
-    assert unmet(expected_of(sample("g1-full-cache-inf")), [Event(line["event"], line["data"]) for line in lines]) == []
+    assert unmet(expected_of(sample("g1-full-cache-inf")),
+                 [Event(line["event"], line["data"]) for line in lines]) == []
 
 
 def test_events_are_filtered_and_keep_their_ids(tmp_path):
-    run = command(tmp_path, "--tail-only", "--json", "--events", "lmstudio_chat_end,lmstudio_chat_start", sample("errors"))
+    run = command(tmp_path, "--tail-only", "--json", "--events", "lmstudio_chat_end,lmstudio_chat_start",
+                  sample("errors"))
     lines = json_lines(run.stdout)
     assert [line["event"] for line in lines] == ["lmstudio_chat_start", "lmstudio_chat_end"] * 2
     assert [line["id"].partition("-")[2] for line in lines] == ["2", "6", "11", "15"]
@@ -6989,11 +7230,13 @@ def test_standard_input_is_replayed(tmp_path):
     data = sample("splash-stream").read_bytes()
     run = command(tmp_path, "--tail-only", "--json", "-", input=data)
     assert run.returncode == 0
-    assert unmet(expected_of(sample("splash-stream")), [Event(line["event"], line["data"]) for line in json_lines(run.stdout)]) == []
+    assert unmet(expected_of(sample("splash-stream")),
+                 [Event(line["event"], line["data"]) for line in json_lines(run.stdout)]) == []
 
 
 @pytest.mark.parametrize("start, said", [
-    (b"\xff\xfew\0", "UTF-16"), (b"\xfe\xff\0w", "UTF-16"), (gzip.compress(b"words"), "packed"), (b"PK\3\4\24\0", "packed"),
+    (b"\xff\xfew\0", "UTF-16"), (b"\xfe\xff\0w", "UTF-16"), (gzip.compress(b"words"), "packed"),
+    (b"PK\3\4\24\0", "packed"),
     (b"\x28\xb5\x2f\xfd\4", "packed")])
 def test_what_is_no_log_is_said(tmp_path, capfd, monkeypatch, start, said):
     monkeypatch.setattr("signal.signal", lambda *args: None)
@@ -7009,13 +7252,16 @@ def test_directories_are_replayed_in_date_order_with_their_switches(tmp_path):
         logs.write(name, name)
     run = command(tmp_path, "--tail-only", "--json", logs.directory)
     assert [Logs.words(Event(line["event"], line["data"])) for line in json_lines(run.stdout)] == [
-        "2026-04-30.1", "2026-04 >> 2026-05-01.9", "2026-05-01.9", "2026-05-01.9 > 2026-05-01.10", "2026-05-01.10",
+        "2026-04-30.1", "2026-04 >> 2026-05-01.9", "2026-05-01.9", "2026-05-01.9 > 2026-05-01.10",
+        "2026-05-01.10",
         "2026-05-01.10 > 2026-05-02.1", "2026-05-02.1"]
     (tmp_path / "flat").mkdir()
     for name in ("2026-05-01.10.log", "2026-05-01.9.log", "b.txt"):
         (tmp_path / "flat" / name).write_bytes(HEADER + name.encode() + b"\n")
-    run = command(tmp_path, "--tail-only", "--json", "--events", "lmstudio_log", tmp_path / "flat", sample("bystanders"))
-    assert [line["data"]["message"] for line in json_lines(run.stdout)][:2] == ["2026-05-01.9.log", "2026-05-01.10.log"]
+    run = command(tmp_path, "--tail-only", "--json", "--events", "lmstudio_log", tmp_path / "flat",
+                  sample("bystanders"))
+    assert [line["data"]["message"]
+            for line in json_lines(run.stdout)][:2] == ["2026-05-01.9.log", "2026-05-01.10.log"]
     assert json_lines(run.stdout)[2]["data"]["message"] == "Server stopped."
     assert lmgateway.saved_logs(["-", str(tmp_path / "flat"), __file__]) == [
         "-", *(str(tmp_path / "flat" / f"2026-05-01.{number}.log") for number in (9, 10)), __file__]
@@ -7024,7 +7270,8 @@ def test_directories_are_replayed_in_date_order_with_their_switches(tmp_path):
 
 
 @pytest.mark.parametrize(("names", "told"), [
-    (("2026-05-01.9", "2026-05-01.10"), ["begun", "head continued", "next"]), (("2026-05-02.1", "2026-05-01.1"), ["begun", "next"]),
+    (("2026-05-01.9", "2026-05-01.10"), ["begun", "head continued", "next"]),
+    (("2026-05-02.1", "2026-05-01.1"), ["begun", "next"]),
     (("a", "b"), ["begun", "next"])], ids=["in order", "not in order", "others"])
 def test_a_saved_log_goes_on_with_the_entry_of_the_one_before_it_where_lm_studio_may_have_done_so(utc, tmp_path, names, told):
     paths, found = [tmp_path / f"{name}.log" for name in names], []
@@ -7033,7 +7280,8 @@ def test_a_saved_log_goes_on_with_the_entry_of_the_one_before_it_where_lm_studio
     lmgateway.replay(map(str, paths), found.extend)
     assert [Logs.words(event) for event in found if event.name == "lmstudio_log"] == told
     (switch,) = [event.data for event in found if event.name == "lmstudio_file_switch"]
-    assert (switch["timestamp"], switch["newLogFile"]) == (found[0].data["timestamp"].replace(" ", "T") + "Z", str(paths[1]))
+    assert (switch["timestamp"],
+            switch["newLogFile"]) == (found[0].data["timestamp"].replace(" ", "T") + "Z", str(paths[1]))
 
 
 def test_a_file_that_cannot_be_read_in_the_middle_is_status_1_after_what_came_before(tmp_path, monkeypatch, capfd):
@@ -7065,7 +7313,8 @@ def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
 def test_a_short_output_into_a_closed_pipe_ends_quietly_too(tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
-    run = command(tmp_path, "--tail-only", sample("errors"), capture_output=False, stdout=writing, stderr=subprocess.PIPE)
+    run = command(tmp_path, "--tail-only", sample("errors"), capture_output=False, stdout=writing,
+                  stderr=subprocess.PIPE)
     os.close(writing)
     assert (run.returncode, run.stderr) == (0, b"")
 
@@ -7092,7 +7341,8 @@ def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path):
 def test_signals_end_the_tail_quietly(tmp_path, number, status, path):
     logs = Logs(tmp_path / "server-logs")
     logs.write("2026-05-01.1", "a", "b")
-    with started(tmp_path, "--tail-only", "--json", *([] if path else ["--from-start"]), "--log-dir", logs.directory, *path,
+    with started(tmp_path, "--tail-only", "--json", *([] if path else ["--from-start"]), "--log-dir",
+                 logs.directory, *path,
                  stdin=subprocess.PIPE) as process:
         if path:
             process.stdin.write((HEADER + b"x" * 600 + b"\n") * 200)
@@ -7143,7 +7393,8 @@ def test_what_came_before_the_end_is_in_the_history(tmp_path, days, kept):
     config = lmgateway.Config(history=str(tmp_path / "h.db"), history_days=days)
     with contextlib.ExitStack() as cleanup:
         history = lmgateway.open_history_file(config, cleanup)
-        history.keep([lmgateway.history_row(finished_record(f"old{number}", time.time() - 5 * 86400)) for number in range(50)])
+        history.keep([lmgateway.history_row(finished_record(f"old{number}", time.time() - 5 * 86400))
+                      for number in range(50)])
         for number in range(30):
             history.keep([lmgateway.history_row(finished_record(f"new{number}", time.time()))])
     assert sum(row["requests"] for row in history.usage("key")) == kept
@@ -7160,7 +7411,8 @@ def test_start_up_lines_have_the_form_of_the_contract(tmp_path, command_flags):
               "directory": rf"\[info\]: .*[Ll]og directory: {re.escape(str(logs.directory))}",
               "file": rf"\[info\]: Monitoring log file: {re.escape(str(logs.path('2026-05-01.1')))}"}
     if "--port" in command_flags:
-        wanted.update(address=r"\[info\]: Listening on http://127\.0\.0\.1:[1-9]\d*", upstream=r"\[info\]: LM Studio: http://127.0.0.1:1234")
+        wanted.update(address=r"\[info\]: Listening on http://127\.0\.0\.1:[1-9]\d*",
+                      upstream=r"\[info\]: LM Studio: http://127.0.0.1:1234")
     with started(tmp_path, *command_flags) as process:
         while wanted:
             line = process.stderr.readline().decode().rstrip("\r\n")
@@ -7195,7 +7447,8 @@ def test_any_text_can_be_printed_whatever_the_output_can_show(tmp_path, encoding
 def test_colour_is_for_terminals_only_and_can_be_refused(terminal, monkeypatch, names, coloured):
     for name, value in names.items():
         monkeypatch.setenv(name, value)
-    lmgateway.Printer(terminal, as_json=False, names=(), live=False)([Event("lmstudio_error", {"timestamp": "", "message": "x"})])
+    lmgateway.Printer(terminal, as_json=False, names=(),
+                      live=False)([Event("lmstudio_error", {"timestamp": "", "message": "x"})])
     assert ("\x1b[31m" in terminal.written) is coloured
 
 
@@ -7209,7 +7462,8 @@ def test_json_on_a_terminal_is_json_alone(terminal, live):
 
 def test_names_and_times_of_another_gateways_events_are_shown_without_control_characters():
     out = io.StringIO()
-    lmgateway.Printer(out, as_json=False, names=(), live=True)([Event("a\x1b[2J", {"timestamp": "2026-05-01T\x1b[31m:00", "message": "m"})])
+    lmgateway.Printer(out, as_json=False, names=(),
+                      live=True)([Event("a\x1b[2J", {"timestamp": "2026-05-01T\x1b[31m:00", "message": "m"})])
     assert out.getvalue().split() == ["\\x1b[31m:00", "a\\x1b[2J", "m"]
 
 
@@ -7224,8 +7478,10 @@ def test_a_replay_redraws_progress_in_its_line(terminal):
 
 def test_progress_of_a_replay_is_one_line_until_something_else_comes(terminal):
     printer = lmgateway.Printer(terminal, as_json=False, names=(), live=False)
-    progress = [Event("lmstudio_prompt_progress", {"timestamp": "", "progress": float(done)}) for done in (10, 20, 100)]
-    log = Event("lmstudio_log", {"timestamp": "", "level": "INFO", "message": "Prompt processing progress: 20.0%", "tags": []})
+    progress = [Event("lmstudio_prompt_progress", {"timestamp": "", "progress": float(done)})
+                for done in (10, 20, 100)]
+    log = Event("lmstudio_log", {"timestamp": "", "level": "INFO",
+                                 "message": "Prompt processing progress: 20.0%", "tags": []})
     printer([progress[0], progress[1], log])
     printer([progress[2], Event("lmstudio_error", {"timestamp": "", "message": "x"}), progress[0]])
     assert not terminal.written.endswith("\n")
@@ -7235,7 +7491,8 @@ def test_progress_of_a_replay_is_one_line_until_something_else_comes(terminal):
 
 
 PROGRESS_LOG = b"".join(HEADER + line.encode() + b"\n" for line in (
-    "[m] Running chat completion on conversation with 1 messages.", *(f"[m] Prompt processing progress: {done}.0%" for done in (1, 2, 3))))
+    "[m] Running chat completion on conversation with 1 messages.",
+    *(f"[m] Prompt processing progress: {done}.0%" for done in (1, 2, 3))))
 
 
 @pytest.fixture
@@ -7283,7 +7540,8 @@ def test_the_clocks_of_cards_go_on_in_silence_and_lines_are_never_wider_than_the
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     printer = lmgateway.Printer(terminal, as_json=False, names=(), live=True)
-    printer([*card_events(*PREFILL, request=False), Event("lmstudio_error", {"timestamp": "", "message": "words " * 50})])
+    printer([*card_events(*PREFILL, request=False),
+             Event("lmstudio_error", {"timestamp": "", "message": "words " * 50})])
     clock[0] += 61
     printer.tick()
     assert [row for row in terminal.rows if "elapsed 1m01s" in row] and max(map(len, terminal.rows)) == 99
@@ -7292,16 +7550,20 @@ def test_the_clocks_of_cards_go_on_in_silence_and_lines_are_never_wider_than_the
 
 def test_help_and_version(tmp_path):
     help_text = command(tmp_path, "--help").stdout.decode()
-    for flag in ("--tail-only", "--json", "--events", "--from-start", *filter(None, (row.flag for row in lmgateway.OPTIONS))):
+    for flag in ("--tail-only", "--json", "--events", "--from-start",
+                 *filter(None, (row.flag for row in lmgateway.OPTIONS))):
         assert flag in help_text
     assert command(tmp_path, "--version").stdout.decode().strip() == f"lmgateway {lmgateway.VERSION}"
 
 
 def test_the_demo_shows_everything_and_leaves_nothing_behind(tmp_path):
-    with started(tmp_path, "--demo", "--port", "0", environ={"TMPDIR": str(tmp_path), "TEMP": str(tmp_path)}) as process:
+    with started(tmp_path, "--demo", "--port", "0",
+                 environ={"TMPDIR": str(tmp_path), "TEMP": str(tmp_path)}) as process:
         address = re.search(rb"http://127\.0\.0\.1:\d+", line_with(process.stderr, b"Listening"))[0].decode()
-        seen, wanted = set(), {"connected", "inference_start", "inference_complete", "lmstudio_chat_start", "lmstudio_chat_end",
-                               "lmstudio_prompt_progress", "lmstudio_prediction_stats", "lmstudio_cache_stats"}
+        seen, wanted = set(), {"connected", "inference_start", "inference_complete", "lmstudio_chat_start",
+                               "lmstudio_chat_end",
+                               "lmstudio_prompt_progress", "lmstudio_prediction_stats",
+                               "lmstudio_cache_stats"}
         with urllib.request.urlopen(address + "/debug/stream", timeout=PATIENCE_S) as stream:
             while not wanted <= seen:       # of the demo's own traffic
                 line = stream.readline().decode()
@@ -7372,7 +7634,8 @@ def test_the_program_keeps_nothing_of_its_own_text(tmp_path):
 
 
 @needs_linux
-@pytest.mark.parametrize("words", [("-u",), ("-W", "ignore"), ("-X", "dev"), ("-Wignore", "-B"), ("-m", "cProfile"),
+@pytest.mark.parametrize("words",
+                         [("-u",), ("-W", "ignore"), ("-X", "dev"), ("-Wignore", "-B"), ("-m", "cProfile"),
                                    ("-c", "import runpy, sys; sys.argv[0] = runpy.run_path('lmgateway.py', run_name='__main__')")],
                          ids=" ".join)
 def test_the_program_runs_however_it_is_started(tmp_path, words):
@@ -7393,7 +7656,8 @@ def test_the_program_runs_where_memory_files_cannot_be_written(tmp_path):
 def test_the_program_knows_its_own_path(tmp_path):
     (tmp_path / "home").mkdir()
     shutil.copy(HERE / "lmgateway.py", tmp_path / "here.py")
-    run = subprocess.run([sys.executable, "../here.py", "--print-launchd"], cwd=tmp_path / "home", capture_output=True,
+    run = subprocess.run([sys.executable, "../here.py", "--print-launchd"], cwd=tmp_path / "home",
+                         capture_output=True,
                          env=alone(tmp_path / "home"), timeout=PATIENCE_S, check=False)
     assert str(tmp_path / "here.py").encode() in run.stdout
 
