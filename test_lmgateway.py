@@ -17,6 +17,7 @@ import http.client
 import io
 import json
 import logging
+import math
 import os
 import plistlib
 import queue
@@ -1345,6 +1346,52 @@ def test_meter_may_read_later_but_knows_the_first_token_at_once_and_the_rest_in_
     for _ in range(2):
         meter.settle()
         assert (meter.first, meter.last, meter.pieces) == (10.0, 109.0, 100)
+
+
+TOKEN = chunk({"content": "x"})
+PUT_OFF = {
+    "tokens": [TOKEN, TOKEN], "nothing": [], "two at once": [TOKEN + TOKEN],
+    "a ping": [b"event: ping\ndata: {}\n\n"], "no token": [TOKEN, chunk({})],
+    "a model": [chunk({}, model="other/model")], "the end": [TOKEN, chunk({}, "stop")],
+    "an error": [TOKEN, b'event: error\ndata: {"message":"out of memory"}\n\n'],
+    "an error in a token": [event({"choices": [{"delta": {"content": "x"}}], "error": {"message": "torn"}})],
+    "figures": [event({"choices": [{"delta": {"content": "x"}}], "stats": {"tokens_per_second": 5}})],
+    "other line ends": [b"data: {}\r\n\r\ndata: {}\r\r" + TOKEN, b"data: {}\r\n\r\n" + TOKEN],
+    "a token with other line ends": [TOKEN.replace(b"\n", b"\r\n") + TOKEN],
+    "an event and two halves": [TOKEN + b"\n\n", TOKEN],
+}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["model", "no-model"])
+@pytest.mark.parametrize("pieces", PUT_OFF.values(), ids=PUT_OFF)
+def test_meter_learns_the_same_from_pieces_that_waited(pieces, known):
+    first = TOKEN if known else event({"choices": [{"delta": {"content": "x"}}]})
+    late, at_once = (lmgateway.Meter(lmgateway.CHAT, stream=True) for _ in range(2))
+    for meter in (late, at_once):
+        assert not meter.can_wait
+        meter.feed(first, 9.0)
+        assert meter.can_wait
+    for number, piece in enumerate(pieces):
+        late.waiting.append((piece, 10.0 + number))
+        at_once.feed(piece, 10.0 + number)
+        at_once.settle()
+    late.settle()
+    assert (late.pieces, late.first, late.last) == (at_once.pieces, at_once.first, at_once.last)
+    assert vars(late.usage) == vars(at_once.usage) and not late.waiting
+
+
+def test_meter_lets_no_piece_wait_that_it_could_not_read_by_itself():
+    torn, packed, broken = (lmgateway.Meter(lmgateway.CHAT, True, False, encoding)
+                            for encoding in ("", "gzip", "gzip"))
+    torn.feed(TOKEN + TOKEN[:20], 1.0)
+    packed.feed(gzip.compress(TOKEN), 1.0)
+    broken.feed(gzip.compress(TOKEN), 1.0)
+    broken.feed(b"no gzip", 2.0)
+    endless = lmgateway.Meter(lmgateway.CHAT, stream=True)
+    endless.feed(TOKEN, 1.0)
+    endless.feed(b"x" * (lmgateway.STREAM_LIMIT + 1), 2.0)
+    for meter in (torn, packed, broken, endless):
+        assert (meter.first, meter.can_wait) == (1.0, False)
 
 
 def test_meter_takes_what_lm_studio_timed_itself():
@@ -4046,23 +4093,196 @@ def test_what_was_generated_before_the_end_is_an_estimate(front, studio):
         "promptTokens": None, "completionTokens": 2, "totalTokens": None, "estimated": True}
 
 
-def stream_in_turn(studio, front, count, end):
+# --- most pieces of a stream take a shorter way
+
+def sized(size):
+    """An event of that many bytes."""
+    return b'data: {"%b"}\n\n' % (b"x" * (size - 12))
+
+
+ONE = framed(TOKEN, end=False)
+RELAYED = {  # what comes after a token on the wire -> whether it takes the shorter way
+    "a token": (ONE, True),
+    "two events": (framed(TOKEN * 2, end=False), True),
+    "15 bytes": (framed(sized(15), end=False), True),
+    "16 bytes": (framed(sized(16), end=False), True),
+    "255 bytes": (framed(sized(255), end=False), True),
+    "256 bytes": (framed(sized(256), end=False), True),
+    "most bytes": (framed(sized(2041), end=False), True),
+    "more bytes": (framed(sized(2042), end=False), False),
+    "many bytes": (framed(sized(30_000), end=False), False),
+    "two chunks": (ONE * 2, False),
+    "no JSON": (framed(b"data: x\n\n", end=False), False),
+    "other line ends": (framed(b"data: {}\r\n\r\n", end=False), False),
+    "usage": (framed(event({"usage": None}), end=False), False),
+    "half an event": (framed(TOKEN[:-1], end=False), False),
+    "half a chunk": (ONE[:-9], False),
+    "no line end": (ONE[:-2], False),
+    "half a line end": (ONE[:-1], False),
+    "half a size": (ONE[:1], False),
+    "a size too small": (b"%x" % (len(TOKEN) - 1) + ONE[2:], False),
+    "a size too large": (b"%x" % (len(TOKEN) + 1) + ONE[2:], False),
+    "262 bytes, which no chunk fills": (b"ff\r\n" + b"x" * 253 + b"}\n\n\r\n", False),
+    "an unusual size": (ONE[:2].upper() + ONE[2:], False),
+    "a long size": (b"0" + ONE, False),
+    "an extension": (ONE[:2] + b";a=b" + ONE[2:], False),
+    "the end": (framed(), False),
+    "a token and the end": (framed(TOKEN), False),
+    "no chunk": (b'data: {"a":1}\n\n\r\n', False),
+    "nothing": (b"", False),
+}
+
+
+def given(answer):
+    """The payload that is still to come, and how it ends."""
+    data = b""
+    with contextlib.suppress(http.client.HTTPException):
+        for piece in answer.pieces():
+            data += piece
+    return data, answer.over
+
+
+def first_token(wire):
+    """An Answer of which the first piece has been read, and the wire is still to come."""
+    near, far = socket.socketpair()
+    far.sendall(STREAM_HEAD + ONE)
+    answer = lmgateway.Answer(near, "POST")
+    assert next(answer.pieces()) == TOKEN
+    far.sendall(wire)
+    far.close()
+    return answer
+
+
+@pytest.mark.parametrize(("wire", "short"), RELAYED.values(), ids=RELAYED)
+def test_a_piece_is_relayed_if_it_is_one_chunk_with_a_plain_event(wire, short):
+    answer, sent, waiting, before = first_token(wire), [], [], time.monotonic()
+    assert answer.relay(sent.append, waiting, 1, math.inf) == short
+    if short:
+        ((payload, clock),) = waiting
+        assert (sent, wire) == ([wire], framed(payload, end=False)) and before <= clock <= time.monotonic()
+    else:
+        assert (sent, waiting) == ([], []) and given(answer) == given(first_token(wire))
+
+
+def test_pieces_are_relayed_until_enough_wait_or_the_time_has_come():
+    for limit, due, count in ((3, math.inf, 3), (100, 0.0, 1)):
+        near, far = socket.socketpair()
+        with near, far:
+            far.sendall(STREAM_HEAD + ONE)
+            answer, waiting = lmgateway.Answer(near, "POST"), []
+            next(answer.pieces())
+            far.sendall(ONE)
+            assert answer.relay(lambda data: far.sendall(ONE), waiting, limit, due)
+            assert [payload for payload, _ in waiting] == [TOKEN] * count
+
+
+def test_an_answer_that_is_not_chunked_or_in_the_middle_of_a_chunk_is_not_relayed():
+    unframed = STREAM_HEAD.replace(b"Transfer-Encoding: chunked", b"A: b")
+    for head, first in ((unframed, b"x"), (STREAM_HEAD, ONE[:-1]), (STREAM_HEAD, ONE + b"1")):
+        near, far = socket.socketpair()
+        with near, far:
+            far.sendall(head + first)
+            answer = lmgateway.Answer(near, "POST")
+            assert next(answer.pieces())
+            far.sendall(ONE)
+            assert not answer.relay(None, [], 9, math.inf)
+
+
+@pytest.mark.parametrize("asks", [True, False], ids=["usage", "no-usage"])
+def test_a_stream_passes_by_both_ways_as_if_it_came_at_once(front, studio, asks):
+    """Each piece leaves before the next one comes, and all is as if none had taken the shorter way."""
+    wires = [ONE, ONE, ONE * 2, ONE, ONE[:140], ONE[140:], framed(chunk({"content": "y"}), end=False),
+             ONE[:-1], ONE[-1:], framed(b": ping\n\n", end=False), ONE,
+             framed(TOKEN * 2, end=False), ONE, framed(chunk({}, "stop"), end=False), framed(USAGE_CHUNK)]
+    turn = threading.Semaphore(0)
+
+    def script(peer):
+        peer.send(STREAM_HEAD)
+        for wire in wires:
+            peer.send(wire)
+            assert turn.acquire(timeout=PATIENCE_S)
+
+    studio.script, mark, chunks, payload = script, front.hub.last, lmgateway.Chunks(), b""
+    options = b',"stream_options":{"include_usage":true}' if asks else b""
+    with dial(front.port) as sock:
+        sock.sendall(request(POST_CHAT, b'{"stream":true%b}' % options))
+        got, sent, whole = split_answer(read_until(sock, b"\r\n\r\n"))[2], lmgateway.Chunks(), b""
+        for wire in wires:
+            whole += sent.feed(wire)
+            held = 0 if asks or USAGE_CHUNK not in whole else len(USAGE_CHUNK)
+            payload += chunks.feed(got)
+            while len(payload) < len(whole) - held:
+                payload += chunks.feed(sock.recv(65536))
+            got = b""
+            turn.release()
+        while not chunks.over:
+            payload += chunks.feed(sock.recv(65536))
+    assert payload == (whole if asks else whole.replace(USAGE_CHUNK, b""))
+    (done,) = front.events(mark, "inference_complete")
+    assert (done["tokenUsage"], done["finishReason"]) == (COUNTS, "stop")
+
+
+BETWEEN = {
+    "reset": (lambda peer: peer.reset(), "upstream_reset", "reset"),
+    "silence": (lambda peer: peer.wait_for_end(), "upstream_timeout", "silent"),
+    "end": (lambda peer: peer.sock.shutdown(socket.SHUT_RDWR), "upstream_reset", "IncompleteRead"),
+    "no chunk": (lambda peer: peer.send(b"zz\r\n"), "upstream_reset", "malformed"),
+}
+
+
+@pytest.mark.parametrize(("end", "operation", "told"), BETWEEN.values(), ids=BETWEEN)
+def test_a_stream_that_breaks_off_between_relayed_pieces_is_told(fronts, studio, end, operation, told):
+    front = fronts(proxy_stream_timeout=300)
+    with stream_in_turn(studio, front, 4, end) as sock:
+        assert rest_of(sock) == b""
+    (event,) = front.events(0, "error")
+    assert (event["operation"], event["status"]) == (operation, 200)
+    assert event["tokenUsage"]["completionTokens"] == 4
+    assert told in event["error"]
+
+
+def stream_in_turn(studio, front, count, end, sent=None):
     """Lets the imitation stream count tokens, each once the one before it was seen; gives the client's socket."""
-    token, turn = chunk({"content": "x"}), threading.Semaphore(0)
+    turn = threading.Semaphore(0)
 
     def script(peer):
         peer.send(STREAM_HEAD)
         for _ in range(count):
-            peer.send(framed(token, end=False))
+            peer.send(ONE)
             turn.acquire(timeout=PATIENCE_S)
         end(peer)
 
     studio.script, sock = script, dial(front.port)
-    sock.sendall(request(POST_CHAT, b'{"stream":true}'))
+    sock.sendall(sent or request(POST_CHAT, b'{"stream":true}'))
     for _ in range(count):
-        read_until(sock, token)
+        data = read_until(sock, TOKEN)
+        assert not sent or data.endswith(TOKEN)
         turn.release()
     return sock
+
+
+def test_most_pieces_of_a_stream_are_relayed_and_a_few_wait(front, studio, monkeypatch):
+    class Watched(lmgateway.Meter):
+        fed, waited = 0, 0
+
+        def feed(self, piece, now):
+            Watched.fed += 1
+            return super().feed(piece, now)
+
+        def settle(self):
+            Watched.waited = max(Watched.waited, len(self.waiting))
+            super().settle()
+
+    monkeypatch.setattr(lmgateway, "Meter", Watched)
+    with stream_in_turn(studio, front, 100, lambda peer: peer.send(framed())) as sock:
+        read_until(sock, framed())
+    assert (Watched.fed, Watched.waited) == (1, Watched.PUT_OFF)
+
+
+def test_a_client_that_knows_no_chunks_gets_none_of_a_stream_in_turn(front, studio):
+    sent = request(POST_CHAT, b'{"stream":true}').replace(b"HTTP/1.1", b"HTTP/1.0")
+    with stream_in_turn(studio, front, 4, lambda peer: peer.send(framed()), sent) as sock:
+        assert rest_of(sock) == b""
 
 
 def test_what_was_generated_before_the_client_left_is_an_estimate_and_one_line_of_the_log(front, studio, caplog):
@@ -4078,8 +4298,9 @@ def test_listeners_hear_how_many_tokens_an_answer_has(front, studio, monkeypatch
     monkeypatch.setattr(lmgateway, "COUNT_S", 0.0)
     monkeypatch.setattr(lmgateway, "TELL_S", 0.0)
     mark = front.hub.last
-    with stream_in_turn(studio, front, 4, lambda peer: peer.send(framed())):
-        told = front.events(mark, "inference_progress", count=4)
+    with stream_in_turn(studio, front, 4, lambda peer: peer.send(framed())) as sock:
+        read_until(sock, framed())
+    told = front.events(mark, "inference_progress", count=4)
     assert [event["outputTokens"] for event in told if event["state"] == "generating"][:4] == [1, 2, 3, 4]
 
 
