@@ -752,8 +752,8 @@ SITUATIONS = {
         [*BEGUN, "chat_end outcome=finished model=m"]),
     "/v1/responses, not streaming": (
         [START, "INFO Generating synchronous v1/responses response...", PROMPT, TIMED, RELEASE,
-         'INFO Generated synchronous v1/responses response: {\n  "usage": {\n    "input_tokens": 100,\n'
-         '    "output_tokens": 22\n  }\n}'],
+         ('INFO Generated synchronous v1/responses response: {\n  "usage": {\n    "input_tokens": 100,\n'
+          '    "output_tokens": 22\n  }\n}')],
         [*BEGUN, *READ, "prediction_stats completionTokens=22 totalMs=1500.0 model=m",
          "chat_end outcome=finished model=m"]),
     "a model's name with blanks and brackets": (
@@ -1230,8 +1230,8 @@ METERED = {     # path, the answer's events or its whole body, tokenUsage, finis
     "embeddings": ("/v1/embeddings",
                    b'{"model":"qwen/qwen3-8b","data":[],"usage":{"prompt_tokens":8,"total_tokens":8}}',
                    {"promptTokens": 8, "completionTokens": 0, "totalTokens": 8}, None, None),
-    "embeddings of LM Studio": ("/api/v0/embeddings", b'{"data":[],"model":"qwen/qwen3-8b","usage":'
-                                b'{"prompt_tokens":0,"total_tokens":0}}',
+    "embeddings of LM Studio": ("/api/v0/embeddings", (b'{"data":[],"model":"qwen/qwen3-8b","usage":'
+                                                       b'{"prompt_tokens":0,"total_tokens":0}}'),
                                 {"promptTokens": 0, "completionTokens": 0, "totalTokens": 0}, None, None),
     "v0": ("/api/v0/chat/completions", V0_WHOLE, COUNTS, "stop", None),
     "responses": ("/v1/responses", RESPONSES_WHOLE, CACHED, None, None),
