@@ -2327,7 +2327,8 @@ class Meter:
             self.pieces += len(clocks)
             self.last = clocks[-1] if clocks else self.last
         else:
-            for piece, self._now in self.waiting:
+            for piece, clock in self.waiting:
+                self._now = clock
                 self._events(piece)
         self.waiting.clear()
 

@@ -1300,8 +1300,8 @@ METERED = {     # path, the answer's events or its whole body, tokenUsage, finis
     "native tools": ("/api/v1/chat", [
         typed("chat.start", model_instance_id="qwen/qwen3-8b"), typed("tool_call.start", tool="f"),
         typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 1),
-    "odd counts": ("/v1/chat/completions", b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":true,'
-                   b'"completion_tokens":"3","total_tokens":null}}', None, None, None),
+    "odd counts": ("/v1/chat/completions", (b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":true,'
+                                            b'"completion_tokens":"3","total_tokens":null}}'), None, None, None),
     "counts that nobody can mean": (
         "/v1/chat/completions", b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":-1,"completion_tokens":'
         + b"9" * 400 + b',"total_tokens":1e999}}', None, None, None),
