@@ -1121,8 +1121,13 @@ class Run:
             if other.has_written(output) and not (self.has_written(output) or told):
                 self.stats, other.stats = other.stats, self.stats
                 self.timed, other.timed = other.timed, self.timed
-            other.twins.remove(self)
+            if self in other.twins:
+                other.twins.remove(self)
         self.twins = []
+
+    def part(self):
+        """Let go of the chats.  How many they were stays known."""
+        self.chat, self.meant, self.twins = None, [None] * len(self.meant), []
 
 
 class Chat:
@@ -1230,6 +1235,7 @@ class Pairs:
         self.at = {}  # engine -> the run that its lines were about last
         self.tasks = {}  # G2, G3: task -> run
         self._slots = {}  # slot -> run whose sampler was set up and whose task is not known yet
+        self._past = []  # runs that have left self.runs and still know their chats
         self._engines = {}  # model -> the engine that runs it, where that was certain
         self._chats = 0  # how many there have been
 
@@ -1244,8 +1250,10 @@ class Pairs:
         return chat
 
     def close(self, chat, outcome, moment):
-        if chat.ended is None:
+        if chat in self.running:  # else there was none: pair() took its run away
             self.running.remove(chat)
+            if len(self.ended) == ENDED_KEPT:
+                self.ended[0].doubted = []
             self.ended.append(chat)
         chat.ended, chat.ended_at, chat.latest = outcome, moment.epoch, self._chats
         run = chat.run
@@ -1321,8 +1329,9 @@ class Pairs:
             meant.append(chat)
         run = Run(writer, meant)
         run.chat, chat.run = chat, run
-        self.runs = [other for other in self.runs[-CHATS_KEPT:]
-                     if not all(chat.ended for chat in other.meant)]
+        former, self.runs = self.runs, [other for other in self.runs[-CHATS_KEPT:]
+                                        if not all(chat.ended for chat in other.meant)]
+        self._past += [other for other in former if other not in self.runs]
         self.runs.append(run)
         if writer == "G1":  # it has no tasks: its lines can be of any run that goes on
             together = [other for other in self.runs if other.writer == writer and not other.over
@@ -1336,6 +1345,20 @@ class Pairs:
     def suits(self, writer, chat):
         """False for a chat whose model is known to be run by another engine."""
         return self._engines.get(chat.model, writer) == writer
+
+    def part(self):
+        """Part the runs and the chats that no line can mean any more: what holds each other waits for the
+        garbage collector, and thousands of them, as a backlog leaves them, for a pause that is felt."""
+        if not self._past:
+            return
+        runs = {*self.runs, *self.tasks.values(), *self._slots.values(), *self.at.values()}
+        chats = {*self.running, *self.ended}
+        known, self._past = self._past, []
+        for run in known:
+            if run in runs or run.chat in chats or not chats.isdisjoint(run.meant):
+                self._past.append(run)
+            else:
+                run.part()
 
     def _learn(self, run):
         if run.certain and run.chat.model:
@@ -1523,6 +1546,11 @@ class Telling:
         for run in self._pairs.runs:
             if run.over and "lmstudio_prediction_stats" not in run.said:
                 self.run_over(run, moment)
+
+    @property
+    def waits(self):
+        """Some stats are still to be told."""
+        return bool(self._held)
 
     def release(self, moment=None):
         """Tell the stats that have waited long enough, by default all."""
@@ -1840,6 +1868,8 @@ class Story(EngineLines):
             self._close_sampling()
         self._close_timings()
         self._tell.release(moment)
+        if not self._tell.waits:
+            self._pairs.part()
 
     def quiet(self):
         """Nothing has come for a while.  A block that is torn can still go on."""
@@ -2589,7 +2619,7 @@ class Record:
         self.output = 0  # tokens so far
         self.output_since = None  # clock of the first of them
         self.timeline = []  # (ms after the start, event name, data)
-        self.chat: Any = None  # the log's Chat that it caused
+        self.chat: Any = None  # the log's Chat that it caused, while there is something to learn from it
         self.binding = "none"  # or "likely", "exact"
         self.doubted = False  # two chats had as much right to it
         self.counted = {}  # tokens that the figures have, by kind
@@ -3135,6 +3165,7 @@ class Requests:
 
     def _own_over(self, record):
         self.finished.append(self.running.pop(record.id))
+        record.chat = None
         self.changed.append(record)
 
     def _loading(self, model, clock):
@@ -3154,6 +3185,7 @@ class Requests:
                 and (clock - record.ended > LATE_S or number < surplus)]
         for record in over:
             del self._open[record.id]
+            record.chat = None
             self.bindings[record.binding] += record.dialect in JOINED
         if over:
             self._settle(clock)

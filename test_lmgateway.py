@@ -11,6 +11,7 @@ import ast
 import contextlib
 import datetime
 import errno
+import gc
 import gzip
 import hashlib
 import http.client
@@ -1116,6 +1117,25 @@ def test_engines_are_counted_by_generation(utc):
     assert counts["two-models-at-once"] == {"G3", "MLX"}
 
 
+def test_an_end_of_a_chat_that_turned_out_to_be_none_is_no_fault(utc):
+    events = told(
+        "5 DEBUG FinishedProcessingPrompt. Progress: 100",
+        "8 INFO [m/one] Running chat completion on conversation with 1 messages.",
+        "9 INFO [m/two] Prompt processing progress: 100.0%",
+        "13 INFO [LM STUDIO SERVER] Streaming response...",
+        "13 DEBUG Sampling params:\trepeat_last_n = 64, repeat_penalty = 1.100, frequency_penalty = 0.000\n"
+        "llama_perf_context_print:       total time =     509.59 ms /   217 tokens",
+        "13 INFO Finished streaming response",
+        "15 INFO [m/one] Streaming response...",
+        "18 INFO [m/one] Prompt processing progress: 100.0%",
+        "18 DEBUG 16:45:24 Done \u00b7 input 2,600 \u00b7 cached 2,187 \u00b7 output 7 \u00b7 TTFT 0.3s "
+        "\u00b7 87.1 tok/s",
+        "20 INFO [m/one] Finished streaming response",
+        "22 DEBUG Target model llama_perf stats:\n"
+        "llama_perf_context_print:       total time =     211.47 ms /    40 tokens")
+    assert events[-1].startswith("prediction_stats")
+
+
 @pytest.mark.skipif(not hasattr(time, "tzset"), reason="the system cannot change its time zone")
 @pytest.mark.parametrize("zone, times, expected", [
     ("Europe/Berlin",
@@ -1627,6 +1647,11 @@ class Office:
         return [event.name for event in self.events
                 if event.data.get("requestId") == record.id and event.name != "lmstudio_log"]
 
+    def forget(self):
+        """Somebody has taken what there is to take."""
+        self.events.clear()
+        self.requests.changed.clear()
+
     def claimed(self):
         """The ids that any event carries."""
         return {event.data["requestId"] for event in self.events if "requestId" in event.data}
@@ -2118,6 +2143,111 @@ def test_requests_and_names_that_are_remembered_are_bounded_also_where_no_log_is
     office.clock += lmgateway.LATE_S + 1
     office.over(office.ask("last"))
     assert list(office.requests._open) == ["last"]
+
+
+LEFT = "[INFO][LM STUDIO SERVER] Client disconnected. Stopping generation..."
+
+
+@contextlib.contextmanager
+def uncollected(*types):
+    """Yields a function that counts the objects of some types that were made and are still there.  The
+    garbage collector rests meanwhile."""
+    def count():
+        return Counter(type(thing).__name__ for thing in gc.get_objects() if type(thing) in types)
+    gc.collect()
+    gc.disable()
+    try:
+        before = count()
+        yield lambda: count() - before
+    finally:
+        gc.enable()
+
+
+def test_a_backlog_leaves_nothing_behind_for_the_garbage_collector(utc):
+    with uncollected(lmgateway.Chat, lmgateway.Run, lmgateway.Record, lmgateway.Received) as left:
+        office = Office()
+        for log_path in FILE_STYLE * 4:
+            data = log_path.read_bytes()
+            for start in range(0, len(data), 8192):
+                office.requests.see(office.parser.feed(data[start:start + 8192]), office.clock)
+                office.forget()
+            office.clock += 1
+        assert office.parser.faults == 0 and office.requests.finished.maxlen == len(office.requests.finished)
+        assert left()["Run"] <= lmgateway.CHATS_KEPT + 20
+        assert left()["Chat"] <= left()["Run"] + lmgateway.ENDED_KEPT + len(office.parser.story.running)
+        assert left()["Received"] <= left()["Chat"] + lmgateway.RECEIVED_KEPT
+        assert left()["Record"] <= len(office.requests.finished) + lmgateway.CHATS_KEPT
+
+
+def test_runs_of_chats_inside_the_app_and_of_clients_that_left_are_not_kept(utc):
+    with uncollected(lmgateway.Chat, lmgateway.Run) as left:
+        office = Office()
+        for number in range(0, 600, 2):
+            office.stamp = f"2026-11-24 10:{number // 60:02}:{number % 60:02}"
+            office.log(engine_run(number, 100), engine_end(number, 100, 5))
+            office.forget()
+        assert left()["Run"] <= lmgateway.CHATS_KEPT + 2
+        assert left()["Chat"] <= lmgateway.CHATS_KEPT + lmgateway.ENDED_KEPT + 2
+    with uncollected(lmgateway.Chat) as left:
+        office = Office()
+        for number in range(300):    # at each moment one chat runs that the next disconnect line can mean
+            office.stamp = f"2026-11-24 10:{number // 60:02}:{number % 60:02}"
+            office.log(running("m/one"), *[LEFT] * (number > 0))
+            office.forget()
+        assert left()["Chat"] <= lmgateway.CHATS_KEPT + lmgateway.ENDED_KEPT
+
+
+def test_what_a_late_line_can_mean_is_still_known(utc):
+    begun = [engine_run(number, 50) for number in range(1, lmgateway.CHATS_KEPT + 3)]
+    ends = [engine_end(number, 50, 5) for number in range(50, 60)]
+    answer = "[INFO][m/one] Generated prediction: " + json.dumps(
+        {"usage": {"prompt_tokens": 100, "completion_tokens": 7}}, indent=2)
+    for entries, late in (
+            # the run's last lines come when its chat has been over for long
+            ([streaming("m/one"), engine_run(0, 100), finished("m/one"), *begun[49:59], *ends],
+             engine_end(0, 100, 7)),
+            # the chat's last line comes when its run has been over for long
+            ([engine_run(0, 100), LEFT, *begun], answer),
+            # its stats have waited for the engine's while others came and went, all in one second
+            ([engine_run(0, 100), answer, *begun, *ends], "[DEBUG] mystery")):
+        office = Office()
+        office.log(running("m/one"))
+        chat = office.parser.story.running[0]
+        rows = [*((1, entry) for entry in entries), (2, running("m/two")), (3, late), (4, running("m/two"))]
+        events = office.parser.feed("".join(f"[2026-11-24 10:00:0{second}]{entry}\n"
+                                            for second, entry in rows).encode())
+        assert office.parser.faults == 0
+        assert any(event.chat is chat and event.name == "lmstudio_prediction_stats" for event in events)
+
+
+def test_a_run_that_has_parted_is_as_uncertain_as_it_was_and_no_twin(utc):
+    moment = lmgateway.Calendar().moment("2026-11-24 10:00:00")
+    chats = [lmgateway.Chat(number, moment) for number in range(2)]
+    one, other = (lmgateway.Run("G1", chats[:]) for _ in range(2))
+    one.twins, other.twins = [other], [one]
+    sure = lmgateway.Run("G1", chats[:1])
+    for run in (other, sure):
+        run.part()
+    one.tell_from_twins(5)
+    assert (one.certain, other.certain, sure.certain) == (False, False, True)
+
+
+def test_requests_and_their_chats_let_go_of_each_other(utc):
+    with uncollected(lmgateway.Chat, lmgateway.Run, lmgateway.Record) as left:
+        office = Office()
+        for number in range(300):
+            office.stamp = f"2026-11-24 {10 + number // 60:02}:{number % 60:02}:00"
+            record = office.ask(f"r{number}")
+            office.log(running("m/one"), streaming("m/one"), engine_run(number, 100),
+                       engine_end(number, 100, 5), finished("m/one"))
+            office.over(record, 100)
+            assert record.binding == "exact" and "lmstudio_chat_end" in office.told(record)
+            office.clock += lmgateway.LATE_S + 1
+            office.forget()
+        del record
+        assert left()["Record"] <= 100 + 2
+        assert left()["Run"] <= lmgateway.CHATS_KEPT + 2
+        assert left()["Chat"] <= lmgateway.CHATS_KEPT + lmgateway.ENDED_KEPT + 2
 
 
 ONE_CHAT = [path for path in SAMPLES
