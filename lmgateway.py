@@ -4708,7 +4708,8 @@ class KeptConnections(urllib.request.BaseHandler):
     error handling: the answer is passed on as it is."""
 
     def __init__(self):
-        # (socket, monotonic seconds, used again before), the longest idle first; append and pop are atomic
+        # (socket, monotonic seconds, used again before, timeout), the longest idle first; append and pop
+        # are atomic
         self._idle: deque[tuple] = deque()
         self._tls = None  # an ssl.SSLContext, once it is needed
 
@@ -4721,16 +4722,18 @@ class KeptConnections(urllib.request.BaseHandler):
 
     def keep(self, call, sock):
         """Any thread.  An answer was read to its end and its connection may serve another request."""
-        self._idle.append((sock, time.monotonic(), call.reuses))
+        self._idle.append((sock, time.monotonic(), call.reuses, call.timeout_s))
         with contextlib.suppress(IndexError):
             while len(self._idle) > 64:
                 self._idle.popleft()[0].close()
 
     def _exchange(self, call, tls):
         repeatable = call.get_method() in REPEATABLE
-        sock = self._kept(repeatable)
+        sock, timeout_s = self._kept(repeatable)
         if sock:
             call.reuses = True
+            if timeout_s != call.timeout_s:
+                set_timeout(sock, call.timeout_s)
             try:
                 return self._send(call, sock)
             except BROKEN as error:
@@ -4752,7 +4755,9 @@ class KeptConnections(urllib.request.BaseHandler):
         try:
             sock = socket.create_connection(address, min(CONNECT_S, call.timeout_s or CONNECT_S))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return tls.wrap_socket(sock, server_hostname=parts.hostname) if tls else sock
+            sock = tls.wrap_socket(sock, server_hostname=parts.hostname) if tls else sock
+            set_timeout(sock, call.timeout_s)
+            return sock
         except OSError as error:
             why = "the connection timed out" if isinstance(error, TIMEOUTS) else error_text(error)
             raise UpstreamError("refused",
@@ -4763,20 +4768,19 @@ class KeptConnections(urllib.request.BaseHandler):
     def _kept(self, repeatable):
         with contextlib.suppress(IndexError):
             while True:
-                sock, since, proven = kept = self._idle.popleft()
+                sock, since, proven, timeout_s = kept = self._idle.popleft()
                 age = time.monotonic() - since
                 if age > REUSE_S or readable(sock):
                     sock.close()
                 elif repeatable or proven or age > MATURE_S:
-                    return sock
+                    return sock, timeout_s
                 else:
                     self._idle.appendleft(kept)
                     break
-        return None
+        return None, None
 
     @staticmethod
     def _send(call, sock):
-        set_timeout(sock, call.timeout_s)
         try:
             call.use(sock)
             head, body = call.head(), call.body or b""
@@ -4793,7 +4797,7 @@ class KeptConnections(urllib.request.BaseHandler):
         return Answer(sock, call.get_method())
 
 
-TIMEOUTS = (TimeoutError, socket.timeout)   # one and the same since Python 3.10
+TIMEOUTS = (TimeoutError, socket.timeout, BlockingIOError)   # the last one is the kernel's: set_timeout()
 
 
 def hang_up(sock):
@@ -4812,18 +4816,15 @@ def readable(sock):
 
 
 def set_timeout(sock, seconds):
-    """sock.settimeout, but only where it changes something: each one is a system call."""
-    if sock.gettimeout() != seconds:
-        sock.settimeout(seconds)
+    """Each read and each write waits at most so long, without end for None.
 
-
-def set_send_timeout(sock, seconds):
-    """For many writes: each is one system call that waits, at most for so long, and not two.  Where the
-    kernel has no such timeout (socket(7), SO_SNDTIMEO), or TLS could not tell of it, sock.settimeout's."""
+    Where the kernel keeps the time (socket(7), SO_RCVTIMEO), each is one system call and not two, and lets
+    go of the GIL once.  It tells TLS nothing, and Windows counts in another unit: there Python keeps it."""
     if os.name == "posix" and not isinstance(sock, ssl.SSLSocket):
         sock.settimeout(None)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO,
-                        struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+        kept = struct.pack("ll", *divmod(int(1e6 * (seconds or 0)), 1_000_000))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, kept)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, kept)
     else:
         sock.settimeout(seconds)
 
@@ -5038,9 +5039,16 @@ class Wire:
     def __init__(self, sock):
         self.sock = sock
         self.buffer = bytearray()
+        self._timeout_s = 0.0  # of the socket
+
+    def set_timeout(self, seconds):
+        """For each read and write from now on."""
+        if seconds != self._timeout_s:
+            self._timeout_s = seconds
+            set_timeout(self.sock, seconds)
 
     def _more(self, timeout_s):
-        set_timeout(self.sock, max(0.001, timeout_s))
+        self.set_timeout(max(0.001, timeout_s))
         piece = self.sock.recv(PIECE)
         if not piece:
             raise ClientLeft
@@ -5110,7 +5118,7 @@ class Wire:
         have = min(length, len(self.buffer))
         data[:have] = self.buffer[:have]
         del self.buffer[:have]
-        set_timeout(self.sock, CLIENT_S)
+        self.set_timeout(CLIENT_S)
         with memoryview(data) as view:
             while have < length:
                 got = self.sock.recv_into(view[have:])
@@ -6427,7 +6435,7 @@ class Handler(socketserver.BaseRequestHandler):
         reason = response.reason if response.reason is not None else reason_of(response.status)
         head = head_bytes(response.status, reason, headers)
         self.begun = True
-        set_timeout(self.request, CLIENT_S)
+        self.wire.set_timeout(CLIENT_S)
         try:
             with contextlib.closing(body) if hasattr(body, "close") else contextlib.nullcontext():
                 if whole or body is None or no_body:
@@ -6450,7 +6458,6 @@ class Handler(socketserver.BaseRequestHandler):
         """The head, then each piece in one write the moment it comes.  The head waits for the first piece
         only where that is there already."""
         sock, relay = self.request, chunked and getattr(pieces, "relay", None)
-        set_send_timeout(sock, CLIENT_S)
         if not getattr(pieces, "ready", False):
             sock.sendall(head)
             head = b""

@@ -4006,7 +4006,7 @@ def test_a_connection_whose_answer_was_not_read_to_its_end_is_not_used_again(fro
 def test_only_so_many_idle_connections_are_kept():
     kept, pairs = lmgateway.KeptConnections(), [socket.socketpair() for _ in range(70)]
     for mine, _ in pairs:
-        kept.keep(types.SimpleNamespace(reuses=False), mine)
+        kept.keep(types.SimpleNamespace(reuses=False, timeout_s=None), mine)
     assert [mine.fileno() < 0 for mine, _ in pairs] == [True] * 6 + [False] * 64
     for pair in pairs:
         pair[0].close()
