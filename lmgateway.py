@@ -6922,6 +6922,13 @@ def closed_pipe():
 class OneLine(logging.Formatter):
     """A message is one line, whatever names and errors others put into it; a fault's traceback follows."""
 
+    _second, _text = -1, ""  # of the latest line; the handler's lock guards them
+
+    def formatTime(self, record, datefmt=None):
+        if int(record.created) != self._second:
+            self._second, self._text = int(record.created), super().formatTime(record, datefmt)
+        return self._text
+
     def formatMessage(self, record):
         record.message = record.message.translate(CONTROL)
         return super().formatMessage(record)
@@ -6944,6 +6951,10 @@ def set_up_logging(config):
     log.handlers, log.propagate = [handler], False
     log.setLevel(LEVELS[config.log_level])
     logging.raiseExceptions = False  # a log that cannot be written is no reason for a traceback
+    # No line of ours says where it was made: that would be a third of its cost (Python's Logging HOWTO,
+    # "Optimization").
+    logging._srcfile = None  # type: ignore[attr-defined]
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 # --- 9.2 keys ----------------------------------------------------------------
