@@ -1725,6 +1725,18 @@ def test_a_prompt_and_its_logged_copy_have_one_fingerprint(text):
     assert lmgateway.fingerprint(chat_body(text)) != lmgateway.fingerprint(chat_body(text + "!"))
 
 
+@pytest.mark.parametrize("one, other, same", [
+    ({"temperature": 1.0, "n": 2}, {"n": 2, "temperature": 1}, True),
+    ({"stop": ["a", "b"]}, {"stop": ["b", "a"]}, False),
+    ({"n": 1}, {"n": True}, False), ({"n": 1}, {"n": "1"}, False), ({"n": None}, {"n": "None"}, False),
+    ({"n": -1}, {"n": -2}, False), ({"n": 0.5}, {"n": 0.25}, False), ({"n": []}, {"n": {}}, False),
+    ({"tools": [{"name": "x", "strict": True}]}, {"tools": [{"strict": True, "name": "x"}]}, True),
+    ({"stop": "x" * 101}, {"stop": "x" * 50 + "... <Truncated in logs> ..." + "x" * 50}, True)])
+def test_bodies_that_mean_the_same_have_one_fingerprint(one, other, same):
+    one, other = (lmgateway.fingerprint({**chat_body("Hi"), **more}) for more in (one, other))
+    assert (one == other) is same and one.prompt == other.prompt
+
+
 def test_two_models_at_once_are_told_apart_without_any_body(utc):
     office = Office()
     one, two = office.ask("r1", "m/one"), office.ask("r2", "m/two")
