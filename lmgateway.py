@@ -4545,9 +4545,9 @@ class Chunks:
 class Call(urllib.request.Request):
     """A request with its headers as the client sent them: order, case and repeats kept."""
 
-    def __init__(self, url, method, target, headers, body, timeout_s):
-        super().__init__(url, method=method)
-        self.selector = target
+    def __init__(self, base, method, target, headers, body, timeout_s):
+        self.__dict__.update(base.__dict__)  # a Request of the server's address, which is parsed once
+        self.method, self.selector = method, target
         self.raw_headers, self.body, self.timeout_s = headers, body, timeout_s
         self._lock = threading.Lock()  # guards the two below: a socket given back is not ours to shut
         self._sock = None  # while the exchange runs
@@ -4618,10 +4618,10 @@ class Answer:
             self._buffer += piece
             if len(self._buffer) > ANSWER_HEAD_LIMIT:
                 raise http.client.LineTooLong("response head")
-        lines = self._buffer[:end].decode("latin-1").split("\r\n")
-        self._buffer = self._buffer[end + 4:]
+        head, self._buffer = self._buffer[:end], self._buffer[end + 4:]
+        lines = head.decode("latin-1").split("\r\n")
         first = self.STATUS_LINE.fullmatch(lines[0])
-        if not first or first[2] == "101" or any("\r" in line or "\n" in line for line in lines):
+        if not first or first[2] == "101" or head.count(b"\r") + head.count(b"\n") > 2 * (len(lines) - 1):
             raise http.client.BadStatusLine(lines[0][:80])
         self._minor, self.status, self.reason = int(first[1]), int(first[2]), first[3] or ""
         self.headers: list[tuple[str, str]] = []
@@ -4637,11 +4637,10 @@ class Answer:
         """How the end of the body is known (RFC 9112, 6.3)."""
         for name, value in self.headers:
             key = name.lower()
-            joined = key in self._named and key != "content-length"
-            self._named[key] = f"{self._named[key]}, {value}" if joined else value
+            before = self._named.get(key, value)
+            joined = key in self._named and (key != "content-length" or before != value)
+            self._named[key] = f"{before}, {value}" if joined else value
         coding, length = self.header("transfer-encoding").lower(), self.header("content-length")
-        if len({value for name, value in self.headers if name.lower() == "content-length"}) > 1:
-            length = "more than one"
         if coding not in ("", "chunked") or length and not coding and not length.isdecimal():
             raise http.client.HTTPException("the length of its answer is not clear")
         self.chunks = Chunks() if coding else None
@@ -4867,6 +4866,7 @@ class Upstream:
     def __init__(self, base, token=None):
         self.base, self.token = base, token
         self.host = base.partition("://")[2]
+        self._request = urllib.request.Request(base)
         self._connections = KeptConnections()
         self._opener = urllib.request.OpenerDirector()  # bare: none of urllib's own handlers
         self._opener.add_handler(self._connections)
@@ -4877,7 +4877,7 @@ class Upstream:
 
     def call(self, method, target, headers, body, timeout_s):
         """A Call ready for open(); headers are sent as they are."""
-        return Call(self.base, method, target, headers, body, timeout_s or None)
+        return Call(self._request, method, target, headers, body, timeout_s or None)
 
     def open(self, call):
         """The Answer, its body unread.  Raises UpstreamError."""
@@ -5005,6 +5005,7 @@ STREAM_MARKS = ("text/event-stream", "application/x-ndjson")
 FIRST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,40}) ([!-~]+) HTTP/(\d)\.(\d)")
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
 CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+LENGTH = re.compile(r"[0-9]{1,18}")
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%25\w+)?\]|[\w.\-]*)(?::\d{0,5})?", re.ASCII)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -5216,10 +5217,11 @@ def parse_head(lines):
         raise HttpError(501, "method_unknown", f"the method {method} is not supported", close=True)
     if not target.startswith("/"):
         raise bad("the request target must be a path")
-    hosts = [value for name, value in headers if name.lower() == "host"]
-    if len(hosts) > 1 or (not hosts and version >= (1, 1)) or (hosts and not HOST.fullmatch(hosts[0])):
+    request = Request(method, target, min(version, (1, 1)), headers)
+    host = request.header("host", None)  # of several, a list, which is none
+    if host is None and version >= (1, 1) or host and not HOST.fullmatch(host):
         raise bad("exactly one Host header is needed")
-    return Request(method, target, min(version, (1, 1)), headers)
+    return request
 
 
 def headers_of(lines):
@@ -5242,7 +5244,7 @@ def framing(request):
         raise bad("Transfer-Encoding goes with HTTP/1.1 and without Content-Length")
     if coding is not None and coding.lower() != "chunked":
         raise HttpError(501, "coding_unknown", "the only Transfer-Encoding supported is chunked", close=True)
-    if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):     # a repeated one has a comma
+    if length is not None and not LENGTH.fullmatch(length):     # a repeated one has a comma
         raise bad("Content-Length must be one number")
     if request.header("expect", "100-continue").lower() != "100-continue":
         raise HttpError(417, "expectation_unknown", "the only expectation supported is 100-continue",
@@ -5368,20 +5370,20 @@ class KeyFile:
 
     def __init__(self, path):
         self.path = Path(path)
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # held to read the file
         self._seen = None  # modification time and size when last read
         self._keys = None  # the Keys, None without a file
-        self._asked = -math.inf
+        self._asked = -math.inf  # clock when they were last looked at, set once they are there
         self._problem = ""  # that was said last
 
     def keys(self):
         """Any thread.  The Keys, read again when the file has changed; None when there is no file."""
-        now = time.monotonic()
-        with self._lock:
-            if now - self._asked >= 0.5:
-                self._asked = now
-                self._refresh()
-            return self._keys
+        if time.monotonic() - self._asked >= 0.5:
+            with self._lock:
+                if time.monotonic() - self._asked >= 0.5:
+                    self._refresh()
+                    self._asked = time.monotonic()
+        return self._keys
 
     def _refresh(self):
         try:
@@ -5480,8 +5482,9 @@ class Walls:
     def client_of(self, request):
         """The client's address; behind trusted proxies, the last that they name and that is not one of
         them."""
-        address = request.client
-        trusted = self._config.trusted_proxies
+        address, trusted = request.client, self._config.trusted_proxies
+        if not trusted:
+            return address
         named = [part.strip() for part in request.header("x-forwarded-for").split(",") if part.strip()]
         while named and within(address, trusted):
             address = re.sub(r"^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$", r"\1\2", named.pop())    # some add a port
@@ -5734,15 +5737,16 @@ def forward(gateway, request):
     if dialect and asked.stream and gateway.config.prefill_comments:
         call.raw_headers = [row for row in call.raw_headers if row[0].lower() != "accept-encoding"]
         return Commented(passage, path == "/v1/messages").response()
-    with contextlib.ExitStack() as abandon:
-        abandon.callback(passage.close)
+    try:
         answer = passage.open()
         bodiless = request.method == "HEAD" or answer.status in (204, 304)
         if bodiless:
             passage.finish()
         headers = client_headers(answer, passage.cuts)
-        abandon.pop_all()
         return Response(answer.status, headers, None if bodiless else passage, answer.reason, date=False)
+    except BaseException:
+        passage.close()
+        raise
 
 
 class Passage:
@@ -6381,9 +6385,9 @@ class Handler(socketserver.BaseRequestHandler):
             lines = self.wire.head()
             self.came = time.monotonic()
             self.target = (lines[0].split(" ") + [""])[1]
-            with self.server.busy(self.request):
-                self.seen = parse_head(lines)
-                return self._write(self._respond(self.server.gateway, self.seen), self.seen)
+            self.server.reads(self.request)
+            self.seen = parse_head(lines)
+            return self._write(self._respond(self.server.gateway, self.seen), self.seen)
         except HttpError as error:
             return self._refuse(error)
         except (ClientLeft, Unfinished, OSError):
@@ -6392,6 +6396,8 @@ class Handler(socketserver.BaseRequestHandler):
             log.exception("a fault in lmgateway: please report it")
             return self._refuse(HttpError(500, "internal_error", "a fault in lmgateway; its log says more",
                                           close=True))
+        finally:
+            self.server.rests(self.request)
 
     def _refuse(self, error):
         """Send an error of ours.  True when the connection can take another request."""
@@ -6403,10 +6409,11 @@ class Handler(socketserver.BaseRequestHandler):
         close = error.close or request is None or self.unread and request.has_body
         if request:
             response.headers.extend(cors_headers(self.server.gateway.walls, request))
-        with self.server.busy(self.request):
-            alive = self._write(response, request, close)
-            if close:
-                self.wire.linger()
+        self.server.rests(self.request)
+        self.server.reads(self.request)
+        alive = self._write(response, request, close)
+        if close:
+            self.wire.linger()
         return alive
 
     def _respond(self, gateway, request):
@@ -6456,7 +6463,7 @@ class Handler(socketserver.BaseRequestHandler):
             headers.append(("Date", http_date()))
         if whole:
             headers.append(("Content-Length", str(len(body))))
-        elif body is not None and not any(name.lower() == "content-length" for name, _ in headers):
+        elif body is not None and "content-length" not in [name.lower() for name, _ in headers]:
             chunked = request.version >= (1, 1)
             alive = alive and chunked
             headers += [("Transfer-Encoding", "chunked")] if chunked else []
@@ -6469,11 +6476,10 @@ class Handler(socketserver.BaseRequestHandler):
         self.begun = True
         self.wire.set_timeout(CLIENT_S)
         try:
-            with contextlib.closing(body) if hasattr(body, "close") else contextlib.nullcontext():
-                if whole or body is None or no_body:
-                    self.request.sendall(head if no_body else head + (body or b""))
-                else:
-                    self._write_pieces(head, body, chunked)
+            if whole or body is None:
+                self.request.sendall(head if no_body else head + (body or b""))
+            else:
+                self._send_iterable(head, body, chunked, no_body)
         finally:
             self._note(request, response.status)
         return alive
@@ -6485,6 +6491,16 @@ class Handler(socketserver.BaseRequestHandler):
             name = request.identity.name if request.identity else None
             log.log(level, "%s %s %s %s %d %.0f ms", request.client or self.client_address[0], name or "-",
                     request.method, request.path[:200], status, 1000 * (time.monotonic() - self.came))
+
+    def _send_iterable(self, head, body, chunked, no_body):
+        try:
+            if no_body:
+                self.request.sendall(head)
+            else:
+                self._write_pieces(head, body, chunked)
+        finally:
+            if hasattr(body, "close"):
+                body.close()
 
     def _write_pieces(self, head, pieces, chunked):
         """The head, then each piece in one write the moment it comes.  The head waits for the first piece
@@ -6587,22 +6603,22 @@ class Server(http.server.ThreadingHTTPServer):
             state.pop(request, None)
         super().shutdown_request(request)
 
-    @contextlib.contextmanager
-    def busy(self, request):
-        """While a request is read and answered its connection does not count as resting."""
+    def reads(self, request):
+        """The head of a request is there, or what cannot be one: its connection no longer rests."""
         self._resting.pop(request, None)
         self._reading[request] = None
-        try:
-            yield
-        finally:
-            for state in (self._reading, self._working, self._streaming):
-                state.pop(request, None)
-            self._resting[request] = None
 
     def works(self, request, view):
         """Its request has been read whole."""
         self._reading.pop(request, None)
         (self._streaming if view is event_stream else self._working)[request] = None
+
+    def rests(self, request):
+        """Its request has been answered."""
+        self._reading.pop(request, None)
+        self._working.pop(request, None)
+        self._streaming.pop(request, None)
+        self._resting[request] = None
 
     def handle_error(self, request, client_address):
         log.debug("connection from %s ended: %s", client_address[0], sys.exc_info()[1])
