@@ -1352,7 +1352,7 @@ class Pairs:
         if not self._past:
             return
         runs = {*self.runs, *self.tasks.values(), *self._slots.values(), *self.at.values()}
-        chats = {*self.running, *self.ended}
+        chats = {*self.running, *self.ended, *(chat for run in runs for chat in run.meant)}
         known, self._past = self._past, []
         for run in known:
             if run in runs or run.chat in chats or not chats.isdisjoint(run.meant):
@@ -1395,7 +1395,7 @@ class Pairs:
         run.chat, chat.run, before.run = chat, run, other
         if other:
             other.chat = before
-        elif not before.api and before.ended is None:
+        elif not before.api and before in self.running:
             self.running.remove(before)  # there was none inside the app
         if before.model == chat.model:  # so were the lines of their progress
             for name in ("app_progress", "app_read", "first_token", "said"):
@@ -3563,8 +3563,9 @@ def json_members(data):
                                for name, value in data.items()])
 
 
-JSON_OF = {str: quote, int: int.__repr__, float: float.__repr__, dict: json_members,
-           bool: {True: "true", False: "false"}.get, type(None): {None: "null"}.get}
+JSON_OF: dict[type, Any] = {
+    str: quote, int: int.__repr__, float: float.__repr__, dict: json_members,
+    bool: {True: "true", False: "false"}.get, type(None): {None: "null"}.get}
 
 
 def sse_frame(event_id, name, data, retry=""):
@@ -4763,9 +4764,9 @@ class KeptConnections(urllib.request.BaseHandler):
         sock, timeout_s = self._kept(repeatable)
         if sock:
             call.reuses = True
-            if timeout_s != call.timeout_s:
-                set_timeout(sock, call.timeout_s)
             try:
+                if timeout_s != call.timeout_s:
+                    set_timeout(sock, call.timeout_s)
                 return self._send(call, sock)
             except BROKEN as error:
                 hang_up(call.use(None))
@@ -4851,13 +4852,13 @@ def set_timeout(sock, seconds):
 
     Where the kernel keeps the time (socket(7), SO_RCVTIMEO), each is one system call and not two, and lets
     go of the GIL once.  It tells TLS nothing, and Windows counts in another unit: there Python keeps it."""
+    sock.settimeout(seconds)
     if os.name == "posix" and not isinstance(sock, ssl.SSLSocket):
-        sock.settimeout(None)
         kept = struct.pack("ll", *divmod(int(1e6 * (seconds or 0)), 1_000_000))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, kept)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, kept)
-    else:
-        sock.settimeout(seconds)
+        with contextlib.suppress(OSError):  # a system that has another form of it
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, kept)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, kept)
+            sock.settimeout(None)
 
 
 class Upstream:
@@ -5074,14 +5075,14 @@ class Wire:
         self.buffer = bytearray()
         self._timeout_s = 0.0  # of the socket
 
-    def set_timeout(self, seconds):
-        """For each read and write from now on."""
+    def _set_timeout(self, seconds):
+        """For each read and write from now on, the Handler's writes included."""
         if seconds != self._timeout_s:
             self._timeout_s = seconds
             set_timeout(self.sock, seconds)
 
     def _more(self, timeout_s):
-        self.set_timeout(max(0.001, timeout_s))
+        self._set_timeout(max(0.001, timeout_s))
         piece = self.sock.recv(PIECE)
         if not piece:
             raise ClientLeft
@@ -5101,6 +5102,8 @@ class Wire:
                                 f"the head of the request did not arrive within {HEAD_S:.0f} s; send it "
                                 "at once",
                                 close=True) from None
+            finally:
+                self._set_timeout(CLIENT_S)     # for what follows, our answer included
             end = self.buffer.find(b"\r\n\r\n")
         self._check_size(end)
         head = self.buffer[:end].decode("latin-1")
@@ -5151,7 +5154,6 @@ class Wire:
         have = min(length, len(self.buffer))
         data[:have] = self.buffer[:have]
         del self.buffer[:have]
-        self.set_timeout(CLIENT_S)
         with memoryview(data) as view:
             while have < length:
                 got = self.sock.recv_into(view[have:])
@@ -6409,8 +6411,6 @@ class Handler(socketserver.BaseRequestHandler):
         close = error.close or request is None or self.unread and request.has_body
         if request:
             response.headers.extend(cors_headers(self.server.gateway.walls, request))
-        self.server.rests(self.request)
-        self.server.reads(self.request)
         alive = self._write(response, request, close)
         if close:
             self.wire.linger()
@@ -6474,7 +6474,6 @@ class Handler(socketserver.BaseRequestHandler):
         reason = response.reason if response.reason is not None else reason_of(response.status)
         head = head_bytes(response.status, reason, headers)
         self.begun = True
-        self.wire.set_timeout(CLIENT_S)
         try:
             if whole or body is None:
                 self.request.sendall(head if no_body else head + (body or b""))
@@ -6604,7 +6603,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def reads(self, request):
-        """The head of a request is there, or what cannot be one: its connection no longer rests."""
+        """The head of a request is there: its connection no longer rests."""
         self._resting.pop(request, None)
         self._reading[request] = None
 

@@ -1308,6 +1308,17 @@ METERED = {     # path, the answer's events or its whole body, tokenUsage, finis
         typed("message_delta", delta={}, usage={"output_tokens": 3}),
         typed("message_delta", delta={"stop_reason": "end_turn"},
               usage={"input_tokens": 0, "output_tokens": 0})], COUNTS, "end_turn", None),
+    "two choices": ("/v1/chat/completions", [
+        event({"model": "qwen/qwen3-8b", "choices": [{"index": 0, "finish_reason": "length", "delta": {}},
+                                                     {"index": 1, "finish_reason": "stop", "delta": {}}]}),
+        USAGE_CHUNK], COUNTS, "length", None),
+    "details that are not told again": ("/v1/chat/completions", [
+        event({"model": "qwen/qwen3-8b", "choices": [], "usage": {
+            "prompt_tokens": 21, "prompt_tokens_details": {"cached_tokens": 20},
+            "completion_tokens_details": {"reasoning_tokens": 2}}}),
+        event({"choices": [], "usage": {
+            "completion_tokens": 3, "total_tokens": 24, "prompt_tokens_details": {},
+            "completion_tokens_details": {"audio_tokens": 0}}})], CACHED, None, None),
     "messages tools": ("/v1/messages", [
         typed("message_start", message={"model": "qwen/qwen3-8b", "content": []}),
         typed("content_block_start", index=0, content_block={"type": "tool_use", "name": "f", "input": {}}),
@@ -2242,6 +2253,21 @@ def test_a_run_that_has_parted_is_as_uncertain_as_it_was_and_no_twin(utc):
         run.part()
     one.tell_from_twins(5)
     assert (one.certain, other.certain, sure.certain) == (False, False, True)
+
+
+def test_a_run_parts_only_when_no_other_run_can_be_taken_for_its_chat(utc):
+    moment = lmgateway.Calendar().moment("2026-11-24 10:00:00")
+    gone, alive, late = (lmgateway.Chat(number, moment, api=number > 0) for number in range(3))
+    pairs, one, other = lmgateway.Pairs(), lmgateway.Run("G3", [gone]), lmgateway.Run("G3", [gone, alive])
+    (one.chat, gone.run), (other.chat, alive.run) = (gone, one), (alive, other)
+    pairs.running, pairs.runs, pairs._past = [alive], [other], [one]
+    pairs.part()
+    assert one.chat is gone
+    pairs.pair(other, gone)
+    pairs.pair(other, late)     # takes it from a chat that is no longer among those that run
+    pairs.running, pairs.runs = [], []
+    pairs.part()
+    assert one.chat is None and pairs._past == []
 
 
 def test_requests_and_their_chats_let_go_of_each_other(utc):
@@ -4608,6 +4634,64 @@ def test_silence_in_mid_answer_ends_it_and_each_kind_has_its_own_patience(fronts
     assert (event["operation"], event["status"]) == ("upstream_timeout", 200)
 
 
+def test_a_length_that_is_said_twice_alike_is_one(front, studio):
+    twice = b"Content-Length: 2\r\n" * 2
+    studio.script = lambda peer: peer.send(b"HTTP/1.1 200 OK\r\n", twice, b"\r\nxy")
+    assert split_answer(talk(front.port, request()))[2] == b"xy"
+
+
+def test_a_connection_that_is_used_again_has_the_patience_of_its_new_request(fronts, studio):
+    front, answers = fronts(proxy_timeout=100, proxy_stream_timeout=0), [STREAM_HEAD + framed(CHAT_STREAM[1])]
+
+    def script(peer):
+        if answers:
+            peer.send(answers.pop())
+        else:
+            peer.wait_for_end()
+
+    studio.script = script
+    with dial(front.port) as sock:
+        sock.sendall(request(POST_CHAT, b'{"stream":true}', close=False))
+        read_until(sock, b"0\r\n\r\n")
+        before = studio.connections
+        sock.sendall(request("GET /v1/models"))
+        assert (status_of(rest_of(sock)), studio.connections) == (504, before)
+
+
+def test_the_time_to_connect_is_not_the_time_to_answer(fronts, studio, monkeypatch):
+    monkeypatch.setattr(lmgateway, "CONNECT_S", 0.05)
+    asked, front = threading.Event(), fronts(proxy_timeout=0)
+
+    def script(peer):
+        asked.wait(PATIENCE_S)
+        peer.send(plain(b"{}"))
+
+    studio.script = script
+    with dial(front.port) as sock:
+        sock.settimeout(0.2)
+        sock.sendall(request())
+        with pytest.raises(socket.timeout):
+            sock.recv(1)
+        asked.set()
+        assert status_of(sock.recv(65536)) == 200
+
+
+@pytest.mark.parametrize("late", ["body", "reader"])
+def test_a_head_that_came_in_pieces_leaves_what_follows_its_own_time(fronts, studio, monkeypatch, late):
+    monkeypatch.setattr(lmgateway, "HEAD_S", 0.1)
+    front, nothing = fronts(), threading.Event()
+    studio.script = lambda peer: peer.send(plain(b"x" * 8_000_000))
+    sent = request("POST /v1/audio", b"{}") if late == "body" else request()
+    with dial(front.port) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 200_000)
+        for part in (sent[:9], sent[9:-2], sent[-2:]):
+            sock.sendall(part)
+            until(lambda: front.server._resting or front.server._reading or studio.peers)
+            nothing.wait(0.2 if part == sent[9:-2] and late == "body" else 0.02)
+        nothing.wait(0.4 if late == "reader" else 0.0)
+        assert len(split_answer(rest_of(sock))[2]) == 8_000_000
+
+
 @pytest.mark.parametrize("row", ERRORS.values(), ids=ERRORS)
 def test_an_error_in_a_200_is_relayed_as_it_is_and_told(front, studio, row):
     stream, data, error = row
@@ -6137,11 +6221,14 @@ def test_hostile_bytes_are_refused_and_reach_nobody(front, studio, row):
     data, wanted = row
     with dial(front.port) as sock:
         sock.settimeout(PATIENCE_S)
+        answer = b""
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             sock.sendall(data)
+            if wanted == 200:   # who closes one side before the answer has left
+                answer = read_until(sock, b"}")
             sock.shutdown(socket.SHUT_WR)
         started = time.monotonic()
-        answer = rest_of(sock)
+        answer += rest_of(sock)
         assert time.monotonic() - started < 3
     statuses = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", answer)]
     assert (statuses or [None])[0] in (wanted if isinstance(wanted, tuple) else (wanted,))
@@ -6283,7 +6370,7 @@ def test_random_bytes_never_end_in_a_fault(front, studio):
             POST + b"Transfer-Encoding: chunked\r\n\r\n" + framed(b"hello"),
             request("GET /debug/requests/x"), request("POST /login", b'{"key":"x"}'),
             request("OPTIONS /", b"", "Origin: http://x")]
-    for _ in range(300):
+    for _ in range(150):
         data = bytearray(source.choice(seed))
         for _ in range(source.randrange(1, 4)):
             at = source.randrange(len(data))
@@ -7956,6 +8043,15 @@ def test_an_address_that_is_not_this_machines_is_one_line_with_the_remedy_and_st
 
 # --- our own log
 
+
+def test_each_line_of_our_log_has_the_second_in_which_it_was_made():
+    line = lmgateway.OneLine("%(asctime)s %(message)s", "%H:%M:%S")
+    line.converter = time.gmtime
+    told = [line.format(logging.makeLogRecord({"msg": "m", "created": created}))
+            for created in (0.5, 0.9, 61.0, 0.0)]
+    assert told == ["00:00:00 m", "00:00:00 m", "00:01:01 m", "00:00:00 m"]
+
+
 @pytest.mark.parametrize("level", ["error", "warn", "info", "debug"])
 def test_our_log_has_what_its_level_lets_through(capsys, level):
     lmgateway.set_up_logging(lmgateway.Config(log_level=level))
@@ -7966,9 +8062,10 @@ def test_our_log_has_what_its_level_lets_through(capsys, level):
 
 def test_our_log_file_is_turned_over_takes_any_text_and_is_never_the_end(tmp_path, capsys):
     path = tmp_path / "our.log"
+    path.write_bytes(b"x" * 4_990_000)
     lmgateway.set_up_logging(lmgateway.Config(log_file=str(path)))
     for _ in range(3):
-        lmgateway.log.info("\u6771\ud800" + "x" * 2_400_000)
+        lmgateway.log.info("\u6771\ud800" + "x" * 5_000)
     assert sorted(found.name for found in tmp_path.iterdir()) == ["our.log", "our.log.1"]
     if os.path.exists("/dev/full"):
         lmgateway.set_up_logging(lmgateway.Config(log_file="/dev/full"))
