@@ -6969,7 +6969,7 @@ def closed_pipe():
 class OneLine(logging.Formatter):
     """A message is one line, whatever names and errors others put into it; a fault's traceback follows."""
 
-    _second, _text = -1, ""  # of the latest line; the handler's lock guards them
+    _second, _text = -1, ""  # of the latest line; one thread at a time writes
 
     def formatTime(self, record, datefmt=None):
         if int(record.created) != self._second:
@@ -6981,14 +6981,55 @@ class OneLine(logging.Formatter):
         return super().formatMessage(record)
 
 
+class Together(logging.Handler):
+    """Who logs while another thread writes leaves the line to that one: nobody waits for the log, and under
+    load one write takes many lines.  Comes before a Handler of the standard library's that writes them."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._waiting: deque[logging.LogRecord] = deque()
+        self._writing = threading.Lock()
+
+    def handle(self, record):
+        self._waiting.append(record)
+        while self._waiting and self._writing.acquire(blocking=False):
+            self._write()
+        return True
+
+    def _write(self):  # lock held; it is given back
+        try:
+            batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            if batch:
+                super().handle(logging.makeLogRecord({"batch": batch}))
+        finally:
+            self._writing.release()
+
+    def format(self, record):
+        return "\n".join(map(self.formatter.format, record.batch))
+
+    def close(self):
+        """At the end of the program: what a thread has left to another one is written."""
+        if self._writing.acquire(timeout=1.0):
+            self._write()
+        super().close()
+
+
+class StreamLog(Together, logging.StreamHandler):
+    pass
+
+
+class FileLog(Together, logging.handlers.RotatingFileHandler):
+    pass
+
+
 def set_up_logging(config):
     """2025-11-17 12:00:00 [info]: message, on stderr or in LOG_FILE.  Raises ConfigError."""
     for number, name in ((10, "debug"), (20, "info"), (30, "warn"), (40, "error")):
         logging.addLevelName(number, name)
-    handler: logging.Handler = logging.StreamHandler()
+    handler: logging.Handler = StreamLog()
     if config.log_file:
         try:
-            handler = logging.handlers.RotatingFileHandler(
+            handler = FileLog(
                 config.log_file, maxBytes=5_000_000, backupCount=3, encoding="utf-8",
                 errors="backslashreplace")
         except OSError as error:

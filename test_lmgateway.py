@@ -8060,6 +8060,54 @@ def test_our_log_has_what_its_level_lets_through(capsys, level):
     assert re.findall(r"\[(\w+)\]: of \1\n", capsys.readouterr().err) == list(lmgateway.LEVELS)[:list(lmgateway.LEVELS).index(level) + 1]
 
 
+class Slow(io.StringIO):
+    """A stream whose first write waits for go, and that keeps what it was given at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.writes, self.here, self.go = [], threading.Event(), threading.Event()
+
+    def write(self, text):
+        self.here.set()
+        assert self.go.wait(PATIENCE_S)
+        self.writes.append(text)
+
+
+def test_nobody_waits_for_our_log_and_one_write_takes_what_has_come_meanwhile():
+    stream = Slow()
+    lmgateway.set_up_logging(lmgateway.Config())
+    lmgateway.log.handlers[0].setStream(stream)
+    writer = threading.Thread(target=lmgateway.log.info, args=("one",))
+    writer.start()
+    assert stream.here.wait(PATIENCE_S)
+    lmgateway.log.info("two")
+    lmgateway.log.warning("three")  # neither has waited
+    assert stream.writes == []
+    stream.go.set()
+    writer.join(PATIENCE_S)
+    first, second = stream.writes
+    assert first.endswith("]: one\n")
+    assert re.findall(r"\[(\w+)\]: (\w+)\n", second) == [("info", "two"), ("warn", "three")]
+
+
+def test_lines_of_many_threads_are_whole_and_in_order_and_the_end_writes_the_rest(capsys):
+    lmgateway.set_up_logging(lmgateway.Config())
+    threads = [threading.Thread(target=lambda name=name: [lmgateway.log.info("%s %d", name, number)
+                                                          for number in range(200)]) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [handler] = lmgateway.log.handlers
+    handler._writing.acquire()
+    lmgateway.log.info("e 0")   # is left to a writer
+    handler._writing.release()
+    handler.close()
+    told = re.findall(r"^[\d-]{10} [\d:]{8} \[info\]: (\w) (\d+)$", capsys.readouterr().err, re.MULTILINE)
+    assert {name: [int(number) for one, number in told if one == name] for name in "abcde"} == {
+        **{name: list(range(200)) for name in "abcd"}, "e": [0]}
+
+
 def test_our_log_file_is_turned_over_takes_any_text_and_is_never_the_end(tmp_path, capsys):
     path = tmp_path / "our.log"
     path.write_bytes(b"x" * 4_990_000)
@@ -8067,6 +8115,7 @@ def test_our_log_file_is_turned_over_takes_any_text_and_is_never_the_end(tmp_pat
     for _ in range(3):
         lmgateway.log.info("\u6771\ud800" + "x" * 5_000)
     assert sorted(found.name for found in tmp_path.iterdir()) == ["our.log", "our.log.1"]
+    assert isinstance(lmgateway.log.handlers[0], lmgateway.Together)
     if os.path.exists("/dev/full"):
         lmgateway.set_up_logging(lmgateway.Config(log_file="/dev/full"))
         lmgateway.log.info("lost")
