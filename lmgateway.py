@@ -6932,13 +6932,14 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
 
 def demo_traffic(address, key, pause):
-    """Thread body: a little traffic of its own, until pause(seconds) returns True.  Some clients leave."""
+    """Thread body: a little traffic of its own, until pause(seconds) returns True.  It begins at once with
+    a short answer; some clients leave."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for number in itertools.count():
-        if pause(1.0 if number == 0 else random.uniform(1.5, 4.0)):
+        if pause(random.uniform(1.5, 4.0) if number else 0.3):
             return
         body = {"model": DEMO_MODELS[number % 2], "stream": number % 3 != 2,
-                "max_tokens": random.randrange(20, 90),
+                "max_tokens": random.randrange(20, 90) if number else 20,
                 "messages": [{"role": "system", "content": "You are brief."} for _ in range(number % 2)]
                 + [{"role": "user", "content": random.choice(DEMO_PROMPTS) * random.randrange(1, 5)}]}
         sent = urllib.request.Request(address + "/v1/chat/completions", json.dumps(body).encode(),

@@ -4797,9 +4797,11 @@ PHASES = {  # what LM Studio has sent when the client goes, and what the event s
 }
 
 
-@pytest.mark.parametrize("leave", [goes, resets, closes_one_side, goes_behind_another_request],
-                         ids=lambda way: way.__name__)
-@pytest.mark.parametrize("phase", PHASES)
+LEAVES = [(phase, leave) for phase in PHASES for leave in (goes, closes_one_side)] + [
+    (phase, leave) for phase in list(PHASES)[:2] for leave in (resets, goes_behind_another_request)]
+
+
+@pytest.mark.parametrize(("phase", "leave"), LEAVES, ids=lambda part: getattr(part, "__name__", part))
 def test_a_client_that_leaves_ends_the_request_within_a_second(front, studio, phase, leave):
     ended, mark = queue.Queue(), front.hub.last
 
@@ -4863,7 +4865,7 @@ def test_a_client_that_stays_and_does_not_read_is_given_up(fronts, studio, monke
 
     def script(peer):
         with contextlib.suppress(OSError):
-            peer.send(plain(b"x" * 50_000_000))
+            peer.send(plain(b"x" * 20_000_000))
         ended.set()
 
     studio.script = script
