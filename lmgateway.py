@@ -6984,7 +6984,10 @@ class OneLine(logging.Formatter):
 
 class Together(logging.Handler):
     """Who logs while another thread writes leaves the line to that one: nobody waits for the log, and under
-    load one write takes many lines.  Comes before a Handler of the standard library's that writes them."""
+    load one write takes many lines.  Comes before a Handler of the standard library's that writes them.
+    Where the log is taken so slowly that MOST lines wait, who logs waits, too."""
+
+    MOST = 10_000
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -6993,7 +6996,7 @@ class Together(logging.Handler):
 
     def handle(self, record):
         self._waiting.append(record)
-        while self._waiting and self._writing.acquire(blocking=False):
+        while self._waiting and self._writing.acquire(blocking=len(self._waiting) > self.MOST):
             self._write()
         return True
 

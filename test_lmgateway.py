@@ -8092,6 +8092,24 @@ def test_nobody_waits_for_our_log_and_one_write_takes_what_has_come_meanwhile():
     assert re.findall(r"\[(\w+)\]: (\w+)\n", second) == [("info", "two"), ("warn", "three")]
 
 
+def test_a_log_that_nobody_takes_holds_up_who_logs_before_it_fills_the_memory(monkeypatch):
+    monkeypatch.setattr(lmgateway.Together, "MOST", 3)
+    stream = Slow()
+    lmgateway.set_up_logging(lmgateway.Config())
+    [handler] = lmgateway.log.handlers
+    handler.setStream(stream)
+    threads = [threading.Thread(target=lambda: [lmgateway.log.info("line") for _ in range(20)])
+               for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(handler._waiting) == 4)
+    assert all(thread.is_alive() for thread in threads)
+    stream.go.set()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert "".join(stream.writes).count("]: line\n") == 40
+
+
 def test_lines_of_many_threads_are_whole_and_in_order_and_the_end_writes_the_rest(capsys):
     lmgateway.set_up_logging(lmgateway.Config())
     threads = [threading.Thread(target=lambda name=name: [lmgateway.log.info("%s %d", name, number)
