@@ -8151,13 +8151,14 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has
 
 @needs_linux
 def test_the_program_keeps_nothing_of_its_own_text(tmp_path):
-    """A syntax tree that CPython keeps makes it 46 MB; the one process that was started is the one that runs."""
+    """A syntax tree that CPython keeps makes it 46 MB (55 on 3.14); the process started is the one that runs."""
+    limit = 35_000 if sys.version_info < (3, 14) else 42_000
     with started(tmp_path, "--port", "0") as process:
         line_with(process.stderr, b"Log directory")
         status = Path(f"/proc/{process.pid}/status").read_text()
         words = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
         files = [os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir()]
-    assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < 35_000
+    assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < limit
     assert f"script={HERE / 'lmgateway.py'}".encode() in words and words[-3:-1] == [b"--port", b"0"]
     assert not [file for file in files if "memfd" in file]
 
