@@ -24,16 +24,19 @@ Words used throughout:
 Threads, and what each may write:
 
     main       nothing after start-up; it waits for a signal
-    tail       the parser, which only it owns; Hub.publish
-    http-*     one per connection: its own sockets, its own meter; Hub.publish, Hub.begin, Hub.end
-    watcher    shuts down the upstream sockets of clients that left
+    accept     takes connections in, and closes them where there are too many
+    tail       the parser, whose figures others only read; Hub.publish_log
+    http       one per connection: its own sockets, its own meter; Hub.begin, Hub.generated, Hub.end
+    watcher    shuts down the upstream sockets of clients that left, wakes listeners that did
+    health     asks LM Studio whether it is there, while a view waits a little for the answer
     history    the SQLite file, fed through a queue
     commented  with PREFILL_COMMENTS: one per waiting stream; what LM Studio says, into a queue
     watch      with --watch only: the line to another gateway; a queue to main
     demo-*     the imitation of LM Studio, with --demo only
 
-Hub is the only object that several threads write; it has one lock.  CORE is pure: no file, no
-socket, no clock, no thread.
+Hub is the only object that holds what requests and log have in common; it has one lock.  What else
+several threads use (keys, walls, kept connections, our own log) guards itself and says how.  CORE is
+pure: no file, no socket, no clock, no thread.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ import codecs
 import csv
 import datetime
 import difflib
+import errno
 import functools
 import gc
 import hashlib
@@ -305,7 +309,7 @@ OPTIONS = (
     Option("cors_origins", "CORS_ORIGINS", "--cors-origins", (), words,
            "origins whose pages may call, such as https://chat.example, or *", "Access", "LIST"),
     Option("trusted_proxies", "TRUSTED_PROXIES", None, (), networks,
-           "proxies (addresses and ranges) whose X-Forwarded-For is believed", "Access"),
+           "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed", "Access"),
     Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", None, False, boolean,
            "ask for a key on /health and /ready, too", "Access"),
     Option("requests_kept", "REQUESTS_KEPT", None, 100, whole(1, 100000, "use a number from 1 to 100000"),
@@ -336,7 +340,7 @@ class Config:
     def __init__(self, **values):
         self.__dict__.update({option.name: option.default for option in OPTIONS}, **values)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:    # so that a type checker knows that it has attributes
         raise AttributeError(name)
 
     def but(self, **changes):
@@ -344,8 +348,8 @@ class Config:
         return Config(**{**self.__dict__, **changes})
 
 
-PREFIXES = ("LMSTUDIO_", "GATEWAY_", "IP_", "REQUIRE_", "LOG_", "PROXY_", "ENABLE_", "TLS_", "CORS_", "MAX_",
-            "HISTORY_", "REQUESTS_", "PREFILL_", "UPSTREAM_", "TRUSTED_", "KEYS_")
+# Not NO_AUTH's: NO_PROXY and NO_COLOR are others'.
+PREFIXES = tuple({row.variable.partition("_")[0] + "_" for row in OPTIONS} - {"NO_"})
 
 
 class Setting(NamedTuple):
@@ -359,14 +363,28 @@ def load_config(args, environ, env_file=None):
     """(Config, {option name: source}, warnings) from flags, else environment, else `.env`, else defaults.
 
     args maps option names to the text of their flags.  Raises ConfigError."""
-    from_file, warnings = read_env_file(env_file)
-    values, sources = {}, {}
+    config, sources, warnings, errors = load_leniently(args, environ, env_file)
+    if errors:
+        raise ConfigError(errors[0])
+    return config, sources, warnings
+
+
+def load_leniently(args, environ, env_file):
+    """(Config, sources, warnings, errors): load_config that gathers mistakes and does not stop at one."""
+    values, sources, errors = {}, {}, []
+    try:
+        from_file, warnings = read_env_file(env_file)
+    except ConfigError as error:
+        from_file, warnings, errors = {}, [], [str(error)]
     for row in OPTIONS:
         setting = find_setting(row, args.get(row.name), environ, from_file)
         if setting:
-            values[row.name] = parse_setting(row, setting)
             sources[row.name] = setting.source
-    return Config(**values), sources, warnings
+            try:
+                values[row.name] = parse_setting(row, setting)
+            except ConfigError as error:
+                errors.append(str(error))
+    return Config(**values), sources, warnings, errors
 
 
 def find_setting(row, from_flag, environ, from_file):
@@ -379,6 +397,7 @@ def find_setting(row, from_flag, environ, from_file):
 
 
 def parse_setting(row, setting):
+    """An option's value.  Raises ConfigError that says where the text stands and what would do."""
     try:
         return row.parse(setting.text)
     except ValueError as error:
@@ -472,8 +491,8 @@ class Event(NamedTuple):
 class Rule(NamedTuple):
     """One wording.  The pattern is matched where the line's tags, clock and slot have been cut off."""
 
-    fact: str  # what it states: Story.on_<fact> takes the pattern's named groups
-    where: str  # "app": first line of an entry; "engine": any line of a DEBUG entry
+    fact: str  # what it states: Story.on_<fact> takes the pattern's named groups (engine) or the Entry
+    where: str  # "app", "error": first line of an entry; "engine": any line of a DEBUG entry
     shape: str  # "line", "json" (goes on to a brace in column 1), "text" (a user's words), "half" (a line)
     engines: str  # who writes it: App, or the engine generations named below
     pattern: str
@@ -596,8 +615,8 @@ RULES = (
          "0.30.013.273 I slot get_availabl: id  3 | task -1 | selected slot by LRU, t_last = -1"),
     Rule("", "engine", "line", "G2 G3", r"LlamaV4(?:::|: server assigned slot \d+ to task)",
          "LlamaV4: server assigned slot 1 to task 3416"),
-    Rule("", "engine", "half", "G2 G3", r"[IWED]?(?<=[\dIWED|])$", "0.30.015.244 I"),
-    # the rest is under the next header
+    Rule("", "engine", "half", "G2 G3", r"[IWED]?(?<=[\dIWED|])$",    # the rest is under the next header
+         "0.30.015.244 I"),
     # --- sampling parameters: G1 writes the first on the heading's line, G3 on lines of their own
     Rule("sampling", "engine", "line", "G1", r"[Ss]ampling params:" + PAIRS,
          "Sampling params:\trepeat_last_n = 64, repeat_penalty = 1.100"),
@@ -862,7 +881,7 @@ class Parser:
     @property
     def samples(self):
         """What the latest unknown lines look like, without their words."""
-        return [redacted(line) for line in self._strange]
+        return [redacted(line) for line in tuple(self._strange)]
 
     def _taken(self):
         events, self._events[:] = self._events[:], []
@@ -936,7 +955,7 @@ class Parser:
     def _cut_tags(self, entry):
         while entry.line.startswith("[") and (match := TAG.match(entry.line)):
             entry.tags.append(match[1])
-            entry.line = entry.line[match.end() :]
+            entry.line = entry.line[match.end():]
 
     def _recognise(self, entry):
         """The shape of an entry of LM Studio's own, by its first line."""
@@ -1022,7 +1041,7 @@ class Parser:
         if entry.sent == len(entry.text):
             return
         data = {"timestamp": entry.moment.text, "level": entry.level,
-                "message": entry.text if entry.sent <= 0 else entry.text[entry.sent :].lstrip("\n"),
+                "message": entry.text if entry.sent <= 0 else entry.text[entry.sent:].lstrip("\n"),
                 "tags": entry.tags}
         if entry.sent >= 0:
             data["continued"] = True
@@ -1082,7 +1101,7 @@ class Run:
         self.total = self.cached = None  # tokens of the prompt; those of them that were cached
         self.stats = {}  # of lmstudio_prediction_stats
         self.decoded = None  # tokens that it has generated so far
-        self.timed = None  # the Moment of its last timing, until the stats are told
+        self.timed_at = None  # the Moment of its last timing, until the stats are told
 
     @property
     def certain(self):
@@ -1105,7 +1124,8 @@ class Run:
 
     def has_written(self, output):
         """True when its timings tell of so many tokens.  G1 counts one more or less."""
-        return abs(self.stats.get("completionTokens", -99) - output) <= 1
+        written = self.stats.get("completionTokens")
+        return None not in (written, output) and abs(written - output) <= 1
 
     def trade_progress(self, other):
         """What was told of the progress of one was the other's."""
@@ -1120,7 +1140,7 @@ class Run:
             told = "lmstudio_prediction_stats" in other.said
             if other.has_written(output) and not (self.has_written(output) or told):
                 self.stats, other.stats = other.stats, self.stats
-                self.timed, other.timed = other.timed, self.timed
+                self.timed_at, other.timed_at = other.timed_at, self.timed_at
             if self in other.twins:
                 other.twins.remove(self)
         self.twins = []
@@ -1131,7 +1151,10 @@ class Run:
 
 
 class Chat:
-    """A chat as the app's lines tell it; one inside the app (api False) has none and is made by its run."""
+    """A chat as the app's lines tell it; one inside the app (api False) has none and is made by its run.
+
+    Only the parser's thread writes it.  Requests reads it in others, while its run can be taken away: what
+    asks for the run twice keeps it in a name."""
 
     def __init__(self, number, moment, model=None, api=True, messages=None):
         self.number, self.started, self.model = number, moment, model
@@ -1153,21 +1176,17 @@ class Chat:
         self.left = False  # a disconnect line has been taken for it
         self.predicted = False
 
-    total = property(lambda self: self.run and self.run.total)
-    slot = property(lambda self: self.run and self.run.slot)
-    decoded = property(lambda self: self.run and self.run.decoded)
-    stats = property(lambda self: self.run.stats if self.run else {})
-    certain = property(lambda self: self.run is None or self.run.certain)
-
-    @property
-    def timed(self):
-        """The figures of its run are there."""
-        return self.run is not None and self.run.over
+    total = property(lambda self: getattr(self.run, "total", None))
+    slot = property(lambda self: getattr(self.run, "slot", None))
+    decoded = property(lambda self: getattr(self.run, "decoded", None))
+    stats = property(lambda self: getattr(self.run, "stats", {}))
+    certain = property(lambda self: getattr(self.run, "certain", True))
+    run_over = property(lambda self: getattr(self.run, "over", False))
 
     @property
     def free(self):
-        """Its run, if there is one, can be another's."""
-        return self.run is None or not self.run.certain
+        """It has no run, or one that can be another's."""
+        return not getattr(self.run, "certain", False)
 
     @property
     def abandoned(self):
@@ -1271,8 +1290,7 @@ class Pairs:
         """The chats that can still write app lines: running ones, and abandoned ones that have not
         settled."""
         settling = [chat for chat in self.ended
-                    if chat.ended == "disconnected" and chat.abandoned
-                    and entry.moment.epoch - chat.ended_at < SETTLING_S]
+                    if chat.abandoned and entry.moment.epoch - chat.ended_at < SETTLING_S]
         if not settling:
             return self.of(entry)
         return [chat for chat in self.of(entry, ended=True) if chat.ended is None or chat in settling]
@@ -1426,7 +1444,7 @@ class Pairs:
 
     def by_length(self, chat, counts):
         """The length of the prompt that an answer tells says which run was its chat's."""
-        total, output = counts.get("promptTokens"), counts.get("completionTokens", -9)
+        total, output = counts.get("promptTokens"), counts.get("completionTokens")
         if not chat.free:
             return
         fitting = [run for run in self.runs if run.has_read(total) and chat in run.meant]
@@ -1522,7 +1540,7 @@ class Telling:
 
     def run_over(self, run, moment):
         """The figures of a run are whole: tell them, unless an answer with more is still to come."""
-        run.timed = None
+        run.timed_at = None
         awaited = [chat for chat in run.meant
                    if chat.api and not (chat.stream or chat.predicted or chat.ended == "finished")]
         if not awaited:
@@ -1569,7 +1587,7 @@ class Telling:
             read = counts.get("promptTokens", run.total)
             if counts and run.total and not run.certain and not run.has_read(read):
                 run.said.discard(name)
-                run, stats = None, {}
+                run = None
             else:
                 stats = run.stats
         stats = {**chat.speeds, **stats, **counts}
@@ -1634,21 +1652,20 @@ class EngineLines:
         if fact not in TIMINGS:
             self._timing = None
             run = self._pairs.at.get(engine)
-            if run and run.timed:
-                self._tell.run_over(run, run.timed)
+            if run and run.timed_at:
+                self._tell.run_over(run, run.timed_at)
         if self._sampling and fact != "params":
             self._close_sampling()
         self._facts[fact](fields, moment)
 
     def _close_sampling(self):
-        if self._sampling:
-            (run, moment, values), self._sampling = self._sampling, None
-            self._tell.sampling(run, moment, values)
+        (run, moment, values), self._sampling = self._sampling, None
+        self._tell.sampling(run, moment, values)
 
     def _close_timings(self):
         for run in self._pairs.at.values():
-            if run.timed:
-                self._tell.run_over(run, run.timed)
+            if run.timed_at:
+                self._tell.run_over(run, run.timed_at)
 
     def _attach(self, moment, slot=None, task=None, chosen=None):
         return self._pairs.attach(self._writer, moment, slot, task, chosen)
@@ -1785,7 +1802,7 @@ class EngineLines:
 
     def on_total(self, fields, moment):
         run = self._timed(fields, moment)
-        run.stats["totalMs"], run.timed = number(fields["ms"]), moment
+        run.stats["totalMs"], run.timed_at = number(fields["ms"]), moment
 
     def on_draft(self, fields, moment):
         self._timed(fields, moment).stats.update(
@@ -1795,8 +1812,8 @@ class EngineLines:
         """The run that a timing line is about.  G2's have their task on a line before them."""
         task = fields["task"] or self._timing
         run = self._pairs.at.get(self._writer)
-        if run and run.timed and task is None:
-            self._tell.run_over(run, run.timed)
+        if run and run.timed_at and task is None:
+            self._tell.run_over(run, run.timed_at)
             del self._pairs.at[self._writer]  # G1: these are of a further run whose start was not seen
         return self._at_work(moment, {"task": task, "slot": None}, lambda r: "totalMs" not in r.stats)
 
@@ -1940,16 +1957,16 @@ class Story(EngineLines):
     def on_finish(self, entry):
         found = [chat for chat in self._pairs.of(entry) if chat.stream]
         left = [chat for chat in self._pairs.of(entry, ended=True) if chat.abandoned]
-        chat = pick(found, lambda c: c.timed, lambda c: c.run, Chat.generates)
-        if left and (chat is None or not (chat.run and chat.run.timed)
+        chat = pick(found, lambda c: c.run_over, lambda c: c.run, Chat.generates)
+        if left and (chat is None or not (chat.run and chat.run.timed_at)
                      and entry.moment.epoch - left[-1].ended_at <= 2):
             if not self._stayed(left[-1], entry):
                 left[-1].predicted = True  # it finished because its client had left
-                if left[-1].run and left[-1].run.timed:
-                    self._tell.chat_over(left[-1], left[-1].run.timed, entry.model)
+                if left[-1].run and left[-1].run.timed_at:
+                    self._tell.chat_over(left[-1], left[-1].run.timed_at, entry.model)
                 return
             chat = left[-1]
-        elif chat and not chat.timed:
+        elif chat and not chat.run_over:
             for other in self._pairs.ended:
                 if chat in other.doubted and other.abandoned and entry.moment.epoch == other.ended_at:
                     self._pairs.change_ends(chat, other)    # the disconnect line just before was its own
@@ -1961,7 +1978,7 @@ class Story(EngineLines):
         """True when the line that ended a chat was another's.  The engine stops for a client that has left as
         soon as the prompt is read, and G2 and G3 have no timings for what they stop."""
         stopped = entry.moment.epoch - max(chat.ended_at, chat.read_at) <= SWALLOW_S
-        if entry.model and chat.doubted and (not stopped or chat.timed and chat.run.task):
+        if entry.model and chat.doubted and (not stopped or chat.run_over and chat.run.task):
             self._pairs.lives(chat)
         return chat.ended is None
 
@@ -1983,7 +2000,7 @@ class Story(EngineLines):
         total = prediction_figures(body)[0].get("promptTokens")
         newest = max((chat.number for chat in found if chat.ended is None), default=0)
         chat = pick(found, lambda c: c.run and c.run.has_read(total),
-                    lambda c: c.free or None in (total, c.run.total), lambda c: c.timed,
+                    lambda c: c.free or None in (total, c.run.total), lambda c: c.run_over,
                     lambda c: c.ended is None and c.generates(),
                     lambda c: c.ended is None or (c.run or c.app_progress) and c.latest >= newest,
                     lambda c: c.run, lambda c: c.app_progress)
@@ -2009,7 +2026,7 @@ class Story(EngineLines):
                 chat.left = True
                 self._swallowed = entry
                 return
-        chat = pick(found, lambda c: not c.timed, lambda c: c.run or c.app_progress)
+        chat = pick(found, lambda c: not c.run_over, lambda c: c.run or c.app_progress)
         gone = [other for other in self._pairs.ended if other.ended == "disconnected"]
         if chat is None and any(other.abandoned or now - other.ended_at <= SWALLOW_S for other in gone):
             return  # it has been told, when a line that was another's was taken for it
@@ -2112,17 +2129,8 @@ class Dialect(NamedTuple):
     name: str
     asks_usage: bool  # a stream carries usage only with stream_options.include_usage
     token: re.Pattern  # found in a streamed event that holds content, reasoning or a tool call
-    messages: Callable  # request body -> how many messages the log will count, None when unknown
-
-
-def count_messages(body):
-    messages = body.get("messages")
-    return len(messages) if isinstance(messages, list) else None
-
-
-def unknown_count(body):
-    return None
-
+    joined: bool = False    # the log shows its requests as chats
+    counts_messages: bool = False   # and says how many messages each has
 
 # Keys of an event can be told by their bytes: inside a JSON string each quote stands behind a backslash.
 OPENAI_TOKEN = re.compile(rb'"(?:content|reasoning|reasoning_content|text)"\s*:\s*"(?!")'
@@ -2131,13 +2139,13 @@ RESPONSES_TOKEN = re.compile(rb'"delta"\s*:\s*"(?!")')
 MESSAGES_TOKEN = re.compile(rb'"(?:text|thinking|partial_json)"\s*:\s*"(?!")|"type"\s*:\s*"tool_use"')
 NATIVE_TOKEN = re.compile(rb'"type"\s*:\s*"(?:(?:message|reasoning)\.delta|tool_call\.(?:start|arguments))"')
 
-CHAT = Dialect("chat", True, OPENAI_TOKEN, count_messages)
-COMPLETIONS = Dialect("completions", True, OPENAI_TOKEN, unknown_count)
-EMBEDDINGS = Dialect("embeddings", False, OPENAI_TOKEN, unknown_count)
-RESPONSES = Dialect("responses", False, RESPONSES_TOKEN, unknown_count)
-MESSAGES = Dialect("messages", False, MESSAGES_TOKEN, unknown_count)
-NATIVE = Dialect("native", False, NATIVE_TOKEN, unknown_count)
-OTHER = Dialect("other", False, OPENAI_TOKEN, unknown_count)
+CHAT = Dialect("chat", True, OPENAI_TOKEN, joined=True, counts_messages=True)
+COMPLETIONS = Dialect("completions", True, OPENAI_TOKEN)
+EMBEDDINGS = Dialect("embeddings", False, OPENAI_TOKEN)
+RESPONSES = Dialect("responses", False, RESPONSES_TOKEN, joined=True)
+MESSAGES = Dialect("messages", False, MESSAGES_TOKEN, joined=True)
+NATIVE = Dialect("native", False, NATIVE_TOKEN, joined=True)
+OTHER = Dialect("other", False, OPENAI_TOKEN)
 
 DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.1)
     "/v1/chat/completions": CHAT,
@@ -2152,6 +2160,7 @@ DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.
     "/v1/decisions": OTHER,
     "/v1/systemone": OTHER,
 }
+JOINED = frozenset(dialect.name for dialect in DIALECTS.values() if dialect.joined)
 
 
 def listed(value):
@@ -2370,7 +2379,7 @@ class Meter:
             clocks = [clock for piece, clock in self.waiting if search(piece)]
         if len(clocks) == len(self.waiting) == data.count(b"\n\n"):     # a token each, and nothing else
             self.pieces += len(clocks)
-            self.last = clocks[-1] if clocks else self.last
+            self.last = clocks[-1]
         else:
             for piece, clock in self.waiting:
                 self._now = clock
@@ -2491,9 +2500,6 @@ def encoder(encoding):
 
 # --- 3.6 request bodies: what LM Studio is asked -----------------------------
 
-
-JOINED = frozenset(("chat", "responses", "messages",
-                    "native"))  # dialects whose requests the log shows as chats
 FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
 LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
 LOG_KEEPS = 50  # UTF-16 units before and after it
@@ -2505,7 +2511,7 @@ class Asked(NamedTuple):
     model: str | None = None
     stream: bool = False
     messages: int | None = None
-    fingerprint: Print | None = None
+    fingerprint: Fingerprint | None = None
     cut: bool = False  # usage was asked for on the client's behalf
     body: Any = None  # the bytes to send: the client's, or with the question for usage
 
@@ -2516,11 +2522,12 @@ def read_request(dialect, data):
     if body is None:
         return Asked(body=data)
     model, stream = body.get("model"), body.get("stream") is True
-    options = body.get("stream_options")
+    options, messages = body.get("stream_options"), body.get("messages")
     amend = (stream and dialect.asks_usage
              and (options is None or isinstance(options, dict) and options.get("include_usage") is not True))
-    return Asked(tidy(model) if isinstance(model, str) else None, stream, dialect.messages(body),
-                 fingerprint(body) if dialect.name in JOINED and len(data) <= FINGERPRINT_LIMIT else None,
+    return Asked(tidy(model) if isinstance(model, str) else None, stream,
+                 len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
+                 fingerprint(body) if dialect.joined and len(data) <= FINGERPRINT_LIMIT else None,
                  amend, ask_usage(data, options) if amend else data)
 
 
@@ -2549,19 +2556,20 @@ def shortened(text):
             + units[-2 * LOG_KEEPS:].decode("utf-16-le", "replace"))
 
 
-class Print(NamedTuple):
-    """Fingerprints of a request body: of what it asks, and of all its other members."""
+class Fingerprint(NamedTuple):
+    """Hashes of a request body: of what it asks, and of all its other members."""
 
     prompt: int
     rest: int
 
 
 def fingerprint(body):
-    """The Print of a request body; its copy in LM Studio's log has the same.  None where it asks nothing."""
+    """The Fingerprint of a request body; its copy in LM Studio's log has the same.  None where it asks
+    nothing."""
     asked = {name: body[name] for name in ("messages", "input", "prompt", "system") if body.get(name)}
     rest = {name: value for name, value in body.items() if name not in asked and name != "stream_options"}
     try:
-        return Print(mark(asked), mark(rest)) if asked else None
+        return Fingerprint(mark(asked), mark(rest)) if asked else None
     except RecursionError:
         return None
 
@@ -2571,7 +2579,7 @@ def ask_usage(data, options):
     place."""
     amended = data if isinstance(data, bytearray) else bytearray(data)
     asked = json.dumps({**(options or {}), "include_usage": True}).encode()
-    place = place_of(amended, options)
+    place = place_of(amended)
     if place:
         amended[place] = asked
     else:
@@ -2580,7 +2588,7 @@ def ask_usage(data, options):
     return amended
 
 
-def place_of(data, options):
+def place_of(data):
     """The slice where stream_options stand in a request that has them; None for none.  A text may hold the
     same words: the place is right where the request without the value lacks just that."""
     wanted = json_object(data) or {}
@@ -2676,7 +2684,7 @@ class Record:
         """True when the last inference_progress is long enough ago."""
         return clock - self._told >= TELL_S
 
-    def generated(self, tokens, first, clock):
+    def generated(self, tokens, first):
         """The answer has so many tokens now; the first came at the clock reading first."""
         self.enter("generating", first)
         self.output, self.output_since = tokens, first
@@ -2730,7 +2738,8 @@ class Record:
         if self.source == "lmstudio" and self.ended is None:
             failed = data["outcome"] == "error"
             self.end(clock,
-                     Outcome(OUTCOMES[data["outcome"]], error=data["message"][:500] if failed else None))
+                     Outcome(OUTCOMES[data["outcome"]],
+                             error=data["message"][:LONGEST_ERROR] if failed else None))
 
     def cached_usage(self):
         """The cached part of tokenUsage, {} where the log has not told it."""
@@ -2755,7 +2764,7 @@ class Record:
         self.first_ms = self.first_ms if usage.first_ms is None else usage.first_ms
         if meter.first is not None:
             self.first_ms = round(1000 * (meter.first - self.clock), 1)
-            self.generated(meter.pieces, meter.first, meter.last)
+            self.generated(meter.pieces, meter.first)
             spent = meter.last - meter.first
             if usage.speed is None and usage.completion and spent > 0:
                 self.speed = round(usage.completion / spent, 2)
@@ -2917,6 +2926,7 @@ ENGINE_EVENTS = frozenset((  # made of lines that name no model
     "lmstudio_sampling_params", "lmstudio_token_info", "lmstudio_cache_stats", "lmstudio_processing_start",
     "lmstudio_prediction_stats"))
 OPEN_LIMIT = 512  # requests that are over and can still be bound
+NAMES_KEPT = 1000   # models by the names that clients gave them
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its chat, for so long
 HELD_KEPT = 500
 LAG_S = 1.0  # a chat whose request is over must have turned up within this
@@ -2930,7 +2940,7 @@ class Logged(NamedTuple):
     path: str | None = None
     model: str | None = None
     stream: bool | None = None
-    fingerprint: Print | None = None
+    fingerprint: Fingerprint | None = None
 
 
 def logged_request(received):
@@ -3093,7 +3103,7 @@ class Requests:
     def _settle(self, clock):
         """Bind what has become certain; what no request can have caused any more is LM Studio's own."""
         if not self._loose:
-            return None
+            return
         self._loose = [(chat, [record for record in candidates if self._may_cause(record, chat, logged)
                                and agrees(record, chat) is not False], logged)
                        for chat, candidates, logged in self._loose if chat.record is None]
@@ -3107,14 +3117,14 @@ class Requests:
             proven = [record for record in candidates if agrees(record, chat)]
             if len(proven) == 1 and not any(agrees(proven[0], other) for other, *_ in self._loose
                                             if other != chat):
-                return self._bind_late(proven[0], chat, "exact", clock)
+                self._bind(proven[0], chat, "exact")
+                break
             if len(candidates) == 1 and only[candidates[0].id] == 1 and not candidates[0].doubted:
-                return self._bind_late(candidates[0], chat, "likely", clock)
-        return None
-
-    def _bind_late(self, record, chat, binding, clock):
-        self._bind(record, chat, binding)
-        return self._settle(clock)
+                self._bind(candidates[0], chat, "likely")
+                break
+        else:
+            return
+        self._settle(clock)     # what is bound makes others certain
 
     def _bind(self, record, chat, binding):
         record.chat, record.binding, chat.record = chat, binding, record
@@ -3199,7 +3209,7 @@ class Requests:
                 record.enter("loading", clock)
 
     def _learn_name(self, asked, served):
-        if len(self._names) < 1000:
+        if asked in self._names or len(self._names) < NAMES_KEPT:
             self._names[asked] = served
 
     def _expire(self, clock):
@@ -3601,7 +3611,8 @@ class Hub:
     keep, where given, takes the history rows of requests that are over."""
 
     def __init__(self, kept=100, keep=None, now=time.time, clock=time.monotonic):
-        # Guards every field below.  Held for memory work only, never across I/O.
+        # Guards every field below; the counts and closed may be read without it.  Held for memory work only,
+        # never across I/O.
         self._lock = threading.Lock()
         self.epoch = secrets.token_hex(4)
         self._frames = []  # (event name, frame) of the events _first.. _first + len - 1
@@ -3617,9 +3628,15 @@ class Hub:
         self._ids = itertools.count(1)
 
     @property
-    def last(self):
+    def last(self):  # lock held
         """SEQ of the latest event; 0 before the first."""
         return self._first + len(self._frames) - 1
+
+    @property
+    def last_id(self):
+        """Any thread.  The id of the latest event."""
+        with self._lock:
+            return self.event_id(self.last)
 
     def request_id(self):
         """Any thread.  A new id, like no other of this or another start."""
@@ -3638,12 +3655,11 @@ class Hub:
         """Any thread.  Appends the events in order and wakes the listeners.  Never blocks."""
         encoded = [(event.name, data_json(event)) for event in events]
         with self._lock:
-            self._append(encoded)
-            bells = tuple(self._bells)
-        for bell in bells:
-            ring(bell)
+            bells = self._append(encoded)
+        wake(bells)
 
     def _append(self, encoded):  # lock held
+        """Puts frames into the ring.  Gives the bells that are to be rung once the lock is free."""
         seq = self.last
         for name, data in encoded:
             seq += 1
@@ -3653,10 +3669,10 @@ class Hub:
             surplus = len(self._frames) - RING
             del self._frames[:surplus]
             self._first += surplus
+        return tuple(self._bells)
 
-    def tell(self, name, **data):
-        """Any thread.  Publishes one event of the gateway's own."""
-        self.publish([Event(name, {"timestamp": self.now(), **data})])
+    def _append_event(self, event):  # lock held
+        return self._append([(event.name, data_json(event))])
 
     # --- requests
 
@@ -3666,16 +3682,16 @@ class Hub:
         with self._lock:
             self._requests.begin(record)
             record.note(start, record.clock)
-        self.publish([start])
+            bells = self._append_event(start)
+        wake(bells)
 
     def generated(self, record, tokens, first):
         """Any thread.  The answer of a running request has so many tokens; the first came at clock first."""
         with self._lock:
             clock = self._clock()
-            record.generated(tokens, first, clock)
-            told = record.due(clock) and record.progress_event(self.now(), clock)
-        if told:
-            self.publish([told])
+            record.generated(tokens, first)
+            bells = self._append_event(record.progress_event(self.now(), clock)) if record.due(clock) else ()
+        wake(bells)
 
     def comment(self, record):
         """Any thread.  Where a running request is, as an SSE comment."""
@@ -3692,19 +3708,27 @@ class Hub:
             record.note(end, clock)
             self._figures.count_request(record)
             rows = self._changed_rows()
-        self.publish([end])
+            bells = self._append_event(end)
+        wake(bells)
         self._give(rows)
 
     def publish_log(self, events):
-        """Tail thread.  Joins the log's events with requests, then publishes them and the progress made."""
+        """Tail thread.  Joins the log's events with requests, then publishes them and the progress made.
+
+        The lock is free between the two, because a batch takes long to encode: a request can end there, and
+        nothing may be told of its progress then."""
         with self._lock:
             clock = self._clock()
             told = self._requests.see(events, clock)
             for event in events:
                 self._figures.count_event(event)
-            progress = [record.progress_event(self.now(), clock) for record in told]
             rows = self._changed_rows()
-        self.publish([*events, *progress])
+        self.publish(events)
+        for record in told:
+            with self._lock:
+                running = record.ended is None
+                bells = self._append_event(record.progress_event(self.now(), clock)) if running else ()
+            wake(bells)
         self._give(rows)
 
     def _changed_rows(self):  # lock held
@@ -3724,6 +3748,18 @@ class Hub:
             clock = self._clock()
             records = [*reversed(self._requests.running.values()), *reversed(self._requests.finished)]
             return [record.shown(clock) for record in records[:limit]]
+
+    def overview(self, count):
+        """Any thread.  (running requests, the latest count that are over, the model of the newest request
+        that has one)."""
+        with self._lock:
+            clock = self._clock()
+            running, over = [*reversed(self._requests.running.values())], self._requests.finished
+            models = (record.model or record.model_asked
+                      for record in itertools.chain(running, reversed(over)))
+            return ([record.shown(clock) for record in running],
+                    [record.shown(clock) for record in itertools.islice(reversed(over), count)],
+                    next(filter(None, models), None))
 
     def detail(self, request_id):
         """Any thread.  One request with its timeline and sampling parameters; None when it is not known."""
@@ -3793,7 +3829,7 @@ class Hub:
                 self.dropped += self._first - 1 - cursor
                 cursor = self._first - 1
             start = cursor - self._first + 1
-            frames = self._frames[start : start + BATCH]
+            frames = self._frames[start:start + BATCH]
         return frames, cursor + len(frames), gap
 
     @property
@@ -3808,9 +3844,13 @@ class Hub:
         """Any thread.  Wakes every listener; closed is True from now on."""
         with self._lock:
             self._closed = True
-            bells = list(self._bells)
-        for bell in bells:
-            ring(bell)
+            bells = tuple(self._bells)
+        wake(bells)
+
+
+def wake(bells):
+    for bell in bells:
+        ring(bell)
 
 
 def ring(bell):
@@ -3865,8 +3905,8 @@ SUMS = (  # name in the answer, SQL
     ("tokensPerSecond",
      "ROUND(1000 * SUM(timed_tokens) / SUM(CASE WHEN timed_tokens > 0 THEN generation_ms END), 1)"))
 TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cached_tokens, 0) END AS "
-         "fresh_tokens, "
-         "CASE WHEN generation_ms > 0 THEN completion_tokens END AS timed_tokens FROM requests)")
+         "fresh_tokens, CASE WHEN generation_ms > 0 THEN completion_tokens END AS timed_tokens "
+         "FROM requests)")
 PRUNE_S = 3600.0  # between two looks for rows that are too old
 
 
@@ -3950,8 +3990,7 @@ def naming(path, kind):
         yield
     except kind as error:
         raise HistoryError(f"--history {path} (HISTORY_FILE): {error}; name a file that can be written "
-                           "and is a "
-                           "history or new") from None
+                           "and is a history or new") from None
 
 
 def open_history(path):
@@ -3959,14 +3998,16 @@ def open_history(path):
     import sqlite3  # here, because it takes 2 MB that only --history and --report need
 
     with naming(path, sqlite3.Error):
-        connection = sqlite3.connect(path, timeout=10.0)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
-        with connection:
-            connection.execute(f"CREATE TABLE IF NOT EXISTS requests ({columns})")
-            connection.execute("CREATE INDEX IF NOT EXISTS requests_started ON requests (started)")
-        return connection
+        with contextlib.ExitStack() as stack:
+            connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=10.0)))
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
+            with connection:
+                connection.execute(f"CREATE TABLE IF NOT EXISTS requests ({columns})")
+                connection.execute("CREATE INDEX IF NOT EXISTS requests_started ON requests (started)")
+            stack.pop_all()     # it stays open
+            return connection
 
 
 def remove_rows(connection, before):
@@ -4043,7 +4084,7 @@ def own_home():
     return Path(os.path.expanduser("~"))
 
 
-def find_home(environ=None, home=None):
+def find_home(home=None):
     """LM Studio's home directory, as its own SDK finds it: the pointer file, else ~/.cache/lm-studio,
     else ~/.lmstudio (lmstudio-js, findLMStudioHome.ts).  Never writes the pointer."""
     home = Path(home) if home else own_home()
@@ -4060,6 +4101,11 @@ def find_log_dir(home):
     that holds the newest file; the app's when neither holds any."""
     places = [home / "server-logs", home / "apps" / "bionic" / "server-logs"]
     return str(max(places, key=newest_write))
+
+
+def log_dir_of(config):
+    """The log directory that is configured, else the one that is found."""
+    return config.log_dir or find_log_dir(find_home())
 
 
 def settings_path(home):
@@ -4234,7 +4280,7 @@ class Follower:
             self._start_over()
             return None
         self._seen, self.problem = seen, None
-        chunk = data[len(self._anchor) :]
+        chunk = data[len(self._anchor):]
         self._anchor = data[-ANCHOR:]
         self.position += len(chunk)
         return chunk
@@ -4261,8 +4307,7 @@ class Follower:
         if problem != self.problem:
             self.problem = problem
             log.warning("%s; I keep looking. Start LM Studio's server, or name its log directory with "
-                        "--log-dir "
-                        "(LMSTUDIO_LOG_DIR)", problem)
+                        "--log-dir (LMSTUDIO_LOG_DIR)", problem)
 
 
 class LogVolume:
@@ -4384,8 +4429,7 @@ class Monitor:
 
 def replay(paths, publish):
     """Every event of saved logs, file after file.  Raises StartError for a path that cannot be read,
-    ConfigError for
-    one that holds something else."""
+    ConfigError for one that holds something else."""
     parser, old = Parser(), None
     for path in paths:
         if old is not None:
@@ -4418,7 +4462,8 @@ def check_text(path, start):
 
 
 def saved_logs(paths):
-    """The files that paths name, each directory's in date order.  Raises ConfigError for none."""
+    """The files that paths name, each directory's in date order.  Raises ConfigError where there is none to
+    read."""
     files = []
     for path in paths:
         if path != "-" and not os.path.exists(path):
@@ -4426,7 +4471,11 @@ def saved_logs(paths):
         if path == "-" or not os.path.isdir(path):
             files.append(path)
             continue
-        inside = [log_file.path for log_file in list_logs(path)] or flat_logs(path)
+        try:
+            inside = [log_file.path for log_file in list_logs(path)] or flat_logs(path)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror}); name a directory that "
+                              "can") from None
         if not inside:
             raise ConfigError(f"{path}: no log files in it; name a directory with "
                               "YYYY-MM/YYYY-MM-DD.N.log or *.log files")
@@ -4916,7 +4965,7 @@ class Upstream:
             asking = self._asking
             if asking is None:
                 asking = self._asking = threading.Event()
-                threading.Thread(target=self._refresh, args=(asking,), name="http-health",
+                threading.Thread(target=self._refresh, args=(asking,), name="health",
                                  daemon=True).start()
         asking.wait(wait_s)
         with self._lock:
@@ -4955,7 +5004,7 @@ class Upstream:
             body = json_object(answer.read(4 * 1024 * 1024))
             self.done(call, answer)
             return body or {}
-        except (UpstreamError, OSError, http.client.HTTPException):
+        except (UpstreamError, *BROKEN):
             self.drop(call)
             return {}
 
@@ -5000,6 +5049,7 @@ OWN_LIMIT = 16 * 1024  # bytes of a body for our own pages, which come before an
 HEAD_S = 30.0  # for a head to arrive; then 408
 CLIENT_S = 60.0     # for the next request, for a byte of a body, for room in a client's socket
 PING_S = 15.0
+STATUS_REQUESTS = 10    # that are over, in /debug/status
 LINGER_S, LINGER_BYTES = 2.0, 64 * 1024 * 1024  # what is read of a request that was refused
 GRACE_S = 10.0  # for running requests at the end
 STREAM_MARKS = ("text/event-stream", "application/x-ndjson")
@@ -5049,7 +5099,8 @@ class Request:
 
 class Response(NamedTuple):
     """What a view gives.  body: bytes, or an iterable of bytes that is written as it comes and whose
-    close(), where it has one, is called in every case."""
+    close(), where it has one, is called in every case.  It may have ready (True when the first piece need not
+    be waited for) and relay(send), which is called between two pieces and may send some itself."""
 
     status: int
     headers: list
@@ -5099,9 +5150,8 @@ class Wire:
                 self._more(deadline - time.monotonic())
             except TIMEOUTS:
                 raise HttpError(408, "head_timeout",
-                                f"the head of the request did not arrive within {HEAD_S:.0f} s; send it "
-                                "at once",
-                                close=True) from None
+                                f"the head of the request did not arrive within {HEAD_S:.0f} s; "
+                                "send it at once", close=True) from None
             finally:
                 self._set_timeout(CLIENT_S)     # for what follows, our answer included
             end = self.buffer.find(b"\r\n\r\n")
@@ -5318,7 +5368,7 @@ def those_left(sockets):
     Linux says so by POLLRDHUP; elsewhere a look at the first bytes tells, unless a client has sent more."""
     mask = getattr(select, "POLLRDHUP", None)
     if mask is None:
-        return [sock for sock in sockets if sock.fileno() >= 0 and readable(sock) and has_left(sock)]
+        return [sock for sock in sockets if has_left(sock)]
     look, known = select.poll(), {}
     for sock in sockets:
         number = sock.fileno()
@@ -5329,12 +5379,15 @@ def those_left(sockets):
 
 
 def has_left(sock):
-    """True when a readable client socket has ended; False when it holds bytes of a request.
+    """True when a client socket has ended; False when it holds bytes of a request or none, and when its
+    handler has closed it.
 
     TLS says goodbye by an alert: a record of type 21, or in TLS 1.3 an encrypted one of 19 bytes."""
     try:
+        if not readable(sock):
+            return False
         first = socket.socket.recv(sock, 5, socket.MSG_PEEK)  # of the plain socket, below TLS
-    except BlockingIOError:
+    except (BlockingIOError, ValueError):   # ValueError is readable's, for what is closed
         return False
     except OSError:
         return True
@@ -5470,10 +5523,6 @@ class Walls:
         self._waiting: Counter[str] = Counter()  # address -> wrong keys that are made to wait
 
     @property
-    def health_needs_key(self):
-        return self._config.require_auth_for_health
-
-    @property
     def need_key(self):
         """True when a key is asked for: one is set, or a keys file is there."""
         return bool(self._fixed) or self._file.keys() is not None
@@ -5485,7 +5534,7 @@ class Walls:
         """The client's address; behind trusted proxies, the last that they name and that is not one of
         them."""
         address, trusted = request.client, self._config.trusted_proxies
-        if not trusted:
+        if trusted == ():   # None are all addresses
             return address
         named = [part.strip() for part in request.header("x-forwarded-for").split(",") if part.strip()]
         while named and within(address, trusted):
@@ -5494,7 +5543,7 @@ class Walls:
 
     def admit_address(self, address):
         """Raises HttpError 403 for an address that the allowlist does not name."""
-        if self._config.allow is not None and not within(address, self._config.allow):
+        if not within(address, self._config.allow):
             raise HttpError(403, "address_not_allowed",
                             f"{address} is not in IP_ALLOWLIST; add it there to let it in", close=True)
 
@@ -5675,12 +5724,17 @@ class Gateway:
         self.history, self.server = history, None
         self.walls = Walls(config)
         self.watcher = Watcher()
-        self.started = time.time()
+        self.started, self._started = time.time(), time.monotonic()
         self.address = ""
         self.lan_urls = []
         self.volume = LogVolume(monitor.follower.directory, config.log_dir_warn) if monitor else None
         self.stopping = False  # the end has come: connections are not kept
-        self.cuts = False  # running requests are cut: they had their time
+        self.cutting_off = False    # running requests are cut: they had their time
+
+    @property
+    def uptime(self):
+        """Seconds since it was built, whatever became of the clock since."""
+        return round(time.monotonic() - self._started, 1)
 
 
 def upstream_target(target, keys_are_set):
@@ -5861,9 +5915,9 @@ class Exchange(Passage):
                              agent=request.header("user-agent")[:200] or None, model_asked=asked.model,
                              messages=asked.messages, fingerprint=asked.fingerprint, stream=asked.stream)
         self._told = -math.inf  # clock when listeners heard of its tokens
-        gateway.hub.begin(self.record)
 
     def open(self):
+        self._gateway.hub.begin(self.record)
         self.record.overhead_s = time.monotonic() - self._request.arrived
         answer = super().open()
         stream = answer.header("content-type").lower().startswith(STREAM_MARKS)
@@ -5918,7 +5972,7 @@ class Exchange(Passage):
         silent = self._meter and self._meter.stream and self._meter.first is None
         phase = ("before the answer" if self._answer is None
                  else "while the prompt was read" if silent else "during the answer")
-        if self._gateway.cuts:
+        if self._gateway.cutting_off:
             self._end(f"lmgateway stopped {phase}", "gateway_stopped")
         else:
             self._end(f"the client left {phase}", "client_disconnected")
@@ -5938,9 +5992,8 @@ class Exchange(Passage):
 
 
 class Commented:
-    """A streaming Exchange that speaks while LM Studio is silent (PREFILL_COMMENTS): SSE comments,
-    which every
-    client ignores and which keep idle timers awake.
+    """A streaming Exchange that speaks while LM Studio is silent (PREFILL_COMMENTS): SSE comments, which
+    every client ignores and which keep idle timers awake.
 
     LM Studio is spoken to in a thread of its own, whose pieces come through a queue.  Who has had no byte
     for SILENCE_S gets a head of ours; what fails after that is told inside the stream."""
@@ -5950,21 +6003,21 @@ class Commented:
 
     def __init__(self, exchange, anthropic):
         self._exchange, self._anthropic = exchange, anthropic
-        self._news: queue.Queue = queue.Queue(64)  # the Answer, its pieces, at last END or what went wrong
+        self._news: queue.Queue = queue.Queue(64)  # the Answer, its pieces, at last END or an exception
         self._closed = threading.Event()
         self._answer: Any = None
         self.ready = False
         threading.Thread(target=self._run, name="commented", daemon=True).start()
 
     def _run(self):
-        """Body of the thread."""
+        """Body of the thread.  What goes wrong is raised where the connection is served."""
         try:
             with contextlib.closing(self._exchange) as exchange:
                 self._put(exchange.open())
                 for piece in exchange:
                     self._put(piece)
                 self._put(self.END)
-        except (HttpError, Unfinished, ClientLeft) as error:
+        except Exception as error:
             with contextlib.suppress(ClientLeft):
                 self._put(error)
 
@@ -5988,12 +6041,13 @@ class Commented:
         return Response(news.status, client_headers(news, True), self, news.reason, date=False)
 
     def _next(self):
-        """The next item, SILENCE where none came.  Raises ClientLeft, Unfinished, and HttpError."""
+        """The next item, SILENCE where none came.  Raises what the thread put in: ClientLeft, Unfinished,
+        HttpError."""
         try:
             news = self._news.get(timeout=self.SILENCE_S)
         except queue.Empty:
             return self.SILENCE
-        if isinstance(news, GatewayError):
+        if isinstance(news, Exception):
             raise news
         return news
 
@@ -6019,7 +6073,7 @@ class Commented:
 
 def stream_event(body, anthropic):
     """A body that is no stream as an event of one; errors as LM Studio and Anthropic send them in streams."""
-    value = json_object(body) or {"error": str(body, "utf-8", "replace")[:500]}
+    value = json_object(body) or {"error": str(body, "utf-8", "replace")[:LONGEST_ERROR]}
     if isinstance(value.get("error"), str):
         value = {**value, "error": {"message": value["error"]}}
     kind = {"type": "error"} if anthropic and "error" in value else {}
@@ -6032,9 +6086,9 @@ def stream_event(body, anthropic):
 
 def dashboard(gateway, request):
     nonce = secrets.token_urlsafe(16)
-    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src "
-              "'self'; "
-              "img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
+    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+              "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; "
+              "frame-ancestors 'none'")
     return Response(200,
                     [("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store"),
                      ("Content-Security-Policy", policy), ("X-Content-Type-Options", "nosniff"),
@@ -6043,23 +6097,25 @@ def dashboard(gateway, request):
 
 def health(gateway, request):
     return json_response({"status": "ok", "timestamp": gateway.hub.now(),
-                          "uptime": round(time.time() - gateway.started, 1),
+                          "uptime": gateway.uptime,
                           "version": VERSION})
 
 
-def ready(gateway, request):
-    reason = gateway.upstream.health()
+def require_upstream(reason):
+    """Raises HttpError 503 for a reason why LM Studio does not answer."""
     if reason:
         raise HttpError(503, "upstream_unreachable", reason, [("Retry-After", "5")])
+
+
+def ready(gateway, request):
+    require_upstream(gateway.upstream.health())
     return json_response({"status": "ready", "timestamp": gateway.hub.now()})
 
 
 def greeting_page(gateway, request):
     """What LM Studio's own SDKs and `lms` look for before they connect (lms, createClient.ts: within
     500 ms)."""
-    reason = gateway.upstream.health(1.0, GREETING_S)
-    if reason:
-        raise HttpError(503, "upstream_unreachable", reason, [("Retry-After", "5")])
+    require_upstream(gateway.upstream.health(1.0, GREETING_S))
     return json_response({"lmstudio": True})
 
 
@@ -6123,16 +6179,15 @@ def watching(watcher, request, bell):
 
 def status_page(gateway, request):
     """What is going on, what the monitor reads and how far behind it is."""
-    hub, shown = gateway.hub, gateway.hub.shown()
-    running = [record for record in shown if record["state"] in STATES]
+    hub = gateway.hub
+    running, over, model = hub.overview(STATUS_REQUESTS)
     total, errors, bindings = hub.totals()
     reason = gateway.upstream.health(10.0, GREETING_S)
     return json_response({"status": "degraded" if reason else "ok", "version": VERSION,
-                          "timestamp": hub.now(), "uptime": round(time.time() - gateway.started, 1),
-                          "currentOperation": operation_of(running), "activeModel": active_model(shown),
-                          "recentRequests": [record for record in shown
-                                             if record["state"] not in STATES][:10],
-                          "running": running, "totalRequests": total, "totalErrors": errors,
+                          "timestamp": hub.now(), "uptime": gateway.uptime,
+                          "currentOperation": operation_of(running), "activeModel": model,
+                          "recentRequests": over, "running": running,
+                          "totalRequests": total, "totalErrors": errors,
                           "bindings": bindings,
                           "gateway": {"address": gateway.address, "upstream": gateway.upstream.base,
                                       "lanUrls": gateway.lan_urls, "keyNeeded": gateway.walls.need_key,
@@ -6140,7 +6195,7 @@ def status_page(gateway, request):
                           "lmstudio": {"up": not reason, "reason": reason or None},
                           "log": {**log_status(gateway.monitor),
                                   **(gateway.volume.facts() if gateway.volume else {})},
-                          "stream": {"clients": hub.listeners, "lastId": hub.event_id(hub.last),
+                          "stream": {"clients": hub.listeners, "lastId": hub.last_id,
                                      "dropped": hub.dropped}})
 
 
@@ -6149,13 +6204,8 @@ def operation_of(running):
     return max((record["state"] for record in running), key=STATES.index, default="idle")
 
 
-def active_model(shown):
-    """The model of the newest request that has one."""
-    return next((record["model"] for record in shown if record["model"]), None)
-
-
 def log_status(monitor):
-    """The monitor's state; plain reads of numbers that only the tail thread writes."""
+    """The monitor's state.  Only the tail thread writes it; what is read here is a number or copied whole."""
     if monitor is None:
         return {"enabled": False}
     follower, parser = monitor.follower, monitor.parser
@@ -6164,7 +6214,7 @@ def log_status(monitor):
             "file": follower.file.path if follower.file else None, "position": follower.position,
             "size": follower.size, "behindBytes": follower.behind, "bytesRead": monitor.read,
             "lastEntryAt": moment.utc if moment else None, "entries": parser.entries, "lines": parser.lines,
-            "events": dict(parser.by_event), "generations": dict(+parser.by_engine),
+            "events": dict(parser.by_event), "generations": dict(parser.by_engine),
             "levels": dict(parser.by_level), "unknownLines": parser.unknown,
             "unknownSamples": parser.samples, "headlessLines": parser.headless, "faults": parser.faults,
             "verbose": bool(parser.by_level["DEBUG"]) if parser.entries else None,
@@ -6191,7 +6241,7 @@ def metrics_json(gateway, request):
 def system_figures(gateway):
     """What this process takes; sizes in bytes, times in s.  A figure that the system does not tell is
     None."""
-    return {"uptime": round(time.time() - gateway.started, 1), "version": VERSION,
+    return {"uptime": gateway.uptime, "version": VERSION,
             "python": platform.python_version(), "platform": platform.platform(), "pid": os.getpid(),
             "cpuSeconds": round(time.process_time(), 2), "memoryBytes": resident_bytes(),
             "threads": threading.active_count(), "streamClients": gateway.hub.listeners,
@@ -6214,16 +6264,20 @@ def prometheus(gateway, request):
                           ("Cache-Control", "no-store")], text.encode("utf-8", "replace"))
 
 
+def by_name(counts):
+    """A Counter as a metric with one label.  It is copied whole first: its own thread may be counting."""
+    return {(name,): count for name, count in sorted(dict(counts).items())}
+
+
 def gauges_of(gateway):
     """{metric: {labels: value}} of what is as it is now, or counted elsewhere."""
     hub, monitor = gateway.hub, gateway.monitor
     up = not gateway.upstream.health(10.0, GREETING_S)
     models = gateway.upstream.loaded_models() if up else None
     gauges = {"lmstudio_up": {(): int(up)}, "lmstudio_gateway_sse_clients": {(): hub.listeners},
-              "lmstudio_gateway_sse_events_total": {(name,): n for name, n in sorted(hub.counts.items())},
+              "lmstudio_gateway_sse_events_total": by_name(hub.counts),
               "lmstudio_gateway_sse_dropped_total": {("slow",): hub.dropped},
-              "lmstudio_gateway_sse_replays_total": {(result,): n for result,
-                                                     n in sorted(hub.replays.items())},
+              "lmstudio_gateway_sse_replays_total": by_name(hub.replays),
               "lmstudio_gateway_build_info": {(VERSION, platform.python_version()): 1},
               "process_start_time_seconds": {(): round(gateway.started, 3)}}
     if models is not None:
@@ -6239,14 +6293,14 @@ def gauges_of(gateway):
 
 
 def log_gauges(monitor):
-    """The monitor's own figures; plain reads of numbers that only the tail thread writes."""
+    """The monitor's own figures.  Only the tail thread writes them; each is a number or copied whole."""
     parser, moment = monitor.parser, monitor.parser.last_moment
-    return {"lmstudio_log_lines_total": {(name,): n for name, n in sorted((+parser.by_engine).items())},
-            "lmstudio_log_entries_total": {(name,): n for name, n in sorted(parser.by_event.items())},
-            "lmstudio_cache_resets_total": {(name,): n for name, n in sorted(parser.story.resets.items())},
+    return {"lmstudio_log_lines_total": by_name(parser.by_engine),
+            "lmstudio_log_entries_total": by_name(parser.by_event),
+            "lmstudio_cache_resets_total": by_name(parser.story.resets),
             "lmstudio_log_unparsed_entries_total": {(): parser.unknown},
             "lmstudio_log_bytes_read_total": {(): monitor.read},
-            "lmstudio_log_rotations_total": {(name,): n for name, n in sorted(monitor.switches.items())},
+            "lmstudio_log_rotations_total": by_name(monitor.switches),
             "lmstudio_log_read_lag_bytes": {(): monitor.follower.behind},
             "lmstudio_log_last_entry_timestamp_seconds": {(): moment.epoch} if moment else {}}
 
@@ -6372,6 +6426,7 @@ class Handler(socketserver.BaseRequestHandler):
     server: Server
 
     def handle(self):
+        threading.current_thread().name = "http"
         self.wire = Wire(self.request)
         with contextlib.suppress(ClientLeft, OSError, Unfinished):
             while self._serve_one():
@@ -6427,7 +6482,7 @@ class Handler(socketserver.BaseRequestHandler):
             return preflight(walls, request)
         route = find_route(request)
         request.forwarded = route is FORWARD
-        request.identity = self._identify(walls, request, route)
+        request.identity = self._identify(request, route)
         walls.check_origin(request, request.identity)
         limit = gateway.config.max_body if request.forwarded else OWN_LIMIT
         request.body, request.arrived = self.wire.body(request, limit), time.monotonic()
@@ -6437,13 +6492,12 @@ class Handler(socketserver.BaseRequestHandler):
         response.headers.extend(cors_headers(walls, request))
         return response
 
-    @staticmethod
-    def _identify(walls, request, route):
+    def _identify(self, request, route):
         """Whose request it is.  Raises HttpError 401, and 403 for a key without the right."""
-        open_to_all = route.access == "open" or route.access == "health" and not walls.health_needs_key
-        if open_to_all:
+        gateway = self.server.gateway
+        if route.access == "open" or route.access == "health" and not gateway.config.require_auth_for_health:
             return Identity(None)
-        identity = walls.identify(request, query_key=request.path.startswith("/debug/"))
+        identity = gateway.walls.identify(request, query_key=request.path.startswith("/debug/"))
         right = route.access
         if right == "infer" and "admin" not in identity.rights and changes_machine(request):
             right = "admin"
@@ -6542,10 +6596,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 256
+    allow_reuse_address = os.name != "nt"   # there it would let two servers share a port,
+    allow_reuse_port = False                # which this would do elsewhere
 
     def __init__(self, gateway, host, port, context=None):
         self.gateway, self._context = gateway, context  # an ssl.SSLContext, or None for plain HTTP
-        # No lock: each item is put in and taken out by its own connection's thread, one at a time.
+        # No lock: each step is one operation of a dict, which is atomic, and each socket is in one of them.
         self._resting: dict = {}        # sockets without a request, the longest resting first
         self._reading: dict = {}        # those whose request is still coming
         self._working: dict = {}
@@ -6555,11 +6611,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__((host, port), Handler)
 
     def server_bind(self):
-        if os.name != "nt":
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        socketserver.TCPServer.server_bind(self)
-
-    allow_reuse_address = False  # on Windows it would let two servers share a port
+        socketserver.TCPServer.server_bind(self)    # HTTPServer's asks the DNS for our name
 
     def service_actions(self):
         self.ticked = time.monotonic()
@@ -6583,13 +6635,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def connections(self):
-        return len(self._working) + len(self._resting)
+        return len(self._resting) + self.working
 
     def process_request(self, request, client_address):
         """A connection was accepted.  When there are too many, the one that has rested longest gives way, or
         the one that has been sending its request for longest; where all work, the new one."""
-        count = len(self._resting) + self.working + len(self._streaming)
-        if count >= self.gateway.config.max_connections:
+        if self.connections + len(self._streaming) >= self.gateway.config.max_connections:
             for sock in [*self._resting, *self._reading][:1] or [request]:
                 self._resting.pop(sock, None)   # so that the next one takes another
                 self._reading.pop(sock, None)
@@ -6630,7 +6681,7 @@ class Server(http.server.ThreadingHTTPServer):
         for sock in list(self._resting):
             shut(sock)
         wait_until(lambda: not self.working, seconds)
-        self.gateway.cuts = True
+        self.gateway.cutting_off = True
         for sock in [*self._reading, *self._working]:
             shut(sock)
         wait_until(lambda: not self.working, 1.0)
@@ -6728,8 +6779,7 @@ class DemoRun:
                         " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
         self.log.engine(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
                         f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 8192, n_keep = 20, "
-                        "task.n_tokens = "
-                        f"{self.prompt}",
+                        f"task.n_tokens = {self.prompt}",
                         f"slot   operator(): {self.slot}cached n_tokens = {self.cached}, memory_seq_rm "
                         f"[{self.cached}, end)")
         self.progress(0)
@@ -6738,9 +6788,8 @@ class DemoRun:
             if not alive() or self.server.pause(self.server.step_s):
                 return False
             self.progress(100 * (self.cached + (self.prompt - self.cached) * step / steps) / self.prompt)
-        self.log.engine(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, tokens: text = "
-                        f"{self.prompt}, "
-                        f"total = {self.prompt}")
+        self.log.engine(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, "
+                        f"tokens: text = {self.prompt}, total = {self.prompt}")
         return True
 
     def progress(self, percent):
@@ -6780,8 +6829,7 @@ class DemoRun:
     def abandoned(self):
         self.log.write("INFO",
                        "Client disconnected. Stopping generation... (If the model is busy processing the "
-                       "prompt, "
-                       "it will finish first.)", SERVER_TAG)
+                       "prompt, it will finish first.)", SERVER_TAG)
         self.log.engine(f"srv          stop: cancel task, id_task = {self.task}",
                         f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
                         "truncated = 0")
@@ -6944,7 +6992,7 @@ def demo_traffic(address, key, pause):
                 + [{"role": "user", "content": random.choice(DEMO_PROMPTS) * random.randrange(1, 5)}]}
         sent = urllib.request.Request(address + "/v1/chat/completions", json.dumps(body).encode(),
                                       {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
-        with contextlib.suppress(OSError, http.client.HTTPException), opener.open(sent, timeout=60) as answer:
+        with contextlib.suppress(*BROKEN), opener.open(sent, timeout=60) as answer:
             answer.read(700 if number % 7 == 6 else None)
 
 
@@ -6953,7 +7001,7 @@ def demo_traffic(address, key, pause):
 # --- 9.1 output, and our own log ----------------------------------------------
 
 
-def quiet_streams():
+def lenient_streams():
     """Whatever a log holds can be printed: Windows' cp1252 has no place for much of it."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
@@ -7127,6 +7175,12 @@ PROGRESS = ("lmstudio_prompt_progress", "inference_progress")  # on a terminal t
 TICK_S = 0.5  # the cards' clocks are redrawn so often
 
 
+def printable(text):
+    """Text without control characters."""
+    return str(text).translate(CONTROL)
+
+
+
 class Printer:
     """Events as JSON lines, or as aligned lines for people.  Flushes after each batch.
 
@@ -7191,8 +7245,8 @@ class Printer:
     def _line(self, event):
         if self._cards and shown_on_cards(event):
             return ""
-        time_of_day = str(event.data.get("timestamp", ""))[11:19].translate(CONTROL)
-        name = event.name.replace("lmstudio_", "").translate(CONTROL)
+        time_of_day = printable(str(event.data.get("timestamp", ""))[11:19])
+        name = printable(event.name.replace("lmstudio_", ""))
         line = f"{time_of_day:8}  {name:18}  {summary(event)}".rstrip()
         if self._cards or self._inline:
             line = clipped(line, shutil.get_terminal_size().columns - 1)
@@ -7333,7 +7387,7 @@ class Card:
                 used = total + (facts.get("outputTokens") or 0)
                 held.append(f"context {used:,} of {facts['contextSize']:,}")
         rows = ["  ".join(who), "  ".join(filter(None, doing)), "  ".join(held)]
-        return [row.translate(CONTROL) for row in rows if row]
+        return [printable(row) for row in rows if row]
 
     def _prefill(self, now, marks, elapsed):
         facts, speed = self.facts, self.speed()
@@ -7432,7 +7486,7 @@ def summary(event):
                          else str(data.get("message", "")))
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):  # another version's
         shown = json.dumps(data)
-    return shown.replace("\n", " | ").replace("\t", " ").translate(CONTROL)
+    return printable(shown.replace("\n", " | ").replace("\t", " "))
 
 
 def percent_bar(data):
@@ -7531,14 +7585,14 @@ def tail_only(args, config):
     try:
         if args.paths:
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-            settle()
+            freeze_start_up()
             replay(saved_logs(args.paths), printer)
             return 0
         stop = Stop()
-        directory = config.log_dir or find_log_dir(find_home())
+        directory = log_dir_of(config)
         follower = Follower(directory, args.from_start, time.time())
         log.info("lmgateway %s, log directory: %s", VERSION, directory)
-        settle()
+        freeze_start_up()
         Monitor(follower).run(printer, lambda seconds: printer.tick() or stop.wait(seconds))
         return stop.status
     finally:
@@ -7556,7 +7610,7 @@ def report(args, config):
                           "gateway keeps")
     with contextlib.closing(open_history(":memory:" if args.paths else config.history)) as connection:
         if args.paths:
-            settle()
+            freeze_start_up()
             replay(saved_logs(args.paths), LogUsage(connection))
         rows, total = usage_rows(connection, ["day", "model"]), usage_rows(connection, [])
     if args.json:
@@ -7600,11 +7654,6 @@ def report_text(rows):
                       *("  ".join(form.format(value(row)) for _, form, value in REPORT) for row in rows)])
 
 
-def printable(text):
-    """Text without control characters."""
-    return str(text).translate(CONTROL)
-
-
 def share_text(part, whole):
     return f"{100 * part / whole:.0f} %" if whole else "-"
 
@@ -7616,10 +7665,10 @@ def watch(args, config):
     line = StreamLine(watched_address(args.watch), next(iter(config.api_key.values()), None),
                       "0" if args.from_start else None)
     threading.Thread(target=line.run, args=(news.put, stop.wait), name="watch", daemon=True).start()
-    settle()
+    freeze_start_up()
     try:
         while not stop.wait(0):
-            for said in drained(news, 0.1):
+            for said in drain(news, 0.1):
                 if isinstance(said, GatewayError):
                     raise said
                 if isinstance(said, str):
@@ -7633,7 +7682,7 @@ def watch(args, config):
             printer.finish()
 
 
-def drained(news, timeout_s):
+def drain(news, timeout_s):
     """What a queue holds, in order: runs of pairs as lists, all else as it is.  Waits for the first."""
     found: list[Any] = []
     with contextlib.suppress(queue.Empty):
@@ -7678,7 +7727,7 @@ class StreamLine:
                 problem = "the connection was closed"
             except GatewayError as error:
                 return hand_over(error)
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except (*BROKEN, ValueError) as error:
                 problem = trouble(error)
             hand_over(f"{self._address.netloc}: {problem}; trying again in {self._pause:.0f} s")
             if wait(self._pause):
@@ -7694,7 +7743,7 @@ class StreamLine:
         if self._key:
             headers["X-API-Key"] = self._key
         with contextlib.closing(kind(self._address.hostname, self._address.port,
-                                     timeout=SILENCE_S)) as connection:
+                                     timeout=LINE_SILENCE_S)) as connection:
             connection.request("GET", self._address.path, headers=headers)
             answer = connection.getresponse()
             self._check(answer)
@@ -7710,7 +7759,7 @@ class StreamLine:
             said = str(said.get("message", "")) if isinstance(said, dict) else ""
             remedy = "name " + ("another key with --api-key" if self._key
                                 else "a key of it with --api-key KEY (GATEWAY_API_KEY)")
-            shown = f" ({said.translate(CONTROL)[:200]})" if said else ""
+            shown = f" ({printable(said)[:200]})" if said else ""
             raise GatewayError(f"{url} answers {status}: {remedy}{shown}")
         if status in (429, 500, 502, 503, 504) or self._known and status != 200:
             raise http.client.HTTPException(f"it answers {status}")
@@ -7720,7 +7769,7 @@ class StreamLine:
 
 
 FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0  # before the next try; doubled from one to the other
-SILENCE_S = 40  # a gateway sends a ping every 15 s: without any for so long, the line is dead
+LINE_SILENCE_S = 40  # a gateway sends a ping every 15 s: without any for so long, the line is dead
 
 
 def trouble(error):
@@ -7753,7 +7802,9 @@ class Stop:
     """Signals as one question: wait(seconds) is True once the program shall end."""
 
     def __init__(self):
-        self._event = threading.Event()
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        self._over = False
         self.status = 0
         self.signals = 0
         signal.signal(signal.SIGTERM, self._signalled)
@@ -7762,18 +7813,18 @@ class Stop:
     def _signalled(self, number, frame):
         self.signals += 1
         self.status = 130 if number == signal.SIGINT else 0
-        self._event.set()
         if self.signals > 1:
             os._exit(self.status)
+        self._over = True
+        self._gate.release()
 
     def wait(self, seconds=None):
-        return self._event.wait(seconds)
+        if not self._over and self._gate.acquire(timeout=-1 if seconds is None else seconds):
+            self._gate.release()
+        return self._over
 
-    def set(self):
-        self._event.set()
 
-
-def settle():
+def freeze_start_up():
     """Start-up is over: what it made stays out of later garbage collections, and what compiling this file
     took goes back to the system (7 MB with glibc, which would keep it)."""
     gc.collect()
@@ -7805,7 +7856,7 @@ def serve(args, config):
         gateway.lan_urls = [own_url(config, address, server.port) for address, _ in lan]
         threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
         announce(gateway, server.port, lan)
-        settle()
+        freeze_start_up()
         if args.demo:
             key = config.api_key.get("demo", "")
             threading.Thread(target=demo_traffic, args=(f"http://127.0.0.1:{server.port}", key, stop.wait),
@@ -7820,7 +7871,7 @@ def serve(args, config):
 
 
 def open_history_file(config, cleanup):
-    """The History of --history; None without one.  Raises StartError."""
+    """The History of --history; None without one.  Raises HistoryError."""
     if not config.history:
         return None
     history = History(config.history, config.history_days)
@@ -7857,16 +7908,15 @@ def check_exposure(config):
     open_key_file(config)
     if not loopback(config.host) and not Walls(config).need_key and not config.no_auth:
         raise ConfigError(f"--host {config.host} (GATEWAY_HOST) listens beyond this machine, and no key "
-                          "is set: mint "
-                          "one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to let "
-                          "everybody in")
+                          "is set: mint one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to "
+                          "let everybody in")
 
 
 def start_monitor(config, hub, stop):
     """The tail thread on LM Studio's log directory; None when it is switched off."""
     if not config.enable_log_monitoring:
         return None
-    monitor = Monitor(Follower(config.log_dir or find_log_dir(find_home()), started=time.time()))
+    monitor = Monitor(Follower(log_dir_of(config), started=time.time()))
     threading.Thread(target=run_monitor, args=(monitor, hub, stop), name="tail", daemon=True).start()
     return monitor
 
@@ -7888,14 +7938,12 @@ def open_server(gateway, context):
     try:
         return Server(gateway, config.host, config.port, context)
     except OSError as error:
-        if error.errno in IN_USE:
+        if error.errno == errno.EADDRINUSE:
             who = port_holder(config.port) or f"what holds it ({port_question(config.port)} tells)"
             raise StartError(f"port {config.port} is in use on {config.host}: stop {who} or choose "
-                             "another with --port "
-                             "(GATEWAY_PORT)") from None
+                             "another with --port (GATEWAY_PORT)") from None
         raise StartError(f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose "
-                         "another address with "
-                         "--host (GATEWAY_HOST) and --port") from None
+                         "another address with --host (GATEWAY_HOST) and --port") from None
     except OverflowError as error:
         raise StartError(f"cannot listen on {config.host}:{config.port}: {error}") from None
 
@@ -7912,8 +7960,8 @@ def tls_context(config):
         context.load_cert_chain(config.tls_cert, config.tls_key, password=refuse_password)
     except ssl.SSLError as error:
         raise ConfigError(f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: no matching pair "
-                          "of PEM files "
-                          f"({error.reason or error}); see the README for a line that makes one") from None
+                          f"of PEM files ({error.reason or error}); see the README for a line that makes "
+                          "one") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: "
                           f"{error_text(error)}") from None
@@ -8081,11 +8129,10 @@ class Finding(NamedTuple):
 
 
 class Check(NamedTuple):
-    """find gives the Findings about one thing.  about says what it looks at."""
+    """find gives the Findings about one thing."""
 
     name: str
     find: Callable[[Patient], Iterator[Finding]]
-    about: str
 
 
 class Patient:
@@ -8139,24 +8186,6 @@ SETTINGS_MENU = "LM Studio: Developer > Server settings"
 LOGS_MENU = 'LM Studio: Developer Logs, "..." menu'
 
 
-def load_leniently(args, environ, env_file):
-    """(Config, sources, warnings, errors): load_config that gathers mistakes and does not stop at one."""
-    values, sources, errors = {}, {}, []
-    try:
-        from_file, warnings = read_env_file(env_file)
-    except ConfigError as error:
-        from_file, warnings, errors = {}, [], [str(error)]
-    for row in OPTIONS:
-        setting = find_setting(row, args.get(row.name), environ, from_file)
-        if setting:
-            sources[row.name] = setting.source
-            try:
-                values[row.name] = parse_setting(row, setting)
-            except ConfigError as error:
-                errors.append(str(error))
-    return Config(**values), sources, warnings, errors
-
-
 def check_python(patient):
     version = (f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
                f"lmgateway {VERSION}")
@@ -8199,10 +8228,10 @@ def check_port(patient):
             sock.bind((config.host, config.port))
         yield Finding("ok", f"{own} is free" if config.port else "the system will choose one")
     except OSError as error:
-        if error.errno not in IN_USE:
+        if error.errno != errno.EADDRINUSE:
             yield Finding("bad", f"cannot listen on {own}: {error_text(error)}",
                           "choose others with --host and --port")
-        elif b"<title>lmgateway" in fetched(config.host, config.port, "/", bool(config.tls_cert)):
+        elif b"<title>lmgateway" in fetch(config.host, config.port, "/", bool(config.tls_cert)):
             yield Finding("ok", f"{own} is held by a running lmgateway")
         else:
             yield Finding("bad", f"{own} is held by {port_holder(config.port) or 'another program'}",
@@ -8210,12 +8239,12 @@ def check_port(patient):
                           "with --port")
 
 
-def fetched(host, port, path, encrypted=False):
+def fetch(host, port, path, encrypted=False):
     """The body that answers a GET with 200; empty when there is none within a second."""
     host = "127.0.0.1" if host in ANYWHERE else host
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # whose it is, is what we want to know
-    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+    with contextlib.suppress(*BROKEN, ValueError):
         asked = (http.client.HTTPSConnection(host, port, timeout=1.0, context=context) if encrypted
                  else http.client.HTTPConnection(host, port, timeout=1.0))
         with contextlib.closing(asked):
@@ -8236,7 +8265,7 @@ def port_holder(port):
         for entry in os.scandir("/proc"):
             if entry.name.isdecimal() and sockets & opened(entry.path):
                 command = Path(entry.path, "cmdline").read_bytes().split(b"\0")[:2]  # the rest may hold a key
-                shown = b" ".join(command).decode("utf-8", "replace").strip().translate(CONTROL)
+                shown = printable(b" ".join(command).decode("utf-8", "replace").strip())
                 return f"process {entry.name} ({shown[:80]})"
     return ""
 
@@ -8269,7 +8298,7 @@ def app_runs(home):
     """True when LM Studio's internal server answers, which is there also while its API server is stopped."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         port = json.loads((home / ".internal" / "http-server.json").read_bytes())["port"]
-        return b'"version"' in fetched("127.0.0.1", int(port), "/lms-status")
+        return b'"version"' in fetch("127.0.0.1", int(port), "/lms-status")
     return False
 
 
@@ -8317,8 +8346,7 @@ def check_logs(patient):
     if isinstance(newest, OSError):
         yield Finding("bad", f"log directory {directory}: {error_text(newest)}",
                       "start LM Studio's server once; name another directory with --log-dir "
-                      "(LMSTUDIO_LOG_DIR); "
-                      "run as the user who runs LM Studio")
+                      "(LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
     elif newest is None:
         yield Finding("bad", f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
                       f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
@@ -8390,8 +8418,8 @@ def check_keys(patient):
     rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted]
     rows += [f"{name} (all rights)" for name in config.api_key]
     if keys and not rows:
-        yield Finding("warn", f"a key is asked for, and there is none: all of {keys_path(config)} were "
-                              "revoked",
+        yield Finding("warn", f"a key is asked for, and there is none: all of {keys_path(config)} "
+                              "were revoked",
                       "mint one with --new-key NAME, or remove that file")
     else:
         yield Finding("ok", f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
@@ -8447,25 +8475,24 @@ def check_clock(patient):
 
 
 BUILT = 1_750_000_000  # June 2025: no clock is right that says less
-IN_USE = (48, 98, 10048)  # EADDRINUSE of macOS, Linux and Windows
 CHECKS = (
-    Check("Python", check_python, "version and system"),
-    Check("Options", check_options, "values, where each comes from, mistakes in .env"),
-    Check("Port", check_port, "ours is free, or who holds it"),
-    Check("LM Studio", check_lmstudio, "its server answers, and it is LM Studio"),
-    Check("Settings", check_settings, "LM Studio's own: port, interface, CORS, logging"),
-    Check("Logs", check_logs, "directory, newest file, engine, verbose lines"),
-    Check("Room", check_room, "size and growth of the logs, free disk"),
-    Check("Keys", check_keys, "who may do what, and whether a key is needed"),
-    Check("Network", check_network, "who can connect, TLS"),
-    Check("Clock", check_clock, "time, time zone, and whether the log agrees"),
+    Check("Python", check_python),          # version and system
+    Check("Options", check_options),        # values, where each comes from, mistakes in .env
+    Check("Port", check_port),              # ours is free, or who holds it
+    Check("LM Studio", check_lmstudio),     # its server answers, and it is LM Studio
+    Check("Settings", check_settings),      # LM Studio's own: port, interface, CORS, logging
+    Check("Logs", check_logs),              # directory, newest file, engine, verbose lines
+    Check("Room", check_room),              # size and growth of the logs, free disk
+    Check("Keys", check_keys),              # who may do what, and whether a key is needed
+    Check("Network", check_network),        # who can connect, TLS
+    Check("Clock", check_clock),            # time, time zone, and whether the log agrees
 )
 
 
 def doctor(args, config=None):
     """--check: every finding in one line; 1 when something is bad, else 0.  Works whatever is broken."""
     patient = Patient(args, os.environ)
-    found = [(check.name, finding) for check in CHECKS for finding in examined(check, patient)]
+    found = [(check.name, finding) for check in CHECKS for finding in examine(check, patient)]
     bad = any(finding.mark == "bad" for _, finding in found)
     if args.json:
         rows = [{"check": name, **finding._asdict()} for name, finding in found]
@@ -8474,14 +8501,14 @@ def doctor(args, config=None):
     colour = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
     for name, (mark, what, remedy) in found:
         shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if colour else f"{mark:4}"
-        print(f"{shown}  {name:9}  " + (what + (f"  ->  {remedy}" if remedy else "")).translate(CONTROL))
+        print(f"{shown}  {name:9}  " + printable(what + (f"  ->  {remedy}" if remedy else "")))
     return int(bad)
 
 
 MARKS = {"ok": "32", "warn": "33", "bad": "31"}
 
 
-def examined(check, patient):
+def examine(check, patient):
     """A check's findings; a check that fails is a finding, too."""
     found = []
     try:
@@ -8497,7 +8524,7 @@ def examined(check, patient):
 
 def prune(args, config):
     """--prune DAYS: LM Studio's logs that are older; with --yes they go.  Status 1 when one could not go."""
-    directory = config.log_dir or find_log_dir(find_home())
+    directory = log_dir_of(config)
     try:
         old = old_logs(directory, int(args.prune), datetime.date.today())
     except OSError as error:
@@ -8505,7 +8532,7 @@ def prune(args, config):
                           "--log-dir (LMSTUDIO_LOG_DIR)") from None
     total = failed = 0
     for log_file, size in old:
-        problem = removal(log_file.path) if args.yes else None
+        problem = remove_log(log_file.path) if args.yes else None
         failed += problem is not None
         total += size if problem is None else 0
         fate = f"kept, {problem}" if problem else "removed" if args.yes else "would go"
@@ -8541,7 +8568,7 @@ def last_written(directory):
     return set()
 
 
-def removal(path):
+def remove_log(path):
     """Remove a file.  Gives the reason why it stays, else None."""
     try:
         os.remove(path)
@@ -8579,7 +8606,7 @@ COMMANDS = (
     Command("revoke_key", revoke_key, "take a minted key away", "NAME"),
     Command("print_launchd", print_launchd, "a launchd agent for macOS; see the README"),
 )
-COMPANIONS = ("json", "events", "from_start", "yes", "rights")
+COMPANIONS = tuple(dict.fromkeys(name for command in COMMANDS for name in command.companions))
 USAGE = """\
 lmgateway.py [options]              gateway, log monitor and dashboard beside LM Studio
        lmgateway.py COMMAND [options]      one of the commands below"""
@@ -8590,9 +8617,9 @@ def build_parser():
     parser = Arguments(
         prog="lmgateway.py", usage=USAGE, allow_abbrev=False, add_help=False,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26, width=100),
-        epilog="Flags count before the environment, that before .env, that before defaults. Only as "
-               "variables: "
-               f"{', '.join(row.variable for row in OPTIONS if not row.flag)}. The README says more.")
+        epilog="Flags count before the environment, that before .env, that before defaults. "
+               f"Only as variables: {', '.join(row.variable for row in OPTIONS if not row.flag)}. "
+               "The README says more.")
     commands = parser.add_argument_group("Commands")
     for command in COMMANDS:
         kind: dict[str, Any] = {"metavar": command.value} if command.value else {"action": "store_true"}
@@ -8657,7 +8684,6 @@ def chosen_command(args):
         if getattr(args, name) and not set(hosts) & set(chosen):
             raise ConfigError(f"{flag_of(name)} goes with "
                               f"{' or '.join(flag_of(command.name) for command in hosts)}")
-    check_values(args)
     return chosen[0] if chosen else None
 
 
@@ -8676,10 +8702,11 @@ def check_values(args):
 
 def main(argv=None):
     """Run a command.  Returns its exit status."""
-    quiet_streams()
+    lenient_streams()
     try:
         args = build_parser().parse_args(argv)
         command = chosen_command(args)
+        check_values(args)
         if args.check:
             return doctor(args)     # before anything that can be wrong
         config, args.sources, warnings = load_config(vars(args), os.environ, args.env_file)
@@ -8692,7 +8719,7 @@ def main(argv=None):
         return error.exit_status
     except BrokenPipeError:
         return closed_pipe()
-    except OSError as error:    # a disk that is full, where the output goes
+    except OSError as error:    # above all a full disk, where the output goes
         closed_pipe()
         print(f"lmgateway: {error.filename or 'standard output'}: {error_text(error)}", file=sys.stderr)
         return 1

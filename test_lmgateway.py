@@ -15,6 +15,7 @@ import gc
 import gzip
 import hashlib
 import http.client
+import http.server
 import io
 import json
 import logging
@@ -31,6 +32,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import tracemalloc
@@ -99,7 +101,7 @@ def stopped(monkeypatch):
     """A command that should never have begun ends at once."""
     monkeypatch.setattr(lmgateway, "Stop",
                         lambda: types.SimpleNamespace(wait=lambda seconds=None: True, status=0))
-    monkeypatch.setattr(lmgateway, "settle", lambda: None)
+    monkeypatch.setattr(lmgateway, "freeze_start_up", lambda: None)
 
 
 @pytest.fixture
@@ -2358,7 +2360,7 @@ def test_a_request_goes_through_its_phases_with_progress_and_time_left(utc):
         "promptTokensPerSecond": 200.0}
     office.clock += 2
     office.log(percent("m/one", 100))
-    record.generated(10, office.clock, office.clock)
+    record.generated(10, office.clock)
     office.clock += 4
     assert record.progress(office.clock)["outputTokensPerSecond"] == 2.5
     office.over(record, prompt=1000, completion=24)
@@ -2622,6 +2624,53 @@ def test_requests_are_shown_running_ones_first_and_each_newest_first():
         hub.end(record, lmgateway.Outcome("done", 200))
     assert [shown["requestId"] for shown in hub.shown()] == ["r3", "r2", "r1", "r0"]
     assert [shown["requestId"] for shown in hub.shown(3)] == ["r3", "r2", "r1"]
+
+
+def test_the_overview_has_all_running_requests_the_latest_ended_ones_and_the_latest_model():
+    hub = lmgateway.Hub()
+    records = [lmgateway.Record(f"r{number}", 0, 0, model_asked="m/old" if number == 1 else None)
+               for number in range(5)]
+    for record in records:
+        hub.begin(record)
+    for record in records[:4]:
+        hub.end(record, lmgateway.Outcome("done", 200))
+    running, over, model = hub.overview(2)
+    assert [shown["requestId"] for shown in running + over] == ["r4", "r3", "r2"] and model == "m/old"
+
+
+def test_nothing_is_told_of_the_progress_of_a_request_after_its_end(monkeypatch):
+    """A request may end whenever the lock is free, so also between what its progress is and its telling."""
+    hub, parser, encode = lmgateway.Hub(), Parser(), lmgateway.data_json
+    stamp = "2026-11-24 10:00:00"
+    started = lmgateway.Calendar().moment(stamp).epoch
+    record = lmgateway.Record(hub.request_id(), started, time.monotonic(), model_asked="m/one", messages=1,
+                              dialect="chat", target="/v1/chat/completions", stream=True)
+    hub.begin(record)
+
+    def encoded(event):
+        if not hub._lock.locked():
+            hub.end(record, lmgateway.Outcome("done", 200))
+        return encode(event)
+
+    def log(*entries):
+        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n" for entry in entries).encode())
+                        + parser.quiet())
+
+    log(running("m/one"), streaming("m/one"), percent("m/one", 0))
+    monkeypatch.setattr(record, "_told", -math.inf)
+    monkeypatch.setattr(lmgateway, "data_json", encoded)
+    log(percent("m/one", 50))
+    names = [name for name, _ in hub.read(0)[0]]
+    assert "inference_progress" in names and record.ended is not None
+    assert "inference_progress" not in names[names.index("inference_complete"):]
+
+
+def test_the_name_of_a_model_is_learned_anew_also_when_no_further_ones_are(monkeypatch):
+    monkeypatch.setattr(lmgateway, "NAMES_KEPT", 1)
+    requests = lmgateway.Requests("e", 10)
+    for asked, served in (("a", "x"), ("a", "y"), ("b", "z")):
+        requests._learn_name(asked, served)
+    assert requests._names == {"a": "y"}
 
 
 @pytest.mark.parametrize("since, missed",
@@ -5023,6 +5072,39 @@ def test_a_client_that_leaves_while_it_is_told_of_its_wait_frees_lm_studio(impat
     assert event["operation"] == "client_disconnected"
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before its head", "after a head of ours"])
+def test_a_fault_of_ours_does_not_leave_a_client_with_comments_for_ever(impatient, studio, monkeypatch, late):
+    def fail(meter, piece, now):
+        raise RuntimeError("boom")
+
+    go = threading.Event()
+    monkeypatch.setattr(lmgateway.Meter, "feed", fail)
+    if not late:
+        monkeypatch.setattr(lmgateway.Commented, "SILENCE_S", float(PATIENCE_S))
+        go.set()
+    studio.script = lambda peer: (go.wait(PATIENCE_S), peer.send(STREAM_HEAD, framed(*CHAT_STREAM)))
+    with dial(impatient.port) as sock:
+        sock.sendall(request("POST /v1/chat/completions", b'{"stream":true}'))
+        data = read_until(sock, b": waiting\n\n" if late else b"\r\n\r\n")
+        go.set()
+        assert not (data + rest_of(sock)).endswith(b"0\r\n\r\n")
+    (event,) = impatient.events(0, "inference_complete", "error")
+    assert (event["operation"], "boom" in event["error"]) == ("internal_error", True)
+
+
+def test_a_request_for_which_no_thread_can_be_had_has_not_begun(impatient, monkeypatch):
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name == "commented":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert status_of(talk(impatient.port, request("POST /v1/chat/completions", b'{"stream":true}'))) == 500
+    assert not impatient.hub.counts and not impatient.hub.shown()
+
+
 def test_without_the_option_no_comment_is_sent(fronts, studio, monkeypatch):
     monkeypatch.setattr(lmgateway.Commented, "__init__", None)
     studio.script = lambda peer: peer.send(STREAM_HEAD, framed(*CHAT_STREAM))
@@ -5458,6 +5540,10 @@ def frames_of(sock, data):
         text += chunks.feed(piece)
 
 
+def tell(hub, name, **data):
+    hub.publish([Event(name, {"timestamp": hub.now(), **data})])
+
+
 def test_the_stream_begins_with_connected_and_goes_on_with_events(front):
     with listening(front) as (_, head, frames):
         for header in (b"Content-Type: text/event-stream; charset=utf-8", b"Cache-Control: no-store",
@@ -5467,7 +5553,7 @@ def test_the_stream_begins_with_connected_and_goes_on_with_events(front):
         assert (last, name, retry) == (front.hub.event_id(front.hub.last), "connected",
                                        "2000") and data["message"]
         assert re.fullmatch(UTC_TIME, data["timestamp"])
-        front.hub.tell("one", text="\u2028\n\r\x00 \ud800")
+        tell(front.hub, "one", text="\u2028\n\r\x00 \ud800")
         event_id, name, data, _ = next(frames)
         assert (event_id, name, data["text"]) == (front.hub.event_id(front.hub.last), "one",
                                                   "\u2028\n\r\x00 \ud800")
@@ -5476,7 +5562,7 @@ def test_the_stream_begins_with_connected_and_goes_on_with_events(front):
 def test_a_listener_that_comes_back_gets_each_event_that_it_missed_once(front):
     mark = front.hub.last
     for number in range(5):
-        front.hub.tell("even" if number % 2 == 0 else "odd", number=number)
+        tell(front.hub, "even" if number % 2 == 0 else "odd", number=number)
     missed = [mark + 3, mark + 4, mark + 5]
     for query, header in (("", [f"Last-Event-ID: {front.hub.event_id(mark + 2)}"]),
                           (f"?since={front.hub.event_id(mark + 2)}", [])):
@@ -5489,7 +5575,7 @@ def test_a_listener_that_comes_back_gets_each_event_that_it_missed_once(front):
 
 def test_a_listener_of_another_start_is_told_that_nobody_knows_what_it_missed(fronts):
     front = fronts()
-    front.hub.tell("one")
+    tell(front.hub, "one")
     with listening(front, "", "Last-Event-ID: 0ther-41") as (_, _, frames):
         assert next(frames)[1] == "connected"
         _, name, data, _ = next(frames)
@@ -5497,7 +5583,7 @@ def test_a_listener_of_another_start_is_told_that_nobody_knows_what_it_missed(fr
                                                                    None)
         assert re.fullmatch(UTC_TIME, data["timestamp"])
         assert next(frames)[:2] == (front.hub.event_id(1), "one")
-        front.hub.tell("two")
+        tell(front.hub, "two")
         assert next(frames)[1] == "two"     # and no second gap
 
 
@@ -5505,7 +5591,7 @@ def test_a_gateway_that_has_just_started_tells_a_listener_of_before_at_once_that
     front = fronts()
     with listening(front, "?events=one", "Last-Event-ID: 0ther-41") as (_, _, frames):
         assert [next(frames)[1] for _ in range(2)] == ["connected", "gap"]
-        front.hub.tell("one")
+        tell(front.hub, "one")
         assert next(frames)[1] == "one"
 
 
@@ -5527,7 +5613,7 @@ def test_what_the_ring_no_longer_holds_is_told_as_a_gap(fronts):
 def test_the_id_of_an_event_source_that_reconnects_counts_before_the_since_of_its_address(front):
     mark = front.hub.last
     for _ in range(3):
-        front.hub.tell("one")
+        tell(front.hub, "one")
     with listening(front, f"?since={front.hub.event_id(mark)}",
                    f"Last-Event-ID: {front.hub.event_id(mark + 2)}") as (
             _, _, frames):
@@ -5541,9 +5627,9 @@ def test_what_is_published_while_a_listener_connects_is_not_lost():
     with contextlib.closing(lmgateway.stream_frames(hub, "", (), watcher,
                                                     types.SimpleNamespace(connection=None))) as frames:
         assert b"event: connected" in next(frames)
-        hub.tell("between")
+        tell(hub, "between")
         assert next(frames).startswith(f"id: {hub.event_id(1)}\nevent: between".encode())
-        hub.tell("last words")
+        tell(hub, "last words")
         hub.close()
         assert [frame.splitlines()[1] for frame in frames] == [b"event: last words"]     # and then it ends
 
@@ -5559,7 +5645,7 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_is_told_what_it_lost(fr
         next(quick)
         for _ in range(36):
             front.hub.publish([Event("n", {"timestamp": "x", "text": filler})] * 500)
-        front.hub.tell("last")
+        tell(front.hub, "last")
         assert next(quick)[1] == "last"
         seqs, lost, name = [], [], ""
         frames = frames_of(slow, first)
@@ -5953,7 +6039,7 @@ def test_an_address_that_is_not_allowed_gets_nothing_at_all(fronts):
 
 def test_forwarded_addresses_are_believed_from_named_proxies_only(fronts, studio):
     for trusted, client in (("127.0.0.1", "10.0.0.9"), ("127.0.0.1,10.0.0.9", "1.2.3.4"),
-                            ("192.0.2.0/24", "127.0.0.1")):
+                            ("*", "6.6.6.6"), ("192.0.2.0/24", "127.0.0.1")):
         front = fronts(trusted_proxies=lmgateway.networks(trusted))
         ask(front, POST_CHAT, "X-Forwarded-For: 6.6.6.6, 1.2.3.4", "X-Forwarded-For: 10.0.0.9", body=b"{}")
         assert front.events(0, "inference_start")[0]["client"] == client
@@ -6337,7 +6423,7 @@ def test_a_flood_does_not_end_listeners_and_they_count(fronts):
             sock.sendall(request("GET /debug/stream"))
             read_until(sock, b"event: connected")
         assert talk(front.port, request("GET /health")) == b""      # no room: nothing that may give way
-        front.hub.tell("one")
+        tell(front.hub, "one")
         for sock in listeners:
             read_until(sock, b"event: one")
 
@@ -6442,6 +6528,29 @@ def test_a_signal_tells_listeners_and_lets_running_requests_finish(process, stud
     until(lambda: any("1 requests are running" in line for line in lines))
 
 
+def test_connections_are_those_that_rest_send_a_request_or_wait_for_an_answer(fronts):
+    front = fronts()
+    with dial(front.port), dial(front.port) as sock:
+        until(lambda: front.server.connections == 2)
+        sock.sendall(request(POST_CHAT, b"{}")[:-1])
+        until(lambda: front.server._reading)
+        assert front.server.connections == 2
+
+
+def test_two_servers_do_not_share_a_port(monkeypatch):
+    """Some versions of http.server ask for it (allow_reuse_port)."""
+    monkeypatch.setattr(http.server.HTTPServer, "allow_reuse_port", True, raising=False)
+    with lmgateway.Server(None, "127.0.0.1", 0) as one, pytest.raises(OSError):
+        lmgateway.Server(None, "127.0.0.1", one.port).server_close()
+
+
+def test_a_clock_that_is_set_changes_no_uptime(fronts):
+    front = fronts()
+    front.gateway.started -= 86400
+    for page in ("/health", "/debug/status"):
+        assert 0 <= json.loads(fetched(front, page)[2])["uptime"] < 3600
+
+
 def test_requests_that_take_too_long_are_cut_at_the_end_and_told(fronts, studio):
     front, here = fronts(), threading.Event()
     studio.script = lambda peer: (here.set(), peer.wait_for_end())
@@ -6470,11 +6579,27 @@ def test_a_second_signal_ends_at_once(process, studio):
         assert run.wait(PATIENCE_S) == 0 and time.monotonic() - started < 2
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no timer signals")
+def test_a_signal_at_any_moment_ends_the_wait():
+    """A handler runs between two steps of what the main thread does, which may hold a lock just then."""
+    code = textwrap.dedent("""\
+        import random, signal, lmgateway
+        for _ in range(200):
+            stop = lmgateway.Stop()
+            signal.signal(signal.SIGALRM, stop._signalled)
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.001))
+            while not stop.wait(0):
+                pass
+            assert stop.wait() and stop.signals == 1
+        """)
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, timeout=PATIENCE_S, check=True)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
 def test_running_requests_have_ten_seconds_at_the_end_and_no_more(monkeypatch, studio, tmp_path):
     assert lmgateway.GRACE_S == 10
     monkeypatch.setattr(lmgateway, "GRACE_S", 0.05)
-    monkeypatch.setattr(lmgateway, "settle", lambda: None)
+    monkeypatch.setattr(lmgateway, "freeze_start_up", lambda: None)
     monkeypatch.setenv("KEYS_FILE", str(tmp_path / "none.json"))
     here, before = threading.Event(), [(number, signal.getsignal(number))
                                        for number in (signal.SIGTERM, signal.SIGINT)]
@@ -6958,19 +7083,19 @@ def test_watch_resumes_by_id_after_a_gateway_was_away_and_tells_of_a_new_one():
         def go_on(seconds):
             pauses.append(seconds)
             if len(pauses) == 1:
-                hub.tell("later")           # while nobody listens
+                tell(hub, "later")           # while nobody listens
             elif len(pauses) == 3:
                 servers.enter_context(stream_server(hub, port))
             elif len(pauses) == 4:
                 servers.close()
                 new = lmgateway.Hub()
-                new.tell("end")
+                tell(new, "end")
                 servers.enter_context(stream_server(new, port))
             return len(pauses) > 9
 
         def seen(item):
             if named("connected")(item) and not pauses:
-                hub.tell("first")
+                tell(hub, "first")
             elif named("first")(item) or named("later")(item):
                 servers.close()
             return named("end")(item)
@@ -6988,9 +7113,9 @@ def test_watch_resumes_by_id_after_a_gateway_was_away_and_tells_of_a_new_one():
 def test_watch_from_the_start_brings_what_the_ring_holds_and_leaves_pings_out(monkeypatch):
     monkeypatch.setattr(lmgateway, "PING_S", 0.01)
     hub = lmgateway.Hub()
-    hub.tell("old")
+    tell(hub, "old")
     with stream_server(hub) as port:
-        threading.Timer(0.1, hub.tell, ("new",)).start()
+        threading.Timer(0.1, tell, (hub, "new")).start()
         found = brought(f"http://127.0.0.1:{port}/debug/stream", named("new"), since="0")
     assert [event.name for _, event in found] == ["connected", "old", "new"]
 
@@ -7058,7 +7183,7 @@ def test_watch_ends_quietly_when_nobody_reads_it_any_more():
         process.stdout.close()
         deadline = time.monotonic() + PATIENCE_S
         while process.poll() is None and time.monotonic() < deadline:
-            hub.tell("more", message="x" * 65536)
+            tell(hub, "more", message="x" * 65536)
             time.sleep(0.01)
         assert (process.wait(PATIENCE_S), process.stderr.read()) == (0, "")
 
@@ -7528,7 +7653,7 @@ def test_a_check_that_fails_is_a_finding():
         yield lmgateway.Finding("ok", "so far")
         raise RuntimeError("boom")
 
-    found = lmgateway.examined(lmgateway.Check("X", fail, ""), None)
+    found = lmgateway.examine(lmgateway.Check("X", fail), None)
     assert [finding.mark for finding in found] == ["ok", "bad"] and "boom" in found[1].what
 
 
@@ -7736,6 +7861,15 @@ def test_a_saved_log_goes_on_with_the_entry_of_the_one_before_it_where_lm_studio
             switch["newLogFile"]) == (found[0].data["timestamp"].replace(" ", "T") + "Z", str(paths[1]))
 
 
+def test_a_saved_directory_that_cannot_be_read_is_status_2_with_a_remedy(tmp_path, monkeypatch, capsys):
+    def refused(directory):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(lmgateway, "list_logs", refused)
+    assert lmgateway.main(["--tail-only", str(tmp_path)]) == 2
+    assert f"{tmp_path} cannot be read (Permission denied); name" in capsys.readouterr().err
+
+
 def test_a_file_that_cannot_be_read_in_the_middle_is_status_1_after_what_came_before(tmp_path, monkeypatch, capfd):
     def opened(path, *args, original=open, **kwargs):
         if str(path).endswith("2.log"):
@@ -7745,7 +7879,7 @@ def test_a_file_that_cannot_be_read_in_the_middle_is_status_1_after_what_came_be
     for name in ("1.log", "2.log"):
         (tmp_path / name).write_bytes(HEADER + name.encode() + b"\n")
     monkeypatch.setattr("builtins.open", opened)
-    monkeypatch.setattr(lmgateway, "settle", lambda: None)
+    monkeypatch.setattr(lmgateway, "freeze_start_up", lambda: None)
     monkeypatch.setattr("signal.signal", lambda *args: None)
     assert lmgateway.main(["--tail-only", str(tmp_path / "1.log"), str(tmp_path / "2.log")]) == 1
     out, err = capfd.readouterr()
@@ -7950,7 +8084,7 @@ PROGRESS_LOG = b"".join(HEADER + line.encode() + b"\n" for line in (
 @pytest.fixture
 def on_terminal(terminal, monkeypatch):
     """A function that runs a command whose output goes to a terminal, until wait() is true."""
-    monkeypatch.setattr(lmgateway, "settle", lambda: None)
+    monkeypatch.setattr(lmgateway, "freeze_start_up", lambda: None)
     monkeypatch.setattr("signal.signal", lambda *args: None)
 
     def run(*argv, wait=None):
