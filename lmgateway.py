@@ -499,9 +499,9 @@ class Rule(NamedTuple):
     sample: str
 
 
-NUMBER = r"(?:-?[\d.]{1,30}(?:e[+-]?\d{1,3})?|-?inf|-?nan)"
+NUMBER = r"(?:-?[\d.]{1,30}(?:e[+-]?\d{1,3})?|-?inf|-?nan)"  # as printf writes it
 TIMING = r" *(?:\( *{n} ms per token, +(?P<rate>{n}) tokens per second\)|\([^)\n]*\))".format(n=NUMBER)
-PAIRS = r"(?P<pairs>[ \t]*(?:[a-z]\w* = -?[\d.]+,? *)*)$"
+PAIRS = rf"(?P<pairs>[ \t]*(?:[a-z]\w* = {NUMBER},? *)*)$"
 
 RULES = (
     # --- the app's own lines: every engine, since 04-2025 unless a date says otherwise
@@ -623,7 +623,7 @@ RULES = (
     Rule("sampling", "engine", "line", "G3", "sampler params:" + PAIRS,
          "0.30.015.189 I slot launch_slot_: id  3 | task -1 | sampler params:"),
     Rule("params", "engine", "line", "G1 G3",
-         r"(?P<pairs>[a-z]\w* = -?[\d.]+(?:, +[a-z]\w* = -?[\d.]+)*,? *)$",
+         rf"(?P<pairs>[a-z]\w* = {NUMBER}(?:, +[a-z]\w* = {NUMBER})*,? *)$",
          "\ttop_k = 40, top_p = 0.950, temp = 0.700"),
     # --- G1 (mid-2025 to 01-2026) and its early wording (up to 04-2025)
     Rule("generate", "engine", "line", "G1",
@@ -1160,7 +1160,7 @@ class Chat:
         self.number, self.started, self.model = number, moment, model
         self.api = api  # it has a line of the app's: it came over HTTP
         self.messages = messages
-        self.stream = False
+        self.stream = False     # None when we came in its middle
         self.run = None  # the Run that is taken for its
         self.said = set()  # names of events that its lines gave and that come once
         self.app_progress = self.app_read = False  # the app has told of its progress, up to 100 %
@@ -1173,7 +1173,8 @@ class Chat:
         self.ended = None  # outcome
         self.ended_at, self.latest = 0.0, 0  # when, and the number of the latest chat then
         self.doubted = []  # the chats that can have been meant by the disconnect line that ended it
-        self.left = False  # a disconnect line has been taken for it
+        self.left = False  # a second line for its end has been taken for it
+        self.counted = set()  # what Figures has counted of it
         self.predicted = False
 
     total = property(lambda self: getattr(self.run, "total", None))
@@ -1852,6 +1853,7 @@ class Story(EngineLines):
     def __init__(self, events):
         super().__init__(events)
         self._received: deque[Received] = deque(maxlen=RECEIVED_KEPT)
+        self._finished_unseen = -math.inf   # when a stream finished whose beginning we did not see
 
     @property
     def running(self):
@@ -1931,7 +1933,8 @@ class Story(EngineLines):
         chat = pick([chat for chat in found if chat.ended is None] or found, lambda c: not c.app_read,
                     lambda c: c.run)
         if chat is None:
-            chat = self._pairs.new(entry.moment, entry.model)  # we came in the middle
+            chat = self._pairs.new(entry.moment, entry.model)
+            chat.stream = None      # we came in the middle
             if percent:
                 chat.said.add("lmstudio_processing_start")
         if len(found) == 1 and not chat.app_progress:
@@ -1955,7 +1958,8 @@ class Story(EngineLines):
     # --- the app's ends
 
     def on_finish(self, entry):
-        found = [chat for chat in self._pairs.of(entry) if chat.stream]
+        found = self._pairs.of(entry)
+        found = [chat for chat in found if chat.stream] or [chat for chat in found if chat.stream is None]
         left = [chat for chat in self._pairs.of(entry, ended=True) if chat.abandoned]
         chat = pick(found, lambda c: c.run_over, lambda c: c.run, Chat.generates)
         if left and (chat is None or not (chat.run and chat.run.timed_at)
@@ -1972,7 +1976,21 @@ class Story(EngineLines):
                     self._pairs.change_ends(chat, other)    # the disconnect line just before was its own
                     chat.predicted = True
                     return
+        if chat is None and self._has_ended(entry, "error"):
+            return
+        if chat is None:
+            self._finished_unseen = entry.moment.epoch
         self._tell.end(chat, entry.moment, "finished", entry.line, entry.model or shared_model(found))
+
+    def _has_ended(self, entry, *outcomes):
+        """True where the end that a line tells of is that of a chat that has just ended, in one of these ways.
+        Each chat is asked for once."""
+        for chat in self._pairs.of(entry, ended=True):
+            if (chat.ended in outcomes and not chat.left
+                    and entry.moment.epoch - chat.ended_at <= SWALLOW_S):
+                chat.left = True
+                return True
+        return False
 
     def _stayed(self, chat, entry):
         """True when the line that ended a chat was another's.  The engine stops for a client that has left as
@@ -2030,6 +2048,9 @@ class Story(EngineLines):
         gone = [other for other in self._pairs.ended if other.ended == "disconnected"]
         if chat is None and any(other.abandoned or now - other.ended_at <= SWALLOW_S for other in gone):
             return  # it has been told, when a line that was another's was taken for it
+        if chat is None and (self._has_ended(entry, "error") or now - self._finished_unseen <= SWALLOW_S):
+            self._finished_unseen = -math.inf
+            return
         meant = found + [other for other in self._pairs.ended if other.doubted and other.abandoned]
         if chat:
             chat.doubted = [other for other in meant if other is not chat]
@@ -2048,12 +2069,14 @@ class Story(EngineLines):
 
     def on_render_error(self, entry):
         found = self._pairs.of(entry)
-        self._tell.end(pick(found[::-1], lambda c: not c.run), entry.moment, "error", entry.line,
-                       entry.model or shared_model(found))
+        if found or not self._has_ended(entry, "disconnected"):
+            self._tell.end(pick(found[::-1], lambda c: not c.run), entry.moment, "error", entry.line,
+                           entry.model or shared_model(found))
 
     def on_channel_error(self, entry):
         found = self._pairs.of(entry)
-        self._tell.end(pick(found), entry.moment, "error", entry.line, entry.model or shared_model(found))
+        if found or not self._has_ended(entry, "disconnected", "error"):
+            self._tell.end(pick(found), entry.moment, "error", entry.line, entry.model or shared_model(found))
 
     def on_crash(self, entry):
         for chat in self._pairs.of(entry):
@@ -2608,6 +2631,7 @@ TIMELINE = 400  # events of one request that are kept
 SLOW_MS = 1000  # a phase longer than this is marked
 OWN_EVENTS = frozenset(("inference_start", "inference_complete", "error"))
 TELL_S = 0.25  # between two inference_progress of one request
+SPEED_S = 0.25  # before that nothing can be said of how fast an answer is written
 COUNT_S = 1.0  # between two that say how many tokens its answer has: each costs as much as ten pieces of it
 STATES = ("waiting", "loading", "queued", "prompt", "generating")  # in the order in which they come
 OUTCOMES = {"finished": "done", "disconnected": "abandoned", "error": "failed", "stopped": "failed",
@@ -2805,8 +2829,9 @@ class Record:
                 known["promptTokensPerSecond"] = round(a_second * self.prompt_tokens / 100, 1)
         if self.output:
             known["outputTokens"] = self.output
-            if clock > self.output_since:
-                known["outputTokensPerSecond"] = round(self.output / (clock - self.output_since), 1)
+            spent = clock - self.output_since   # since the first of them
+            if self.output > 1 and spent >= SPEED_S:
+                known["outputTokensPerSecond"] = round((self.output - 1) / spent, 1)
         return known
 
     def told(self, clock):
@@ -3178,7 +3203,7 @@ class Requests:
     def _own(self, chat, clock):
         """A record for a chat that did not come through us."""
         record = Record(f"log_{self._epoch}{next(self._numbers):06x}", chat.started.epoch, clock,
-                        source="lmstudio", stream=chat.stream, messages=chat.messages, model=chat.model,
+                        source="lmstudio", stream=bool(chat.stream), messages=chat.messages, model=chat.model,
                         chat=chat)
         chat.record = self.running[record.id] = record
 
@@ -3471,12 +3496,27 @@ class Figures:
         """An event of the log."""
         data, lesson = event.data, COUNTED.get(event.name)
         if lesson:
-            lesson(self, data, self.model(data.get("model")))
+            lesson(self, data, self.model(data.get("model")), event.chat)
 
-    def on_stats(self, data, model):
-        self.add("lmstudio_requests_total", model)
-        for name, field in (("input", "promptTokens"), ("output", "completionTokens"),
-                            ("reasoning", "reasoningTokens"), ("accepted_draft", "acceptedDraftTokens")):
+    def _once(self, chat, name, model, amount=1):
+        """Count what a chat's stats and its end can both tell."""
+        if chat is None or name not in chat.counted:
+            self.add(name, model, amount=amount)
+            if chat is not None:
+                chat.counted.add(name)
+
+    def on_chat_end(self, data, model, chat):
+        if data["outcome"] == "finished":
+            self._once(chat, "lmstudio_requests_total", model)
+            if chat is not None and chat.total:     # of a stream, which MLX writes no stats of
+                self._once(chat, "lmstudio_input_tokens_total", model, chat.total)
+
+    def on_stats(self, data, model, chat):
+        self._once(chat, "lmstudio_requests_total", model)
+        if data.get("promptTokens"):
+            self._once(chat, "lmstudio_input_tokens_total", model, data["promptTokens"])
+        for name, field in (("output", "completionTokens"), ("reasoning", "reasoningTokens"),
+                            ("accepted_draft", "acceptedDraftTokens")):
             if data.get(field):
                 self.add(f"lmstudio_{name}_tokens_total", model, amount=data[field])
         first, speed = data.get("timeToFirstTokenMs"), data.get("tokensPerSecond")
@@ -3488,11 +3528,13 @@ class Figures:
         read = data.get("promptMs")
         self.observe("lmstudio_prompt_eval_seconds", read and read / 1000, model)
 
-    def on_cache(self, data, model):
+    def on_cache(self, data, model, chat):
         self.add("lmstudio_cached_input_tokens_total", model, amount=data["reused"])
 
     def exposition(self, gauges):
         """All of it as Prometheus text 0.0.4.  gauges: {metric: {labels: value}} as of now."""
+        for name, _ in gauges.get("lmstudio_model_loaded", ()):
+            self.model(name)    # LM Studio has listed it
         lines = []
         for metric in METRICS:
             series = {**self._values[metric.name], **gauges.get(metric.name, {})}
@@ -3504,7 +3546,8 @@ class Figures:
         return "\n".join(lines) + "\n"
 
 
-COUNTED = {"lmstudio_prediction_stats": Figures.on_stats, "lmstudio_cache_stats": Figures.on_cache}
+COUNTED = {"lmstudio_prediction_stats": Figures.on_stats, "lmstudio_cache_stats": Figures.on_cache,
+           "lmstudio_chat_end": Figures.on_chat_end}
 
 
 def metric_lines(metric, labels, value):
@@ -3809,7 +3852,7 @@ class Hub:
 
     def cursor(self, since):
         """Any thread.  (SEQ after which to read, Gap or None) for the id that a client saw last."""
-        match = re.fullmatch(r"(?:([0-9a-zA-Z]+)-)?(\d{1,18})", since or "")
+        match = re.fullmatch(r"(?:([!-~]{1,64})-)?(\d{1,18})", since or "", re.ASCII)
         with self._lock:
             if match is None:
                 return self.last, None
@@ -4440,17 +4483,27 @@ def replay(paths, publish):
             publish([switch_event(old, path, moment.utc if moment else utc_text(0))])
         old = path
         try:
-            with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-                piece = file.read(PIECE)
-                check_text(path, piece)
-                while piece:
-                    publish(parser.feed(piece))
-                    piece = file.read(PIECE)
-        except OSError as error:
+            for piece in saved_pieces(path):
+                publish(parser.feed(piece))
+        except StartError:
             publish(parser.end())
-            raise StartError(f"{path}: {error.strerror or error}") from None
+            raise
     publish(parser.end())
     return parser
+
+
+def saved_pieces(path):
+    """The bytes of a saved log, in pieces.  Raises StartError where it cannot be read, ConfigError where it
+    begins like no log."""
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+            piece = file.read(PIECE)
+            check_text(path, piece)
+            while piece:
+                yield piece
+                piece = file.read(PIECE)
+    except OSError as error:
+        raise StartError(f"{path}: {error.strerror or error}") from None
 
 
 def check_text(path, start):
@@ -6136,6 +6189,7 @@ def stream_frames(hub, since, names, watcher, request):
         last = hub.event_id(cursor)  # the id that the listener holds: repeated by what is no event
         message = json.dumps({"timestamp": hub.now(), "message": "Connected to lmgateway"})
         yield sse_frame(last, "connected", message, retry=f"retry: {RETRY_MS}\n")
+        heard = time.monotonic()    # when the listener last had a byte
         while True:
             over = hub.closed or left.is_set()  # asked first: what was published before the end is still sent
             frames, cursor, lost = hub.read(cursor)
@@ -6151,14 +6205,16 @@ def stream_frames(hub, since, names, watcher, request):
             if parts:
                 last = hub.event_id(wanted[-1][0]) if wanted else last
                 yield b"".join(parts)
+                heard = time.monotonic()
             if len(frames) == BATCH:
                 continue
             if over:
                 return
-            try:
-                bell.get(timeout=PING_S)
-            except queue.Empty:
+            if time.monotonic() - heard >= PING_S:
                 yield sse_frame(last, "ping", json.dumps({"timestamp": hub.now()}))
+                heard = time.monotonic()
+            with contextlib.suppress(queue.Empty):
+                bell.get(timeout=max(0.0, heard + PING_S - time.monotonic()))
 
 
 @contextlib.contextmanager

@@ -605,6 +605,9 @@ READ = ["processing_start model=m",
         "cache_stats reused=40 total=100 model=m"]
 STATS = "prediction_stats completionTokens=20 totalMs=1500.0 model=m"
 CRASH = "ERROR Error: The model has crashed without additional information. (Exit code: 6)"
+CHANNEL = "ERROR [m] Error: Channel Error"
+ERRORS = {"a crash": (CRASH, "error"), "a channel error": (CHANNEL, "error model=m"), "a prompt that cannot be rendered": (
+    'ERROR [m] Error rendering prompt with jinja template: "x"', "error model=m")}
 SPLASH = "DEBUG 10:00:00 {} · input 1,100 · cached 100 · output 1,092 · TTFT 0.5s · 92.9 tok/s"
 SPLASH_STATS = ["token_info totalPromptTokens=1100 promptTokensToDecode=1000 model=m",
                 "cache_stats reused=100 total=1100 model=m", "prediction_stats completionTokens=1092 model=m"]
@@ -735,6 +738,34 @@ SITUATIONS = {
          *BEGUN, "chat_end outcome=finished model=m"]),
     "crashes one after the other": ([CRASH, "1 " + CRASH], ["error", "error"]),
     "an end without a start": ([FINISH], ["chat_end outcome=finished model=m"]),
+    "an end without a start, and the client leaves": ([FINISH, LEFT], ["chat_end outcome=finished model=m"]),
+    "an end without a start, and another client leaves later": (
+        [FINISH, "2 " + LEFT], ["chat_end outcome=finished model=m", "chat_end outcome=disconnected"]),
+    "an end without a start, and two clients leave": (
+        [FINISH, LEFT, LEFT], ["chat_end outcome=finished model=m", "chat_end outcome=disconnected"]),
+    "progress without a start, and the client leaves": (
+        [at(50), FINISH, LEFT, START], [seen(50), "chat_end outcome=finished model=m", *BEGUN]),
+    "a stream ends beside one that was seen from its middle": (
+        [at(50), START, STREAM, FINISH, LEFT, FINISH],
+        [seen(50), *BEGUN, "chat_end outcome=finished model=m", "chat_end outcome=finished model=m"]),
+    **{f"{name}, and then the client leaves": (
+        [START, STREAM, line, LEFT], [*BEGUN, error, "chat_end outcome=error model=m"])
+       for name, (line, error) in ERRORS.items()},
+    **{f"{name}, and its stream ends": (
+        [START, STREAM, line, FINISH], [*BEGUN, error, "chat_end outcome=error model=m"])
+       for name, (line, error) in ERRORS.items()},
+    **{f"the client leaves, and then {name}": (
+        [START, STREAM, LEFT, line], [*BEGUN, "chat_end outcome=disconnected model=m", error])
+       for name, (line, error) in ERRORS.items()},
+    "a channel error, and later another client leaves": (
+        [START, STREAM, CHANNEL, "2 " + LEFT],
+        [*BEGUN, "error model=m", "chat_end outcome=error model=m", "chat_end outcome=disconnected"]),
+    "a channel error, and a stream of another model ends": (
+        [START, STREAM, CHANNEL, its(FINISH)],
+        [*BEGUN, "error model=m", "chat_end outcome=error model=m", "chat_end outcome=finished model=x"]),
+    "a channel error, and two clients leave": (
+        [START, STREAM, CHANNEL, LEFT, LEFT],
+        [*BEGUN, "error model=m", "chat_end outcome=error model=m", "chat_end outcome=disconnected"]),
     "progress without a start": ([at(50), FINISH], [seen(50), "chat_end outcome=finished model=m"]),
     "the server stops while a chat runs": (
         [START, "INFO Server stopped.", "5 " + START, "5 " + STREAM, "5 " + FINISH],
@@ -1017,6 +1048,17 @@ def test_huge_entries_are_plain_events_in_bounded_memory(utc, data):
     for entry in logs:
         assert len(entry["message"]) <= lmgateway.ENTRY_LIMIT
         assert entry.get("truncated", False) is (len(data) > lmgateway.ENTRY_LIMIT)
+
+
+@pytest.mark.parametrize("heading, line", [
+    ("Sampling params:", "\ttop_k = 40, frequency_penalty = inf, min_p = -nan, top_p = 1e-03, temp = 0.5"),
+    ("0.30.015.189 I slot launch_slot_: id  3 | task -1 | sampler params:",
+     "top_k = 40, repeat_penalty = -inf, top_p = 1.0e-3, temp = 0.500")])
+def test_sampling_parameters_may_be_infinite_or_have_exponents(utc, heading, line):
+    data = entries_as_log(START, f"DEBUG {heading}\n{line}\n\tmirostat = 0, mirostat_ent = 5.000")
+    (block,) = [event.data for _, event in parsed(data) if event.name == "lmstudio_sampling_params"]
+    assert {name: value for name, value in block.items() if name not in ("timestamp", "model")} == {
+        "top_k": 40, "top_p": 0.001, "temp": 0.5, "mirostat": 0, "mirostat_ent": 5.0}
 
 
 def test_a_header_behind_a_huge_line_is_seen(utc):
@@ -2360,8 +2402,10 @@ def test_a_request_goes_through_its_phases_with_progress_and_time_left(utc):
         "promptTokensPerSecond": 200.0}
     office.clock += 2
     office.log(percent("m/one", 100))
-    record.generated(10, office.clock)
-    office.clock += 4
+    record.generated(11, office.clock)
+    office.clock += 0.2
+    assert "outputTokensPerSecond" not in record.progress(office.clock)     # too early to say
+    office.clock += 3.8
     assert record.progress(office.clock)["outputTokensPerSecond"] == 2.5
     office.over(record, prompt=1000, completion=24)
     assert [(phase["name"], phase["ms"], phase["slow"]) for phase in record.phases(office.clock)] == [
@@ -2697,6 +2741,8 @@ def test_listeners_that_come_back_are_counted_by_what_the_ring_could_give_them()
 def test_an_id_of_another_start_is_a_gap_that_nobody_can_count():
     hub = lmgateway.Hub()
     hub.publish(numbers(1, 2))
+    for strange in ("old_epoch-3", "a-b-3"):
+        assert hub.cursor(strange)[1].first == strange[:-1] + "4"
     cursor, gap = hub.cursor("0ther-7")
     assert json.loads(lmgateway.gap_data(gap, "now"))["count"] is None
     assert (gap.first, gap.events) == ("0ther-8", None)
@@ -5229,6 +5275,22 @@ def test_the_status_says_which_engine_wrote_and_what_is_not_understood(logged):
     assert json.loads(fetched(logged, "/debug/status")[2])["log"]["enabled"] is False
 
 
+@pytest.mark.parametrize("entries, requests, read", [
+    ([START, STREAM, PROMPT, TIMED, RELEASE, FINISH], 1, 100),
+    ([START, STREAM, PROMPT, FINISH], 1, 100),
+    ([START, STREAM, "DEBUG [cache_wrapper][INFO]: Prompt cache: using 4/11 tokens from cache", at(100), FINISH], 1, 11),
+    ([START, STREAM, at(100), FINISH, START, STREAM, at(100), FINISH], 2, 0),
+    ([START, ANSWER], 1, 100), ([FINISH], 1, 0), ([START, STREAM, at(100), LEFT], 0, 0),
+], ids=["stats", "no stats", "MLX", "two", "whole", "no start", "left"])
+def test_predictions_that_the_log_shows_finished_are_counted_once(entries, requests, read):
+    hub, parser = lmgateway.Hub(), Parser()
+    for piece in entries_as_log(*entries), b"":
+        hub.publish_log(parser.feed(piece) + parser.quiet())
+    text = hub.exposition({})
+    assert [sum(map(int, re.findall(rf"^lmstudio_{name}_total.* (\d+)$", text, re.M)))
+            for name in ("requests", "input_tokens")] == [requests, read]
+
+
 def test_what_is_turned_away_is_counted(fronts):
     front = fronts(api_key={"anna": "secret"})
     assert fetched(front, "/metrics")[0] == 401
@@ -5247,6 +5309,12 @@ def test_loaded_models_are_asked_for_once_a_minute(fronts, studio):
         assert 'lmstudio_model_context_length_tokens{model="m/one",type="llm"} 8192' in text
     (peer,) = [peer for peer in studio.peers if "/api/v0/models" in peer.line]
     assert peer.header("authorization") == "Bearer theirs"
+    studio.script = lambda peer: peer.send(plain(b'{"error":"no"}', "400 Bad Request"))
+    for model in ("m/one", "m/none"):
+        talk(front.port, request(POST_CHAT, b'{"model":"%b"}' % model.encode()))
+    text = fetched(front, "/metrics")[2].decode()
+    for model in ("m/one", "other"):     # what LM Studio lists is known, also where no answer has named it
+        assert f'requests_total{{key="none",model="{model}",endpoint="/v1/chat/completions",code="400"}} 1' in text
 
 
 def test_usage_comes_from_the_history_as_json_and_csv(fronts, studio, tmp_path):
@@ -5669,6 +5737,25 @@ def test_silence_is_broken_by_pings(front, monkeypatch):
         for _ in range(2):
             event_id, name, data, _ = next(frames)
             assert (event_id, name, list(data)) == (last, "ping", ["timestamp"])
+
+
+def test_events_that_a_listener_does_not_want_do_not_put_its_ping_off(front, monkeypatch):
+    monkeypatch.setattr(lmgateway, "PING_S", 0.05)
+    with listening(front, "?events=wanted") as (_, _, frames):
+        next(frames)
+        quiet = threading.Event()
+
+        def chatter():
+            while not quiet.wait(0.001):
+                tell(front.hub, "other")
+
+        talker = threading.Thread(target=chatter)
+        talker.start()
+        try:
+            assert next(frames)[1] == "ping"
+        finally:
+            quiet.set()
+            talker.join()
 
 
 def test_a_ping_repeats_the_id_of_the_event_that_its_listener_got_last(front, monkeypatch):
@@ -7896,10 +7983,12 @@ def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
         assert process.stderr.read() == b""
 
 
-def test_a_short_output_into_a_closed_pipe_ends_quietly_too(tmp_path):
+@pytest.mark.parametrize("words", [[sample("errors")], ["--json", sample("traps")],
+                                   ["--json", sample("traps"), sample("errors")]], ids=["people", "json", "two files"])
+def test_a_short_output_into_a_closed_pipe_ends_quietly_too(tmp_path, words):
     reading, writing = os.pipe()
     os.close(reading)
-    run = command(tmp_path, "--tail-only", sample("errors"), capture_output=False, stdout=writing,
+    run = command(tmp_path, "--tail-only", *words, capture_output=False, stdout=writing,
                   stderr=subprocess.PIPE)
     os.close(writing)
     assert (run.returncode, run.stderr) == (0, b"")
