@@ -74,6 +74,7 @@ import difflib
 import errno
 import functools
 import gc
+import gzip
 import hashlib
 import hmac
 import http.client
@@ -189,13 +190,9 @@ def whole(low, high, hint):
     """A parser of whole numbers from low to high."""
 
     def parse(value):
-        try:
-            result = int(value.strip())
-        except ValueError:
-            raise ValueError(hint) from None
-        if not low <= result <= high:
+        if not re.fullmatch(r"\s*\d{1,20}\s*", value, re.ASCII) or not low <= int(value) <= high:
             raise ValueError(hint)
-        return result
+        return int(value)
 
     return parse
 
@@ -207,7 +204,7 @@ def base_url(value):
         known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         known = False
-    if not known or parts.path or parts.query or parts.username:
+    if not known or parts.path or parts.query or parts.fragment or parts.username or " " in parts.netloc:
         raise ValueError("use the form http://127.0.0.1:1234")
     return f"{parts.scheme}://{parts.netloc}"
 
@@ -237,6 +234,8 @@ def networks(value):
     if "*" in parts:
         return None
     try:
+        if not parts:
+            raise ValueError
         return tuple(unmapped(ipaddress.ip_network(part, strict=False)) for part in parts)
     except ValueError:
         raise ValueError("use addresses and ranges such as 192.168.1.0/24,fd00::/8, or *") from None
@@ -256,14 +255,25 @@ def api_keys(value):
         if not part:
             continue
         name, equals, key = part.partition("=")
-        if not equals or "=" not in part.rstrip("="):
+        if not equals or "=" not in part.rstrip("=") and "," not in value:
             name, key = ("default" if not keys else f"key{len(keys) + 1}"), part
+        if not key.strip("=") or not name.strip():
+            raise ValueError("use KEY, or NAME=KEY,NAME=KEY")
         if not key.isascii() or not key.isprintable() or " " in key:
             raise ValueError("a key is made of printable ASCII without blanks")
         if name.strip() in keys:
             raise ValueError(f"the name {name.strip()} stands there twice")
         keys[name.strip()] = key
     return keys
+
+
+def origins(value):
+    """Origins as a browser writes them: in lower case, without a path; or `*`."""
+    found = words(value.lower())
+    for origin in found:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+", origin):
+            raise ValueError("use origins such as https://chat.example,http://localhost:3000, or *")
+    return found
 
 
 def words(value):
@@ -306,7 +316,7 @@ OPTIONS = (
            "Access"),
     Option("allow", "IP_ALLOWLIST", "--allow", None, networks,
            "addresses and CIDR ranges that may connect, IPv4 and IPv6", "Access", "LIST"),
-    Option("cors_origins", "CORS_ORIGINS", "--cors-origins", (), words,
+    Option("cors_origins", "CORS_ORIGINS", "--cors-origins", (), origins,
            "origins whose pages may call, such as https://chat.example, or *", "Access", "LIST"),
     Option("trusted_proxies", "TRUSTED_PROXIES", None, (), networks,
            "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed", "Access"),
@@ -335,10 +345,12 @@ OPTIONS = (
 
 
 class Config:
-    """The value of every option, by the option's name.  Nothing changes it once it is made."""
+    """The value of every option, by the option's name, and in sources where each that is set comes from.
+    Nothing changes it once it is made."""
 
     def __init__(self, **values):
-        self.__dict__.update({option.name: option.default for option in OPTIONS}, **values)
+        defaults = {option.name: option.default for option in OPTIONS}
+        self.__dict__.update({**defaults, "sources": {}, **values})
 
     def __getattr__(self, name: str) -> Any:    # so that a type checker knows that it has attributes
         raise AttributeError(name)
@@ -346,6 +358,13 @@ class Config:
     def but(self, **changes):
         """This Config with other values for some options."""
         return Config(**{**self.__dict__, **changes})
+
+    def named(self, name, value=None):
+        """An option with its value and source, for an error: `--host 0.0.0.0 (GATEWAY_HOST, .env line 2)`."""
+        row, source = next(row for row in OPTIONS if row.name == name), self.sources.get(name)
+        told = row.variable if source in (None, row.flag) else f"{row.variable}, {source}"
+        told = source if row.variable in (source or "") else told
+        return f"{row.flag} {value or getattr(self, name)} ({told})"
 
 
 # Not NO_AUTH's: NO_PROXY and NO_COLOR are others'.
@@ -360,18 +379,18 @@ class Setting(NamedTuple):
 
 
 def load_config(args, environ, env_file=None):
-    """(Config, {option name: source}, warnings) from flags, else environment, else `.env`, else defaults.
+    """(Config, warnings) from flags, else environment, else `.env`, else defaults.
 
     args maps option names to the text of their flags.  Raises ConfigError."""
-    config, sources, warnings, errors = load_leniently(args, environ, env_file)
+    config, warnings, errors = load_leniently(args, environ, env_file)
     if errors:
         raise ConfigError(errors[0])
-    return config, sources, warnings
+    return config, warnings
 
 
 def load_leniently(args, environ, env_file):
-    """(Config, sources, warnings, errors): load_config that gathers mistakes and does not stop at one."""
-    values, sources, errors = {}, {}, []
+    """(Config, warnings, errors): load_config that gathers mistakes and does not stop at one."""
+    values, sources, errors = {}, {}, []    # sources: {option name: source}
     try:
         from_file, warnings = read_env_file(env_file)
     except ConfigError as error:
@@ -384,7 +403,7 @@ def load_leniently(args, environ, env_file):
                 values[row.name] = parse_setting(row, setting)
             except ConfigError as error:
                 errors.append(str(error))
-    return Config(**values), sources, warnings, errors
+    return Config(**values, sources=sources), warnings, errors
 
 
 def find_setting(row, from_flag, environ, from_file):
@@ -1959,7 +1978,7 @@ class Story(EngineLines):
 
     def on_finish(self, entry):
         found = self._pairs.of(entry)
-        found = [chat for chat in found if chat.stream] or [chat for chat in found if chat.stream is None]
+        found = [chat for chat in found if chat.stream] or [c for c in found if c.stream is None]
         left = [chat for chat in self._pairs.of(entry, ended=True) if chat.abandoned]
         chat = pick(found, lambda c: c.run_over, lambda c: c.run, Chat.generates)
         if left and (chat is None or not (chat.run and chat.run.timed_at)
@@ -2277,10 +2296,14 @@ class Usage:
     def _take_usage(self, usage):
         """/v1/messages counts up: what it says last is the most."""
         prompt = count(usage, "prompt_tokens", "input_tokens", "inputTokens")
+        if prompt is not None:      # Anthropic counts apart what comes from a cache and goes into it
+            prompt += count(usage, "cache_read_input_tokens", default=0)
+            prompt += count(usage, "cache_creation_input_tokens", default=0)
         completion = count(usage, "completion_tokens", "output_tokens", "outputTokens")
         self.prompt = prompt if self.prompt is None else max(self.prompt, prompt or 0)
         self.completion = completion if self.completion is None else max(self.completion, completion or 0)
         self.total = count(usage, "total_tokens", "totalTokens", default=self.total)
+        self.cached = count(usage, "cache_read_input_tokens", default=self.cached)
         for name in ("prompt_tokens_details", "input_tokens_details"):
             if isinstance(usage.get(name), dict):
                 self.cached = count(usage[name], "cached_tokens", default=self.cached)
@@ -2774,13 +2797,14 @@ class Record:
         self.total_ms = round(1000 * (clock - self.clock), 1)
         self.status, self.error, self.operation = outcome.status, outcome.error, outcome.operation
         if outcome.meter:
-            self._take_answer(outcome.meter)
+            self._take_answer(outcome.meter, outcome.state == "done")
         self.ended, self.state = clock, outcome.state
         if self.usage is not None and self.usage.get("cachedTokens") is None:
             self.usage = {**self.usage, **self.cached_usage()}
 
-    def _take_answer(self, meter):
-        """What the answer says goes before what the log said, and what was measured before an estimate."""
+    def _take_answer(self, meter, whole):
+        """What the answer says goes before what the log said, and what was measured before an estimate.  An
+        answer that broke off may have counted up to where it began (/v1/messages)."""
         usage = meter.usage
         self.model, self.finish = usage.model or self.model, usage.finish
         self.answer_id = usage.answer_id
@@ -2793,8 +2817,10 @@ class Record:
             if usage.speed is None and usage.completion and spent > 0:
                 self.speed = round(usage.completion / spent, 2)
         self.speed = usage.speed or self.speed
-        if self.usage is None and meter.pieces:
-            self.usage = {"completionTokens": meter.pieces, "estimated": True}
+        begun = not whole and usage.completion is not None and usage.completion < meter.pieces
+        if meter.pieces and (self.usage is None or begun):
+            prompt = {"totalTokens": usage.prompt + meter.pieces} if usage.prompt is not None else {}
+            self.usage = {**(self.usage or {}), "completionTokens": meter.pieces, **prompt, "estimated": True}
 
     def unbind(self):
         """Forget the chat and all that came from it."""
@@ -4007,7 +4033,7 @@ class History:
 
     def usage(self, group, since=0.0):
         """Sums by key, model or day.  Raises HistoryError."""
-        with contextlib.closing(open_history(self.path)) as connection, naming(self.path, connection.Error):
+        with contextlib.closing(open_history(self.path)) as connection, history_errors(connection.Error):
             return usage_rows(connection, [group], since)
 
     def _run(self):
@@ -4017,30 +4043,29 @@ class History:
             while (rows := self._rows.get()) is not None:
                 due = self._days and time.monotonic() - pruned > PRUNE_S
                 try:
-                    with naming(self.path, (connection.Error, ValueError, OverflowError)):
+                    with history_errors((connection.Error, ValueError, OverflowError)):
                         store_rows(connection, rows)
                         if due:
                             pruned = time.monotonic()
                             remove_rows(connection, time.time() - 86400 * self._days)
                 except HistoryError as error:
-                    log.error("%s; %d requests are missing in it", error, len(rows))
+                    log.error("history %s: %s; %d requests are missing in it", self.path, error, len(rows))
 
 
 @contextlib.contextmanager
-def naming(path, kind):
-    """Errors of SQLite as HistoryError with the file's name."""
+def history_errors(kind):
+    """Errors of SQLite as HistoryError."""
     try:
         yield
     except kind as error:
-        raise HistoryError(f"--history {path} (HISTORY_FILE): {error}; name a file that can be written "
-                           "and is a history or new") from None
+        raise HistoryError(f"{error}; name a file that can be written and is a history or new") from None
 
 
 def open_history(path):
     """A connection to a history, its table made where it was missing.  Raises HistoryError."""
     import sqlite3  # here, because it takes 2 MB that only --history and --report need
 
-    with naming(path, sqlite3.Error):
+    with history_errors(sqlite3.Error):
         with contextlib.ExitStack() as stack:
             connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=10.0)))
             connection.execute("PRAGMA journal_mode=WAL")
@@ -4648,10 +4673,10 @@ class Chunks:
 class Call(urllib.request.Request):
     """A request with its headers as the client sent them: order, case and repeats kept."""
 
-    def __init__(self, base, method, target, headers, body, timeout_s):
+    def __init__(self, base, method, target, headers, body, timeout_s, patience):
         self.__dict__.update(base.__dict__)  # a Request of the server's address, which is parsed once
         self.method, self.selector = method, target
-        self.raw_headers, self.body, self.timeout_s = headers, body, timeout_s
+        self.raw_headers, self.body, self.timeout_s, self.patience = headers, body, timeout_s, patience
         self._lock = threading.Lock()  # guards the two below: a socket given back is not ours to shut
         self._sock = None  # while the exchange runs
         self.cancelled = False
@@ -4921,8 +4946,10 @@ class KeptConnections(urllib.request.BaseHandler):
             if len(body) <= SMALL_BODY:
                 sock.sendall(head + body)
             else:
+                sock.settimeout(call.timeout_s)     # for the whole of it, where the kernel's is for each part
                 sock.sendall(head)
                 sock.sendall(body)
+                set_timeout(sock, call.timeout_s)
         except (BrokenPipeError, ConnectionResetError) as error:
             try:    # a server that refuses a body may answer before it has read all of it
                 return Answer(sock, call.get_method())
@@ -4978,9 +5005,9 @@ class Upstream:
         self._asking: threading.Event | None = None  # set once the question that is under way is answered
         self._models = (-math.inf, None)  # monotonic seconds, rows of loaded_models
 
-    def call(self, method, target, headers, body, timeout_s):
-        """A Call ready for open(); headers are sent as they are."""
-        return Call(self._request, method, target, headers, body, timeout_s or None)
+    def call(self, method, target, headers, body, timeout_s, patience="PROXY_TIMEOUT"):
+        """A Call ready for open(); headers are sent as they are.  patience is the option behind timeout_s."""
+        return Call(self._request, method, target, headers, body, timeout_s or None, patience)
 
     def open(self, call):
         """The Answer, its body unread.  Raises UpstreamError."""
@@ -4988,8 +5015,8 @@ class Upstream:
             return self._opener.open(call)
         except TIMEOUTS:
             raise UpstreamError("timeout",
-                                "LM Studio was silent for too long. Raise PROXY_TIMEOUT, or look at its log "
-                                "for what it is doing") from None
+                                f"LM Studio was silent for too long. Raise {call.patience}, or look at its "
+                                "log for what it is doing") from None
         except BROKEN as error:
             raise UpstreamError("reset",
                                 f"LM Studio closed the connection before it answered ({error_text(error)}). "
@@ -5090,6 +5117,8 @@ def loaded_rows(body):
 
 def error_text(error):
     """An exception in a few words for a person."""
+    if isinstance(error, http.client.IncompleteRead):
+        return "the connection was closed"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -5320,8 +5349,8 @@ def parse_head(lines):
     headers = headers_of(lines[1:])
     if method not in METHODS:
         raise HttpError(501, "method_unknown", f"the method {method} is not supported", close=True)
-    if not target.startswith("/"):
-        raise bad("the request target must be a path")
+    if not target.startswith("/") or "#" in target:     # behind # Express reads a path otherwise
+        raise bad("the request target must be a path, without a fragment")
     request = Request(method, target, min(version, (1, 1)), headers)
     host = request.header("host", None)  # of several, a list, which is none
     if host is None and version >= (1, 1) or host and not HOST.fullmatch(host):
@@ -5667,14 +5696,14 @@ class Walls:
         remember(self._sessions, digest(cookie), found)
         return cookie
 
-    def check_origin(self, request, identity):
+    def check_origin(self, request):
         """Raises HttpError 403 where a web page could be using this browser's reach (CSRF, DNS rebinding)."""
         host, config = host_of(request), self._config
         local_only = not self.need_key and (loopback(config.host) or not config.no_auth)
         if local_only and not loopback(host) and (host or request.version >= (1, 1)):
             raise HttpError(403, "host_not_local", LOCAL_ONLY)
         origin = request.header("origin")
-        if request.method in ("GET", "HEAD") or not origin or (identity.name and not identity.by_cookie):
+        if request.method in ("GET", "HEAD") or not origin:
             return
         if origin.partition("://")[2] != request.header("host") and not self.allows_origin(origin):
             raise HttpError(403, "origin_not_allowed",
@@ -5830,18 +5859,14 @@ def client_headers(answer, cut):
 
 def forward(gateway, request):
     """Any other path: LM Studio's answer, unchanged, metered where it is an inference."""
-    if "websocket" in listing(request.header("upgrade")):
-        raise HttpError(501, "upgrade_unsupported",
-                        "WebSocket connections (LM Studio's SDKs and lms) are not passed on: "
-                        "use the REST API, or connect to LM Studio itself")
     upstream, target = gateway.upstream, upstream_target(request.target, gateway.walls.need_key)
     path = target.partition("?")[0].rstrip("/").lower()     # as Express compares paths
     dialect = DIALECTS.get(path) if request.method == "POST" else None
     asked = read_request(dialect, request.body) if dialect else Asked(body=request.body)
-    timeout = gateway.config.proxy_stream_timeout if asked.stream else gateway.config.proxy_timeout
+    patience = "PROXY_STREAM_TIMEOUT" if asked.stream else "PROXY_TIMEOUT"
     call = upstream.call(request.method, target,
                          upstream_headers(request, asked.body, upstream.host, upstream.token), asked.body,
-                         timeout / 1000)
+                         getattr(gateway.config, patience.lower()) / 1000, patience)
     passage = Exchange(gateway, request, call, dialect, asked) if dialect else Passage(gateway, request, call)
     if dialect and asked.stream and gateway.config.prefill_comments:
         call.raw_headers = [row for row in call.raw_headers if row[0].lower() != "accept-encoding"]
@@ -6140,12 +6165,15 @@ def stream_event(body, anthropic):
 def dashboard(gateway, request):
     nonce = secrets.token_urlsafe(16)
     policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
-              "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'self'; "
+              "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'self'; "
               "frame-ancestors 'none'")
-    return Response(200,
-                    [("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store"),
-                     ("Content-Security-Policy", policy), ("X-Content-Type-Options", "nosniff"),
-                     ("Referrer-Policy", "no-referrer")], DASHBOARD.replace(b"@NONCE@", nonce.encode()))
+    headers = [("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store"),
+               ("Vary", "Accept-Encoding"), ("Content-Security-Policy", policy),
+               ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")]
+    page = DASHBOARD.replace(b"@NONCE@", nonce.encode())
+    if "gzip" not in listing(request.header("accept-encoding")):
+        return Response(200, headers, page)
+    return Response(200, [*headers, ("Content-Encoding", "gzip")], gzip.compress(page, 6))
 
 
 def health(gateway, request):
@@ -6536,10 +6564,17 @@ class Handler(socketserver.BaseRequestHandler):
         walls.admit_address(request.client)
         if request.method == "OPTIONS" and request.header("access-control-request-method"):
             return preflight(walls, request)
+        if "websocket" in listing(request.header("upgrade")):   # before any key: those SDKs cannot send one
+            raise HttpError(501, "upgrade_unsupported",
+                            "WebSocket connections (LM Studio's SDKs and lms) are not passed on: "
+                            "use the REST API, or connect to LM Studio itself")
         route = find_route(request)
         request.forwarded = route is FORWARD
+        if not (walls.need_key and credentials(request)):
+            walls.check_origin(request)
         request.identity = self._identify(request, route)
-        walls.check_origin(request, request.identity)
+        if request.identity.by_cookie:  # and a key that was wrong
+            walls.check_origin(request)
         limit = gateway.config.max_body if request.forwarded else OWN_LIMIT
         request.body, request.arrived = self.wire.body(request, limit), time.monotonic()
         self.unread = False
@@ -7141,8 +7176,8 @@ def set_up_logging(config):
                 config.log_file, maxBytes=5_000_000, backupCount=3, encoding="utf-8",
                 errors="backslashreplace")
         except OSError as error:
-            raise ConfigError(f"--log-file {config.log_file}: {error_text(error)}; name a file that can "
-                              "be written") from None
+            raise ConfigError(f"{config.named('log_file')}: {error_text(error)}; name a file that "
+                              "can be written") from None
     handler.setFormatter(OneLine("%(asctime)s [%(levelname)s]: %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.handlers, log.propagate = [handler], False
     log.setLevel(LEVELS[config.log_level])
@@ -7158,10 +7193,10 @@ def set_up_logging(config):
 
 def new_key(args, config):
     """--new-key NAME: mint a key, keep its hash, print it once."""
-    name, rights = args.new_key.strip(), words(args.rights or "infer,view")
+    name, rights = args.new_key.strip(), words("infer,view" if args.rights is None else args.rights)
     wrong = [right for right in rights if right not in RIGHTS]
-    if wrong:
-        raise ConfigError(f"--rights {wrong[0]}: choose from {', '.join(RIGHTS)}")
+    if wrong or not rights:
+        raise ConfigError(f"--rights {args.rights}: choose from {', '.join(RIGHTS)}")
     if not re.fullmatch(r"[\w.@-]{1,64}", name):
         raise ConfigError("--new-key: a name is made of up to 64 letters, digits and . _ - @")
     file, keys = open_key_file(config)
@@ -7206,8 +7241,8 @@ def open_key_file(config):
     try:
         return file, file.read() if file.path.exists() else []
     except OSError as error:
-        raise ConfigError(f"--keys-file {file.path}: {error_text(error)}; name a file that can be "
-                          "read") from None
+        raise ConfigError(f"{config.named('keys_file', file.path)}: {error_text(error)}; name a file that "
+                          "can be read") from None
 
 
 def save_keys(file, keys):
@@ -7662,9 +7697,12 @@ def report(args, config):
         raise ConfigError("--report: name saved logs or a log directory, or a history with --history FILE "
                           "(HISTORY_FILE)")
     if config.history and not args.paths and not os.path.exists(config.history):
-        raise ConfigError(f"--history {config.history} (HISTORY_FILE): no such file; name one that a "
-                          "gateway keeps")
-    with contextlib.closing(open_history(":memory:" if args.paths else config.history)) as connection:
+        raise ConfigError(f"{config.named('history')}: no such file; name one that a gateway keeps")
+    try:
+        opened = open_history(":memory:" if args.paths else config.history)
+    except HistoryError as error:
+        raise ConfigError(f"{config.named('history')}: {error}") from None
+    with contextlib.closing(opened) as connection:
         if args.paths:
             freeze_start_up()
             replay(saved_logs(args.paths), LogUsage(connection))
@@ -7898,15 +7936,17 @@ def serve(args, config):
     """The gateway until a signal.  Returns the exit status."""
     stop = Stop()
     with contextlib.ExitStack() as cleanup:
-        config = start_demo(config, cleanup) if args.demo else find_upstream(config, args.sources)
+        config = start_demo(config, cleanup) if args.demo else find_upstream(config)
         check_exposure(config)
         context = tls_context(config)
         history = open_history_file(config, cleanup)
         hub = Hub(config.requests_kept, history and history.keep)
-        monitor = start_monitor(config, hub, stop)
         upstream = Upstream(config.upstream, config.upstream_token)
+        monitor = open_monitor(config)
         gateway = Gateway(config, hub, upstream, monitor, history)
         server = gateway.server = open_server(gateway, context)
+        if monitor:     # only now: a port in use is said in one line
+            threading.Thread(target=run_monitor, args=(monitor, hub, stop), name="tail", daemon=True).start()
         gateway.address = own_url(config, config.host, server.port)
         lan = reachable(config, lan_addresses)
         gateway.lan_urls = [own_url(config, address, server.port) for address, _ in lan]
@@ -7927,10 +7967,13 @@ def serve(args, config):
 
 
 def open_history_file(config, cleanup):
-    """The History of --history; None without one.  Raises HistoryError."""
+    """The History of --history; None without one.  Raises ConfigError."""
     if not config.history:
         return None
-    history = History(config.history, config.history_days)
+    try:
+        history = History(config.history, config.history_days)
+    except HistoryError as error:
+        raise ConfigError(f"{config.named('history')}: {error}") from None
     cleanup.callback(history.close)
     return history
 
@@ -7948,9 +7991,9 @@ def start_demo(config, cleanup):
                       keys_file=config.keys_file or os.path.join(directory, "keys.json"))
 
 
-def find_upstream(config, sources):
+def find_upstream(config):
     """The Config with LM Studio's port from its own settings file, where no address was given."""
-    if "upstream" in sources:
+    if "upstream" in config.sources:
         return config
     with contextlib.suppress(OSError, ValueError):
         port = settings_port(read_settings(find_home()))
@@ -7963,18 +8006,16 @@ def check_exposure(config):
     """Raises ConfigError where the LAN could come in without a key, and where a keys file cannot be read."""
     open_key_file(config)
     if not loopback(config.host) and not Walls(config).need_key and not config.no_auth:
-        raise ConfigError(f"--host {config.host} (GATEWAY_HOST) listens beyond this machine, and no key "
+        raise ConfigError(f"{config.named('host')} listens beyond this machine, and no key "
                           "is set: mint one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to "
                           "let everybody in")
 
 
-def start_monitor(config, hub, stop):
-    """The tail thread on LM Studio's log directory; None when it is switched off."""
+def open_monitor(config):
+    """The Monitor of LM Studio's log directory; None when it is switched off."""
     if not config.enable_log_monitoring:
         return None
-    monitor = Monitor(Follower(log_dir_of(config), started=time.time()))
-    threading.Thread(target=run_monitor, args=(monitor, hub, stop), name="tail", daemon=True).start()
-    return monitor
+    return Monitor(Follower(log_dir_of(config), started=time.time()))
 
 
 def run_monitor(monitor, hub, stop):
@@ -8010,17 +8051,17 @@ def tls_context(config):
         return None
     if not config.tls_cert or not config.tls_key:
         raise ConfigError("--tls-cert (TLS_CERT) and --tls-key (TLS_KEY) go together: name both files")
+    pair = f"{config.named('tls_cert')}, {config.named('tls_key')}"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key, password=refuse_password)
     except ssl.SSLError as error:
-        raise ConfigError(f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: no matching pair "
-                          f"of PEM files ({error.reason or error}); see the README for a line that makes "
-                          "one") from None
+        raise ConfigError(f"{pair}: no matching pair of PEM files ({error.reason or error}); see the README "
+                          "for a line that makes one") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--tls-cert {config.tls_cert}, --tls-key {config.tls_key}: "
-                          f"{error_text(error)}") from None
+        raise ConfigError(f"{pair}: {error_text(error)}; name two PEM files that can be read, see the "
+                          "README") from None
     return context
 
 
@@ -8053,6 +8094,8 @@ def announce(gateway, port, lan):
     base = gateway.lan_urls[0] if gateway.lan_urls else here
     log.info("lmgateway %s on Python %s", VERSION, platform.python_version())
     log.info("Listening on %s", gateway.address)
+    if not config.port and not log.isEnabledFor(logging.INFO):
+        print(f"Listening on {gateway.address}", file=sys.stderr, flush=True)   # nobody could know it
     log.info("Dashboard: %s/", here)
     closed = "closed; --host 0.0.0.0 opens it, to those who have a key (--new-key NAME)"
     log.info("On the LAN: %s", there or ("no address found" if everywhere else closed))
@@ -8195,8 +8238,7 @@ class Patient:
     """What the checks look at, each part looked at once, when a check first asks for it."""
 
     def __init__(self, args, environ):
-        loaded = load_leniently(vars(args), environ, args.env_file)
-        self.config, self.sources, self.warnings, self.errors = loaded
+        self.config, self.warnings, self.errors = load_leniently(vars(args), environ, args.env_file)
         self.env_file = args.env_file or ".env"
         self.home = find_home()
         self.log_dir = self.config.log_dir or find_log_dir(self.home)
@@ -8212,7 +8254,7 @@ class Patient:
     @functools.cached_property
     def upstream(self):
         """LM Studio's address as the gateway would use it."""
-        return find_upstream(self.config, self.sources).upstream
+        return find_upstream(self.config).upstream
 
     @functools.cached_property
     def newest(self):
@@ -8263,10 +8305,10 @@ def check_options(patient):
     for warning in patient.warnings:
         yield Finding("warn", warning, "mend it, or take it away")
     for row in OPTIONS:
-        if row.name in patient.sources:
+        if row.name in patient.config.sources:
             value = "set" if row.variable in SECRET else getattr(patient.config, row.name)
-            yield Finding("ok", f"{row.variable}: {value} (from {patient.sources[row.name]})")
-    if not patient.sources and not patient.errors:
+            yield Finding("ok", f"{row.variable}: {value} (from {patient.config.sources[row.name]})")
+    if not patient.config.sources and not patient.errors:
         yield Finding("ok", "each has its default")
     log_file = patient.config.log_file
     if log_file and not os.access(os.path.dirname(os.path.abspath(log_file)), os.W_OK):
@@ -8717,9 +8759,8 @@ class Arguments(argparse.ArgumentParser):
         if unknown:
             near = difflib.get_close_matches(
                 unknown[1].partition("=")[0], self._option_string_actions, 1, 0.6)
-            message = f"{unknown[1]} is not a known option" + (
-                f"; did you mean {near[0]}?" if near else "; see --help")
-        raise ConfigError(message)
+            message = f"{unknown[1]} is not a known option" + (f"; did you mean {near[0]}?" if near else "")
+        raise ConfigError(message if message.endswith("?") else f"{message}; see --help")
 
 
 def flag_of(name):
@@ -8765,7 +8806,7 @@ def main(argv=None):
         check_values(args)
         if args.check:
             return doctor(args)     # before anything that can be wrong
-        config, args.sources, warnings = load_config(vars(args), os.environ, args.env_file)
+        config, warnings = load_config(vars(args), os.environ, args.env_file)
         set_up_logging(config)
         for warning in warnings:
             log.warning(warning)
@@ -9552,7 +9593,7 @@ const who = r => r.key || (r.source === "lmstudio" ? "not via gateway" : r.clien
 const modelOf = r => words(r.model);
 const usageOf = r => r.tokenUsage ?? {};
 const promptOf = r => usageOf(r).promptTokens ?? r.progress?.promptTokens ?? r.cache?.total;
-const cachedOf = r => usageOf(r).cachedTokens ?? r.cache?.reused;
+const cachedOf = r => r.cachedTokens ?? r.cache?.reused;
 const outputOf = r => usageOf(r).completionTokens ?? r.progress?.outputTokens;
 const outputTokens = r => (usageOf(r).estimated ? "~" : "") + tokens(outputOf(r));
 const firstOf = r => r.timeToFirstTokenMs;
@@ -10755,7 +10796,7 @@ function paintDrawer() {
 const section = (title, ...content) => el("section", el("h3", title), ...content);
 
 function summaryOf(r) {
-  const {size, used} = r.context ?? {}, {reasoningTokens} = usageOf(r), {progress} = r;
+  const {size, used} = r.context ?? {}, {reasoningTokens, progress} = r;
   const asked = r.modelAsked && r.modelAsked !== r.model ? ` (asked for ${r.modelAsked})` : "";
   const rows = [
     fact("Status", ...statusOf(r)),

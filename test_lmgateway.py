@@ -93,7 +93,8 @@ def own_log():
 def config_of(flags=(), environ=None, env_file=None):
     """(Config, sources, warnings) of a command line, an environment and a `.env` file's path."""
     args = lmgateway.build_parser().parse_args(list(flags))
-    return lmgateway.load_config(vars(args), environ or {}, env_file)
+    config, warnings = lmgateway.load_config(vars(args), environ or {}, env_file)
+    return config, config.sources, warnings
 
 
 @pytest.fixture
@@ -188,7 +189,7 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
     "unknown flag": (["--prot", "1"], "", ["--prot", "--port"]),
     "shortened flag": (["--tail"], "", ["--tail is not", "--tail-only"]),
     "unknown flag, nothing near": (["--xyzzy"], "", ["--xyzzy", "--help"]),
-    "flag without a value": (["--port"], "", ["--port"]),
+    "flag without a value": (["--port"], "", ["--port", "--help"]),
     "path without --tail-only": (["x.log"], "", ["x.log", "--tail-only"]),
     "path that is not there": (["--tail-only", "/nowhere/x.log"], "", ["/nowhere/x.log", "log"]),
     "event": (["--tail-only", "--events", "lmstudio_chat_strat"], "", ["--events", "lmstudio_chat_start"]),
@@ -198,6 +199,22 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
     "LAN without a key": (["--host", "0.0.0.0"], "", ["--host", "GATEWAY_API_KEY", "--no-auth"]),
     "certificate without its key": (["--tls-cert", "x.pem"], "", ["--tls-cert", "--tls-key"]),
     "log file": (["--tail-only", "--log-file", "/nowhere/x/y.log"], "", ["--log-file", "/nowhere/x/y.log"]),
+    "log file of .env": (["--tail-only"], "LOG_FILE=/nowhere/x", ["--log-file /nowhere/x", "LOG_FILE", "settings.env line 1"]),
+    "certificate of .env": ([], "TLS_CERT=/nowhere/c\nTLS_KEY=/nowhere/k", [
+        "/nowhere/c", "TLS_CERT", "settings.env line 1", "TLS_KEY", "settings.env line 2", "PEM"]),
+    "history of .env": (["--port", "0"], "HISTORY_FILE=/nowhere/x", ["HISTORY_FILE", "settings.env line 1", "name a file"]),
+    "keys file of .env": (["--list-keys"], f"KEYS_FILE={HERE}", ["KEYS_FILE", "settings.env line 1", "name a file"]),
+    "LAN without a key by .env": ([], "GATEWAY_HOST=0.0.0.0", ["GATEWAY_HOST", "settings.env line 1", "--no-auth"]),
+    "an empty key": (["--api-key", "anna=,bob=K"], "", ["--api-key", "NAME=KEY"]),
+    "a key of equals signs": (["--api-key", "anna==,bob=K"], "", ["--api-key", "NAME=KEY"]),
+    "a key without its name": ([], "GATEWAY_API_KEY==abc", ["line 1", "NAME=KEY"]),
+    "address with a blank": (["--upstream", "http://a b"], "", ["--upstream", "http://127.0.0.1:1234"]),
+    "address with a fragment": (["--upstream", "http://a:1#x"], "", ["--upstream", "http://127.0.0.1:1234"]),
+    "port, as Python writes numbers": (["--port", "80_01"], "", ["--port", "65535"]),
+    "nobody allowed": (["--allow", ""], "", ["--allow", "192.168.1.0/24"]),
+    "an origin without a scheme": (["--cors-origins", "chat.example"], "", ["--cors-origins", "https://chat.example"]),
+    "an origin with a path": (["--cors-origins", "https://x/y"], "", ["--cors-origins", "https://chat.example"]),
+    "no rights": (["--new-key", "x", "--rights", ""], "", ["--rights", "infer"]),
 }
 
 
@@ -292,7 +309,7 @@ def test_loopback_is_what_only_this_machine_reaches(host, alone):
     ("LOG_LEVEL", "WARN", "warn"), ("LMSTUDIO_BASE_URL", "http://a:1/", "http://a:1"),
     ("IP_ALLOWLIST", "10.0.0.1, *", None),
     ("ENABLE_LOG_MONITORING", "No", False), ("REQUIRE_AUTH_FOR_HEALTH", "yes", True), ("NO_AUTH", "ON", True),
-    ("CORS_ORIGINS", "https://a/, https://b", ("https://a", "https://b")), ("PROXY_TIMEOUT", " 0 ", 0),
+    ("CORS_ORIGINS", "https://A/, https://b", ("https://a", "https://b")), ("CORS_ORIGINS", "*", ("*",)), ("PROXY_TIMEOUT", " 0 ", 0),
     ("GATEWAY_PORT", "65535", 65535), ("HISTORY_DAYS", "0", 0),
     ("LMSTUDIO_BASE_URL", "https://[::1]", "https://[::1]"),
     *(("NO_AUTH", text, True) for text in ("true", "1", "yes")),
@@ -310,7 +327,7 @@ def test_values_are_taken_as_people_write_them(env_file, variable, text, value):
     ("secret", {"default": "secret"}), ("a=1,b=2", {"a": "1", "b": "2"}),
     ("c2VjcmV0==", {"default": "c2VjcmV0=="}),
     ("a=x==", {"a": "x=="}), ("", {}), ("a=1 , b=2,", {"a": "1", "b": "2"}),
-    ("one,two=,three=3", {"default": "one", "key2": "two=", "three": "3"})])
+    ("one,two,three=3", {"default": "one", "key2": "two", "three": "3"})])
 def test_one_key_or_several_with_names(text, keys):
     assert lmgateway.api_keys(text) == keys
 
@@ -326,8 +343,7 @@ def test_lm_studios_port_is_read_from_its_settings_where_none_is_given(home, set
         path = home / ".lmstudio" / ".internal" / "http-server-config.json"
         path.parent.mkdir(parents=True)
         path.write_text(settings, encoding="utf-8")
-    config, sources, _ = config_of(environ=environ)
-    assert lmgateway.find_upstream(config, sources).upstream == upstream
+    assert lmgateway.find_upstream(config_of(environ=environ)[0]).upstream == upstream
 
 
 # === 3. CORE =================================================================
@@ -1323,6 +1339,17 @@ METERED = {     # path, the answer's events or its whole body, tokenUsage, finis
         typed("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 3}),
         typed("message_stop")],
         COUNTS, "max_tokens", 3),
+    "messages from a cache": ("/v1/messages", MESSAGES_WHOLE.replace(
+        b'"input_tokens":', b'"cache_creation_input_tokens": 5, "cache_read_input_tokens": 15, "input_tokens":').replace(b"21", b"1"),
+        {**COUNTS, "cachedTokens": 15}, "end_turn", None),
+    "messages stream from a cache": ("/v1/messages", [
+        typed("message_start", message={"model": "qwen/qwen3-8b", "content": [], "usage": {
+            "input_tokens": 6, "cache_read_input_tokens": 15, "output_tokens": 0}}),
+        typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hi"}),
+        typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 3}),
+        typed("message_stop")], {**COUNTS, "cachedTokens": 15}, "end_turn", 1),
+    "more pieces than tokens": ("/v1/chat/completions", [
+        *CHAT_STREAM[:2], *CHAT_STREAM[1:2] * 4, *CHAT_STREAM[2:]], COUNTS, "stop", 2),
     "messages thinking": ("/v1/messages", [
         typed("message_start", message={"model": "qwen/qwen3-8b",
                                         "usage": {"input_tokens": 21, "output_tokens": 1}}),
@@ -2911,8 +2938,11 @@ def test_history_forgets_rows_that_are_too_old(tmp_path):
                          ids=["text", "directory"])
 def test_what_is_no_history_is_refused_with_the_remedy(tmp_path, make):
     make(tmp_path / "h.db")
-    with pytest.raises(lmgateway.HistoryError, match="--history .*h.db .HISTORY_FILE.*; name a file"):
-        lmgateway.History(str(tmp_path / "h.db"))
+    config, cleanup = lmgateway.Config(history=str(tmp_path / "h.db")), contextlib.ExitStack()
+    with pytest.raises(lmgateway.ConfigError, match="--history .*h.db .HISTORY_FILE.*; name a file"):
+        lmgateway.open_history_file(config, cleanup)
+    with pytest.raises(lmgateway.ConfigError, match="--history .*h.db .HISTORY_FILE.*; name a file"):
+        lmgateway.report(types.SimpleNamespace(paths=[]), config)
 
 
 def test_a_row_that_cannot_be_written_is_said_and_the_next_one_is_kept(tmp_path, caplog):
@@ -4356,6 +4386,20 @@ def test_what_was_generated_before_the_end_is_an_estimate(front, studio):
         "promptTokens": None, "completionTokens": 2, "totalTokens": None, "estimated": True}
 
 
+def test_an_anthropic_stream_that_breaks_off_is_counted_as_far_as_it_came(front, studio):
+    """Its first event has counts already, and none of what is generated."""
+    begin, piece = METERED["messages stream"][1][0], METERED["messages stream"][1][3]
+
+    def script(peer):
+        peer.send(STREAM_HEAD, framed(begin, piece, piece, end=False))
+        peer.reset()
+
+    studio.script, mark = script, front.hub.last
+    talk(front.port, request("POST /v1/messages", b'{"stream":true}'))
+    assert front.events(mark, "error")[0]["tokenUsage"] == {
+        "promptTokens": 21, "completionTokens": 2, "totalTokens": 23, "estimated": True}
+
+
 # --- most pieces of a stream take a shorter way
 
 def sized(size):
@@ -4488,7 +4532,7 @@ def test_a_stream_passes_by_both_ways_as_if_it_came_at_once(front, studio, asks)
 BETWEEN = {
     "reset": (lambda peer: peer.reset(), "upstream_reset", "reset"),
     "silence": (lambda peer: peer.wait_for_end(), "upstream_timeout", "silent"),
-    "end": (lambda peer: peer.sock.shutdown(socket.SHUT_RDWR), "upstream_reset", "IncompleteRead"),
+    "end": (lambda peer: peer.sock.shutdown(socket.SHUT_RDWR), "upstream_reset", "the connection was closed"),
     "no chunk": (lambda peer: peer.send(b"zz\r\n"), "upstream_reset", "malformed"),
 }
 
@@ -4727,6 +4771,23 @@ def test_silence_in_mid_answer_ends_it_and_each_kind_has_its_own_patience(fronts
     assert body == framed(CHAT_STREAM[1], end=False)
     (event,) = front.events(0, "error")
     assert (event["operation"], event["status"]) == ("upstream_timeout", 200)
+
+
+@pytest.mark.parametrize(("stream", "option"), [(True, "PROXY_STREAM_TIMEOUT"), (False, "PROXY_TIMEOUT")])
+def test_who_waits_in_vain_for_an_answer_is_told_which_patience_ended(fronts, studio, stream, option):
+    studio.script = lambda peer: peer.wait_for_end()
+    front = fronts(**{"proxy_timeout": 0, "proxy_stream_timeout": 0, option.lower(): 100})
+    answer = talk(front.port, request(POST_CHAT, json.dumps({"stream": stream}).encode()))
+    assert status_of(answer) == 504 and f"Raise {option}," in error_of(answer)["message"]
+
+
+def test_a_large_body_that_nobody_reads_is_given_up_in_time(fronts):
+    """Each part of it that found room must not begin the wait anew."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        front = fronts(f"http://127.0.0.1:{listener.getsockname()[1]}", proxy_timeout=500)
+        started = time.monotonic()
+        answer = talk(front.port, request("POST /v1/audio", bytes(20_000_000)))
+        assert status_of(answer) == 504 and 0.4 < time.monotonic() - started < 1.3
 
 
 def test_a_length_that_is_said_twice_alike_is_one(front, studio):
@@ -5567,10 +5628,17 @@ def test_heads_that_are_refused_are_told_in_the_shape_of_the_api_too(front, head
     assert [list(answer) for answer in wrong.values()] == [["type", "error"]] * 2 + [["error"]]
 
 
+def test_a_websocket_upgrade_is_refused_before_a_key_is_asked_for(fronts):
+    """LM Studio's SDKs cannot send one over HTTP: "401" would send their users looking for a key."""
+    status, _, body = ask(fronts(api_key=KEYS), "GET /llm", "Connection: Upgrade", "Upgrade: websocket")
+    assert status == 501 and "connect to LM Studio itself" in json.loads(body)["error"]["message"]
+
+
 def test_websocket_upgrades_are_refused_and_others_ignored(front, studio):
-    status, _, body = ask(front, "GET /llm", "Connection: Upgrade", "Upgrade: websocket",
-                          "Sec-WebSocket-Version: 13")
-    assert status == 501 and "REST API" in json.loads(body)["error"]["message"] and not studio.peers
+    for path in ("/llm", "/", "/debug/stream"):
+        status, _, body = ask(front, f"GET {path}", "Connection: Upgrade", "Upgrade: websocket",
+                              "Sec-WebSocket-Version: 13")
+        assert status == 501 and "REST API" in json.loads(body)["error"]["message"] and not studio.peers
     assert ask(front, "GET /v1/models", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c",
                "HTTP2-Settings: x")[0] == 200
 
@@ -6174,6 +6242,18 @@ ORIGINS = {     # method, Origin, with a key header, status
     "with a key": ("POST", "https://evil.example", True, 200)}
 
 
+def test_a_session_is_not_a_pages_to_use_because_a_wrong_key_came_with_it(guarded):
+    cookie = dict(ask(guarded, "POST /login", body=json.dumps({"key": ANNA}).encode())[1])["Set-Cookie"].split(";")[0]
+    assert ask(guarded, "POST /v1/chat/completions", f"Cookie: {cookie}", "X-API-Key: wrong",
+               "Origin: https://evil.example", body=b"{}")[0] in (401, 403)
+
+
+@pytest.mark.parametrize("origin", ["null", "https://evil.example"])
+def test_a_page_that_has_no_key_is_told_that_it_is_the_page(guarded, origin):
+    assert ask(guarded, "POST /v1/chat/completions", f"Origin: {origin}", body=b"{}")[0] == 403
+    assert ask(guarded, "POST /v1/chat/completions", f"Origin: {origin}", "X-API-Key: wrong", body=b"{}")[0] == 401
+
+
 @pytest.mark.parametrize("row", ORIGINS.values(), ids=ORIGINS)
 @pytest.mark.parametrize("with_keys", [False, True])
 def test_pages_change_something_only_where_they_are_let_in(fronts, studio, row, with_keys):
@@ -6356,6 +6436,7 @@ HOSTILE_BYTES = {   # bytes, what may be answered first
     "absolute form": (b"GET http://localhost/v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     "asterisk": (b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     "at": (b"GET @evil.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    "fragment": (b"POST /v1/chat\\completions# HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     "no path": (b"GET evil.example HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     "blank in target": (b"GET /a b HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     "tab in line": (b"GET\t/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
@@ -6415,7 +6496,7 @@ def test_hostile_bytes_are_refused_and_reach_nobody(front, studio, row):
 
 
 @pytest.mark.parametrize("data", [b"\r\n" + request(), b"\r\n\r\n\r\n" + request(),
-                                  request("GET /v1/models?x=\"<>\\^`{|}#")])
+                                  request("GET /v1/models?x=\"<>\\^`{|}")])
 def test_odd_but_proper_requests_are_served(front, studio, data):
     assert status_of(talk(front.port, data)) == 200 and len(studio.peers) == 1
 
@@ -7376,6 +7457,17 @@ def test_this_machine_is_asked_for_its_addresses_without_an_error():
     assert all(name == "" for name, _ in lmgateway.named_addresses())
 
 
+def test_a_port_in_use_is_one_line_also_where_there_is_no_log_directory(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        run = command(tmp_path, "--port", str(taken.getsockname()[1]), "--log-dir", tmp_path / "none")
+    assert (run.returncode, run.stderr.count(b"\n")) == (1, 1) and b"is in use on 127.0.0.1" in run.stderr
+
+
+def test_a_port_that_the_system_chose_is_printed_whatever_the_level(tmp_path):
+    with started(tmp_path, "--port", "0", "--log-level", "error") as process:
+        assert re.fullmatch(rb"Listening on http://127\.0\.0\.1:\d+\r?\n", process.stderr.readline())
+
+
 @pytest.mark.parametrize(("options", "wanted"), [
     ({}, ["Listening on http://127.0.0.1:81", "Dashboard: http://127.0.0.1:81/",
           "On the LAN: closed; --host 0.0.0.0",
@@ -8049,9 +8141,10 @@ def test_the_monitor_of_the_server_follows_from_now_on_survives_a_fault_and_can_
             raise faults.pop()
 
     hub.publish_log = publish
-    assert lmgateway.start_monitor(config.but(enable_log_monitoring=False), hub, stop) is None
+    assert lmgateway.open_monitor(config.but(enable_log_monitoring=False)) is None
     monkeypatch.setattr(stop, "wait", lambda seconds, wait=stop.wait: wait(min(seconds, 0.01)))
-    monitor, logs = lmgateway.start_monitor(config, hub, stop), Logs(tmp_path / "server-logs")
+    monitor, logs = lmgateway.open_monitor(config), Logs(tmp_path / "server-logs")
+    threading.Thread(target=lmgateway.run_monitor, args=(monitor, hub, stop)).start()
     try:
         until(lambda: monitor.follower.problem)     # it has looked, and nothing was there
         logs.write("2026-05-01.1", "[m] Prompt processing progress: 1.0%")
@@ -8495,13 +8588,23 @@ def test_page_needs_nothing_from_elsewhere():
     assert re.findall(r"@import|url\(|\bsrc\s*=|import\(", PAGE) == []
 
 
+@pytest.mark.parametrize("accepted, packed", [("gzip, deflate, br", True), ("br", False), ("", False)])
+def test_page_is_packed_for_who_takes_that(front, accepted, packed):
+    status, headers, body = ask(front, "GET /", f"Accept-Encoding: {accepted}")
+    known = dict(headers)
+    assert (status, known.get("Content-Encoding"), known["Vary"]) == (200, "gzip" if packed else None, "Accept-Encoding")
+    page = gzip.decompress(body) if packed else body
+    assert page.startswith(b"<!doctype html>") and b"@NONCE@" not in page and len(body) < len(page) / 3 or not packed
+
+
 def test_page_keeps_to_its_content_security_policy():
     for tag, attributes in Elements().found:
         assert [name for name in attributes if name.startswith("on") or name == "style"] == []
         if tag in ("script", "style"):
             assert attributes == {"nonce": "@NONCE@"}
     assert re.findall(r"setAttribute\(\"(?:style|on\w+)\"|\.style\.cssText|\.on(?!message)\w+ = ", SCRIPT) == []
-    first, second = (lmgateway.dashboard(None, None) for _ in range(2))
+    asked = lmgateway.Request("GET", "/", (1, 1), [])
+    first, second = (lmgateway.dashboard(None, asked) for _ in range(2))
     policy = dict(first.headers)["Content-Security-Policy"]
     nonce = re.search(r"script-src 'nonce-([\w-]{20,})'", policy)[1]
     assert dict(first.headers)["Cache-Control"] == "no-store"       # a nonce is for one time
