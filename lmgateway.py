@@ -45,7 +45,11 @@ import contextlib
 import importlib.util
 import marshal
 import os
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main() can say so better than with a traceback
 
 # CPython keeps the syntax tree of a script for as long as it runs: 20 MB of this file, which nobody reads
 # once it is compiled.  On Linux a fresh interpreter takes this one's place (the same process, the same
@@ -94,7 +98,6 @@ import re
 import secrets
 import select
 import shutil
-import signal
 import socket
 import socketserver
 import ssl
@@ -4457,13 +4460,17 @@ class Monitor:
         self.switches: Counter[str] = Counter()
 
     def run(self, publish, wait):
-        """Until wait(seconds) returns True.  publish takes a list of events."""
-        while True:
+        """Until wait(seconds) returns True; what is there by then is told, too.  publish takes a list of
+        events."""
+        over = False
+        while not over:
             events, pause = self.step()
             if events:
                 publish(events)
-            if wait(pause):
-                return
+            over = wait(pause)
+        last = [*self.step()[0], *self.parser.end()]
+        if last:
+            publish(last)
 
     def step(self):
         """(events, seconds to wait before the next step)."""
@@ -8799,6 +8806,8 @@ def check_values(args):
 
 def main(argv=None):
     """Run a command.  Returns its exit status."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     lenient_streams()
     try:
         args = build_parser().parse_args(argv)

@@ -1349,7 +1349,7 @@ METERED = {     # path, the answer's events or its whole body, tokenUsage, finis
         typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 3}),
         typed("message_stop")], {**COUNTS, "cachedTokens": 15}, "end_turn", 1),
     "more pieces than tokens": ("/v1/chat/completions", [
-        *CHAT_STREAM[:2], *CHAT_STREAM[1:2] * 4, *CHAT_STREAM[2:]], COUNTS, "stop", 2),
+        *CHAT_STREAM[:2], *CHAT_STREAM[1:2] * 4, *CHAT_STREAM[2:]], COUNTS, "stop", 1),
     "messages thinking": ("/v1/messages", [
         typed("message_start", message={"model": "qwen/qwen3-8b",
                                         "usage": {"input_tokens": 21, "output_tokens": 1}}),
@@ -3292,6 +3292,19 @@ def test_an_emptied_directory_is_watched_until_something_comes(logs, caplog):
     logs.path("2026-05-01.1").unlink()
     logs.write("2026-05-02.1", "next day")
     assert logs.look(QUIET) == ["2026-05-01.1 > 2026-05-02.1", "next day"]
+
+
+def test_what_was_written_when_the_monitor_is_stopped_is_told(logs):
+    logs.write("2026-05-01.1", "a")
+    assert logs.look(QUIET) == ["a"]
+    left, told = ["c\nand more of it", "b"], []
+
+    def wait(seconds):
+        logs.write("2026-05-01.1", left.pop())
+        return not left
+
+    logs.monitor.run(lambda events: told.extend(event.data["message"] for event in events), wait)
+    assert told == ["b", "c\nand more of it"]
 
 
 def test_a_file_that_cannot_be_read_for_a_while_is_said_once_and_read_later(logs, monkeypatch, caplog):
@@ -6670,6 +6683,17 @@ def refused(port):
     except OSError:
         pass
     return False
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
+def test_a_signal_before_it_has_started_makes_no_traceback(tmp_path):
+    """SIGINT is sent when the interpreter runs this file and has not come to main()."""
+    hooked = tmp_path / "lmgateway.py"
+    hooked.write_text((HERE / "lmgateway.py").read_text(encoding="utf-8").replace(
+        "\nimport argparse\n", "\nos.kill(os.getpid(), signal.SIGINT)\nimport argparse\n", 1), encoding="utf-8")
+    run = subprocess.run([sys.executable, hooked, "--version"], capture_output=True, timeout=PATIENCE_S, check=False,
+                         env=alone(tmp_path))
+    assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, b"", b"")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
