@@ -70,6 +70,7 @@ if __name__ == "__main__" and sys.platform == "linux":
                 os.execv(sys.executable, [python, *flags, *map(os.fsencode, own)])
 
 import argparse
+import base64
 import bisect
 import codecs
 import csv
@@ -2005,7 +2006,7 @@ class Story(EngineLines):
         self._tell.end(chat, entry.moment, "finished", entry.line, entry.model or shared_model(found))
 
     def _has_ended(self, entry, *outcomes):
-        """True where the end that a line tells of is that of a chat that has just ended, in one of these ways.
+        """True where the end that a line tells of is that of a chat that has just ended in one of these ways.
         Each chat is asked for once."""
         for chat in self._pairs.of(entry, ended=True):
             if (chat.ended in outcomes and not chat.left
@@ -6800,8 +6801,8 @@ def shut(sock):
 
 
 # === 8. DEMO: an imitation of LM Studio ======================================
-# Answers models and chat completions as LM Studio does and writes the log that the newest llama.cpp
-# engine writes.  It serves --demo and the tests; nothing here is used beside the real LM Studio.
+# Answers inferences in each dialect as LM Studio does and writes the log that the newest llama.cpp engine
+# writes.  It serves --demo and the tests; nothing here is used beside the real LM Studio.
 
 DEMO_MODELS = ("demo/kestrel-8b", "demo/wren-2b")
 DEMO_TEXT = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
@@ -6835,6 +6836,10 @@ class DemoLog:
             with open(path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(entry)
 
+    def request(self, path, body):
+        shown = json.dumps(body, indent=2, ensure_ascii=False)
+        self.write("DEBUG", f"Received request: POST to {path} with body {shown}")
+
     def engine(self, *lines):
         """One entry of engine lines, each after the engine's clock."""
         us = int(1e6 * (time.monotonic() - self._started))
@@ -6842,32 +6847,47 @@ class DemoLog:
         self.write("DEBUG", "\n".join(clock + line for line in lines))
 
 
-class DemoRun:
-    """One chat in the imitation: the same figures in its answer and in its log."""
+class NoLog(DemoLog):
+    """Of a completion that is no chat, the log has the request alone."""
 
-    def __init__(self, server, body):
-        self.log, self.server, self.body = server.demo_log, server, body
+    def write(self, level, text, tag=""):
+        pass
+
+
+def demo_texts(body):
+    """What a request of any dialect asks, as a list of texts."""
+    asked = body.get("messages") or body.get("input") or body.get("prompt")
+    asked = [asked] if isinstance(asked, str) else asked if isinstance(asked, list) else []
+    return [str(item.get("content") if isinstance(item, dict) else item) for item in asked]
+
+
+class DemoRun:
+    """One answer in the imitation: the same figures in it and in its log."""
+
+    def __init__(self, server, path, body):
+        self.log = server.demo_log if DIALECTS[path].joined else NoLog(server.demo_log.directory)
+        self.server, self.path, self.body = server, path, body
         self.model = body.get("model") if body.get("model") in DEMO_MODELS else DEMO_MODELS[0]
         self.stream = body.get("stream") is True
         self.created = int(time.time())
         self.id = "chatcmpl-" + secrets.token_hex(12)
-        characters = sum(len(str(message.get("content"))) for message in listed(body.get("messages")))
-        self.prompt = max(40, server.prompt_tokens or 400 + 7 * characters)
+        self.texts = demo_texts(body)
+        self.prompt = max(40, server.prompt_tokens or 400 + 7 * sum(map(len, self.texts)))
         self.cached = int(self.prompt * server.cached_share)
-        limit = body.get("max_tokens")
+        limit = body.get("max_tokens") or body.get("max_completion_tokens") or body.get("max_output_tokens")
         self.completion = (min(server.answer_tokens, limit) if isinstance(limit, int) and limit > 0
                            else server.answer_tokens)
-        self.task = self.log.task()
+        self.task = server.demo_log.task()
         self.slot = f"id  {self.task % 4} | task {self.task} | "
 
-    def received(self, path):
-        shown = json.dumps(self.body, indent=2, ensure_ascii=False)
-        self.log.write("DEBUG", f"Received request: POST to {path} with body {shown}")
-        messages = len(listed(self.body.get("messages")))
-        self.log.write("INFO", f"Running chat completion on conversation with {messages} messages.",
+    def received(self):
+        self.server.demo_log.request(self.path, self.body)
+        self.log.write("INFO", f"Running chat completion on conversation with {len(self.texts)} messages.",
                        self.model)
         if self.stream:
             self.log.write("INFO", "Streaming response...", self.model)
+        elif self.path == "/v1/responses":
+            self.log.write("INFO", "Generating synchronous v1/responses response...", self.model)
 
     def read_prompt(self, alive):
         """The prompt phase, in steps of a batch; stops when alive() is False."""
@@ -6905,7 +6925,7 @@ class DemoRun:
         return (f"slot print_timing: {self.slot}{name} = {spent_ms:10.2f} ms / {tokens:5} tokens "
                 f"({each_ms:8.2f} ms per token, {speed:8.2f} tokens per second)")
 
-    def finished(self, usage):
+    def finished(self):
         """The engine's timings and the app's last line."""
         fresh = self.prompt - self.cached
         read_ms = max(0.01, 1000 * self.server.step_s * self.server.prompt_steps)
@@ -6919,9 +6939,13 @@ class DemoRun:
                         "srv  update_slots: all slots are idle")
         if self.stream:
             self.log.write("INFO", "Finished streaming response", self.model)
+        elif self.path == "/v1/responses":
+            shown = json.dumps(response_whole(self, ""), indent=2)
+            self.log.write("INFO", f"Generated synchronous v1/responses response: {shown}", self.model)
         else:
             self.log.write("INFO", "Model generated tool calls: []", self.model)
-            shown = json.dumps({**self.answer(""), "usage": usage, "stats": {}}, indent=2)
+            whole = native_whole if self.path == "/api/v1/chat" else chat_whole
+            shown = json.dumps(whole(self, ""), indent=2)
             self.log.write("INFO", f"Generated prediction: {shown}", self.model)
 
     def abandoned(self):
@@ -6932,19 +6956,140 @@ class DemoRun:
                         f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
                         "truncated = 0")
 
-    def usage(self):
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion,
+    def usage(self, prompt="prompt_tokens", completion="completion_tokens"):
+        return {prompt: self.prompt, completion: self.completion,
                 "total_tokens": self.prompt + self.completion}
 
-    def answer(self, content):
-        message = {"role": "assistant", "content": content, "tool_calls": []}
-        return {"id": self.id, "object": "chat.completion", "created": self.created, "model": self.model,
-                "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]}
+    def choice(self, kind, finish, **said):
+        """A body of OpenAI's with one choice."""
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model,
+                "system_fingerprint": self.model,
+                "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": finish}]}
 
-    def chunk(self, delta, finish=None):
-        return {"id": self.id, "object": "chat.completion.chunk", "created": self.created,
-                "model": self.model, "system_fingerprint": self.model,
-                "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]}
+    def last_chunk(self, kind, **said):
+        """The end of a stream of OpenAI's."""
+        yield "", self.choice(kind, "stop", **said)
+        if (self.body.get("stream_options") or {}).get("include_usage"):
+            yield "", {**self.choice(kind, None), "choices": [], "usage": self.usage()}
+        yield "", None
+
+
+# How each dialect says an answer: as a body, and as a stream's events, (name, data), the words as they come.
+
+def chat_whole(run, text):
+    message = {"role": "assistant", "content": text, "tool_calls": []}
+    return {**run.choice("chat.completion", "stop", message=message), "usage": run.usage(), "stats": {}}
+
+
+def chat_events(run, words):
+    kind = "chat.completion.chunk"
+    for word in words:
+        yield "", run.choice(kind, None, delta={"role": "assistant", "content": word})
+    yield from run.last_chunk(kind, delta={})
+
+
+def completion_whole(run, text):
+    return {**run.choice("text_completion", "stop", text=text), "usage": run.usage(), "stats": {}}
+
+
+def completion_events(run, words):
+    for word in words:
+        yield "", run.choice("text_completion", None, text=word)
+    yield from run.last_chunk("text_completion", text="")
+
+
+def response_whole(run, text, over=True):
+    item = {"id": f"msg_{run.task}", "type": "message", "role": "assistant", "status": "completed",
+            "content": [{"type": "output_text", "text": text, "annotations": []}]}
+    return {"id": f"resp_{run.id[9:]}", "object": "response", "created_at": run.created, "model": run.model,
+            "status": "completed" if over else "in_progress", "error": None, "output": [item] if over else [],
+            "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+            "usage": run.usage("input_tokens", "output_tokens") if over else None}
+
+
+def response_events(run, words):
+    numbers, text = itertools.count(), ""
+
+    def event(name, **data):
+        return f"response.{name}", {"sequence_number": next(numbers), **data}
+
+    def part(name, **data):
+        return event(name, item_id=f"msg_{run.task}", output_index=0, content_index=0, **data)
+
+    yield event("created", response=response_whole(run, "", over=False))
+    (item,) = response_whole(run, "")["output"]
+    yield event("output_item.added", output_index=0, item={**item, "status": "in_progress", "content": []})
+    yield part("content_part.added", part=item["content"][0])
+    for word in words:
+        text += word
+        yield part("output_text.delta", delta=word)
+    whole = response_whole(run, text)
+    yield part("output_text.done", text=text)
+    yield part("content_part.done", part=whole["output"][0]["content"][0])
+    yield event("output_item.done", output_index=0, item=whole["output"][0])
+    yield event("completed", response=whole)
+
+
+def message_whole(run, text):
+    return {"id": f"msg_{run.id[9:]}", "type": "message", "role": "assistant", "model": run.model,
+            "content": [{"type": "text", "text": text}], "stop_reason": "end_turn", "stop_sequence": None,
+            "usage": {"input_tokens": run.prompt, "output_tokens": run.completion}}
+
+
+def message_events(run, words):
+    yield "message_start", {"message": {**message_whole(run, ""), "content": [], "stop_reason": None,
+                                        "usage": {"input_tokens": run.prompt, "output_tokens": 0}}}
+    yield "content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}}
+    for word in words:
+        yield "content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": word}}
+    yield "content_block_stop", {"index": 0}
+    yield "message_delta", {"delta": {"stop_reason": "end_turn", "stop_sequence": None},
+                            "usage": {"output_tokens": run.completion}}
+    yield "message_stop", {}
+
+
+def native_whole(run, text):
+    return {"model_instance_id": run.model, "output": [{"type": "message", "content": text}],
+            "stats": {"input_tokens": run.prompt, "total_output_tokens": run.completion,
+                      "reasoning_output_tokens": 0, "tokens_per_second": round(1 / run.server.token_s, 2),
+                      "time_to_first_token_seconds": run.server.step_s * run.server.prompt_steps},
+            "response_id": f"resp_{run.id[9:]}"}
+
+
+def native_events(run, words):
+    text = ""
+    yield "chat.start", {"model_instance_id": run.model}
+    yield "message.start", {}
+    for word in words:
+        text += word
+        yield "message.delta", {"content": word}
+    yield "message.end", {}
+    yield "chat.end", {"result": native_whole(run, text)}
+
+
+DEMO_SPEECH = {  # path -> (body, events)
+    "/v1/chat/completions": (chat_whole, chat_events),
+    "/api/v0/chat/completions": (chat_whole, chat_events),
+    "/v1/completions": (completion_whole, completion_events),
+    "/v1/responses": (response_whole, response_events),
+    "/v1/messages": (message_whole, message_events),
+    "/api/v1/chat": (native_whole, native_events),
+}
+
+
+def demo_embeddings(body):
+    """A vector for each text, always the same; as base64 where the client wants it (OpenAI's SDK does)."""
+    vectors = []
+    for text in demo_texts(body):
+        source = random.Random(text)
+        vector = [source.uniform(-0.1, 0.1) for _ in range(128)]
+        packed = base64.b64encode(struct.pack("<128f", *vector)).decode()
+        vectors.append(packed if body.get("encoding_format") == "base64" else vector)
+    tokens = sum(len(text) // 4 + 1 for text in demo_texts(body))
+    return {"object": "list", "model": DEMO_MODELS[0],
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens}, "data": [
+                {"object": "embedding", "index": index, "embedding": vector}
+                for index, vector in enumerate(vectors)]}
 
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
@@ -6968,25 +7113,28 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json_object(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
-        if self.path not in ("/v1/chat/completions", "/api/v0/chat/completions"):
+        path = self.path.partition("?")[0]
+        if path not in DEMO_SPEECH and path != "/v1/embeddings":
             return self._unexpected()
-        if body is None or not listed(body.get("messages")):
-            return self._json({"error": "'messages' field is required"}, 400)
-        run = DemoRun(self.server, body)
-        run.received(self.path)
-        with self.server.engine:  # one chat at a time, the others wait
-            return self._stream(run) if run.stream else self._whole(run)
+        if body is None or not demo_texts(body):
+            return self._json({"error": "a field is required: 'messages', 'input' or 'prompt'"}, 400)
+        if path == "/v1/embeddings":
+            self.server.demo_log.request(path, body)
+            return self._json(demo_embeddings(body))
+        run = DemoRun(self.server, path, body)
+        run.received()
+        with self.server.engine:  # one at a time, the others wait
+            return (self._stream if run.stream else self._whole)(run, *DEMO_SPEECH[path])
 
-    def _whole(self, run):
+    def _whole(self, run, whole, events):
         if run.read_prompt(self._alive):
             content = "".join(run.tokens(self._alive))
             if self._alive():
-                run.finished(run.usage())
-                return self._json({**run.answer(content.strip()), "usage": run.usage(), "stats": {},
-                                   "system_fingerprint": run.model})
+                run.finished()
+                return self._json(whole(run, content.strip()))
         return self._abandon(run)
 
-    def _stream(self, run):
+    def _stream(self, run, whole, events):
         self.send_response(200)
         self.send_header("X-Powered-By", "Express")
         self.send_header("Content-Type", "text/event-stream")
@@ -6997,31 +7145,27 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         try:
             if not run.read_prompt(self._alive):
                 return self._abandon(run)
-            for word in run.tokens(self._alive):
-                self._event(run.chunk({"role": "assistant", "content": word}))
-            if not self._alive():
-                return self._abandon(run)
-            self._event(run.chunk({}, "stop"))
-            if (run.body.get("stream_options") or {}).get("include_usage"):
-                self._event({**run.chunk({}), "choices": [], "usage": run.usage()})
-            self._write(b"data: [DONE]\n\n")
-            run.finished(run.usage())
+            for name, data in events(run, run.tokens(self._alive)):
+                if not self._alive():
+                    return self._abandon(run)
+                self._event(name, data)
+            run.finished()
             self.wfile.write(b"0\r\n\r\n")
             return None
         except OSError:
             return self._abandon(run)
 
-    def _event(self, value):
-        self._write(b"data: " + json.dumps(value).encode() + b"\n\n")
-
-    def _write(self, data):
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+    def _event(self, name, data):
+        """An event as a chunk; one with a name has it inside, too; no data are OpenAI's [DONE]."""
+        text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
+        event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
+        self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
         self.wfile.flush()
 
     def _alive(self):
         if self.server.stopping.is_set():
             return False
-        return not (readable(self.connection) and has_left(self.connection))
+        return not has_left(self.connection)
 
     def _abandon(self, run):
         run.abandoned()

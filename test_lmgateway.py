@@ -6959,6 +6959,39 @@ def test_the_demo_needs_nothing_of_the_machine():
     assert not os.path.exists(made.log_dir)
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", lmgateway.DEMO_SPEECH)
+def test_the_imitation_speaks_every_dialect_and_its_log_agrees(demo, path, stream):
+    front, studio = demo
+    prompt = [{"role": "user", "content": "Say something"}]
+    asked = {"prompt": "Say something"} if path == "/v1/completions" else {
+        "input": "Say something"} if path in ("/v1/responses", "/api/v1/chat") else {"messages": prompt}
+    answer = talk(front.port, request(f"POST {path}", json.dumps({"model": "demo/wren-2b", "stream": stream, **asked}).encode()))
+    body = split_answer(answer)[2]
+    said = (unchunked(body) if stream else body).decode()
+    assert status_of(answer) == 200 and "".join(re.findall(
+        r'"(?:content|text|delta)": "(\w+) ?"', said) if stream else said).count("lamp") in (1, 2)
+    (done,) = front.events(0, "inference_complete", "error")
+    assert done["tokenUsage"] == {"promptTokens": 491, "completionTokens": 8, "totalTokens": 499}
+    assert done["model"] == "demo/wren-2b" and (done["timeToFirstTokenMs"] is not None) == (stream or path == "/api/v1/chat")
+    if path == "/v1/completions":
+        assert not front.hub.counts["lmstudio_chat_start"]
+        return
+    until(lambda: front.hub.counts["lmstudio_chat_end"])
+    (stats,) = front.events(0, "lmstudio_prediction_stats")
+    assert (stats["promptTokens"], stats["completionTokens"]) == (491, 8)
+    (record,) = front.hub.shown()
+    assert record["binding"] == "exact" and record["cache"]["reused"] == 147
+
+
+def test_the_imitation_embeds(demo):
+    front, _ = demo
+    for form in ("float", "base64"):
+        asked = json.dumps({"model": "m", "input": ["one", "two"], "encoding_format": form}).encode()
+        first, second = (row["embedding"] for row in json_of(talk(front.port, request("POST /v1/embeddings", asked)))["data"])
+        assert first != second and (len(first) == 128 if form == "float" else isinstance(first, str))
+
+
 def test_the_demos_own_traffic_has_its_key_and_every_shape(studio):
     pauses = iter([False] * 7)
     lmgateway.demo_traffic(studio.url, "secret", lambda seconds: next(pauses, True))
