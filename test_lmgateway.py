@@ -6851,7 +6851,7 @@ def test_what_others_say_is_no_line_of_the_log(fronts, studio, capsys):
 @pytest.fixture
 def demo(tmp_path):
     """A gateway beside the imitation, its log followed; both as fast as they can be."""
-    studio = lmgateway.DemoServer(str(tmp_path / "logs"), step_s=0.04, token_s=0.005)
+    studio = lmgateway.DemoServer(str(tmp_path / "logs"), step_s=0.025, token_s=0.004)
     studio.answer_tokens, studio.prompt_steps = 8, 3
     studio.start()
     front, stop = Front(studio.url, tmp_path, log_dir=str(tmp_path / "logs")), threading.Event()
@@ -6963,6 +6963,7 @@ def test_the_demo_needs_nothing_of_the_machine():
 @pytest.mark.parametrize("path", lmgateway.DEMO_SPEECH)
 def test_the_imitation_speaks_every_dialect_and_its_log_agrees(demo, path, stream):
     front, studio = demo
+    studio.step_s = studio.token_s = 0.001
     prompt = [{"role": "user", "content": "Say something"}]
     asked = {"prompt": "Say something"} if path == "/v1/completions" else {
         "input": "Say something"} if path in ("/v1/responses", "/api/v1/chat") else {"messages": prompt}
@@ -8132,8 +8133,8 @@ def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
         assert process.stderr.read() == b""
 
 
-@pytest.mark.parametrize("words", [[sample("errors")], ["--json", sample("traps")],
-                                   ["--json", sample("traps"), sample("errors")]], ids=["people", "json", "two files"])
+@pytest.mark.parametrize("words", [[sample("errors")],
+                                   ["--json", sample("traps"), sample("errors")]], ids=["people", "json"])
 def test_a_short_output_into_a_closed_pipe_ends_quietly_too(tmp_path, words):
     reading, writing = os.pipe()
     os.close(reading)
