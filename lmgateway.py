@@ -4522,6 +4522,9 @@ def replay(paths, publish):
             publish(parser.end())
             raise
     publish(parser.end())
+    if parser.lines and not parser.entries:
+        log.warning("no entries in %s: those of LM Studio begin like [2026-05-01 10:00:00][INFO]",
+                    ", ".join(map(str, paths)))
     return parser
 
 
@@ -6210,7 +6213,8 @@ def greeting_page(gateway, request):
 
 def event_stream(gateway, request):
     """Events as Server-Sent Events; ?events= filters, Last-Event-ID or ?since= resumes."""
-    names = frozenset(words(request.query.get("events", "")))
+    asked = [value for name, value in urllib.parse.parse_qsl(request.query_text) if name == "events"]
+    names = frozenset(words(",".join(asked)))
     since = request.header("last-event-id") or request.query.get("since", "")
     return Response(200,
                     [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-store"),
@@ -9799,7 +9803,8 @@ function forget() {
 }
 
 const allRequests = () => [...page.requests.values()];
-const newestFirst = () => allRequests().sort((a, b) => b.started - a.started);
+const newestFirst = () => allRequests().sort((a, b) =>
+  b.started - a.started || (b.requestId > a.requestId ? 1 : -1));
 const runningOnes = () => allRequests().filter(r => !ended(r)).sort((a, b) => a.started - b.started);
 
 // --- 4. events

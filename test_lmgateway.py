@@ -5839,6 +5839,14 @@ def test_events_that_a_listener_does_not_want_do_not_put_its_ping_off(front, mon
             talker.join()
 
 
+def test_events_may_be_named_more_than_once(front):
+    with listening(front, "?events=one&events=two,three") as (_, _, frames):
+        next(frames)
+        for name in ("none", "one", "three", "two"):
+            tell(front.hub, name)
+        assert [next(frames)[1] for _ in range(3)] == ["one", "three", "two"]
+
+
 def test_a_ping_repeats_the_id_of_the_event_that_its_listener_got_last(front, monkeypatch):
     monkeypatch.setattr(lmgateway, "PING_S", 0.02)
     with listening(front, "?events=wanted") as (_, _, frames):
@@ -8096,6 +8104,16 @@ def test_a_saved_log_goes_on_with_the_entry_of_the_one_before_it_where_lm_studio
     (switch,) = [event.data for event in found if event.name == "lmstudio_file_switch"]
     assert (switch["timestamp"],
             switch["newLogFile"]) == (found[0].data["timestamp"].replace(" ", "T") + "Z", str(paths[1]))
+
+
+def test_a_file_that_is_no_log_of_lm_studio_is_said(tmp_path, capsys, home):
+    (tmp_path / "notes.txt").write_text("Buy milk\n")
+    (tmp_path / "empty.log").write_text("")
+    assert lmgateway.main(["--tail-only", str(tmp_path / "notes.txt")]) == 0
+    assert "no entries in" in (err := capsys.readouterr().err) and "notes.txt" in err and err.count("\n") == 1
+    for path in (tmp_path / "empty.log", sample("errors")):
+        assert lmgateway.main(["--tail-only", str(path)]) == 0
+        assert "no entries" not in capsys.readouterr().err
 
 
 def test_a_saved_directory_that_cannot_be_read_is_status_2_with_a_remedy(tmp_path, monkeypatch, capsys):
