@@ -6859,13 +6859,14 @@ def test_what_others_say_is_no_line_of_the_log(fronts, studio, capsys):
 @pytest.fixture
 def demo(tmp_path):
     """A gateway beside the imitation, its log followed; both as fast as they can be."""
-    studio = lmgateway.DemoServer(str(tmp_path / "logs"), step_s=0.025, token_s=0.004)
+    studio = lmgateway.DemoServer(str(tmp_path / "logs"), step_s=0.04, token_s=0.005)
     studio.answer_tokens, studio.prompt_steps = 8, 3
     studio.start()
     front, stop = Front(studio.url, tmp_path, log_dir=str(tmp_path / "logs")), threading.Event()
     monitor = lmgateway.Monitor(lmgateway.Follower(str(tmp_path / "logs"), started=time.time()))
     tail = threading.Thread(target=lmgateway.run_monitor, args=(monitor, front.hub, stop))
     tail.start()
+    until(lambda: monitor.follower.file)    # it starts at the end of what it finds
     yield front, studio
     stop.set()
     tail.join(PATIENCE_S)
