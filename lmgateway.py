@@ -1678,13 +1678,14 @@ class EngineLines:
             run = self._pairs.at.get(engine)
             if run and run.timed_at:
                 self._tell.run_over(run, run.timed_at)
-        if self._sampling and fact != "params":
+        if fact != "params":
             self._close_sampling()
         self._facts[fact](fields, moment)
 
     def _close_sampling(self):
-        (run, moment, values), self._sampling = self._sampling, None
-        self._tell.sampling(run, moment, values)
+        if self._sampling:
+            (run, moment, values), self._sampling = self._sampling, None
+            self._tell.sampling(run, moment, values)
 
     def _close_timings(self):
         for run in self._pairs.at.values():
@@ -4069,17 +4070,16 @@ def open_history(path):
     """A connection to a history, its table made where it was missing.  Raises HistoryError."""
     import sqlite3  # here, because it takes 2 MB that only --history and --report need
 
-    with history_errors(sqlite3.Error):
-        with contextlib.ExitStack() as stack:
-            connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=10.0)))
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-            columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
-            with connection:
-                connection.execute(f"CREATE TABLE IF NOT EXISTS requests ({columns})")
-                connection.execute("CREATE INDEX IF NOT EXISTS requests_started ON requests (started)")
-            stack.pop_all()     # it stays open
-            return connection
+    with history_errors(sqlite3.Error), contextlib.ExitStack() as stack:
+        connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=10.0)))
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
+        with connection:
+            connection.execute(f"CREATE TABLE IF NOT EXISTS requests ({columns})")
+            connection.execute("CREATE INDEX IF NOT EXISTS requests_started ON requests (started)")
+        stack.pop_all()     # it stays open
+    return connection
 
 
 def remove_rows(connection, before):
@@ -7303,7 +7303,8 @@ class Together(logging.Handler):
             self._writing.release()
 
     def format(self, record):
-        return "\n".join(map(self.formatter.format, record.batch))
+        form: Any = self.formatter
+        return "\n".join(map(form.format, record.batch))
 
     def close(self):
         """At the end of the program: what a thread has left to another one is written."""

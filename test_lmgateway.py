@@ -199,12 +199,16 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
     "LAN without a key": (["--host", "0.0.0.0"], "", ["--host", "GATEWAY_API_KEY", "--no-auth"]),
     "certificate without its key": (["--tls-cert", "x.pem"], "", ["--tls-cert", "--tls-key"]),
     "log file": (["--tail-only", "--log-file", "/nowhere/x/y.log"], "", ["--log-file", "/nowhere/x/y.log"]),
-    "log file of .env": (["--tail-only"], "LOG_FILE=/nowhere/x", ["--log-file /nowhere/x", "LOG_FILE", "settings.env line 1"]),
+    "log file of .env": (["--tail-only"], "LOG_FILE=/nowhere/x",
+                         ["--log-file /nowhere/x", "LOG_FILE", "settings.env line 1"]),
     "certificate of .env": ([], "TLS_CERT=/nowhere/c\nTLS_KEY=/nowhere/k", [
         "/nowhere/c", "TLS_CERT", "settings.env line 1", "TLS_KEY", "settings.env line 2", "PEM"]),
-    "history of .env": (["--port", "0"], "HISTORY_FILE=/nowhere/x", ["HISTORY_FILE", "settings.env line 1", "name a file"]),
-    "keys file of .env": (["--list-keys"], f"KEYS_FILE={HERE}", ["KEYS_FILE", "settings.env line 1", "name a file"]),
-    "LAN without a key by .env": ([], "GATEWAY_HOST=0.0.0.0", ["GATEWAY_HOST", "settings.env line 1", "--no-auth"]),
+    "history of .env": (["--port", "0"], "HISTORY_FILE=/nowhere/x",
+                        ["HISTORY_FILE", "settings.env line 1", "name a file"]),
+    "keys file of .env": (["--list-keys"], f"KEYS_FILE={HERE}",
+                          ["KEYS_FILE", "settings.env line 1", "name a file"]),
+    "LAN without a key by .env": ([], "GATEWAY_HOST=0.0.0.0",
+                                 ["GATEWAY_HOST", "settings.env line 1", "--no-auth"]),
     "an empty key": (["--api-key", "anna=,bob=K"], "", ["--api-key", "NAME=KEY"]),
     "a key of equals signs": (["--api-key", "anna==,bob=K"], "", ["--api-key", "NAME=KEY"]),
     "a key without its name": ([], "GATEWAY_API_KEY==abc", ["line 1", "NAME=KEY"]),
@@ -212,8 +216,8 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
     "address with a fragment": (["--upstream", "http://a:1#x"], "", ["--upstream", "http://127.0.0.1:1234"]),
     "port, as Python writes numbers": (["--port", "80_01"], "", ["--port", "65535"]),
     "nobody allowed": (["--allow", ""], "", ["--allow", "192.168.1.0/24"]),
-    "an origin without a scheme": (["--cors-origins", "chat.example"], "", ["--cors-origins", "https://chat.example"]),
-    "an origin with a path": (["--cors-origins", "https://x/y"], "", ["--cors-origins", "https://chat.example"]),
+    "an origin without a scheme": (["--cors-origins", "chat.example"], "", ["--cors-origins", "https://"]),
+    "an origin with a path": (["--cors-origins", "https://x/y"], "", ["--cors-origins", "https://chat"]),
     "no rights": (["--new-key", "x", "--rights", ""], "", ["--rights", "infer"]),
 }
 
@@ -309,7 +313,8 @@ def test_loopback_is_what_only_this_machine_reaches(host, alone):
     ("LOG_LEVEL", "WARN", "warn"), ("LMSTUDIO_BASE_URL", "http://a:1/", "http://a:1"),
     ("IP_ALLOWLIST", "10.0.0.1, *", None),
     ("ENABLE_LOG_MONITORING", "No", False), ("REQUIRE_AUTH_FOR_HEALTH", "yes", True), ("NO_AUTH", "ON", True),
-    ("CORS_ORIGINS", "https://A/, https://b", ("https://a", "https://b")), ("CORS_ORIGINS", "*", ("*",)), ("PROXY_TIMEOUT", " 0 ", 0),
+    ("CORS_ORIGINS", "https://A/, https://b", ("https://a", "https://b")), ("CORS_ORIGINS", "*", ("*",)),
+    ("PROXY_TIMEOUT", " 0 ", 0),
     ("GATEWAY_PORT", "65535", 65535), ("HISTORY_DAYS", "0", 0),
     ("LMSTUDIO_BASE_URL", "https://[::1]", "https://[::1]"),
     *(("NO_AUTH", text, True) for text in ("true", "1", "yes")),
@@ -622,8 +627,9 @@ READ = ["processing_start model=m",
 STATS = "prediction_stats completionTokens=20 totalMs=1500.0 model=m"
 CRASH = "ERROR Error: The model has crashed without additional information. (Exit code: 6)"
 CHANNEL = "ERROR [m] Error: Channel Error"
-ERRORS = {"a crash": (CRASH, "error"), "a channel error": (CHANNEL, "error model=m"), "a prompt that cannot be rendered": (
-    'ERROR [m] Error rendering prompt with jinja template: "x"', "error model=m")}
+ERRORS = {"a crash": (CRASH, "error"), "a channel error": (CHANNEL, "error model=m"),
+          "a prompt that cannot be rendered": ('ERROR [m] Error rendering prompt with jinja template: "x"',
+                                               "error model=m")}
 SPLASH = "DEBUG 10:00:00 {} · input 1,100 · cached 100 · output 1,092 · TTFT 0.5s · 92.9 tok/s"
 SPLASH_STATS = ["token_info totalPromptTokens=1100 promptTokensToDecode=1000 model=m",
                 "cache_stats reused=100 total=1100 model=m", "prediction_stats completionTokens=1092 model=m"]
@@ -1340,7 +1346,7 @@ METERED = {     # path, the answer's events or its whole body, tokenUsage, finis
         typed("message_stop")],
         COUNTS, "max_tokens", 3),
     "messages from a cache": ("/v1/messages", MESSAGES_WHOLE.replace(
-        b'"input_tokens":', b'"cache_creation_input_tokens": 5, "cache_read_input_tokens": 15, "input_tokens":').replace(b"21", b"1"),
+        b'"input_tokens":21', b'"cache_creation_input_tokens":5,"cache_read_input_tokens":15,"input_tokens":1'),
         {**COUNTS, "cachedTokens": 15}, "end_turn", None),
     "messages stream from a cache": ("/v1/messages", [
         typed("message_start", message={"model": "qwen/qwen3-8b", "content": [], "usage": {
@@ -1677,7 +1683,7 @@ def test_chunked_bodies_are_decoded_at_every_split(size):
     b"0\r\na: b\rc", b"0\r\n" + b"x: y\r\n" * 3000, b"1;" + b"x" * 9000, b"0\r\nx:" + b"x" * 9000],
     ids=lambda data: repr(data[:20]))
 def test_chunked_bodies_that_can_be_read_in_two_ways_are_refused(data):
-    for size in (1, len(data)):
+    for size in (1 if len(data) < 5000 else 100, len(data)):
         with pytest.raises(ValueError, match="chunk|trailers"):     # noqa: PT012
             chunks = lmgateway.Chunks()
             for at in range(0, len(data), size):
@@ -3661,6 +3667,9 @@ def framed(*pieces, end=True):
                     for piece in pieces) + (b"0\r\n\r\n" if end else b"")
 
 
+TICK_S = 0.05   # of a Front's watcher, which looks less often in the program
+
+
 class Front:
     """A running gateway, and what its tests ask of it."""
 
@@ -3670,6 +3679,7 @@ class Front:
         self.hub = lmgateway.Hub()
         upstream = lmgateway.Upstream(self.config.upstream, self.config.upstream_token)
         self.gateway = lmgateway.Gateway(self.config, self.hub, upstream, monitor)
+        self.gateway.watcher.TICK_S = TICK_S
         self.server = lmgateway.open_server(self.gateway, lmgateway.tls_context(self.gateway.config))
         self.port = self.server.port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
@@ -4986,7 +4996,7 @@ def test_a_client_that_leaves_ends_the_request_within_a_second(front, studio, ph
     if PHASES[phase]:
         read_until(sock, PHASES[phase][-1][-10:])
     leave(sock)
-    assert ended.get(timeout=PATIENCE_S) < 1.0
+    assert ended.get(timeout=PATIENCE_S) < 1.0 - (lmgateway.Watcher.TICK_S - TICK_S)
     (event,) = front.events(mark, "error", "inference_complete")
     assert (event["operation"], event["error"]) == ("client_disconnected", f"the client left {phase.strip()}")
     assert len(studio.peers) == 1
@@ -5352,7 +5362,8 @@ def test_the_status_says_which_engine_wrote_and_what_is_not_understood(logged):
 @pytest.mark.parametrize("entries, requests, read", [
     ([START, STREAM, PROMPT, TIMED, RELEASE, FINISH], 1, 100),
     ([START, STREAM, PROMPT, FINISH], 1, 100),
-    ([START, STREAM, "DEBUG [cache_wrapper][INFO]: Prompt cache: using 4/11 tokens from cache", at(100), FINISH], 1, 11),
+    ([START, STREAM, "DEBUG [cache_wrapper][INFO]: Prompt cache: using 4/11 tokens from cache", at(100),
+      FINISH], 1, 11),
     ([START, STREAM, at(100), FINISH, START, STREAM, at(100), FINISH], 2, 0),
     ([START, ANSWER], 1, 100), ([FINISH], 1, 0), ([START, STREAM, at(100), LEFT], 0, 0),
 ], ids=["stats", "no stats", "MLX", "two", "whole", "no start", "left"])
@@ -5388,7 +5399,7 @@ def test_loaded_models_are_asked_for_once_a_minute(fronts, studio):
         talk(front.port, request(POST_CHAT, b'{"model":"%b"}' % model.encode()))
     text = fetched(front, "/metrics")[2].decode()
     for model in ("m/one", "other"):     # what LM Studio lists is known, also where no answer has named it
-        assert f'requests_total{{key="none",model="{model}",endpoint="/v1/chat/completions",code="400"}} 1' in text
+        assert f'_requests_total{{key="none",model="{model}",endpoint="{POST_CHAT[5:]}",code="400"}} 1' in text
 
 
 def test_usage_comes_from_the_history_as_json_and_csv(fronts, studio, tmp_path):
@@ -6264,15 +6275,16 @@ ORIGINS = {     # method, Origin, with a key header, status
 
 
 def test_a_session_is_not_a_pages_to_use_because_a_wrong_key_came_with_it(guarded):
-    cookie = dict(ask(guarded, "POST /login", body=json.dumps({"key": ANNA}).encode())[1])["Set-Cookie"].split(";")[0]
+    headers = dict(ask(guarded, "POST /login", body=json.dumps({"key": ANNA}).encode())[1])
+    cookie = headers["Set-Cookie"].split(";")[0]
     assert ask(guarded, "POST /v1/chat/completions", f"Cookie: {cookie}", "X-API-Key: wrong",
                "Origin: https://evil.example", body=b"{}")[0] in (401, 403)
 
 
 @pytest.mark.parametrize("origin", ["null", "https://evil.example"])
 def test_a_page_that_has_no_key_is_told_that_it_is_the_page(guarded, origin):
-    assert ask(guarded, "POST /v1/chat/completions", f"Origin: {origin}", body=b"{}")[0] == 403
-    assert ask(guarded, "POST /v1/chat/completions", f"Origin: {origin}", "X-API-Key: wrong", body=b"{}")[0] == 401
+    assert ask(guarded, POST_CHAT, f"Origin: {origin}", body=b"{}")[0] == 403
+    assert ask(guarded, POST_CHAT, f"Origin: {origin}", "X-API-Key: wrong", body=b"{}")[0] == 401
 
 
 @pytest.mark.parametrize("row", ORIGINS.values(), ids=ORIGINS)
@@ -6697,10 +6709,10 @@ def refused(port):
 def test_a_signal_before_it_has_started_makes_no_traceback(tmp_path):
     """SIGINT is sent when the interpreter runs this file and has not come to main()."""
     hooked = tmp_path / "lmgateway.py"
-    hooked.write_text((HERE / "lmgateway.py").read_text(encoding="utf-8").replace(
-        "\nimport argparse\n", "\nos.kill(os.getpid(), signal.SIGINT)\nimport argparse\n", 1), encoding="utf-8")
-    run = subprocess.run([sys.executable, hooked, "--version"], capture_output=True, timeout=PATIENCE_S, check=False,
-                         env=alone(tmp_path))
+    text, kill = (HERE / "lmgateway.py").read_text(encoding="utf-8"), "os.kill(os.getpid(), signal.SIGINT)"
+    hooked.write_text(text.replace("\nimport argparse\n", f"\n{kill}\nimport argparse\n", 1), encoding="utf-8")
+    run = subprocess.run([sys.executable, hooked, "--version"], capture_output=True, timeout=PATIENCE_S,
+                         check=False, env=alone(tmp_path))
     assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, b"", b"")
 
 
@@ -6973,17 +6985,17 @@ def test_the_demo_needs_nothing_of_the_machine():
 def test_the_imitation_speaks_every_dialect_and_its_log_agrees(demo, path, stream):
     front, studio = demo
     studio.step_s = studio.token_s = 0.001
-    prompt = [{"role": "user", "content": "Say something"}]
-    asked = {"prompt": "Say something"} if path == "/v1/completions" else {
-        "input": "Say something"} if path in ("/v1/responses", "/api/v1/chat") else {"messages": prompt}
-    answer = talk(front.port, request(f"POST {path}", json.dumps({"model": "demo/wren-2b", "stream": stream, **asked}).encode()))
+    field = {"/v1/completions": "prompt", "/v1/responses": "input", "/api/v1/chat": "input"}.get(path)
+    asked = {field: "Say something"} if field else {"messages": [{"role": "user", "content": "Say something"}]}
+    sent = json.dumps({"model": "demo/wren-2b", "stream": stream, **asked}).encode()
+    answer = talk(front.port, request(f"POST {path}", sent))
     body = split_answer(answer)[2]
-    said = (unchunked(body) if stream else body).decode()
-    assert status_of(answer) == 200 and "".join(re.findall(
-        r'"(?:content|text|delta)": "(\w+) ?"', said) if stream else said).count("lamp") in (1, 2)
+    words = re.findall(rb'"(?:content|text|delta)": "(\w+) "', unchunked(body)) if stream else body.split()
+    assert status_of(answer) == 200 and b"lamp" in words
     (done,) = front.events(0, "inference_complete", "error")
     assert done["tokenUsage"] == {"promptTokens": 491, "completionTokens": 8, "totalTokens": 499}
-    assert done["model"] == "demo/wren-2b" and (done["timeToFirstTokenMs"] is not None) == (stream or path == "/api/v1/chat")
+    assert done["model"] == "demo/wren-2b"
+    assert (done["timeToFirstTokenMs"] is not None) == (stream or path == "/api/v1/chat")
     if path == "/v1/completions":
         assert not front.hub.counts["lmstudio_chat_start"]
         return
@@ -6998,7 +7010,8 @@ def test_the_imitation_embeds(demo):
     front, _ = demo
     for form in ("float", "base64"):
         asked = json.dumps({"model": "m", "input": ["one", "two"], "encoding_format": form}).encode()
-        first, second = (row["embedding"] for row in json_of(talk(front.port, request("POST /v1/embeddings", asked)))["data"])
+        rows = json_of(talk(front.port, request("POST /v1/embeddings", asked)))["data"]
+        first, second = (row["embedding"] for row in rows)
         assert first != second and (len(first) == 128 if form == "float" else isinstance(first, str))
 
 
@@ -8544,7 +8557,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has
 
 @needs_linux
 def test_the_program_keeps_nothing_of_its_own_text(tmp_path):
-    """A syntax tree that CPython keeps makes it 46 MB (55 on 3.14); the process started is the one that runs."""
+    """A syntax tree that CPython keeps makes it 46 MB (55 on 3.14).  The process started is the one that runs."""
     limit = 35_000 if sys.version_info < (3, 14) else 42_000
     with started(tmp_path, "--port", "0") as process:
         line_with(process.stderr, b"Log directory")
@@ -8668,10 +8681,11 @@ def test_page_needs_nothing_from_elsewhere():
 @pytest.mark.parametrize("accepted, packed", [("gzip, deflate, br", True), ("br", False), ("", False)])
 def test_page_is_packed_for_who_takes_that(front, accepted, packed):
     status, headers, body = ask(front, "GET /", f"Accept-Encoding: {accepted}")
-    known = dict(headers)
-    assert (status, known.get("Content-Encoding"), known["Vary"]) == (200, "gzip" if packed else None, "Accept-Encoding")
-    page = gzip.decompress(body) if packed else body
-    assert page.startswith(b"<!doctype html>") and b"@NONCE@" not in page and len(body) < len(page) / 3 or not packed
+    known, page = dict(headers), gzip.decompress(body) if packed else body
+    assert (status, known["Vary"]) == (200, "Accept-Encoding")
+    assert known.get("Content-Encoding") == ("gzip" if packed else None)
+    assert page.startswith(b"<!doctype html>") and b"@NONCE@" not in page
+    assert not packed or len(body) < len(page) / 3
 
 
 def test_page_keeps_to_its_content_security_policy():
