@@ -687,7 +687,7 @@ RULES = (
     Rule("splash", "engine", "line", "Splash",
          r"\d\d:\d\d:\d\d (?:Done(?=.* tok/s)|Cancelled|Error) · input (?P<total>\d[\d,]{0,18}) · "
          r"cached (?P<reused>\d[\d,]{0,18})(?: · output (?P<output>\d[\d,]{0,18}))?"
-         r"(?: · TTFT (?P<ttft>[\d.,]+)s)?(?: · (?P<rate>[\d.,]+) tok/s)?",
+         r"(?: · TTFT (?P<ttft>[\d.,]+)(?P<milli>m?)s)?(?: · (?P<rate>[\d.,]+) tok/s)?",
          "00:54:42 Done · input 26 · cached 0 · output 1,092 · TTFT 0.5s · 92.9 tok/s"),
 )
 
@@ -1864,7 +1864,7 @@ class EngineLines:
         self._tell.cache(run, moment, reused, reused, 0)
         ttft = number(fields["ttft"])
         run.stats.update(completionTokens=number(fields["output"]), tokensPerSecond=number(fields["rate"]),
-                         timeToFirstTokenMs=ttft and round(ttft * 1000, 3))
+                         timeToFirstTokenMs=ttft and round(ttft * (1 if fields["milli"] else 1000), 3))
         self._tell.run_over(run, moment)
 
 
