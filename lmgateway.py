@@ -259,10 +259,11 @@ def api_keys(value):
         if not part:
             continue
         name, equals, key = part.partition("=")
-        if not equals or "=" not in part.rstrip("=") and "," not in value:
+        padded = "=" not in part.rstrip("=") and (part.endswith("==") or "," not in value.strip(" ,"))
+        if not equals or padded:
             name, key = ("default" if not keys else f"key{len(keys) + 1}"), part
         if not key.strip("=") or not name.strip():
-            raise ValueError("use KEY, or NAME=KEY,NAME=KEY")
+            raise ValueError("use KEY, or NAME=KEY,NAME=KEY; in a list, a key that ends in = needs a name")
         if not key.isascii() or not key.isprintable() or " " in key:
             raise ValueError("a key is made of printable ASCII without blanks")
         if name.strip() in keys:
@@ -368,7 +369,7 @@ class Config:
         row, source = next(row for row in OPTIONS if row.name == name), self.sources.get(name)
         told = row.variable if source in (None, row.flag) else f"{row.variable}, {source}"
         told = source if row.variable in (source or "") else told
-        return f"{row.flag} {value or getattr(self, name)} ({told})"
+        return f"{row.flag or row.variable} {value or getattr(self, name)} ({told})"
 
 
 # Not NO_AUTH's: NO_PROXY and NO_COLOR are others'.
@@ -522,9 +523,9 @@ class Rule(NamedTuple):
     sample: str
 
 
-NUMBER = r"(?:-?[\d.]{1,30}(?:e[+-]?\d{1,3})?|-?inf|-?nan)"  # as printf writes it
+NUMBER = r"(?:-?[\d.]{1,50}(?:e[+-]?\d{1,3})?|-?inf|-?nan)"  # as printf writes it
 TIMING = r" *(?:\( *{n} ms per token, +(?P<rate>{n}) tokens per second\)|\([^)\n]*\))".format(n=NUMBER)
-PAIRS = rf"(?P<pairs>[ \t]*(?:[a-z]\w* = {NUMBER},? *)*)$"
+PAIRS = rf"(?P<pairs>[ \t]*(?:[a-z]\w* = {NUMBER}(?!\w),? *)*)$"     # (?!): 1e5b = is one way of reading it
 
 RULES = (
     # --- the app's own lines: every engine, since 04-2025 unless a date says otherwise
@@ -877,10 +878,10 @@ class Parser:
             self._tell(self.story.quiet)
         return self._taken()
 
-    def end(self):
-        """The events of all that is there, the unfinished line included."""
+    def end(self, torn=True):
+        """The events of all that is there, the unfinished line included unless torn is False."""
         rest, self._rest = self._rest, b"\n"
-        if len(rest) > 1:
+        if len(rest) > 1 and torn:
             self._block(rest)
         self._first = True
         self._complete(final=True)
@@ -2301,7 +2302,8 @@ class Usage:
     def _take_usage(self, usage):
         """/v1/messages counts up: what it says last is the most."""
         prompt = count(usage, "prompt_tokens", "input_tokens", "inputTokens")
-        if prompt is not None:      # Anthropic counts apart what comes from a cache and goes into it
+        if prompt is not None and "input_tokens" in usage and "total_tokens" not in usage:
+            # Anthropic counts apart what comes from a cache and goes into it
             prompt += count(usage, "cache_read_input_tokens", default=0)
             prompt += count(usage, "cache_creation_input_tokens", default=0)
         completion = count(usage, "completion_tokens", "output_tokens", "outputTokens")
@@ -2781,9 +2783,11 @@ class Record:
         if self.first_ms is None:
             self.first_ms = data.get("timeToFirstTokenMs")
         if self.usage is None or self.usage.get("estimated"):
-            prompt, completion = data.get("promptTokens"), data.get("completionTokens")
-            if prompt is not None or completion is not None:
-                self.usage = {"promptTokens": prompt, "completionTokens": completion or 0,
+            known = {name: value for name, value in (self.usage or {}).items() if name != "estimated"}
+            prompt = data.get("promptTokens", known.get("promptTokens"))
+            completion = data.get("completionTokens")
+            if completion is not None or "promptTokens" in data:
+                self.usage = {**known, "promptTokens": prompt, "completionTokens": completion or 0,
                               "totalTokens": (prompt or 0) + (completion or 0), **self.cached_usage()}
 
     def on_chat_end(self, data, clock):
@@ -2814,15 +2818,15 @@ class Record:
         self.model, self.finish = usage.model or self.model, usage.finish
         self.answer_id = usage.answer_id
         self.usage = usage.tokens(meter.dialect) or self.usage
+        begun = not whole and usage.completion is not None and usage.completion < meter.pieces
         self.first_ms = self.first_ms if usage.first_ms is None else usage.first_ms
         if meter.first is not None:
             self.first_ms = round(1000 * (meter.first - self.clock), 1)
             self.generated(meter.pieces, meter.first)
             spent = meter.last - meter.first
             if usage.speed is None and usage.completion and spent > 0:
-                self.speed = round(usage.completion / spent, 2)
+                self.speed = round((meter.pieces if begun else usage.completion) / spent, 2)
         self.speed = usage.speed or self.speed
-        begun = not whole and usage.completion is not None and usage.completion < meter.pieces
         if meter.pieces and (self.usage is None or begun):
             prompt = {"totalTokens": usage.prompt + meter.pieces} if usage.prompt is not None else {}
             self.usage = {**(self.usage or {}), "completionTokens": meter.pieces, **prompt, "estimated": True}
@@ -3537,9 +3541,9 @@ class Figures:
                 chat.counted.add(name)
 
     def on_chat_end(self, data, model, chat):
-        if data["outcome"] == "finished":
+        if data["outcome"] == "finished" and chat is not None:
             self._once(chat, "lmstudio_requests_total", model)
-            if chat is not None and chat.total:     # of a stream, which MLX writes no stats of
+            if chat.total:      # of a stream, which MLX writes no stats of
                 self._once(chat, "lmstudio_input_tokens_total", model, chat.total)
 
     def on_stats(self, data, model, chat):
@@ -4469,7 +4473,7 @@ class Monitor:
             if events:
                 publish(events)
             over = wait(pause)
-        last = [*self.step()[0], *self.parser.end()]
+        last = [*self.step()[0], *self.parser.end(torn=False)]
         if last:
             publish(last)
 
@@ -4594,6 +4598,7 @@ HEALTH_S = 2.0  # to connect, and again to answer: a prompt that is read on the 
 GREETING_S = 0.3  # what `lms`, which waits 500 ms in all, can be kept waiting
 ANSWER_HEAD_LIMIT = 256 * 1024
 SMALL_BODY = 64 * 1024  # travels in one packet with its head
+SLICE = 1024 * 1024     # of a large body, which has the timeout for itself
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
                         "proxy-connection", "te",
                         "trailer", "transfer-encoding", "upgrade"))  # RFC 9110, 7.6.1
@@ -4957,9 +4962,11 @@ class KeptConnections(urllib.request.BaseHandler):
             if len(body) <= SMALL_BODY:
                 sock.sendall(head + body)
             else:
-                sock.settimeout(call.timeout_s)     # for the whole of it, where the kernel's is for each part
                 sock.sendall(head)
-                sock.sendall(body)
+                sock.settimeout(call.timeout_s)     # for each slice; the kernel's begins anew with any byte
+                with memoryview(body) as whole:
+                    for at in range(0, len(body), SLICE):
+                        sock.sendall(whole[at:at + SLICE])
                 set_timeout(sock, call.timeout_s)
         except (BrokenPipeError, ConnectionResetError) as error:
             try:    # a server that refuses a body may answer before it has read all of it
@@ -6582,10 +6589,11 @@ class Handler(socketserver.BaseRequestHandler):
                             "use the REST API, or connect to LM Studio itself")
         route = find_route(request)
         request.forwarded = route is FORWARD
-        if not (walls.need_key and credentials(request)):
+        keyed = walls.need_key and credentials(request)
+        if not keyed:
             walls.check_origin(request)
         request.identity = self._identify(request, route)
-        if request.identity.by_cookie:  # and a key that was wrong
+        if keyed and (request.identity.name is None or request.identity.by_cookie):     # by no key of these
             walls.check_origin(request)
         limit = gateway.config.max_body if request.forwarded else OWN_LIMIT
         request.body, request.arrived = self.wire.body(request, limit), time.monotonic()

@@ -210,7 +210,7 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
     "LAN without a key by .env": ([], "GATEWAY_HOST=0.0.0.0",
                                  ["GATEWAY_HOST", "settings.env line 1", "--no-auth"]),
     "an empty key": (["--api-key", "anna=,bob=K"], "", ["--api-key", "NAME=KEY"]),
-    "a key of equals signs": (["--api-key", "anna==,bob=K"], "", ["--api-key", "NAME=KEY"]),
+    "a key of equals signs": (["--api-key", "==,bob=K"], "", ["--api-key", "NAME=KEY"]),
     "a key without its name": ([], "GATEWAY_API_KEY==abc", ["line 1", "NAME=KEY"]),
     "address with a blank": (["--upstream", "http://a b"], "", ["--upstream", "http://127.0.0.1:1234"]),
     "address with a fragment": (["--upstream", "http://a:1#x"], "", ["--upstream", "http://127.0.0.1:1234"]),
@@ -332,7 +332,8 @@ def test_values_are_taken_as_people_write_them(env_file, variable, text, value):
     ("secret", {"default": "secret"}), ("a=1,b=2", {"a": "1", "b": "2"}),
     ("c2VjcmV0==", {"default": "c2VjcmV0=="}),
     ("a=x==", {"a": "x=="}), ("", {}), ("a=1 , b=2,", {"a": "1", "b": "2"}),
-    ("one,two,three=3", {"default": "one", "key2": "two", "three": "3"})])
+    ("one,two,three=3", {"default": "one", "key2": "two", "three": "3"}), ("abc=,", {"default": "abc="}),
+    ("c2Vj==,YWJj==", {"default": "c2Vj==", "key2": "YWJj=="})])
 def test_one_key_or_several_with_names(text, keys):
     assert lmgateway.api_keys(text) == keys
 
@@ -1072,15 +1073,29 @@ def test_huge_entries_are_plain_events_in_bounded_memory(utc, data):
         assert entry.get("truncated", False) is (len(data) > lmgateway.ENTRY_LIMIT)
 
 
+@pytest.mark.parametrize("time_text, ms", [("0.5s", 500.0), ("850ms", 850), ("1,200ms", 1200)])
+def test_splash_tells_its_first_token_in_either_unit(utc, time_text, ms):
+    data = entries_as_log(START, STREAM, SPLASH.format("Done").replace("0.5s", time_text), FINISH)
+    (stats,) = [event.data for _, event in parsed(data) if event.name == "lmstudio_prediction_stats"]
+    assert (stats["timeToFirstTokenMs"], stats["tokensPerSecond"]) == (ms, 92.9)
+
+
+def test_a_sampling_line_is_read_in_one_way_only(utc):
+    """With two ways for each pair this would take longer than anybody waits."""
+    assert told("DEBUG sampler params: " + "a = 1e5" * 500 + "!") == []
+    assert told("DEBUG sampler params: " + "a = 1e5," * 500 + "!") == []
+
+
 @pytest.mark.parametrize("heading, line", [
     ("Sampling params:", "\ttop_k = 40, frequency_penalty = inf, min_p = -nan, top_p = 1e-03, temp = 0.5"),
     ("0.30.015.189 I slot launch_slot_: id  3 | task -1 | sampler params:",
-     "top_k = 40, repeat_penalty = -inf, top_p = 1.0e-3, temp = 0.500")])
+     "top_k = 40, repeat_penalty = -inf, top_p = 1.0e-3, temp = 0.500"),
+    ("Sampling params:", f"top_k = 40, frequency_penalty = inf, top_p = 0.{'0' * 40}, temp = 0.5")])
 def test_sampling_parameters_may_be_infinite_or_have_exponents(utc, heading, line):
     data = entries_as_log(START, f"DEBUG {heading}\n{line}\n\tmirostat = 0, mirostat_ent = 5.000")
     (block,) = [event.data for _, event in parsed(data) if event.name == "lmstudio_sampling_params"]
     assert {name: value for name, value in block.items() if name not in ("timestamp", "model")} == {
-        "top_k": 40, "top_p": 0.001, "temp": 0.5, "mirostat": 0, "mirostat_ent": 5.0}
+        "top_k": 40, "top_p": 0.0 if "0" * 40 in line else 0.001, "temp": 0.5, "mirostat": 0, "mirostat_ent": 5.0}
 
 
 def test_a_header_behind_a_huge_line_is_seen(utc):
@@ -3300,6 +3315,18 @@ def test_an_emptied_directory_is_watched_until_something_comes(logs, caplog):
     assert logs.look(QUIET) == ["2026-05-01.1 > 2026-05-02.1", "next day"]
 
 
+def test_a_line_that_has_not_ended_when_the_monitor_is_stopped_is_not_told(logs):
+    def wait(seconds):
+        logs.write("2026-05-01.1", "a")
+        with open(logs.path("2026-05-01.1"), "ab") as file:
+            file.write(b"[2026-05-01 10:00:00][INFO] torn")
+        return True
+
+    told = []
+    logs.monitor.run(lambda events: told.extend(event.data["message"] for event in events), wait)
+    assert told == ["a"]
+
+
 def test_what_was_written_when_the_monitor_is_stopped_is_told(logs):
     logs.write("2026-05-01.1", "a")
     assert logs.look(QUIET) == ["a"]
@@ -4423,6 +4450,18 @@ def test_an_anthropic_stream_that_breaks_off_is_counted_as_far_as_it_came(front,
         "promptTokens": 21, "completionTokens": 2, "totalTokens": 23, "estimated": True}
 
 
+def test_an_estimate_gives_way_to_the_log_and_what_was_known_beside_it_stays():
+    record, meter = lmgateway.Record("r", 0.0, 0.0), lmgateway.Meter(lmgateway.MESSAGES, True)
+    begin, piece = METERED["messages stream"][1][0], METERED["messages stream"][1][3]
+    for number, data in enumerate([begin.replace(b'"output_tokens": 0', b'"output_tokens": 1'), *[piece] * 21]):
+        meter.feed(data, float(number))
+    meter.end()
+    record.end(30.0, lmgateway.Outcome("abandoned", 200, "left", "client_disconnected", meter))
+    assert (record.usage["completionTokens"], record.usage["estimated"], record.speed) == (21, True, 1.05)
+    record.on_stats({"completionTokens": 22}, 31.0)
+    assert record.usage == {"promptTokens": 21, "completionTokens": 22, "totalTokens": 43}
+
+
 # --- most pieces of a stream take a shorter way
 
 def sized(size):
@@ -4811,6 +4850,24 @@ def test_a_large_body_that_nobody_reads_is_given_up_in_time(fronts):
         started = time.monotonic()
         answer = talk(front.port, request("POST /v1/audio", bytes(20_000_000)))
         assert status_of(answer) == 504 and 0.4 < time.monotonic() - started < 1.3
+
+
+def test_a_large_body_that_is_read_slowly_arrives(fronts):
+    body = bytes(8_000_000)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        front, got = fronts(f"http://127.0.0.1:{listener.getsockname()[1]}", proxy_timeout=300), queue.Queue()
+        asking = threading.Thread(target=lambda: got.put(talk(front.port, request("POST /v1/audio", body))))
+        asking.start()
+        with listener.accept()[0] as sock:
+            data, pause = read_until(sock, b"\r\n\r\n").partition(b"\r\n\r\n")[2], threading.Event()
+            left = len(body) - len(data)
+            while left:
+                pause.wait(0.05)    # 0.6 s for all of it
+                for _ in range(12):
+                    left -= len(sock.recv(min(left, 65536))) if left else 0
+            sock.sendall(plain(b"ok"))
+            assert status_of(got.get(timeout=PATIENCE_S)) == 200
+        asking.join()
 
 
 def test_a_length_that_is_said_twice_alike_is_one(front, studio):
@@ -5365,8 +5422,9 @@ def test_the_status_says_which_engine_wrote_and_what_is_not_understood(logged):
     ([START, STREAM, "DEBUG [cache_wrapper][INFO]: Prompt cache: using 4/11 tokens from cache", at(100),
       FINISH], 1, 11),
     ([START, STREAM, at(100), FINISH, START, STREAM, at(100), FINISH], 2, 0),
-    ([START, ANSWER], 1, 100), ([FINISH], 1, 0), ([START, STREAM, at(100), LEFT], 0, 0),
-], ids=["stats", "no stats", "MLX", "two", "whole", "no start", "left"])
+    ([START, ANSWER], 1, 100), ([START, STREAM, at(100), LEFT], 0, 0),
+    ([TIMED, RELEASE, FINISH], 1, 60), ([FINISH, TIMED, RELEASE], 1, 60),
+], ids=["stats", "no stats", "MLX", "two", "whole", "left", "middle", "middle, end first"])
 def test_predictions_that_the_log_shows_finished_are_counted_once(entries, requests, read):
     hub, parser = lmgateway.Hub(), Parser()
     for piece in entries_as_log(*entries), b"":
@@ -5482,8 +5540,7 @@ def test_status_says_what_the_monitor_reads_and_how_far_behind_it_is(fronts, tmp
 
 
 def test_status_without_lm_studio_says_why(fronts):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = 9    # discard: a free one of the system's choice may be another test's a moment later
     front = fronts(f"http://127.0.0.1:{port}")
     data = page(front, "/debug/status")
     assert (data["status"], data["lmstudio"]["up"]) == ("degraded", False)
@@ -6285,6 +6342,8 @@ def test_a_session_is_not_a_pages_to_use_because_a_wrong_key_came_with_it(guarde
 def test_a_page_that_has_no_key_is_told_that_it_is_the_page(guarded, origin):
     assert ask(guarded, POST_CHAT, f"Origin: {origin}", body=b"{}")[0] == 403
     assert ask(guarded, POST_CHAT, f"Origin: {origin}", "X-API-Key: wrong", body=b"{}")[0] == 401
+    assert ask(guarded, "POST /login", f"Origin: {origin}", "X-API-Key: wrong",
+               body=json.dumps({"key": ANNA}).encode())[0] == 403       # where nobody looks at the key
 
 
 @pytest.mark.parametrize("row", ORIGINS.values(), ids=ORIGINS)
