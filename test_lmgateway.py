@@ -4453,13 +4453,14 @@ def test_an_anthropic_stream_that_breaks_off_is_counted_as_far_as_it_came(front,
 def test_an_estimate_gives_way_to_the_log_and_what_was_known_beside_it_stays():
     record, meter = lmgateway.Record("r", 0.0, 0.0), lmgateway.Meter(lmgateway.MESSAGES, True)
     begin, piece = METERED["messages stream"][1][0], METERED["messages stream"][1][3]
-    for number, data in enumerate([begin.replace(b'"output_tokens": 0', b'"output_tokens": 1'), *[piece] * 21]):
+    begin = begin.replace(b'"output_tokens": 0', b'"output_tokens": 1, "cache_read_input_tokens": 5')
+    for number, data in enumerate([begin, *[piece] * 21]):
         meter.feed(data, float(number))
     meter.end()
     record.end(30.0, lmgateway.Outcome("abandoned", 200, "left", "client_disconnected", meter))
     assert (record.usage["completionTokens"], record.usage["estimated"], record.speed) == (21, True, 1.05)
     record.on_stats({"completionTokens": 22}, 31.0)
-    assert record.usage == {"promptTokens": 21, "completionTokens": 22, "totalTokens": 43}
+    assert record.usage == {"promptTokens": 26, "completionTokens": 22, "totalTokens": 48, "cachedTokens": 5}
 
 
 # --- most pieces of a stream take a shorter way
