@@ -6998,6 +6998,7 @@ def test_clients_of_two_models_find_their_own_progress_cache_and_speed(demo):
 
 def test_eight_clients_and_one_beside_us_are_bound_right_or_not_at_all(demo):
     front, studio = demo
+    studio.step_s = 0.02
     beside = urllib.request.Request(studio.url + "/v1/chat/completions", json.dumps(
         {"model": lmgateway.DEMO_MODELS[0],
          "messages": [{"role": "user", "content": "not through us"}]}).encode())
@@ -8625,7 +8626,7 @@ def test_the_program_keeps_nothing_of_its_own_text(tmp_path):
 
 @needs_linux
 @pytest.mark.parametrize("words",
-                         [("-u",), ("-W", "ignore"), ("-X", "dev"), ("-Wignore", "-B"), ("-m", "cProfile"),
+                         [("-W", "ignore"), ("-X", "dev"), ("-Wignore", "-B"), ("-m", "cProfile"),
                                    ("-c", "import runpy, sys; sys.argv[0] = runpy.run_path('lmgateway.py', run_name='__main__')")],
                          ids=" ".join)
 def test_the_program_runs_however_it_is_started(tmp_path, words):
