@@ -5518,6 +5518,9 @@ class Key(NamedTuple):
     created: str = ""
 
 
+KEYS_S = 0.5  # between two looks at the keys file
+
+
 class KeyFile:
     """Minted keys: JSON of names, SHA-256 digests, rights and dates, readable by its owner only.
 
@@ -5533,9 +5536,9 @@ class KeyFile:
 
     def keys(self):
         """Any thread.  The Keys, read again when the file has changed; None when there is no file."""
-        if time.monotonic() - self._asked >= 0.5:
+        if time.monotonic() - self._asked >= KEYS_S:
             with self._lock:
-                if time.monotonic() - self._asked >= 0.5:
+                if time.monotonic() - self._asked >= KEYS_S:
                     self._refresh()
                     self._asked = time.monotonic()
         return self._keys

@@ -6097,8 +6097,11 @@ def test_client_credentials_are_replaced_by_lm_studios_own_token(fronts, studio)
 
 
 @pytest.fixture
-def keys(tmp_path, capsys):
-    """Runs a command on a keys file of its own; gives (status, stdout, stderr)."""
+def keys(tmp_path, capsys, monkeypatch):
+    """Runs a command on a keys file of its own; gives (status, stdout, stderr).  Changes are seen soon."""
+    assert lmgateway.KEYS_S <= 1
+    monkeypatch.setattr(lmgateway, "KEYS_S", 0.05)
+
     def run(*args):
         status = lmgateway.main(["--keys-file", str(tmp_path / "keys.json"), *args])
         return (status, *capsys.readouterr())
