@@ -253,7 +253,8 @@ def unmapped(network):
 
 
 def api_keys(value):
-    """{name: key} from one key, or from name=key,name=key.  A lone key may end in `=`."""
+    """{name: key} from one key, or from name=key,name=key.  A lone key may end in `=`, one of several without
+    a name in the `==` of base64; NAME= is neither."""
     keys: dict[str, str] = {}
     for part in (part.strip() for part in value.split(",")):
         if not part:
@@ -367,9 +368,11 @@ class Config:
     def named(self, name, value=None):
         """An option with its value and source, for an error: `--host 0.0.0.0 (GATEWAY_HOST, .env line 2)`."""
         row, source = next(row for row in OPTIONS if row.name == name), self.sources.get(name)
-        told = row.variable if source in (None, row.flag) else f"{row.variable}, {source}"
-        told = source if row.variable in (source or "") else told
-        return f"{row.flag or row.variable} {value or getattr(self, name)} ({told})"
+        if source in (None, row.flag):
+            source = row.variable
+        elif row.variable not in source:
+            source = f"{row.variable}, {source}"
+        return f"{row.flag or row.variable} {value or getattr(self, name)} ({source})"
 
 
 # Not NO_AUTH's: NO_PROXY and NO_COLOR are others'.
@@ -2001,9 +2004,9 @@ class Story(EngineLines):
                     self._pairs.change_ends(chat, other)    # the disconnect line just before was its own
                     chat.predicted = True
                     return
-        if chat is None and self._has_ended(entry, "error"):
-            return
         if chat is None:
+            if self._has_ended(entry, "error"):
+                return
             self._finished_unseen = entry.moment.epoch
         self._tell.end(chat, entry.moment, "finished", entry.line, entry.model or shared_model(found))
 
@@ -2179,6 +2182,7 @@ class Dialect(NamedTuple):
     token: re.Pattern  # found in a streamed event that holds content, reasoning or a tool call
     joined: bool = False    # the log shows its requests as chats
     counts_messages: bool = False   # and says how many messages each has
+
 
 # Keys of an event can be told by their bytes: inside a JSON string each quote stands behind a backslash.
 OPENAI_TOKEN = re.compile(rb'"(?:content|reasoning|reasoning_content|text)"\s*:\s*"(?!")'
@@ -7138,10 +7142,11 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
             return self._json(demo_embeddings(body))
         run = DemoRun(self.server, path, body)
         run.received()
+        whole, events = DEMO_SPEECH[path]
         with self.server.engine:  # one at a time, the others wait
-            return (self._stream if run.stream else self._whole)(run, *DEMO_SPEECH[path])
+            return self._stream(run, events) if run.stream else self._whole(run, whole)
 
-    def _whole(self, run, whole, events):
+    def _whole(self, run, whole):
         if run.read_prompt(self._alive):
             content = "".join(run.tokens(self._alive))
             if self._alive():
@@ -7149,7 +7154,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
                 return self._json(whole(run, content.strip()))
         return self._abandon(run)
 
-    def _stream(self, run, whole, events):
+    def _stream(self, run, events):
         self.send_response(200)
         self.send_header("X-Powered-By", "Express")
         self.send_header("Content-Type", "text/event-stream")
@@ -7858,6 +7863,15 @@ def tail_only(args, config):
             printer.finish()
 
 
+@contextlib.contextmanager
+def naming_history(config):
+    """A HistoryError as a ConfigError that names --history and where it was said."""
+    try:
+        yield
+    except HistoryError as error:
+        raise ConfigError(f"{config.named('history')}: {error}") from None
+
+
 def report(args, config):
     """--report: what was used by day and model, from PATHs or from the history.  Returns the exit status."""
     if not args.paths and not config.history:
@@ -7865,15 +7879,12 @@ def report(args, config):
                           "(HISTORY_FILE)")
     if config.history and not args.paths and not os.path.exists(config.history):
         raise ConfigError(f"{config.named('history')}: no such file; name one that a gateway keeps")
-    try:
-        opened = open_history(":memory:" if args.paths else config.history)
-    except HistoryError as error:
-        raise ConfigError(f"{config.named('history')}: {error}") from None
-    with contextlib.closing(opened) as connection:
+    file = ":memory:" if args.paths else config.history
+    with naming_history(config), contextlib.closing(open_history(file)) as kept, history_errors(kept.Error):
         if args.paths:
             freeze_start_up()
-            replay(saved_logs(args.paths), LogUsage(connection))
-        rows, total = usage_rows(connection, ["day", "model"]), usage_rows(connection, [])
+            replay(saved_logs(args.paths), LogUsage(kept))
+        rows, total = usage_rows(kept, ["day", "model"]), usage_rows(kept, [])
     if args.json:
         print("\n".join(map(json.dumps, rows)))
     elif rows:
@@ -7951,7 +7962,8 @@ def drain(news, timeout_s):
         while len(found) < 500:
             found.append(news.get_nowait())
     for pairs, run in itertools.groupby(found, lambda item: isinstance(item, tuple)):
-        yield from [list(run)] if pairs else run
+        items = list(run)
+        yield from [items] if pairs else items
 
 
 def watched_address(text):
@@ -8060,7 +8072,10 @@ def stream_events(pieces):
 
 
 class Stop:
-    """Signals as one question: wait(seconds) is True once the program shall end."""
+    """Signals as one question: wait(seconds) is True once the program shall end.
+
+    A handler runs between two steps of the main thread, which may hold any lock just then, that of a
+    threading.Event included: so it takes none, and only lets go of the gate that wait() stands before."""
 
     def __init__(self):
         self._gate = threading.Lock()
@@ -8137,10 +8152,8 @@ def open_history_file(config, cleanup):
     """The History of --history; None without one.  Raises ConfigError."""
     if not config.history:
         return None
-    try:
+    with naming_history(config):
         history = History(config.history, config.history_days)
-    except HistoryError as error:
-        raise ConfigError(f"{config.named('history')}: {error}") from None
     cleanup.callback(history.close)
     return history
 

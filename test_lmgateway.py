@@ -215,6 +215,7 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
     "address with a blank": (["--upstream", "http://a b"], "", ["--upstream", "http://127.0.0.1:1234"]),
     "address with a fragment": (["--upstream", "http://a:1#x"], "", ["--upstream", "http://127.0.0.1:1234"]),
     "port, as Python writes numbers": (["--port", "80_01"], "", ["--port", "65535"]),
+    "port, in other digits": (["--port", "\u0668\u0660"], "", ["--port", "65535"]),
     "nobody allowed": (["--allow", ""], "", ["--allow", "192.168.1.0/24"]),
     "an origin without a scheme": (["--cors-origins", "chat.example"], "", ["--cors-origins", "https://"]),
     "an origin with a path": (["--cors-origins", "https://x/y"], "", ["--cors-origins", "https://chat"]),
@@ -326,6 +327,16 @@ def test_loopback_is_what_only_this_machine_reaches(host, alone):
 def test_values_are_taken_as_people_write_them(env_file, variable, text, value):
     name = next(row.name for row in lmgateway.OPTIONS if row.variable == variable)
     assert getattr(config_of(environ={variable: text})[0], name) == value
+
+
+@pytest.mark.parametrize("flags, environ, line, said", [
+    (["--host", "h"], {}, "", "--host h (GATEWAY_HOST)"), ([], {}, "", "--host 127.0.0.1 (GATEWAY_HOST)"),
+    ([], {"GATEWAY_HOST": "h"}, "", "--host h (environment variable GATEWAY_HOST)"),
+    ([], {}, "GATEWAY_HOST=h", "--host h (GATEWAY_HOST, @ line 1)")], ids=["flag", "default", "variable", "file"])
+def test_an_option_is_named_with_its_value_and_where_that_comes_from(env_file, flags, environ, line, said):
+    path = env_file(line)
+    assert config_of(flags, environ, path)[0].named("host") == said.replace("@", str(path))
+    assert config_of()[0].named("max_body", 1) == "MAX_BODY_BYTES 1 (MAX_BODY_BYTES)"     # it has no flag
 
 
 @pytest.mark.parametrize("text, keys", [
@@ -1095,7 +1106,8 @@ def test_sampling_parameters_may_be_infinite_or_have_exponents(utc, heading, lin
     data = entries_as_log(START, f"DEBUG {heading}\n{line}\n\tmirostat = 0, mirostat_ent = 5.000")
     (block,) = [event.data for _, event in parsed(data) if event.name == "lmstudio_sampling_params"]
     assert {name: value for name, value in block.items() if name not in ("timestamp", "model")} == {
-        "top_k": 40, "top_p": 0.0 if "0" * 40 in line else 0.001, "temp": 0.5, "mirostat": 0, "mirostat_ent": 5.0}
+        "top_k": 40, "top_p": 0.0 if "0" * 40 in line else 0.001, "temp": 0.5, "mirostat": 0,
+        "mirostat_ent": 5.0}
 
 
 def test_a_header_behind_a_huge_line_is_seen(utc):
@@ -1361,7 +1373,8 @@ METERED = {     # path, the answer's events or its whole body, tokenUsage, finis
         typed("message_stop")],
         COUNTS, "max_tokens", 3),
     "messages from a cache": ("/v1/messages", MESSAGES_WHOLE.replace(
-        b'"input_tokens":21', b'"cache_creation_input_tokens":5,"cache_read_input_tokens":15,"input_tokens":1'),
+        b'"input_tokens":21',
+        b'"cache_creation_input_tokens":5,"cache_read_input_tokens":15,"input_tokens":1'),
         {**COUNTS, "cachedTokens": 15}, "end_turn", None),
     "messages stream from a cache": ("/v1/messages", [
         typed("message_start", message={"model": "qwen/qwen3-8b", "content": [], "usage": {
@@ -2963,7 +2976,16 @@ def test_what_is_no_history_is_refused_with_the_remedy(tmp_path, make):
     with pytest.raises(lmgateway.ConfigError, match="--history .*h.db .HISTORY_FILE.*; name a file"):
         lmgateway.open_history_file(config, cleanup)
     with pytest.raises(lmgateway.ConfigError, match="--history .*h.db .HISTORY_FILE.*; name a file"):
-        lmgateway.report(types.SimpleNamespace(paths=[]), config)
+        lmgateway.report(types.SimpleNamespace(paths=[], json=False), config)
+
+
+def test_a_report_of_another_programs_table_is_one_line_with_the_remedy(tmp_path):
+    import sqlite3
+    with contextlib.closing(sqlite3.connect(tmp_path / "h.db")) as connection, connection:
+        connection.execute("CREATE TABLE requests (id TEXT, started REAL)")
+    with pytest.raises(lmgateway.ConfigError, match="--history .*h.db .HISTORY_FILE.*; name a file"):
+        lmgateway.report(types.SimpleNamespace(paths=[], json=False),
+                         lmgateway.Config(history=str(tmp_path / "h.db")))
 
 
 def test_a_row_that_cannot_be_written_is_said_and_the_next_one_is_kept(tmp_path, caplog):
@@ -4858,8 +4880,8 @@ def test_each_slice_of_a_large_body_has_the_timeout_for_itself(monkeypatch):
     done = []
     sock = types.SimpleNamespace(sendall=lambda data: done.append(len(data)), settimeout=done.append,
                                  setsockopt=lambda *args: None)
-    call = types.SimpleNamespace(use=lambda sock: None, head=lambda: b"head", body=bytes(2_500_000), timeout_s=0.5,
-                                 get_method=lambda: "POST")
+    call = types.SimpleNamespace(use=lambda sock: None, head=lambda: b"head", get_method=lambda: "POST",
+                                 body=bytes(2_500_000), timeout_s=0.5)
     monkeypatch.setattr(lmgateway, "Answer", lambda *args: None)
     lmgateway.KeptConnections._send(call, sock)
     assert done[:5] == [4, 0.5, 1048576, 1048576, 402848]
@@ -5452,7 +5474,8 @@ def test_loaded_models_are_asked_for_once_a_minute(fronts, studio):
         talk(front.port, request(POST_CHAT, b'{"model":"%b"}' % model.encode()))
     text = fetched(front, "/metrics")[2].decode()
     for model in ("m/one", "other"):     # what LM Studio lists is known, also where no answer has named it
-        assert f'_requests_total{{key="none",model="{model}",endpoint="{POST_CHAT[5:]}",code="400"}} 1' in text
+        labels = f'key="none",model="{model}",endpoint="{POST_CHAT[5:]}",code="400"'
+        assert f"lmstudio_gateway_requests_total{{{labels}}} 1" in text
 
 
 def test_usage_comes_from_the_history_as_json_and_csv(fronts, studio, tmp_path):
@@ -5900,6 +5923,21 @@ def test_events_that_a_listener_does_not_want_do_not_put_its_ping_off(front, mon
         finally:
             quiet.set()
             talker.join()
+
+
+def test_the_wait_for_a_ping_goes_on_where_an_unwanted_event_broke_it(monkeypatch):
+    hub, waits = lmgateway.Hub(), []
+
+    class Bell:
+        def get(self, timeout):
+            waits.append(timeout)
+            tell(hub, "other" if len(waits) < 3 else "wanted")
+
+    monkeypatch.setattr(hub, "listening", lambda: contextlib.nullcontext(Bell()))
+    watcher = types.SimpleNamespace(watch=lambda *args: None, forget=lambda sock: None)
+    frames = lmgateway.stream_frames(hub, "", {"wanted"}, watcher, types.SimpleNamespace(connection=None))
+    assert b"connected" in next(frames) and b"event: wanted" in next(frames)
+    assert lmgateway.PING_S > waits[0] > waits[1] > waits[2] > 0
 
 
 def test_events_may_be_named_more_than_once(front):
@@ -6767,7 +6805,8 @@ def test_a_signal_before_it_has_started_makes_no_traceback(tmp_path):
     """SIGINT is sent when the interpreter runs this file and has not come to main()."""
     hooked = tmp_path / "lmgateway.py"
     text, kill = (HERE / "lmgateway.py").read_text(encoding="utf-8"), "os.kill(os.getpid(), signal.SIGINT)"
-    hooked.write_text(text.replace("\nimport argparse\n", f"\n{kill}\nimport argparse\n", 1), encoding="utf-8")
+    hooked.write_text(text.replace("\nimport argparse\n", f"\n{kill}\nimport argparse\n", 1),
+                      encoding="utf-8")
     run = subprocess.run([sys.executable, hooked, "--version"], capture_output=True, timeout=PATIENCE_S,
                          check=False, env=alone(tmp_path))
     assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGINT, b"", b"")
@@ -7044,7 +7083,8 @@ def test_the_imitation_speaks_every_dialect_and_its_log_agrees(demo, path, strea
     front, studio = demo
     studio.step_s = studio.token_s = 0.001
     field = {"/v1/completions": "prompt", "/v1/responses": "input", "/api/v1/chat": "input"}.get(path)
-    asked = {field: "Say something"} if field else {"messages": [{"role": "user", "content": "Say something"}]}
+    words = "Say something"
+    asked = {field: words} if field else {"messages": [{"role": "user", "content": words}]}
     sent = json.dumps({"model": "demo/wren-2b", "stream": stream, **asked}).encode()
     answer = talk(front.port, request(f"POST {path}", sent))
     body = split_answer(answer)[2]
@@ -8615,7 +8655,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has
 
 @needs_linux
 def test_the_program_keeps_nothing_of_its_own_text(tmp_path):
-    """A syntax tree that CPython keeps makes it 46 MB (55 on 3.14).  The process started is the one that runs."""
+    """A syntax tree that CPython keeps makes it 46 MB, 55 on 3.14.  Who was started is who runs."""
     limit = 35_000 if sys.version_info < (3, 14) else 42_000
     with started(tmp_path, "--port", "0") as process:
         line_with(process.stderr, b"Log directory")
