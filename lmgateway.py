@@ -35,7 +35,7 @@ Threads, and what each may write:
     demo-*     the imitation of LM Studio, with --demo only
 
 Hub is the only object that holds what requests and log have in common; it has one lock.  What else
-several threads use (keys, walls, kept connections, our own log) guards itself and says how.  CORE is
+several threads use (keys, access, kept connections, our own log) guards itself and says how.  CORE is
 pure: no file, no socket, no clock, no thread.
 """
 
@@ -304,9 +304,12 @@ OPTIONS = (
            "LM Studio's own API token, where its server asks for one"),
     Option("max_body", "MAX_BODY_BYTES", None, 256 * 1024 * 1024, whole(1, 10**12, "use a number of bytes"),
            "largest request body; 413 beyond it"),
+    Option("max_body_memory", "MAX_BODY_MEMORY", None, 512 * 1024 * 1024,
+           whole(1, 10**12, "use a number of bytes"),
+           "bytes that the bodies of all running requests may take together; 503 beyond them"),
     Option("max_connections", "MAX_CONNECTIONS", None, 512,
            whole(8, 100000, "use a number from 8 to 100000"),
-           "connections at once; beyond them the one that has rested longest is closed"),
+           "connections at once; beyond them one that has shown no right key is closed"),
     Option("prefill_comments", "PREFILL_COMMENTS", None, False, boolean,
            "tell a streaming client that waits how far its prompt is, in SSE comments"),
     Option("proxy_timeout", "PROXY_TIMEOUT", None, 600000, MILLISECONDS,
@@ -4640,10 +4643,24 @@ class Chunks:
                 return data[match.end():-2]     # one whole chunk, as most pieces of a stream are
         self.rest = self.rest + data if self.rest else data
         parts: list[bytes] = []
+        if self._step == self._size_line:
+            self._whole_chunks(parts)
         while not self.over and self._step(parts):
             pass
         self.between = not self.rest and self._step == self._size_line
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _whole_chunks(self, parts):
+        """Take the chunks that are whole and no more than that: a body may have a million of one byte."""
+        data, at = self.rest, 0
+        while match := self.SIZE.match(data, at):
+            start = match.end()
+            end = start + int(match[1], 16)
+            if end == start or data[end:end + 2] != b"\r\n":
+                break
+            parts.append(data[start:end])
+            at = end + 2
+        self.rest = data[at:]
 
     # Each step below takes its share of rest, and gives False when that is not there yet.
 
@@ -5144,18 +5161,13 @@ def error_text(error):
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-# === 7. HTTP: wire, walls, views, routes =====================================
+# === 7. HTTP: wire, access, views, routes ====================================
+# Four ideas keep one client from taking what is there for all: bodies count against one budget in bytes as
+# they come (BodyMemory); a head, a body and the whole answer to a stranger each have a deadline; a connection
+# that has shown no right key gives way, those of the address that has the most first (Server); and a right
+# that is used for long is asked for again (Server._look).
 
-HEAD_LIMIT = 64 * 1024  # bytes of a request's head
-LINE_LIMIT = 8 * 1024  # bytes of its first line (RFC 9112, section 3: at least 8000)
-HEADERS_LIMIT = 128
-OWN_LIMIT = 16 * 1024  # bytes of a body for our own pages, which come before any key
-HEAD_S = 30.0  # for a head to arrive; then 408
-CLIENT_S = 60.0     # for the next request, for a byte of a body, for room in a client's socket
 PING_S = 15.0
-STATUS_REQUESTS = 10    # that are over, in /debug/status
-LINGER_S, LINGER_BYTES = 2.0, 64 * 1024 * 1024  # what is read of a request that was refused
-GRACE_S = 10.0  # for running requests at the end
 STREAM_MARKS = ("text/event-stream", "application/x-ndjson")
 FIRST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,40}) ([!-~]+) HTTP/(\d)\.(\d)")
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
@@ -5166,7 +5178,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class Request:
-    """One request as it stood on the wire.  What stands below the line is filled in on its way to a view."""
+    """One request as it stood on the wire.  The fields below the line are filled in on its way to a view."""
 
     def __init__(self, method, target, version, headers):
         self.method, self.target = method, target  # the target in origin form, as sent
@@ -5180,6 +5192,7 @@ class Request:
         self.length, self.chunked = framing(self)  # of the body
         # --
         self.client = ""  # address
+        self.port = 0  # of ours
         self.encrypted = False
         self.body: Any = b""  # bytes-like
         self.arrived = 0.0  # clock when its last byte had come
@@ -5187,6 +5200,7 @@ class Request:
         self.forwarded = False  # it goes on to LM Studio
         self.told = False  # the log has its line
         self.connection: Any = None  # the client's socket
+        self.pause: Callable[[float], Any] = time.sleep  # for so many s, or until the connection ends
 
     @property
     def query(self):
@@ -5202,15 +5216,15 @@ class Request:
 
 
 class Response(NamedTuple):
-    """What a view gives.  body: bytes, or an iterable of bytes that is written as it comes and whose
-    close(), where it has one, is called in every case.  It may have ready (True when the first piece need not
+    """The answer of a view.  body: bytes, or an iterable of bytes that is written as it comes and whose
+    close(), if it has one, is called in every case.  It may have ready (True when the first piece need not
     be waited for) and relay(send), which is called between two pieces and may send some itself."""
 
     status: int
     headers: list
-    body: Any = b""  # None where HTTP has none: HEAD, 204, 304
+    body: Any = b""  # None for an answer that has none: to HEAD, 204, 304
     reason: str | None = None
-    date: bool = True  # add a Date where there is none; what LM Studio sent is left as it is
+    date: bool = True  # it is ours: add Date, no-store and nosniff; LM Studio's own is left as it is
 
 
 def json_response(value, status=200, headers=()):
@@ -5221,14 +5235,44 @@ def json_response(value, status=200, headers=()):
 # --- 7.1 wire: bytes of a socket to requests ---------------------------------
 
 
-class Wire:
-    """The reading side of a client's connection, strict where leniency lets requests be smuggled
-    (RFC 9112, section 11.2).  Raises HttpError for what is no proper HTTP, ClientLeft at its end."""
+class BodyMemory:
+    """The budget in bytes for the bodies of all requests together.  Any thread may call."""
 
-    def __init__(self, sock):
-        self.sock = sock
+    def __init__(self, limit):
+        self._limit, self.used = limit, 0
+        self._lock = threading.Lock()   # guards used
+
+    def take(self, size):
+        """Raises HttpError 503 if there is no room for so many bytes more."""
+        with self._lock:
+            if self.used + size > self._limit:
+                raise HttpError(503, "bodies_too_large",
+                                "the bodies of the running requests take all of MAX_BODY_MEMORY: try again, "
+                                "or raise it", [("Retry-After", "5")], close=True)
+            self.used += size
+
+    def give_back(self, size):
+        with self._lock:
+            self.used -= size
+
+
+class Wire:
+    """The reading side of a client's connection, strict because leniency lets requests be smuggled
+    (RFC 9112, section 11.2).  Raises HttpError for anything but proper HTTP, ClientLeft at its end."""
+
+    HEAD_LIMIT = 64 * 1024  # bytes of a request's head
+    LINE_LIMIT = 8 * 1024  # bytes of its first line (RFC 9112, section 3: at least 8000)
+    EMPTY_LINES = 8  # before it
+    HEAD_S = 30.0  # for a head to arrive; then 408
+    CLIENT_S = 60.0     # for the next request, for a byte of a body, for room in a client's socket
+    BODY_S, BODY_RATE = 60.0, 256 * 1024  # for a body, and one s more for each so many bytes that came
+    LINGER_S, LINGER_BYTES = 2.0, 64 * 1024 * 1024  # the most that is read of a request that was refused
+
+    def __init__(self, sock, memory):
+        self.sock, self._memory = sock, memory
         self.buffer = bytearray()
         self._timeout_s = 0.0  # of the socket
+        self._held = 0  # bytes of the present body that the budget counts
 
     def _set_timeout(self, seconds):
         """For each read and write from now on, the Handler's writes included."""
@@ -5238,113 +5282,136 @@ class Wire:
 
     def _more(self, timeout_s):
         self._set_timeout(max(0.001, timeout_s))
-        piece = self.sock.recv(PIECE)
+        self.buffer += self._receive(PIECE)
+
+    def _receive(self, size):
+        piece = self.sock.recv(size)
         if not piece:
             raise ClientLeft
-        self.buffer += piece
+        return piece
 
     def head(self):
         """The lines of the next request's head.  A client that says nothing gets ClientLeft."""
         self._skip_empty_lines()
         end = self.buffer.find(b"\r\n\r\n")
-        deadline = time.monotonic() + HEAD_S if end < 0 else 0.0
+        deadline = time.monotonic() + self.HEAD_S if end < 0 else 0.0
         while end < 0:
-            self._check_size()
+            known = max(0, len(self.buffer) - 3)
+            self._check_size(len(self.buffer))
             try:
                 self._more(deadline - time.monotonic())
             except TIMEOUTS:
                 raise HttpError(408, "head_timeout",
-                                f"the head of the request did not arrive within {HEAD_S:.0f} s; "
+                                f"the head of the request did not arrive within {self.HEAD_S:.0f} s; "
                                 "send it at once", close=True) from None
             finally:
-                self._set_timeout(CLIENT_S)     # for what follows, our answer included
-            end = self.buffer.find(b"\r\n\r\n")
+                self._set_timeout(self.CLIENT_S)     # for the rest, our answer included
+            end = self.buffer.find(b"\r\n\r\n", known)
         self._check_size(end)
         head = self.buffer[:end].decode("latin-1")
         del self.buffer[: end + 4]
         return head.split("\r\n")
 
     def _skip_empty_lines(self):
-        """Empty lines before a request are skipped (RFC 9112, 2.2)."""
+        """A few empty lines before a request are skipped (RFC 9112, 2.2)."""
+        skipped = 0
         try:
             while True:
                 while self.buffer[:2] == b"\r\n":
                     del self.buffer[:2]
+                    skipped += 1
+                    if skipped > self.EMPTY_LINES:
+                        raise bad("it begins with empty lines")
                 if self.buffer not in (b"", b"\r"):
                     return
-                self._more(CLIENT_S)
+                self._more(self.CLIENT_S)
         except TIMEOUTS:
             raise ClientLeft from None
 
-    def _check_size(self, end=None):
-        line = self.buffer.find(b"\r\n", 0, LINE_LIMIT + 2)
-        if line < 0 and len(self.buffer) > LINE_LIMIT:
-            raise HttpError(414, "target_too_long", f"the request line is longer than {LINE_LIMIT} bytes",
+    def _check_size(self, size):
+        line = self.buffer.find(b"\r\n", 0, self.LINE_LIMIT + 2)
+        if line < 0 and len(self.buffer) > self.LINE_LIMIT:
+            raise HttpError(414, "target_too_long", f"the request line is longer than {self.LINE_LIMIT} bytes",
                             close=True)
         if line < 0 and b"\n" in self.buffer:
             raise bad("a line ends in a bare LF")
-        if (len(self.buffer) if end is None else end) > HEAD_LIMIT:
+        if size > self.HEAD_LIMIT:
             raise HttpError(431, "head_too_large",
-                            f"the head of the request is larger than {HEAD_LIMIT} bytes", close=True)
+                            f"the head of the request is larger than {self.HEAD_LIMIT} bytes", close=True)
 
     def body(self, request, limit):
-        """The body of a request, whole.  Raises HttpError 413 before more than limit is read."""
+        """The body of a request, whole; it counts in the budget until release().
+
+        Raises HttpError: 413 before more than limit bytes are read, 408 when it comes too slowly, 503 when
+        all bodies together are too large."""
         if (request.length or 0) > limit:
             raise too_large(limit)
-        if (request.header("expect") and request.version >= (1, 1) and request.has_body
-                and not self.buffer):
+        if not request.has_body:
+            return b""
+        if request.header("expect") and request.version >= (1, 1) and not self.buffer:
             self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
-            if request.chunked:
-                return self._chunks(limit)
-            return self._exactly(request.length) if request.length else b""
+            return self._gather(self._chunks(limit) if request.chunked else self._exactly(request.length),
+                                limit)
         except TIMEOUTS:
-            raise HttpError(408, "body_timeout", "the body of the request stopped coming",
+            raise HttpError(408, "body_timeout", "the body of the request stopped coming, or came too slowly",
                             close=True) from None
 
-    def _exactly(self, length):
-        """length bytes, read into one buffer: a large body is not copied."""
-        data = bytearray(length)
-        have = min(length, len(self.buffer))
-        data[:have] = self.buffer[:have]
-        del self.buffer[:have]
-        with memoryview(data) as view:
-            while have < length:
-                got = self.sock.recv_into(view[have:])
-                if not got:
-                    raise ClientLeft
-                have += got
+    def _gather(self, pieces, limit):
+        """The pieces as one.  It grows as they come: a length that a client announces takes no memory."""
+        data, began = bytearray(), time.monotonic()
+        for piece in pieces:
+            self._memory.take(len(piece))
+            self._held += len(piece)
+            data += piece
+            if len(data) > limit:
+                raise too_large(limit)
+            if time.monotonic() - began > self.BODY_S + len(data) / self.BODY_RATE:
+                raise TimeoutError
         return data
 
+    def release(self):
+        """The body of the last request is no longer needed."""
+        if self._held:
+            self._memory.give_back(self._held)
+            self._held = 0
+
+    def _exactly(self, length):
+        """A body of length bytes, in pieces."""
+        piece = self.buffer[:length]
+        del self.buffer[:length]
+        while length:
+            piece = piece or self._receive(min(length, 4 * PIECE))
+            length -= len(piece)
+            yield piece
+            piece = b""
+
     def _chunks(self, limit):
-        """A chunked body, decoded."""
-        data, chunks = bytearray(), Chunks()
+        """A chunked body, decoded, in pieces."""
+        chunks = Chunks()
         while True:
             piece = bytes(self.buffer)
             self.buffer.clear()
             try:
-                data += chunks.feed(piece)
+                yield chunks.feed(piece)
             except ValueError as error:
                 raise bad(error) from None
-            if len(data) + chunks.left > limit:
+            if chunks.left > limit:
                 raise too_large(limit)
             if chunks.over:
                 self.buffer += chunks.rest
-                return data
-            self._more(CLIENT_S)
+                return
+            self._more(self.CLIENT_S)
 
     def linger(self):
         """Read what a refused client still sends, for a moment: closing at once would destroy the answer
         on its way (RFC 9112, 9.6)."""
-        deadline, dropped = time.monotonic() + LINGER_S, 0
-        with contextlib.suppress(OSError, ValueError):
+        deadline, dropped = time.monotonic() + self.LINGER_S, 0
+        with contextlib.suppress(OSError, ValueError, ClientLeft):
             self.sock.shutdown(socket.SHUT_WR)
-            while dropped < LINGER_BYTES and time.monotonic() < deadline:
+            while dropped < self.LINGER_BYTES and time.monotonic() < deadline:
                 self.sock.settimeout(max(0.001, deadline - time.monotonic()))
-                got = len(self.sock.recv(PIECE))
-                if not got:
-                    return
-                dropped += got
+                dropped += len(self._receive(PIECE))
 
 
 def bad(what):
@@ -5352,8 +5419,11 @@ def bad(what):
 
 
 def too_large(limit):
-    remedy = "send less" if limit == OWN_LIMIT else "raise MAX_BODY_BYTES or send less"
+    remedy = "send less" if limit == OWN_BODY else "raise MAX_BODY_BYTES or send less"
     return HttpError(413, "body_too_large", f"the body is larger than {limit} bytes; {remedy}", close=True)
+
+
+HEADERS_LIMIT = 128
 
 
 def parse_head(lines):
@@ -5373,11 +5443,25 @@ def parse_head(lines):
         raise HttpError(501, "method_unknown", f"the method {method} is not supported", close=True)
     if not target.startswith("/") or "#" in target:     # behind # Express reads a path otherwise
         raise bad("the request target must be a path, without a fragment")
+    plain_path(target.partition("?")[0])
     request = Request(method, target, min(version, (1, 1)), headers)
     host = request.header("host", None)  # of several, a list, which is none
     if host is None and version >= (1, 1) or host and not HOST.fullmatch(host):
         raise bad("exactly one Host header is needed")
     return request
+
+
+def plain_path(path):
+    """A path with its encodings undone, in lower case and without empty segments: as the most lenient server
+    could read it.  Raises HttpError 400 for dot segments and backslashes, which servers read in different
+    ways (RFC 3986, 5.2.4)."""
+    for _ in range(3):  # encoded again and again
+        if "%" in path:
+            path = urllib.parse.unquote(path, "latin-1")
+    segments = [segment for segment in path.split("/") if segment]
+    if "\\" in path or "." in segments or ".." in segments:
+        raise bad("a path has no dot segments and no backslashes")
+    return "/" + "/".join(segments).lower()
 
 
 def headers_of(lines):
@@ -5445,7 +5529,7 @@ class Watcher:
     TICK_S = 0.25
 
     def __init__(self):
-        # socket -> callback.  No lock: what matters is who pops an item, and a dict's pop is atomic.
+        # socket -> callback.  No lock: a dict's pop is atomic, and the thread that pops an item calls it.
         self._watched = {}
         threading.Thread(target=self._run, name="watcher", daemon=True).start()
 
@@ -5457,17 +5541,21 @@ class Watcher:
         """Any thread.  The client may leave as it likes."""
         self._watched.pop(sock, None)
 
+    def dismiss(self, sock):
+        """Any thread.  Calls the callback, as if the client had left."""
+        callback = self._watched.pop(sock, None)
+        if callback:
+            callback()
+
     def _run(self):
         while True:
             time.sleep(self.TICK_S)
             for sock in those_left(list(self._watched)):
-                callback = self._watched.pop(sock, None)
-                if callback:
-                    callback()
+                self.dismiss(sock)
 
 
 def those_left(sockets):
-    """Those of the sockets whose clients left, also where bytes that nobody read come before the end.
+    """Those of the sockets whose clients left, also if bytes that nobody read come before the end.
 
     Linux says so by POLLRDHUP; elsewhere a look at the first bytes tells, unless a client has sent more."""
     mask = getattr(select, "POLLRDHUP", None)
@@ -5491,7 +5579,7 @@ def has_left(sock):
         if not readable(sock):
             return False
         first = socket.socket.recv(sock, 5, socket.MSG_PEEK)  # of the plain socket, below TLS
-    except (BlockingIOError, ValueError):   # ValueError is readable's, for what is closed
+    except (BlockingIOError, ValueError):   # ValueError is readable's, for a closed one
         return False
     except OSError:
         return True
@@ -5499,14 +5587,14 @@ def has_left(sock):
     return not first or isinstance(sock, ssl.SSLSocket) and goodbye
 
 
-# --- 7.3 walls: who may do what ----------------------------------------------
+# --- 7.3 access: who may do what ---------------------------------------------
 
-SESSION = "lmgateway_session"
+SESSION = "lmgateway_session"  # how the names of our cookies begin; the port follows
 LOCAL_ONLY = "without a key only this machine is served: use http://127.0.0.1, or set GATEWAY_API_KEY"
 
 
 class Identity(NamedTuple):
-    """Whose request it is.  name is the key's; None where no key is asked for."""
+    """Whose request it is.  name is the key's; None when no key is asked for."""
 
     name: str | None
     rights: frozenset = frozenset(("infer", "view", "admin"))
@@ -5522,27 +5610,27 @@ class Key(NamedTuple):
     created: str = ""
 
 
-KEYS_S = 0.5  # between two looks at the keys file
-
-
 class KeyFile:
     """Minted keys: JSON of names, SHA-256 digests, rights and dates, readable by its owner only.
 
-    A minted key has 160 random bits, so that a plain hash does not give it away."""
+    A minted key has 160 random bits, so that a plain hash does not give it away.  Changes are made under a
+    lock on a file beside it; reading needs none, because a new file takes the old one's place in one step."""
+
+    LOOK_S = 0.5  # between two looks at the file
 
     def __init__(self, path):
         self.path = Path(path)
         self._lock = threading.Lock()  # held to read the file
-        self._seen = None  # modification time and size when last read
+        self._seen = None  # which file was read last
         self._keys = None  # the Keys, None without a file
         self._asked = -math.inf  # clock when they were last looked at, set once they are there
         self._problem = ""  # that was said last
 
     def keys(self):
         """Any thread.  The Keys, read again when the file has changed; None when there is no file."""
-        if time.monotonic() - self._asked >= KEYS_S:
+        if time.monotonic() - self._asked >= self.LOOK_S:
             with self._lock:
-                if time.monotonic() - self._asked >= KEYS_S:
+                if time.monotonic() - self._asked >= self.LOOK_S:
                     self._refresh()
                     self._asked = time.monotonic()
         return self._keys
@@ -5550,13 +5638,13 @@ class KeyFile:
     def _refresh(self):
         try:
             found = os.stat(self.path)
-            if (found.st_mtime_ns, found.st_size) != self._seen:
+            which = found.st_mtime_ns, found.st_size, found.st_ino
+            if which != self._seen:
                 self._keys = self.read()
-                self._seen = (found.st_mtime_ns, found.st_size)
-                self._problem = ""
+                self._seen, self._problem = which, ""
         except FileNotFoundError:
             self._keys = self._seen and []  # a file that vanished opens no door
-            self._seen = self._seen and (0, 0)      # it may come back as it was
+            self._seen = self._seen and (0,)      # it may come back as it was
         except (OSError, ConfigError) as error:
             if str(error) != self._problem:
                 log.error("%s; the keys known so far go on", error)
@@ -5565,26 +5653,66 @@ class KeyFile:
 
     def read(self):
         """The file's Keys.  Raises OSError, and ConfigError when it is damaged."""
+        return self._load()[1]
+
+    def _load(self):
+        """(the file's content, its Keys).  A file of another kind, which could block, is not read."""
         try:
-            rows = json.loads(self.path.read_text(encoding="utf-8"))["keys"]
-            return [Key(row["name"], bytes.fromhex(row["sha256"]), frozenset(row["rights"]),
-                        row.get("created", "")) for row in rows]
-        except (ValueError, KeyError, TypeError):
+            with open(self.path, encoding="utf-8", opener=open_without_waiting) as file:
+                content = json.load(file) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+            return content, [Key(str(row["name"]), bytes.fromhex(row["sha256"]), frozenset(row["rights"]),
+                                 row.get("created", "")) for row in content["keys"]]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ConfigError(f"--keys-file {self.path}: damaged; mend it, or move it away and mint keys "
                               "anew") from None
 
-    def write(self, keys):
-        """Replace the file in one step.  Raises OSError."""
-        rows = [{"name": key.name, "sha256": key.digest.hex(), "rights": sorted(key.rights),
-                 "created": key.created} for key in keys]
+    @contextlib.contextmanager
+    def changing(self):
+        """Yields the file's rows as dicts, to be changed in place while no other process changes them; then
+        writes them.  Fields that this version does not know stay.  Raises OSError, ConfigError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(self.path.name + ".new")
+        beside = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        with open(beside, "wb", closefd=True) as lock:
+            wait_for_lock(lock)
+            content = self._load()[0] if self.path.exists() else {"keys": []}
+            yield content["keys"]
+            self._replace(content)
+
+    def _replace(self, content):
+        """Put a new file in the place of the old one, in one step.  Raises OSError."""
+        target = os.path.realpath(self.path)
+        draft = target + ".new"
         with contextlib.suppress(FileNotFoundError):
-            draft.unlink()      # one that was left behind may have another mode
+            os.unlink(draft)      # one that was left behind may have another mode
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w",
                   encoding="utf-8") as file:
-            json.dump({"keys": rows}, file, indent=2)
-        os.replace(draft, self.path)
+            json.dump(content, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, target)
+
+
+def key_row(key):
+    """A Key as the file has it."""
+    return {"name": key.name, "sha256": key.digest.hex(), "rights": sorted(key.rights),
+            "created": key.created}
+
+
+def open_without_waiting(path, flags):
+    """An opener that no FIFO can hold up."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def wait_for_lock(file):
+    """Wait until no other process has locked an open file, and lock it; closing it lets go.
+
+    Raises OSError on Windows after 10 s."""
+    if sys.platform == "win32":
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+    else:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 RIGHTS = ("infer", "view",
@@ -5609,25 +5737,22 @@ def keys_path(config):
     return Path(home, "lmgateway", "keys.json")
 
 
-FREE_FAILURES = 3  # wrong keys an address may offer before it is made to wait
-MOST_WAITING = 4  # wrong keys of one address that wait at once; then it is told to come later
-FAILURES_S = 60.0  # after this they are forgotten
-LONGEST_WAIT_S = 3.0
+class AccessControl:
+    """Addresses, origins, keys and sessions.  Any thread may call."""
 
-
-class Walls:
-    """Addresses, origins and keys.  Any thread may call."""
+    FREE_FAILURES = 3  # wrong keys that an address may offer before it is made to wait
+    FAILURES_S = 60.0  # after this they are forgotten
+    LONGEST_PAUSE_S = 3.0
+    SESSIONS = 20  # of one key; the oldest gives way
 
     def __init__(self, config):
         self._config = config
         self._fixed = [Key(name, digest(key), frozenset(RIGHTS)) for name, key in config.api_key.items()]
         self._file = KeyFile(keys_path(config))
-        # Methods of a dict are atomic, and nothing in the first two depends on two of them.
-        self._sessions: dict = {}  # digest of the cookie -> Key
+        self._lock = threading.Lock()  # held to change the three below; each look at them is atomic
+        self._sessions: dict = {}  # digest of the cookie -> digest of the key
         self._proven: dict = {}  # (address, digest) of keys that were right
-        self._lock = threading.Lock()  # guards the two below
         self._failures: dict = {}  # address -> (how many, monotonic seconds of the last)
-        self._waiting: Counter[str] = Counter()  # address -> wrong keys that are made to wait
 
     @property
     def need_key(self):
@@ -5643,7 +5768,7 @@ class Walls:
         address, trusted = request.client, self._config.trusted_proxies
         if trusted == ():   # None are all addresses
             return address
-        named = [part.strip() for part in request.header("x-forwarded-for").split(",") if part.strip()]
+        named = [part.strip() for part in request.header("x-forwarded-for").split(",") if part.strip()][-32:]
         while named and within(address, trusted):
             address = re.sub(r"^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$", r"\1\2", named.pop())    # some add a port
         return address
@@ -5654,75 +5779,91 @@ class Walls:
             raise HttpError(403, "address_not_allowed",
                             f"{address} is not in IP_ALLOWLIST; add it there to let it in", close=True)
 
-    def identify(self, request, query_key=False):
-        """The Identity of a request.  Raises HttpError 401 and 429."""
+    def recognize(self, request):
+        """The Identity that a request's key or cookie has at this moment; None without a right one.
+
+        It changes nothing, so that a right that is used for long can be asked for again."""
         if not self.need_key:
             return Identity(None)
-        offered = credentials(request, query_key)
-        found = self._check(offered, request.client)
-        if found:
-            return Identity(found.name, found.rights)
+        return self._identity(request, self._find(credentials(request)))
+
+    def identify(self, request):
+        """The Identity of a request.  Raises HttpError 401, at a guesser's pace."""
+        if not self.need_key:
+            return Identity(None)
+        offered = credentials(request)
+        identity = self._identity(request, self._check(request, offered) if offered else None)
+        if identity is None:
+            raise HttpError(401, "key_wrong" if offered else "key_needed",
+                            "send a valid key as Authorization: Bearer KEY or X-API-Key: KEY",
+                            [("WWW-Authenticate", "Bearer")])
+        return identity
+
+    def _identity(self, request, key):
+        """The Identity by the Key, else by the cookie; None without either."""
+        if key:
+            return Identity(key.name, key.rights)
         cookie = session_of(request)
         session = self._sessions.get(digest(cookie)) if cookie else None
-        if session and session in self._keys():  # a revoked key's sessions end with it
-            return Identity(session.name, session.rights, by_cookie=True)
-        raise HttpError(401, "key_wrong" if offered else "key_needed",
-                        "send a valid key as Authorization: Bearer KEY or X-API-Key: KEY",
-                        [("WWW-Authenticate", "Bearer")])
+        key = next((key for key in self._keys() if key.digest == session), None)    # as it is now
+        return key and Identity(key.name, key.rights, by_cookie=True)
 
-    def _check(self, offered, address):
-        """The Key among those offered; None after a pause where they are wrong.  Raises HttpError 429.
-
-        While an address has its fill of wrong keys only those are looked at that were right from there."""
-        given = [digest(key) for key in offered]
-        if self._waiting[address] >= MOST_WAITING and not any((address, one) in self._proven
-                                                              for one in given):
-            raise HttpError(429, "too_many_attempts",
-                            "too many wrong keys came from this address; wait a few seconds",
-                            [("Retry-After", f"{LONGEST_WAIT_S:.0f}")])
-        for one in given:
-            found = self._find(one)
-            if found:
-                remember(self._proven, (address, one), True)
-                return found
-        if given:
-            self._slow_down(address)
-        return None
-
-    def _find(self, given):
-        """The Key of that digest, or None.  Every key is compared, in constant time."""
+    def _find(self, offered):
+        """The Key that is among those offered, or None.  Every key is compared, in constant time."""
         found = None
-        for key in self._keys():
-            if hmac.compare_digest(given, key.digest):
-                found = key
+        for given in map(digest, offered):
+            for key in self._keys():
+                if hmac.compare_digest(given, key.digest):
+                    found = found or key
         return found
 
-    def _slow_down(self, address):
-        """Make an address that offers wrong keys wait, in its own thread; others go on."""
+    def _check(self, request, offered):
+        """The Key among those offered, or None, after a pause if the address has offered wrong keys.
+
+        A right key that is new from there waits as long as a wrong one: a guess cannot be told from its
+        time.  Others behind the same address, whose keys or cookies are known, wait for nothing."""
+        key, place = self._find(offered), network_of(request.client)
+        if key and (place, key.digest) in self._proven:
+            return key
+        failures = self._count_failures(place, 0 if key else 1)
+        if failures > self.FREE_FAILURES:
+            request.pause(min(self.LONGEST_PAUSE_S, 0.1 * 2 ** min(failures - self.FREE_FAILURES, 16)))
+        if key:
+            with self._lock:
+                remember(self._proven, (place, key.digest), True)
+        return key
+
+    def _count_failures(self, place, more):
+        """How many wrong keys an address has offered of late, so many more included."""
         now = time.monotonic()
         with self._lock:
-            failures, last = self._failures.pop(address, (0, now))
-            failures = 1 if now - last > FAILURES_S else failures + 1
-            remember(self._failures, address, (failures, now))
-            self._waiting[address] += 1
-        if failures > FREE_FAILURES:
-            time.sleep(min(LONGEST_WAIT_S, 0.1 * 2 ** (failures - FREE_FAILURES)))
-        with self._lock:
-            self._waiting[address] -= 1
-            if not self._waiting[address]:
-                del self._waiting[address]
+            failures, last = self._failures.get(place, (0, now))
+            failures = more if now - last > self.FAILURES_S else failures + more
+            if more:
+                self._failures.pop(place, None)
+                remember(self._failures, place, (failures, now))
+        return failures
 
-    def open_session(self, key, address):
-        """The cookie for a key; None for a wrong one.  Raises HttpError 429."""
-        found = self._check([key], address)
-        if found is None:
+    def open_session(self, request, offered):
+        """The cookie for a key; None for a wrong one."""
+        key = self._check(request, [offered])
+        if key is None:
             return None
         cookie = secrets.token_urlsafe(32)
-        remember(self._sessions, digest(cookie), found)
+        with self._lock:
+            same = [session for session, owner in self._sessions.items() if owner == key.digest]
+            for session in same[:max(0, len(same) + 1 - self.SESSIONS)]:
+                del self._sessions[session]
+            remember(self._sessions, digest(cookie), key.digest)
         return cookie
 
+    def close_session(self, request):
+        """The request's cookie opens no door any more."""
+        with self._lock:
+            self._sessions.pop(digest(session_of(request) or ""), None)
+
     def check_origin(self, request):
-        """Raises HttpError 403 where a web page could be using this browser's reach (CSRF, DNS rebinding)."""
+        """Raises HttpError 403 if a web page could be using this browser's reach (CSRF, DNS rebinding)."""
         host, config = host_of(request), self._config
         local_only = not self.need_key and (loopback(config.host) or not config.no_auth)
         if local_only and not loopback(host) and (host or request.version >= (1, 1)):
@@ -5747,6 +5888,16 @@ def remember(table, name, value, limit=10_000):
         table.pop(next(iter(table)), None)
 
 
+@functools.lru_cache(maxsize=1024)
+def network_of(address):
+    """The address whose share a client takes: of IPv6, the /64 that one household or host is given."""
+    if ":" in address:
+        with contextlib.suppress(ValueError):
+            found = ipaddress.IPv6Address(address.partition("%")[0])
+            return str(found.ipv4_mapped or ipaddress.IPv6Network((found, 64), strict=False))
+    return address
+
+
 def within(address, ranges):
     """True when an address lies in one of the networks.  One that maps IPv4 into IPv6 counts as IPv4."""
     if ranges is None:
@@ -5758,22 +5909,22 @@ def within(address, ranges):
     return False
 
 
-def cors_headers(walls, request):
-    """What lets pages of an allowed origin read an answer (Fetch, 3.3)."""
+def cors_headers(access, request):
+    """The headers that let pages of an allowed origin read an answer (Fetch, 3.3)."""
     origin = request.header("origin")
-    if not walls.allows_origin(origin):
+    if not access.allows_origin(origin):
         return []
     return [("Access-Control-Allow-Origin", origin), ("Vary", "Origin"),
             ("Access-Control-Expose-Headers", "*")]
 
 
-def preflight(walls, request):
+def preflight(access, request):
     """The answer to a browser that asks before it sends; Private Network Access included."""
-    if not walls.allows_origin(request.header("origin")):
+    if not access.allows_origin(request.header("origin")):
         raise HttpError(403, "origin_not_allowed",
                         "pages of this origin may not call; CORS_ORIGINS can let them in")
     asked = request.header("access-control-request-headers") or "authorization, x-api-key, content-type"
-    headers = [*cors_headers(walls, request), ("Access-Control-Allow-Methods", ", ".join(METHODS)),
+    headers = [*cors_headers(access, request), ("Access-Control-Allow-Methods", ", ".join(METHODS)),
                ("Access-Control-Allow-Headers", asked), ("Access-Control-Max-Age", "600")]
     if request.header("access-control-request-private-network").lower() == "true":
         headers.append(("Access-Control-Allow-Private-Network", "true"))
@@ -5784,12 +5935,12 @@ def digest(secret):
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
 
 
-def credentials(request, query_key=False):
+def credentials(request):
     """The keys that a request offers, in the forms of the OpenAI SDKs, the Anthropic SDKs and EventSource."""
     scheme, _, token = request.header("authorization").partition(" ")
     offered = [token.strip()] if scheme.lower() == "bearer" else []
     offered.append(request.header("x-api-key"))
-    if query_key and request.method in ("GET", "HEAD"):
+    if request.query_text and request.path.startswith("/debug/") and request.method in ("GET", "HEAD"):
         offered.append(request.query.get("api_key", ""))
     return [key for key in offered if key]
 
@@ -5805,10 +5956,16 @@ def cookies(value):
     return [part.strip() for part in value.split(";") if part.strip()]
 
 
+def cookie_name(request):
+    """Cookies do not tell ports apart (RFC 6265, 8.5), and two gateways may share a host."""
+    return f"{SESSION}_{request.port}="
+
+
 def session_of(request):
-    prefix = SESSION + "="
-    return next((part[len(prefix):] for name, value in request.headers if name.lower() == "cookie"
-                 for part in cookies(value) if part.startswith(prefix)), None)
+    """The value of our cookie; None without one."""
+    name = cookie_name(request)
+    return next((part[len(name):] for part in cookies(request.header("cookie").replace(",", ";"))
+                 if part.startswith(name)), None)
 
 
 # --- 7.4 forwarding ----------------------------------------------------------
@@ -5829,7 +5986,7 @@ class Gateway:
     def __init__(self, config, hub, upstream, monitor=None, history=None):
         self.config, self.hub, self.upstream, self.monitor = config, hub, upstream, monitor
         self.history, self.server = history, None
-        self.walls = Walls(config)
+        self.access = AccessControl(config)
         self.watcher = Watcher()
         self.started, self._started = time.time(), time.monotonic()
         self.address = ""
@@ -5867,7 +6024,7 @@ def upstream_headers(request, body, host, token=None):
         elif key in ("content-length", "transfer-encoding"):    # one of the two, at most
             headers.append((name if key == "content-length" else "Content-Length", str(len(body))))
         elif key == "cookie" and SESSION in value:
-            others = [part for part in cookies(value) if not part.startswith(SESSION + "=")]
+            others = [part for part in cookies(value) if not part.startswith(SESSION)]
             headers += [(name, "; ".join(others))] if others else []
         elif key not in dropped:
             headers.append((name, value))
@@ -5884,7 +6041,7 @@ def client_headers(answer, cut):
 
 def forward(gateway, request):
     """Any other path: LM Studio's answer, unchanged, metered where it is an inference."""
-    upstream, target = gateway.upstream, upstream_target(request.target, gateway.walls.need_key)
+    upstream, target = gateway.upstream, upstream_target(request.target, gateway.access.need_key)
     path = target.partition("?")[0].rstrip("/").lower()     # as Express compares paths
     dialect = DIALECTS.get(path) if request.method == "POST" else None
     asked = read_request(dialect, request.body) if dialect else Asked(body=request.body)
@@ -6187,18 +6344,27 @@ def stream_event(body, anthropic):
 # --- 7.5 views: the gateway's own pages --------------------------------------
 
 
-def dashboard(gateway, request):
-    nonce = secrets.token_urlsafe(16)
-    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+@functools.lru_cache(maxsize=None)
+def dashboard_page():
+    """(page, page in gzip, its Content-Security-Policy, which names the page's own scripts and styles by their
+    digests), made once."""
+    digests = {tag: " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'"
+                             for inside in re.findall(b"<%b>(.*?)</%b>" % (tag.encode(), tag.encode()),
+                                                      DASHBOARD, re.DOTALL))
+               for tag in ("script", "style")}
+    policy = (f"default-src 'none'; script-src {digests['script']}; style-src {digests['style']}; "
               "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'self'; "
               "frame-ancestors 'none'")
-    headers = [("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store"),
-               ("Vary", "Accept-Encoding"), ("Content-Security-Policy", policy),
-               ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")]
-    page = DASHBOARD.replace(b"@NONCE@", nonce.encode())
+    return DASHBOARD, gzip.compress(DASHBOARD, 9), policy
+
+
+def dashboard(gateway, request):
+    page, packed, policy = dashboard_page()
+    headers = [("Content-Type", "text/html; charset=utf-8"), ("Vary", "Accept-Encoding"),
+               ("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer")]
     if "gzip" not in listing(request.header("accept-encoding")):
         return Response(200, headers, page)
-    return Response(200, [*headers, ("Content-Encoding", "gzip")], gzip.compress(page, 6))
+    return Response(200, [*headers, ("Content-Encoding", "gzip")], packed)
 
 
 def health(gateway, request):
@@ -6230,9 +6396,7 @@ def event_stream(gateway, request):
     asked = [value for name, value in urllib.parse.parse_qsl(request.query_text) if name == "events"]
     names = frozenset(words(",".join(asked)))
     since = request.header("last-event-id") or request.query.get("since", "")
-    return Response(200,
-                    [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-store"),
-                     ("X-Accel-Buffering", "no")],
+    return Response(200, [("Content-Type", "text/event-stream; charset=utf-8"), ("X-Accel-Buffering", "no")],
                     stream_frames(gateway.hub, since, names, gateway.watcher, request))
 
 
@@ -6287,6 +6451,9 @@ def watching(watcher, request, bell):
         watcher.forget(request.connection)
 
 
+STATUS_REQUESTS = 10    # that are over, in /debug/status
+
+
 def status_page(gateway, request):
     """What is going on, what the monitor reads and how far behind it is."""
     hub = gateway.hub
@@ -6300,7 +6467,7 @@ def status_page(gateway, request):
                           "totalRequests": total, "totalErrors": errors,
                           "bindings": bindings,
                           "gateway": {"address": gateway.address, "upstream": gateway.upstream.base,
-                                      "lanUrls": gateway.lan_urls, "keyNeeded": gateway.walls.need_key,
+                                      "lanUrls": gateway.lan_urls, "keyNeeded": gateway.access.need_key,
                                       "history": gateway.history is not None},
                           "lmstudio": {"up": not reason, "reason": reason or None},
                           "log": {**log_status(gateway.monitor),
@@ -6370,8 +6537,8 @@ def prometheus(gateway, request):
     """Text for Prometheus.  A scrape asks LM Studio for its models at most once a minute, because each
     question stands in the user's log."""
     text = gateway.hub.exposition(gauges_of(gateway))
-    return Response(200, [("Content-Type", "text/plain; version=0.0.4; charset=utf-8"),
-                          ("Cache-Control", "no-store")], text.encode("utf-8", "replace"))
+    return Response(200, [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")],
+                    text.encode("utf-8", "replace"))
 
 
 def by_name(counts):
@@ -6431,8 +6598,7 @@ def usage_page(gateway, request):
     except HistoryError as error:
         raise HttpError(503, "history_unreadable", str(error)) from None
     if request.query.get("format") == "csv":
-        return Response(200, [("Content-Type", "text/csv; charset=utf-8"), ("Cache-Control", "no-store")],
-                        csv_text(rows, group).encode())
+        return Response(200, [("Content-Type", "text/csv; charset=utf-8")], csv_text(rows, group).encode())
     return json_response({"by": group, "since": utc_text(since) if since else None, "rows": rows})
 
 
@@ -6454,13 +6620,22 @@ def login(gateway, request):
         key = dict(urllib.parse.parse_qsl(bytes(request.body).decode("utf-8", "replace"))).get("key", "")
     else:
         key = (json_object(bytes(request.body)) or {}).get("key", "")
-    cookie = gateway.walls.open_session(key, request.client) if isinstance(key, str) else None
+    cookie = gateway.access.open_session(request, key) if isinstance(key, str) else None
     if cookie is None:
         raise HttpError(401, "key_wrong", "that is no key of this gateway")
-    attributes = f"{SESSION}={cookie}; Path=/; HttpOnly; SameSite=Strict" + (
-        "; Secure" if request.encrypted else "")
-    return json_response({"status": "ok"},
-                         headers=[("Set-Cookie", attributes), ("Cache-Control", "no-store")])
+    return json_response({"status": "ok"}, headers=[set_cookie(request, cookie)])
+
+
+def logout(gateway, request):
+    """The browser's session ends, here and there."""
+    gateway.access.close_session(request)
+    return json_response({"status": "ok"}, headers=[set_cookie(request, "", "; Max-Age=0")])
+
+
+def set_cookie(request, value, more=""):
+    """The header that gives a browser our cookie (RFC 6265)."""
+    secure = "; Secure" if request.encrypted else ""
+    return "Set-Cookie", f"{cookie_name(request)}{value}; Path=/; HttpOnly; SameSite=Strict{secure}{more}"
 
 
 class Route(NamedTuple):
@@ -6485,6 +6660,7 @@ ROUTES = (
     Route("GET", "/debug/usage", usage_page, "view", "what was used, by key, model or day (with --history)"),
     Route("GET", "/metrics", prometheus, "view", "figures for Prometheus"),
     Route("POST", "/login", login, "open", "a session cookie for a key"),
+    Route("POST", "/logout", logout, "open", "ends the session"),
 )
 FOLDERS = frozenset(route.path.rpartition("/")[0] for route in ROUTES)
 FORWARD = Route("*", "*", forward, "infer", "LM Studio's answer, unchanged")
@@ -6525,9 +6701,35 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 
 # --- 7.6 server: connections to views ----------------------------------------
 
-
-ADMIN = re.compile(r"/api/v1/models/(?:load|unload|download)\b")  # these change the machine, they ask nothing
+GRACE_S = 10.0  # for running requests at the end
+OWN_BODY = 4 * 1024  # bytes of a body for our own pages, some of which come before any key
+# What the right to infer lets pass, of paths as plain_path() gives them.  What is not named here, and what
+# LM Studio has yet to invent, needs the right to admin.
+INFERENCES = re.compile(r"/v1(?:/.*)?|/api/v0/(?:chat/completions|completions|embeddings)|/api/v1/chat",
+                        re.DOTALL)
+LISTINGS = re.compile(r"/api/v\d+/models(?:/.*)?", re.DOTALL)   # GET and HEAD
+TOOLS_LIMIT = 4 * 1024 * 1024  # bytes of JSON that are read to look for tools
 RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: close() sends no FIN but a RST
+
+
+def right_for(request):
+    """The right that a request to LM Studio needs, as far as its head tells."""
+    path = plain_path(request.path)
+    listed = request.method in ("GET", "HEAD") and LISTINGS.fullmatch(path)
+    return "infer" if listed or INFERENCES.fullmatch(path) or ALIASES.fullmatch(path) else "admin"
+
+
+def runs_tools(request):
+    """True when it asks LM Studio to run tools on its machine (`integrations` of /api/v1/chat), or could ask
+    so in a way that is not read here."""
+    if plain_path(request.path) != "/api/v1/chat" or not request.body:
+        return False
+    kind = request.header("content-type").lower()
+    coded = request.header("content-encoding") or "charset" in kind and "utf-8" not in kind
+    if not coded and not re.search(rb"integrations|\\u00[4-7]", request.body):  # a name may have escapes
+        return False
+    body = json_object(request.body) if not coded and len(request.body) <= TOOLS_LIMIT else None
+    return body is None or bool(body.get("integrations"))
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -6537,7 +6739,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     def handle(self):
         threading.current_thread().name = "http"
-        self.wire = Wire(self.request)
+        self.connection = self.server.connection_of(self.request)
+        self.wire = Wire(self.request, self.server.memory)
         with contextlib.suppress(ClientLeft, OSError, Unfinished):
             while self._serve_one():
                 pass
@@ -6552,9 +6755,10 @@ class Handler(socketserver.BaseRequestHandler):
             lines = self.wire.head()
             self.came = time.monotonic()
             self.target = (lines[0].split(" ") + [""])[1]
-            self.server.reads(self.request)
+            self.connection.reads(self.came)
             self.seen = parse_head(lines)
-            return self._write(self._respond(self.server.gateway, self.seen), self.seen)
+            alive = self._write(self._respond(self.server.gateway, self.seen), self.seen)
+            return alive and self.connection.state != STREAMING     # a stream that ended had its reason
         except HttpError as error:
             return self._refuse(error)
         except (ClientLeft, Unfinished, OSError):
@@ -6564,50 +6768,60 @@ class Handler(socketserver.BaseRequestHandler):
             return self._refuse(HttpError(500, "internal_error", "a fault in lmgateway; its log says more",
                                           close=True))
         finally:
-            self.server.rests(self.request)
+            self.seen = None    # its body can be large
+            self.wire.release()
+            self.connection.rests()
 
     def _refuse(self, error):
         """Send an error of ours.  True when the connection can take another request."""
         request: Any = self.seen
         if self.begun:
             raise Unfinished
+        if error.status == 401:
+            self.connection.proven = False  # its key may have been right before
         self.server.gateway.hub.reject(error.code)
         response = error_response(error, upstream_target(self.target, False).startswith("/v1/messages"))
         close = error.close or request is None or self.unread and request.has_body
         if request:
-            response.headers.extend(cors_headers(self.server.gateway.walls, request))
+            response.headers.extend(cors_headers(self.server.gateway.access, request))
         alive = self._write(response, request, close)
         if close:
             self.wire.linger()
         return alive
 
     def _respond(self, gateway, request):
-        """The Response to a request after all walls."""
-        walls = gateway.walls
+        """The Response to a request that access control lets pass."""
+        access = gateway.access
         request.client, request.connection = self.client_address[0], self.request
-        request.client = walls.client_of(request)
+        request.port, request.pause = self.server.port, self.connection.ended.wait
+        request.client = access.client_of(request)
         request.encrypted = isinstance(self.request, ssl.SSLSocket)
-        walls.admit_address(request.client)
+        access.admit_address(request.client)
         if request.method == "OPTIONS" and request.header("access-control-request-method"):
-            return preflight(walls, request)
+            return preflight(access, request)
         if "websocket" in listing(request.header("upgrade")):   # before any key: those SDKs cannot send one
             raise HttpError(501, "upgrade_unsupported",
                             "WebSocket connections (LM Studio's SDKs and lms) are not passed on: "
                             "use the REST API, or connect to LM Studio itself")
         route = find_route(request)
         request.forwarded = route is FORWARD
-        keyed = walls.need_key and credentials(request)
+        keyed = access.need_key and credentials(request)
         if not keyed:
-            walls.check_origin(request)
+            access.check_origin(request)
         request.identity = self._identify(request, route)
         if keyed and (request.identity.name is None or request.identity.by_cookie):     # by no key of these
-            walls.check_origin(request)
-        limit = gateway.config.max_body if request.forwarded else OWN_LIMIT
+            access.check_origin(request)
+        config = gateway.config
+        limit = min(config.max_body, config.max_body_memory) if request.forwarded else OWN_BODY
         request.body, request.arrived = self.wire.body(request, limit), time.monotonic()
         self.unread = False
-        self.server.works(self.request, route.view)
+        if route.access in RIGHTS:  # without keys, the whole request is what shows a guest
+            self.server.prove(self.connection)
+        if request.forwarded and "admin" not in request.identity.rights and runs_tools(request):
+            raise right_missing(request.identity, "admin")
+        self.connection.works(request, route.view is event_stream)
         response = route.view(gateway, request)
-        response.headers.extend(cors_headers(walls, request))
+        response.headers.extend(cors_headers(access, request))
         return response
 
     def _identify(self, request, route):
@@ -6615,14 +6829,15 @@ class Handler(socketserver.BaseRequestHandler):
         gateway = self.server.gateway
         if route.access == "open" or route.access == "health" and not gateway.config.require_auth_for_health:
             return Identity(None)
-        identity = gateway.walls.identify(request, query_key=request.path.startswith("/debug/"))
+        identity = gateway.access.identify(request)
+        self.connection.deadline = math.inf     # what it asks for may take its time
+        if identity.name is not None:
+            self.server.prove(self.connection)
         right = route.access
-        if right == "infer" and "admin" not in identity.rights and changes_machine(request):
-            right = "admin"
+        if right == "infer" and "admin" not in identity.rights:
+            right = right_for(request)
         if right in RIGHTS and right not in identity.rights:
-            raise HttpError(403, "right_missing",
-                            f"the key {identity.name} has no right to {right}; mint one with "
-                            f"--new-key NAME --rights {right}")
+            raise right_missing(identity, right)
         return identity
 
     def _write(self, response, request, close=False):
@@ -6632,7 +6847,9 @@ class Handler(socketserver.BaseRequestHandler):
         whole, no_body = isinstance(body, (bytes, bytearray)), bool(request) and request.method == "HEAD"
         chunked = False
         if response.date:
-            headers.append(("Date", http_date()))
+            headers += [("Date", http_date()), ("X-Content-Type-Options", "nosniff")]
+            if "Cache-Control" not in dict(headers):
+                headers.append(("Cache-Control", "no-store"))
         if whole:
             headers.append(("Content-Length", str(len(body))))
         elif body is not None and "content-length" not in [name.lower() for name, _ in headers]:
@@ -6675,7 +6892,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _write_pieces(self, head, pieces, chunked):
         """The head, then each piece in one write the moment it comes.  The head waits for the first piece
-        only where that is there already."""
+        only if that is there already."""
         sock, relay = self.request, chunked and getattr(pieces, "relay", None)
         if not getattr(pieces, "ready", False):
             sock.sendall(head)
@@ -6699,32 +6916,74 @@ class Handler(socketserver.BaseRequestHandler):
             sock.sendall(head)
 
 
-def changes_machine(request):
-    """True when it loads, unloads or downloads a model, however its path is spelled."""
-    path = re.sub("/+", "/", urllib.parse.unquote(request.path)).lower()
-    return request.method not in ("GET", "HEAD") and bool(ADMIN.match(path))
+def right_missing(identity, right):
+    return HttpError(403, "right_missing", f"the key {identity.name} has no right to {right}; mint one with "
+                                           f"--new-key NAME --rights {right}")
 
 
 def http_date():
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
+RESTING, READING, WORKING, STREAMING = "resting", "reading", "working", "streaming"
+
+
+class Connection:
+    """What the server knows of a client's connection: its handler's thread says it, the accept thread reads
+    it and may end the connection.  A guest has shown a right key, or needs none; others are strangers."""
+
+    __slots__ = ("sock", "place", "state", "since", "proven", "deadline", "request", "ended")
+    ANSWER_S = 20.0  # for a stranger's request: its body, our answer
+
+    def __init__(self, sock, address):
+        self.sock, self.place = sock, network_of(address)
+        self.state = RESTING    # without a request; or READING one, or WORKING on its answer, or STREAMING
+        self.since = time.monotonic()   # clock when it came or last rested
+        self.proven = False     # it is a guest's
+        self.deadline = math.inf    # clock when it is ended
+        self.request: Any = None    # while STREAMING
+        self.ended = threading.Event()
+
+    def reads(self, now):
+        """The head of a request is there."""
+        self.state = READING
+        if not self.proven:
+            self.deadline = now + self.ANSWER_S
+
+    def works(self, request, streams):
+        """Its request has been read whole."""
+        self.request = request if streams else None
+        self.state = STREAMING if streams else WORKING
+
+    def rests(self):
+        """Its request has been answered."""
+        self.state, self.request, self.deadline, self.since = RESTING, None, math.inf, time.monotonic()
+
+    def end(self):
+        """Any thread.  Its handler notices, whatever it waits for."""
+        self.ended.set()
+        shut(self.sock)
+
+
 class Server(http.server.ThreadingHTTPServer):
-    """Carries the gateway to its handlers, and bounds how many connections there are."""
+    """Carries the gateway to its handlers, and decides whose connection gives way when there are too many."""
 
     daemon_threads = True
     request_queue_size = 256
     allow_reuse_address = os.name != "nt"   # there it would let two servers share a port,
     allow_reuse_port = False                # which this would do elsewhere
+    LOOK_S = 0.5    # between two looks at deadlines and at the rights of listeners
+    SPARE = 32  # connections beyond the limit that may still be on their way out
+    NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
     def __init__(self, gateway, host, port, context=None):
         self.gateway, self._context = gateway, context  # an ssl.SSLContext, or None for plain HTTP
-        # No lock: each step is one operation of a dict, which is atomic, and each socket is in one of them.
-        self._resting: dict = {}        # sockets without a request, the longest resting first
-        self._reading: dict = {}        # those whose request is still coming
-        self._working: dict = {}
-        self.ticked = time.monotonic()  # when the accept loop last came round
-        self._streaming: dict = {}      # those that listen to events
+        config = gateway.config if gateway else Config()
+        self.memory = BodyMemory(config.max_body_memory)
+        self.limit = connection_limit(config.max_connections)
+        self._most_guests = self.limit - max(1, self.limit // 8)
+        self._connections: dict = {}    # socket -> Connection, the oldest first; each step is atomic
+        self.ticked = self._looked = time.monotonic()  # when the accept loop last came round, and _look()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
 
@@ -6732,11 +6991,31 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)    # HTTPServer's asks the DNS for our name
 
     def service_actions(self):
-        self.ticked = time.monotonic()
+        self.ticked = now = time.monotonic()
+        if now - self._looked >= self.LOOK_S:
+            self._looked = now
+            self._look(now)
+
+    def _look(self, now):
+        """End what is over its time, and streams of those whose right is no longer what it was: in order if
+        they can be woken, else a second later."""
+        for connection in self._all():
+            request = connection.request
+            if now >= connection.deadline:
+                connection.end()
+            elif request and self.gateway.access.recognize(request) != request.identity:
+                connection.deadline = min(connection.deadline, now + 1.0)
+                self.gateway.watcher.dismiss(connection.sock)
 
     def get_request(self):
         """A new connection.  A TLS handshake is left to its handler: a slow one must not hold up others."""
-        sock, address = super().get_request()
+        try:
+            sock, address = super().get_request()
+        except OSError as error:
+            if error.errno in self.NO_ROOM:
+                self._put_out(self._strangers()) or self._put_out(self._surplus_guests(self.limit))
+                time.sleep(0.05)    # the connection still waits: without a pause this would spin
+            raise
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that went off says no goodbye
         if self._context:
@@ -6749,44 +7028,60 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def working(self):
-        return len(self._working) + len(self._reading)
+        return len(self._all(READING, WORKING))
 
     @property
     def connections(self):
-        return len(self._resting) + self.working
+        return len(self._all(RESTING, READING, WORKING))
+
+    def connection_of(self, sock):
+        return self._connections[sock]
+
+    def _all(self, *states):
+        """The Connections that were not ended; with states, those in one of them."""
+        return [connection for connection in list(self._connections.values())
+                if not connection.ended.is_set() and (not states or connection.state in states)]
+
+    def _strangers(self):
+        return [connection for connection in self._all() if not connection.proven]
+
+    def _surplus_guests(self, coming=0):
+        """Guests of whom one has to make room: those that rest, else those whose request is still coming.
+        None while they leave room for strangers, who could not show a key otherwise."""
+        guests = [connection for connection in self._all() if connection.proven]
+        if len(guests) + coming <= self._most_guests:
+            return []
+        return ([guest for guest in guests if guest.state == RESTING]
+                or [guest for guest in guests if guest.state == READING])
+
+    @staticmethod
+    def _put_out(connections):
+        """End the one that came or rested first, of the address that has the most; False without any."""
+        held = Counter(connection.place for connection in connections)
+        for connection in sorted(connections, key=lambda one: (-held[one.place], one.since))[:1]:
+            connection.end()
+        return bool(connections)
 
     def process_request(self, request, client_address):
-        """A connection was accepted.  When there are too many, the one that has rested longest gives way, or
-        the one that has been sending its request for longest; where all work, the new one."""
-        if self.connections + len(self._streaming) >= self.gateway.config.max_connections:
-            for sock in [*self._resting, *self._reading][:1] or [request]:
-                self._resting.pop(sock, None)   # so that the next one takes another
-                self._reading.pop(sock, None)
-                shut(sock)
-        self._resting[request] = None
-        super().process_request(request, client_address)
+        """A connection was accepted.  When there are too many, a stranger's gives way, maybe this one."""
+        connection = self._connections[request] = Connection(request, client_address[0])
+        if len(self._connections) > self.limit and len(self._all()) > self.limit:
+            self._put_out(self._surplus_guests()) or self._put_out(self._strangers())
+        if connection.ended.is_set() or len(self._connections) > self.limit + self.SPARE:
+            self.shutdown_request(request)
+        else:
+            super().process_request(request, client_address)
+
+    def prove(self, connection):
+        """It is a guest's, and gives way to no stranger from now on."""
+        if not connection.proven:
+            if len(self._connections) >= self._most_guests:
+                self._put_out(self._surplus_guests(1))
+            connection.proven = True
 
     def shutdown_request(self, request):
-        for state in (self._resting, self._reading, self._working, self._streaming):
-            state.pop(request, None)
+        self._connections.pop(request, None)
         super().shutdown_request(request)
-
-    def reads(self, request):
-        """The head of a request is there: its connection no longer rests."""
-        self._resting.pop(request, None)
-        self._reading[request] = None
-
-    def works(self, request, view):
-        """Its request has been read whole."""
-        self._reading.pop(request, None)
-        (self._streaming if view is event_stream else self._working)[request] = None
-
-    def rests(self, request):
-        """Its request has been answered."""
-        self._reading.pop(request, None)
-        self._working.pop(request, None)
-        self._streaming.pop(request, None)
-        self._resting[request] = None
 
     def handle_error(self, request, client_address):
         log.debug("connection from %s ended: %s", client_address[0], sys.exc_info()[1])
@@ -6796,15 +7091,37 @@ class Server(http.server.ThreadingHTTPServer):
         which have told of them, end.  Connections without a request are closed at once."""
         self.gateway.stopping = True
         self.server_close()     # the port is free for the next one
-        for sock in list(self._resting):
-            shut(sock)
+        for connection in self._all(RESTING):
+            connection.end()
         wait_until(lambda: not self.working, seconds)
         self.gateway.cutting_off = True
-        for sock in [*self._reading, *self._working]:
-            shut(sock)
+        running = self._all(READING, WORKING)
+        for connection in running:
+            shut(connection.sock)
         wait_until(lambda: not self.working, 1.0)
         self.gateway.hub.close()
-        wait_until(lambda: not self._streaming, 1.0)
+        wait_until(lambda: not self._all(STREAMING), 1.0)
+
+
+def connection_limit(wanted):
+    """How many connections there may be: so many as wanted, or fewer if the system has not enough
+    descriptors (each can need one towards LM Studio, too) even after the soft limit was raised."""
+    if sys.platform == "win32":
+        return wanted
+    import resource
+    spare = 128     # files, connections that are kept or on their way out
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * wanted + spare
+    if 0 <= soft < needed:
+        more = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+            soft = more
+    limit = max(8, min(wanted, (soft - spare) // 2)) if soft >= 0 else wanted
+    if limit < wanted:
+        log.warning("%d connections at once, not MAX_CONNECTIONS=%d: the system allows %d open files "
+                    "(ulimit -n)", limit, wanted, soft)
+    return limit
 
 
 def wait_until(holds, seconds):
@@ -7371,12 +7688,12 @@ def new_key(args, config):
         raise ConfigError(f"--rights {args.rights}: choose from {', '.join(RIGHTS)}")
     if not re.fullmatch(r"[\w.@-]{1,64}", name):
         raise ConfigError("--new-key: a name is made of up to 64 letters, digits and . _ - @")
-    file, keys = open_key_file(config)
-    if any(key.name == name for key in keys) or name in config.api_key:
-        raise ConfigError(f"--new-key {name}: there is a key of that name; choose another, or "
-                          f"--revoke-key {name} first")
     key = mint_key()
-    save_keys(file, [*keys, Key(name, digest(key), frozenset(rights), time.strftime("%Y-%m-%d"))])
+    with changing_keys(config) as (file, rows):
+        if any(row["name"] == name for row in rows) or name in config.api_key:
+            raise ConfigError(f"--new-key {name}: there is a key of that name; choose another, or "
+                              f"--revoke-key {name} first")
+        rows.append(key_row(Key(name, digest(key), frozenset(rights), time.strftime("%Y-%m-%d"))))
     print(key)
     print(f"lmgateway: this is the only time the key of {name} is shown; its hash is in {file.path}",
           file=sys.stderr)
@@ -7397,12 +7714,12 @@ def list_keys(args, config):
 
 def revoke_key(args, config):
     """--revoke-key NAME: a running gateway notices within a second."""
-    file, keys = open_key_file(config)
-    left = [key for key in keys if key.name != args.revoke_key]
-    if len(left) == len(keys):
-        raise ConfigError(f"--revoke-key {args.revoke_key}: no such key in {file.path}; --list-keys "
-                          "shows them")
-    save_keys(file, left)
+    with changing_keys(config) as (file, rows):
+        left = [row for row in rows if row["name"] != args.revoke_key]
+        if len(left) == len(rows):
+            raise ConfigError(f"--revoke-key {args.revoke_key}: no such key in {file.path}; --list-keys "
+                              "shows them")
+        rows[:] = left
     print(f"lmgateway: {args.revoke_key} is revoked", file=sys.stderr)
     return 0
 
@@ -7417,9 +7734,13 @@ def open_key_file(config):
                           "can be read") from None
 
 
-def save_keys(file, keys):
+@contextlib.contextmanager
+def changing_keys(config):
+    """Yields (KeyFile, its rows) to change while nobody else does.  Raises ConfigError."""
+    file = open_key_file(config)[0]
     try:
-        file.write(keys)
+        with file.changing() as rows:
+            yield file, rows
     except OSError as error:
         raise ConfigError(f"--keys-file {file.path}: {error_text(error)}; name a file that can be "
                           "written") from None
@@ -8185,7 +8506,7 @@ def find_upstream(config):
 def check_exposure(config):
     """Raises ConfigError where the LAN could come in without a key, and where a keys file cannot be read."""
     open_key_file(config)
-    if not loopback(config.host) and not Walls(config).need_key and not config.no_auth:
+    if not loopback(config.host) and not AccessControl(config).need_key and not config.no_auth:
         raise ConfigError(f"{config.named('host')} listens beyond this machine, and no key "
                           "is set: mint one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to "
                           "let everybody in")
@@ -8280,7 +8601,7 @@ def announce(gateway, port, lan):
     closed = "closed; --host 0.0.0.0 opens it, to those who have a key (--new-key NAME)"
     log.info("On the LAN: %s", there or ("no address found" if everywhere else closed))
     log.info("Base URL for clients: %s/v1 (OpenAI SDKs), %s (Anthropic SDKs)", base, base)
-    log.info("Key: %s", "needed" if gateway.walls.need_key
+    log.info("Key: %s", "needed" if gateway.access.need_key
              else "none is asked for; clients that insist take any text")
     log.info("LM Studio: %s", config.upstream)
     log.info("Log directory: %s",
@@ -8689,7 +9010,7 @@ def check_keys(patient):
     config = patient.config
     try:
         _, minted = open_key_file(config)
-        keys = Walls(config).need_key
+        keys = AccessControl(config).need_key
     except (GatewayError, OSError) as error:
         yield refused(error)
         return
@@ -9008,7 +9329,7 @@ def main(argv=None):
 
 # === 10. DASHBOARD ===========================================================
 # One complete HTML document, served as it is.  Raw, so that JavaScript keeps its backslashes;
-# never formatted, so that CSS and JavaScript keep their braces.  @NONCE@ is filled in for each view.
+# never formatted, so that CSS and JavaScript keep their braces.
 
 DASHBOARD = rb"""<!doctype html>
 <html lang="en" data-theme="light">
@@ -9018,7 +9339,7 @@ DASHBOARD = rb"""<!doctype html>
 <title>lmgateway</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'
 %3E%3Cpath fill='%23F0B429' d='M2 2h4v12H2z'/%3E%3Cpath fill='%235CB8F2' d='M8 6h6v8H8z'/%3E%3C/svg%3E">
-<style nonce="@NONCE@">
+<style>
 /* Colours.  Amber is the prompt being read, blue the answer being written; a test computes the contrast. */
 :root {
   color-scheme: light;
@@ -9383,7 +9704,7 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
   .tools, .toolbar, .skip { display: none; }
 }
 </style>
-<script nonce="@NONCE@">
+<script>
 function stored(name, otherwise) {
   try { return localStorage.getItem(name) ?? otherwise; } catch { return otherwise; }
 }
@@ -9573,7 +9894,7 @@ applyTheme(stored("theme", "auto"));
       <dd class="value" data-part="context"></dd></div>
   </dl>
 </article></template>
-<script nonce="@NONCE@">
+<script>
 "use strict";
 /* How the page works: events of /debug/stream and answers of /debug/status, /debug/requests and /debug/usage
    change `page`; whatever they changed is touched; touched panels are painted together, four times a second
