@@ -5381,7 +5381,7 @@ class Wire:
         piece = self.buffer[:length]
         del self.buffer[:length]
         while length:
-            piece = piece or self._receive(min(length, 4 * PIECE))
+            piece = piece or self._receive(min(length, PIECE))
             length -= len(piece)
             yield piece
             piece = b""
