@@ -5331,8 +5331,8 @@ class Wire:
     def _check_size(self, size):
         line = self.buffer.find(b"\r\n", 0, self.LINE_LIMIT + 2)
         if line < 0 and len(self.buffer) > self.LINE_LIMIT:
-            raise HttpError(414, "target_too_long", f"the request line is longer than {self.LINE_LIMIT} bytes",
-                            close=True)
+            raise HttpError(414, "target_too_long",
+                            f"the request line is longer than {self.LINE_LIMIT} bytes", close=True)
         if line < 0 and b"\n" in self.buffer:
             raise bad("a line ends in a bare LF")
         if size > self.HEAD_LIMIT:
@@ -5378,7 +5378,7 @@ class Wire:
 
     def _exactly(self, length):
         """A body of length bytes, in pieces."""
-        piece = self.buffer[:length]
+        piece = bytes(self.buffer[:length])
         del self.buffer[:length]
         while length:
             piece = piece or self._receive(min(length, PIECE))
@@ -5659,7 +5659,7 @@ class KeyFile:
         """(the file's content, its Keys).  A file of another kind, which could block, is not read."""
         try:
             with open(self.path, encoding="utf-8", opener=open_without_waiting) as file:
-                content = json.load(file) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+                content: Any = json.load(file) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
             return content, [Key(str(row["name"]), bytes.fromhex(row["sha256"]), frozenset(row["rights"]),
                                  row.get("created", "")) for row in content["keys"]]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -6346,8 +6346,8 @@ def stream_event(body, anthropic):
 
 @functools.lru_cache(maxsize=None)
 def dashboard_page():
-    """(page, page in gzip, its Content-Security-Policy, which names the page's own scripts and styles by their
-    digests), made once."""
+    """(page, page in gzip, its Content-Security-Policy, which names the page's own scripts and styles by
+    their digests), made once."""
     digests = {tag: " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'"
                              for inside in re.findall(b"<%b>(.*?)</%b>" % (tag.encode(), tag.encode()),
                                                       DASHBOARD, re.DOTALL))
