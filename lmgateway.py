@@ -6864,11 +6864,13 @@ class Handler(socketserver.BaseRequestHandler):
         head = head_bytes(response.status, reason, headers)
         self.begun = True
         try:
-            if whole or body is None:
+            if whole or body is None or no_body:
                 self.request.sendall(head if no_body else head + (body or b""))
             else:
-                self._send_iterable(head, body, chunked, no_body)
+                send_pieces(self.request, head, body, chunked)
         finally:
+            if hasattr(body, "close"):
+                body.close()
             self._note(request, response.status)
         return alive
 
@@ -6880,40 +6882,29 @@ class Handler(socketserver.BaseRequestHandler):
             log.log(level, "%s %s %s %s %d %.0f ms", request.client or self.client_address[0], name or "-",
                     request.method, request.path[:200], status, 1000 * (time.monotonic() - self.came))
 
-    def _send_iterable(self, head, body, chunked, no_body):
-        try:
-            if no_body:
-                self.request.sendall(head)
-            else:
-                self._write_pieces(head, body, chunked)
-        finally:
-            if hasattr(body, "close"):
-                body.close()
 
-    def _write_pieces(self, head, pieces, chunked):
-        """The head, then each piece in one write the moment it comes.  The head waits for the first piece
-        only if that is there already."""
-        sock, relay = self.request, chunked and getattr(pieces, "relay", None)
-        if not getattr(pieces, "ready", False):
-            sock.sendall(head)
-            head = b""
-        try:
-            for piece in pieces:
-                if piece or head:
-                    framed = b"%x\r\n%b\r\n" % (len(piece), piece) if chunked and piece else piece
-                    sock.sendall(head + framed)
-                    head = b""
-                    if relay:
-                        relay(sock.sendall)
-        except Unfinished:
-            if not chunked:     # a connection that ends in peace could be taken for the end of the body
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-                sock.close()
-            raise
-        if chunked:
-            sock.sendall(head + b"0\r\n\r\n")
-        elif head:
-            sock.sendall(head)
+def send_pieces(sock, head, pieces, chunked):
+    """The head, then each piece in one write the moment it comes.  The head waits for the first piece only if
+    that is there already."""
+    relay = chunked and getattr(pieces, "relay", None)
+    if not getattr(pieces, "ready", False):
+        sock.sendall(head)
+        head = b""
+    try:
+        for piece in pieces:
+            if piece or head:
+                framed = b"%x\r\n%b\r\n" % (len(piece), piece) if chunked and piece else piece
+                sock.sendall(head + framed)
+                head = b""
+                if relay:
+                    relay(sock.sendall)
+    except Unfinished:
+        if not chunked:     # a connection that ends in peace could be taken for the end of the body
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            sock.close()
+        raise
+    if chunked or head:
+        sock.sendall(head + (b"0\r\n\r\n" if chunked else b""))
 
 
 def right_missing(identity, right):
@@ -7095,9 +7086,8 @@ class Server(http.server.ThreadingHTTPServer):
             connection.end()
         wait_until(lambda: not self.working, seconds)
         self.gateway.cutting_off = True
-        running = self._all(READING, WORKING)
-        for connection in running:
-            shut(connection.sock)
+        for connection in self._all(READING, WORKING):
+            shut(connection.sock)   # it counts until its handler has told of its end
         wait_until(lambda: not self.working, 1.0)
         self.gateway.hub.close()
         wait_until(lambda: not self._all(STREAMING), 1.0)
