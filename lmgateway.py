@@ -5404,7 +5404,7 @@ class Wire:
             self._more(self.CLIENT_S)
 
     def linger(self):
-        """Read what a refused client still sends, for a moment: closing at once would destroy the answer
+        """Read the rest of a refused request, for a moment: closing at once would destroy the answer
         on its way (RFC 9112, 9.6)."""
         deadline, dropped = time.monotonic() + self.LINGER_S, 0
         with contextlib.suppress(OSError, ValueError, ClientLeft):
@@ -5728,7 +5728,7 @@ def mint_key():
 
 
 def keys_path(config):
-    """Where minted keys are kept."""
+    """The path of the minted keys."""
     if config.keys_file:
         return Path(config.keys_file)
     if os.name == "nt" and os.environ.get("APPDATA"):
@@ -6385,7 +6385,7 @@ def ready(gateway, request):
 
 
 def greeting_page(gateway, request):
-    """What LM Studio's own SDKs and `lms` look for before they connect (lms, createClient.ts: within
+    """The page that LM Studio's own SDKs and `lms` ask for before they connect (lms, createClient.ts: within
     500 ms)."""
     require_upstream(gateway.upstream.health(1.0, GREETING_S))
     return json_response({"lmstudio": True})
@@ -6455,7 +6455,7 @@ STATUS_REQUESTS = 10    # that are over, in /debug/status
 
 
 def status_page(gateway, request):
-    """What is going on, what the monitor reads and how far behind it is."""
+    """The requests of this moment, and how far the monitor has read."""
     hub = gateway.hub
     running, over, model = hub.overview(STATUS_REQUESTS)
     total, errors, bindings = hub.totals()
@@ -6482,7 +6482,7 @@ def operation_of(running):
 
 
 def log_status(monitor):
-    """The monitor's state.  Only the tail thread writes it; what is read here is a number or copied whole."""
+    """The monitor's state.  Only the tail thread writes it; each value is a number or copied whole."""
     if monitor is None:
         return {"enabled": False}
     follower, parser = monitor.follower, monitor.parser
@@ -6516,7 +6516,7 @@ def metrics_json(gateway, request):
 
 
 def system_figures(gateway):
-    """What this process takes; sizes in bytes, times in s.  A figure that the system does not tell is
+    """The resources of this process; sizes in bytes, times in s.  A figure that the system does not tell is
     None."""
     return {"uptime": gateway.uptime, "version": VERSION,
             "python": platform.python_version(), "platform": platform.platform(), "pid": os.getpid(),
@@ -6526,7 +6526,7 @@ def system_figures(gateway):
 
 
 def resident_bytes():
-    """Memory of this process that is in RAM; None where /proc does not tell."""
+    """Memory of this process that is in RAM; None if /proc does not tell."""
     with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -6547,7 +6547,7 @@ def by_name(counts):
 
 
 def gauges_of(gateway):
-    """{metric: {labels: value}} of what is as it is now, or counted elsewhere."""
+    """{metric: {labels: value}} of states, and of figures that are counted elsewhere."""
     hub, monitor = gateway.hub, gateway.monitor
     up = not gateway.upstream.health(10.0, GREETING_S)
     models = gateway.upstream.loaded_models() if up else None
@@ -6583,7 +6583,7 @@ def log_gauges(monitor):
 
 
 def usage_page(gateway, request):
-    """What was used, by key, model or day, from the history; ?since=, ?format=csv."""
+    """Usage by key, model or day, from the history; ?since=, ?format=csv."""
     if gateway.history is None:
         raise HttpError(404, "no_history", "no history is kept; start with --history FILE (HISTORY_FILE)")
     group = request.query.get("by", "key")
@@ -6614,7 +6614,7 @@ def csv_text(rows, group):
 
 
 def login(gateway, request):
-    """A session cookie for what a browser's EventSource reads."""
+    """A session cookie, because a browser's EventSource sends no key."""
     kind = request.header("content-type").partition(";")[0].strip().lower()
     if kind == "application/x-www-form-urlencoded":
         key = dict(urllib.parse.parse_qsl(bytes(request.body).decode("utf-8", "replace"))).get("key", "")
@@ -6675,7 +6675,7 @@ def routes_table():
 
 
 def find_route(request):
-    """The Route of a request; FORWARD where no path of ours fits.  Raises HttpError 405."""
+    """The Route of a request; FORWARD if no path of ours fits.  Raises HttpError 405."""
     folder, slash, last = request.path.rpartition("/")
     ours = [route for route in ROUTES if route.path in (request.path, folder + slash + "*") and last != "*"
             and (last or route.path == "/")] if folder in FOLDERS else []
@@ -6875,7 +6875,7 @@ class Handler(socketserver.BaseRequestHandler):
         return alive
 
     def _note(self, request, status):
-        """One line a request: at info what was forwarded or refused, at debug what we answer ourselves."""
+        """One line a request: at info if it was forwarded or refused, else at debug."""
         if request and not request.told:
             level = logging.INFO if request.forwarded or status >= 400 else logging.DEBUG
             name = request.identity.name if request.identity else None
@@ -6920,8 +6920,8 @@ RESTING, READING, WORKING, STREAMING = "resting", "reading", "working", "streami
 
 
 class Connection:
-    """What the server knows of a client's connection: its handler's thread says it, the accept thread reads
-    it and may end the connection.  A guest has shown a right key, or needs none; others are strangers."""
+    """The state of a client's connection: its handler's thread writes it, the accept thread reads it and may
+    end the connection.  A guest has shown a right key, or needs none; others are strangers."""
 
     __slots__ = ("sock", "place", "state", "since", "proven", "deadline", "request", "ended")
     ANSWER_S = 20.0  # for a stranger's request: its body, our answer
@@ -6988,8 +6988,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._look(now)
 
     def _look(self, now):
-        """End what is over its time, and streams of those whose right is no longer what it was: in order if
-        they can be woken, else a second later."""
+        """End connections that are over their time, and streams whose listener's right has changed: in order
+        if the stream can be woken, else a second later."""
         for connection in self._all():
             request = connection.request
             if now >= connection.deadline:
