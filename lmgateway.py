@@ -5443,8 +5443,9 @@ def parse_head(lines):
         raise HttpError(501, "method_unknown", f"the method {method} is not supported", close=True)
     if not target.startswith("/") or "#" in target:     # behind # Express reads a path otherwise
         raise bad("the request target must be a path, without a fragment")
-    plain_path(target.partition("?")[0])
     request = Request(method, target, min(version, (1, 1)), headers)
+    if "%" in target or "/." in target or "\\" in target:
+        plain_path(request.path)    # raises for one that servers read in different ways
     host = request.header("host", None)  # of several, a list, which is none
     if host is None and version >= (1, 1) or host and not HOST.fullmatch(host):
         raise bad("exactly one Host header is needed")
@@ -5787,11 +5788,10 @@ class AccessControl:
             return Identity(None)
         return self._identity(request, self._find(credentials(request)))
 
-    def identify(self, request):
-        """The Identity of a request.  Raises HttpError 401, at a guesser's pace."""
-        if not self.need_key:
+    def identify(self, request, offered):
+        """The Identity of a request that offers these keys.  Raises HttpError 401, at a guesser's pace."""
+        if not offered and not self.need_key:
             return Identity(None)
-        offered = credentials(request)
         identity = self._identity(request, self._check(request, offered) if offered else None)
         if identity is None:
             raise HttpError(401, "key_wrong" if offered else "key_needed",
@@ -6805,17 +6805,17 @@ class Handler(socketserver.BaseRequestHandler):
                             "use the REST API, or connect to LM Studio itself")
         route = find_route(request)
         request.forwarded = route is FORWARD
-        keyed = access.need_key and credentials(request)
-        if not keyed:
+        offered = credentials(request) if access.need_key else []
+        if not offered:
             access.check_origin(request)
-        request.identity = self._identify(request, route)
-        if keyed and (request.identity.name is None or request.identity.by_cookie):     # by no key of these
+        request.identity = self._identify(request, route, offered)
+        if offered and (request.identity.name is None or request.identity.by_cookie):     # by no key of these
             access.check_origin(request)
         config = gateway.config
         limit = min(config.max_body, config.max_body_memory) if request.forwarded else OWN_BODY
         request.body, request.arrived = self.wire.body(request, limit), time.monotonic()
         self.unread = False
-        if route.access in RIGHTS:  # without keys, the whole request is what shows a guest
+        if not self.connection.proven and route.access in RIGHTS:   # without keys, a whole request proves it
             self.server.prove(self.connection)
         if request.forwarded and "admin" not in request.identity.rights and runs_tools(request):
             raise right_missing(request.identity, "admin")
@@ -6824,12 +6824,12 @@ class Handler(socketserver.BaseRequestHandler):
         response.headers.extend(cors_headers(access, request))
         return response
 
-    def _identify(self, request, route):
+    def _identify(self, request, route, offered):
         """Whose request it is.  Raises HttpError 401, and 403 for a key without the right."""
         gateway = self.server.gateway
         if route.access == "open" or route.access == "health" and not gateway.config.require_auth_for_health:
             return Identity(None)
-        identity = gateway.access.identify(request)
+        identity = gateway.access.identify(request, offered)
         self.connection.deadline = math.inf     # what it asks for may take its time
         if identity.name is not None:
             self.server.prove(self.connection)
