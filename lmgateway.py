@@ -756,16 +756,7 @@ def figures(**values):
 
 # --- 3.2 entries: bytes to log records ---------------------------------------
 
-ENTRY_LIMIT = 256 * 1024  # characters; what an entry has beyond them is read and not kept
-UNENDED_LIMIT = 1024 * 1024  # bytes; the same for a line that does not end
-# The file's header, or the one that the Developer Logs panel copies (both seen from 04-2025 to 09-2026).
-HEADER = re.compile(rb"\n(?:\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\]\[(DEBUG|INFO|WARN|ERROR)\] ?"
-                    rb"|(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\n|\Z))")
-CLOSED = ("\n}", "\n]")  # the end of pretty-printed JSON
-PANEL_GAP = re.compile(r"(?<=[^ \n])  (?=[{\[](?:\n|$))")  # the panel's second blank before JSON
-UNKNOWN_SAMPLES = 8
 TORN_S = 1  # a line broken over two headers goes on within this
-NO_MODEL = frozenset((SERVER_TAG, "JIT", "Server Error", "INFO", "WARNING"))
 
 
 class Moment(NamedTuple):
@@ -776,7 +767,7 @@ class Moment(NamedTuple):
     epoch: float
 
 
-class Calendar:
+class UtcClock:
     """The log's local time to UTC, in file order.
 
     The log has no zone, so the hour that a change to winter time repeats is told
@@ -784,7 +775,6 @@ class Calendar:
 
     def __init__(self):
         self._last = Moment("", "", 0.0)
-        self._minute = Moment("", "", 0.0)  # how that and its minute begin
         self._repeats = False  # the hour is being repeated
 
     def moment(self, text):
@@ -794,49 +784,75 @@ class Calendar:
         return self._last
 
     def _resolve(self, text):
-        minute, second = text[:17], text[17:]
         try:
-            if minute != self._minute.text or second > "59":
-                self._minute = self._minute_of(minute, text)
-            _, utc, epoch = self._minute
-            return Moment(text, f"{utc}{second}Z", epoch + int(second))
+            local = datetime.datetime.fromisoformat(text)
+            epoch, second = local.timestamp(), local.replace(fold=1).timestamp()
         except (ValueError, OverflowError, OSError):
             return Moment(text, text.replace(" ", "T") + "Z", self._last.epoch)
-
-    def _minute_of(self, minute, text):
-        local = datetime.datetime.fromisoformat(text)
-        epoch, second = local.timestamp(), local.replace(fold=1).timestamp()
         self._repeats = second > epoch and (self._repeats or epoch < self._last.epoch - 60)
-        epoch = (second if self._repeats else epoch) - local.second
-        return Moment(minute, utc_text(epoch)[:17], epoch)
+        epoch = second if self._repeats else epoch
+        return Moment(text, utc_text(epoch), epoch)
 
 
 def utc_text(epoch):
     """Epoch seconds as 2025-11-17T10:59:23Z."""
-    return utc_second(int(epoch // 1))
-
-
-@functools.lru_cache(maxsize=16)
-def utc_second(epoch):
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch))
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch // 1))
 
 
 class Entry:
     """One log record while its lines come in."""
 
-    text = ""
+    LIMIT = 256 * 1024  # characters; more is read and not kept
+    TAGS = 32
+    NO_MODEL = frozenset((SERVER_TAG, "JIT", "Server Error", "INFO", "WARNING"))  # tags of other things
+    CLOSED = ("\n}", "\n]")  # the end of pretty-printed JSON
+    # The Developer Logs panel puts a blank or a line end before the text, and a second blank before JSON.
+    PANEL_START, PANEL_GAP = re.compile(r"\n ?"), re.compile(r"(?<=[^ \n])  (?=[{\[](?:\n|$))")
+
     line = ""  # its first line that has any text, without the tags before it
     shape = None  # "line", "json", "text", "engine", "foreign"; None before its first text
     model = None
     row = fields = None  # the app rule that it fits, and that rule's fields
-    listener = None  # what of Story is to hear of it once it is whole
+    listener = None  # the method of Story that hears of it once it is whole
     sent = -1  # characters of text that events have carried; -1 before the first event
     cut = False  # lines were left out
     chat = loads = None  # the chat that it surely means; the model whose loading it announces
 
     def __init__(self, moment, level, panel):
         self.moment, self.level, self.panel = moment, level, panel
-        self.tags = []
+        self.text, self.tags = "", []
+
+    def add(self, lines):
+        """Append lines as far as there is room.  Returns them; before its shape is known, all text so far."""
+        room = self.LIMIT - len(self.text)
+        self.cut = self.cut or len(lines) > room
+        self.text += lines[:room]
+        if self.shape:
+            return lines
+        if self.panel and self.text:
+            self.text = self.PANEL_GAP.sub(" ", self.text[self.PANEL_START.match(self.text).end():], count=1)
+            self.panel = False
+        return self.text.lstrip("\n")
+
+    def begin(self, line):
+        """Take the first line that has text: the tags before it and, if it has one, the model."""
+        end, tags = 0, self.tags
+        while line.startswith("[", end) and len(tags) < self.TAGS and (match := TAG.match(line, end)):
+            tags.append(match[1])
+            end = match.end()
+        self.line = line[end:]
+        if len(tags) == 1 and self.level != "DEBUG" and tags[0] not in self.NO_MODEL:
+            self.model = tags[0]  # the only tag of an app line is its model
+
+    def take(self):
+        """Return the data of an lmstudio_log event with the text that no event has carried yet."""
+        data = {"timestamp": self.moment.text, "level": self.level, "message": self.text, "tags": self.tags}
+        if self.sent >= 0:
+            data["message"], data["continued"] = self.text[self.sent:].lstrip("\n"), True
+        if self.cut:
+            data["truncated"] = True
+        self.sent = len(self.text)
+        return data
 
 
 class Parser:
@@ -846,6 +862,12 @@ class Parser:
     for a while, so that the last entry is complete; end() says that nothing will follow the
     bytes so far (end of a file, a replaced file)."""
 
+    UNENDED_LIMIT = 1024 * 1024  # bytes of a line that does not end; more is read and not kept
+    SAMPLES = 8
+    # The file's header, or the one that the Developer Logs panel copies (both seen from 04-2025 to 09-2026).
+    HEADER = re.compile(r"\n(\[)?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?(1)\]|  ?)\[(DEBUG|INFO|WARN|ERROR)\] ?"
+                        r"(?(1)|(?=\n|\Z))", re.ASCII)
+
     def __init__(self):
         self._rest = b"\n"  # the unfinished last line, after the "\n" that ends the one before
         self._cut = False  # it was longer than a line may be
@@ -853,31 +875,33 @@ class Parser:
         self._entry = None
         self._last_line = None  # (text, rule's group, epoch) of the engine's latest line
         self._engine = ""  # the generation that wrote it
-        self._calendar = Calendar()
+        self._clock = UtcClock()
         self._events: list[Event] = []
         self.story = Story(self._events)
         self.entries = self.lines = self.unknown = self.headless = self.faults = 0
         self.by_event: Counter[str] = Counter()
         self.by_engine: Counter[str] = Counter()
         self.by_level: Counter[str] = Counter()
-        self._strange: deque[str] = deque(maxlen=UNKNOWN_SAMPLES)  # how the latest unknown lines begin
+        self._strange: deque[str] = deque(maxlen=self.SAMPLES)  # how the latest unknown lines begin
         self.last_moment = None
 
     def feed(self, chunk):
         """The events that the bytes complete, in order."""
-        data = self._rest + chunk
-        end = data.rfind(b"\n")
-        if end > 0:
-            self._rest = data[end:]
-            self._block(data[:end])
+        end = chunk.rfind(b"\n")
+        if end < 0:
+            self._rest += chunk[:max(0, self.UNENDED_LIMIT - len(self._rest))]
+            self._cut = self._cut or len(self._rest) >= self.UNENDED_LIMIT
         else:
-            self._rest, self._cut = data[:UNENDED_LIMIT], self._cut or len(data) > UNENDED_LIMIT
+            block, self._rest = self._rest + chunk[:end], chunk[end:]
+            self._block(block)
         return self._taken()
 
     def quiet(self):
         """The events of the entry that was open.  A line that has not ended stays open."""
-        if len(self._rest) == 1:
-            self._complete()
+        if not self.midline:
+            entry = self._entry
+            if entry is not None:
+                (self._conclude if entry.level == "ERROR" else self._send)(entry)
             self._tell(self.story.quiet)
         return self._taken()
 
@@ -887,7 +911,8 @@ class Parser:
         if len(rest) > 1 and torn:
             self._block(rest)
         self._first = True
-        self._complete(final=True)
+        if self._entry is not None:
+            self._conclude(self._entry)
         self._tell(self.story.later, None)
         return self._taken()
 
@@ -896,18 +921,13 @@ class Parser:
         self._entry = self._last_line = None
 
     @property
-    def waiting(self):
-        """True while an entry or a line is open."""
-        return len(self._rest) > 1 or (self._entry is not None and self._entry.sent < len(self._entry.text))
-
-    @property
     def midline(self):
         """True while the last line has not ended."""
         return len(self._rest) > 1
 
     @property
     def samples(self):
-        """What the latest unknown lines look like, without their words."""
+        """How the latest unknown lines look, without their words."""
         return [redacted(line) for line in tuple(self._strange)]
 
     def _taken(self):
@@ -916,103 +936,82 @@ class Parser:
         return events
 
     def _block(self, block):
-        """Bytes of whole lines, the first after its "\n"."""
+        """Take bytes of whole lines, the first after its "\n"."""
         if self._first:
             block, self._first = b"\n" + block[1:].removeprefix(codecs.BOM_UTF8), False
         if b"\r" in block:
             block = block.replace(b"\r\n", b"\n").removesuffix(b"\r")
         self.lines += block.count(b"\n")
-        before, *pieces = HEADER.split(block)
+        before, *pieces = self.HEADER.split(block.decode("utf-8", "replace"))
         if before:
             self._add(before)
-        for stamp, level, panel_stamp, panel_level, lines in zip(*[iter(pieces)] * 5):
-            self._complete(final=True)
-            self._open((stamp or panel_stamp).decode(), (level or panel_level).decode(), stamp is None)
+        for bracket, stamp, level, lines in zip(*[iter(pieces)] * 4):
+            if self._entry is not None:
+                self._conclude(self._entry)
+            self._open(stamp, level, not bracket)
             if lines:
                 self._add(lines)
 
-    def _tell(self, listener, *what):
+    def _tell(self, listener, *news):
         """Tell Story something.  A fault there costs these events, is counted, and stops nothing else."""
         try:
-            listener(*what)
+            listener(*news)
         except Exception:  # lines that nobody foresaw; CORE has no log to say it in, the status shows it
             self.faults += 1
 
     def _open(self, stamp, level, panel):
         self.entries += 1
         self.by_level[level] += 1
-        moment = self._calendar.moment(stamp)
+        moment = self._clock.moment(stamp)
         if moment is not self.last_moment:
             self.last_moment = moment
             self._tell(self.story.later, moment)
         self._entry = Entry(moment, level, panel)
 
-    def _add(self, data):
-        """More lines of the open entry."""
-        entry = self._entry
+    def _add(self, lines):
+        """Take more lines of the open entry."""
+        entry, torn = self._entry, None
         if entry is None:
-            self.headless += data.count(b"\n")
+            self.headless += lines.count("\n")
             return
-        lines = data.decode("utf-8", "replace")
-        room = ENTRY_LIMIT - len(entry.text)
-        entry.cut, self._cut = entry.cut or self._cut or len(lines) > room, False
-        entry.text += lines[:room] if entry.cut else lines
-        torn = None
-        if entry.shape is None:
-            lines, torn = self._begin(entry), self._last_line
+        lines = entry.add(lines)
+        entry.cut, self._cut = entry.cut or self._cut, False
+        if entry.shape is None and lines:
+            torn, entry.shape = self._last_line, self._recognise(entry, lines.partition("\n")[0])
         if entry.shape == "engine":
             self._engine_lines(lines, entry.moment, torn)
-        elif entry.shape == "line" and entry.sent < 0 or entry.shape == "json" and lines.endswith(CLOSED):
+        elif entry.shape == "line" and entry.sent < 0 or entry.shape == "json" and lines.endswith(entry.CLOSED):
             self._conclude(entry)
 
-    def _begin(self, entry):
-        """Learn the entry's kind from its first line that has text.  Gives the lines there are."""
-        if entry.panel and entry.text:
-            entry.text = PANEL_GAP.sub(" ", entry.text[2 if entry.text.startswith("\n ") else 1 :], count=1)
-            entry.panel = False
-        text = entry.text.lstrip("\n")
-        if text:
-            entry.line = text.partition("\n")[0]
-            stranger = entry.line.startswith("[") and STRANGER.match(entry.line)
-            self._cut_tags(entry)
-            entry.shape = "foreign" if stranger else self._recognise(entry)
-            entry.line = entry.line.strip()
-        return text
-
-    def _cut_tags(self, entry):
-        while entry.line.startswith("[") and (match := TAG.match(entry.line)):
-            entry.tags.append(match[1])
-            entry.line = entry.line[match.end():]
-
-    def _recognise(self, entry):
-        """The shape of an entry of LM Studio's own, by its first line."""
-        level, tags = entry.level, entry.tags
-        if len(tags) == 1 and level != "DEBUG" and tags[0] not in NO_MODEL:
-            entry.model = tags[0]  # the only tag of an app line is its model
-        if level == "ERROR":
+    def _recognise(self, entry, line):
+        """The shape of an entry by its first line.  Entries of plugins and SDK clients are "foreign"."""
+        entry.begin(line)
+        text, entry.line = entry.line, entry.line.strip()
+        if entry.tags and STRANGER.match(line):
+            return "foreign"
+        if entry.level == "ERROR":
             entry.listener = self.story.error
             return "text"
-        match = APP.match(entry.line) if len(tags) < 2 else None
+        match = APP.match(text) if len(entry.tags) < 2 else None
         if match:
             row, fields = APP_ROWS[match.lastgroup]
-            if level != "DEBUG" or row.fact in ("", "received"):
+            if entry.level != "DEBUG" or row.fact in ("", "received"):
                 entry.row, entry.fields = row, {name: match[index] for name, index in fields}
                 entry.listener = self.story.app if row.fact else None
-                whole = row.shape == "json" and not entry.line.endswith(("{", "["))
+                whole = row.shape == "json" and not text.endswith(("{", "["))
                 return "line" if whole else row.shape
-        if level == "DEBUG":
+        if entry.level == "DEBUG":
             return "engine"
-        self._unknown_line(entry.line)
+        self._note_unknown(text)
         return "text"
 
     def _engine_lines(self, lines, moment, torn):
         """Facts from lines of a DEBUG entry; torn is the line before its header, if they are its first."""
         match = None
         for found in ENGINE.finditer(lines):
-            match = self._mended(torn, found, moment) if torn else found
-            torn = None
+            match, torn = self._mended(torn, found, moment) if torn else found, None
             if match.lastgroup == "unknown":
-                self._unknown_line(match[0])
+                self._note_unknown(match[0])
                 continue
             rule, fields = ENGINE_ROWS[match.lastgroup]
             engine = self._engine = engine_of(rule, match, self._engine)
@@ -1025,11 +1024,11 @@ class Parser:
             self._last_line = match[0], match.lastgroup, moment.epoch
 
     def _mended(self, torn, match, moment):
-        """The match of a line, joined with the one before its header where the two are one line.
+        """The match of a line, joined with the line before its header if the two are one line.
 
-        A rule's pattern begins where the line does.  So one that fits both together and not the first half
-        alone says that they belong together, and what the second half looks like alone is chance.  A line of
-        parameters fits at any of its numbers' digits."""
+        A rule's pattern begins at the start of a line.  So one that fits both together and not the first half
+        alone says that they belong together, and whatever the second half looks like alone is chance.  A line
+        of parameters fits at any of its numbers' digits."""
         line, group, epoch = torn
         if moment.epoch - epoch > TORN_S or group not in HALVES and match.lastgroup != "unknown":
             return match
@@ -1037,50 +1036,30 @@ class Parser:
         for glue in ("",) if blank else (" ", ""):
             joined = ENGINE.match(line + glue + match[0])
             if joined.lastgroup not in ("unknown", group) or group == joined.lastgroup in GROWING:
-                if group == "unknown":
-                    self.unknown -= 1
+                self.unknown -= group == "unknown"
                 return joined
         return match
 
-    def _unknown_line(self, line):
+    def _note_unknown(self, line):
         self.unknown += 1
         self._strange.append(line[:160])
 
     def _conclude(self, entry):
-        """An entry is whole: tell what it states and send it, without waiting for the next header."""
+        """Tell what a whole entry states and send it, without waiting for the next header."""
         if entry.listener:
             listener, entry.listener = entry.listener, None
             self._tell(listener, entry)
         self._send(entry)
 
-    def _complete(self, final=False):
-        """Nothing has been added for a while, or (final) nothing will be."""
-        entry = self._entry
-        if entry is None:
-            return
-        if final or entry.level == "ERROR":
-            self._conclude(entry)
-        else:
-            self._send(entry)
-
     def _send(self, entry):
-        """One lmstudio_log with the text that no event has carried yet."""
-        if entry.sent == len(entry.text):
-            return
-        data = {"timestamp": entry.moment.text, "level": entry.level,
-                "message": entry.text if entry.sent <= 0 else entry.text[entry.sent:].lstrip("\n"),
-                "tags": entry.tags}
-        if entry.sent >= 0:
-            data["continued"] = True
-        if entry.cut:
-            data["truncated"] = True
-        entry.sent = len(entry.text)
-        self._events.append(Event("lmstudio_log", data, entry.chat, entry.chat is not None, entry.loads))
+        if entry.sent < len(entry.text):
+            self._events.append(
+                Event("lmstudio_log", entry.take(), entry.chat, entry.chat is not None, entry.loads))
 
 
 def engine_of(rule, match, before):
     """The engine generation that wrote a line: what the line shows, else before, that of the line before
-    it; "" where neither tells."""
+    it; "" if neither tells."""
     if " " not in rule.engines:
         return rule.engines
     clock, printer, task = match.group("clock", "printer", "task")

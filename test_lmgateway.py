@@ -1080,8 +1080,8 @@ def test_huge_entries_are_plain_events_in_bounded_memory(utc, data):
     logs = [event.data for event in events if event.name == "lmstudio_log"]
     assert len(logs) == (0 if data.startswith(b"x") else 1)
     for entry in logs:
-        assert len(entry["message"]) <= lmgateway.ENTRY_LIMIT
-        assert entry.get("truncated", False) is (len(data) > lmgateway.ENTRY_LIMIT)
+        assert len(entry["message"]) <= lmgateway.Entry.LIMIT
+        assert entry.get("truncated", False) is (len(data) > lmgateway.Entry.LIMIT)
 
 
 @pytest.mark.parametrize("time_text, ms", [("0.5s", 500.0), ("850ms", 850), ("1,200ms", 1200)])
@@ -1731,7 +1731,7 @@ class Office:
 
     @property
     def epoch(self):
-        return lmgateway.Calendar().moment(self.stamp).epoch
+        return lmgateway.UtcClock().moment(self.stamp).epoch
 
     def ask(self, name, model="m/one", messages=1, body=None, **about):
         """A request goes to LM Studio; body is the JSON that it asks with."""
@@ -2349,7 +2349,7 @@ def test_what_a_late_line_can_mean_is_still_known(utc):
 
 
 def test_a_run_that_has_parted_is_as_uncertain_as_it_was_and_no_twin(utc):
-    moment = lmgateway.Calendar().moment("2026-11-24 10:00:00")
+    moment = lmgateway.UtcClock().moment("2026-11-24 10:00:00")
     chats = [lmgateway.Chat(number, moment) for number in range(2)]
     one, other = (lmgateway.Run("G1", chats[:]) for _ in range(2))
     one.twins, other.twins = [other], [one]
@@ -2361,7 +2361,7 @@ def test_a_run_that_has_parted_is_as_uncertain_as_it_was_and_no_twin(utc):
 
 
 def test_a_run_parts_only_when_no_other_run_can_be_taken_for_its_chat(utc):
-    moment = lmgateway.Calendar().moment("2026-11-24 10:00:00")
+    moment = lmgateway.UtcClock().moment("2026-11-24 10:00:00")
     gone, alive, late = (lmgateway.Chat(number, moment, api=number > 0) for number in range(3))
     pairs, one, other = lmgateway.Pairs(), lmgateway.Run("G3", [gone]), lmgateway.Run("G3", [gone, alive])
     (one.chat, gone.run), (other.chat, alive.run) = (gone, one), (alive, other)
@@ -2691,7 +2691,7 @@ def test_an_entry_is_one_line_of_strict_json_with_all_its_fields(data):
 
 def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_figures(utc):
     rows, parser, stamp = [], Parser(), "2026-11-24 10:00:00"
-    hub, started = lmgateway.Hub(keep=rows.extend), lmgateway.Calendar().moment(stamp).epoch
+    hub, started = lmgateway.Hub(keep=rows.extend), lmgateway.UtcClock().moment(stamp).epoch
 
     def log(*entries):
         hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n"
@@ -2747,7 +2747,7 @@ def test_nothing_is_told_of_the_progress_of_a_request_after_its_end(monkeypatch)
     """A request may end whenever the lock is free, so also between what its progress is and its telling."""
     hub, parser, encode = lmgateway.Hub(), Parser(), lmgateway.data_json
     stamp = "2026-11-24 10:00:00"
-    started = lmgateway.Calendar().moment(stamp).epoch
+    started = lmgateway.UtcClock().moment(stamp).epoch
     record = lmgateway.Record(hub.request_id(), started, time.monotonic(), model_asked="m/one", messages=1,
                               dialect="chat", target="/v1/chat/completions", stream=True)
     hub.begin(record)
