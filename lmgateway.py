@@ -3615,61 +3615,53 @@ def mean(values):
 
 # --- 3.10 wire formats of events ----------------------------------------------
 
-quote = json.encoder.encode_basestring_ascii
+LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # of str.splitlines(), by which some clients read; JSON escapes the others
+encode_json = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 
 
-def data_json(event):
-    """The event's data as one line of strict JSON, ASCII only."""
-    data = event.data
-    if event.name == "lmstudio_log" and len(data) == 4:  # most events are these
-        tags = f"[{', '.join(map(quote, data['tags']))}]"
-        return (f'{{"timestamp": "{data["timestamp"]}", "level": "{data["level"]}", '
-                f'"message": {quote(data["message"])}, "tags": {tags}}}')
-    return json_members(data)
+def to_json(data):
+    """data as one line of strict JSON.  It may hold lone surrogates: to_utf8() writes them as JSON does."""
+    text = encode_json(data)
+    return text if text.isascii() else LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def json_members(data):
-    """A dict with str keys as strict JSON, in less than half of the time that json.dumps takes."""
-    return "{%s}" % ", ".join([f"{quote(name)}: {JSON_OF.get(type(value), json.dumps)(value)}"
-                               for name, value in data.items()])
-
-
-JSON_OF: dict[type, Any] = {
-    str: quote, int: int.__repr__, float: float.__repr__, dict: json_members,
-    bool: {True: "true", False: "false"}.get, type(None): {None: "null"}.get}
+def to_utf8(text):
+    """Text around JSON as bytes.  A lone surrogate has no UTF-8: it becomes the escape that JSON has for it."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def sse_frame(event_id, name, data, retry=""):
-    """One frame of a text/event-stream (WHATWG HTML, 9.2)."""
-    return f"{retry}id: {event_id}\nevent: {name}\ndata: {data}\n\n".encode()
+    """One frame of a text/event-stream (WHATWG HTML, 9.2); data is JSON."""
+    return to_utf8(f"{retry}id: {event_id}\nevent: {name}\ndata: {data}\n\n")
 
 
 def json_line(event_id, event):
     """The event as --json prints it."""
-    return f'{{"id": "{event_id}", "event": "{event.name}", "data": {data_json(event)}}}\n'
+    return f'{{"id": "{event_id}", "event": "{event.name}", "data": {to_json(event.data)}}}\n'
 
 
 # === 4. HUB: the shared state ================================================
 
-RING = 10_000  # events that a client can still be given after the fact
-RETRY_MS = 2000  # what a browser waits before it connects again
-BATCH = 512  # frames that one wake-up writes
 
+class Listener:
+    """One client's place in the ring."""
 
-class Gap(NamedTuple):
-    """Events that a client will never get.  Ids, both included; events None when nobody knows how many."""
-
-    first: str
-    last: str
-    events: int | None
+    def __init__(self, seq):
+        self.seq = self.sent = seq  # of the latest event that it has passed; that it was given
+        self.gap = None  # the data of a gap event that stands before the next ones
+        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Hub.wait()
 
 
 class Hub:
     """Hands every event to every listener, remembers the latest, and keeps the records of requests.
 
-    A listener is a cursor and a bell: publish appends to one ring and rings the bells; each listener
-    then takes the frames behind its cursor.  Publishing never waits, and a frame is made once.
-    keep, where given, takes the history rows of requests that are over."""
+    publish appends to one ring and wakes the listeners that wait; each then takes the frames behind its
+    place.  Publishing never waits, and a frame is made once.  The ring forgets the oldest frames beyond its
+    number or its bytes; a listener that has not read them gets a Gap.
+    keep takes the history rows of requests that are over, if there is a history."""
+
+    EVENTS, BYTES = 10_000, 32_000_000  # that the ring holds at least, whichever is less
+    BATCH = 512  # frames that a listener looks through in one go
 
     def __init__(self, kept=100, keep=None, now=time.time, clock=time.monotonic):
         # Guards every field below; the counts and closed may be read without it.  Held for memory work only,
@@ -3678,8 +3670,10 @@ class Hub:
         self.epoch = secrets.token_hex(4)
         self._frames = []  # (event name, frame) of the events _first.. _first + len - 1
         self._first = 1  # SEQ of _frames[0]
-        self._bells = set()  # a queue.Queue(1) for each listener
-        self._closed = False
+        self._bytes = 0  # of the frames
+        self._waiting = set()  # bells of the listeners that have all there is
+        self.listeners = 0
+        self.closed = False
         self._now, self._clock, self._keep = now, clock, keep
         self.counts: Counter[str] = Counter()  # events published, by name
         self.replays: Counter[str] = Counter()  # listeners that came back: full, gap
@@ -3714,7 +3708,7 @@ class Hub:
 
     def publish(self, events):
         """Any thread.  Appends the events in order and wakes the listeners.  Never blocks."""
-        encoded = [(event.name, data_json(event)) for event in events]
+        encoded = [(event.name, to_json(event.data)) for event in events]
         with self._lock:
             bells = self._append(encoded)
         wake(bells)
@@ -3724,16 +3718,27 @@ class Hub:
         seq = self.last
         for name, data in encoded:
             seq += 1
-            self._frames.append((name, sse_frame(f"{self.epoch}-{seq}", name, data)))
+            frame = sse_frame(f"{self.epoch}-{seq}", name, data)
+            self._frames.append((name, frame))
+            self._bytes += len(frame)
             self.counts[name] += 1
-        if len(self._frames) > RING + RING // 4:    # cut in one go, so that a publish costs no shift
-            surplus = len(self._frames) - RING
-            del self._frames[:surplus]
-            self._first += surplus
-        return tuple(self._bells)
+        self._trim()
+        bells, self._waiting = self._waiting, set()
+        return bells
+
+    def _trim(self):  # lock held
+        """Forget the oldest frames that are too many or too large."""
+        dropped, surplus = 0, len(self._frames) - self.EVENTS
+        for _, frame in self._frames:
+            if dropped >= surplus and self._bytes - len(frame) < self.BYTES:
+                break
+            self._bytes -= len(frame)
+            dropped += 1
+        del self._frames[:dropped]
+        self._first += dropped
 
     def _append_event(self, event):  # lock held
-        return self._append([(event.name, data_json(event))])
+        return self._append([(event.name, to_json(event.data))])
 
     # --- requests
 
@@ -3857,71 +3862,74 @@ class Hub:
     # --- listeners
 
     @contextlib.contextmanager
-    def listening(self):
-        """Any thread.  Yields a queue.Queue that holds an item whenever there may be news."""
-        bell: queue.Queue[bool] = queue.Queue(1)
-        with self._lock:
-            self._bells.add(bell)
-        try:
-            yield bell
-        finally:
-            with self._lock:
-                self._bells.discard(bell)
-
-    def cursor(self, since):
-        """Any thread.  (SEQ after which to read, Gap or None) for the id that a client saw last."""
+    def listening(self, since=""):
+        """Any thread.  Yields the Listener for a client that saw the event with the id since last."""
         match = re.fullmatch(r"(?:([!-~]{1,64})-)?(\d{1,18})", since or "", re.ASCII)
         with self._lock:
-            if match is None:
-                return self.last, None
-            epoch, seq = match[1] or self.epoch, int(match[2])
-            full = epoch == self.epoch and min(seq, self.last) >= self._first - 1
-            self.replays["full" if full else "gap"] += 1
-            if epoch != self.epoch:
-                return self._first - 1, Gap(f"{epoch}-{seq + 1}", self.event_id(self._first - 1), None)
-            return min(seq, self.last), None
+            listener = Listener(self.last)
+            if match:
+                self._resume(listener, match[1] or self.epoch, int(match[2]))
+            self.listeners += 1
+        try:
+            yield listener
+        finally:
+            with self._lock:
+                self.listeners -= 1
+                self._waiting.discard(listener.bell)
 
-    def read(self, cursor):
-        """Any thread.  (frames after the cursor, new cursor, Gap or None), at most BATCH frames."""
+    def _resume(self, listener, epoch, seq):  # lock held
+        if epoch == self.epoch:
+            listener.seq = min(seq, self.last)
+        else:
+            listener.seq = self._first - 1
+            listener.gap = {"from": f"{epoch}-{seq + 1}", "to": self.event_id(listener.seq), "count": None}
+        listener.sent = listener.seq
+        self.replays["gap" if listener.gap or listener.seq < self._first - 1 else "full"] += 1
+
+    def read(self, listener, names=(), most=math.inf):
+        """Any thread.  (frames behind the listener's place, data of a gap before them or None); the listener
+        goes on behind them.  names: only these events, if any; most: bytes, beyond which one frame may reach.
+        """
         with self._lock:
-            gap = None
-            if cursor < self._first - 1:
-                gap = Gap(self.event_id(cursor + 1), self.event_id(self._first - 1), self._first - 1 - cursor)
-                self.dropped += self._first - 1 - cursor
-                cursor = self._first - 1
-            start = cursor - self._first + 1
-            frames = self._frames[start:start + BATCH]
-        return frames, cursor + len(frames), gap
+            gap, listener.gap = listener.gap, None
+            lost = self._first - 1 - listener.seq
+            if lost > 0:
+                gap = {"from": gap["from"] if gap else self.event_id(listener.seq + 1),
+                       "to": self.event_id(self._first - 1), "count": None if gap else lost}
+                self.dropped += lost
+                listener.seq += lost
+            start = listener.seq + 1 - self._first
+            batch = self._frames[start:start + self.BATCH]
+        frames, size = [], 0  # batch must not outlive this call: it keeps frames that the ring forgets
+        for name, frame in batch:
+            if size >= most:
+                break
+            listener.seq += 1
+            if not names or name in names:
+                frames.append(frame)
+                listener.sent, size = listener.seq, size + len(frame)
+        return frames, gap
 
-    @property
-    def closed(self):
-        return self._closed
-
-    @property
-    def listeners(self):
-        return len(self._bells)
+    def wait(self, listener, timeout_s):
+        """Any thread.  Until there are events behind the listener, its bell rings, or the time is over."""
+        with self._lock:
+            if listener.seq < self.last or self.closed:
+                return
+            self._waiting.add(listener.bell)
+        with contextlib.suppress(queue.Empty):
+            listener.bell.get(timeout=timeout_s)
 
     def close(self):
         """Any thread.  Wakes every listener; closed is True from now on."""
         with self._lock:
-            self._closed = True
-            bells = tuple(self._bells)
+            self.closed = True
+            bells, self._waiting = self._waiting, set()
         wake(bells)
 
 
 def wake(bells):
     for bell in bells:
-        ring(bell)
-
-
-def ring(bell):
-    """Wake a listener.  One that has not yet come for the last time is awake already."""
-    with contextlib.suppress(queue.Full):
-        bell.put_nowait(True)
-
-
-def gap_data(gap, now):
-    return json.dumps({"timestamp": now, "from": gap.first, "to": gap.last, "count": gap.events})
+        bell.put(None)
 
 
 # --- 4.2 history: finished requests in an SQLite file ------------------------
@@ -5132,6 +5140,8 @@ OWN_LIMIT = 16 * 1024  # bytes of a body for our own pages, which come before an
 HEAD_S = 30.0  # for a head to arrive; then 408
 CLIENT_S = 60.0     # for the next request, for a byte of a body, for room in a client's socket
 PING_S = 15.0
+RETRY_MS = 2000  # what a browser waits before it connects again
+WAKES_PER_S = 20_000  # of all listeners together: a listener waits so long after a write that they share these
 STATUS_REQUESTS = 10    # that are over, in /debug/status
 LINGER_S, LINGER_BYTES = 2.0, 64 * 1024 * 1024  # what is read of a request that was refused
 GRACE_S = 10.0  # for running requests at the end
@@ -6216,38 +6226,34 @@ def event_stream(gateway, request):
 
 
 def stream_frames(hub, since, names, watcher, request):
-    """Frames for one listener until the hub closes: connected, what it missed, what comes, pings."""
-    with hub.listening() as bell, watching(watcher, request, bell) as left:
-        cursor, gap = hub.cursor(since)
-        last = hub.event_id(cursor)  # the id that the listener holds: repeated by what is no event
-        message = json.dumps({"timestamp": hub.now(), "message": "Connected to lmgateway"})
-        yield sse_frame(last, "connected", message, retry=f"retry: {RETRY_MS}\n")
-        heard = time.monotonic()    # when the listener last had a byte
+    """Bytes for one listener until the hub closes: connected, what it missed, what comes, pings.
+
+    No piece is longer than PIECE: so much does a client cost that does not read."""
+    with hub.listening(since) as listener, watching(watcher, request, listener.bell) as left:
+        held = hub.event_id(listener.sent)  # the client's latest id: repeated by frames that are no event
+        yield own_frame(hub, held, "connected", {"message": "Connected to lmgateway"}, f"retry: {RETRY_MS}\n")
+        heard = time.monotonic()    # when the client last had a byte
         while True:
             over = hub.closed or left.is_set()  # asked first: what was published before the end is still sent
-            frames, cursor, lost = hub.read(cursor)
-            wanted = [(seq, frame) for seq, (name, frame) in enumerate(frames, cursor - len(frames) + 1)
-                      if not names or name in names]
-            parts = [frame for _, frame in wanted]
-            for missed in (gap, lost):
-                if missed and frames:
-                    parts.insert(0, sse_frame(last, "gap", gap_data(missed, hub.now())))
-            if gap and not frames:
-                parts.append(sse_frame(last, "gap", gap_data(gap, hub.now())))
-            gap = None
-            if parts:
-                last = hub.event_id(wanted[-1][0]) if wanted else last
-                yield b"".join(parts)
-                heard = time.monotonic()
-            if len(frames) == BATCH:
-                continue
-            if over:
+            frames, gap = hub.read(listener, names, PIECE)
+            if gap:
+                frames.insert(0, own_frame(hub, held, "gap", gap))
+            held = hub.event_id(listener.sent)
+            if not frames and time.monotonic() - heard >= PING_S:
+                frames.append(own_frame(hub, held, "ping", {}))
+            if frames:
+                data, frames = memoryview(b"".join(frames)), None
+                for start in range(0, len(data), PIECE):
+                    yield data[start:start + PIECE]
+                data, heard = None, time.monotonic()
+                time.sleep(hub.listeners / WAKES_PER_S)
+            elif over:
                 return
-            if time.monotonic() - heard >= PING_S:
-                yield sse_frame(last, "ping", json.dumps({"timestamp": hub.now()}))
-                heard = time.monotonic()
-            with contextlib.suppress(queue.Empty):
-                bell.get(timeout=max(0.0, heard + PING_S - time.monotonic()))
+            hub.wait(listener, 0 if over else heard + PING_S - time.monotonic())
+
+
+def own_frame(hub, held, name, data, retry=""):
+    return sse_frame(held, name, to_json({"timestamp": hub.now(), **data}), retry)
 
 
 @contextlib.contextmanager
@@ -6257,7 +6263,7 @@ def watching(watcher, request, bell):
 
     def leave():
         left.set()
-        ring(bell)
+        wake([bell])
 
     watcher.watch(request.connection, leave)
     try:
@@ -7242,11 +7248,11 @@ def demo_traffic(address, key, pause):
 # --- 9.1 output, and our own log ----------------------------------------------
 
 
-def lenient_streams():
+def lenient_streams(encoding=None):
     """Whatever a log holds can be printed: Windows' cp1252 has no place for much of it."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def closed_pipe():
@@ -7815,6 +7821,8 @@ def open_printer(args, live):
     """A Printer on stdout that makes room for what the log says on the same terminal.  Raises StartError."""
     if sys.stdout is None:
         raise StartError("there is no standard output to print to: send it to a file or a pipe")
+    if args.json:
+        lenient_streams("utf-8")
     printer = Printer(sys.stdout, args.json, words(args.events or ""), live)
     for handler in log.handlers:
         handler.addFilter(lambda record: printer.finish() or True)
