@@ -3976,11 +3976,17 @@ SUMS = (  # name in the answer, SQL
 TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cached_tokens, 0) END AS "
          "fresh_tokens, CASE WHEN generation_ms > 0 THEN completion_tokens END AS timed_tokens "
          "FROM requests)")
-PRUNE_S = 3600.0  # between two looks for rows that are too old
 
 
 def history_row(record):
-    return tuple(value(record) for _, _, value in HISTORY)
+    return tuple(storable(value(record)) for _, _, value in HISTORY)
+
+
+def storable(value):
+    """A value that SQLite takes and can sum: a client or LM Studio may name any text and any number."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    return value if value is None else max(-10**12, min(value, 10**12))
 
 
 def since_epoch(text, now):
@@ -4012,61 +4018,121 @@ def usage_rows(connection, groups, since=0.0):
 class History:
     """Keeps one row for each request that is over.  Any thread may call keep() and usage().
 
-    Rows are committed by a thread of its own as they come; WAL lets a process die at any moment without
-    harm to what is committed.  Raises HistoryError where the file is no database or cannot be written."""
+    A thread commits rows as they come; WAL lets a process die at any moment without harm to what is
+    committed.  Trouble with the file is said once: the latest ROWS wait and are tried again.  A file that is
+    no longer at its path is made anew.  Raises HistoryError if it is no database or cannot be written."""
+
+    ROWS = 10_000
+    RETRY_S = 1.0
+    PRUNE_S = 3600.0  # between two looks for rows that are too old
 
     def __init__(self, path, days=0):
         self.path, self._days = path, days
-        self._rows: queue.SimpleQueue = queue.SimpleQueue()  # lists of rows; None ends the thread
+        self._lock = threading.Lock()  # guards the next two
+        self._rows: list[tuple] = []  # not yet committed
+        self._lost = 0  # rows that were too many to wait
+        self._news, self._closing = threading.Event(), False
+        # Of the history thread:
+        self._connection, self._file = None, None  # and (device, inode) of what it is open for
+        self._trouble, self._pruned = False, -math.inf
         open_history(path).close()
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
         self._thread.start()
 
-    def keep(self, rows):
+    def keep(self, rows, first=False):
         """Have rows written; a row with a known id takes the place of the old one.  Never waits."""
-        self._rows.put(rows)
+        with self._lock:
+            place = 0 if first else len(self._rows)
+            self._rows[place:place] = rows
+            surplus = max(0, len(self._rows) - self.ROWS)
+            del self._rows[:surplus]
+            self._lost += surplus
+        if not first:
+            self._news.set()
 
     def close(self):
-        """Write what is left; waits for it, 5 s at most."""
-        self._rows.put(None)
+        """Write the rows that are left; waits for it, 5 s at most."""
+        self._closing = True
+        self._news.set()
         self._thread.join(5.0)
 
     def usage(self, group, since=0.0):
         """Sums by key, model or day.  Raises HistoryError."""
-        with contextlib.closing(open_history(self.path)) as connection, history_errors(connection.Error):
+        with contextlib.closing(open_history(self.path)) as connection, history_errors():
             return usage_rows(connection, [group], since)
 
     def _run(self):
-        """Body of the history thread.  What cannot be written is lost and said; the gateway goes on."""
-        connection, pruned = open_history(self.path), -math.inf
-        with contextlib.closing(connection):
-            while (rows := self._rows.get()) is not None:
-                due = self._days and time.monotonic() - pruned > PRUNE_S
-                try:
-                    with history_errors((connection.Error, ValueError, OverflowError)):
-                        store_rows(connection, rows)
-                        if due:
-                            pruned = time.monotonic()
-                            remove_rows(connection, time.time() - 86400 * self._days)
-                except HistoryError as error:
-                    log.error("history %s: %s; %d requests are missing in it", self.path, error, len(rows))
+        """Body of the history thread."""
+        over = False
+        while not over:
+            self._news.wait(self.RETRY_S if self._rows else None)
+            self._news.clear()
+            over = self._closing  # asked first: rows that came before the end are still written
+            with self._lock:
+                rows, self._rows = self._rows, []
+            try:
+                if rows:
+                    self._write(rows)
+            except HistoryError as error:
+                self._disconnect()
+                self.keep(rows, first=True)
+                if not self._trouble:
+                    log.error("history %s: %s; until then the latest %d rows wait", self.path, error, self.ROWS)
+                self._trouble = True
+        self._disconnect()
+        if self._rows or self._lost:
+            log.error("history %s: %d requests are missing in it", self.path, len(self._rows) + self._lost)
+
+    def _write(self, rows):
+        if self._connection and self._file != identity(self.path):
+            log.warning("history %s: the file was removed or replaced; a new one is begun", self.path)
+            self._disconnect()
+        if not self._connection:
+            self._connection = open_history(self.path)
+            self._file = identity(self.path)
+        with history_errors():
+            store_rows(self._connection, rows)
+            if self._days and time.monotonic() - self._pruned > self.PRUNE_S:
+                self._pruned = time.monotonic()
+                remove_rows(self._connection, time.time() - 86400 * self._days)
+        if self._trouble:
+            log.info("history %s: it is written again", self.path)
+            self._trouble = False
+
+    def _disconnect(self):
+        if self._connection:
+            self._connection.close()
+            self._connection = None
+
+
+def identity(path):
+    """(device, inode) of the file that is at a path, None without one."""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+    return None
 
 
 @contextlib.contextmanager
-def history_errors(kind):
-    """Errors of SQLite as HistoryError."""
+def history_errors():
+    """Errors of SQLite and of the file as HistoryError."""
+    import sqlite3  # here, because it takes 2 MB that only --history and --report need
+
     try:
         yield
-    except kind as error:
+    except (sqlite3.Error, OSError) as error:
         raise HistoryError(f"{error}; name a file that can be written and is a history or new") from None
 
 
 def open_history(path):
-    """A connection to a history, its table made where it was missing.  Raises HistoryError."""
-    import sqlite3  # here, because it takes 2 MB that only --history and --report need
+    """A connection to a history; makes the file (for its owner alone) and the table if they are missing.
+    Raises HistoryError."""
+    import sqlite3
 
-    with history_errors(sqlite3.Error), contextlib.ExitStack() as stack:
-        connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=10.0)))
+    with history_errors(), contextlib.ExitStack() as stack:
+        if path != ":memory:":  # SQLite's other two files take the mode of this one
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=2.0)))
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
@@ -5141,7 +5207,7 @@ HEAD_S = 30.0  # for a head to arrive; then 408
 CLIENT_S = 60.0     # for the next request, for a byte of a body, for room in a client's socket
 PING_S = 15.0
 RETRY_MS = 2000  # what a browser waits before it connects again
-WAKES_PER_S = 20_000  # of all listeners together: a listener waits so long after a write that they share these
+WAKES_PER_S = 14_000  # of all listeners together: a listener waits so long after a write that they share these
 STATUS_REQUESTS = 10    # that are over, in /debug/status
 LINGER_S, LINGER_BYTES = 2.0, 64 * 1024 * 1024  # what is read of a request that was refused
 GRACE_S = 10.0  # for running requests at the end
@@ -7867,7 +7933,7 @@ def report(args, config):
     if config.history and not args.paths and not os.path.exists(config.history):
         raise ConfigError(f"{config.named('history')}: no such file; name one that a gateway keeps")
     file = ":memory:" if args.paths else config.history
-    with naming_history(config), contextlib.closing(open_history(file)) as kept, history_errors(kept.Error):
+    with naming_history(config), contextlib.closing(open_history(file)) as kept, history_errors():
         if args.paths:
             freeze_start_up()
             replay(saved_logs(args.paths), LogUsage(kept))

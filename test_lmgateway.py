@@ -2967,26 +2967,33 @@ def test_usage_is_summed_by_key_model_and_day_whoever_asked(utc, monkeypatch):
         assert [row["day"] for row in usage_of(records, "day")] == ["2026-01-03", "2026-01-02"]
 
 
-def test_keeping_a_row_never_waits_and_old_ones_are_looked_for_once_an_hour(tmp_path, monkeypatch):
+def kept(history):
+    """The ids in a history's file."""
+    with contextlib.closing(lmgateway.open_history(history.path)) as connection:
+        return [name for name, in connection.execute("SELECT id FROM requests ORDER BY started, id")]
+
+
+def rows_of(*names, started=1e9, **fields):
+    found = []
+    for name in names:
+        record = finished_record(name, started)
+        vars(record).update(fields)
+        found.append(lmgateway.history_row(record))
+    return found
+
+
+def test_keeping_a_row_never_waits_and_old_ones_are_removed_once_an_hour(tmp_path, monkeypatch):
     go, calls, store = threading.Event(), Counter(), lmgateway.store_rows
     monkeypatch.setattr(lmgateway, "store_rows", lambda *args: (go.wait(PATIENCE_S), store(*args)))
     monkeypatch.setattr(lmgateway, "remove_rows", counting("removed", lmgateway.remove_rows, calls))
     history, started = lmgateway.History(str(tmp_path / "h.db"), days=30), time.monotonic()
-    for number in range(5):
-        history.keep([lmgateway.history_row(finished_record(f"r{number}", time.time()))])
+    history.keep(rows_of("old", started=time.time() - 31 * 86400))
+    history.keep(rows_of("new", started=time.time() - 29 * 86400))
     assert time.monotonic() - started < PATIENCE_S / 2
     go.set()
     history.close()
-    assert (history.usage("key")[0]["requests"], calls["removed"]) == (5, 1)
+    assert kept(history) == ["new"] and calls["removed"] == 1
     assert lmgateway.open_history(history.path).execute("PRAGMA journal_mode").fetchone() == ("wal",)
-
-
-def test_history_forgets_rows_that_are_too_old(tmp_path):
-    history = lmgateway.History(str(tmp_path / "h.db"), days=30)
-    history.keep([lmgateway.history_row(finished_record("old", time.time() - 31 * 86400))])
-    history.keep([lmgateway.history_row(finished_record("new", time.time() - 29 * 86400))])
-    history.close()
-    assert [row["requests"] for row in history.usage("key")] == [1]
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_text("no database"), lambda path: path.mkdir()],
@@ -3009,25 +3016,84 @@ def test_a_report_of_another_programs_table_is_one_line_with_the_remedy(tmp_path
                          lmgateway.Config(history=str(tmp_path / "h.db")))
 
 
-def test_a_row_that_cannot_be_written_is_said_and_the_next_one_is_kept(tmp_path, caplog):
+def test_any_text_and_any_number_can_be_kept_and_summed(tmp_path):
     history = lmgateway.History(str(tmp_path / "h.db"))
-    lmgateway.log.propagate = True
-    for name, model in (("r1", "\ud800"), ("r2", "fine"), ("r3", 2**70)):
-        record = finished_record(name)
-        record.model = model
-        history.keep([lmgateway.history_row(record)])
+    history.keep(rows_of("r1", model="\ud800") + rows_of("r2", "r3", prompt_tokens=2**70, first_ms=math.inf,
+                                                         usage=None))
     history.close()
-    assert [row["model"] for row in history.usage("model")] == ["fine"]
-    assert caplog.text.count("are missing") == 2
+    assert kept(history) == ["r1", "r2", "r3"]
+    assert sum(row["promptTokens"] for row in history.usage("model")) == 2 * 10**12 + 70
 
 
-def test_a_history_that_cannot_be_written_any_more_is_said_and_stops_nothing(tmp_path, caplog):
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """The messages of our log so far."""
+    caplog.set_level("INFO", "lmgateway")
+    monkeypatch.setattr(lmgateway.log, "propagate", True)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def remove_history(path):
+    for file in path.parent.glob(path.name + "*"):
+        file.unlink()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open")
+@pytest.mark.parametrize("harm", [remove_history, lambda path: path.rename(path.with_name("away")),
+                                  lambda path: (remove_history(path), path.write_bytes(b""))],
+                         ids=["removed", "renamed", "replaced"])
+def test_a_history_that_is_no_longer_at_its_path_is_made_anew_and_that_is_said_once(tmp_path, said, harm):
     history = lmgateway.History(str(tmp_path / "h.db"))
-    history.keep([("too", "few")])
-    history.keep([lmgateway.history_row(finished_record())])
+    history.keep(rows_of("r1"))
+    until(lambda: kept(history))
+    harm(tmp_path / "h.db")
+    for name in ("r2", "r3"):
+        history.keep(rows_of(name))
+        until(lambda: not history._rows and name in kept(history))
     history.close()
-    assert history.usage("key")[0]["requests"] == 1
-    assert "1 requests are missing" in caplog.text
+    assert kept(history) == ["r2", "r3"]
+    assert [text.partition("; ")[2] for text in said()] == ["a new one is begun"]
+
+
+def lock_history(path):
+    import sqlite3
+    connection = sqlite3.connect(path)
+    connection.execute("BEGIN EXCLUSIVE")
+    return connection.close
+
+
+def spoil_history(path):
+    remove_history(path)
+    path.mkdir()
+    return path.rmdir
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open")
+@pytest.mark.parametrize("harm", [lock_history, spoil_history], ids=["locked", "spoiled"])
+def test_rows_wait_for_a_history_that_cannot_be_written_in_a_bounded_number(tmp_path, said, monkeypatch, harm):
+    monkeypatch.setattr(lmgateway.History, "RETRY_S", 0.05)
+    monkeypatch.setattr(lmgateway.History, "ROWS", 3)
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    heal = harm(tmp_path / "h.db")
+    history.keep(rows_of("r1"))
+    until(said)
+    for name in ("r2", "r3", "r4", "r5"):
+        history.keep(rows_of(name))
+    heal()
+    until(lambda: "again" in said()[-1])
+    history.close()
+    assert kept(history) == ["r3", "r4", "r5"]
+    begun, again, lost = said()
+    assert "the latest 3 rows wait" in begun and "written again" in again and "2 requests are missing" in lost
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+def test_a_history_is_for_its_owner_alone(tmp_path):
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    history.keep(rows_of("r1"))
+    until(lambda: kept(history))
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+    history.close()
 
 
 def test_history_survives_a_killed_process(tmp_path):
