@@ -4084,12 +4084,12 @@ class History:
             log.error("history %s: %d requests are missing in it", self.path, len(self._rows) + self._lost)
 
     def _write(self, rows):
-        if self._connection and self._file != identity(self.path):
+        if self._connection and self._file != file_identity(self.path):
             log.warning("history %s: the file was removed or replaced; a new one is begun", self.path)
             self._disconnect()
         if not self._connection:
             self._connection = open_history(self.path)
-            self._file = identity(self.path)
+            self._file = file_identity(self.path)
         with history_errors():
             store_rows(self._connection, rows)
             if self._days and time.monotonic() - self._pruned > self.PRUNE_S:
@@ -4105,7 +4105,7 @@ class History:
             self._connection = None
 
 
-def identity(path):
+def file_identity(path):
     """(device, inode) of the file that is at a path, None without one."""
     with contextlib.suppress(OSError):
         found = os.stat(path)
@@ -4157,20 +4157,9 @@ def store_rows(connection, rows):
 # === 5. TAIL: files to chunks ================================================
 
 PIECE = 64 * 1024  # bytes of one read of a saved log, or of a socket
-LIVE_PIECE = 8 * 1024  # of a live log: parsing them holds the GIL for about half a millisecond
-YIELD_S = 0.0005  # between two pieces of a live log, so that a backlog does not hold up the proxy
-BUSY_S, IDLE_S = 0.01, 0.1  # pauses between looks while bytes flow, and after QUIET_S .. CALM_S without any
-CALM_S = 5.0
-QUIET_S = 0.2  # an entry without a next header is complete after this
-PATIENCE_S = 10.0  # an old file that cannot be read holds up a newer one for so long
-MIDLINE_S = 2.0  # a line without an end is taken as it is after this
-LOOK_S, SCAN_S = 0.1, 2.0  # between glances at the directories' times, and between full listings
-ANCHOR = 64  # bytes before our position that must still be there
-HEAD = 1024  # first bytes that tell a file from its replacement
 SETTINGS_NAME = "http-server-config.json"
-LOW_DISK_BYTES = 2_000_000_000  # a disk with less room than this is worth a warning
-MONTH = re.compile(r"\d{4}-\d\d")
-LOG_NAME = re.compile(r"(\d{4}-\d\d-\d\d)\.(\d+)\.log")
+MONTH = re.compile(r"\d{4}-(?:0[1-9]|1[0-2])", re.ASCII)
+LOG_NAME = re.compile(r"(\d{4}-\d\d-\d\d)\.(\d+)\.log", re.ASCII)
 
 
 class LogFile(NamedTuple):
@@ -4185,31 +4174,51 @@ class LogFile(NamedTuple):
 def list_months(directory, since=None):
     """The paths of the months in a log directory, oldest first; only since's and later ones.  Raises
     OSError."""
-    return [os.path.join(directory, name) for name in sorted(os.listdir(directory))
-            if MONTH.fullmatch(name) and (since is None or name >= since.month)]
+    paths = [os.path.join(directory, name) for name in sorted(os.listdir(directory))
+             if MONTH.fullmatch(name) and (since is None or name >= since.month)]
+    return [path for path in paths if os.path.isdir(path)]
 
 
 def list_logs(directory, since=None):
-    """The server logs of a log directory, oldest first; only those after since.
+    """The server logs of a log directory, oldest first; only plain files, and only those after since.
 
     Raises OSError when the directory itself cannot be listed."""
     found = []
     for path in list_months(directory, since):
         with contextlib.suppress(OSError):
             found += [LogFile(os.path.basename(path), match[1], int(match[2]), os.path.join(path, match[0]))
-                      for match in map(LOG_NAME.fullmatch, os.listdir(path)) if match]
-    return sorted(log_file for log_file in found if since is None or log_file > since)
+                      for match in map(LOG_NAME.fullmatch, os.listdir(path)) if match and is_date(match[1])]
+    return sorted(log_file for log_file in found
+                  if (since is None or log_file > since) and os.path.isfile(log_file.path))
+
+
+def written_instead(directory, newest):
+    """The older log that was written after newest, if the day in newest's name has not come; else None.
+
+    Raises OSError."""
+    today = datetime.date.today().isoformat()
+    past = [log_file for log_file in list_logs(directory) if log_file.day <= today] if newest.day > today else []
+    return past[-1] if past and os.stat(past[-1].path).st_mtime > os.stat(newest.path).st_mtime else None
 
 
 def switch_event(old, new, utc):
-    """The event for the way from one log file to the next; old and new are LogFile or plain paths."""
-    old_path, new_path = getattr(old, "path", old), getattr(new, "path", new)
-    months = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in (old_path, new_path)]
+    """The event for the way from one log file to the next, by their paths."""
+    months = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in (old, new)]
     if months[0] != months[1] and all(map(MONTH.fullmatch, months)):
         return Event("lmstudio_month_transition",
-                     {"timestamp": utc, "oldDirectory": os.path.dirname(old_path),
-                      "newDirectory": os.path.dirname(new_path), "newLogFile": new_path})
-    return Event("lmstudio_file_switch", {"timestamp": utc, "oldLogFile": old_path, "newLogFile": new_path})
+                     {"timestamp": utc, "oldDirectory": os.path.dirname(old),
+                      "newDirectory": os.path.dirname(new), "newLogFile": new})
+    return Event("lmstudio_file_switch", {"timestamp": utc, "oldLogFile": old, "newLogFile": new})
+
+
+def open_plain(path):
+    """A plain file, open for reading bytes.  Raises OSError for anything else: a FIFO or a device could make
+    whoever opens or reads it wait for ever."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no plain file", path)
+    return file
 
 
 def own_home():
@@ -4221,8 +4230,8 @@ def find_home(home=None):
     """LM Studio's home directory, as its own SDK finds it: the pointer file, else ~/.cache/lm-studio,
     else ~/.lmstudio (lmstudio-js, findLMStudioHome.ts).  Never writes the pointer."""
     home = Path(home) if home else own_home()
-    with contextlib.suppress(OSError):
-        pointed = (home / ".lmstudio-home-pointer").read_text(encoding="utf-8", errors="replace").strip()
+    with contextlib.suppress(OSError), open_plain(home / ".lmstudio-home-pointer") as file:
+        pointed = file.read(PIECE).decode("utf-8", "replace").strip()
         if pointed and "\0" not in pointed:
             return Path(pointed)
     cache = home / ".cache" / "lm-studio"
@@ -4242,14 +4251,15 @@ def log_dir_of(config):
 
 
 def settings_path(home):
-    """Where LM Studio keeps its server's settings; the app's place when there is none."""
+    """The file of LM Studio's server settings; the app's place when there is none."""
     places = [home / ".internal" / SETTINGS_NAME, home / "apps" / "bionic" / ".internal" / SETTINGS_NAME]
     return next((path for path in places if os.path.exists(path)), places[0])
 
 
 def read_settings(home):
-    """LM Studio's settings as a dict.  Raises OSError where there are none, ValueError for no JSON object."""
-    settings = json_object(settings_path(home).read_bytes())
+    """LM Studio's settings as a dict.  Raises OSError if there are none, ValueError for no JSON object."""
+    with open_plain(settings_path(home)) as file:
+        settings = json_object(file.read())
     if settings is None:
         raise ValueError("it is no JSON object")
     return settings
@@ -4271,10 +4281,10 @@ def newest_write(directory):
 
 
 def file_state(path):
-    """os.stat_result of a file, by opening it where the directory's figures can be stale (Windows)."""
+    """os.stat_result of a file, by opening it if the directory's figures can be stale (Windows)."""
     if os.name != "nt":
         return os.stat(path)
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         return os.fstat(file.fileno())
 
 
@@ -4283,6 +4293,14 @@ class Follower:
 
     Only the tail thread calls methods; other threads may read the fields."""
 
+    PIECE, PIECE_MOST = 8 * 1024, 1024 * 1024  # bytes of one read; more while there is a backlog
+    LATE_S = 0.01  # of CPU for a piece: so late it may make a stream
+    PATIENCE_S = 10.0  # an old file that cannot be read holds up a newer one for so long
+    LOOK_S, SCAN_S = 0.1, 2.0  # between glances at the directories' times, and between full listings
+    ANCHOR = 64  # bytes before our position that must still be there
+    HEAD = 1024  # first bytes that tell a file from its replacement
+    REMEDY = "I keep looking. Start LM Studio's server, or name its log directory with --log-dir (LMSTUDIO_LOG_DIR)"
+
     def __init__(self, directory, from_start=False, started=0.0):
         self.directory = directory
         self._started = started  # epoch seconds: files that were written before are history
@@ -4290,6 +4308,7 @@ class Follower:
         self.position = 0  # bytes of it that have been read
         self.size = 0  # its size when last looked at
         self.problem = None  # why nothing can be read, in words for a person
+        self._piece = self.PIECE  # bytes of the next read
         self._seen = None  # (device, inode, mtime) of the file when last read
         self._unread_since = None  # when reading it began to fail
         self._head = self._anchor = b""
@@ -4305,6 +4324,11 @@ class Follower:
         """Bytes that are written and not yet read."""
         return max(0, self.size - self.position)
 
+    def pace(self, spent_s):
+        """Adapt the size of the next piece to the backlog and to the CPU seconds that the latest one took."""
+        change = 0.5 if spent_s > self.LATE_S else 2 if spent_s < self.LATE_S / 2 else 1
+        self._piece = max(self.PIECE, min(int(self._piece * change), self.behind, self.PIECE_MOST))
+
     def next_news(self, now):
         """A chunk (bytes), a LogFile to which reading went on, None for a file that was replaced or
         ended, or b"" for nothing new.  now: seconds of a clock that does not jump."""
@@ -4312,71 +4336,69 @@ class Follower:
         if self.file is None:
             return self._advance() if self._newer else b""
         try:
-            finished = self._may_advance()  # asked first: what the old file holds by then is all of it
+            finished = self._may_advance()  # asked first: the old file gets no more than it holds by then
             news = self._read()
             self._unread_since = None
             return self._advance() if news == b"" and finished else news
         except FileNotFoundError:
-            return self._advance() if self._newer else b""  # its directory tells what is wrong
+            return self._advance() if self._newer else b""  # its directory tells the reason
         except OSError as error:
             self._complain(f"cannot read {self.file.path}: {error.strerror or error}")
             self._unread_since = self._unread_since or now
-            late = now - self._unread_since > PATIENCE_S
+            late = now - self._unread_since > self.PATIENCE_S
             return self._advance() if late and self._may_advance() else b""
 
     def _look_around(self, now):
         """Notice newer files.  Directory times are looked at often, all names now and then."""
-        if now - self._glanced < LOOK_S:
+        if now - self._glanced < self.LOOK_S:
             return
         self._glanced = now
         try:
             times = self.file and [os.stat(path).st_mtime_ns for path in (self.directory, *self._months)]
         except OSError:
             times = None
-        if times is None or times != self._times or now - self._scanned >= SCAN_S:
+        if times is None or times != self._times or now - self._scanned >= self.SCAN_S:
             self._times, self._scanned = times, now
             self._scan()
+            self._first_look = False
 
     def _scan(self):
         try:
             logs, self._months = list_logs(self.directory, self.file), list_months(self.directory, self.file)
+            growing = self.file and written_instead(self.directory, self.file)
         except OSError as error:
-            self._newer, self._first_look = [], False
+            self._newer = []
             self._complain(f"cannot read the log directory {self.directory}: {error.strerror or error}")
             return
         if self.file is None and not logs:
             self._complain(f"no log files in {self.directory} yet")
+        elif growing:
+            self._complain(f"{self.file.path} lies in the future by its name, and LM Studio writes {growing.path}",
+                           "Move the former away and start lmgateway again")
         elif self._unread_since is None:
             self.problem = None
         self._newer = self._begin(logs) if self.file is None and logs else logs
-        self._first_look = False
 
     def _begin(self, logs):
-        """The files to read when none has been read yet.  What is there at start-up is history."""
+        """The files to read when none has been read yet.  Those that are there at start-up are history."""
         if self._first_look and self._from_start:
             return logs[-1:]
         if not self._first_look:
             with contextlib.suppress(OSError):
-                logs = [log_file for log_file in logs
-                        if file_state(log_file.path).st_mtime >= self._started] or logs[-1:]
-                if file_state(logs[0].path).st_mtime >= self._started:
-                    return logs
-        self._start_at_end(logs[-1])
-        return []
-
-    def _start_at_end(self, log_file):
-        self.file = log_file
+                recent = [log_file for log_file in logs if file_state(log_file.path).st_mtime >= self._started]
+                if recent:
+                    return recent
+        self.file = logs[-1]
         try:
-            found = file_state(log_file.path)
+            found = file_state(self.file.path)
             self.position = self.size = found.st_size
             self._seen = (found.st_dev, found.st_ino, found.st_mtime_ns)
-            with open(log_file.path, "rb") as file:
-                self._head = file.read(min(HEAD, self.size))
-                file.seek(max(0, self.size - ANCHOR))
-                self._anchor = file.read(min(ANCHOR, self.size))
+            with open_plain(self.file.path) as file:
+                self._go_to_end(file)
         except OSError as error:
-            self._complain(f"cannot read {log_file.path}: {error.strerror or error}")
-        log.info("Monitoring log file: %s", log_file.path)
+            self._complain(f"cannot read {self.file.path}: {error.strerror or error}")
+        log.info("Monitoring log file: %s", self.file.path)
+        return []
 
     def _may_advance(self):
         """True when a newer file has bytes, so that the old one will get no more."""
@@ -4388,11 +4410,14 @@ class Follower:
 
     def _advance(self):
         self.file, self._newer = self._newer[0], self._newer[1:]
-        self.position = self.size = 0
-        self._seen, self._head, self._anchor = None, b"", b""
+        self.size = 0
+        self._start_over()
         self.problem = self._unread_since = None
         log.info("Monitoring log file: %s", self.file.path)
         return self.file
+
+    def _start_over(self):
+        self.position, self._head, self._anchor, self._seen = 0, b"", b"", None
 
     def _read(self):
         """The next piece of the file; b"" at its end; None when it is not the file we knew."""
@@ -4400,51 +4425,49 @@ class Follower:
         self.size, seen = found.st_size, (found.st_dev, found.st_ino, found.st_mtime_ns)
         if self.size == self.position and seen == self._seen:
             return b""
-        with open(self.file.path, "rb") as file:
-            if (self._seen and (self.size < self.position or seen[:2] != self._seen[:2])
-                    and not self._still_ours(file)):
+        with open_plain(self.file.path) as file:
+            if not self._is_ours(file):
                 return None
-            file.seek(self.position - len(self._anchor))
-            data = file.read(len(self._anchor) + LIVE_PIECE)
-            if len(self._head) < HEAD and data:
-                file.seek(0)
-                self._head = file.read(min(HEAD, self.position + len(data) - len(self._anchor)))
-        if not data.startswith(self._anchor):
-            self._start_over()
-            return None
+            chunk = file.read(self._piece)
         self._seen, self.problem = seen, None
-        chunk = data[len(self._anchor):]
-        self._anchor = data[-ANCHOR:]
+        if len(self._head) == self.position:
+            self._head = (self._head + chunk)[:self.HEAD]
+        self._anchor = (self._anchor + chunk)[-self.ANCHOR:]
         self.position += len(chunk)
         return chunk
 
-    def _still_ours(self, file):
-        """True when a file that shrank or changed identity still has the bytes that we read.
+    def _is_ours(self, file):
+        """Go to our position.  False when the file has no longer the bytes before it.
 
-        One that was cut short goes on where it ends now; another is read from its start."""
+        One that was cut short goes on at its end; another is read from its start."""
         head = file.read(len(self._head))
-        if self.size >= self.position and head == self._head:
+        file.seek(self.position - len(self._anchor))
+        if self.size >= self.position and head == self._head and file.read(len(self._anchor)) == self._anchor:
             return True
-        if 0 < self.size < self.position and head == self._head[: self.size]:
-            self.position, self._head = self.size, head
-            file.seek(max(0, self.size - ANCHOR))
-            self._anchor = file.read(ANCHOR)[: self.size]
+        if 0 < self.size < self.position and self._head.startswith(head):
+            self._go_to_end(file)
         else:
             self._start_over()
         return False
 
-    def _start_over(self):
-        self.position, self._head, self._anchor, self._seen = 0, b"", b"", None
+    def _go_to_end(self, file):
+        """All that the file has is read."""
+        self.position = self.size
+        file.seek(0)
+        self._head = file.read(min(self.HEAD, self.size))
+        file.seek(max(0, self.size - self.ANCHOR))
+        self._anchor = file.read(min(self.ANCHOR, self.size))
 
-    def _complain(self, problem):
+    def _complain(self, problem, remedy=REMEDY):
         if problem != self.problem:
             self.problem = problem
-            log.warning("%s; I keep looking. Start LM Studio's server, or name its log directory with "
-                        "--log-dir (LMSTUDIO_LOG_DIR)", problem)
+            log.warning("%s; %s", problem, remedy)
 
 
 class LogVolume:
     """How much room a log directory takes and its disk has left.  Any thread; looked at once a minute."""
+
+    LOW_BYTES = 2_000_000_000  # a disk with less room than this is worth a warning
 
     def __init__(self, directory, warn_bytes):
         self.directory, self._warn_bytes = directory, warn_bytes
@@ -4478,7 +4501,7 @@ class LogVolume:
         remedy = "lmgateway.py --prune 30 shows what is older than 30 days, and with --yes removes it"
         if total and self._warn_bytes and total > self._warn_bytes:
             yield f"LM Studio's logs take {shown_bytes(total)} in {self.directory}: {remedy}"
-        if free is not None and free < max(LOW_DISK_BYTES, 3 * (growth or 0)):
+        if free is not None and free < max(self.LOW_BYTES, 3 * (growth or 0)):
             yield (f"only {shown_bytes(free)} are free on the disk of {self.directory}: make room there; "
                    + remedy)
 
@@ -4513,6 +4536,12 @@ def shown_bytes(count):
 class Monitor:
     """The tail thread's work: a Follower's news through a Parser, as lists of events."""
 
+    YIELD_S = 0.0005  # between two pieces, so that a backlog does not hold up the proxy
+    BUSY_S, IDLE_S = 0.01, 0.1  # pauses between looks while bytes flow, and after CALM_S without any
+    CALM_S = 5.0
+    QUIET_S = 0.2  # an entry without a next header is complete after this
+    MIDLINE_S = 2.0  # a line without an end is taken as it is after this
+
     def __init__(self, follower, clock=time.monotonic, now=time.time):
         self.follower, self.parser = follower, Parser()
         self._clock, self._now = clock, now
@@ -4526,9 +4555,11 @@ class Monitor:
         events."""
         over = False
         while not over:
+            began = time.thread_time()
             events, pause = self.step()
             if events:
                 publish(events)
+            self.follower.pace(time.thread_time() - began)
             over = wait(pause)
         last = [*self.step()[0], *self.parser.end(torn=False)]
         if last:
@@ -4536,20 +4567,19 @@ class Monitor:
 
     def step(self):
         """(events, seconds to wait before the next step)."""
-        now, follower = self._clock(), self.follower
-        old = follower.file
-        news = follower.next_news(now)
+        now, old = self._clock(), self.follower.file
+        news = self.follower.next_news(now)
         if news:
-            return self._take(news, old, now), YIELD_S
+            return self._take(news, old, now), self.YIELD_S
         if news is None:
             events = self.parser.end()
             self.parser.forget()
             return events, 0
-        since = now - self._last_news
-        if not self._settled and since >= (MIDLINE_S if self.parser.midline else QUIET_S):
+        since, midline = now - self._last_news, self.parser.midline
+        if not self._settled and since >= (self.MIDLINE_S if midline else self.QUIET_S):
             self._settled = True
-            return (self.parser.end() if self.parser.midline else self.parser.quiet()), BUSY_S
-        return [], BUSY_S if since < CALM_S else IDLE_S
+            return (self.parser.end() if midline else self.parser.quiet()), self.BUSY_S
+        return [], self.BUSY_S if since < self.CALM_S else self.IDLE_S
 
     def _take(self, news, old, now):
         if isinstance(news, bytes):
@@ -4559,7 +4589,7 @@ class Monitor:
         if old is None:
             return []
         events = self.parser.end()  # and not forget(): LM Studio may go on with an entry in the next file
-        event = switch_event(old, news, utc_text(self._now()))
+        event = switch_event(old.path, news.path, utc_text(self._now()))
         self.switches[event.name] += 1
         return [*events, event]
 
@@ -4590,25 +4620,20 @@ def replay(paths, publish):
 
 
 def saved_pieces(path):
-    """The bytes of a saved log, in pieces.  Raises StartError where it cannot be read, ConfigError where it
-    begins like no log."""
+    """The bytes of a saved log, in pieces.  Raises StartError if it cannot be read, ConfigError if it begins
+    like no log: as PowerShell writes text, or packed."""
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
             piece = file.read(PIECE)
-            check_text(path, piece)
+            if piece.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise ConfigError(f"{path}: it is UTF-16; save it as UTF-8 (PowerShell: Out-File -Encoding utf8)")
+            if piece.startswith((b"\x1f\x8b", b"PK\3\4", b"\x28\xb5\x2f\xfd")):
+                raise ConfigError(f"{path}: it is packed; unpack it first")
             while piece:
                 yield piece
                 piece = file.read(PIECE)
     except OSError as error:
         raise StartError(f"{path}: {error.strerror or error}") from None
-
-
-def check_text(path, start):
-    """Raises ConfigError where a file begins like no log: as PowerShell writes text, or packed."""
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigError(f"{path}: it is UTF-16; save it as UTF-8 (PowerShell: Out-File -Encoding utf8)")
-    if start.startswith((b"\x1f\x8b", b"PK\3\4", b"\x28\xb5\x2f\xfd")):
-        raise ConfigError(f"{path}: it is packed; unpack it first")
 
 
 def saved_logs(paths):
@@ -4634,9 +4659,10 @@ def saved_logs(paths):
 
 
 def flat_logs(directory):
-    """The logs that lie directly in a directory, server logs by date and number, others by name."""
+    """The plain files directly in a directory that are logs, server logs by date and number, others by name."""
     names = sorted(os.listdir(directory), key=lambda name: (*log_place(name), name))
-    return [os.path.join(directory, name) for name in names if name.endswith(".log")]
+    paths = [os.path.join(directory, name) for name in names if name.endswith(".log")]
+    return list(filter(os.path.isfile, paths))
 
 
 def log_place(path):

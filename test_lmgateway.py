@@ -3504,10 +3504,73 @@ def test_an_old_file_that_cannot_be_read_holds_up_the_newer_one_for_a_while_only
     assert logs.look(4) == ["2026-05-01.1 > 2026-05-01.2", "b"]
 
 
-def test_a_path_that_is_no_file_is_no_end(logs):
-    logs.path("2026-05-03.1").mkdir()
+def in_time(function, *args):
+    """What a function returns that could wait for ever."""
+    found = queue.Queue()
+    threading.Thread(target=lambda: found.put(function(*args)), daemon=True).start()
+    return found.get(timeout=PATIENCE_S)
+
+
+ODD = {  # -> what stands at the path of a newer log, and its name
+    "a directory": (lambda path: path.mkdir(), "2026-05-03.1"),
+    "a directory with a log in it": (lambda path: (path.mkdir(), (path / "x.log").write_bytes(HEADER)), "2026-05-03.1"),
+    "a month that is none": (lambda path: path.write_bytes(HEADER + b"x\n"), "2026-13-01.1"),
+    "a day that is none": (lambda path: path.write_bytes(HEADER + b"x\n"), "2026-05-32.1"),
+    "digits of another script": (lambda path: path.write_bytes(HEADER + b"x\n"), "2026-05-03.\u0663"),
+    "a FIFO": (lambda path: os.mkfifo(path), "2026-05-03.1"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "2026-05-03.1"),
+    "a link to nothing": (lambda path: path.symlink_to("nothing"), "2026-05-03.1"),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFO, and links only for some")
+@pytest.mark.parametrize(("make", "name"), ODD.values(), ids=ODD)
+def test_only_plain_files_of_real_days_are_logs(logs, make, name):
+    make(logs.path(name))
     logs.write("2026-05-01.1", "a")
-    assert logs.look(3)[:1] == ["a"]
+    assert in_time(logs.look, 13) == ["a"]
+    logs.write("2026-05-01.1", "b")
+    assert in_time(logs.look, QUIET) == ["b"] and logs.follower.problem is None
+    assert in_time(Logs(logs.directory).look) == []
+    assert [log_file.day for log_file in lmgateway.list_logs(str(logs.directory))] == ["2026-05-01"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFO")
+def test_a_log_that_becomes_a_fifo_stops_nothing_and_is_said(logs, caplog):
+    path = logs.path("2026-05-01.1")
+    path.rename(path.with_suffix(".away"))
+    os.mkfifo(path)
+    assert in_time(logs.look, 3) == [] and "no plain file" in logs.follower.problem
+    path.unlink()
+    path.with_suffix(".away").rename(path)
+    logs.write("2026-05-01.1", "a")
+    assert (in_time(logs.look, 3), logs.follower.problem) == (["a"], None)
+    assert len([record for record in caplog.records if "no plain file" in record.getMessage()]) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFO")
+def test_what_lm_studios_home_holds_is_read_only_from_plain_files(tmp_path):
+    (tmp_path / ".internal").mkdir()
+    for name in (".lmstudio-home-pointer", ".internal/http-server-config.json", "x.log"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "y.log").write_bytes(HEADER)
+    assert in_time(lmgateway.find_home, tmp_path) == tmp_path / ".lmstudio"
+    with pytest.raises(OSError, match="no plain file"):
+        lmgateway.read_settings(tmp_path)
+    assert lmgateway.saved_logs([str(tmp_path)]) == [str(tmp_path / "y.log")]
+
+
+def test_a_newest_log_of_the_future_is_said_while_an_older_one_grows(logs, caplog):
+    logs.write("2099-01-01.1", "x")
+    os.utime(logs.path("2099-01-01.1"), (1e9, 1e9))
+    assert logs.look(3)[-1] == "x" and logs.follower.file.day == "2099-01-01"
+    logs.write("2026-05-01.1", "a")
+    logs.look(5)
+    assert re.search("2099-01-01.1.log lies in the future .*2026-05-01.1.log", logs.follower.problem)
+    logs.path("2026-05-01.1").unlink()
+    logs.look(5)
+    assert logs.follower.problem is None
+    assert len([record for record in caplog.records if "future" in record.getMessage()]) == 1
 
 
 def test_no_file_is_held_open_between_reads(logs):
@@ -3518,19 +3581,33 @@ def test_no_file_is_held_open_between_reads(logs):
         assert not [path for path in held if path.startswith(str(logs.directory))]
 
 
-def test_a_backlog_is_read_in_bounded_pieces(logs):
+def test_a_backlog_is_read_in_pieces_that_grow_with_it_in_bounded_memory(logs):
     with logs.path("2026-05-01.1").open("ab") as file:
         for _ in range(20):
             file.write((HEADER + b"words of a user " * 1000 + b"\n") * 60)
+    told, pauses = [], []
+
+    def wait(seconds):
+        pauses.append(seconds)
+        return logs.follower.behind == 0
+
     with tracing() as peak:
-        told, largest = 0, 0
-        while logs.follower.behind or not told:
-            before = logs.follower.position
-            told += len(logs.monitor.step()[0])
-            largest = max(largest, logs.follower.position - before)
-        assert largest <= lmgateway.PIECE
-        assert peak() < 8_000_000
-    assert told + len(logs.look(QUIET)) == 1200
+        logs.monitor.run(lambda events: told.extend(event.name for event in events), wait)
+        assert peak() < 20_000_000
+    assert len(told) == 1200 and len(pauses) < 19_200_000 / logs.follower.PIECE / 4
+    assert logs.follower._piece == logs.follower.PIECE       # and back, once there is none
+
+
+def test_a_piece_of_the_log_is_as_large_as_a_stream_may_be_late(tmp_path):
+    follower, sizes = lmgateway.Follower(str(tmp_path)), []
+    follower.size = 10_000_000
+    for spent in (0.001, 0.004, 0.007, 0.02, 0.02, 0.02, *[0.0] * 9):
+        follower.pace(spent)
+        sizes.append(follower._piece // 1024)
+    assert sizes == [16, 32, 32, 16, 8, 8, 16, 32, 64, 128, 256, 512, 1024, 1024, 1024]
+    follower.size = 20_000
+    follower.pace(0.0)
+    assert follower._piece == 20_000
 
 
 def counting(name, function, calls):
@@ -3545,7 +3622,7 @@ def test_looking_is_cheap_and_its_pace_follows_the_log(logs, monkeypatch):
     for name in ("stat", "listdir"):
         monkeypatch.setattr(os, name, counting(name, getattr(os, name), calls))
     logs.write("2026-05-01.1", "a")
-    assert logs.monitor.step()[1] == lmgateway.YIELD_S              # news: at once again
+    assert logs.monitor.step()[1] == lmgateway.Monitor.YIELD_S              # news: at once again
     assert logs.monitor.step()[1] <= 0.02           # while bytes flow
     calls.clear()
     logs.look(1)
@@ -3665,15 +3742,15 @@ def test_room_of_the_logs_is_measured_and_warned_of(tmp_path, monkeypatch):
     assert "take 10.0 kB" in facts["warnings"][0] and "--prune" in facts["warnings"][0]
     assert lmgateway.LogVolume(str(tmp_path), 0).facts()["warnings"] == facts["warnings"][1:]
     with monkeypatch.context() as growing:
-        growing.setattr(lmgateway, "LOW_DISK_BYTES", 0)
+        growing.setattr(lmgateway.LogVolume, "LOW_BYTES", 0)
         growing.setattr(lmgateway, "daily_growth", lambda sizes, today: 10**18)     # full within three days
         assert "free on the disk" in lmgateway.LogVolume(str(tmp_path), 0).facts()["warnings"][0]
     assert lmgateway.LogVolume(str(tmp_path / "none"), 1).facts() == {
         "directoryBytes": None, "growthBytesPerDay": None, "freeBytes": None, "warnings": []}
-    monkeypatch.setattr(lmgateway, "LOW_DISK_BYTES", 10**18)
+    monkeypatch.setattr(lmgateway.LogVolume, "LOW_BYTES", 10**18)
     volume = lmgateway.LogVolume(str(tmp_path), 0)
     assert "free on the disk" in volume.facts()["warnings"][0]
-    monkeypatch.setattr(lmgateway, "LOW_DISK_BYTES", 0)
+    monkeypatch.setattr(lmgateway.LogVolume, "LOW_BYTES", 0)
     assert volume.facts()["warnings"] and not volume.facts(max_age_s=0)["warnings"]
 
 
@@ -7934,8 +8011,6 @@ SICK = [  # name, what is broken, arguments, (check, mark, words) that must be f
     ("no DEBUG", lambda home: put_log(home, stamped("hello")), (), ("Logs", "warn", "Verbose Logging: on")),
     ("no entries", lambda home: put_log(home, b"\0\xff" * 99), (), ("Logs", "warn", "no log entry")),
     ("old log", lambda home: os.utime(put_log(home, G1_LINES), (1e9, 1e9)), (), ("Logs", "warn", "days ago")),
-    ("log is a directory", lambda home: put_log(home, "", "2026-09/2026-09-02.1.log/x"), (),
-     ("Logs", "bad", "2026-09-02.1.log: ")),
     ("stale home", lambda home: (os.utime(put_log(home, G1_LINES), (1e9, 1e9)),
                                  put(home / ".cache/lm-studio/server-logs/2026-09/2026-09-01.1.log", "x")),
      ("--log-dir", ".lmstudio/server-logs"), ("Logs", "warn", "holds a newer log")),
