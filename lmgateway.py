@@ -1009,19 +1009,21 @@ class Parser:
         """Facts from lines of a DEBUG entry; torn is the line before its header, if they are its first."""
         match = None
         for found in ENGINE.finditer(lines):
-            match, torn = self._mended(torn, found, moment) if torn else found, None
-            if match.lastgroup == "unknown":
+            match = self._mended(torn, found, moment) if torn else found
+            torn = None
+            group = match.lastgroup
+            if group == "unknown":
                 self._note_unknown(match[0])
                 continue
-            rule, fields = ENGINE_ROWS[match.lastgroup]
+            rule, fields = ENGINE_ROWS[group]
             engine = self._engine = engine_of(rule, match, self._engine)
             if engine:
                 self.by_engine[engine] += 1
             if rule.fact:
-                facts = {name: match[index] for name, index in fields}
-                self._tell(self.story.engine, rule.fact, facts, engine, moment)
+                self._tell(self.story.engine, rule.fact, {name: match[index] for name, index in fields}, engine,
+                           moment)
         if match:
-            self._last_line = match[0], match.lastgroup, moment.epoch
+            self._last_line = match[0], group, moment.epoch
 
     def _mended(self, torn, match, moment):
         """The match of a line, joined with the line before its header if the two are one line.
@@ -3615,14 +3617,19 @@ def mean(values):
 
 # --- 3.10 wire formats of events ----------------------------------------------
 
-LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # of str.splitlines(), by which some clients read; JSON escapes the others
-encode_json = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
+JSON = json.JSONEncoder(ensure_ascii=False)
+# JSONEncoder makes an encoder in C for each call, which takes as long as the encoding itself.  This is made once.
+json_parts = (json.encoder.c_make_encoder or (lambda *options: JSON.iterencode))(
+    None, JSON.default, json.encoder.encode_basestring, None, ": ", ", ", False, False, True)
 
 
 def to_json(data):
-    """data as one line of strict JSON.  It may hold lone surrogates: to_utf8() writes them as JSON does."""
-    text = encode_json(data)
-    return text if text.isascii() else LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    """data as one line of strict JSON, also for clients that read by str.splitlines().  It may hold lone
+    surrogates: to_utf8() writes them as JSON does."""
+    text = "".join(json_parts(data, 0))
+    if text.isascii():
+        return text
+    return text.replace("\x85", r"\u0085").replace("\u2028", r"\u2028").replace("\u2029", r"\u2029")
 
 
 def to_utf8(text):
