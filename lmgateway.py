@@ -3664,7 +3664,7 @@ class Hub:
 
     publish appends to one ring and wakes the listeners that wait; each then takes the frames behind its
     place.  Publishing never waits, and a frame is made once.  The ring forgets the oldest frames beyond its
-    number or its bytes; a listener that has not read them gets a Gap.
+    number or its bytes; a listener that has not read them is told so by `gap`.
     keep takes the history rows of requests that are over, if there is a history."""
 
     EVENTS, BYTES = 10_000, 32_000_000  # that the ring holds at least, whichever is less
@@ -4644,8 +4644,7 @@ def saved_pieces(path):
 
 
 def saved_logs(paths):
-    """The files that paths name, each directory's in date order.  Raises ConfigError where there is none to
-    read."""
+    """The files that paths name, each directory's in date order.  Raises ConfigError if there is none to read."""
     files = []
     for path in paths:
         if path != "-" and not os.path.exists(path):
@@ -5240,7 +5239,7 @@ HEAD_S = 30.0  # for a head to arrive; then 408
 CLIENT_S = 60.0     # for the next request, for a byte of a body, for room in a client's socket
 PING_S = 15.0
 RETRY_MS = 2000  # what a browser waits before it connects again
-WAKES_PER_S = 14_000  # of all listeners together: a listener waits so long after a write that they share these
+WAKES_PER_S = 14_000  # of all listeners together: each pauses so long that they share these
 STATUS_REQUESTS = 10    # that are over, in /debug/status
 LINGER_S, LINGER_BYTES = 2.0, 64 * 1024 * 1024  # what is read of a request that was refused
 GRACE_S = 10.0  # for running requests at the end
@@ -6345,9 +6344,9 @@ def stream_frames(hub, since, names, watcher, request):
                 for start in range(0, len(data), PIECE):
                     yield data[start:start + PIECE]
                 data, heard = None, time.monotonic()
-                time.sleep(hub.listeners / WAKES_PER_S)
             elif over:
                 return
+            time.sleep(hub.listeners / WAKES_PER_S)
             hub.wait(listener, 0 if over else heard + PING_S - time.monotonic())
 
 
