@@ -4026,22 +4026,20 @@ class History:
     """Keeps one row for each request that is over.  Any thread may call keep() and usage().
 
     A thread commits rows as they come; WAL lets a process die at any moment without harm to what is
-    committed.  Trouble with the file is said once: the latest ROWS wait and are tried again.  A file that is
-    no longer at its path is made anew.  Raises HistoryError if it is no database or cannot be written."""
+    committed.  No file is held open: one that was removed is made anew, and that is said.  So is trouble,
+    once: the latest ROWS wait and are tried again.  Raises HistoryError if the file is no database or
+    cannot be written."""
 
     ROWS = 10_000
-    RETRY_S = 1.0
+    PAUSE_S, RETRY_S = 0.2, 1.0  # after a commit; after one that failed
     PRUNE_S = 3600.0  # between two looks for rows that are too old
 
     def __init__(self, path, days=0):
-        self.path, self._days = path, days
+        self.path, self._days, self._pruned = path, days, -math.inf
         self._lock = threading.Lock()  # guards the next two
         self._rows: list[tuple] = []  # not yet committed
         self._lost = 0  # rows that were too many to wait
-        self._news, self._closing = threading.Event(), False
-        # Of the history thread:
-        self._connection, self._file = None, None  # and (device, inode) of what it is open for
-        self._trouble, self._pruned = False, -math.inf
+        self._news, self._end = threading.Event(), threading.Event()
         open_history(path).close()
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
         self._thread.start()
@@ -4054,12 +4052,11 @@ class History:
             surplus = max(0, len(self._rows) - self.ROWS)
             del self._rows[:surplus]
             self._lost += surplus
-        if not first:
-            self._news.set()
+        self._news.set()
 
     def close(self):
         """Write the rows that are left; waits for it, 5 s at most."""
-        self._closing = True
+        self._end.set()
         self._news.set()
         self._thread.join(5.0)
 
@@ -4070,54 +4067,35 @@ class History:
 
     def _run(self):
         """Body of the history thread."""
-        over = False
+        over = trouble = False
         while not over:
-            self._news.wait(self.RETRY_S if self._rows else None)
+            self._news.wait()
             self._news.clear()
-            over = self._closing  # asked first: rows that came before the end are still written
+            over = self._end.is_set()  # asked first: rows that came before the end are still written
             with self._lock:
                 rows, self._rows = self._rows, []
+            gone = not os.path.exists(self.path)
             try:
-                if rows:
-                    self._write(rows)
+                self._write(rows)
+                if gone or trouble:
+                    log.warning("history %s: %s", self.path, "the file was gone, a new one is begun" if gone
+                                else "it is written again")
+                trouble = False
             except HistoryError as error:
-                self._disconnect()
-                self.keep(rows, first=True)
-                if not self._trouble:
+                if not trouble:
                     log.error("history %s: %s; until then the latest %d rows wait", self.path, error, self.ROWS)
-                self._trouble = True
-        self._disconnect()
+                trouble = True
+                self.keep(rows, first=True)
+            self._end.wait(self.RETRY_S if trouble else self.PAUSE_S)
         if self._rows or self._lost:
             log.error("history %s: %d requests are missing in it", self.path, len(self._rows) + self._lost)
 
     def _write(self, rows):
-        if self._connection and self._file != file_identity(self.path):
-            log.warning("history %s: the file was removed or replaced; a new one is begun", self.path)
-            self._disconnect()
-        if not self._connection:
-            self._connection = open_history(self.path)
-            self._file = file_identity(self.path)
-        with history_errors():
-            store_rows(self._connection, rows)
+        with contextlib.closing(open_history(self.path)) as connection, history_errors():
+            store_rows(connection, rows)
             if self._days and time.monotonic() - self._pruned > self.PRUNE_S:
                 self._pruned = time.monotonic()
-                remove_rows(self._connection, time.time() - 86400 * self._days)
-        if self._trouble:
-            log.info("history %s: it is written again", self.path)
-            self._trouble = False
-
-    def _disconnect(self):
-        if self._connection:
-            self._connection.close()
-            self._connection = None
-
-
-def file_identity(path):
-    """(device, inode) of the file that is at a path, None without one."""
-    with contextlib.suppress(OSError):
-        found = os.stat(path)
-        return found.st_dev, found.st_ino
-    return None
+                remove_rows(connection, time.time() - 86400 * self._days)
 
 
 @contextlib.contextmanager
@@ -4178,23 +4156,17 @@ class LogFile(NamedTuple):
     path: str
 
 
-def list_months(directory, since=None):
-    """The paths of the months in a log directory, oldest first; only since's and later ones.  Raises
-    OSError."""
-    paths = [os.path.join(directory, name) for name in sorted(os.listdir(directory))
-             if MONTH.fullmatch(name) and (since is None or name >= since.month)]
-    return [path for path in paths if os.path.isdir(path)]
-
-
 def list_logs(directory, since=None):
     """The server logs of a log directory, oldest first; only plain files, and only those after since.
 
     Raises OSError when the directory itself cannot be listed."""
     found = []
-    for path in list_months(directory, since):
-        with contextlib.suppress(OSError):
-            found += [LogFile(os.path.basename(path), match[1], int(match[2]), os.path.join(path, match[0]))
-                      for match in map(LOG_NAME.fullmatch, os.listdir(path)) if match and is_date(match[1])]
+    for month in os.listdir(directory):
+        if MONTH.fullmatch(month) and (since is None or month >= since.month):
+            path = os.path.join(directory, month)
+            with contextlib.suppress(OSError):
+                found += [LogFile(month, match[1], int(match[2]), os.path.join(path, match[0]))
+                          for match in map(LOG_NAME.fullmatch, os.listdir(path)) if match and is_date(match[1])]
     return sorted(log_file for log_file in found
                   if (since is None or log_file > since) and os.path.isfile(log_file.path))
 
@@ -4303,7 +4275,7 @@ class Follower:
     PIECE, PIECE_MOST = 8 * 1024, 1024 * 1024  # bytes of one read; more while there is a backlog
     LATE_S = 0.01  # of CPU for a piece: so late it may make a stream
     PATIENCE_S = 10.0  # an old file that cannot be read holds up a newer one for so long
-    LOOK_S, SCAN_S = 0.1, 2.0  # between glances at the directories' times, and between full listings
+    LOOK_S = 0.1  # between listings of the directory
     ANCHOR = 64  # bytes before our position that must still be there
     HEAD = 1024  # first bytes that tell a file from its replacement
     REMEDY = "I keep looking. Start LM Studio's server, or name its log directory with --log-dir (LMSTUDIO_LOG_DIR)"
@@ -4321,9 +4293,7 @@ class Follower:
         self._head = self._anchor = b""
         self._from_start = from_start
         self._first_look = True
-        self._glanced = self._scanned = -math.inf
-        self._months = []  # paths of its month and those after it
-        self._times = None  # modification times of the directories when last glanced at
+        self._looked = -math.inf  # when the directory was listed
         self._newer = []  # log files after self.file, oldest first
 
     @property
@@ -4339,7 +4309,9 @@ class Follower:
     def next_news(self, now):
         """A chunk (bytes), a LogFile to which reading went on, None for a file that was replaced or
         ended, or b"" for nothing new.  now: seconds of a clock that does not jump."""
-        self._look_around(now)
+        if now - self._looked >= self.LOOK_S:
+            self._looked = now
+            self._look_around()
         if self.file is None:
             return self._advance() if self._newer else b""
         try:
@@ -4355,26 +4327,13 @@ class Follower:
             late = now - self._unread_since > self.PATIENCE_S
             return self._advance() if late and self._may_advance() else b""
 
-    def _look_around(self, now):
-        """Notice newer files.  Directory times are looked at often, all names now and then."""
-        if now - self._glanced < self.LOOK_S:
-            return
-        self._glanced = now
+    def _look_around(self):
+        """Notice newer files."""
         try:
-            times = self.file and [os.stat(path).st_mtime_ns for path in (self.directory, *self._months)]
-        except OSError:
-            times = None
-        if times is None or times != self._times or now - self._scanned >= self.SCAN_S:
-            self._times, self._scanned = times, now
-            self._scan()
-            self._first_look = False
-
-    def _scan(self):
-        try:
-            logs, self._months = list_logs(self.directory, self.file), list_months(self.directory, self.file)
+            logs = list_logs(self.directory, self.file)
             growing = self.file and written_instead(self.directory, self.file)
         except OSError as error:
-            self._newer = []
+            self._newer, self._first_look = [], False
             self._complain(f"cannot read the log directory {self.directory}: {error.strerror or error}")
             return
         if self.file is None and not logs:
@@ -4385,6 +4344,7 @@ class Follower:
         elif self._unread_since is None:
             self.problem = None
         self._newer = self._begin(logs) if self.file is None and logs else logs
+        self._first_look = False
 
     def _begin(self, logs):
         """The files to read when none has been read yet.  Those that are there at start-up are history."""

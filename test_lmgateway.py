@@ -3038,21 +3038,19 @@ def remove_history(path):
         file.unlink()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open")
-@pytest.mark.parametrize("harm", [remove_history, lambda path: path.rename(path.with_name("away")),
-                                  lambda path: (remove_history(path), path.write_bytes(b""))],
-                         ids=["removed", "renamed", "replaced"])
+@pytest.mark.parametrize("harm", [remove_history, lambda path: path.rename(path.with_name("away"))],
+                         ids=["removed", "renamed"])
 def test_a_history_that_is_no_longer_at_its_path_is_made_anew_and_that_is_said_once(tmp_path, said, harm):
     history = lmgateway.History(str(tmp_path / "h.db"))
     history.keep(rows_of("r1"))
-    until(lambda: kept(history))
+    until(lambda: not history._rows and kept(history))
     harm(tmp_path / "h.db")
-    for name in ("r2", "r3"):
-        history.keep(rows_of(name))
-        until(lambda: not history._rows and name in kept(history))
+    history.keep(rows_of("r2"))
+    until(said)
+    history.keep(rows_of("r3"))
     history.close()
     assert kept(history) == ["r2", "r3"]
-    assert [text.partition("; ")[2] for text in said()] == ["a new one is begun"]
+    assert [text.partition(", ")[2] for text in said()] == ["a new one is begun"]
 
 
 def lock_history(path):
@@ -3068,10 +3066,10 @@ def spoil_history(path):
     return path.rmdir
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open")
 @pytest.mark.parametrize("harm", [lock_history, spoil_history], ids=["locked", "spoiled"])
 def test_rows_wait_for_a_history_that_cannot_be_written_in_a_bounded_number(tmp_path, said, monkeypatch, harm):
     monkeypatch.setattr(lmgateway.History, "RETRY_S", 0.05)
+    monkeypatch.setattr(lmgateway.History, "PAUSE_S", 0)
     monkeypatch.setattr(lmgateway.History, "ROWS", 3)
     history = lmgateway.History(str(tmp_path / "h.db"))
     heal = harm(tmp_path / "h.db")
@@ -3080,11 +3078,12 @@ def test_rows_wait_for_a_history_that_cannot_be_written_in_a_bounded_number(tmp_
     for name in ("r2", "r3", "r4", "r5"):
         history.keep(rows_of(name))
     heal()
-    until(lambda: "again" in said()[-1])
+    until(lambda: len(said()) == 2)
     history.close()
     assert kept(history) == ["r3", "r4", "r5"]
-    begun, again, lost = said()
-    assert "the latest 3 rows wait" in begun and "written again" in again and "2 requests are missing" in lost
+    begun, over, lost = said()
+    assert "the latest 3 rows wait" in begun and "2 requests are missing" in lost
+    assert "written again" in over if harm is lock_history else "a new one is begun" in over
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
@@ -3313,14 +3312,6 @@ def test_an_empty_newer_file_or_month_is_not_taken_before_something_stands_in_it
     logs.write("2026-06-01.1", "june")
     assert logs.look(0.15) == ["2026-05-01.1 > 2026-05-01.2", "2026-05 >> 2026-06-01.1"]
     assert logs.look(QUIET) == ["june"]
-
-
-def test_a_new_file_is_seen_soon_where_directories_keep_their_times(logs):
-    times = [(path, path.stat()) for path in (logs.directory, logs.directory / "2026-05")]
-    logs.write("2026-05-02.1", "next")
-    for path, state in times:
-        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert logs.look(2.5) == ["2026-05-01.1 > 2026-05-02.1", "next"]
 
 
 def test_a_new_file_in_a_month_that_was_there_already_is_seen_at_once(logs):
@@ -3617,26 +3608,13 @@ def counting(name, function, calls):
     return counted
 
 
-def test_looking_is_cheap_and_its_pace_follows_the_log(logs, monkeypatch):
-    calls = Counter()
-    for name in ("stat", "listdir"):
-        monkeypatch.setattr(os, name, counting(name, getattr(os, name), calls))
+def test_the_pace_of_looking_follows_the_log(logs):
     logs.write("2026-05-01.1", "a")
-    assert logs.monitor.step()[1] == lmgateway.Monitor.YIELD_S              # news: at once again
+    assert logs.monitor.step()[1] == logs.monitor.YIELD_S       # news: at once again
     assert logs.monitor.step()[1] <= 0.02           # while bytes flow
-    calls.clear()
-    logs.look(1)
-    assert calls["stat"] < 150      # one of the file each time, now and then those of the directories
     logs.clock += 60
     logs.look(1)
     assert 0.02 < logs.monitor.step()[1] <= 0.2     # after a long quiet
-    for month in range(1, 13):
-        logs.path(f"2025-{month:02}-01.1")      # old months cost nothing
-    logs.look(1)
-    calls.clear()
-    logs.look(10)
-    assert calls["stat"] < 500
-    assert calls["listdir"] < 40
 
 
 def test_the_home_directory_is_found_as_lm_studio_finds_it(tmp_path):
@@ -3652,16 +3630,6 @@ def test_the_home_directory_is_found_as_lm_studio_finds_it(tmp_path):
         (tmp_path / ".lmstudio-home-pointer").write_text(pointer, encoding="utf-8")
         assert found() == home
     assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", ".lmstudio-home-pointer"]     # nothing is written
-
-
-def test_on_windows_a_size_is_asked_of_the_open_file_because_the_directorys_can_be_old(tmp_path, monkeypatch):
-    (tmp_path / "x").write_bytes(b"12345")
-    path, old = str(tmp_path / "x"), os.stat(tmp_path)
-    with monkeypatch.context() as windows:
-        windows.setattr(os, "stat", lambda path: old)
-        windows.setattr(os, "name", "nt")
-        state = lmgateway.file_state(path)
-    assert state.st_size == 5
 
 
 def test_the_log_directory_is_the_one_with_the_newest_log(tmp_path):
