@@ -3668,7 +3668,7 @@ class Hub:
     keep takes the history rows of requests that are over, if there is a history."""
 
     EVENTS, BYTES = 10_000, 32_000_000  # that the ring holds at least, whichever is less
-    BATCH = 512  # frames that a listener looks through in one go
+    BATCH = 4096  # frames that a listener looks through in one go
 
     def __init__(self, kept=100, keep=None, now=time.time, clock=time.monotonic):
         # Guards every field below; the counts and closed may be read without it.  Held for memory work only,
@@ -6300,14 +6300,18 @@ def stream_frames(hub, since, names, watcher, request):
             if not frames and time.monotonic() - heard >= PING_S:
                 frames.append(own_frame(hub, held, "ping", {}))
             if frames:
-                data, frames = memoryview(b"".join(frames)), None
-                for start in range(0, len(data), PIECE):
-                    yield data[start:start + PIECE]
-                data, heard = None, time.monotonic()
+                yield from pieces_of(b"".join(frames))
+                heard = time.monotonic()
             elif over:
                 return
             time.sleep(hub.listeners / WAKES_PER_S)
             hub.wait(listener, 0 if over else heard + PING_S - time.monotonic())
+
+
+def pieces_of(data):
+    with memoryview(data) as view:
+        for start in range(0, len(data), PIECE):
+            yield view[start:start + PIECE]
 
 
 def own_frame(hub, held, name, data, retry=""):

@@ -1080,7 +1080,7 @@ def test_huge_entries_are_plain_events_in_bounded_memory(utc, data):
     logs = [event.data for event in events if event.name == "lmstudio_log"]
     assert len(logs) == (0 if data.startswith(b"x") else 1)
     for entry in logs:
-        assert len(entry["message"]) <= lmgateway.Entry.LIMIT
+        assert len(entry["message"]) <= lmgateway.Entry.LIMIT and len(entry["tags"]) <= 32
         assert entry.get("truncated", False) is (len(data) > lmgateway.Entry.LIMIT)
 
 
@@ -2832,10 +2832,8 @@ def test_a_listener_reads_a_bounded_piece_and_holds_on_to_nothing_more():
     with hub.listening() as listener:
         hub.publish([Event("n", {"n": number, "text": "x" * 30_000}) for number in range(50)])
         assert [len(hub.read(listener, most=65_536)[0]) for _ in range(2)] == [3, 3]
-        hub.publish(numbers(*range(1000)))
-        while len(frames := hub.read(listener)[0]) < 500:
-            assert frames
-        assert len(frames) == hub.BATCH == 512
+        hub.publish(numbers(*range(8000)))
+        assert len(hub.read(listener)[0]) == hub.BATCH < 8000
 
 
 def test_events_of_many_threads_have_one_order():
@@ -3063,6 +3061,27 @@ def test_rows_wait_for_a_history_that_cannot_be_written_in_a_bounded_number(tmp_
     begun, over, lost = said()
     assert "the latest 3 rows wait" in begun and "2 requests are missing" in lost
     assert "written again" in over if harm is lock_history else "a new one is begun" in over
+
+
+def test_a_full_disk_is_said_once_and_a_row_that_waits_gives_way_to_its_later_word(tmp_path, said, monkeypatch):
+    import sqlite3
+    monkeypatch.setattr(lmgateway.History, "RETRY_S", 0.01)
+    tries, store = [], lmgateway.store_rows
+
+    def full(connection, rows):
+        tries.append(rows)
+        if len(tries) > 3:
+            return store(connection, rows)
+        history.keep(rows_of("r1", model=f"word {len(tries)}"))
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(lmgateway, "store_rows", full)
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    history.keep(rows_of("r1"))
+    until(lambda: len(said()) > 1)
+    history.close()
+    assert [row["model"] for row in history.usage("model")] == ["word 3"]
+    assert "disk is full" in said()[0] and "written again" in said()[1] and len(said()) == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
@@ -3450,7 +3469,8 @@ def in_time(function, *args):
 ODD = {  # -> what stands at the path of a newer log, and its name
     "a directory": (lambda path: path.mkdir(), "2026-05-03.1"),
     "a directory with a log in it": (lambda path: (path.mkdir(), (path / "x.log").write_bytes(HEADER)), "2026-05-03.1"),
-    "a month that is none": (lambda path: path.write_bytes(HEADER + b"x\n"), "2026-13-01.1"),
+    "a month that is none": (lambda path: path.parent.rename(path.parents[1] / "2026-13") and (
+        path.parents[1] / "2026-13" / "2026-12-31.1.log").write_bytes(HEADER + b"x\n"), "2026-12-31.1"),
     "a day that is none": (lambda path: path.write_bytes(HEADER + b"x\n"), "2026-05-32.1"),
     "digits of another script": (lambda path: path.write_bytes(HEADER + b"x\n"), "2026-05-03.\u0663"),
     "a FIFO": (lambda path: os.mkfifo(path), "2026-05-03.1"),
@@ -3498,8 +3518,9 @@ def test_what_lm_studios_home_holds_is_read_only_from_plain_files(tmp_path):
 
 def test_a_newest_log_of_the_future_is_said_while_an_older_one_grows(logs, caplog):
     logs.write("2099-01-01.1", "x")
-    os.utime(logs.path("2099-01-01.1"), (1e9, 1e9))
     assert logs.look(3)[-1] == "x" and logs.follower.file.day == "2099-01-01"
+    assert logs.follower.problem is None
+    os.utime(logs.path("2099-01-01.1"), (1e9, 1e9))
     logs.write("2026-05-01.1", "a")
     logs.look(5)
     assert re.search("2099-01-01.1.log lies in the future .*2026-05-01.1.log", logs.follower.problem)
@@ -5975,7 +5996,7 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_is_told_what_it_lost(fr
         for _ in range(36):
             front.hub.publish([Event("n", {"timestamp": "x", "text": filler})] * 500)
         tell(front.hub, "last")
-        assert next(quick)[1] == "last"
+        assert next(frame for frame in quick if frame[1] != "gap")[1] == "last"     # a busy machine may make one
         seqs, lost, name = [], [], ""
         frames = frames_of(slow, first)
         while name != "last":
