@@ -3918,13 +3918,13 @@ class Hub:
         return frames, gap
 
     def wait(self, listener, timeout_s):
-        """Any thread.  Until there are events behind the listener, its bell rings, or the time is over."""
+        """Any thread.  Until there are events behind the listener, its bell rings, or the time (if any) is over."""
         with self._lock:
             if listener.seq < self.last or self.closed:
                 return
             self._waiting.add(listener.bell)
         with contextlib.suppress(queue.Empty):
-            listener.bell.get(timeout=timeout_s)
+            listener.bell.get(timeout=max(0.0, timeout_s))
 
     def close(self):
         """Any thread.  Wakes every listener; closed is True from now on."""

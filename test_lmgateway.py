@@ -2855,6 +2855,7 @@ def test_events_and_the_end_wake_a_listener_that_waits():
 
     def listen():
         with hub.listening() as listener:
+            hub.wait(listener, -1)      # a time that is over already
             while not hub.closed:
                 hub.wait(listener, PATIENCE_S)
                 woken.put(len(hub.read(listener)[0]))
