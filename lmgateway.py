@@ -806,11 +806,10 @@ class Entry:
     TAGS = 32
     NO_MODEL = frozenset((SERVER_TAG, "JIT", "Server Error", "INFO", "WARNING"))  # tags of other things
     CLOSED = ("\n}", "\n]")  # the end of pretty-printed JSON
-    # The Developer Logs panel puts a blank or a line end before the text, and a second blank before JSON.
-    PANEL_START, PANEL_GAP = re.compile(r"\n ?"), re.compile(r"(?<=[^ \n])  (?=[{\[](?:\n|$))")
+    PANEL_GAP = re.compile(r"(?<=[^ \n])  (?=[{\[](?:\n|$))")  # the panel's second blank before JSON
 
     line = ""  # its first line that has any text, without the tags before it
-    shape = None  # "line", "json", "text", "engine", "foreign"; None before its first text
+    shape: str | None = None  # "line", "json", "text", "engine", "foreign"; None before its first text
     model = None
     row = fields = None  # the app rule that it fits, and that rule's fields
     listener = None  # the method of Story that hears of it once it is whole
@@ -830,7 +829,7 @@ class Entry:
         if self.shape:
             return lines
         if self.panel and self.text:
-            self.text = self.PANEL_GAP.sub(" ", self.text[self.PANEL_START.match(self.text).end():], count=1)
+            self.text = self.PANEL_GAP.sub(" ", self.text[2 if self.text.startswith("\n ") else 1:], count=1)
             self.panel = False
         return self.text.lstrip("\n")
 
@@ -980,7 +979,8 @@ class Parser:
             torn, entry.shape = self._last_line, self._recognise(entry, lines.partition("\n")[0])
         if entry.shape == "engine":
             self._engine_lines(lines, entry.moment, torn)
-        elif entry.shape == "line" and entry.sent < 0 or entry.shape == "json" and lines.endswith(entry.CLOSED):
+        elif (entry.shape == "line" and entry.sent < 0
+              or entry.shape == "json" and lines.endswith(entry.CLOSED)):
             self._conclude(entry)
 
     def _recognise(self, entry, line):
@@ -1020,17 +1020,17 @@ class Parser:
             if engine:
                 self.by_engine[engine] += 1
             if rule.fact:
-                self._tell(self.story.engine, rule.fact, {name: match[index] for name, index in fields}, engine,
-                           moment)
+                facts = {name: match[index] for name, index in fields}
+                self._tell(self.story.engine, rule.fact, facts, engine, moment)
         if match:
             self._last_line = match[0], group, moment.epoch
 
     def _mended(self, torn, match, moment):
         """The match of a line, joined with the line before its header if the two are one line.
 
-        A rule's pattern begins at the start of a line.  So one that fits both together and not the first half
-        alone says that they belong together, and whatever the second half looks like alone is chance.  A line
-        of parameters fits at any of its numbers' digits."""
+        A rule's pattern begins at the start of a line.  So one that fits both together and not the first
+        half alone says that they belong together; how the second half looks alone is chance.  A line of
+        parameters fits at any of its numbers' digits."""
         line, group, epoch = torn
         if moment.epoch - epoch > TORN_S or group not in HALVES and match.lastgroup != "unknown":
             return match
@@ -3618,8 +3618,8 @@ def mean(values):
 # --- 3.10 wire formats of events ----------------------------------------------
 
 JSON = json.JSONEncoder(ensure_ascii=False)
-# JSONEncoder makes an encoder in C for each call, which takes as long as the encoding itself.  This is made once.
-json_parts = (json.encoder.c_make_encoder or (lambda *options: JSON.iterencode))(
+# JSONEncoder makes an encoder in C for each call, which takes as long as the encoding.  This is made once.
+json_parts: Any = (json.encoder.c_make_encoder or (lambda *options: JSON.iterencode))(  # type: ignore
     None, JSON.default, json.encoder.encode_basestring, None, ": ", ", ", False, False, True)
 
 
@@ -3633,7 +3633,7 @@ def to_json(data):
 
 
 def to_utf8(text):
-    """Text around JSON as bytes.  A lone surrogate has no UTF-8: it becomes the escape that JSON has for it."""
+    """Text around JSON as bytes.  A lone surrogate has no UTF-8: it becomes JSON's escape for it."""
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -3918,7 +3918,7 @@ class Hub:
         return frames, gap
 
     def wait(self, listener, timeout_s):
-        """Any thread.  Until there are events behind the listener, its bell rings, or the time (if any) is over."""
+        """Any thread.  Returns when there are events behind the listener, its bell rings, or time is up."""
         with self._lock:
             if listener.seq < self.last or self.closed:
                 return
@@ -4067,7 +4067,7 @@ class History:
 
     def _run(self):
         """Body of the history thread."""
-        over = trouble = False
+        over = failing = False
         while not over:
             self._news.wait()
             self._news.clear()
@@ -4077,16 +4077,17 @@ class History:
             gone = not os.path.exists(self.path)
             try:
                 self._write(rows)
-                if gone or trouble:
+                if gone or failing:
                     log.warning("history %s: %s", self.path, "the file was gone, a new one is begun" if gone
                                 else "it is written again")
-                trouble = False
+                failing = False
             except HistoryError as error:
-                if not trouble:
-                    log.error("history %s: %s; until then the latest %d rows wait", self.path, error, self.ROWS)
-                trouble = True
+                if not failing:
+                    log.error("history %s: %s; until then the latest %d rows wait",
+                              self.path, error, self.ROWS)
+                failing = True
                 self.keep(rows, first=True)
-            self._end.wait(self.RETRY_S if trouble else self.PAUSE_S)
+            self._end.wait(self.RETRY_S if failing else self.PAUSE_S)
         if self._rows or self._lost:
             log.error("history %s: %d requests are missing in it", self.path, len(self._rows) + self._lost)
 
@@ -4165,8 +4166,9 @@ def list_logs(directory, since=None):
         if MONTH.fullmatch(month) and (since is None or month >= since.month):
             path = os.path.join(directory, month)
             with contextlib.suppress(OSError):
+                matches = filter(None, map(LOG_NAME.fullmatch, os.listdir(path)))
                 found += [LogFile(month, match[1], int(match[2]), os.path.join(path, match[0]))
-                          for match in map(LOG_NAME.fullmatch, os.listdir(path)) if match and is_date(match[1])]
+                          for match in matches if is_date(match[1])]
     return sorted(log_file for log_file in found
                   if (since is None or log_file > since) and os.path.isfile(log_file.path))
 
@@ -4176,7 +4178,9 @@ def written_instead(directory, newest):
 
     Raises OSError."""
     today = datetime.date.today().isoformat()
-    past = [log_file for log_file in list_logs(directory) if log_file.day <= today] if newest.day > today else []
+    if newest.day <= today:
+        return None
+    past = [log_file for log_file in list_logs(directory) if log_file.day <= today]
     return past[-1] if past and os.stat(past[-1].path).st_mtime > os.stat(newest.path).st_mtime else None
 
 
@@ -4193,7 +4197,8 @@ def switch_event(old, new, utc):
 def open_plain(path):
     """A plain file, open for reading bytes.  Raises OSError for anything else: a FIFO or a device could make
     whoever opens or reads it wait for ever."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    never_waiting = getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | never_waiting))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "it is no plain file", path)
@@ -4278,7 +4283,8 @@ class Follower:
     LOOK_S = 0.1  # between listings of the directory
     ANCHOR = 64  # bytes before our position that must still be there
     HEAD = 1024  # first bytes that tell a file from its replacement
-    REMEDY = "I keep looking. Start LM Studio's server, or name its log directory with --log-dir (LMSTUDIO_LOG_DIR)"
+    REMEDY = ("I keep looking. Start LM Studio's server, or name its log directory with --log-dir "
+              "(LMSTUDIO_LOG_DIR)")
 
     def __init__(self, directory, from_start=False, started=0.0):
         self.directory = directory
@@ -4339,8 +4345,8 @@ class Follower:
         if self.file is None and not logs:
             self._complain(f"no log files in {self.directory} yet")
         elif growing:
-            self._complain(f"{self.file.path} lies in the future by its name, and LM Studio writes {growing.path}",
-                           "Move the former away and start lmgateway again")
+            self._complain(f"{self.file.path} lies in the future by its name, and LM Studio writes "
+                           f"{growing.path}", "Move the former away and start lmgateway again")
         elif self._unread_since is None:
             self.problem = None
         self._newer = self._begin(logs) if self.file is None and logs else logs
@@ -4352,7 +4358,7 @@ class Follower:
             return logs[-1:]
         if not self._first_look:
             with contextlib.suppress(OSError):
-                recent = [log_file for log_file in logs if file_state(log_file.path).st_mtime >= self._started]
+                recent = [new for new in logs if file_state(new.path).st_mtime >= self._started]
                 if recent:
                     return recent
         self.file = logs[-1]
@@ -4593,7 +4599,8 @@ def saved_pieces(path):
         with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
             piece = file.read(PIECE)
             if piece.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise ConfigError(f"{path}: it is UTF-16; save it as UTF-8 (PowerShell: Out-File -Encoding utf8)")
+                raise ConfigError(f"{path}: it is UTF-16; save it as UTF-8 (PowerShell: Out-File "
+                                  "-Encoding utf8)")
             if piece.startswith((b"\x1f\x8b", b"PK\3\4", b"\x28\xb5\x2f\xfd")):
                 raise ConfigError(f"{path}: it is packed; unpack it first")
             while piece:
@@ -4604,7 +4611,7 @@ def saved_pieces(path):
 
 
 def saved_logs(paths):
-    """The files that paths name, each directory's in date order.  Raises ConfigError if there is none to read."""
+    """The files that paths name, each directory's in date order.  Raises ConfigError if there is none."""
     files = []
     for path in paths:
         if path != "-" and not os.path.exists(path):
@@ -4625,7 +4632,7 @@ def saved_logs(paths):
 
 
 def flat_logs(directory):
-    """The plain files directly in a directory that are logs, server logs by date and number, others by name."""
+    """The plain log files directly in a directory, server logs by date and number, others by name."""
     names = sorted(os.listdir(directory), key=lambda name: (*log_place(name), name))
     paths = [os.path.join(directory, name) for name in names if name.endswith(".log")]
     return list(filter(os.path.isfile, paths))
