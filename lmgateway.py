@@ -759,16 +759,7 @@ def figures(**values):
 
 # --- 3.2 entries: bytes to log records ---------------------------------------
 
-ENTRY_LIMIT = 256 * 1024  # characters; what an entry has beyond them is read and not kept
-UNENDED_LIMIT = 1024 * 1024  # bytes; the same for a line that does not end
-# The file's header, or the one that the Developer Logs panel copies (both seen from 04-2025 to 09-2026).
-HEADER = re.compile(rb"\n(?:\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\]\[(DEBUG|INFO|WARN|ERROR)\] ?"
-                    rb"|(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\n|\Z))")
-CLOSED = ("\n}", "\n]")  # the end of pretty-printed JSON
-PANEL_GAP = re.compile(r"(?<=[^ \n])  (?=[{\[](?:\n|$))")  # the panel's second blank before JSON
-UNKNOWN_SAMPLES = 8
 TORN_S = 1  # a line broken over two headers goes on within this
-NO_MODEL = frozenset((SERVER_TAG, "JIT", "Server Error", "INFO", "WARNING"))
 
 
 class Moment(NamedTuple):
@@ -779,7 +770,7 @@ class Moment(NamedTuple):
     epoch: float
 
 
-class Calendar:
+class UtcClock:
     """The log's local time to UTC, in file order.
 
     The log has no zone, so the hour that a change to winter time repeats is told
@@ -787,7 +778,6 @@ class Calendar:
 
     def __init__(self):
         self._last = Moment("", "", 0.0)
-        self._minute = Moment("", "", 0.0)  # how that and its minute begin
         self._repeats = False  # the hour is being repeated
 
     def moment(self, text):
@@ -797,49 +787,74 @@ class Calendar:
         return self._last
 
     def _resolve(self, text):
-        minute, second = text[:17], text[17:]
         try:
-            if minute != self._minute.text or second > "59":
-                self._minute = self._minute_of(minute, text)
-            _, utc, epoch = self._minute
-            return Moment(text, f"{utc}{second}Z", epoch + int(second))
+            local = datetime.datetime.fromisoformat(text)
+            epoch, second = local.timestamp(), local.replace(fold=1).timestamp()
         except (ValueError, OverflowError, OSError):
             return Moment(text, text.replace(" ", "T") + "Z", self._last.epoch)
-
-    def _minute_of(self, minute, text):
-        local = datetime.datetime.fromisoformat(text)
-        epoch, second = local.timestamp(), local.replace(fold=1).timestamp()
         self._repeats = second > epoch and (self._repeats or epoch < self._last.epoch - 60)
-        epoch = (second if self._repeats else epoch) - local.second
-        return Moment(minute, utc_text(epoch)[:17], epoch)
+        epoch = second if self._repeats else epoch
+        return Moment(text, utc_text(epoch), epoch)
 
 
 def utc_text(epoch):
     """Epoch seconds as 2025-11-17T10:59:23Z."""
-    return utc_second(int(epoch // 1))
-
-
-@functools.lru_cache(maxsize=16)
-def utc_second(epoch):
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch))
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(epoch // 1))
 
 
 class Entry:
     """One log record while its lines come in."""
 
-    text = ""
+    LIMIT = 256 * 1024  # characters; more is read and not kept
+    TAGS = 32
+    NO_MODEL = frozenset((SERVER_TAG, "JIT", "Server Error", "INFO", "WARNING"))  # tags of other things
+    CLOSED = ("\n}", "\n]")  # the end of pretty-printed JSON
+    PANEL_GAP = re.compile(r"(?<=[^ \n])  (?=[{\[](?:\n|$))")  # the panel's second blank before JSON
+
     line = ""  # its first line that has any text, without the tags before it
-    shape = None  # "line", "json", "text", "engine", "foreign"; None before its first text
+    shape: str | None = None  # "line", "json", "text", "engine", "foreign"; None before its first text
     model = None
     row = fields = None  # the app rule that it fits, and that rule's fields
-    listener = None  # what of Story is to hear of it once it is whole
+    listener = None  # the method of Story that hears of it once it is whole
     sent = -1  # characters of text that events have carried; -1 before the first event
     cut = False  # lines were left out
     chat = loads = None  # the chat that it surely means; the model whose loading it announces
 
     def __init__(self, moment, level, panel):
         self.moment, self.level, self.panel = moment, level, panel
-        self.tags = []
+        self.text, self.tags = "", []
+
+    def add(self, lines):
+        """Append lines as far as there is room.  Returns them; before its shape is known, all text so far."""
+        room = self.LIMIT - len(self.text)
+        self.cut = self.cut or len(lines) > room
+        self.text += lines[:room]
+        if self.shape:
+            return lines
+        if self.panel and self.text:
+            self.text = self.PANEL_GAP.sub(" ", self.text[2 if self.text.startswith("\n ") else 1:], count=1)
+            self.panel = False
+        return self.text.lstrip("\n")
+
+    def begin(self, line):
+        """Take the first line that has text: the tags before it and, if it has one, the model."""
+        end, tags = 0, self.tags
+        while line.startswith("[", end) and len(tags) < self.TAGS and (match := TAG.match(line, end)):
+            tags.append(match[1])
+            end = match.end()
+        self.line = line[end:]
+        if len(tags) == 1 and self.level != "DEBUG" and tags[0] not in self.NO_MODEL:
+            self.model = tags[0]  # the only tag of an app line is its model
+
+    def take(self):
+        """Return the data of an lmstudio_log event with the text that no event has carried yet."""
+        data = {"timestamp": self.moment.text, "level": self.level, "message": self.text, "tags": self.tags}
+        if self.sent >= 0:
+            data["message"], data["continued"] = self.text[self.sent:].lstrip("\n"), True
+        if self.cut:
+            data["truncated"] = True
+        self.sent = len(self.text)
+        return data
 
 
 class Parser:
@@ -849,6 +864,12 @@ class Parser:
     for a while, so that the last entry is complete; end() says that nothing will follow the
     bytes so far (end of a file, a replaced file)."""
 
+    UNENDED_LIMIT = 1024 * 1024  # bytes of a line that does not end; more is read and not kept
+    SAMPLES = 8
+    # The file's header, or the one that the Developer Logs panel copies (both seen from 04-2025 to 09-2026).
+    HEADER = re.compile(r"\n(\[)?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?(1)\]|  ?)\[(DEBUG|INFO|WARN|ERROR)\] ?"
+                        r"(?(1)|(?=\n|\Z))", re.ASCII)
+
     def __init__(self):
         self._rest = b"\n"  # the unfinished last line, after the "\n" that ends the one before
         self._cut = False  # it was longer than a line may be
@@ -856,31 +877,33 @@ class Parser:
         self._entry = None
         self._last_line = None  # (text, rule's group, epoch) of the engine's latest line
         self._engine = ""  # the generation that wrote it
-        self._calendar = Calendar()
+        self._clock = UtcClock()
         self._events: list[Event] = []
         self.story = Story(self._events)
         self.entries = self.lines = self.unknown = self.headless = self.faults = 0
         self.by_event: Counter[str] = Counter()
         self.by_engine: Counter[str] = Counter()
         self.by_level: Counter[str] = Counter()
-        self._strange: deque[str] = deque(maxlen=UNKNOWN_SAMPLES)  # how the latest unknown lines begin
+        self._strange: deque[str] = deque(maxlen=self.SAMPLES)  # how the latest unknown lines begin
         self.last_moment = None
 
     def feed(self, chunk):
         """The events that the bytes complete, in order."""
-        data = self._rest + chunk
-        end = data.rfind(b"\n")
-        if end > 0:
-            self._rest = data[end:]
-            self._block(data[:end])
+        end = chunk.rfind(b"\n")
+        if end < 0:
+            self._rest += chunk[:max(0, self.UNENDED_LIMIT - len(self._rest))]
+            self._cut = self._cut or len(self._rest) >= self.UNENDED_LIMIT
         else:
-            self._rest, self._cut = data[:UNENDED_LIMIT], self._cut or len(data) > UNENDED_LIMIT
+            block, self._rest = self._rest + chunk[:end], chunk[end:]
+            self._block(block)
         return self._taken()
 
     def quiet(self):
         """The events of the entry that was open.  A line that has not ended stays open."""
-        if len(self._rest) == 1:
-            self._complete()
+        if not self.midline:
+            entry = self._entry
+            if entry is not None:
+                (self._conclude if entry.level == "ERROR" else self._send)(entry)
             self._tell(self.story.quiet)
         return self._taken()
 
@@ -890,7 +913,8 @@ class Parser:
         if len(rest) > 1 and torn:
             self._block(rest)
         self._first = True
-        self._complete(final=True)
+        if self._entry is not None:
+            self._conclude(self._entry)
         self._tell(self.story.later, None)
         return self._taken()
 
@@ -899,18 +923,13 @@ class Parser:
         self._entry = self._last_line = None
 
     @property
-    def waiting(self):
-        """True while an entry or a line is open."""
-        return len(self._rest) > 1 or (self._entry is not None and self._entry.sent < len(self._entry.text))
-
-    @property
     def midline(self):
         """True while the last line has not ended."""
         return len(self._rest) > 1
 
     @property
     def samples(self):
-        """What the latest unknown lines look like, without their words."""
+        """How the latest unknown lines look, without their words."""
         return [redacted(line) for line in tuple(self._strange)]
 
     def _taken(self):
@@ -919,93 +938,74 @@ class Parser:
         return events
 
     def _block(self, block):
-        """Bytes of whole lines, the first after its "\n"."""
+        """Take bytes of whole lines, the first after its "\n"."""
         if self._first:
             block, self._first = b"\n" + block[1:].removeprefix(codecs.BOM_UTF8), False
         if b"\r" in block:
             block = block.replace(b"\r\n", b"\n").removesuffix(b"\r")
         self.lines += block.count(b"\n")
-        before, *pieces = HEADER.split(block)
+        before, *pieces = self.HEADER.split(block.decode("utf-8", "replace"))
         if before:
             self._add(before)
-        for stamp, level, panel_stamp, panel_level, lines in zip(*[iter(pieces)] * 5):
-            self._complete(final=True)
-            self._open((stamp or panel_stamp).decode(), (level or panel_level).decode(), stamp is None)
+        for bracket, stamp, level, lines in zip(*[iter(pieces)] * 4):
+            if self._entry is not None:
+                self._conclude(self._entry)
+            self._open(stamp, level, not bracket)
             if lines:
                 self._add(lines)
 
-    def _tell(self, listener, *what):
+    def _tell(self, listener, *news):
         """Tell Story something.  A fault there costs these events, is counted, and stops nothing else."""
         try:
-            listener(*what)
+            listener(*news)
         except Exception:  # lines that nobody foresaw; CORE has no log to say it in, the status shows it
             self.faults += 1
 
     def _open(self, stamp, level, panel):
         self.entries += 1
         self.by_level[level] += 1
-        moment = self._calendar.moment(stamp)
+        moment = self._clock.moment(stamp)
         if moment is not self.last_moment:
             self.last_moment = moment
             self._tell(self.story.later, moment)
         self._entry = Entry(moment, level, panel)
 
-    def _add(self, data):
-        """More lines of the open entry."""
-        entry = self._entry
+    def _add(self, lines):
+        """Take more lines of the open entry."""
+        entry, torn = self._entry, None
         if entry is None:
-            self.headless += data.count(b"\n")
+            self.headless += lines.count("\n")
             return
-        lines = data.decode("utf-8", "replace")
-        room = ENTRY_LIMIT - len(entry.text)
-        entry.cut, self._cut = entry.cut or self._cut or len(lines) > room, False
-        entry.text += lines[:room] if entry.cut else lines
-        torn = None
-        if entry.shape is None:
-            lines, torn = self._begin(entry), self._last_line
+        lines = entry.add(lines)
+        entry.cut, self._cut = entry.cut or self._cut, False
+        if entry.shape is None and lines:
+            torn, entry.shape = self._last_line, self._recognise(entry, lines.partition("\n")[0])
         if entry.shape == "engine":
             self._engine_lines(lines, entry.moment, torn)
-        elif entry.shape == "line" and entry.sent < 0 or entry.shape == "json" and lines.endswith(CLOSED):
+        elif (entry.shape == "line" and entry.sent < 0
+              or entry.shape == "json" and lines.endswith(entry.CLOSED)):
             self._conclude(entry)
 
-    def _begin(self, entry):
-        """Learn the entry's kind from its first line that has text.  Gives the lines there are."""
-        if entry.panel and entry.text:
-            entry.text = PANEL_GAP.sub(" ", entry.text[2 if entry.text.startswith("\n ") else 1 :], count=1)
-            entry.panel = False
-        text = entry.text.lstrip("\n")
-        if text:
-            entry.line = text.partition("\n")[0]
-            stranger = entry.line.startswith("[") and STRANGER.match(entry.line)
-            self._cut_tags(entry)
-            entry.shape = "foreign" if stranger else self._recognise(entry)
-            entry.line = entry.line.strip()
-        return text
-
-    def _cut_tags(self, entry):
-        while entry.line.startswith("[") and (match := TAG.match(entry.line)):
-            entry.tags.append(match[1])
-            entry.line = entry.line[match.end():]
-
-    def _recognise(self, entry):
-        """The shape of an entry of LM Studio's own, by its first line."""
-        level, tags = entry.level, entry.tags
-        if len(tags) == 1 and level != "DEBUG" and tags[0] not in NO_MODEL:
-            entry.model = tags[0]  # the only tag of an app line is its model
-        if level == "ERROR":
+    def _recognise(self, entry, line):
+        """The shape of an entry by its first line.  Entries of plugins and SDK clients are "foreign"."""
+        entry.begin(line)
+        text, entry.line = entry.line, entry.line.strip()
+        if entry.tags and STRANGER.match(line):
+            return "foreign"
+        if entry.level == "ERROR":
             entry.listener = self.story.error
             return "text"
-        match = APP.match(entry.line) if len(tags) < 2 else None
+        match = APP.match(text) if len(entry.tags) < 2 else None
         if match:
             row, fields = APP_ROWS[match.lastgroup]
-            if level != "DEBUG" or row.fact in ("", "received"):
+            if entry.level != "DEBUG" or row.fact in ("", "received"):
                 entry.row, entry.fields = row, {name: match[index] for name, index in fields}
                 entry.listener = self.story.app if row.fact else None
-                whole = row.shape == "json" and not entry.line.endswith(("{", "["))
+                whole = row.shape == "json" and not text.endswith(("{", "["))
                 return "line" if whole else row.shape
-        if level == "DEBUG":
+        if entry.level == "DEBUG":
             return "engine"
-        self._unknown_line(entry.line)
+        self._note_unknown(text)
         return "text"
 
     def _engine_lines(self, lines, moment, torn):
@@ -1014,10 +1014,11 @@ class Parser:
         for found in ENGINE.finditer(lines):
             match = self._mended(torn, found, moment) if torn else found
             torn = None
-            if match.lastgroup == "unknown":
-                self._unknown_line(match[0])
+            group = match.lastgroup
+            if group == "unknown":
+                self._note_unknown(match[0])
                 continue
-            rule, fields = ENGINE_ROWS[match.lastgroup]
+            rule, fields = ENGINE_ROWS[group]
             engine = self._engine = engine_of(rule, match, self._engine)
             if engine:
                 self.by_engine[engine] += 1
@@ -1025,13 +1026,13 @@ class Parser:
                 facts = {name: match[index] for name, index in fields}
                 self._tell(self.story.engine, rule.fact, facts, engine, moment)
         if match:
-            self._last_line = match[0], match.lastgroup, moment.epoch
+            self._last_line = match[0], group, moment.epoch
 
     def _mended(self, torn, match, moment):
-        """The match of a line, joined with the one before its header where the two are one line.
+        """The match of a line, joined with the line before its header if the two are one line.
 
-        A rule's pattern begins where the line does.  So one that fits both together and not the first half
-        alone says that they belong together, and what the second half looks like alone is chance.  A line of
+        A rule's pattern begins at the start of a line.  So one that fits both together and not the first
+        half alone says that they belong together; how the second half looks alone is chance.  A line of
         parameters fits at any of its numbers' digits."""
         line, group, epoch = torn
         if moment.epoch - epoch > TORN_S or group not in HALVES and match.lastgroup != "unknown":
@@ -1040,50 +1041,30 @@ class Parser:
         for glue in ("",) if blank else (" ", ""):
             joined = ENGINE.match(line + glue + match[0])
             if joined.lastgroup not in ("unknown", group) or group == joined.lastgroup in GROWING:
-                if group == "unknown":
-                    self.unknown -= 1
+                self.unknown -= group == "unknown"
                 return joined
         return match
 
-    def _unknown_line(self, line):
+    def _note_unknown(self, line):
         self.unknown += 1
         self._strange.append(line[:160])
 
     def _conclude(self, entry):
-        """An entry is whole: tell what it states and send it, without waiting for the next header."""
+        """Tell what a whole entry states and send it, without waiting for the next header."""
         if entry.listener:
             listener, entry.listener = entry.listener, None
             self._tell(listener, entry)
         self._send(entry)
 
-    def _complete(self, final=False):
-        """Nothing has been added for a while, or (final) nothing will be."""
-        entry = self._entry
-        if entry is None:
-            return
-        if final or entry.level == "ERROR":
-            self._conclude(entry)
-        else:
-            self._send(entry)
-
     def _send(self, entry):
-        """One lmstudio_log with the text that no event has carried yet."""
-        if entry.sent == len(entry.text):
-            return
-        data = {"timestamp": entry.moment.text, "level": entry.level,
-                "message": entry.text if entry.sent <= 0 else entry.text[entry.sent:].lstrip("\n"),
-                "tags": entry.tags}
-        if entry.sent >= 0:
-            data["continued"] = True
-        if entry.cut:
-            data["truncated"] = True
-        entry.sent = len(entry.text)
-        self._events.append(Event("lmstudio_log", data, entry.chat, entry.chat is not None, entry.loads))
+        if entry.sent < len(entry.text):
+            self._events.append(
+                Event("lmstudio_log", entry.take(), entry.chat, entry.chat is not None, entry.loads))
 
 
 def engine_of(rule, match, before):
     """The engine generation that wrote a line: what the line shows, else before, that of the line before
-    it; "" where neither tells."""
+    it; "" if neither tells."""
     if " " not in rule.engines:
         return rule.engines
     clock, printer, task = match.group("clock", "printer", "task")
@@ -3639,61 +3620,58 @@ def mean(values):
 
 # --- 3.10 wire formats of events ----------------------------------------------
 
-quote = json.encoder.encode_basestring_ascii
+JSON = json.JSONEncoder(ensure_ascii=False)
+# JSONEncoder makes an encoder in C for each call, which takes as long as the encoding.  This is made once.
+json_parts: Any = (json.encoder.c_make_encoder or (lambda *options: JSON.iterencode))(  # type: ignore
+    None, JSON.default, json.encoder.encode_basestring, None, ": ", ", ", False, False, True)
 
 
-def data_json(event):
-    """The event's data as one line of strict JSON, ASCII only."""
-    data = event.data
-    if event.name == "lmstudio_log" and len(data) == 4:  # most events are these
-        tags = f"[{', '.join(map(quote, data['tags']))}]"
-        return (f'{{"timestamp": "{data["timestamp"]}", "level": "{data["level"]}", '
-                f'"message": {quote(data["message"])}, "tags": {tags}}}')
-    return json_members(data)
+def to_json(data):
+    """data as one line of strict JSON, also for clients that read by str.splitlines().  It may hold lone
+    surrogates: to_utf8() writes them as JSON does."""
+    text = "".join(json_parts(data, 0))
+    if text.isascii():
+        return text
+    return text.replace("\x85", r"\u0085").replace("\u2028", r"\u2028").replace("\u2029", r"\u2029")
 
 
-def json_members(data):
-    """A dict with str keys as strict JSON, in less than half of the time that json.dumps takes."""
-    return "{%s}" % ", ".join([f"{quote(name)}: {JSON_OF.get(type(value), json.dumps)(value)}"
-                               for name, value in data.items()])
-
-
-JSON_OF: dict[type, Any] = {
-    str: quote, int: int.__repr__, float: float.__repr__, dict: json_members,
-    bool: {True: "true", False: "false"}.get, type(None): {None: "null"}.get}
+def to_utf8(text):
+    """Text around JSON as bytes.  A lone surrogate has no UTF-8: it becomes JSON's escape for it."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def sse_frame(event_id, name, data, retry=""):
-    """One frame of a text/event-stream (WHATWG HTML, 9.2)."""
-    return f"{retry}id: {event_id}\nevent: {name}\ndata: {data}\n\n".encode()
+    """One frame of a text/event-stream (WHATWG HTML, 9.2); data is JSON."""
+    return to_utf8(f"{retry}id: {event_id}\nevent: {name}\ndata: {data}\n\n")
 
 
 def json_line(event_id, event):
     """The event as --json prints it."""
-    return f'{{"id": "{event_id}", "event": "{event.name}", "data": {data_json(event)}}}\n'
+    return f'{{"id": "{event_id}", "event": "{event.name}", "data": {to_json(event.data)}}}\n'
 
 
 # === 4. HUB: the shared state ================================================
 
-RING = 10_000  # events that a client can still be given after the fact
-RETRY_MS = 2000  # what a browser waits before it connects again
-BATCH = 512  # frames that one wake-up writes
 
+class Listener:
+    """One client's place in the ring."""
 
-class Gap(NamedTuple):
-    """Events that a client will never get.  Ids, both included; events None when nobody knows how many."""
-
-    first: str
-    last: str
-    events: int | None
+    def __init__(self, seq):
+        self.seq = self.sent = seq  # of the latest event that it has passed; that it was given
+        self.gap = None  # the data of a gap event that stands before the next ones
+        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Hub.wait()
 
 
 class Hub:
     """Hands every event to every listener, remembers the latest, and keeps the records of requests.
 
-    A listener is a cursor and a bell: publish appends to one ring and rings the bells; each listener
-    then takes the frames behind its cursor.  Publishing never waits, and a frame is made once.
-    keep, where given, takes the history rows of requests that are over."""
+    publish appends to one ring and wakes the listeners that wait; each then takes the frames behind its
+    place.  Publishing never waits, and a frame is made once.  The ring forgets the oldest frames beyond its
+    number or its bytes; a listener that has not read them is told so by `gap`.
+    keep takes the history rows of requests that are over, if there is a history."""
+
+    EVENTS, BYTES = 10_000, 32_000_000  # that the ring holds at least, whichever is less
+    BATCH = 4096  # frames that a listener looks through in one go
 
     def __init__(self, kept=100, keep=None, now=time.time, clock=time.monotonic):
         # Guards every field below; the counts and closed may be read without it.  Held for memory work only,
@@ -3702,8 +3680,10 @@ class Hub:
         self.epoch = secrets.token_hex(4)
         self._frames = []  # (event name, frame) of the events _first.. _first + len - 1
         self._first = 1  # SEQ of _frames[0]
-        self._bells = set()  # a queue.Queue(1) for each listener
-        self._closed = False
+        self._bytes = 0  # of the frames
+        self._waiting = set()  # bells of the listeners that have all there is
+        self.listeners = 0
+        self.closed = False
         self._now, self._clock, self._keep = now, clock, keep
         self.counts: Counter[str] = Counter()  # events published, by name
         self.replays: Counter[str] = Counter()  # listeners that came back: full, gap
@@ -3738,7 +3718,7 @@ class Hub:
 
     def publish(self, events):
         """Any thread.  Appends the events in order and wakes the listeners.  Never blocks."""
-        encoded = [(event.name, data_json(event)) for event in events]
+        encoded = [(event.name, to_json(event.data)) for event in events]
         with self._lock:
             bells = self._append(encoded)
         wake(bells)
@@ -3748,16 +3728,27 @@ class Hub:
         seq = self.last
         for name, data in encoded:
             seq += 1
-            self._frames.append((name, sse_frame(f"{self.epoch}-{seq}", name, data)))
+            frame = sse_frame(f"{self.epoch}-{seq}", name, data)
+            self._frames.append((name, frame))
+            self._bytes += len(frame)
             self.counts[name] += 1
-        if len(self._frames) > RING + RING // 4:    # cut in one go, so that a publish costs no shift
-            surplus = len(self._frames) - RING
-            del self._frames[:surplus]
-            self._first += surplus
-        return tuple(self._bells)
+        self._trim()
+        bells, self._waiting = self._waiting, set()
+        return bells
+
+    def _trim(self):  # lock held
+        """Forget the oldest frames that are too many or too large."""
+        dropped, surplus = 0, len(self._frames) - self.EVENTS
+        for _, frame in self._frames:
+            if dropped >= surplus and self._bytes - len(frame) < self.BYTES:
+                break
+            self._bytes -= len(frame)
+            dropped += 1
+        del self._frames[:dropped]
+        self._first += dropped
 
     def _append_event(self, event):  # lock held
-        return self._append([(event.name, data_json(event))])
+        return self._append([(event.name, to_json(event.data))])
 
     # --- requests
 
@@ -3881,71 +3872,74 @@ class Hub:
     # --- listeners
 
     @contextlib.contextmanager
-    def listening(self):
-        """Any thread.  Yields a queue.Queue that holds an item whenever there may be news."""
-        bell: queue.Queue[bool] = queue.Queue(1)
-        with self._lock:
-            self._bells.add(bell)
-        try:
-            yield bell
-        finally:
-            with self._lock:
-                self._bells.discard(bell)
-
-    def cursor(self, since):
-        """Any thread.  (SEQ after which to read, Gap or None) for the id that a client saw last."""
+    def listening(self, since=""):
+        """Any thread.  Yields the Listener for a client that saw the event with the id since last."""
         match = re.fullmatch(r"(?:([!-~]{1,64})-)?(\d{1,18})", since or "", re.ASCII)
         with self._lock:
-            if match is None:
-                return self.last, None
-            epoch, seq = match[1] or self.epoch, int(match[2])
-            full = epoch == self.epoch and min(seq, self.last) >= self._first - 1
-            self.replays["full" if full else "gap"] += 1
-            if epoch != self.epoch:
-                return self._first - 1, Gap(f"{epoch}-{seq + 1}", self.event_id(self._first - 1), None)
-            return min(seq, self.last), None
+            listener = Listener(self.last)
+            if match:
+                self._resume(listener, match[1] or self.epoch, int(match[2]))
+            self.listeners += 1
+        try:
+            yield listener
+        finally:
+            with self._lock:
+                self.listeners -= 1
+                self._waiting.discard(listener.bell)
 
-    def read(self, cursor):
-        """Any thread.  (frames after the cursor, new cursor, Gap or None), at most BATCH frames."""
+    def _resume(self, listener, epoch, seq):  # lock held
+        if epoch == self.epoch:
+            listener.seq = min(seq, self.last)
+        else:
+            listener.seq = self._first - 1
+            listener.gap = {"from": f"{epoch}-{seq + 1}", "to": self.event_id(listener.seq), "count": None}
+        listener.sent = listener.seq
+        self.replays["gap" if listener.gap or listener.seq < self._first - 1 else "full"] += 1
+
+    def read(self, listener, names=(), most=math.inf):
+        """Any thread.  (frames behind the listener's place, data of a gap before them or None); the listener
+        goes on behind them.  names: only these events, if any; most: bytes, beyond which one frame may reach.
+        """
         with self._lock:
-            gap = None
-            if cursor < self._first - 1:
-                gap = Gap(self.event_id(cursor + 1), self.event_id(self._first - 1), self._first - 1 - cursor)
-                self.dropped += self._first - 1 - cursor
-                cursor = self._first - 1
-            start = cursor - self._first + 1
-            frames = self._frames[start:start + BATCH]
-        return frames, cursor + len(frames), gap
+            gap, listener.gap = listener.gap, None
+            lost = self._first - 1 - listener.seq
+            if lost > 0:
+                gap = {"from": gap["from"] if gap else self.event_id(listener.seq + 1),
+                       "to": self.event_id(self._first - 1), "count": None if gap else lost}
+                self.dropped += lost
+                listener.seq += lost
+            start = listener.seq + 1 - self._first
+            batch = self._frames[start:start + self.BATCH]
+        frames, size = [], 0  # batch must not outlive this call: it keeps frames that the ring forgets
+        for name, frame in batch:
+            if size >= most:
+                break
+            listener.seq += 1
+            if not names or name in names:
+                frames.append(frame)
+                listener.sent, size = listener.seq, size + len(frame)
+        return frames, gap
 
-    @property
-    def closed(self):
-        return self._closed
-
-    @property
-    def listeners(self):
-        return len(self._bells)
+    def wait(self, listener, timeout_s):
+        """Any thread.  Returns when there are events behind the listener, its bell rings, or time is up."""
+        with self._lock:
+            if listener.seq < self.last or self.closed:
+                return
+            self._waiting.add(listener.bell)
+        with contextlib.suppress(queue.Empty):
+            listener.bell.get(timeout=max(0.0, timeout_s))
 
     def close(self):
         """Any thread.  Wakes every listener; closed is True from now on."""
         with self._lock:
-            self._closed = True
-            bells = tuple(self._bells)
+            self.closed = True
+            bells, self._waiting = self._waiting, set()
         wake(bells)
 
 
 def wake(bells):
     for bell in bells:
-        ring(bell)
-
-
-def ring(bell):
-    """Wake a listener.  One that has not yet come for the last time is awake already."""
-    with contextlib.suppress(queue.Full):
-        bell.put_nowait(True)
-
-
-def gap_data(gap, now):
-    return json.dumps({"timestamp": now, "from": gap.first, "to": gap.last, "count": gap.events})
+        bell.put(None)
 
 
 # --- 4.2 history: finished requests in an SQLite file ------------------------
@@ -3992,11 +3986,17 @@ SUMS = (  # name in the answer, SQL
 TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cached_tokens, 0) END AS "
          "fresh_tokens, CASE WHEN generation_ms > 0 THEN completion_tokens END AS timed_tokens "
          "FROM requests)")
-PRUNE_S = 3600.0  # between two looks for rows that are too old
 
 
 def history_row(record):
-    return tuple(value(record) for _, _, value in HISTORY)
+    return tuple(storable(value(record)) for _, _, value in HISTORY)
+
+
+def storable(value):
+    """A value that SQLite takes and can sum: a client or LM Studio may name any text and any number."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    return value if value is None else max(-10**12, min(value, 10**12))
 
 
 def since_epoch(text, now):
@@ -4028,61 +4028,100 @@ def usage_rows(connection, groups, since=0.0):
 class History:
     """Keeps one row for each request that is over.  Any thread may call keep() and usage().
 
-    Rows are committed by a thread of its own as they come; WAL lets a process die at any moment without
-    harm to what is committed.  Raises HistoryError where the file is no database or cannot be written."""
+    A thread commits rows as they come; WAL lets a process die at any moment without harm to what is
+    committed.  No file is held open: one that was removed is made anew, and that is said.  So is trouble,
+    once: the latest ROWS wait and are tried again.  Raises HistoryError if the file is no database or
+    cannot be written."""
+
+    ROWS = 10_000
+    PAUSE_S, RETRY_S = 0.2, 1.0  # after a commit; after one that failed
+    PRUNE_S = 3600.0  # between two looks for rows that are too old
 
     def __init__(self, path, days=0):
-        self.path, self._days = path, days
-        self._rows: queue.SimpleQueue = queue.SimpleQueue()  # lists of rows; None ends the thread
+        self.path, self._days, self._pruned = path, days, -math.inf
+        self._lock = threading.Lock()  # guards the next two
+        self._rows: list[tuple] = []  # not yet committed
+        self._lost = 0  # rows that were too many to wait
+        self._news, self._end = threading.Event(), threading.Event()
         open_history(path).close()
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
         self._thread.start()
 
-    def keep(self, rows):
+    def keep(self, rows, first=False):
         """Have rows written; a row with a known id takes the place of the old one.  Never waits."""
-        self._rows.put(rows)
+        with self._lock:
+            place = 0 if first else len(self._rows)
+            self._rows[place:place] = rows
+            surplus = max(0, len(self._rows) - self.ROWS)
+            del self._rows[:surplus]
+            self._lost += surplus
+        self._news.set()
 
     def close(self):
-        """Write what is left; waits for it, 5 s at most."""
-        self._rows.put(None)
+        """Write the rows that are left; waits for it, 5 s at most."""
+        self._end.set()
+        self._news.set()
         self._thread.join(5.0)
 
     def usage(self, group, since=0.0):
         """Sums by key, model or day.  Raises HistoryError."""
-        with contextlib.closing(open_history(self.path)) as connection, history_errors(connection.Error):
+        with contextlib.closing(open_history(self.path)) as connection, history_errors():
             return usage_rows(connection, [group], since)
 
     def _run(self):
-        """Body of the history thread.  What cannot be written is lost and said; the gateway goes on."""
-        connection, pruned = open_history(self.path), -math.inf
-        with contextlib.closing(connection):
-            while (rows := self._rows.get()) is not None:
-                due = self._days and time.monotonic() - pruned > PRUNE_S
-                try:
-                    with history_errors((connection.Error, ValueError, OverflowError)):
-                        store_rows(connection, rows)
-                        if due:
-                            pruned = time.monotonic()
-                            remove_rows(connection, time.time() - 86400 * self._days)
-                except HistoryError as error:
-                    log.error("history %s: %s; %d requests are missing in it", self.path, error, len(rows))
+        """Body of the history thread."""
+        over = failing = False
+        while not over:
+            self._news.wait()
+            self._news.clear()
+            over = self._end.is_set()  # asked first: rows that came before the end are still written
+            with self._lock:
+                rows, self._rows = self._rows, []
+            gone = not os.path.exists(self.path)
+            try:
+                self._write(rows)
+                if gone or failing:
+                    log.warning("history %s: %s", self.path, "the file was gone, a new one is begun" if gone
+                                else "it is written again")
+                failing = False
+            except HistoryError as error:
+                if not failing:
+                    log.error("history %s: %s; until then the latest %d rows wait",
+                              self.path, error, self.ROWS)
+                failing = True
+                self.keep(rows, first=True)
+            self._end.wait(self.RETRY_S if failing else self.PAUSE_S)
+        if self._rows or self._lost:
+            log.error("history %s: %d requests are missing in it", self.path, len(self._rows) + self._lost)
+
+    def _write(self, rows):
+        with contextlib.closing(open_history(self.path)) as connection, history_errors():
+            store_rows(connection, rows)
+            if self._days and time.monotonic() - self._pruned > self.PRUNE_S:
+                self._pruned = time.monotonic()
+                remove_rows(connection, time.time() - 86400 * self._days)
 
 
 @contextlib.contextmanager
-def history_errors(kind):
-    """Errors of SQLite as HistoryError."""
+def history_errors():
+    """Errors of SQLite and of the file as HistoryError."""
+    import sqlite3  # here, because it takes 2 MB that only --history and --report need
+
     try:
         yield
-    except kind as error:
+    except (sqlite3.Error, OSError) as error:
         raise HistoryError(f"{error}; name a file that can be written and is a history or new") from None
 
 
 def open_history(path):
-    """A connection to a history, its table made where it was missing.  Raises HistoryError."""
-    import sqlite3  # here, because it takes 2 MB that only --history and --report need
+    """A connection to a history; makes the file (for its owner alone) and the table if they are missing.
+    Raises HistoryError."""
+    import sqlite3
 
-    with history_errors(sqlite3.Error), contextlib.ExitStack() as stack:
-        connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=10.0)))
+    with history_errors(), contextlib.ExitStack() as stack:
+        if path != ":memory:":  # SQLite's other two files take the mode of this one
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=2.0)))
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
@@ -4107,20 +4146,9 @@ def store_rows(connection, rows):
 # === 5. TAIL: files to chunks ================================================
 
 PIECE = 64 * 1024  # bytes of one read of a saved log, or of a socket
-LIVE_PIECE = 8 * 1024  # of a live log: parsing them holds the GIL for about half a millisecond
-YIELD_S = 0.0005  # between two pieces of a live log, so that a backlog does not hold up the proxy
-BUSY_S, IDLE_S = 0.01, 0.1  # pauses between looks while bytes flow, and after QUIET_S .. CALM_S without any
-CALM_S = 5.0
-QUIET_S = 0.2  # an entry without a next header is complete after this
-PATIENCE_S = 10.0  # an old file that cannot be read holds up a newer one for so long
-MIDLINE_S = 2.0  # a line without an end is taken as it is after this
-LOOK_S, SCAN_S = 0.1, 2.0  # between glances at the directories' times, and between full listings
-ANCHOR = 64  # bytes before our position that must still be there
-HEAD = 1024  # first bytes that tell a file from its replacement
 SETTINGS_NAME = "http-server-config.json"
-LOW_DISK_BYTES = 2_000_000_000  # a disk with less room than this is worth a warning
-MONTH = re.compile(r"\d{4}-\d\d")
-LOG_NAME = re.compile(r"(\d{4}-\d\d-\d\d)\.(\d+)\.log")
+MONTH = re.compile(r"\d{4}-(?:0[1-9]|1[0-2])", re.ASCII)
+LOG_NAME = re.compile(r"(\d{4}-\d\d-\d\d)\.(\d+)\.log", re.ASCII)
 
 
 class LogFile(NamedTuple):
@@ -4132,34 +4160,52 @@ class LogFile(NamedTuple):
     path: str
 
 
-def list_months(directory, since=None):
-    """The paths of the months in a log directory, oldest first; only since's and later ones.  Raises
-    OSError."""
-    return [os.path.join(directory, name) for name in sorted(os.listdir(directory))
-            if MONTH.fullmatch(name) and (since is None or name >= since.month)]
-
-
 def list_logs(directory, since=None):
-    """The server logs of a log directory, oldest first; only those after since.
+    """The server logs of a log directory, oldest first; only plain files, and only those after since.
 
     Raises OSError when the directory itself cannot be listed."""
     found = []
-    for path in list_months(directory, since):
-        with contextlib.suppress(OSError):
-            found += [LogFile(os.path.basename(path), match[1], int(match[2]), os.path.join(path, match[0]))
-                      for match in map(LOG_NAME.fullmatch, os.listdir(path)) if match]
-    return sorted(log_file for log_file in found if since is None or log_file > since)
+    for month in os.listdir(directory):
+        if MONTH.fullmatch(month) and (since is None or month >= since.month):
+            path = os.path.join(directory, month)
+            with contextlib.suppress(OSError):
+                matches = filter(None, map(LOG_NAME.fullmatch, os.listdir(path)))
+                found += [LogFile(month, match[1], int(match[2]), os.path.join(path, match[0]))
+                          for match in matches if is_date(match[1])]
+    return sorted(log_file for log_file in found
+                  if (since is None or log_file > since) and os.path.isfile(log_file.path))
+
+
+def written_instead(directory, newest):
+    """The older log that was written after newest, if the day in newest's name has not come; else None.
+
+    Raises OSError."""
+    today = datetime.date.today().isoformat()
+    if newest.day <= today:
+        return None
+    past = [log_file for log_file in list_logs(directory) if log_file.day <= today]
+    return past[-1] if past and os.stat(past[-1].path).st_mtime > os.stat(newest.path).st_mtime else None
 
 
 def switch_event(old, new, utc):
-    """The event for the way from one log file to the next; old and new are LogFile or plain paths."""
-    old_path, new_path = getattr(old, "path", old), getattr(new, "path", new)
-    months = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in (old_path, new_path)]
+    """The event for the way from one log file to the next, by their paths."""
+    months = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in (old, new)]
     if months[0] != months[1] and all(map(MONTH.fullmatch, months)):
         return Event("lmstudio_month_transition",
-                     {"timestamp": utc, "oldDirectory": os.path.dirname(old_path),
-                      "newDirectory": os.path.dirname(new_path), "newLogFile": new_path})
-    return Event("lmstudio_file_switch", {"timestamp": utc, "oldLogFile": old_path, "newLogFile": new_path})
+                     {"timestamp": utc, "oldDirectory": os.path.dirname(old),
+                      "newDirectory": os.path.dirname(new), "newLogFile": new})
+    return Event("lmstudio_file_switch", {"timestamp": utc, "oldLogFile": old, "newLogFile": new})
+
+
+def open_plain(path):
+    """A plain file, open for reading bytes.  Raises OSError for anything else: a FIFO or a device could make
+    whoever opens or reads it wait for ever."""
+    never_waiting = getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | never_waiting))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no plain file", path)
+    return file
 
 
 def own_home():
@@ -4171,8 +4217,8 @@ def find_home(home=None):
     """LM Studio's home directory, as its own SDK finds it: the pointer file, else ~/.cache/lm-studio,
     else ~/.lmstudio (lmstudio-js, findLMStudioHome.ts).  Never writes the pointer."""
     home = Path(home) if home else own_home()
-    with contextlib.suppress(OSError):
-        pointed = (home / ".lmstudio-home-pointer").read_text(encoding="utf-8", errors="replace").strip()
+    with contextlib.suppress(OSError), open_plain(home / ".lmstudio-home-pointer") as file:
+        pointed = file.read(PIECE).decode("utf-8", "replace").strip()
         if pointed and "\0" not in pointed:
             return Path(pointed)
     cache = home / ".cache" / "lm-studio"
@@ -4192,14 +4238,15 @@ def log_dir_of(config):
 
 
 def settings_path(home):
-    """Where LM Studio keeps its server's settings; the app's place when there is none."""
+    """The file of LM Studio's server settings; the app's place when there is none."""
     places = [home / ".internal" / SETTINGS_NAME, home / "apps" / "bionic" / ".internal" / SETTINGS_NAME]
     return next((path for path in places if os.path.exists(path)), places[0])
 
 
 def read_settings(home):
-    """LM Studio's settings as a dict.  Raises OSError where there are none, ValueError for no JSON object."""
-    settings = json_object(settings_path(home).read_bytes())
+    """LM Studio's settings as a dict.  Raises OSError if there are none, ValueError for no JSON object."""
+    with open_plain(settings_path(home)) as file:
+        settings = json_object(file.read())
     if settings is None:
         raise ValueError("it is no JSON object")
     return settings
@@ -4221,10 +4268,10 @@ def newest_write(directory):
 
 
 def file_state(path):
-    """os.stat_result of a file, by opening it where the directory's figures can be stale (Windows)."""
+    """os.stat_result of a file, by opening it if the directory's figures can be stale (Windows)."""
     if os.name != "nt":
         return os.stat(path)
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         return os.fstat(file.fileno())
 
 
@@ -4233,6 +4280,15 @@ class Follower:
 
     Only the tail thread calls methods; other threads may read the fields."""
 
+    PIECE, PIECE_MOST = 8 * 1024, 1024 * 1024  # bytes of one read; more while there is a backlog
+    LATE_S = 0.01  # of CPU for a piece: so late it may make a stream
+    PATIENCE_S = 10.0  # an old file that cannot be read holds up a newer one for so long
+    LOOK_S = 0.1  # between listings of the directory
+    ANCHOR = 64  # bytes before our position that must still be there
+    HEAD = 1024  # first bytes that tell a file from its replacement
+    REMEDY = ("I keep looking. Start LM Studio's server, or name its log directory with --log-dir "
+              "(LMSTUDIO_LOG_DIR)")
+
     def __init__(self, directory, from_start=False, started=0.0):
         self.directory = directory
         self._started = started  # epoch seconds: files that were written before are history
@@ -4240,14 +4296,13 @@ class Follower:
         self.position = 0  # bytes of it that have been read
         self.size = 0  # its size when last looked at
         self.problem = None  # why nothing can be read, in words for a person
+        self._piece = self.PIECE  # bytes of the next read
         self._seen = None  # (device, inode, mtime) of the file when last read
         self._unread_since = None  # when reading it began to fail
         self._head = self._anchor = b""
         self._from_start = from_start
         self._first_look = True
-        self._glanced = self._scanned = -math.inf
-        self._months = []  # paths of its month and those after it
-        self._times = None  # modification times of the directories when last glanced at
+        self._looked = -math.inf  # when the directory was listed
         self._newer = []  # log files after self.file, oldest first
 
     @property
@@ -4255,78 +4310,71 @@ class Follower:
         """Bytes that are written and not yet read."""
         return max(0, self.size - self.position)
 
+    def pace(self, spent_s):
+        """Adapt the size of the next piece to the backlog and to the CPU seconds that the latest one took."""
+        change = 0.5 if spent_s > self.LATE_S else 2 if spent_s < self.LATE_S / 2 else 1
+        self._piece = max(self.PIECE, min(int(self._piece * change), self.behind, self.PIECE_MOST))
+
     def next_news(self, now):
         """A chunk (bytes), a LogFile to which reading went on, None for a file that was replaced or
         ended, or b"" for nothing new.  now: seconds of a clock that does not jump."""
-        self._look_around(now)
+        if now - self._looked >= self.LOOK_S:
+            self._looked = now
+            self._look_around()
         if self.file is None:
             return self._advance() if self._newer else b""
         try:
-            finished = self._may_advance()  # asked first: what the old file holds by then is all of it
+            finished = self._may_advance()  # asked first: the old file gets no more than it holds by then
             news = self._read()
             self._unread_since = None
             return self._advance() if news == b"" and finished else news
         except FileNotFoundError:
-            return self._advance() if self._newer else b""  # its directory tells what is wrong
+            return self._advance() if self._newer else b""  # its directory tells the reason
         except OSError as error:
             self._complain(f"cannot read {self.file.path}: {error.strerror or error}")
             self._unread_since = self._unread_since or now
-            late = now - self._unread_since > PATIENCE_S
+            late = now - self._unread_since > self.PATIENCE_S
             return self._advance() if late and self._may_advance() else b""
 
-    def _look_around(self, now):
-        """Notice newer files.  Directory times are looked at often, all names now and then."""
-        if now - self._glanced < LOOK_S:
-            return
-        self._glanced = now
+    def _look_around(self):
+        """Notice newer files."""
         try:
-            times = self.file and [os.stat(path).st_mtime_ns for path in (self.directory, *self._months)]
-        except OSError:
-            times = None
-        if times is None or times != self._times or now - self._scanned >= SCAN_S:
-            self._times, self._scanned = times, now
-            self._scan()
-
-    def _scan(self):
-        try:
-            logs, self._months = list_logs(self.directory, self.file), list_months(self.directory, self.file)
+            logs = list_logs(self.directory, self.file)
+            growing = self.file and written_instead(self.directory, self.file)
         except OSError as error:
             self._newer, self._first_look = [], False
             self._complain(f"cannot read the log directory {self.directory}: {error.strerror or error}")
             return
         if self.file is None and not logs:
             self._complain(f"no log files in {self.directory} yet")
+        elif growing:
+            self._complain(f"{self.file.path} lies in the future by its name, and LM Studio writes "
+                           f"{growing.path}", "Move the former away and start lmgateway again")
         elif self._unread_since is None:
             self.problem = None
         self._newer = self._begin(logs) if self.file is None and logs else logs
         self._first_look = False
 
     def _begin(self, logs):
-        """The files to read when none has been read yet.  What is there at start-up is history."""
+        """The files to read when none has been read yet.  Those that are there at start-up are history."""
         if self._first_look and self._from_start:
             return logs[-1:]
         if not self._first_look:
             with contextlib.suppress(OSError):
-                logs = [log_file for log_file in logs
-                        if file_state(log_file.path).st_mtime >= self._started] or logs[-1:]
-                if file_state(logs[0].path).st_mtime >= self._started:
-                    return logs
-        self._start_at_end(logs[-1])
-        return []
-
-    def _start_at_end(self, log_file):
-        self.file = log_file
+                recent = [new for new in logs if file_state(new.path).st_mtime >= self._started]
+                if recent:
+                    return recent
+        self.file = logs[-1]
         try:
-            found = file_state(log_file.path)
+            found = file_state(self.file.path)
             self.position = self.size = found.st_size
             self._seen = (found.st_dev, found.st_ino, found.st_mtime_ns)
-            with open(log_file.path, "rb") as file:
-                self._head = file.read(min(HEAD, self.size))
-                file.seek(max(0, self.size - ANCHOR))
-                self._anchor = file.read(min(ANCHOR, self.size))
+            with open_plain(self.file.path) as file:
+                self._go_to_end(file)
         except OSError as error:
-            self._complain(f"cannot read {log_file.path}: {error.strerror or error}")
-        log.info("Monitoring log file: %s", log_file.path)
+            self._complain(f"cannot read {self.file.path}: {error.strerror or error}")
+        log.info("Monitoring log file: %s", self.file.path)
+        return []
 
     def _may_advance(self):
         """True when a newer file has bytes, so that the old one will get no more."""
@@ -4338,11 +4386,14 @@ class Follower:
 
     def _advance(self):
         self.file, self._newer = self._newer[0], self._newer[1:]
-        self.position = self.size = 0
-        self._seen, self._head, self._anchor = None, b"", b""
+        self.size = 0
+        self._start_over()
         self.problem = self._unread_since = None
         log.info("Monitoring log file: %s", self.file.path)
         return self.file
+
+    def _start_over(self):
+        self.position, self._head, self._anchor, self._seen = 0, b"", b"", None
 
     def _read(self):
         """The next piece of the file; b"" at its end; None when it is not the file we knew."""
@@ -4350,51 +4401,49 @@ class Follower:
         self.size, seen = found.st_size, (found.st_dev, found.st_ino, found.st_mtime_ns)
         if self.size == self.position and seen == self._seen:
             return b""
-        with open(self.file.path, "rb") as file:
-            if (self._seen and (self.size < self.position or seen[:2] != self._seen[:2])
-                    and not self._still_ours(file)):
+        with open_plain(self.file.path) as file:
+            if not self._is_ours(file):
                 return None
-            file.seek(self.position - len(self._anchor))
-            data = file.read(len(self._anchor) + LIVE_PIECE)
-            if len(self._head) < HEAD and data:
-                file.seek(0)
-                self._head = file.read(min(HEAD, self.position + len(data) - len(self._anchor)))
-        if not data.startswith(self._anchor):
-            self._start_over()
-            return None
+            chunk = file.read(self._piece)
         self._seen, self.problem = seen, None
-        chunk = data[len(self._anchor):]
-        self._anchor = data[-ANCHOR:]
+        if len(self._head) == self.position:
+            self._head = (self._head + chunk)[:self.HEAD]
+        self._anchor = (self._anchor + chunk)[-self.ANCHOR:]
         self.position += len(chunk)
         return chunk
 
-    def _still_ours(self, file):
-        """True when a file that shrank or changed identity still has the bytes that we read.
+    def _is_ours(self, file):
+        """Go to our position.  False when the file has no longer the bytes before it.
 
-        One that was cut short goes on where it ends now; another is read from its start."""
+        One that was cut short goes on at its end; another is read from its start."""
         head = file.read(len(self._head))
-        if self.size >= self.position and head == self._head:
+        file.seek(self.position - len(self._anchor))
+        if self.size >= self.position and head == self._head and file.read(len(self._anchor)) == self._anchor:
             return True
-        if 0 < self.size < self.position and head == self._head[: self.size]:
-            self.position, self._head = self.size, head
-            file.seek(max(0, self.size - ANCHOR))
-            self._anchor = file.read(ANCHOR)[: self.size]
+        if 0 < self.size < self.position and self._head.startswith(head):
+            self._go_to_end(file)
         else:
             self._start_over()
         return False
 
-    def _start_over(self):
-        self.position, self._head, self._anchor, self._seen = 0, b"", b"", None
+    def _go_to_end(self, file):
+        """All that the file has is read."""
+        self.position = self.size
+        file.seek(0)
+        self._head = file.read(min(self.HEAD, self.size))
+        file.seek(max(0, self.size - self.ANCHOR))
+        self._anchor = file.read(min(self.ANCHOR, self.size))
 
-    def _complain(self, problem):
+    def _complain(self, problem, remedy=REMEDY):
         if problem != self.problem:
             self.problem = problem
-            log.warning("%s; I keep looking. Start LM Studio's server, or name its log directory with "
-                        "--log-dir (LMSTUDIO_LOG_DIR)", problem)
+            log.warning("%s; %s", problem, remedy)
 
 
 class LogVolume:
     """How much room a log directory takes and its disk has left.  Any thread; looked at once a minute."""
+
+    LOW_BYTES = 2_000_000_000  # a disk with less room than this is worth a warning
 
     def __init__(self, directory, warn_bytes):
         self.directory, self._warn_bytes = directory, warn_bytes
@@ -4428,7 +4477,7 @@ class LogVolume:
         remedy = "lmgateway.py --prune 30 shows what is older than 30 days, and with --yes removes it"
         if total and self._warn_bytes and total > self._warn_bytes:
             yield f"LM Studio's logs take {shown_bytes(total)} in {self.directory}: {remedy}"
-        if free is not None and free < max(LOW_DISK_BYTES, 3 * (growth or 0)):
+        if free is not None and free < max(self.LOW_BYTES, 3 * (growth or 0)):
             yield (f"only {shown_bytes(free)} are free on the disk of {self.directory}: make room there; "
                    + remedy)
 
@@ -4463,6 +4512,12 @@ def shown_bytes(count):
 class Monitor:
     """The tail thread's work: a Follower's news through a Parser, as lists of events."""
 
+    YIELD_S = 0.0005  # between two pieces, so that a backlog does not hold up the proxy
+    BUSY_S, IDLE_S = 0.01, 0.1  # pauses between looks while bytes flow, and after CALM_S without any
+    CALM_S = 5.0
+    QUIET_S = 0.2  # an entry without a next header is complete after this
+    MIDLINE_S = 2.0  # a line without an end is taken as it is after this
+
     def __init__(self, follower, clock=time.monotonic, now=time.time):
         self.follower, self.parser = follower, Parser()
         self._clock, self._now = clock, now
@@ -4476,9 +4531,11 @@ class Monitor:
         events."""
         over = False
         while not over:
+            began = time.thread_time()
             events, pause = self.step()
             if events:
                 publish(events)
+            self.follower.pace(time.thread_time() - began)
             over = wait(pause)
         last = [*self.step()[0], *self.parser.end(torn=False)]
         if last:
@@ -4486,20 +4543,19 @@ class Monitor:
 
     def step(self):
         """(events, seconds to wait before the next step)."""
-        now, follower = self._clock(), self.follower
-        old = follower.file
-        news = follower.next_news(now)
+        now, old = self._clock(), self.follower.file
+        news = self.follower.next_news(now)
         if news:
-            return self._take(news, old, now), YIELD_S
+            return self._take(news, old, now), self.YIELD_S
         if news is None:
             events = self.parser.end()
             self.parser.forget()
             return events, 0
-        since = now - self._last_news
-        if not self._settled and since >= (MIDLINE_S if self.parser.midline else QUIET_S):
+        since, midline = now - self._last_news, self.parser.midline
+        if not self._settled and since >= (self.MIDLINE_S if midline else self.QUIET_S):
             self._settled = True
-            return (self.parser.end() if self.parser.midline else self.parser.quiet()), BUSY_S
-        return [], BUSY_S if since < CALM_S else IDLE_S
+            return (self.parser.end() if midline else self.parser.quiet()), self.BUSY_S
+        return [], self.BUSY_S if since < self.CALM_S else self.IDLE_S
 
     def _take(self, news, old, now):
         if isinstance(news, bytes):
@@ -4509,7 +4565,7 @@ class Monitor:
         if old is None:
             return []
         events = self.parser.end()  # and not forget(): LM Studio may go on with an entry in the next file
-        event = switch_event(old, news, utc_text(self._now()))
+        event = switch_event(old.path, news.path, utc_text(self._now()))
         self.switches[event.name] += 1
         return [*events, event]
 
@@ -4540,12 +4596,16 @@ def replay(paths, publish):
 
 
 def saved_pieces(path):
-    """The bytes of a saved log, in pieces.  Raises StartError where it cannot be read, ConfigError where it
-    begins like no log."""
+    """The bytes of a saved log, in pieces.  Raises StartError if it cannot be read, ConfigError if it begins
+    like no log: as PowerShell writes text, or packed."""
     try:
         with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
             piece = file.read(PIECE)
-            check_text(path, piece)
+            if piece.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise ConfigError(f"{path}: it is UTF-16; save it as UTF-8 (PowerShell: Out-File "
+                                  "-Encoding utf8)")
+            if piece.startswith((b"\x1f\x8b", b"PK\3\4", b"\x28\xb5\x2f\xfd")):
+                raise ConfigError(f"{path}: it is packed; unpack it first")
             while piece:
                 yield piece
                 piece = file.read(PIECE)
@@ -4553,17 +4613,8 @@ def saved_pieces(path):
         raise StartError(f"{path}: {error.strerror or error}") from None
 
 
-def check_text(path, start):
-    """Raises ConfigError where a file begins like no log: as PowerShell writes text, or packed."""
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigError(f"{path}: it is UTF-16; save it as UTF-8 (PowerShell: Out-File -Encoding utf8)")
-    if start.startswith((b"\x1f\x8b", b"PK\3\4", b"\x28\xb5\x2f\xfd")):
-        raise ConfigError(f"{path}: it is packed; unpack it first")
-
-
 def saved_logs(paths):
-    """The files that paths name, each directory's in date order.  Raises ConfigError where there is none to
-    read."""
+    """The files that paths name, each directory's in date order.  Raises ConfigError if there is none."""
     files = []
     for path in paths:
         if path != "-" and not os.path.exists(path):
@@ -4584,9 +4635,10 @@ def saved_logs(paths):
 
 
 def flat_logs(directory):
-    """The logs that lie directly in a directory, server logs by date and number, others by name."""
+    """The plain log files directly in a directory, server logs by date and number, others by name."""
     names = sorted(os.listdir(directory), key=lambda name: (*log_place(name), name))
-    return [os.path.join(directory, name) for name in names if name.endswith(".log")]
+    paths = [os.path.join(directory, name) for name in names if name.endswith(".log")]
+    return list(filter(os.path.isfile, paths))
 
 
 def log_place(path):
@@ -5168,6 +5220,8 @@ def error_text(error):
 # that is used for long is asked for again (Server._look).
 
 PING_S = 15.0
+RETRY_MS = 2000  # what a browser waits before it connects again
+WAKES_PER_S = 14_000  # of all listeners together: each pauses so long that they share these
 STREAM_MARKS = ("text/event-stream", "application/x-ndjson")
 FIRST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,40}) ([!-~]+) HTTP/(\d)\.(\d)")
 TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
@@ -6401,38 +6455,38 @@ def event_stream(gateway, request):
 
 
 def stream_frames(hub, since, names, watcher, request):
-    """Frames for one listener until the hub closes: connected, what it missed, what comes, pings."""
-    with hub.listening() as bell, watching(watcher, request, bell) as left:
-        cursor, gap = hub.cursor(since)
-        last = hub.event_id(cursor)  # the id that the listener holds: repeated by what is no event
-        message = json.dumps({"timestamp": hub.now(), "message": "Connected to lmgateway"})
-        yield sse_frame(last, "connected", message, retry=f"retry: {RETRY_MS}\n")
-        heard = time.monotonic()    # when the listener last had a byte
+    """Bytes for one listener until the hub closes: connected, what it missed, what comes, pings.
+
+    No piece is longer than PIECE: so much does a client cost that does not read."""
+    with hub.listening(since) as listener, watching(watcher, request, listener.bell) as left:
+        held = hub.event_id(listener.sent)  # the client's latest id: repeated by frames that are no event
+        yield own_frame(hub, held, "connected", {"message": "Connected to lmgateway"}, f"retry: {RETRY_MS}\n")
+        heard = time.monotonic()    # when the client last had a byte
         while True:
             over = hub.closed or left.is_set()  # asked first: what was published before the end is still sent
-            frames, cursor, lost = hub.read(cursor)
-            wanted = [(seq, frame) for seq, (name, frame) in enumerate(frames, cursor - len(frames) + 1)
-                      if not names or name in names]
-            parts = [frame for _, frame in wanted]
-            for missed in (gap, lost):
-                if missed and frames:
-                    parts.insert(0, sse_frame(last, "gap", gap_data(missed, hub.now())))
-            if gap and not frames:
-                parts.append(sse_frame(last, "gap", gap_data(gap, hub.now())))
-            gap = None
-            if parts:
-                last = hub.event_id(wanted[-1][0]) if wanted else last
-                yield b"".join(parts)
+            frames, gap = hub.read(listener, names, PIECE)
+            if gap:
+                frames.insert(0, own_frame(hub, held, "gap", gap))
+            held = hub.event_id(listener.sent)
+            if not frames and time.monotonic() - heard >= PING_S:
+                frames.append(own_frame(hub, held, "ping", {}))
+            if frames:
+                yield from pieces_of(b"".join(frames))
                 heard = time.monotonic()
-            if len(frames) == BATCH:
-                continue
-            if over:
+            elif over:
                 return
-            if time.monotonic() - heard >= PING_S:
-                yield sse_frame(last, "ping", json.dumps({"timestamp": hub.now()}))
-                heard = time.monotonic()
-            with contextlib.suppress(queue.Empty):
-                bell.get(timeout=max(0.0, heard + PING_S - time.monotonic()))
+            time.sleep(hub.listeners / WAKES_PER_S)
+            hub.wait(listener, 0 if over else heard + PING_S - time.monotonic())
+
+
+def pieces_of(data):
+    with memoryview(data) as view:
+        for start in range(0, len(data), PIECE):
+            yield view[start:start + PIECE]
+
+
+def own_frame(hub, held, name, data, retry=""):
+    return sse_frame(held, name, to_json({"timestamp": hub.now(), **data}), retry)
 
 
 @contextlib.contextmanager
@@ -6442,7 +6496,7 @@ def watching(watcher, request, bell):
 
     def leave():
         left.set()
-        ring(bell)
+        wake([bell])
 
     watcher.watch(request.connection, leave)
     try:
@@ -7570,11 +7624,11 @@ def demo_traffic(address, key, pause):
 # --- 9.1 output, and our own log ----------------------------------------------
 
 
-def lenient_streams():
+def lenient_streams(encoding=None):
     """Whatever a log holds can be printed: Windows' cp1252 has no place for much of it."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def closed_pipe():
@@ -8147,6 +8201,8 @@ def open_printer(args, live):
     """A Printer on stdout that makes room for what the log says on the same terminal.  Raises StartError."""
     if sys.stdout is None:
         raise StartError("there is no standard output to print to: send it to a file or a pipe")
+    if args.json:
+        lenient_streams("utf-8")
     printer = Printer(sys.stdout, args.json, words(args.events or ""), live)
     for handler in log.handlers:
         handler.addFilter(lambda record: printer.finish() or True)
@@ -8191,7 +8247,7 @@ def report(args, config):
     if config.history and not args.paths and not os.path.exists(config.history):
         raise ConfigError(f"{config.named('history')}: no such file; name one that a gateway keeps")
     file = ":memory:" if args.paths else config.history
-    with naming_history(config), contextlib.closing(open_history(file)) as kept, history_errors(kept.Error):
+    with naming_history(config), contextlib.closing(open_history(file)) as kept, history_errors():
         if args.paths:
             freeze_start_up()
             replay(saved_logs(args.paths), LogUsage(kept))

@@ -456,7 +456,7 @@ def test_samples_give_their_events(utc, log_path, size):
     assert unmet(rows, events) == []
     assert misplaced(rows, events) == []
     for event in events:
-        assert json.loads(lmgateway.data_json(event), parse_constant=no_constant) == event.data
+        assert json.loads(lmgateway.to_json(event.data), parse_constant=no_constant) == event.data
 
 
 def last_entry(row):
@@ -1049,7 +1049,7 @@ def test_any_bytes_give_the_same_events_wherever_they_are_split_and_never_raise(
     data = b"".join(piece + (b"\n" if random.random() < 0.5 else b"") for piece in pieces)
     whole = told_and_logged(data)
     for name, fields in whole[0]:
-        json.loads(lmgateway.data_json(Event(name, fields)), parse_constant=no_constant)
+        json.loads(lmgateway.to_json(fields), parse_constant=no_constant)
     for size in (1, random.randrange(2, 40), random.randrange(40, 400)):
         assert told_and_logged(data, size) == whole
 
@@ -1082,8 +1082,8 @@ def test_huge_entries_are_plain_events_in_bounded_memory(utc, data):
     logs = [event.data for event in events if event.name == "lmstudio_log"]
     assert len(logs) == (0 if data.startswith(b"x") else 1)
     for entry in logs:
-        assert len(entry["message"]) <= lmgateway.ENTRY_LIMIT
-        assert entry.get("truncated", False) is (len(data) > lmgateway.ENTRY_LIMIT)
+        assert len(entry["message"]) <= lmgateway.Entry.LIMIT and len(entry["tags"]) <= 32
+        assert entry.get("truncated", False) is (len(data) > lmgateway.Entry.LIMIT)
 
 
 @pytest.mark.parametrize("time_text, ms", [("0.5s", 500.0), ("850ms", 850), ("1,200ms", 1200)])
@@ -1260,12 +1260,14 @@ def test_local_time_becomes_utc_in_file_order(monkeypatch, zone, times, expected
 
 # --- 3.10 wire formats
 
-@pytest.mark.parametrize("data", [
-    {"timestamp": "2026-05-01 10:00:00", "level": "INFO", "message": 'é "🦊"\n\\\x7f', "tags": ["m", "ü"]},
-    {"a": 1, "b": -0.5, "c": 1e300, "d": True, "e": None, "f": ["x", 1], "g": {"h": False}, "ü\"": "i"}, {}],
-    ids=["log", "values", "nothing"])
-def test_an_events_data_is_written_as_json_dumps_would_write_it(data):
-    assert lmgateway.data_json(Event("lmstudio_log", data)) == json.dumps(data)
+def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_readers_take_for_a_line_end():
+    data = {"message": 'é "🦊"\n\\\x7f\ud800 \u2028\u2029\x85\x0c', "tags": [], "a": -0.5, "b": True, "c": None}
+    line = lmgateway.to_utf8(lmgateway.json_line("e-1", Event("n", data)))
+    assert json.loads(line, parse_constant=no_constant) == {"id": "e-1", "event": "n", "data": data}
+    text = line.decode()
+    assert len(text.splitlines()) == 1 and 'é \\"🦊\\"' in text and "\\ud800" in text
+    fox = lmgateway.sse_frame("e-1", "n", lmgateway.to_json({"message": "🦊" * 1000}))
+    assert len(fox) < 4100      # not 12 bytes a character
 
 
 # --- 3.4 to 3.6: dialects, meter, request bodies
@@ -1733,7 +1735,7 @@ class Office:
 
     @property
     def epoch(self):
-        return lmgateway.Calendar().moment(self.stamp).epoch
+        return lmgateway.UtcClock().moment(self.stamp).epoch
 
     def ask(self, name, model="m/one", messages=1, body=None, **about):
         """A request goes to LM Studio; body is the JSON that it asks with."""
@@ -2351,7 +2353,7 @@ def test_what_a_late_line_can_mean_is_still_known(utc):
 
 
 def test_a_run_that_has_parted_is_as_uncertain_as_it_was_and_no_twin(utc):
-    moment = lmgateway.Calendar().moment("2026-11-24 10:00:00")
+    moment = lmgateway.UtcClock().moment("2026-11-24 10:00:00")
     chats = [lmgateway.Chat(number, moment) for number in range(2)]
     one, other = (lmgateway.Run("G1", chats[:]) for _ in range(2))
     one.twins, other.twins = [other], [one]
@@ -2363,7 +2365,7 @@ def test_a_run_that_has_parted_is_as_uncertain_as_it_was_and_no_twin(utc):
 
 
 def test_a_run_parts_only_when_no_other_run_can_be_taken_for_its_chat(utc):
-    moment = lmgateway.Calendar().moment("2026-11-24 10:00:00")
+    moment = lmgateway.UtcClock().moment("2026-11-24 10:00:00")
     gone, alive, late = (lmgateway.Chat(number, moment, api=number > 0) for number in range(3))
     pairs, one, other = lmgateway.Pairs(), lmgateway.Run("G3", [gone]), lmgateway.Run("G3", [gone, alive])
     (one.chat, gone.run), (other.chat, alive.run) = (gone, one), (alive, other)
@@ -2653,47 +2655,41 @@ def numbers(*wanted):
     return [Event("n", {"n": number}) for number in wanted]
 
 
-def frame_numbers(frames):
-    return [json.loads(frame.partition(b"data: ")[2])["n"] for _, frame in frames]
+def data_of(frames):
+    return [json.loads(frame.partition(b"data: ")[2]) for frame in frames]
 
 
-def everything(hub, cursor):
-    """(numbers of the frames after a cursor, gaps on the way)."""
+def names_of(hub):
+    """The names of the events that a hub's ring holds."""
+    with hub.listening("0") as listener:
+        return [re.search(rb"\nevent: (.*)\n", frame)[1].decode() for frame in hub.read(listener)[0]]
+
+
+def everything(hub, listener, most=math.inf):
+    """(numbers of the frames behind a listener's place, gaps on the way)."""
     found, gaps = [], []
     while True:
-        frames, cursor, gap = hub.read(cursor)
+        frames, gap = hub.read(listener, most=most)
         gaps += [gap] if gap else []
         if not frames:
             return found, gaps
-        found += frame_numbers(frames)
+        found += [data["n"] for data in data_of(frames)]
 
 
 def test_ids_count_by_one_and_have_an_epoch_of_their_own():
     hub, other = lmgateway.Hub(), lmgateway.Hub()
     hub.publish(numbers(1, 2))
     hub.publish(numbers(3))
-    frames, _, _ = hub.read(0)
-    assert [frame.split(b"\n")[0].decode() for _,
-            frame in frames] == [f"id: {hub.epoch}-{seq}" for seq in (1, 2, 3)]
-    assert frames[0][1] == f'id: {hub.epoch}-1\nevent: n\ndata: {{"n": 1}}\n\n'.encode()
+    with hub.listening("0") as listener:
+        frames, _ = hub.read(listener)
+    assert frames == [f'id: {hub.epoch}-{n}\nevent: n\ndata: {{"n": {n}}}\n\n'.encode() for n in (1, 2, 3)]
     assert hub.epoch != other.epoch
     assert len({hub.request_id(), hub.request_id(), other.request_id(), other.request_id()}) == 4
 
 
-@pytest.mark.parametrize("data", [
-    {"timestamp": "t", "level": "INFO", "message": 'a"b\\c\n\ud800 \u2028 \u00e9', "tags": ["m", '"']},
-    {"timestamp": "t", "level": "INFO", "message": "m", "tags": [], "continued": True, "truncated": True},
-    {"timestamp": "t", "level": "INFO", "message": "m", "tags": [], "requestId": "req_1"}])
-def test_an_entry_is_one_line_of_strict_json_with_all_its_fields(data):
-    line = lmgateway.json_line("e-1", Event("lmstudio_log", data))
-    assert line.isascii() and line.count("\n") == 1
-    assert json.loads(line, parse_constant=no_constant) == {"id": "e-1", "event": "lmstudio_log",
-                                                            "data": data}
-
-
 def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_figures(utc):
     rows, parser, stamp = [], Parser(), "2026-11-24 10:00:00"
-    hub, started = lmgateway.Hub(keep=rows.extend), lmgateway.Calendar().moment(stamp).epoch
+    hub, started = lmgateway.Hub(keep=rows.extend), lmgateway.UtcClock().moment(stamp).epoch
 
     def log(*entries):
         hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n"
@@ -2710,7 +2706,7 @@ def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_fig
     log(engine_end(1, 400, 12), finished("m/one"))
     log(running("m/two"), streaming("m/two"), engine_run(2, 70), percent("m/two", 100),
         engine_end(2, 70, 9), finished("m/two"))
-    told = Counter(name for name, _ in hub.read(0)[0])
+    told = Counter(names_of(hub))
     assert (told["inference_start"], told["error"], told["inference_progress"] > 0) == (1, 1, True)
     by_name = [dict(zip([name for name, _, _ in lmgateway.HISTORY], row)) for row in rows]
     assert (by_name[0]["id"], by_name[0]["completion_tokens"]) == (record.id, None)
@@ -2747,17 +2743,17 @@ def test_the_overview_has_all_running_requests_the_latest_ended_ones_and_the_lat
 
 def test_nothing_is_told_of_the_progress_of_a_request_after_its_end(monkeypatch):
     """A request may end whenever the lock is free, so also between what its progress is and its telling."""
-    hub, parser, encode = lmgateway.Hub(), Parser(), lmgateway.data_json
+    hub, parser, encode = lmgateway.Hub(), Parser(), lmgateway.to_json
     stamp = "2026-11-24 10:00:00"
-    started = lmgateway.Calendar().moment(stamp).epoch
+    started = lmgateway.UtcClock().moment(stamp).epoch
     record = lmgateway.Record(hub.request_id(), started, time.monotonic(), model_asked="m/one", messages=1,
                               dialect="chat", target="/v1/chat/completions", stream=True)
     hub.begin(record)
 
-    def encoded(event):
+    def encoded(data):
         if not hub._lock.locked():
             hub.end(record, lmgateway.Outcome("done", 200))
-        return encode(event)
+        return encode(data)
 
     def log(*entries):
         hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n" for entry in entries).encode())
@@ -2765,9 +2761,9 @@ def test_nothing_is_told_of_the_progress_of_a_request_after_its_end(monkeypatch)
 
     log(running("m/one"), streaming("m/one"), percent("m/one", 0))
     monkeypatch.setattr(record, "_told", -math.inf)
-    monkeypatch.setattr(lmgateway, "data_json", encoded)
+    monkeypatch.setattr(lmgateway, "to_json", encoded)
     log(percent("m/one", 50))
-    names = [name for name, _ in hub.read(0)[0]]
+    names = names_of(hub)
     assert "inference_progress" in names and record.ended is not None
     assert "inference_progress" not in names[names.index("inference_complete"):]
 
@@ -2786,72 +2782,60 @@ def test_the_name_of_a_model_is_learned_anew_also_when_no_further_ones_are(monke
 def test_a_listener_that_comes_back_gets_what_it_missed(since, missed):
     hub = lmgateway.Hub()
     hub.publish(numbers(1, 2, 3, 4))
-    cursor, gap = hub.cursor(since and since.format(hub.epoch))
-    assert (everything(hub, cursor), gap) == ((missed, []), None)
-    hub.publish(numbers(5))
-    assert everything(hub, cursor) == ([*missed, 5], [])
+    with hub.listening(since and since.format(hub.epoch)) as listener:
+        assert everything(hub, listener) == (missed, [])
+        hub.publish(numbers(5))
+        assert everything(hub, listener) == ([5], [])
 
 
-def test_listeners_that_come_back_are_counted_by_what_the_ring_could_give_them():
-    hub = lmgateway.Hub()
-    for _ in range(13):
-        hub.publish(numbers(*range(1000)))
-    for since in ("", f"{hub.epoch}-12999", f"{hub.epoch}-12", "0ther-7"):
-        hub.cursor(since)
-    assert hub.replays == {"full": 1, "gap": 2}
-
-
-def test_an_id_of_another_start_is_a_gap_that_nobody_can_count():
+@pytest.mark.parametrize("strange, last", [("0ther-7", 8), ("old_epoch-3", 4), ("a-b-3", 4)])
+def test_an_id_of_another_start_is_a_gap_that_nobody_can_count(strange, last):
     hub = lmgateway.Hub()
     hub.publish(numbers(1, 2))
-    for strange in ("old_epoch-3", "a-b-3"):
-        assert hub.cursor(strange)[1].first == strange[:-1] + "4"
-    cursor, gap = hub.cursor("0ther-7")
-    assert json.loads(lmgateway.gap_data(gap, "now"))["count"] is None
-    assert (gap.first, gap.events) == ("0ther-8", None)
-    assert everything(hub, cursor) == ([1, 2], [])
+    with hub.listening(strange) as listener:
+        gap = {"from": f"{strange[:-2]}-{last}", "to": hub.event_id(0), "count": None}
+        assert everything(hub, listener) == ([1, 2], [gap])
+    with hub.listening(strange) as listener:
+        hub.publish(numbers(*range(3, 20_001)))      # the ring moves on before the first look: still one gap
+        found, gaps = everything(hub, listener)
+    assert gaps == [{**gap, "to": hub.event_id(found[0] - 1)}] and len(found) >= 10_000
+    assert hub.replays == {"gap": 2}
 
 
 def test_the_ring_holds_ten_thousand_and_tells_what_fell_out():
     hub = lmgateway.Hub()
     for start in range(1, 30_001, 500):
         hub.publish(numbers(*range(start, start + 500)))
-        _, _, gap = hub.read(0)
-        assert gap is None or hub.last - gap.events >= 10_000
-    found, gaps = everything(hub, hub.cursor(f"{hub.epoch}-100")[0])
-    assert len(gaps) == 1 and len(found) >= 10_000
-    assert found == list(range(found[0], 30_001))
-    assert gaps[0] == lmgateway.Gap(hub.event_id(101), hub.event_id(found[0] - 1), found[0] - 101)
-    frames, cursor, _ = hub.read(20_000)
-    assert (len(frames), cursor) == (lmgateway.BATCH,
-                                     20_000 + lmgateway.BATCH) and lmgateway.BATCH <= 1000    # of one write
+    with hub.listening(f"{hub.epoch}-100") as listener:
+        found, gaps = everything(hub, listener, 1000)
+    assert 10_000 <= len(found) <= 13_000 and found == list(range(found[0], 30_001))
+    assert gaps == [{"from": hub.event_id(101), "to": hub.event_id(found[0] - 1), "count": found[0] - 101}]
+    for since in ("", f"{hub.epoch}-29999", "0ther-7"):
+        with hub.listening(since):
+            pass
+    assert hub.replays == {"full": 1, "gap": 2}
 
 
-def test_a_slow_listener_loses_the_oldest_is_told_and_stops_nobody():
+def test_the_ring_holds_32_mb_of_large_events_and_tells_what_fell_out():
+    hub, text = lmgateway.Hub(), "🦊" * 100_000
+    with hub.listening() as slow, tracing() as peak:
+        for number in range(300):      # 120 MB
+            hub.publish([Event("n", {"n": number, "text": text})])
+        assert peak() < 40_000_000
+        frames, gap = hub.read(slow, most=1)
+        found, gaps = everything(hub, slow)
+    held = data_of(frames) + found
+    assert 32_000_000 <= len(held) * 400_000 < 34_000_000 and not gaps
+    assert gap["count"] == 300 - len(held) == hub.dropped and found[-1] == 299
+
+
+def test_a_listener_reads_a_bounded_piece_and_holds_on_to_nothing_more():
     hub = lmgateway.Hub()
-    cursor, _ = hub.cursor(None)
-    with hub.listening() as bell:
-        started = time.monotonic()
-        for start in range(1, 40_001, 1000):
-            hub.publish(numbers(*range(start, start + 1000)))      # nobody takes anything
-        assert bell.qsize() == 1 and time.monotonic() - started < PATIENCE_S
-        found, gaps = everything(hub, cursor)
-    assert gaps[0].events + len(found) == 40_000
-    assert found[-1] == 40_000
-    assert hub.dropped == gaps[0].events
-    assert hub.listeners == 0
-
-
-def test_a_frame_is_made_once_whoever_listens(monkeypatch):
-    calls = Counter()
-    monkeypatch.setattr(lmgateway, "data_json", counting("json", lmgateway.data_json, calls))
-    monkeypatch.setattr(lmgateway, "sse_frame", counting("frame", lmgateway.sse_frame, calls))
-    hub = lmgateway.Hub()
-    with hub.listening(), hub.listening():
-        hub.publish(numbers(1, 2))
-    readers = [hub.read(0)[0] for _ in range(5)]
-    assert calls == {"json": 2, "frame": 2}
-    assert all(one[1] is other[1] for one, other in zip(readers[0], readers[4]))
+    with hub.listening() as listener:
+        hub.publish([Event("n", {"n": number, "text": "x" * 30_000}) for number in range(50)])
+        assert [len(hub.read(listener, most=65_536)[0]) for _ in range(2)] == [3, 3]
+        hub.publish(numbers(*range(8000)))
+        assert len(hub.read(listener)[0]) == hub.BATCH < 8000
 
 
 def test_events_of_many_threads_have_one_order():
@@ -2862,16 +2846,31 @@ def test_events_of_many_threads_have_one_order():
         thread.start()
     for thread in threads:
         thread.join(PATIENCE_S)
-    found, gaps = everything(hub, 0)
+    with hub.listening("0") as listener:
+        found, gaps = everything(hub, listener)
     assert (len(found), gaps, hub.last) == (3200, [], 3200)
     assert found[::2] == found[1::2]        # what is published together stays together
 
 
-def test_close_wakes_every_listener():
-    hub = lmgateway.Hub()
-    with hub.listening() as bell:
-        hub.close()
-        assert bell.get(timeout=PATIENCE_S) and hub.closed
+def test_events_and_the_end_wake_a_listener_that_waits():
+    hub, woken = lmgateway.Hub(), queue.Queue()
+
+    def listen():
+        with hub.listening() as listener:
+            hub.wait(listener, -1)      # a time that is over already
+            while not hub.closed:
+                hub.wait(listener, PATIENCE_S)
+                woken.put(len(hub.read(listener)[0]))
+
+    thread = threading.Thread(target=listen)
+    started = time.monotonic()
+    thread.start()
+    until(lambda: hub._waiting)
+    hub.publish(numbers(1))
+    assert woken.get(timeout=PATIENCE_S) == 1
+    hub.close()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive() and time.monotonic() - started < PATIENCE_S
 
 
 # --- 4.2 history
@@ -2948,26 +2947,33 @@ def test_usage_is_summed_by_key_model_and_day_whoever_asked(utc, monkeypatch):
         assert [row["day"] for row in usage_of(records, "day")] == ["2026-01-03", "2026-01-02"]
 
 
-def test_keeping_a_row_never_waits_and_old_ones_are_looked_for_once_an_hour(tmp_path, monkeypatch):
+def kept(history):
+    """The ids in a history's file."""
+    with contextlib.closing(lmgateway.open_history(history.path)) as connection:
+        return [name for name, in connection.execute("SELECT id FROM requests ORDER BY started, id")]
+
+
+def rows_of(*names, started=1e9, **fields):
+    found = []
+    for name in names:
+        record = finished_record(name, started)
+        vars(record).update(fields)
+        found.append(lmgateway.history_row(record))
+    return found
+
+
+def test_keeping_a_row_never_waits_and_old_ones_are_removed_once_an_hour(tmp_path, monkeypatch):
     go, calls, store = threading.Event(), Counter(), lmgateway.store_rows
     monkeypatch.setattr(lmgateway, "store_rows", lambda *args: (go.wait(PATIENCE_S), store(*args)))
     monkeypatch.setattr(lmgateway, "remove_rows", counting("removed", lmgateway.remove_rows, calls))
     history, started = lmgateway.History(str(tmp_path / "h.db"), days=30), time.monotonic()
-    for number in range(5):
-        history.keep([lmgateway.history_row(finished_record(f"r{number}", time.time()))])
+    history.keep(rows_of("old", started=time.time() - 31 * 86400))
+    history.keep(rows_of("new", started=time.time() - 29 * 86400))
     assert time.monotonic() - started < PATIENCE_S / 2
     go.set()
     history.close()
-    assert (history.usage("key")[0]["requests"], calls["removed"]) == (5, 1)
+    assert kept(history) == ["new"] and calls["removed"] == 1
     assert lmgateway.open_history(history.path).execute("PRAGMA journal_mode").fetchone() == ("wal",)
-
-
-def test_history_forgets_rows_that_are_too_old(tmp_path):
-    history = lmgateway.History(str(tmp_path / "h.db"), days=30)
-    history.keep([lmgateway.history_row(finished_record("old", time.time() - 31 * 86400))])
-    history.keep([lmgateway.history_row(finished_record("new", time.time() - 29 * 86400))])
-    history.close()
-    assert [row["requests"] for row in history.usage("key")] == [1]
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_text("no database"), lambda path: path.mkdir()],
@@ -2990,25 +2996,104 @@ def test_a_report_of_another_programs_table_is_one_line_with_the_remedy(tmp_path
                          lmgateway.Config(history=str(tmp_path / "h.db")))
 
 
-def test_a_row_that_cannot_be_written_is_said_and_the_next_one_is_kept(tmp_path, caplog):
+def test_any_text_and_any_number_can_be_kept_and_summed(tmp_path):
     history = lmgateway.History(str(tmp_path / "h.db"))
-    lmgateway.log.propagate = True
-    for name, model in (("r1", "\ud800"), ("r2", "fine"), ("r3", 2**70)):
-        record = finished_record(name)
-        record.model = model
-        history.keep([lmgateway.history_row(record)])
+    history.keep(rows_of("r1", model="\ud800") + rows_of("r2", "r3", prompt_tokens=2**70, first_ms=math.inf,
+                                                         usage=None))
     history.close()
-    assert [row["model"] for row in history.usage("model")] == ["fine"]
-    assert caplog.text.count("are missing") == 2
+    assert kept(history) == ["r1", "r2", "r3"]
+    assert sum(row["promptTokens"] for row in history.usage("model")) == 2 * 10**12 + 70
 
 
-def test_a_history_that_cannot_be_written_any_more_is_said_and_stops_nothing(tmp_path, caplog):
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """The messages of our log so far."""
+    caplog.set_level("INFO", "lmgateway")
+    monkeypatch.setattr(lmgateway.log, "propagate", True)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def remove_history(path):
+    for file in path.parent.glob(path.name + "*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize("harm", [remove_history, lambda path: path.rename(path.with_name("away"))],
+                         ids=["removed", "renamed"])
+def test_a_history_that_is_no_longer_at_its_path_is_made_anew_and_that_is_said_once(tmp_path, said, harm):
     history = lmgateway.History(str(tmp_path / "h.db"))
-    history.keep([("too", "few")])
-    history.keep([lmgateway.history_row(finished_record())])
+    history.keep(rows_of("r1"))
+    until(lambda: not history._rows and kept(history))
+    harm(tmp_path / "h.db")
+    history.keep(rows_of("r2"))
+    until(said)
+    history.keep(rows_of("r3"))
     history.close()
-    assert history.usage("key")[0]["requests"] == 1
-    assert "1 requests are missing" in caplog.text
+    assert kept(history) == ["r2", "r3"]
+    assert [text.partition(", ")[2] for text in said()] == ["a new one is begun"]
+
+
+def lock_history(path):
+    import sqlite3
+    connection = sqlite3.connect(path)
+    connection.execute("BEGIN EXCLUSIVE")
+    return connection.close
+
+
+def spoil_history(path):
+    remove_history(path)
+    path.mkdir()
+    return path.rmdir
+
+
+@pytest.mark.parametrize("harm", [lock_history, spoil_history], ids=["locked", "spoiled"])
+def test_rows_wait_for_a_history_that_cannot_be_written_in_a_bounded_number(tmp_path, said, monkeypatch, harm):
+    monkeypatch.setattr(lmgateway.History, "RETRY_S", 0.05)
+    monkeypatch.setattr(lmgateway.History, "PAUSE_S", 0)
+    monkeypatch.setattr(lmgateway.History, "ROWS", 3)
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    heal = harm(tmp_path / "h.db")
+    history.keep(rows_of("r1"))
+    until(said)
+    for name in ("r2", "r3", "r4", "r5"):
+        history.keep(rows_of(name))
+    heal()
+    until(lambda: len(said()) == 2)
+    history.close()
+    assert kept(history) == ["r3", "r4", "r5"]
+    begun, over, lost = said()
+    assert "the latest 3 rows wait" in begun and "2 requests are missing" in lost
+    assert "written again" in over if harm is lock_history else "a new one is begun" in over
+
+
+def test_a_full_disk_is_said_once_and_a_row_that_waits_gives_way_to_its_later_word(tmp_path, said, monkeypatch):
+    import sqlite3
+    monkeypatch.setattr(lmgateway.History, "RETRY_S", 0.01)
+    tries, store = [], lmgateway.store_rows
+
+    def full(connection, rows):
+        tries.append(rows)
+        if len(tries) > 3:
+            return store(connection, rows)
+        history.keep(rows_of("r1", model=f"word {len(tries)}"))
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(lmgateway, "store_rows", full)
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    history.keep(rows_of("r1"))
+    until(lambda: len(said()) > 1)
+    history.close()
+    assert [row["model"] for row in history.usage("model")] == ["word 3"]
+    assert "disk is full" in said()[0] and "written again" in said()[1] and len(said()) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+def test_a_history_is_for_its_owner_alone(tmp_path):
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    history.keep(rows_of("r1"))
+    until(lambda: kept(history))
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+    history.close()
 
 
 def test_history_survives_a_killed_process(tmp_path):
@@ -3230,21 +3315,6 @@ def test_an_empty_newer_file_or_month_is_not_taken_before_something_stands_in_it
     assert logs.look(QUIET) == ["june"]
 
 
-def test_a_new_file_is_seen_soon_where_directories_keep_their_times(logs):
-    times = [(path, path.stat()) for path in (logs.directory, logs.directory / "2026-05")]
-    logs.write("2026-05-02.1", "next")
-    for path, state in times:
-        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert logs.look(2.5) == ["2026-05-01.1 > 2026-05-02.1", "next"]
-
-
-def test_a_new_file_in_a_month_that_was_there_already_is_seen_at_once(logs):
-    logs.path("2026-06-01.1")
-    assert logs.look(1) == []
-    logs.write("2026-06-01.1", "june")
-    assert logs.look(0.11) == ["2026-05 >> 2026-06-01.1"]
-
-
 REPLACED = {
     "emptied and written anew": lambda path: path.write_bytes(HEADER + b"new\n"),
     "written anew, as long as before": lambda path: path.write_bytes(
@@ -3339,63 +3409,36 @@ def test_an_emptied_directory_is_watched_until_something_comes(logs, caplog):
     assert logs.look(QUIET) == ["2026-05-01.1 > 2026-05-02.1", "next day"]
 
 
-def test_a_line_that_has_not_ended_when_the_monitor_is_stopped_is_not_told(logs):
-    def wait(seconds):
-        logs.write("2026-05-01.1", "a")
-        with open(logs.path("2026-05-01.1"), "ab") as file:
-            file.write(b"[2026-05-01 10:00:00][INFO] torn")
-        return True
-
-    told = []
-    logs.monitor.run(lambda events: told.extend(event.data["message"] for event in events), wait)
-    assert told == ["a"]
-
-
-def test_what_was_written_when_the_monitor_is_stopped_is_told(logs):
-    logs.write("2026-05-01.1", "a")
-    assert logs.look(QUIET) == ["a"]
+def test_what_was_written_when_the_monitor_is_stopped_is_told_except_for_half_a_line(logs):
     left, told = ["c\nand more of it", "b"], []
 
     def wait(seconds):
         logs.write("2026-05-01.1", left.pop())
+        if not left:
+            logs.write("2026-05-01.1", "torn", end=b"")
         return not left
 
     logs.monitor.run(lambda events: told.extend(event.data["message"] for event in events), wait)
     assert told == ["b", "c\nand more of it"]
 
 
-def test_a_file_that_cannot_be_read_for_a_while_is_said_once_and_read_later(logs, monkeypatch, caplog):
-    caplog.set_level("WARNING", "lmgateway")
-    logs.write("2026-05-01.1", "a")
-
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_a_file_that_cannot_be_read_for_a_while_is_said_once_and_read_later(tmp_path, monkeypatch, said,
+                                                                            from_the_start):
     def refused(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("builtins.open", refused)
-    assert logs.look(3) == []
-    assert "Permission denied" in logs.follower.problem
-    logs.monitor.step()
-    monkeypatch.undo()
-    logs.write("2026-05-01.1", "b")
-    assert logs.look(QUIET) == ["a", "b"]
-    assert logs.follower.problem is None
-    assert len([record for record in caplog.records if "Permission denied" in record.getMessage()]) == 1
-
-
-def test_a_file_that_cannot_be_read_at_the_start_is_said_and_read_later(tmp_path, monkeypatch, caplog):
-    caplog.set_level("WARNING", "lmgateway")
     logs = Logs(tmp_path)
     logs.write("2026-05-01.1", "old")
-
-    def refused(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
+    if not from_the_start:
+        assert logs.look() == []
+        logs.write("2026-05-01.1", "a")
     monkeypatch.setattr("builtins.open", refused)
-    assert logs.look(3) == []
+    assert logs.look(3) == [] and (from_the_start or "Permission denied" in logs.follower.problem)
     monkeypatch.undo()
-    logs.write("2026-05-01.1", "new")
-    assert (logs.look(QUIET), logs.follower.problem) == (["new"], None)
-    assert len([record for record in caplog.records if "Permission denied" in record.getMessage()]) == 1
+    logs.write("2026-05-01.1", "b")
+    assert (logs.look(QUIET), logs.follower.problem) == (["b"] if from_the_start else ["a", "b"], None)
+    assert len([text for text in said() if "Permission denied" in text]) == 1
 
 
 def test_an_old_file_that_cannot_be_read_holds_up_the_newer_one_for_a_while_only(logs, monkeypatch):
@@ -3419,10 +3462,75 @@ def test_an_old_file_that_cannot_be_read_holds_up_the_newer_one_for_a_while_only
     assert logs.look(4) == ["2026-05-01.1 > 2026-05-01.2", "b"]
 
 
-def test_a_path_that_is_no_file_is_no_end(logs):
-    logs.path("2026-05-03.1").mkdir()
+def in_time(function, *args):
+    """What a function returns that could wait for ever."""
+    found = queue.Queue()
+    threading.Thread(target=lambda: found.put(function(*args)), daemon=True).start()
+    return found.get(timeout=PATIENCE_S)
+
+
+ODD = {  # -> what stands at the path of a newer log, and its name
+    "a directory": (lambda path: path.mkdir(), "2026-05-03.1"),
+    "a directory with a log in it": (lambda path: (path.mkdir(), (path / "x.log").write_bytes(HEADER)), "2026-05-03.1"),
+    "a month that is none": (lambda path: path.parent.rename(path.parents[1] / "2026-13") and (
+        path.parents[1] / "2026-13" / "2026-12-31.1.log").write_bytes(HEADER + b"x\n"), "2026-12-31.1"),
+    "a day that is none": (lambda path: path.write_bytes(HEADER + b"x\n"), "2026-05-32.1"),
+    "digits of another script": (lambda path: path.write_bytes(HEADER + b"x\n"), "2026-05-03.\u0663"),
+    "a FIFO": (lambda path: os.mkfifo(path), "2026-05-03.1"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "2026-05-03.1"),
+    "a link to nothing": (lambda path: path.symlink_to("nothing"), "2026-05-03.1"),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFO, and links only for some")
+@pytest.mark.parametrize(("make", "name"), ODD.values(), ids=ODD)
+def test_only_plain_files_of_real_days_are_logs(logs, make, name):
+    make(logs.path(name))
     logs.write("2026-05-01.1", "a")
-    assert logs.look(3)[:1] == ["a"]
+    assert in_time(logs.look, 13) == ["a"]
+    logs.write("2026-05-01.1", "b")
+    assert in_time(logs.look, QUIET) == ["b"] and logs.follower.problem is None
+    assert in_time(Logs(logs.directory).look) == []
+    assert [log_file.day for log_file in lmgateway.list_logs(str(logs.directory))] == ["2026-05-01"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFO")
+def test_a_log_that_becomes_a_fifo_stops_nothing_and_is_said(logs, caplog):
+    path = logs.path("2026-05-01.1")
+    path.rename(path.with_suffix(".away"))
+    os.mkfifo(path)
+    assert in_time(logs.look, 3) == [] and "no plain file" in logs.follower.problem
+    path.unlink()
+    path.with_suffix(".away").rename(path)
+    logs.write("2026-05-01.1", "a")
+    assert (in_time(logs.look, 3), logs.follower.problem) == (["a"], None)
+    assert len([record for record in caplog.records if "no plain file" in record.getMessage()]) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFO")
+def test_what_lm_studios_home_holds_is_read_only_from_plain_files(tmp_path):
+    (tmp_path / ".internal").mkdir()
+    for name in (".lmstudio-home-pointer", ".internal/http-server-config.json", "x.log"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "y.log").write_bytes(HEADER)
+    assert in_time(lmgateway.find_home, tmp_path) == tmp_path / ".lmstudio"
+    with pytest.raises(OSError, match="no plain file"):
+        lmgateway.read_settings(tmp_path)
+    assert lmgateway.saved_logs([str(tmp_path)]) == [str(tmp_path / "y.log")]
+
+
+def test_a_newest_log_of_the_future_is_said_while_an_older_one_grows(logs, caplog):
+    logs.write("2099-01-01.1", "x")
+    assert logs.look(3)[-1] == "x" and logs.follower.file.day == "2099-01-01"
+    assert logs.follower.problem is None
+    os.utime(logs.path("2099-01-01.1"), (1e9, 1e9))
+    logs.write("2026-05-01.1", "a")
+    logs.look(5)
+    assert re.search("2099-01-01.1.log lies in the future .*2026-05-01.1.log", logs.follower.problem)
+    logs.path("2026-05-01.1").unlink()
+    logs.look(5)
+    assert logs.follower.problem is None
+    assert len([record for record in caplog.records if "future" in record.getMessage()]) == 1
 
 
 def test_no_file_is_held_open_between_reads(logs):
@@ -3433,19 +3541,33 @@ def test_no_file_is_held_open_between_reads(logs):
         assert not [path for path in held if path.startswith(str(logs.directory))]
 
 
-def test_a_backlog_is_read_in_bounded_pieces(logs):
+def test_a_backlog_is_read_in_pieces_that_grow_with_it_in_bounded_memory(logs):
     with logs.path("2026-05-01.1").open("ab") as file:
         for _ in range(20):
             file.write((HEADER + b"words of a user " * 1000 + b"\n") * 60)
+    told, pauses = [], []
+
+    def wait(seconds):
+        pauses.append(seconds)
+        return logs.follower.behind == 0
+
     with tracing() as peak:
-        told, largest = 0, 0
-        while logs.follower.behind or not told:
-            before = logs.follower.position
-            told += len(logs.monitor.step()[0])
-            largest = max(largest, logs.follower.position - before)
-        assert largest <= lmgateway.PIECE
-        assert peak() < 8_000_000
-    assert told + len(logs.look(QUIET)) == 1200
+        logs.monitor.run(lambda events: told.extend(event.name for event in events), wait)
+        assert peak() < 20_000_000
+    assert len(told) == 1200 and len(pauses) < 19_200_000 / logs.follower.PIECE / 4
+    assert logs.follower._piece == logs.follower.PIECE       # and back, once there is none
+
+
+def test_a_piece_of_the_log_is_as_large_as_a_stream_may_be_late(tmp_path):
+    follower, sizes = lmgateway.Follower(str(tmp_path)), []
+    follower.size = 10_000_000
+    for spent in (0.001, 0.004, 0.007, 0.02, 0.02, 0.02, *[0.0] * 9):
+        follower.pace(spent)
+        sizes.append(follower._piece // 1024)
+    assert sizes == [16, 32, 32, 16, 8, 8, 16, 32, 64, 128, 256, 512, 1024, 1024, 1024]
+    follower.size = 20_000
+    follower.pace(0.0)
+    assert follower._piece == 20_000
 
 
 def counting(name, function, calls):
@@ -3455,26 +3577,13 @@ def counting(name, function, calls):
     return counted
 
 
-def test_looking_is_cheap_and_its_pace_follows_the_log(logs, monkeypatch):
-    calls = Counter()
-    for name in ("stat", "listdir"):
-        monkeypatch.setattr(os, name, counting(name, getattr(os, name), calls))
+def test_the_pace_of_looking_follows_the_log(logs):
     logs.write("2026-05-01.1", "a")
-    assert logs.monitor.step()[1] == lmgateway.YIELD_S              # news: at once again
+    assert logs.monitor.step()[1] == logs.monitor.YIELD_S       # news: at once again
     assert logs.monitor.step()[1] <= 0.02           # while bytes flow
-    calls.clear()
-    logs.look(1)
-    assert calls["stat"] < 150      # one of the file each time, now and then those of the directories
     logs.clock += 60
     logs.look(1)
     assert 0.02 < logs.monitor.step()[1] <= 0.2     # after a long quiet
-    for month in range(1, 13):
-        logs.path(f"2025-{month:02}-01.1")      # old months cost nothing
-    logs.look(1)
-    calls.clear()
-    logs.look(10)
-    assert calls["stat"] < 500
-    assert calls["listdir"] < 40
 
 
 def test_the_home_directory_is_found_as_lm_studio_finds_it(tmp_path):
@@ -3490,16 +3599,6 @@ def test_the_home_directory_is_found_as_lm_studio_finds_it(tmp_path):
         (tmp_path / ".lmstudio-home-pointer").write_text(pointer, encoding="utf-8")
         assert found() == home
     assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", ".lmstudio-home-pointer"]     # nothing is written
-
-
-def test_on_windows_a_size_is_asked_of_the_open_file_because_the_directorys_can_be_old(tmp_path, monkeypatch):
-    (tmp_path / "x").write_bytes(b"12345")
-    path, old = str(tmp_path / "x"), os.stat(tmp_path)
-    with monkeypatch.context() as windows:
-        windows.setattr(os, "stat", lambda path: old)
-        windows.setattr(os, "name", "nt")
-        state = lmgateway.file_state(path)
-    assert state.st_size == 5
 
 
 def test_the_log_directory_is_the_one_with_the_newest_log(tmp_path):
@@ -3580,15 +3679,15 @@ def test_room_of_the_logs_is_measured_and_warned_of(tmp_path, monkeypatch):
     assert "take 10.0 kB" in facts["warnings"][0] and "--prune" in facts["warnings"][0]
     assert lmgateway.LogVolume(str(tmp_path), 0).facts()["warnings"] == facts["warnings"][1:]
     with monkeypatch.context() as growing:
-        growing.setattr(lmgateway, "LOW_DISK_BYTES", 0)
+        growing.setattr(lmgateway.LogVolume, "LOW_BYTES", 0)
         growing.setattr(lmgateway, "daily_growth", lambda sizes, today: 10**18)     # full within three days
         assert "free on the disk" in lmgateway.LogVolume(str(tmp_path), 0).facts()["warnings"][0]
     assert lmgateway.LogVolume(str(tmp_path / "none"), 1).facts() == {
         "directoryBytes": None, "growthBytesPerDay": None, "freeBytes": None, "warnings": []}
-    monkeypatch.setattr(lmgateway, "LOW_DISK_BYTES", 10**18)
+    monkeypatch.setattr(lmgateway.LogVolume, "LOW_BYTES", 10**18)
     volume = lmgateway.LogVolume(str(tmp_path), 0)
     assert "free on the disk" in volume.facts()["warnings"][0]
-    monkeypatch.setattr(lmgateway, "LOW_DISK_BYTES", 0)
+    monkeypatch.setattr(lmgateway.LogVolume, "LOW_BYTES", 0)
     assert volume.facts()["warnings"] and not volume.facts(max_age_s=0)["warnings"]
 
 
@@ -3746,17 +3845,15 @@ class Front:
     def events(self, mark, *names, count=1):
         """The data of the events of these names after the SEQ mark, once there are count of them."""
         deadline = time.monotonic() + PATIENCE_S
-        with self.hub.listening() as bell:
-            while True:
-                frames, cursor = [], mark
-                while (more := self.hub.read(cursor))[0]:
-                    frames, cursor = frames + more[0], more[1]
-                found = [json.loads(frame.split(b"data: ", 1)[1]) for name, frame in frames if name in names]
-                if len(found) >= count or time.monotonic() > deadline:
-                    assert len(found) == count, found
-                    return found
-                with contextlib.suppress(queue.Empty):
-                    bell.get(timeout=0.5)
+        with self.hub.listening(str(mark)) as listener:
+            found = []
+            while len(found) < count and time.monotonic() < deadline:
+                self.hub.wait(listener, 0.5)
+                found += data_of(self.hub.read(listener, names)[0])
+            while frames := self.hub.read(listener, names)[0]:
+                found += data_of(frames)
+        assert len(found) == count, found
+        return found
 
 
 def dial(port):
@@ -5847,9 +5944,8 @@ def test_a_gateway_that_has_just_started_tells_a_listener_of_before_at_once_that
 
 def test_what_the_ring_no_longer_holds_is_told_as_a_gap(fronts):
     front = fronts()
-    for _ in range(3):
-        front.hub.publish([Event("n", {"timestamp": "x"})] * 5000)
-    first = front.hub._first
+    front.hub.publish([Event("n", {"timestamp": "x"})] * 15_000)
+    first = 5001
     for query in ("", "&events=n"):
         with listening(front, f"?since={front.hub.event_id(10)}{query}") as (_, _, frames):
             assert next(frames)[:2] == (front.hub.event_id(10), "connected")
@@ -5871,17 +5967,37 @@ def test_the_id_of_an_event_source_that_reconnects_counts_before_the_since_of_it
                                                        front.hub.event_id(mark + 3)]
 
 
+def frames_for(hub, *names):
+    """stream_frames() without a socket."""
+    watcher = types.SimpleNamespace(watch=lambda *args: None, forget=lambda sock: None)
+    return contextlib.closing(
+        lmgateway.stream_frames(hub, "", names, watcher, types.SimpleNamespace(connection=None)))
+
+
 def test_what_is_published_while_a_listener_connects_is_not_lost():
     """Between its place in the stream and its first look at the ring."""
-    hub, watcher = lmgateway.Hub(), types.SimpleNamespace(watch=lambda *args: None, forget=lambda sock: None)
-    with contextlib.closing(lmgateway.stream_frames(hub, "", (), watcher,
-                                                    types.SimpleNamespace(connection=None))) as frames:
+    hub = lmgateway.Hub()
+    with frames_for(hub) as frames:
         assert b"event: connected" in next(frames)
         tell(hub, "between")
-        assert next(frames).startswith(f"id: {hub.event_id(1)}\nevent: between".encode())
+        assert bytes(next(frames)).startswith(f"id: {hub.event_id(1)}\nevent: between".encode())
         tell(hub, "last words")
         hub.close()
-        assert [frame.splitlines()[1] for frame in frames] == [b"event: last words"]     # and then it ends
+        assert [bytes(frame).splitlines()[1] for frame in frames] == [b"event: last words"]     # and then it ends
+
+
+def test_listeners_that_read_nothing_cost_next_to_nothing():
+    """As many as a browser's tabs, each in the middle of a write."""
+    hub = lmgateway.Hub()
+    with tracing() as peak, contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(frames_for(hub)) for _ in range(16)]
+        for number, frames in enumerate(listeners):
+            assert b"connected" in next(frames)
+        for _ in range(600):
+            hub.publish([Event("n", {"timestamp": "x", "text": "🦊" * 50_000})])        # 200 kB, 120 MB in all
+            for frames in listeners[_ // 40:_ // 40 + 1]:
+                assert len(next(frames)) <= lmgateway.PIECE
+        assert peak() < 45_000_000
 
 
 def test_a_client_that_does_not_read_holds_nobody_up_and_is_told_what_it_lost(fronts):
@@ -5896,7 +6012,7 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_is_told_what_it_lost(fr
         for _ in range(36):
             front.hub.publish([Event("n", {"timestamp": "x", "text": filler})] * 500)
         tell(front.hub, "last")
-        assert next(quick)[1] == "last"
+        assert next(frame for frame in quick if frame[1] != "gap")[1] == "last"     # a busy machine may make one
         seqs, lost, name = [], [], ""
         frames = frames_of(slow, first)
         while name != "last":
@@ -5938,21 +6054,6 @@ def test_events_that_a_listener_does_not_want_do_not_put_its_ping_off(front, mon
         finally:
             quiet.set()
             talker.join()
-
-
-def test_the_wait_for_a_ping_goes_on_where_an_unwanted_event_broke_it(monkeypatch):
-    hub, waits = lmgateway.Hub(), []
-
-    class Bell:
-        def get(self, timeout):
-            waits.append(timeout)
-            tell(hub, "other" if len(waits) < 3 else "wanted")
-
-    monkeypatch.setattr(hub, "listening", lambda: contextlib.nullcontext(Bell()))
-    watcher = types.SimpleNamespace(watch=lambda *args: None, forget=lambda sock: None)
-    frames = lmgateway.stream_frames(hub, "", {"wanted"}, watcher, types.SimpleNamespace(connection=None))
-    assert b"connected" in next(frames) and b"event: wanted" in next(frames)
-    assert lmgateway.PING_S > waits[0] > waits[1] > waits[2] > 0
 
 
 def test_events_may_be_named_more_than_once(front):
@@ -8179,8 +8280,6 @@ SICK = [  # name, what is broken, arguments, (check, mark, words) that must be f
     ("no DEBUG", lambda home: put_log(home, stamped("hello")), (), ("Logs", "warn", "Verbose Logging: on")),
     ("no entries", lambda home: put_log(home, b"\0\xff" * 99), (), ("Logs", "warn", "no log entry")),
     ("old log", lambda home: os.utime(put_log(home, G1_LINES), (1e9, 1e9)), (), ("Logs", "warn", "days ago")),
-    ("log is a directory", lambda home: put_log(home, "", "2026-09/2026-09-02.1.log/x"), (),
-     ("Logs", "bad", "2026-09-02.1.log: ")),
     ("stale home", lambda home: (os.utime(put_log(home, G1_LINES), (1e9, 1e9)),
                                  put(home / ".cache/lm-studio/server-logs/2026-09/2026-09-01.1.log", "x")),
      ("--log-dir", ".lmstudio/server-logs"), ("Logs", "warn", "holds a newer log")),
@@ -8473,7 +8572,7 @@ def sample(name):
 
 
 def json_lines(data):
-    return [json.loads(line, parse_constant=no_constant) for line in data.decode("ascii").splitlines()]
+    return [json.loads(line, parse_constant=no_constant) for line in data.decode().splitlines()]
 
 
 def test_a_saved_log_is_replayed_as_json_lines(tmp_path):
