@@ -30,6 +30,7 @@ Threads, and what each may write:
     watcher    shuts down the upstream sockets of clients that left, wakes listeners that did
     health     asks LM Studio whether it is there, while a view waits a little for the answer
     history    the SQLite file, fed through a queue
+    log        our own log's file or stderr, fed through a queue
     commented  with PREFILL_COMMENTS: one per waiting stream; what LM Studio says, into a queue
     watch      with --watch only: the line to another gateway; a queue to main
     demo-*     the imitation of LM Studio, with --demo only
@@ -41,38 +42,16 @@ pure: no file, no socket, no clock, no thread.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import marshal
-import os
 import signal
-import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main() can say so better than with a traceback
-
-# CPython keeps the syntax tree of a script for as long as it runs: 20 MB of this file, which nobody reads
-# once it is compiled.  On Linux a fresh interpreter takes this one's place (the same process, the same
-# arguments) and runs the compiled code, which it finds in memory as a .pyc (PEP 552).  Where that cannot
-# be had, or the interpreter's own options are not understood here, things go on in this one.
-if __name__ == "__main__" and sys.platform == "linux":
-    if "script" in sys._xoptions:
-        os.close(int(os.path.basename(__file__)))
-        __file__ = sys.argv[0] = str(sys._xoptions["script"])
-    else:
-        with contextlib.suppress(OSError, ValueError), open("/proc/self/cmdline", "rb") as cmdline:
-            python, *flags, script = cmdline.read().split(b"\0")[:-len(sys.argv)]
-            if script == os.fsencode(sys.argv[0]) and all(flag.startswith(b"-") for flag in flags):
-                memory = os.memfd_create("lmgateway", 0)
-                with open(memory, "wb", closefd=False) as pyc:
-                    pyc.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
-                own = ("-X", f"script={os.path.abspath(__file__)}", f"/proc/self/fd/{memory}", *sys.argv[1:])
-                os.execv(sys.executable, [python, *flags, *map(os.fsencode, own)])
 
 import argparse
 import base64
 import bisect
 import codecs
+import contextlib
 import csv
 import datetime
 import difflib
@@ -91,6 +70,7 @@ import json
 import logging
 import logging.handlers
 import math
+import os
 import platform
 import plistlib
 import queue
@@ -104,6 +84,7 @@ import socketserver
 import ssl
 import stat
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -183,11 +164,10 @@ def text(value):
 
 
 def boolean(value):
-    known = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
-             "off": False}
-    if value.strip().lower() not in known:
+    word = value.strip().lower()
+    if word not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
         raise ValueError("use true or false")
-    return known[value.strip().lower()]
+    return word in ("true", "1", "yes", "on")
 
 
 def whole(low, high, hint):
@@ -214,14 +194,14 @@ def base_url(value):
 
 
 def folder(value):
-    """A directory; it may still have to come."""
+    """A directory, which need not be there yet."""
     if os.path.isfile(value):
         raise ValueError("that is a file; name LM Studio's server-logs directory")
     return value
 
 
 def header_word(value):
-    if not value.strip().isascii() or not value.strip().isprintable() or " " in value.strip():
+    if not re.fullmatch(r"[!-~]+", value.strip()):
         raise ValueError("use printable ASCII without blanks")
     return value.strip()
 
@@ -248,8 +228,9 @@ def networks(value):
 def unmapped(network):
     """An IPv4 network that is written as IPv6 (::ffff:192.168.1.0/120) as IPv4, any other as it is."""
     mapped = getattr(network.network_address, "ipv4_mapped", None)
-    return ipaddress.ip_network((mapped,
-                                 network.prefixlen - 96)) if mapped and network.prefixlen >= 96 else network
+    if mapped is None or network.prefixlen < 96:
+        return network
+    return ipaddress.ip_network((mapped, network.prefixlen - 96))
 
 
 def api_keys(value):
@@ -265,7 +246,7 @@ def api_keys(value):
             name, key = ("default" if not keys else f"key{len(keys) + 1}"), part
         if not key.strip("=") or not name.strip():
             raise ValueError("use KEY, or NAME=KEY,NAME=KEY; in a list, a key that ends in = needs a name")
-        if not key.isascii() or not key.isprintable() or " " in key:
+        if not re.fullmatch(r"[!-~]+", key):
             raise ValueError("a key is made of printable ASCII without blanks")
         if name.strip() in keys:
             raise ValueError(f"the name {name.strip()} stands there twice")
@@ -314,7 +295,8 @@ OPTIONS = (
     Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", None, 0, MILLISECONDS,
            "the same for a streaming request"),
     Option("api_key", "GATEWAY_API_KEY", "--api-key", {}, api_keys,
-           "one key, or several as name=key,name=key", "Access", "KEY"),
+           "one key, or several as name=key,name=key; a process list shows it, a variable or a file does not",
+           "Access", "KEY"),
     Option("keys_file", "KEYS_FILE", "--keys-file", None, text,
            "minted keys, hashed; in the user's configuration directory if not given",
            "Access", "FILE"),
@@ -375,96 +357,81 @@ class Config:
         return f"{row.flag or row.variable} {value or getattr(self, name)} ({source})"
 
 
+SECRET = ("GATEWAY_API_KEY", "UPSTREAM_TOKEN")
 # Not NO_AUTH's: NO_PROXY and NO_COLOR are others'.
 PREFIXES = tuple({row.variable.partition("_")[0] + "_" for row in OPTIONS} - {"NO_"})
-
-
-class Setting(NamedTuple):
-    """An option's text and where it came from."""
-
-    text: str
-    source: str
-
-
-def load_config(args, environ, env_file=None):
-    """(Config, warnings) from flags, else environment, else `.env`, else defaults.
-
-    args maps option names to the text of their flags.  Raises ConfigError."""
-    config, warnings, errors = load_leniently(args, environ, env_file)
-    if errors:
-        raise ConfigError(errors[0])
-    return config, warnings
-
-
-def load_leniently(args, environ, env_file):
-    """(Config, warnings, errors): load_config that gathers mistakes and does not stop at one."""
-    values, sources, errors = {}, {}, []    # sources: {option name: source}
-    try:
-        from_file, warnings = read_env_file(env_file)
-    except ConfigError as error:
-        from_file, warnings, errors = {}, [], [str(error)]
-    for row in OPTIONS:
-        setting = find_setting(row, args.get(row.name), environ, from_file)
-        if setting:
-            sources[row.name] = setting.source
-            try:
-                values[row.name] = parse_setting(row, setting)
-            except ConfigError as error:
-                errors.append(str(error))
-    return Config(**values, sources=sources), warnings, errors
-
-
-def find_setting(row, from_flag, environ, from_file):
-    """The Setting of an option, or None for its default.  An empty variable counts as not set."""
-    if from_flag is not None:
-        return Setting(from_flag, row.flag)
-    if environ.get(row.variable, "").strip():
-        return Setting(environ[row.variable], f"environment variable {row.variable}")
-    return from_file.get(row.variable)
-
-
-def parse_setting(row, setting):
-    """An option's value.  Raises ConfigError that says where the text stands and what would do."""
-    try:
-        return row.parse(setting.text)
-    except ValueError as error:
-        shown = "..." if row.variable in SECRET else repr(setting.text)
-        raise ConfigError(f"{setting.source}: {shown} is no value for {row.variable}: {error}") from None
-
-
-SECRET = ("GATEWAY_API_KEY", "UPSTREAM_TOKEN")
 ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
                       r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
 
 
-def read_env_file(path):
-    """({variable: Setting}, warnings) of a `.env` file; without a path, of the working directory's.
+class Setting(NamedTuple):
+    """What one option is set to; source is None for a default, error says why a text is no value."""
 
-    Raises ConfigError when a named file cannot be read or a line is no NAME=value."""
+    value: Any
+    source: str | None = None
+    error: str | None = None
+
+
+def load_config(args, environ, env_file=None):
+    """(Config, warnings, errors) from flags, else environment, else `.env`, else defaults.
+
+    args maps option names to the text of their flags.  An option with an error has its default."""
+    from_file, warnings, errors = read_env_file(env_file)
+    settings = {row.name: find_setting(row, args.get(row.name), environ, from_file) for row in OPTIONS}
+    errors += [setting.error for setting in settings.values() if setting.error]
+    sources = {name: setting.source for name, setting in settings.items() if setting.source}
+    values = {name: setting.value for name, setting in settings.items()}
+    return Config(**values, sources=sources), warnings, errors
+
+
+def find_setting(row, from_flag, environ, from_file):
+    """The Setting of an option.  An empty variable counts as not set."""
+    if from_flag is not None:
+        text, source = from_flag, row.flag
+    elif environ.get(row.variable, "").strip():
+        text, source = environ[row.variable], f"environment variable {row.variable}"
+    elif row.variable in from_file:
+        text, source = from_file[row.variable]
+    else:
+        return Setting(row.default)
+    try:
+        return Setting(row.parse(text), source)
+    except ValueError as error:
+        shown = "..." if row.variable in SECRET else repr(text)
+        return Setting(row.default, source, f"{source}: {shown} is no value for {row.variable}: {error}")
+
+
+def read_env_file(path):
+    """({variable: (text, source)}, warnings, errors) of a `.env` file; without a path, of the one in the
+    working directory, which need not be there."""
+    found: dict[str, tuple] = {}
     try:
         content = Path(path or ".env").read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
-        if path is None:
-            unread = isinstance(error, PermissionError)
-            return {}, [f".env cannot be read ({error.strerror}): what stands in it does not count"] * unread
-        raise ConfigError(f"--env-file {path}: {error.strerror}; name a file that can be read") from None
-    variables = [row.variable for row in OPTIONS]
-    found, warnings = {}, []
+        if path is not None:
+            return found, [], [f"--env-file {path}: {error.strerror}; name a file that can be read"]
+        unread = isinstance(error, PermissionError)
+        return found, [f".env cannot be read ({error.strerror}): its lines do not count"] * unread, []
+    variables, warnings, errors = [row.variable for row in OPTIONS], [], []
     for line_number, line in enumerate(content.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         source, match = f"{path or '.env'} line {line_number}", ENV_LINE.match(line)
         if not match:
-            raise ConfigError(f"{source}: not of the form NAME=value; mend the line or put # before it")
-        name, value = match[1], next((part for part in match.groups()[1:] if part is not None), "")
-        if name in variables:
-            if value.strip():
-                found[name] = Setting(value, source)
-        elif name.startswith(PREFIXES):
-            nearest = difflib.get_close_matches(name, variables, 1, 0.5)
-            warnings.append(f"{source}: {name} is not a known option"
-                            + (f"; did you mean {nearest[0]}?" if nearest else ""))
-    return found, warnings
+            errors.append(f"{source}: not of the form NAME=value; mend the line or put # before it")
+            continue
+        name, text = match[1], next((part for part in match.groups()[1:] if part is not None), "")
+        if name in variables and text.strip():
+            found[name] = (text, source)
+        elif name not in variables and name.startswith(PREFIXES):
+            warnings.append(f"{source}: {name} is not a known option{nearest(name, variables, 0.5)}")
+    return found, warnings, errors
+
+
+def nearest(word, known, cutoff=0.6):
+    """`; did you mean WORD?`, empty when nothing is near."""
+    near = difflib.get_close_matches(word, known, 1, cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def shown_default(row):
@@ -2883,11 +2850,7 @@ class Record:
     def progress_event(self, now, clock):
         """inference_progress: its state for listeners."""
         self._told = clock
-        return Event("inference_progress", {
-            "timestamp": now, "requestId": self.id, "source": self.source, "state": self.state,
-            "model": self.model or self.model_asked, "elapsedMs": round(1000 * (clock - self.clock)),
-            **self.progress(clock), **self.cached_usage(),
-            **figures(contextSize=self.context_size, contextUsed=self.context_used())})
+        return Event("inference_progress", {"timestamp": now, "requestId": self.id, **self.shown(clock)})
 
     def context_used(self):
         """Tokens in the context, None when the prompt's are unknown."""
@@ -3103,7 +3066,8 @@ class Requests:
             if record.take(event, clock):
                 told[record.id] = record
             self._look_back(record, event, clock)
-        return list(told.values())
+        told.update((record.id, record) for record in self.changed if record.source == "lmstudio")
+        return list(told.values())  # a chat beside us has no other event that says its end
 
     def bound(self):
         """How the requests that are over were bound, as far as is known by now."""
@@ -3808,7 +3772,7 @@ class Hub:
         self.publish(events)
         for record in told:
             with self._lock:
-                running = record.ended is None
+                running = record.ended is None or record.source == "lmstudio"
                 bells = self._append_event(record.progress_event(self.now(), clock)) if running else ()
             wake(bells)
         self._give(rows)
@@ -7265,7 +7229,7 @@ def demo_traffic(address, key, pause):
 
 def lenient_streams():
     """Whatever a log holds can be printed: Windows' cp1252 has no place for much of it."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
@@ -7280,73 +7244,89 @@ def closed_pipe():
 class OneLine(logging.Formatter):
     """A message is one line, whatever names and errors others put into it; a fault's traceback follows."""
 
-    _second, _text = -1, ""  # of the latest line; one thread at a time writes
-
-    def formatTime(self, record, datefmt=None):
-        if int(record.created) != self._second:
-            self._second, self._text = int(record.created), super().formatTime(record, datefmt)
-        return self._text
-
     def formatMessage(self, record):
         record.message = record.message.translate(CONTROL)
         return super().formatMessage(record)
 
 
-class Together(logging.Handler):
-    """Who logs while another thread writes leaves the line to that one: nobody waits for the log, and under
-    load one write takes many lines.  Comes before a Handler of the standard library's that writes them.
-    Where the log is taken so slowly that MOST lines wait, who logs waits, too."""
+class OwnLogFile(logging.handlers.RotatingFileHandler):
+    """LOG_FILE, readable by its owner only.  The first line that cannot be written is said on stderr."""
+
+    failed = False
+
+    def _open(self):
+        return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors,
+                    opener=lambda path, flags: os.open(path, flags, 0o600))
+
+    def handleError(self, record):
+        if not self.failed:
+            self.failed = True
+            print(f"lmgateway: {self.baseFilename}: {error_text(sys.exc_info()[1])}; lines of our log are "
+                  "missing in it", file=sys.stderr)
+
+
+class LogQueue(logging.handlers.QueueHandler):
+    """Takes records in for a LogWriter and never waits: beyond MOST of them they are lost, and counted."""
 
     MOST = 10_000
+    lost = 0    # guarded by the handler's lock
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self._waiting: deque[logging.LogRecord] = deque()
-        self._writing = threading.Lock()
+    def prepare(self, record):
+        return record   # it stays in this process
+
+    def enqueue(self, record):
+        if self.queue.qsize() < self.MOST:
+            self.queue.put(record)
+        else:
+            self.lost += 1
+
+
+class LogWriter(logging.handlers.QueueListener):
+    """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for
+    whoever reads stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
+
+    END_S = 1.0     # for what is left to write
+
+    def __init__(self, handler):
+        super().__init__(queue.SimpleQueue(), handler)
+        self._entrance = LogQueue(self.queue)
+
+    def __enter__(self):
+        log.handlers = [self._entrance]
+        # A terminal that is closed ends what runs in it; SimpleQueue.put may be called by a signal handler.
+        if hasattr(signal, "SIGHUP") and (isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)):
+            signal.signal(signal.SIGHUP, lambda number, frame: self.queue.put(self.handlers[0].close))
+        self.start()
 
     def handle(self, record):
-        self._waiting.append(record)
-        while self._waiting and self._writing.acquire(blocking=len(self._waiting) > self.MOST):
-            self._write()
-        return True
+        if callable(record):
+            record()    # close: the next line opens it anew
+            return
+        super().handle(record)
+        lost, self._entrance.lost = self._entrance.lost, 0
+        if lost:
+            super().handle(logging.makeLogRecord({"levelname": "warn", "msg": f"{lost} lines of this log were lost: "
+                                                  "they came faster than they could be written"}))
 
-    def _write(self):  # lock held; it is given back
-        try:
-            batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
-            if batch:
-                super().handle(logging.makeLogRecord({"batch": batch}))
-        finally:
-            self._writing.release()
-
-    def format(self, record):
-        form: Any = self.formatter
-        return "\n".join(map(form.format, record.batch))
-
-    def close(self):
-        """At the end of the program: what a thread has left to another one is written."""
-        if self._writing.acquire(timeout=1.0):
-            self._write()
-        super().close()
-
-
-class StreamLog(Together, logging.StreamHandler):
-    pass
-
-
-class FileLog(Together, logging.handlers.RotatingFileHandler):
-    pass
+    def __exit__(self, kind, error, traceback):
+        """Write what is left.  A stream that takes nothing would also hold up the interpreter's own end."""
+        log.handlers = list(self.handlers)
+        ending = threading.Thread(target=self.stop, daemon=True)
+        ending.start()
+        ending.join(self.END_S)
+        if ending.is_alive():
+            os._exit(0 if kind is None else 1)
 
 
 def set_up_logging(config):
     """2025-11-17 12:00:00 [info]: message, on stderr or in LOG_FILE.  Raises ConfigError."""
     for number, name in ((10, "debug"), (20, "info"), (30, "warn"), (40, "error")):
         logging.addLevelName(number, name)
-    handler: logging.Handler = StreamLog()
+    handler: logging.Handler = logging.StreamHandler()
     if config.log_file:
         try:
-            handler = FileLog(
-                config.log_file, maxBytes=5_000_000, backupCount=3, encoding="utf-8",
-                errors="backslashreplace")
+            handler = OwnLogFile(config.log_file, maxBytes=5_000_000, backupCount=3, encoding="utf-8",
+                                 errors="backslashreplace")
         except OSError as error:
             raise ConfigError(f"{config.named('log_file')}: {error_text(error)}; name a file that "
                               "can be written") from None
@@ -7431,11 +7411,8 @@ UNSEEN = (*range(32), *range(127, 160), 0x200E, 0x200F, 0x2028, 0x2029, *range(0
           *range(0x2066, 0x206A))
 CONTROL = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
            for code in UNSEEN}  # and marks that turn text round
-COLOURS = {"lmstudio_error": "31", "error": "31", "lmstudio_chat_start": "36", "inference_start": "36",
-           "lmstudio_chat_end": "32", "inference_complete": "32", "lmstudio_prompt_progress": "33",
-           "inference_progress": "33", "lmstudio_log": "2", "gap": "35"}
 PROGRESS = ("lmstudio_prompt_progress", "inference_progress")  # on a terminal the cards show these
-TICK_S = 0.5  # the cards' clocks are redrawn so often
+ODD = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)    # another version's data
 
 
 def printable(text):
@@ -7443,20 +7420,29 @@ def printable(text):
     return str(text).translate(CONTROL)
 
 
+def chosen_events(text):
+    """A predicate of event names for --events: `a,b` keeps only these, `-a` leaves one out."""
+    names = words(text or "")
+    keep = {name for name in names if not name.startswith("-")}
+    leave = {name[1:] for name in names if name.startswith("-")}
+    return lambda name: name not in leave and (not keep or name in keep)
+
 
 class Printer:
     """Events as JSON lines, or as aligned lines for people.  Flushes after each batch.
 
     On a terminal with live, the running requests stand below the lines as cards, redrawn in place."""
 
-    def __init__(self, out, as_json, names, live):
-        self._out, self._json, self._names = out, as_json, frozenset(names)
+    TICK_S = 0.5    # the cards' clocks are redrawn so often
+
+    def __init__(self, out, as_json, chosen, live):
+        self._out, self._json, self._chosen = out, as_json, chosen
         self._epoch, self._seq = secrets.token_hex(4), 0
         capable = is_terminal(out) and not as_json
         if capable and os.name == "nt":
             os.system("")  # Windows' console understands escape sequences from here on
         self._colour = capable and not os.environ.get("NO_COLOR")
-        self._cards: Any = Cards(bar_marks(out.encoding)) if capable and live else None
+        self.cards: Any = Cards(bar_marks(out.encoding)) if capable and live else None
         self._inline = capable and not live     # progress is redrawn in its line
         self._unended = False  # such a line stands there
         self._drawn = []  # the lines of the cards that stand on the screen
@@ -7471,12 +7457,12 @@ class Printer:
         """Print (id, event) pairs."""
         parts = []
         for event_id, event in identified:
-            if self._cards:
-                self._cards.take(event, time.monotonic())
-            if not self._names or event.name in self._names:
+            if self.cards:
+                self.cards.take(event, time.monotonic())
+            if self._chosen(event.name):
                 parts.append(json_line(event_id, event) if self._json else self._line(event))
         text = "".join(parts)
-        if self._cards:
+        if self.cards:
             text = self._screen(text)
         if text:
             self._out.write(text)
@@ -7484,36 +7470,38 @@ class Printer:
 
     def tick(self):
         """To be called often: redraws the cards now and then, for their clocks."""
-        if self._cards and time.monotonic() - self._ticked >= TICK_S:
+        if self.cards and time.monotonic() - self._ticked >= self.TICK_S:
             self.write([])
 
     def finish(self):
         """Take the cards off the screen."""
         if self._drawn or self._unended:
-            self._out.write(rubbed_out(self._drawn, shutil.get_terminal_size()) + "\n" * self._unended)
+            self._out.write(erasure(self._drawn, shutil.get_terminal_size()) + "\n" * self._unended)
             self._out.flush()
             self._drawn, self._unended = [], False
 
     def _screen(self, text):
-        """What the terminal needs to show text above the cards; empty when nothing changed."""
+        """The bytes that show text above the cards; empty when nothing changed."""
         size, self._ticked = shutil.get_terminal_size(), time.monotonic()
-        cards = self._cards.lines(self._ticked, size.columns - 1, size.lines - 1)
+        cards = self.cards.lines(self._ticked, size.columns - 1, size.lines - 1)
         if not text and cards == self._drawn:
             return ""
-        text = rubbed_out(self._drawn, size) + text + "".join(
+        text = erasure(self._drawn, size) + text + "".join(
             self._painted(line, CARD_COLOURS.get(line.partition(" ")[0], "0")) for line in cards)
         self._drawn = cards
         return text
 
     def _line(self, event):
-        if self._cards and shown_on_cards(event):
+        """A line for people.  What may be redrawn, and an excerpt of the log, is cut at the edge of a
+        terminal; any other line goes on in the next row."""
+        if self.cards and shown_on_cards(event):
             return ""
         time_of_day = printable(str(event.data.get("timestamp", ""))[11:19])
         name = printable(event.name.replace("lmstudio_", ""))
         line = f"{time_of_day:8}  {name:18}  {summary(event)}".rstrip()
-        if self._cards or self._inline:
+        if (self.cards or self._inline) and event.name in (*PROGRESS, "lmstudio_log"):
             line = clipped(line, shutil.get_terminal_size().columns - 1)
-        painted = self._painted(line, COLOURS.get(event.name, "0"))
+        painted = self._painted(line, EVENTS[event.name].colour if event.name in EVENTS else "0")
         return self._in_place(event, painted) if self._inline else painted
 
     def _in_place(self, event, painted):
@@ -7543,7 +7531,7 @@ def shown_on_cards(event):
     return event.name in PROGRESS
 
 
-def rubbed_out(lines, size):
+def erasure(lines, size):
     """The escape sequence that removes lines just above the cursor, also once the terminal is narrower."""
     rows = sum(max(1, -(-width_of(line) // max(1, size.columns))) for line in lines)
     return f"\r\x1b[{min(rows, max(1, size.lines - 1))}A\x1b[J" if lines else ""
@@ -7577,143 +7565,31 @@ def bar_marks(encoding):
     return "\u2588\u2591"
 
 
-CARD_FACTS = {  # event -> {the card's name of a fact: the event's}
-    "inference_start": {name: name for name in ("model", "path", "client", "key")},
-    "inference_progress": {name: name for name in (
-        "model", "state", "percent", "promptTokens", "promptTokensRead", "promptTokensPerSecond", "etaMs",
-        "outputTokens", "outputTokensPerSecond", "cachedTokens", "contextSize", "elapsedMs")},
-    "lmstudio_chat_start": {"model": "model", "messages": "messages"},
-    "lmstudio_token_info": {"promptTokens": "totalPromptTokens", "contextSize": "n_ctx"},
-    "lmstudio_cache_stats": {"cachedTokens": "reused", "promptTokens": "total"},
-    "lmstudio_prompt_progress": {"model": "model", "percent": "progress"},
-    "lmstudio_prediction_stats": {"outputTokens": "completionTokens",
-                                  "outputTokensPerSecond": "tokensPerSecond"},
-}
-CARD_STATES = {"inference_start": "waiting", "lmstudio_chat_start": "waiting",
-               "lmstudio_processing_start": "prompt",
-               "lmstudio_prompt_progress": "prompt", "lmstudio_generation_start": "generating"}
 CARD_COLOURS = {"PREFILL": "33", "WRITE": "32", "WAIT": "36", "cache": "2"}
-STALE_S = 3600  # a request of which nothing was heard for so long is taken off the screen
-
-
-class Card:
-    """What the events have told of one running request.  Times are readings of the caller's clock."""
-
-    def __init__(self, key, now):
-        self.key, self.began, self.heard = key, now, now
-        self.facts: dict[str, Any] = {"state": "waiting"}
-        self.first: Any = None  # (time, percent) of the first progress
-        self.latest: Any = None  # and of the latest
-        self.spoken: Any = None  # when it began to generate
-
-    def take(self, event, now):
-        self.heard, data = now, event.data
-        self.facts.update({ours: data[theirs] for ours, theirs in CARD_FACTS.get(event.name, {}).items()
-                           if usable_fact(ours, data.get(theirs))})
-        state = CARD_STATES.get(event.name)
-        if state and not (self.facts["state"] == "generating" and data.get("progress") == 100):
-            self.facts["state"] = state
-        if event.name in PROGRESS and "percent" in self.facts:
-            self.latest = (now, self.facts["percent"])
-            if self.first is None or self.first[1] > self.latest[1]:
-                self.first = self.latest
-        if event.name == "inference_progress" and "elapsedMs" in self.facts:
-            self.began = now - self.facts["elapsedMs"] / 1000
-        if self.facts["state"] == "generating":
-            self.spoken = self.spoken or now
-
-    def speed(self):
-        """Percent of the prompt that are read in a second, by the events' own times; None when unknown."""
-        if not self.latest or self.latest[0] <= self.first[0] or self.latest[1] <= self.first[1]:
-            return None
-        return (self.latest[1] - self.first[1]) / (self.latest[0] - self.first[0])
-
-    def lines(self, now, marks):
-        """The card: who, what it does, and what its cache and context hold."""
-        facts, total = self.facts, self.facts.get("promptTokens")
-        who = [facts.get("model") or "(model not named)",
-               *(facts[name] for name in ("key", "client", "path") if facts.get(name))]
-        elapsed = f"elapsed {duration(now - self.began)}"
-        if facts["state"] == "prompt":
-            doing = self._prefill(now, marks, elapsed)
-        elif facts["state"] == "generating":
-            doing = ["WRITE", counted(facts.get("outputTokens"), "tok"),
-                     per_second(facts.get("outputTokensPerSecond")), f"for {duration(now - self.spoken)}",
-                     elapsed]
-        else:
-            doing = ["WAIT", "" if facts["state"] == "waiting" else facts["state"], elapsed]
-        held = []
-        if total and facts.get("cachedTokens") is not None:
-            held.append(f"cache    {facts['cachedTokens']:,} of {total:,} prompt tokens reused "
-                        f"({100 * facts['cachedTokens'] / total:.0f} %)")
-            if facts.get("contextSize"):
-                used = total + (facts.get("outputTokens") or 0)
-                held.append(f"context {used:,} of {facts['contextSize']:,}")
-        rows = ["  ".join(who), "  ".join(filter(None, doing)), "  ".join(held)]
-        return [printable(row) for row in rows if row]
-
-    def _prefill(self, now, marks, elapsed):
-        facts, speed = self.facts, self.speed()
-        percent, total = facts.get("percent") or 0, facts.get("promptTokens")
-        full = max(0, min(20, round(percent / 5)))
-        read = facts.get("promptTokensRead", round(total * percent / 100) if total else None)
-        rate = facts.get("promptTokensPerSecond", speed * total / 100 if speed and total else None)
-        eta = facts.get("etaMs")
-        if eta is None and speed:
-            eta = 1000 * (100 - self.latest[1]) / speed
-        left = eta and f"eta {duration(max(0, eta / 1000 - (now - self.heard)))}"
-        return ["PREFILL", marks[0] * full + marks[1] * (20 - full), f"{percent:3.0f} %",
-                total and read is not None and f"{read:,}/{total:,} tok", per_second(rate), elapsed, left]
-
-
-def usable_fact(name, value):
-    """True when a card can show it: events may come from another version, or from no gateway at all."""
-    if name in ("model", "state", "path", "client", "key"):
-        return isinstance(value, str) and value != ""
-    return isinstance(value, (int, float)) and abs(value) < 1e15  # false for nan
 
 
 class Cards:
-    """The running requests, from the events of a gateway or of a log.  Pure: lines() is what to show."""
+    """The running requests, each as its latest inference_progress shows it.  Pure: lines() draws them."""
+
+    STALE_S = 3600.0    # a request that is silent for so long is taken off the screen
+    OVER = ("done", "error", "abandoned")   # states of the last inference_progress of a chat beside the gateway
 
     def __init__(self, marks):
         self._marks = marks
-        self._cards = {}  # key -> Card, in order of arrival
-        self._ended: deque[Any] = deque(maxlen=64)  # keys whose late lines begin nothing
+        self._cards = {}  # requestId -> (clock, record), in order of arrival
 
     def take(self, event, now):
         """Learn from one event."""
-        data = event.data
-        chat = event.chat.number if event.chat else f"log of {data.get('model')}"
-        key = str(data.get("requestId") or chat)
-        card = self._cards.get(key)
-        if self._ends(event, card):
+        key, state = str(event.data.get("requestId")), event.data.get("state")
+        if event.name in ("inference_complete", "error") or event.name == "inference_progress" and state in self.OVER:
             self._cards.pop(key, None)
-            self._ended.append(key)
-            return
-        if event.name in ("inference_start", "lmstudio_chat_start",
-                          "lmstudio_processing_start") and key in self._ended:
-            self._ended.remove(key)
-        if card is None and (event.name in CARD_STATES
-                             or event.name == "inference_progress") and key not in self._ended:
-            card = self._cards[key] = Card(key, now)
-        if card:
-            card.take(event, now)
-
-    @staticmethod
-    def _ends(event, card):
-        """A request ends with its answer, a chat of the log with its end line, one inside the app with
-        figures."""
-        if event.name in ("inference_complete", "error"):
-            return True
-        of_log = "requestId" not in event.data
-        return of_log and (event.name == "lmstudio_chat_end" or (
-            event.name == "lmstudio_prediction_stats" and card is not None and "messages" not in card.facts))
+        elif event.name in ("inference_start", "inference_progress"):
+            self._cards[key] = (now, event.data)
 
     def lines(self, now, columns, rows):
         """At most rows lines of at most so many columns; the oldest requests first."""
-        self._cards = {key: card for key, card in self._cards.items() if now - card.heard < STALE_S}
-        blocks = [card.lines(now, self._marks) for card in self._cards.values()]
+        self._cards = {key: card for key, card in self._cards.items() if now - card[0] < self.STALE_S}
+        blocks = [card_lines(record, now - told, self._marks) for told, record in self._cards.values()]
         shown: list[str] = []
         for number, block in enumerate(blocks):
             more = len(blocks) - number
@@ -7722,6 +7598,51 @@ class Cards:
                 break
             shown += block
         return [clipped(line, max(1, columns)) for line in shown[:max(0, rows)]]
+
+
+def card_lines(record, age_s, marks):
+    """A running request in up to three lines: who asks, what is done, what cache and context hold.
+
+    record is the data of an inference_progress that is age_s old."""
+    who = [record.get("model") or "(model not named)",
+           *(record[name] for name in ("user", "key", "client", "path") if record.get(name))]
+    try:
+        rows = [map(str, who), doing(record, age_s, marks), holding(record)]
+    except ODD:
+        rows = [map(str, who)]
+    return [printable(row) for row in map("  ".join, rows) if row]
+
+
+def doing(record, age_s, marks):
+    """The words of a card's second line."""
+    known, state = record.get("progress") or {}, record.get("state") or "waiting"
+    elapsed = f"elapsed {duration((record.get('elapsedMs') or 0) / 1000 + age_s)}"
+    left = known.get("etaMs", record.get("etaMs"))
+    eta = "" if left is None else f"eta {duration(max(0, left / 1000 - age_s))}"
+    if state == "generating":
+        words = ["WRITE", counted(known.get("outputTokens"), "tok"),
+                 per_second(known.get("outputTokensPerSecond")), elapsed]
+    elif state == "prompt":
+        percent, total, read = (known.get(name) for name in ("percent", "promptTokens", "promptTokensRead"))
+        full = max(0, min(20, round((percent or 0) / 5)))
+        words = ["PREFILL", marks[0] * full + marks[1] * (20 - full), f"{percent or 0:3.0f} %",
+                 "" if not total or read is None else f"{read:,}/{total:,} tok",
+                 per_second(known.get("promptTokensPerSecond")), elapsed, eta]
+    else:
+        place = f"{record['position']} of {record['waiting']}" if record.get("position") else ""
+        words = ["WAIT", "" if state == "waiting" else str(state), place, elapsed, eta]
+    return filter(None, words)
+
+
+def holding(record):
+    """The words of a card's third line, none when the cache is unknown."""
+    cache, context = record.get("cache"), record.get("context")
+    if not cache:
+        return
+    yield (f"cache    {cache['reused']:,} of {cache['total']:,} prompt tokens reused "
+           f"({cache['percentage']:.0f} %)")
+    if context:
+        yield f"context {context['used']:,} of {context['size']:,}"
 
 
 def duration(seconds):
@@ -7741,15 +7662,19 @@ def per_second(rate):
 
 
 def summary(event):
-    """An event's data in one line for a person, without control characters."""
+    """An event's data in one line for a person: figures first, the id last, no control characters."""
     data = event.data
-    model = f"{data['model']}  " if data.get("model") else ""
     try:
-        shown = model + (SUMMARIES[event.name](data) if event.name in SUMMARIES
-                         else str(data.get("message", "")))
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):  # another version's
+        shown = EVENTS[event.name].figures(data) if event.name in EVENTS else message_of(data)
+        request_id = event.name.startswith(("inference_", "error")) and data.get("requestId")
+        shown = "  ".join(filter(None, (shown, data.get("model"), request_id)))
+    except ODD:
         shown = json.dumps(data)
     return printable(shown.replace("\n", " | ").replace("\t", " "))
+
+
+def message_of(data):
+    return str(data.get("message", ""))
 
 
 def percent_bar(data):
@@ -7757,9 +7682,9 @@ def percent_bar(data):
     return f"[{'#' * done}{'.' * (20 - done)}] {data['progress']:5.1f} %"
 
 
-def fields_of_data(**labels):
-    """A summary from fields: label=field for those that are there."""
-    return lambda data: "  ".join(f"{label} {data[field]}" for label, field in labels.items()
+def labelled(**fields):
+    """A function that shows fields of an event's data as `label value`, those that are there."""
+    return lambda data: "  ".join(f"{label} {data[field]}".strip() for label, field in fields.items()
                                   if data.get(field) is not None)
 
 
@@ -7769,59 +7694,75 @@ def used_tokens(usage):
     return " + ".join("?" if count is None else f"{count:,}" for count in counts) + " tok" if usage else ""
 
 
-SUMMARIES: dict[str, Callable[[dict], str]] = {
-    "lmstudio_log": lambda data: f"{data['level']:5}  " + data["message"].strip().partition("\n")[0][:400],
-    "lmstudio_chat_start": lambda data: f"{data['messages']} messages",
-    "lmstudio_prompt_progress": percent_bar,
-    "lmstudio_cache_stats": lambda data: (f"{data['reused']} of {data['total']} tokens from the cache "
-                                          f"({data['percentage']} %)"),
-    "lmstudio_token_info": fields_of_data(prompt="totalPromptTokens", fresh="promptTokensToDecode",
-                                          context="n_ctx", limit="n_predict"),
-    "lmstudio_sampling_params": fields_of_data(
-        temp="temp", top_k="top_k", top_p="top_p", min_p="min_p", repeat="repeat_penalty"),
-    "lmstudio_prediction_stats": fields_of_data(
-        prompt="promptTokens", output="completionTokens", read="promptTokensPerSecond",
-        wrote="tokensPerSecond", first_ms="timeToFirstTokenMs", total_ms="totalMs"),
-    "lmstudio_chat_end": lambda data: f"{data['outcome']}: {data['message'][:200]}",
-    "lmstudio_generation_start": lambda data: "prompt read, generating",
-    "lmstudio_month_transition": fields_of_data(to="newLogFile"),
-    "lmstudio_file_switch": fields_of_data(to="newLogFile"),
-    "inference_start": fields_of_data(id="requestId", path="path", client="client", key="key"),
-    "inference_progress": fields_of_data(id="requestId", state="state", percent="percent", left_ms="etaMs",
-                                         tokens="outputTokens"),
-    "inference_complete": lambda data: "  ".join(filter(None, (
-        f"id {data['requestId']}  status {data['status']}  {data['totalTimeMs'] / 1000:.1f} s",
-        used_tokens(data.get("tokenUsage") or {}), per_second(data.get("tokensPerSecond"))))),
-    "error": fields_of_data(id="requestId", what="error"),
-    "gap": fields_of_data(first="from", last="to", count="count")}
-EVENTS = {  # every event of the stream, and what it says; a test holds the README's table to it
-    "connected": "you are listening",
-    "inference_start": "a client's request goes to LM Studio",
-    "inference_progress": "how far it is, at most four times a second, once while it answers",
-    "inference_complete": "it was answered: status, times, tokens",
-    "error": "it was not: refused, failed, broken off or abandoned",
-    "lmstudio_log": "one entry of LM Studio's log, as it stands there",
-    "lmstudio_chat_start": "LM Studio took a chat on",
-    "lmstudio_sampling_params": "how the engine samples",
-    "lmstudio_token_info": "context size, prompt tokens and how many of them are to be read",
-    "lmstudio_cache_stats": "how much of the prompt was in the cache",
-    "lmstudio_processing_start": "the engine begins to read the prompt",
-    "lmstudio_prompt_progress": "how much of the prompt has been read, in percent",
-    "lmstudio_generation_start": "the prompt is read, the first token is next",
-    "lmstudio_prediction_stats": "tokens and speeds of the finished run",
-    "lmstudio_chat_end": "finished, disconnected or error",
-    "lmstudio_error": "an ERROR entry of LM Studio's own",
-    "lmstudio_file_switch": "the log goes on in a new file of the same month",
-    "lmstudio_month_transition": "the log goes on in a new month",
-    "gap": "events that this listener will never get",
-    "ping": "15 s of silence",
+def answer_figures(data):
+    return "  ".join(filter(None, (
+        f"{data['status']}  {data['totalTimeMs'] / 1000:.1f} s", used_tokens(data.get("tokenUsage") or {}),
+        per_second(data.get("tokensPerSecond")))))
+
+
+def log_line(data):
+    return f"{data['level']:5}  " + data["message"].strip().partition("\n")[0][:400]
+
+
+class EventRow(NamedTuple):
+    """One event: its line in the README, its colour on a terminal, and a function that shows its data."""
+
+    about: str
+    colour: str = "0"
+    figures: Callable[[dict], str] = message_of
+
+
+RED, GREEN, YELLOW, PURPLE, CYAN, FAINT = "31", "32", "33", "35", "36", "2"
+EVENTS = {  # every event of the stream; a test holds the README's table to it
+    "connected": EventRow("you are listening"),
+    "inference_start": EventRow("a client's request goes to LM Studio", CYAN,
+                                lambda data: "  ".join(str(data[name]) for name in ("key", "client", "path")
+                                                       if data.get(name))),
+    "inference_progress": EventRow("how far it is, as the whole record; at most four times a second, once "
+                                   "while it answers", YELLOW, lambda data: "  ".join(doing(data, 0, "#."))),
+    "inference_complete": EventRow("it was answered: status, times, tokens", GREEN, answer_figures),
+    "error": EventRow("it was not: refused, failed, broken off or abandoned", RED,
+                      labelled(status="status", what="error")),
+    "lmstudio_log": EventRow("one entry of LM Studio's log, as it stands there", FAINT, log_line),
+    "lmstudio_chat_start": EventRow("LM Studio took a chat on", CYAN,
+                                    lambda data: f"{data['messages']} messages"),
+    "lmstudio_sampling_params": EventRow(
+        "how the engine samples", figures=labelled(temp="temp", top_k="top_k", top_p="top_p", min_p="min_p",
+                                                   repeat="repeat_penalty")),
+    "lmstudio_token_info": EventRow(
+        "context size, prompt tokens and how many of them are to be read",
+        figures=labelled(prompt="totalPromptTokens", fresh="promptTokensToDecode", context="n_ctx",
+                         limit="n_predict")),
+    "lmstudio_cache_stats": EventRow(
+        "how much of the prompt was in the cache",
+        figures=lambda data: f"{data['reused']} of {data['total']} tokens from the cache "
+                             f"({data['percentage']} %)"),
+    "lmstudio_processing_start": EventRow("the engine begins to read the prompt"),
+    "lmstudio_prompt_progress": EventRow("how much of the prompt has been read, in percent", YELLOW,
+                                         percent_bar),
+    "lmstudio_generation_start": EventRow("the prompt is read, the first token is next",
+                                          figures=lambda data: "prompt read, generating"),
+    "lmstudio_prediction_stats": EventRow(
+        "tokens and speeds of the finished run",
+        figures=labelled(prompt="promptTokens", output="completionTokens", read="promptTokensPerSecond",
+                         wrote="tokensPerSecond", first_ms="timeToFirstTokenMs", total_ms="totalMs")),
+    "lmstudio_chat_end": EventRow("finished, disconnected or error", GREEN,
+                                  lambda data: f"{data['outcome']}: {data['message'][:200]}"),
+    "lmstudio_error": EventRow("an ERROR entry of LM Studio's own", RED),
+    "lmstudio_file_switch": EventRow("the log goes on in a new file of the same month",
+                                     figures=labelled(to="newLogFile")),
+    "lmstudio_month_transition": EventRow("the log goes on in a new month",
+                                          figures=labelled(to="newLogFile")),
+    "gap": EventRow("events that this listener will never get", PURPLE,
+                    labelled(first="from", last="to", count="count")),
+    "ping": EventRow("15 s of silence"),
 }
 
 
 def events_table():
     """The README's table of events; a test holds the README to it."""
     return "\n".join(["| event | says |", "|---|---|",
-                      *(f"| `{name}` | {about} |" for name, about in EVENTS.items())])
+                      *(f"| `{name}` | {row.about} |" for name, row in EVENTS.items())])
 
 
 def readme_tables():
@@ -7833,13 +7774,26 @@ def readme_tables():
 
 
 def open_printer(args, live):
-    """A Printer on stdout that makes room for what the log says on the same terminal.  Raises StartError."""
+    """A Printer on stdout that makes room for our log on the same terminal.  Raises StartError."""
     if sys.stdout is None:
         raise StartError("there is no standard output to print to: send it to a file or a pipe")
-    printer = Printer(sys.stdout, args.json, words(args.events or ""), live)
+    printer = Printer(sys.stdout, args.json, chosen_events(args.events), live)
     for handler in log.handlers:
         handler.addFilter(lambda record: printer.finish() or True)
     return printer
+
+
+class LogRecords:
+    """The records of the requests that a log tells of, without a gateway.  A call takes events in."""
+
+    def __init__(self):
+        self._requests = Requests("", keep=0, guess=True)
+
+    def __call__(self, events, clock=0.0):
+        """The Records that have changed, those that are over included."""
+        told = self._requests.see(events, clock)
+        over, self._requests.changed = self._requests.changed, []
+        return list({record.id: record for record in (*told, *over)}.values())
 
 
 def tail_only(args, config):
@@ -7856,11 +7810,25 @@ def tail_only(args, config):
         follower = Follower(directory, args.from_start, time.time())
         log.info("lmgateway %s, log directory: %s", VERSION, directory)
         freeze_start_up()
-        Monitor(follower).run(printer, lambda seconds: printer.tick() or stop.wait(seconds))
+        Monitor(follower).run(with_cards(printer), lambda seconds: printer.tick() or stop.wait(seconds))
         return stop.status
     finally:
         with contextlib.suppress(OSError):
             printer.finish()
+
+
+def with_cards(printer):
+    """A function that prints a log's events, and shows its chats on the printer's cards."""
+    records = LogRecords()
+
+    def publish(events):
+        if printer.cards:
+            clock = time.monotonic()
+            for record in records(events, clock):
+                printer.cards.take(record.progress_event("", clock), clock)
+        printer(events)
+
+    return publish
 
 
 @contextlib.contextmanager
@@ -7883,7 +7851,9 @@ def report(args, config):
     with naming_history(config), contextlib.closing(open_history(file)) as kept, history_errors(kept.Error):
         if args.paths:
             freeze_start_up()
-            replay(saved_logs(args.paths), LogUsage(kept))
+            records = LogRecords()
+            replay(saved_logs(args.paths),
+                   lambda events: store_rows(kept, [*map(history_row, filter(is_over, records(events)))]))
         rows, total = usage_rows(kept, ["day", "model"]), usage_rows(kept, [])
     if args.json:
         print("\n".join(map(json.dumps, rows)))
@@ -7891,22 +7861,12 @@ def report(args, config):
         print(report_text([*rows, {"day": "total", "model": "", **total[0]}]))
     else:
         print("lmgateway: no request in it; name LM Studio's log directory, or a history that has been "
-              "kept for a while",
-              file=sys.stderr)
+              "kept for a while", file=sys.stderr)
     return 0
 
 
-class LogUsage:
-    """Puts a row into a history for each chat of a replayed log."""
-
-    def __init__(self, connection):
-        self._connection, self._requests = connection, Requests("", keep=0, guess=True)
-
-    def __call__(self, events):
-        self._requests.see(events, 0.0)
-        over, self._requests.changed = self._requests.changed, []
-        if over:
-            store_rows(self._connection, list({record.id: history_row(record) for record in over}.values()))
+def is_over(record):
+    return record.ended is not None
 
 
 REPORT = (  # heading, format, value of a row
@@ -7934,19 +7894,19 @@ def watch(args, config):
     """--watch URL: print the events of another gateway until a signal.  Returns the exit status."""
     stop, printer = Stop(), open_printer(args, live=True)
     news: queue.Queue[Any] = queue.Queue(1000)
-    line = StreamLine(watched_address(args.watch), next(iter(config.api_key.values()), None),
-                      "0" if args.from_start else None)
-    threading.Thread(target=line.run, args=(news.put, stop.wait), name="watch", daemon=True).start()
+    stream = GatewayStream(watched_address(args.watch), next(iter(config.api_key.values()), None),
+                           "0" if args.from_start else None)
+    threading.Thread(target=stream.run, args=(news.put, stop.wait), name="watch", daemon=True).start()
     freeze_start_up()
     try:
         while not stop.wait(0):
-            for said in drain(news, 0.1):
-                if isinstance(said, GatewayError):
-                    raise said
-                if isinstance(said, str):
-                    log.warning(said)
+            for item in drain(news, 0.1):
+                if isinstance(item, GatewayError):
+                    raise item
+                if isinstance(item, str):
+                    log.warning(item)
                 else:
-                    printer.write(said)
+                    printer.write(item)
             printer.tick()
         return stop.status
     finally:
@@ -7955,7 +7915,7 @@ def watch(args, config):
 
 
 def drain(news, timeout_s):
-    """What a queue holds, in order: runs of pairs as lists, all else as it is.  Waits for the first."""
+    """The items of a queue, in order: runs of pairs as lists, all else as it is.  Waits for the first."""
     found: list[Any] = []
     with contextlib.suppress(queue.Empty):
         found.append(news.get(timeout=timeout_s))
@@ -7971,25 +7931,28 @@ def watched_address(text):
     url = text if "://" in text else f"http://{text}"
     try:
         parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and (parts.hostname
-                                                        or "").encode("idna") and parts.port != 0
+        usable = parts.scheme in ("http", "https") and parts.port != 0 and bool(
+            (parts.hostname or "").encode("idna"))
     except ValueError:
         usable = False
-    if not usable or not url.isascii() or not url.isprintable() or " " in url:
+    if not usable or not re.fullmatch(r"[!-~]+", url):
         raise ConfigError(f"--watch {text}: no address of a gateway; use the form http://192.168.1.20:8001")
     path = parts.path.rstrip("/")
     return parts._replace(path=path if path.endswith("/debug/stream") else path + "/debug/stream",
                           query="", fragment="")
 
 
-class StreamLine:
-    """A line to another gateway's /debug/stream that comes back by itself and misses nothing."""
+class GatewayStream:
+    """Another gateway's /debug/stream: connects again by itself, and misses nothing."""
+
+    FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0  # before the next try; doubled from one to the other
+    SILENCE_S = 40  # a gateway sends a ping every 15 s: without any for so long, the connection is dead
 
     def __init__(self, address, key, since):
         self._address, self._key = address, key
         self._last = since  # id of the latest event that was handed over
         self._known = False  # a gateway has answered there
-        self._pause = FIRST_PAUSE_S
+        self._pause = self.FIRST_PAUSE_S
 
     def run(self, hand_over, wait):
         """Thread body, until wait(seconds) returns True.  Hands over (id, Event), text for a person, and
@@ -8001,39 +7964,39 @@ class StreamLine:
             except GatewayError as error:
                 return hand_over(error)
             except (*BROKEN, ValueError) as error:
-                problem = trouble(error)
+                problem = connection_problem(error)
+                if isinstance(error, ssl.SSLError) and not self._known:
+                    return hand_over(GatewayError(f"{self._address.netloc}: {problem}"))
             hand_over(f"{self._address.netloc}: {problem}; trying again in {self._pause:.0f} s")
             if wait(self._pause):
                 return None
-            self._pause = min(LAST_PAUSE_S, self._pause * 2)
+            self._pause = min(self.LAST_PAUSE_S, self._pause * 2)
 
     def _listen(self, hand_over):
-        """One connection, from request to end.  Raises GatewayError where trying again is of no use."""
+        """One connection, from request to end.  Raises GatewayError if trying again is of no use."""
         kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
-        headers = {"Accept": "text/event-stream", "User-Agent": f"lmgateway/{VERSION}"}
-        if self._last is not None:
-            headers["Last-Event-ID"] = self._last
-        if self._key:
-            headers["X-API-Key"] = self._key
+        headers = {"Accept": "text/event-stream", "User-Agent": f"lmgateway/{VERSION}",
+                   **({"Last-Event-ID": self._last} if self._last is not None else {}),
+                   **({"X-API-Key": self._key} if self._key else {})}
         with contextlib.closing(kind(self._address.hostname, self._address.port,
-                                     timeout=LINE_SILENCE_S)) as connection:
+                                     timeout=self.SILENCE_S)) as connection:
             connection.request("GET", self._address.path, headers=headers)
             answer = connection.getresponse()
             self._check(answer)
             for event_id, event in stream_events(iter(lambda: answer.read1(65536), b"")):
-                self._known, self._pause = True, FIRST_PAUSE_S
+                self._known, self._pause = True, self.FIRST_PAUSE_S
                 self._last = event_id
                 hand_over((event_id, event))
 
     def _check(self, answer):
         status, url = answer.status, self._address.geturl()
         if status in (401, 403):
-            said = (json_object(answer.read(65536)) or {}).get("error")
-            said = str(said.get("message", "")) if isinstance(said, dict) else ""
-            remedy = "name " + ("another key with --api-key" if self._key
-                                else "a key of it with --api-key KEY (GATEWAY_API_KEY)")
-            shown = f" ({printable(said)[:200]})" if said else ""
-            raise GatewayError(f"{url} answers {status}: {remedy}{shown}")
+            error = (json_object(answer.read(65536)) or {}).get("error")
+            reason = printable(error.get("message", ""))[:200] if isinstance(error, dict) else ""
+            problem = ("the key that --api-key (GATEWAY_API_KEY) names is wrong or may not see events there; "
+                       "name another" if self._key
+                       else "it asks for a key; name one with --api-key KEY (GATEWAY_API_KEY)")
+            raise GatewayError(f"{url} answers {status}: {problem}" + (f" ({reason})" if reason else ""))
         if status in (429, 500, 502, 503, 504) or self._known and status != 200:
             raise http.client.HTTPException(f"it answers {status}")
         if status != 200 or not answer.headers.get("Content-Type", "").startswith("text/event-stream"):
@@ -8041,19 +8004,15 @@ class StreamLine:
                               "that lmgateway prints when it starts")
 
 
-FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0  # before the next try; doubled from one to the other
-LINE_SILENCE_S = 40  # a gateway sends a ping every 15 s: without any for so long, the line is dead
-
-
-def trouble(error):
-    """Why there is no line to a gateway, with the remedy where one is known."""
+def connection_problem(error):
+    """Why there is no connection to a gateway, with the remedy if one is known."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return (f"its certificate is not trusted ({error.verify_message}); name it in the environment "
                 "variable SSL_CERT_FILE")
     if isinstance(error, ssl.SSLError):
-        return f"no TLS there ({error_text(error)}); does its address begin with http://?"
+        return f"it does not speak TLS ({error_text(error)}); use http://"
     if isinstance(error, http.client.RemoteDisconnected):
-        return "it closed the connection without a word; does its address begin with https://?"
+        return "it closed the connection without an answer; if it serves TLS, use https://"
     return error_text(error)
 
 
@@ -8081,8 +8040,7 @@ class Stop:
         self._gate = threading.Lock()
         self._gate.acquire()
         self._over = False
-        self.status = 0
-        self.signals = 0
+        self.status = self.signals = 0
         signal.signal(signal.SIGTERM, self._signalled)
         signal.signal(signal.SIGINT, self._signalled)
 
@@ -8101,8 +8059,8 @@ class Stop:
 
 
 def freeze_start_up():
-    """Start-up is over: what it made stays out of later garbage collections, and what compiling this file
-    took goes back to the system (7 MB with glibc, which would keep it)."""
+    """Start-up is over: what it made stays out of later garbage collections, and the memory that compiling
+    this file took goes back to the system (glibc would keep it)."""
     gc.collect()
     gc.freeze()
     if sys.platform == "linux":
@@ -8118,8 +8076,10 @@ def serve(args, config):
     """The gateway until a signal.  Returns the exit status."""
     stop = Stop()
     with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(LogWriter(log.handlers[0]))
         config = start_demo(config, cleanup) if args.demo else find_upstream(config)
         check_exposure(config)
+        check_upstream(config)
         context = tls_context(config)
         history = open_history_file(config, cleanup)
         hub = Hub(config.requests_kept, history and history.keep)
@@ -8128,17 +8088,17 @@ def serve(args, config):
         gateway = Gateway(config, hub, upstream, monitor, history)
         server = gateway.server = open_server(gateway, context)
         if monitor:     # only now: a port in use is said in one line
-            threading.Thread(target=run_monitor, args=(monitor, hub, stop), name="tail", daemon=True).start()
+            start_thread(run_monitor, monitor, hub, stop, name="tail")
         gateway.address = own_url(config, config.host, server.port)
-        lan = reachable(config, lan_addresses)
-        gateway.lan_urls = [own_url(config, address, server.port) for address, _ in lan]
-        threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-        announce(gateway, server.port, lan)
+        gateway.lan_urls = [own_url(config, address, server.port) for address in reachable(config)]
+        start_thread(server.serve_forever, 0.1, name="accept")
+        announce(gateway, server.port, args.demo)
         freeze_start_up()
         if args.demo:
-            key = config.api_key.get("demo", "")
-            threading.Thread(target=demo_traffic, args=(f"http://127.0.0.1:{server.port}", key, stop.wait),
-                             name="demo-traffic", daemon=True).start()
+            start_thread(demo_traffic, f"http://127.0.0.1:{server.port}", config.api_key.get("demo", ""), stop.wait,
+                         name="demo-traffic")
+        if args.open:
+            start_thread(open_browser, page_url(config, server.port), name="browser")
         notify("READY=1")
         keep_watchdog(stop, server)
         notify("STOPPING=1")
@@ -8146,6 +8106,19 @@ def serve(args, config):
         server.shutdown()
         server.finish_requests(GRACE_S)
     return 0
+
+
+def start_thread(body, *args, name):
+    """Start a thread that does not hold up the end of the process."""
+    threading.Thread(target=body, args=args, name=name, daemon=True).start()
+
+
+def open_browser(url):
+    """--open: show the dashboard.  Body of a thread, because some browsers hold up whoever starts them."""
+    import webbrowser
+
+    if not webbrowser.open(url):
+        log.warning("no browser was found: open %s yourself", url)
 
 
 def open_history_file(config, cleanup):
@@ -8159,7 +8132,7 @@ def open_history_file(config, cleanup):
 
 
 def start_demo(config, cleanup):
-    """Start the imitation; gives the Config that points to it, with a key for the demo's own traffic where
+    """Start the imitation; gives the Config that points to it, with a key for the demo's own traffic if
     keys are asked for.  Minted keys count only when their file is named: trying it must not need one."""
     directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
     cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -8172,7 +8145,7 @@ def start_demo(config, cleanup):
 
 
 def find_upstream(config):
-    """The Config with LM Studio's port from its own settings file, where no address was given."""
+    """The Config with LM Studio's port from its own settings file, if no address was given."""
     if "upstream" in config.sources:
         return config
     with contextlib.suppress(OSError, ValueError):
@@ -8183,12 +8156,23 @@ def find_upstream(config):
 
 
 def check_exposure(config):
-    """Raises ConfigError where the LAN could come in without a key, and where a keys file cannot be read."""
+    """Raises ConfigError if the LAN could come in without a key, or a keys file cannot be read."""
     open_key_file(config)
     if not loopback(config.host) and not Walls(config).need_key and not config.no_auth:
         raise ConfigError(f"{config.named('host')} listens beyond this machine, and no key "
                           "is set: mint one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to "
                           "let everybody in")
+
+
+def check_upstream(config):
+    """Raises ConfigError if the upstream is this gateway itself."""
+    parts = urllib.parse.urlsplit(config.upstream)
+    if config.port != (parts.port or (443 if parts.scheme == "https" else 80)):
+        return
+    theirs, ours = resolved(parts.hostname), resolved(config.host)
+    if theirs & ours or config.host in ANYWHERE and any(map(is_own_address, theirs)):
+        raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's server, "
+                          "such as http://127.0.0.1:1234")
 
 
 def open_monitor(config):
@@ -8210,19 +8194,53 @@ def run_monitor(monitor, hub, stop):
 
 
 def open_server(gateway, context):
-    """The Server, bound.  Raises StartError with who to ask."""
+    """The Server, bound.  Raises StartError with the remedy."""
     config = gateway.config
     try:
         return Server(gateway, config.host, config.port, context)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            who = port_holder(config.port) or f"what holds it ({port_question(config.port)} tells)"
-            raise StartError(f"port {config.port} is in use on {config.host}: stop {who} or choose "
-                             "another with --port (GATEWAY_PORT)") from None
+            raise StartError(port_in_use(config)) from None
         raise StartError(f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose "
                          "another address with --host (GATEWAY_HOST) and --port") from None
     except OverflowError as error:
         raise StartError(f"cannot listen on {config.host}:{config.port}: {error}") from None
+
+
+def port_in_use(config):
+    """Who has our port, with the remedy."""
+    url = page_url(config, config.port)
+    if is_lmgateway(url):
+        return f"lmgateway already runs there: {url}; open that, stop it, or choose another port with --port"
+    return (f"port {config.port} is in use on {config.host}: stop the program that has it "
+            f"({port_question(config.port)} tells which it is) or choose another with --port (GATEWAY_PORT)")
+
+
+def port_question(port):
+    """The command that tells who holds a port."""
+    if os.name == "nt":
+        return f"netstat -ano | findstr :{port}"
+    return f"lsof -i :{port}" if sys.platform == "darwin" else f"ss -ltnp 'sport = :{port}'"
+
+
+def fetch(url, path):
+    """(status, body) of a GET; (0, b"") without an answer within a second."""
+    parts, context = urllib.parse.urlsplit(url), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is asked whose it is, no more
+    with contextlib.suppress(*BROKEN, ValueError):
+        asked = (http.client.HTTPSConnection(parts.hostname, parts.port, timeout=1.0, context=context)
+                 if parts.scheme == "https" else http.client.HTTPConnection(parts.hostname, parts.port, timeout=1.0))
+        with contextlib.closing(asked):
+            asked.request("GET", path)
+            answer = asked.getresponse()
+            return answer.status, answer.read(65536)
+    return 0, b""
+
+
+def is_lmgateway(url):
+    """True when an lmgateway answers there: its /health names a version, its page itself."""
+    known = json_object(fetch(url, "/health")[1]) or {}
+    return {"uptime", "version"} <= known.keys() or b"<title>lmgateway" in fetch(url, "/")[1]
 
 
 def tls_context(config):
@@ -8249,36 +8267,30 @@ def refuse_password():
     raise ValueError("the private key asks for a password; store it without one, readable by this user only")
 
 
-def port_question(port):
-    """The command that tells who holds a port."""
-    if os.name == "nt":
-        return f"netstat -ano | findstr :{port}"
-    return f"lsof -i :{port}" if sys.platform == "darwin" else f"ss -ltnp 'sport = :{port}'"
-
-
-def shown_host(host):
-    return f"[{host}]" if ":" in host else host
-
-
 def own_url(config, host, port):
-    return f"http{'s' if config.tls_cert else ''}://{shown_host(host)}:{port}"
+    shown = f"[{host}]" if ":" in host else host
+    return f"http{'s' if config.tls_cert else ''}://{shown}:{port}"
 
 
-def announce(gateway, port, lan):
-    """What a person needs to know first.  Never a key.  lan: the machine's addresses that others can use."""
+def page_url(config, port):
+    """Where a browser of this machine finds the dashboard."""
+    return own_url(config, "127.0.0.1" if config.host in ANYWHERE else config.host, port)
+
+
+def announce(gateway, port, demo):
+    """What a person needs to know first.  Never a key."""
     config, monitor = gateway.config, gateway.monitor
-    everywhere = config.host in ANYWHERE
-    here = own_url(config, "127.0.0.1", port) if everywhere else gateway.address
-    there = ", ".join(f"{url} (VPN or virtual adapter)" if virtual else url
-                      for url, (_, virtual) in zip(gateway.lan_urls, lan))
+    here = page_url(config, port)
     base = gateway.lan_urls[0] if gateway.lan_urls else here
-    log.info("lmgateway %s on Python %s", VERSION, platform.python_version())
+    log.info("lmgateway %s on Python %s%s", VERSION, platform.python_version(),
+             ", DEMO: LM Studio and all requests are imitated" * demo)
     log.info("Listening on %s", gateway.address)
     if not config.port and not log.isEnabledFor(logging.INFO):
         print(f"Listening on {gateway.address}", file=sys.stderr, flush=True)   # nobody could know it
-    log.info("Dashboard: %s/", here)
+    log.info("Dashboard: %s/%s", here, " (Ctrl-C ends lmgateway)" * is_terminal(sys.stderr))
     closed = "closed; --host 0.0.0.0 opens it, to those who have a key (--new-key NAME)"
-    log.info("On the LAN: %s", there or ("no address found" if everywhere else closed))
+    log.info("On the LAN: %s", ", ".join(gateway.lan_urls) or (
+        "no address found" if config.host in ANYWHERE else closed))
     log.info("Base URL for clients: %s/v1 (OpenAI SDKs), %s (Anthropic SDKs)", base, base)
     log.info("Key: %s", "needed" if gateway.walls.need_key
              else "none is asked for; clients that insist take any text")
@@ -8290,65 +8302,40 @@ def announce(gateway, port, lan):
 # --- 9.6 addresses of this machine -------------------------------------------
 
 ANYWHERE = ("", "0.0.0.0", "::")
-VIRTUAL = re.compile(  # adapters that lead to no LAN
-    r"tun|tap|utun|wg|ppp|ipsec|gpd|tailscale|zt|nord|proton|docker|podman|br-|veth|virbr|vmnet|vbox|vnic|"
-    r"lxc|lxd|cni|flannel|bridge|awdl|llw", re.I)
-UNLIKELY = tuple(map(ipaddress.ip_network, ("172.16.0.0/12", "192.168.56.0/24")))  # WSL, Hyper-V, VirtualBox
-TAILNET = ipaddress.ip_network("100.64.0.0/10")
 NOWHERE = ("192.0.2.1", 9)  # kept for documentation (RFC 5737); to connect UDP there sends nothing
 
 
-def reachable(config, addresses):
-    """[(address, virtual?)] at which others reach this gateway; addresses() gives all of the machine's."""
+def reachable(config):
+    """The addresses at which others reach this gateway."""
     if loopback(config.host):
         return []
-    return addresses() if config.host in ANYWHERE else [(config.host, False)]
+    return lan_addresses() if config.host in ANYWHERE else [config.host]
 
 
 def lan_addresses():
-    """[(address, virtual?)] of this machine, IPv4: the way out first, VPN and virtual adapters last."""
-    return ranked(adapter_addresses() or named_addresses(), outgoing_address())
-
-
-def ranked(found, outgoing):
-    """Sort (adapter name or "", address) pairs as lan_addresses says."""
-    usable = {}
-    for adapter, text in found:
-        address = ipaddress.ip_address(text)
-        if not address.is_loopback and not address.is_link_local and not address.is_unspecified:
-            guessed = not adapter and text != outgoing and any(address in network for network in UNLIKELY)
-            usable[text] = bool(VIRTUAL.match(adapter)) or address in TAILNET or guessed
-    return sorted(usable.items(), key=lambda item: (item[1], item[0] != outgoing))
-
-
-def adapter_addresses():
-    """[(adapter, IPv4 address)] from the kernel of Linux and macOS (SIOCGIFADDR); empty elsewhere."""
-    found = []
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import fcntl
-        request = 0x8915 if sys.platform == "linux" else 0xC0206921
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            for _, name in socket.if_nameindex():
-                with contextlib.suppress(OSError):  # an adapter without an IPv4 address
-                    answer = fcntl.ioctl(sock.fileno(), request, name.encode()[:15].ljust(32, b"\0"))
-                    found.append((name, socket.inet_ntoa(answer[20:24])))
-    return found
-
-
-def named_addresses():
-    """[("", IPv4 address)] that this machine's own name stands for: Windows has all of them there."""
-    with contextlib.suppress(OSError):
-        rows = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET, socket.SOCK_STREAM)
-        return [("", str(row[4][0])) for row in rows]
-    return []
-
-
-def outgoing_address():
-    """The address from which this machine reaches other networks; empty when it reaches none."""
+    """The IPv4 address with which this machine goes out; without a way out, those of its name."""
+    found = set()
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect(NOWHERE)
-        return sock.getsockname()[0]
-    return ""
+        found.add(sock.getsockname()[0])
+    usable = map(ipaddress.ip_address, sorted(found or resolved(socket.gethostname())))
+    return [str(address) for address in usable
+            if address.version == 4 and not (address.is_loopback or address.is_unspecified)]
+
+
+def resolved(host):
+    """The addresses of a host's name, empty when it has none."""
+    with contextlib.suppress(OSError, UnicodeError):
+        return {str(row[4][0]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    return set()
+
+
+def is_own_address(address):
+    """True when this machine has the address."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+        sock.bind((address, 0))
+        return True
+    return False
 
 
 # --- 9.7 services: systemd and launchd ---------------------------------------
@@ -8357,7 +8344,7 @@ ALIVE_S = 5.0  # an accept loop that has not come round for so long hangs
 
 
 def notify(state, environ=os.environ):
-    """Tell systemd a state (sd_notify(3)), where it asked for that."""
+    """Tell systemd a state (sd_notify(3)), if it asked for that."""
     address = environ.get("NOTIFY_SOCKET", "")
     if address.startswith(("/", "@")):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -8380,7 +8367,10 @@ def keep_watchdog(stop, server):
 
 
 def print_launchd(args, config):
-    """--print-launchd: an agent for macOS that runs this file as it was called here (launchd.plist(5))."""
+    """--print-launchd: an agent for macOS that runs this file as it was called here (launchd.plist(5)).
+
+    It runs as a module, so that its compiled code is kept (PYTHONPYCACHEPREFIX): half the time to start,
+    half the memory."""
     given = [row for row in OPTIONS if row.flag and getattr(args, row.name) is not None]
     secret = [row for row in given if row.variable in SECRET]
     if secret:
@@ -8388,16 +8378,19 @@ def print_launchd(args, config):
                           f"into {os.path.join(os.getcwd(), '.env')}, or mint a key with --new-key")
     flags = itertools.chain.from_iterable(
         [row.flag] if row.default is False else [row.flag, getattr(args, row.name)] for row in given)
-    log_file = config.log_file or str(own_home() / "Library" / "Logs" / "lmgateway.log")
-    agent = {"Label": "lmgateway", "ProgramArguments": [sys.executable, os.path.abspath(__file__), *flags],
-             "WorkingDirectory": os.getcwd(), "EnvironmentVariables": {"LOG_FILE": log_file},
+    library, script = own_home() / "Library", Path(__file__).resolve()
+    environ = {"LOG_FILE": config.log_file or str(library / "Logs" / "lmgateway.log"),
+               "PYTHONPATH": str(script.parent), "PYTHONSAFEPATH": "1",
+               "PYTHONPYCACHEPREFIX": str(library / "Caches" / "lmgateway")}
+    agent = {"Label": "lmgateway", "ProgramArguments": [sys.executable, "-m", script.stem, *flags],
+             "WorkingDirectory": os.getcwd(), "EnvironmentVariables": environ,
              "RunAtLoad": True, "KeepAlive": {"SuccessfulExit": False}, "ThrottleInterval": 10,
              "ProcessType": "Interactive"}  # else launchd holds back its processor time
     sys.stdout.write(plistlib.dumps(agent, sort_keys=False).decode())
     return 0
 
 
-# --- 9.8 --check, the doctor -------------------------------------------------
+# --- 9.8 --check -------------------------------------------------------------
 # A check is one row of CHECKS: a function that looks at one thing and yields its findings.
 
 
@@ -8407,21 +8400,20 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-class Check(NamedTuple):
-    """find gives the Findings about one thing."""
-
-    name: str
-    find: Callable[[Patient], Iterator[Finding]]
+fine, concern, fault = map(functools.partial, [Finding] * 3, ("ok", "warn", "bad"))
 
 
-class Patient:
+class Installation:
     """What the checks look at, each part looked at once, when a check first asks for it."""
 
+    CHECKED_BYTES = 4_000_000  # of the newest log
+
     def __init__(self, args, environ):
-        self.config, self.warnings, self.errors = load_leniently(vars(args), environ, args.env_file)
+        self.config, self.warnings, self.errors = load_config(vars(args), environ, args.env_file)
         self.env_file = args.env_file or ".env"
         self.home = find_home()
         self.log_dir = self.config.log_dir or find_log_dir(self.home)
+        self.exposed = not loopback(self.config.host)
 
     @functools.cached_property
     def settings(self):
@@ -8449,54 +8441,48 @@ class Patient:
         """A Parser that has read the end of the newest log.  Raises OSError."""
         parser = Parser()
         with open(self.newest.path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - CHECKED_BYTES))
-            parser.feed(file.read(CHECKED_BYTES))
+            file.seek(max(0, os.fstat(file.fileno()).st_size - self.CHECKED_BYTES))
+            parser.feed(file.read(self.CHECKED_BYTES))
         parser.end()
         return parser
 
-    @property
-    def exposed(self):
-        return not loopback(self.config.host)
 
-
-CHECKED_BYTES = 4_000_000  # of the newest log
 SETTINGS_MENU = "LM Studio: Developer > Server settings"
 LOGS_MENU = 'LM Studio: Developer Logs, "..." menu'
 
 
-def check_python(patient):
+def check_python(found):
     version = (f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
                f"lmgateway {VERSION}")
     if sys.version_info < (3, 9):
-        yield Finding("bad", version, "install Python 3.9 or newer from https://www.python.org")
+        yield fault(version, "install Python 3.9 or newer from https://www.python.org")
     else:
-        yield Finding("ok", version)
+        yield fine(version)
 
 
 def refused(error):
     """The Finding of an error of ours, whose remedy stands behind its last semicolon."""
     what, _, remedy = str(error).rpartition("; ")
-    return Finding("bad", what or remedy, remedy if what else "see --help and the README")
+    return fault(what or remedy, remedy if what else "see --help and the README")
 
 
-def check_options(patient):
-    for error in patient.errors:
-        yield refused(error)
-    for warning in patient.warnings:
-        yield Finding("warn", warning, "mend it, or take it away")
+def check_options(found):
+    yield from map(refused, found.errors)
+    for warning in found.warnings:
+        yield concern(warning, "correct it, or take it away")
     for row in OPTIONS:
-        if row.name in patient.config.sources:
-            value = "set" if row.variable in SECRET else getattr(patient.config, row.name)
-            yield Finding("ok", f"{row.variable}: {value} (from {patient.config.sources[row.name]})")
-    if not patient.config.sources and not patient.errors:
-        yield Finding("ok", "each has its default")
-    log_file = patient.config.log_file
+        if row.name in found.config.sources:
+            value = "set" if row.variable in SECRET else getattr(found.config, row.name)
+            yield fine(f"{row.variable}: {value} (from {found.config.sources[row.name]})")
+    if not found.config.sources and not found.errors:
+        yield fine("each has its default")
+    log_file = found.config.log_file
     if log_file and not os.access(os.path.dirname(os.path.abspath(log_file)), os.W_OK):
-        yield Finding("bad", f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours")
+        yield fault(f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours")
 
 
-def check_port(patient):
-    config = patient.config
+def check_port(found):
+    config = found.config
     own = f"port {config.port} of {config.host}"
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
@@ -8504,166 +8490,106 @@ def check_port(patient):
             if os.name != "nt":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((config.host, config.port))
-        yield Finding("ok", f"{own} is free" if config.port else "the system will choose one")
+        yield fine(f"{own} is free" if config.port else "the system will choose one")
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            yield Finding("bad", f"cannot listen on {own}: {error_text(error)}",
-                          "choose others with --host and --port")
-        elif b"<title>lmgateway" in fetch(config.host, config.port, "/", bool(config.tls_cert)):
-            yield Finding("ok", f"{own} is held by a running lmgateway")
+            yield fault(f"cannot listen on {own}: {error_text(error)}", "choose others with --host and --port")
+        elif is_lmgateway(page_url(config, config.port)):
+            yield fine(f"{own} is held by a running lmgateway")
         else:
-            yield Finding("bad", f"{own} is held by {port_holder(config.port) or 'another program'}",
-                          f"stop it ({port_question(config.port)} tells which it is), or choose another "
-                          "with --port")
+            yield fault(f"{own} is held by another program",
+                      f"stop it ({port_question(config.port)} tells which it is), or choose another with --port")
 
 
-def fetch(host, port, path, encrypted=False):
-    """The body that answers a GET with 200; empty when there is none within a second."""
-    host = "127.0.0.1" if host in ANYWHERE else host
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # whose it is, is what we want to know
-    with contextlib.suppress(*BROKEN, ValueError):
-        asked = (http.client.HTTPSConnection(host, port, timeout=1.0, context=context) if encrypted
-                 else http.client.HTTPConnection(host, port, timeout=1.0))
-        with contextlib.closing(asked):
-            asked.request("GET", path)
-            answer = asked.getresponse()
-            return answer.read(65536) if answer.status == 200 else b""
-    return b""
+def check_lmstudio(found):
+    reason = Upstream(found.upstream).health()
+    port = settings_port(found.settings) if isinstance(found.settings, dict) else None
+    if is_lmgateway(found.upstream):
+        yield fault(f"another lmgateway answers at {found.upstream}",
+                  "name LM Studio's own server with --upstream (LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
+    elif not reason:
+        yield fine(f"LM Studio answers at {found.upstream}")
+    else:
+        what, _, remedy = reason.partition(". ")
+        if port and not found.upstream.endswith(f":{port}"):
+            remedy = f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). {remedy}"
+        yield fault(what, remedy)
 
 
-def port_holder(port):
-    """Who listens on a TCP port, as far as Linux tells this user; empty when nobody knows."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        sockets = set()
-        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
-            sockets |= {f"socket:[{row[9]}]" for row in rows  # 0A: it listens
-                        if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
-        for entry in os.scandir("/proc"):
-            if entry.name.isdecimal() and sockets & opened(entry.path):
-                command = Path(entry.path, "cmdline").read_bytes().split(b"\0")[:2]  # the rest may hold a key
-                shown = printable(b" ".join(command).decode("utf-8", "replace").strip())
-                return f"process {entry.name} ({shown[:80]})"
-    return ""
-
-
-def opened(process):
-    """What the descriptors of a process in /proc point to; nothing where we may not look."""
-    found = set()
-    with contextlib.suppress(OSError):
-        for name in os.listdir(f"{process}/fd"):
-            with contextlib.suppress(OSError):
-                found.add(os.readlink(f"{process}/fd/{name}"))
-    return found
-
-
-def check_lmstudio(patient):
-    reason = Upstream(patient.upstream).health()
-    if not reason:
-        yield Finding("ok", f"LM Studio answers at {patient.upstream}")
-        return
-    what, _, remedy = reason.partition(". ")
-    port = settings_port(patient.settings) if isinstance(patient.settings, dict) else None
-    if port and not patient.upstream.endswith(f":{port}"):
-        remedy = f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). {remedy}"
-    if app_runs(patient.home):
-        what += ", though LM Studio itself runs: its server is stopped, or on another port"
-    yield Finding("bad", what, remedy)
-
-
-def app_runs(home):
-    """True when LM Studio's internal server answers, which is there also while its API server is stopped."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        port = json.loads((home / ".internal" / "http-server.json").read_bytes())["port"]
-        return b'"version"' in fetch("127.0.0.1", int(port), "/lms-status")
-    return False
-
-
-def check_settings(patient):
-    settings, path = patient.settings, settings_path(patient.home)
+def check_settings(found):
+    settings, path = found.settings, settings_path(found.home)
     if not isinstance(settings, dict):
-        yield Finding("warn", f"LM Studio's settings {path} cannot be read: {error_text(settings)}",
-                      "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
+        yield concern(f"LM Studio's settings {path} cannot be read: {error_text(settings)}",
+                   "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
         return
     port, network = settings_port(settings), settings.get("networkInterface")
     network = network if isinstance(network, str) else ""
-    yield Finding("ok", f"{path}: port {port or 'not named'}, interface {network or 'not named'}")
+    yield fine(f"{path}: port {port or 'not named'}, interface {network or 'not named'}")
     if network and not loopback(network):
-        yield Finding("warn", f"LM Studio itself listens on the network ({network}): whoever goes there goes "
-                      "round this gateway, its keys and its figures",
-                      f"{SETTINGS_MENU} > Serve on Local Network: off")
-    if settings.get("cors") is True:
-        yield Finding("warn", "LM Studio allows every web page to call it (CORS)",
-                      f"{SETTINGS_MENU} > Enable CORS: off; name the origins that may call the gateway with "
-                      "--cors-origins")
-    for name, value, mark, what, remedy in LOG_SETTINGS:
+        yield concern(f"LM Studio itself listens on the network ({network}): requests that go there pass by this "
+                   "gateway, its keys and its figures", f"{SETTINGS_MENU} > Serve on Local Network: off")
+    for name, value, finding in SETTINGS:
         if settings.get(name) == value and type(settings.get(name)) is type(value):
-            yield Finding(mark, what, f"{LOGS_MENU} > {remedy}" if remedy else "")
+            yield finding
 
 
-LOG_SETTINGS = (  # (setting, value, mark, what that means, remedy)
-    ("fileLoggingMode", "off", "bad", "LM Studio writes no log files: there is nothing to monitor",
-     "File Logging Mode: Succinct"),
-    ("verbose", False, "warn", "verbose logging is off: no cache, token and speed figures of streams",
-     "Verbose Logging: on"),
-    ("verbose", True, "ok", "verbose logging is on", ""),
-    ("logSensitiveData", True, "warn", "prompts and answers stand in LM Studio's logs in clear text",
-     "Redact Content: on, where others can read this disk (figures of plain requests then go, too)"),
-    ("logSensitiveData", False, "ok", "prompts and answers are redacted in LM Studio's logs", ""),
-    ("logIncomingTokens", True, "warn",
-     "every token is logged: the files grow with the square of an answer's length",
-     "Log Incoming Tokens: off"),
+SETTINGS = (  # (a setting of LM Studio, its value, what to say of that)
+    ("cors", True, concern("LM Studio allows every web page to call it (CORS)", f"{SETTINGS_MENU} > Enable CORS: off; "
+                        "name the origins that may call the gateway with --cors-origins")),
+    ("fileLoggingMode", "off", fault("LM Studio writes no log files: there is nothing to monitor",
+                                   f"{LOGS_MENU} > File Logging Mode: Succinct")),
+    ("verbose", False, concern("verbose logging is off: no cache, token and speed figures of streams",
+                            f"{LOGS_MENU} > Verbose Logging: on")),
+    ("verbose", True, fine("verbose logging is on")),
+    ("logSensitiveData", True, concern("prompts and answers stand in LM Studio's logs in clear text",
+                                    f"{LOGS_MENU} > Redact Content: on, if others can read this disk (figures of "
+                                    "plain requests then go, too)")),
+    ("logSensitiveData", False, fine("prompts and answers are redacted in LM Studio's logs")),
+    ("logIncomingTokens", True, concern("every token is logged: the files grow with the square of an answer's length",
+                                     f"{LOGS_MENU} > Log Incoming Tokens: off")),
 )
 
 
-def check_logs(patient):
-    newest, directory = patient.newest, patient.log_dir
-    if not patient.config.enable_log_monitoring:
-        yield Finding("warn", "the log monitor is switched off", "ENABLE_LOG_MONITORING=true")
+def check_logs(found):
+    newest, directory = found.newest, found.log_dir
+    if not found.config.enable_log_monitoring:
+        yield concern("the log monitor is switched off", "ENABLE_LOG_MONITORING=true")
     if isinstance(newest, OSError):
-        yield Finding("bad", f"log directory {directory}: {error_text(newest)}",
-                      "start LM Studio's server once; name another directory with --log-dir "
-                      "(LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
+        yield fault(f"log directory {directory}: {error_text(newest)}",
+                  "start LM Studio's server once; name another directory with --log-dir "
+                  "(LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
     elif newest is None:
-        yield Finding("bad", f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
-                      f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
+        yield fault(f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
+                  f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
     else:
-        yield from check_newest_log(patient)
-    for other in other_log_dirs(patient.home, directory):
-        yield Finding("warn", f"{other} holds a newer log than {directory}",
-                      f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
+        yield from check_newest_log(found)
+    for other in other_log_dirs(found.home, directory):
+        yield concern(f"{other} holds a newer log than {directory}", f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
 
 
-def check_newest_log(patient):
-    path = patient.newest.path
+def check_newest_log(found):
+    path = found.newest.path
     try:
-        parser, state = patient.parser, os.stat(path)
+        parser, state = found.parser, os.stat(path)
     except OSError as error:
-        yield Finding("bad", f"{path}: {error_text(error)}",
-                      "let this user read it, or run as the user who runs LM Studio")
+        yield fault(f"{path}: {error_text(error)}", "let this user read it, or run as the user who runs LM Studio")
         return
     age_s = time.time() - state.st_mtime
-    written = f"{path}: {shown_bytes(state.st_size)}, written {shown_age(age_s)} ago"
-    yield Finding("ok", written) if age_s <= 86400 else Finding(
-        "warn", written, "see that LM Studio's server runs under this user and gets requests")
+    age = f"{age_s / 86400:.0f} days" if age_s >= 2 * 86400 else duration(max(0, age_s))
+    written = f"{path}: {shown_bytes(state.st_size)}, written {age} ago"
+    yield fine(written) if age_s <= 86400 else concern(
+        written, "see that LM Studio's server runs under this user and gets requests")
     if not parser.entries:
-        yield Finding("warn", "no log entry in it that lmgateway knows",
-                      "send LM Studio a request and look again")
+        yield concern("no log entry in it that lmgateway knows", "send LM Studio a request and look again")
         return
     engines = ", ".join(sorted(name for name in parser.by_engine if name != "App")) or "the app alone"
-    yield Finding("ok", f"{parser.entries:,} entries looked at, written by: {engines}")
+    yield fine(f"{parser.entries:,} entries looked at, written by: {engines}")
     if not parser.by_level["DEBUG"]:
-        yield Finding("warn", "no DEBUG lines: no cache, token and speed figures of streams",
-                      f"{LOGS_MENU} > Verbose Logging: on")
+        yield concern("no DEBUG lines: no cache, token and speed figures of streams",
+                   f"{LOGS_MENU} > Verbose Logging: on")
     if parser.unknown > parser.lines / 10:
-        yield Finding("warn",
-                      f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version "
-                      "does not know", "look for a newer lmgateway; /debug/status shows samples")
-
-
-def shown_age(seconds):
-    return f"{seconds / 86400:.0f} days" if seconds >= 2 * 86400 else duration(max(0, seconds))
+        yield concern(f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version does not know",
+                   "look for a newer lmgateway; /debug/status shows samples")
 
 
 def other_log_dirs(home, directory):
@@ -8675,60 +8601,58 @@ def other_log_dirs(home, directory):
                   and os.path.realpath(place) != os.path.realpath(directory))
 
 
-def check_room(patient):
-    facts = LogVolume(patient.log_dir, patient.config.log_dir_warn).facts()
+def check_room(found):
+    facts = LogVolume(found.log_dir, found.config.log_dir_warn).facts()
     if facts["directoryBytes"] is not None:
         free = "unknown" if facts["freeBytes"] is None else shown_bytes(facts["freeBytes"])
-        yield Finding("ok", f"logs take {shown_bytes(facts['directoryBytes'])}, grow by "
-                      f"{shown_bytes(facts['growthBytesPerDay'])} a day; {free} are free on that disk")
+        yield fine(f"logs take {shown_bytes(facts['directoryBytes'])}, grow by "
+                 f"{shown_bytes(facts['growthBytesPerDay'])} a day; {free} are free on that disk")
     for warning in facts["warnings"]:
-        yield Finding("warn", *warning.split(": ", 1))
+        yield concern(*warning.split(": ", 1))
 
 
-def check_keys(patient):
-    config = patient.config
+def check_keys(found):
+    config, path = found.config, keys_path(found.config)
     try:
         _, minted = open_key_file(config)
-        keys = Walls(config).need_key
+        needed = Walls(config).need_key
     except (GatewayError, OSError) as error:
         yield refused(error)
         return
     rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted]
     rows += [f"{name} (all rights)" for name in config.api_key]
-    if keys and not rows:
-        yield Finding("warn", f"a key is asked for, and there is none: all of {keys_path(config)} "
-                              "were revoked",
-                      "mint one with --new-key NAME, or remove that file")
+    if needed and not rows:
+        yield concern(f"a key is asked for, and there is none: all of {path} were revoked",
+                   "mint one with --new-key NAME, or remove that file")
     else:
-        yield Finding("ok", f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
-    if patient.exposed and not keys:
-        mark, more = ("warn", "") if config.no_auth else ("bad", ", or say --no-auth to let everybody in")
-        yield Finding(mark, f"{config.host} is open to the network, and no key is set",
-                      f"mint one with --new-key NAME{more}")
-    for path in (keys_path(config), Path(patient.env_file)):
-        if os.name != "nt" and os.path.exists(path) and os.stat(path).st_mode & 0o044:
-            yield Finding("warn", f"{path} can be read by other users of this machine", f"chmod 600 {path}")
+        yield fine(f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
+    if found.exposed and not needed:
+        open_to_all = f"{config.host} is open to the network, and no key is set"
+        yield (concern(open_to_all, "mint one with --new-key NAME") if config.no_auth else
+               fault(open_to_all, "mint one with --new-key NAME, or say --no-auth to let everybody in"))
+    for file in (path, Path(found.env_file)):
+        if os.name != "nt" and os.path.exists(file) and os.stat(file).st_mode & 0o044:
+            yield concern(f"{file} can be read by other users of this machine", f"chmod 600 {file}")
 
 
-def check_network(patient):
-    config = patient.config
+def check_network(found):
+    config = found.config
     try:
         encrypted = tls_context(config) is not None
     except ConfigError as error:
         yield refused(error)
         return
-    if not patient.exposed:
-        yield Finding("ok", f"{config.host}: only this machine can connect")
+    if not found.exposed:
+        yield fine(f"{config.host}: only this machine can connect")
         return
     firewall = FIREWALL.get(platform.system(), "").format(port=config.port)
-    urls = [own_url(config, address, config.port) for address, _ in reachable(config, lan_addresses)]
-    yield Finding("ok", f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
-                  f"if they do not: {firewall}" if firewall else "")
+    urls = [own_url(config, address, config.port) for address in reachable(config)]
+    yield fine(f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
+             f"if they do not: {firewall}" if firewall else "")
     if not encrypted:
-        yield Finding("warn", "keys and prompts pass over the LAN in clear text",
-                      "--tls-cert and --tls-key (see the README)")
+        yield concern("keys and prompts pass over the LAN in clear text", "--tls-cert and --tls-key (see the README)")
     if config.allow is None:
-        yield Finding("ok", "every address may connect; IP_ALLOWLIST (--allow) can narrow that")
+        yield fine("every address may connect; IP_ALLOWLIST (--allow) can narrow that")
 
 
 FIREWALL = {"Windows": "lmgateway.ps1 -OpenFirewall",
@@ -8736,64 +8660,58 @@ FIREWALL = {"Windows": "lmgateway.ps1 -OpenFirewall",
             "Darwin": "System Settings > Network > Firewall: allow Python"}
 
 
-def check_clock(patient):
+def check_clock(found):
     now = time.time()
-    zone = time.strftime("%Z %z")
     if now < BUILT:
-        yield Finding("bad", f"the clock says {utc_text(now)}",
-                      "set it, best by NTP: times and certificates depend on it")
+        yield fault(f"the clock says {utc_text(now)}", "set it, best by NTP: times and certificates depend on it")
         return
-    yield Finding("ok", f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {zone}")
+    yield fine(f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {time.strftime('%Z %z')}")
     with contextlib.suppress(OSError, AttributeError):
-        moment, written = patient.parser.last_moment, os.stat(patient.newest.path).st_mtime
+        moment, written = found.parser.last_moment, os.stat(found.newest.path).st_mtime
         if moment and abs(moment.epoch - written) > 900:
-            yield Finding("warn", f"the newest log's last entry says {moment.utc}, its file "
-                          f"{utc_text(written)}",
-                          "give lmgateway LM Studio's time zone (environment variable TZ), or mend the clock")
+            yield concern(f"the newest log's last entry says {moment.utc}, its file {utc_text(written)}",
+                       "give lmgateway LM Studio's time zone (environment variable TZ), or set the clock right")
 
 
 BUILT = 1_750_000_000  # June 2025: no clock is right that says less
-CHECKS = (
-    Check("Python", check_python),          # version and system
-    Check("Options", check_options),        # values, where each comes from, mistakes in .env
-    Check("Port", check_port),              # ours is free, or who holds it
-    Check("LM Studio", check_lmstudio),     # its server answers, and it is LM Studio
-    Check("Settings", check_settings),      # LM Studio's own: port, interface, CORS, logging
-    Check("Logs", check_logs),              # directory, newest file, engine, verbose lines
-    Check("Room", check_room),              # size and growth of the logs, free disk
-    Check("Keys", check_keys),              # who may do what, and whether a key is needed
-    Check("Network", check_network),        # who can connect, TLS
-    Check("Clock", check_clock),            # time, time zone, and whether the log agrees
-)
+CHECKS: dict[str, Callable[[Installation], Iterator[Finding]]] = {
+    "Python": check_python,         # version and system
+    "Options": check_options,       # values, where each comes from, mistakes in .env
+    "Port": check_port,             # ours is free, or taken
+    "LM Studio": check_lmstudio,    # its server answers, and it is LM Studio
+    "Settings": check_settings,     # LM Studio's own: port, interface, CORS, logging
+    "Logs": check_logs,             # directory, newest file, engine, verbose lines
+    "Room": check_room,             # size and growth of the logs, free disk
+    "Keys": check_keys,             # who may do what, and whether a key is needed
+    "Network": check_network,       # who can connect, TLS
+    "Clock": check_clock,           # time, time zone, and whether the log agrees
+}
 
 
-def doctor(args, config=None):
+def run_checks(args, config=None):
     """--check: every finding in one line; 1 when something is bad, else 0.  Works whatever is broken."""
-    patient = Patient(args, os.environ)
-    found = [(check.name, finding) for check in CHECKS for finding in examine(check, patient)]
-    bad = any(finding.mark == "bad" for _, finding in found)
+    installation = Installation(args, os.environ)
+    found = [(name, finding) for name, check in CHECKS.items() for finding in findings_of(check, installation)]
+    failed = any(finding.mark == "bad" for _, finding in found)
     if args.json:
         rows = [{"check": name, **finding._asdict()} for name, finding in found]
-        print(json.dumps({"status": "bad" if bad else "ok", "version": VERSION, "findings": rows}))
-        return int(bad)
+        print(json.dumps({"status": "bad" if failed else "ok", "version": VERSION, "findings": rows}))
+        return int(failed)
     colour = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+    marks = {"ok": GREEN, "warn": YELLOW, "bad": RED}
     for name, (mark, what, remedy) in found:
-        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if colour else f"{mark:4}"
+        shown = f"\x1b[{marks[mark]}m{mark:4}\x1b[0m" if colour else f"{mark:4}"
         print(f"{shown}  {name:9}  " + printable(what + (f"  ->  {remedy}" if remedy else "")))
-    return int(bad)
+    return int(failed)
 
 
-MARKS = {"ok": "32", "warn": "33", "bad": "31"}
-
-
-def examine(check, patient):
+def findings_of(check, installation):
     """A check's findings; a check that fails is a finding, too."""
     found = []
     try:
-        found.extend(check.find(patient))
-    except Exception as error:  # the end of the line: what is broken here is what the doctor is for
-        what = f"this check failed: {type(error).__name__}: {error}"
-        found.append(Finding("bad", what, "please report it"))
+        found.extend(check(installation))
+    except Exception as error:  # the end of the line: a broken machine is what --check is for
+        found.append(fault(f"this check failed: {type(error).__name__}: {error}", "please report it"))
     return found
 
 
@@ -8870,14 +8788,14 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("tail_only", tail_only, "print this machine's events; PATH ...: replay saved logs",
+    Command("tail_only", tail_only, "print this machine's events; PATH ...: replay saved logs, - is standard input",
             companions=("json", "events", "from_start"), paths=True),
     Command("watch", watch, "print the events of a gateway elsewhere", "URL",
             ("json", "events", "from_start")),
     Command("report", report, "usage by day and model, of --history FILE or of saved logs (PATH)",
             companions=("json",), paths=True),
-    Command("demo", serve, "try it all, beside a built-in imitation of LM Studio"),
-    Command("check", doctor, "look for what commonly goes wrong, and say the remedy", companions=("json",)),
+    Command("demo", serve, "try it all, beside a built-in imitation of LM Studio", companions=("open",)),
+    Command("check", run_checks, "look for what commonly goes wrong, and say the remedy", companions=("json",)),
     Command("prune", prune, "show which of LM Studio's logs are older; --yes removes them", "DAYS", ("yes",)),
     Command("new_key", new_key, "mint a key; --rights infer,view,admin [infer,view]", "NAME", ("rights",)),
     Command("list_keys", list_keys, "names, rights and dates of minted keys"),
@@ -8910,7 +8828,7 @@ def build_parser():
     commands.add_argument("paths", nargs="*", metavar="PATH", help=argparse.SUPPRESS)
     printing = parser.add_argument_group("Printing (--tail-only, --watch; --report, --check: --json)")
     printing.add_argument("--json", action="store_true", help="one JSON object a line")
-    printing.add_argument("--events", metavar="LIST", help="only these events, comma-separated")
+    printing.add_argument("--events", metavar="LIST", help="only these events, comma-separated; -NAME leaves one out")
     printing.add_argument("--from-start", action="store_true",
                           help="begin at the start of the newest file, not at its end")
     add_options(parser)
@@ -8928,18 +8846,26 @@ def add_options(parser):
             default = "" if row.default in (None, False, {}) else f" [{shown_default(row)}]"
             about = row.about.replace("%", "%%") + default
             groups[row.group].add_argument(row.flag, dest=row.name, help=about, **kind)
+    groups["Gateway"].add_argument("--open", action="store_true", help="open the dashboard in the browser")
     groups["Gateway"].add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
 
 
 class Arguments(argparse.ArgumentParser):
     """An ArgumentParser whose mistakes are ConfigErrors with a remedy."""
 
+    def parse_args(self, args=None, namespace=None):
+        """As ArgumentParser does; `--events -a,b` is as good as `--events=-a,b`."""
+        given = list(sys.argv[1:] if args is None else args)
+        for place in range(len(given) - 1, 0, -1):
+            if given[place - 1] == "--events" and re.match(r"-[a-z]", given[place]):
+                given[place - 1:place + 1] = [f"--events={given[place]}"]
+        return super().parse_args(given, namespace)
+
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
         if unknown:
-            near = difflib.get_close_matches(
-                unknown[1].partition("=")[0], self._option_string_actions, 1, 0.6)
-            message = f"{unknown[1]} is not a known option" + (f"; did you mean {near[0]}?" if near else "")
+            message = (f"{unknown[1]} is not a known option"
+                       + nearest(unknown[1].partition("=")[0], self._option_string_actions))
         raise ConfigError(message if message.endswith("?") else f"{message}; see --help")
 
 
@@ -8952,13 +8878,14 @@ def chosen_command(args):
     together."""
     chosen = [command for command in COMMANDS if getattr(args, command.name) not in (None, False)]
     if args.paths and not any(command.paths for command in chosen):
-        raise ConfigError(f"{args.paths[0]}: a path goes with --tail-only or --report; see --help")
+        flag = nearest("--" + args.paths[0], map(flag_of, (command.name for command in COMMANDS)))
+        raise ConfigError(f"{args.paths[0]}: " + (flag[2:] or "a path goes with --tail-only or --report; see --help"))
     if len(chosen) > 1:
         raise ConfigError(f"{flag_of(chosen[0].name)} and {flag_of(chosen[1].name)} do not go together; "
                           "choose one")
     for name in COMPANIONS:
         hosts = [command for command in COMMANDS if name in command.companions]
-        if getattr(args, name) and not set(hosts) & set(chosen):
+        if getattr(args, name) and not set(hosts) & set(chosen) and (chosen or name != "open"):
             raise ConfigError(f"{flag_of(name)} goes with "
                               f"{' or '.join(flag_of(command.name) for command in hosts)}")
     return chosen[0] if chosen else None
@@ -8970,11 +8897,10 @@ def check_values(args):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     if args.events is not None and not words(args.events):
         raise ConfigError("--events: name the events to print, comma-separated; see the README")
-    unknown = [name for name in words(args.events or "") if name not in EVENTS]
+    names = [name[1:] if name.startswith("-") else name for name in words(args.events or "")]
+    unknown = [name for name in names if name not in EVENTS]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], EVENTS, 1)
-        raise ConfigError(f"--events: {unknown[0]} is not an event"
-                          + (f"; did you mean {near[0]}?" if near else "; see the README"))
+        raise ConfigError(f"--events: {unknown[0]} is not an event" + (nearest(unknown[0], EVENTS) or "; see the README"))
 
 
 def main(argv=None):
@@ -8987,8 +8913,10 @@ def main(argv=None):
         command = chosen_command(args)
         check_values(args)
         if args.check:
-            return doctor(args)     # before anything that can be wrong
-        config, warnings = load_config(vars(args), os.environ, args.env_file)
+            return run_checks(args)     # before anything that can be wrong
+        config, warnings, errors = load_config(vars(args), os.environ, args.env_file)
+        if errors:
+            raise ConfigError(errors[0])
         set_up_logging(config)
         for warning in warnings:
             log.warning(warning)
