@@ -6784,15 +6784,12 @@ def shut(sock):
 
 
 # === 8. DEMO: an imitation of LM Studio ======================================
-# Answers inferences in each dialect as LM Studio does and writes the log that the newest llama.cpp engine
-# writes.  It serves --demo and the tests; nothing here is used beside the real LM Studio.
+# Answers inferences as LM Studio does, in the dialects that the README shows, and writes the log that the newest
+# llama.cpp engine writes.  It serves --demo and the tests; nothing here is used beside the real LM Studio.
 
 DEMO_MODELS = ("demo/kestrel-8b", "demo/wren-2b")
-DEMO_TEXT = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
-             "upstairs reads aloud from a letter about copper, rivers and the price of bread.")
-DEMO_WORDS = DEMO_TEXT.split()
-DEMO_PROMPTS = ("Summarise the minutes of the garden club.", "Why is the sky dark at night?",
-                "Write a haiku about a patient printer.", "Which of these invoices is overdue?")
+DEMO_WORDS = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
+              "upstairs reads aloud from a letter about copper, rivers and the price of bread.").split()
 
 
 class DemoLog:
@@ -6802,18 +6799,13 @@ class DemoLog:
         self.directory = directory
         self._lock = threading.Lock()  # entries do not mix
         self._started = time.monotonic()
-        self._tasks = itertools.count(1)
-
-    def task(self):
-        return next(self._tasks)
 
     def write(self, level, text, tag=""):
         """Append one entry; its continuation lines are in text."""
         now = time.localtime()
         path = Path(self.directory, time.strftime("%Y-%m", now), time.strftime("%Y-%m-%d.1.log", now))
-        space = "" if tag or text.startswith("[") else " "
-        label = f"[{tag}] " if tag else ""
-        entry = f"[{time.strftime('%Y-%m-%d %H:%M:%S', now)}][{level}]{space}{label}{text}\n"
+        label = f"[{tag}] " if tag else "" if text.startswith("[") else " "
+        entry = f"[{time.strftime('%Y-%m-%d %H:%M:%S', now)}][{level}]{label}{text}\n"
         with self._lock:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a", encoding="utf-8", newline="\n") as file:
@@ -6830,16 +6822,9 @@ class DemoLog:
         self.write("DEBUG", "\n".join(clock + line for line in lines))
 
 
-class NoLog(DemoLog):
-    """Of a completion that is no chat, the log has the request alone."""
-
-    def write(self, level, text, tag=""):
-        pass
-
-
 def demo_texts(body):
-    """What a request of any dialect asks, as a list of texts."""
-    asked = body.get("messages") or body.get("input") or body.get("prompt")
+    """The texts of a request, as a list."""
+    asked = body.get("messages") or body.get("input")
     asked = [asked] if isinstance(asked, str) else asked if isinstance(asked, list) else []
     return [str(item.get("content") if isinstance(item, dict) else item) for item in asked]
 
@@ -6847,59 +6832,50 @@ def demo_texts(body):
 class DemoRun:
     """One answer in the imitation: the same figures in it and in its log."""
 
-    def __init__(self, server, path, body):
-        self.log = server.demo_log if DIALECTS[path].joined else NoLog(server.demo_log.directory)
-        self.server, self.path, self.body = server, path, body
+    def __init__(self, server, path, body, alive):
+        self.server, self.log, self.path, self.body, self._alive = server, server.log, path, body, alive
         self.model = body.get("model") if body.get("model") in DEMO_MODELS else DEMO_MODELS[0]
         self.stream = body.get("stream") is True
-        self.created = int(time.time())
-        self.id = "chatcmpl-" + secrets.token_hex(12)
+        self.created, self.id = int(time.time()), secrets.token_hex(12)
         self.texts = demo_texts(body)
-        self.prompt = max(40, server.prompt_tokens or 400 + 7 * sum(map(len, self.texts)))
-        self.cached = int(self.prompt * server.cached_share)
-        limit = body.get("max_tokens") or body.get("max_completion_tokens") or body.get("max_output_tokens")
-        self.completion = (min(server.answer_tokens, limit) if isinstance(limit, int) and limit > 0
-                           else server.answer_tokens)
-        self.task = server.demo_log.task()
+        limit = body.get("max_tokens")
+        self.completion = limit if isinstance(limit, int) and 0 < limit < 500 else server.answer_tokens
+        self.prompt = 400 + 7 * len("".join(self.texts))
+        self.task = next(server.tasks)
         self.slot = f"id  {self.task % 4} | task {self.task} | "
 
     def received(self):
-        self.server.demo_log.request(self.path, self.body)
+        self.log.request(self.path, self.body)
         self.log.write("INFO", f"Running chat completion on conversation with {len(self.texts)} messages.",
                        self.model)
         if self.stream:
             self.log.write("INFO", "Streaming response...", self.model)
-        elif self.path == "/v1/responses":
-            self.log.write("INFO", "Generating synchronous v1/responses response...", self.model)
 
-    def read_prompt(self, alive):
-        """The prompt phase, in steps of a batch; stops when alive() is False."""
+    def read_prompt(self):
+        """The prompt phase, a batch at a time, after the part that the model has from its last prompt.  False
+        when the client has left."""
+        self.cached = self.server.cached(self.model, "".join(self.texts), self.prompt)
         self.log.engine(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
                         " repeat_last_n = 64, repeat_penalty = 1.000, presence_penalty = 0.000\n"
                         " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
                         " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
         self.log.engine(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
-                        f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 8192, n_keep = 20, "
+                        f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 32768, n_keep = 20, "
                         f"task.n_tokens = {self.prompt}",
                         f"slot   operator(): {self.slot}cached n_tokens = {self.cached}, memory_seq_rm "
                         f"[{self.cached}, end)")
-        self.progress(0)
-        steps = self.server.prompt_steps
-        for step in range(1, steps + 1):
-            if not alive() or self.server.pause(self.server.step_s):
+        for read in (0, *range(self.cached + self.server.batch, self.prompt, self.server.batch), self.prompt):
+            if read and (not self._alive() or self.server.stopping.wait(self.server.batch_s)):
                 return False
-            self.progress(100 * (self.cached + (self.prompt - self.cached) * step / steps) / self.prompt)
+            self.log.write("INFO", f"Prompt processing progress: {100 * read / self.prompt:.1f}%", self.model)
         self.log.engine(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, "
                         f"tokens: text = {self.prompt}, total = {self.prompt}")
         return True
 
-    def progress(self, percent):
-        self.log.write("INFO", f"Prompt processing progress: {percent:.1f}%", self.model)
-
-    def tokens(self, alive):
-        """The words of the answer, one after the other at the imitation's speed."""
+    def words(self):
+        """The words of the answer at the imitation's speed, until the client has left."""
         for count in range(self.completion):
-            if not alive() or self.server.pause(self.server.token_s):
+            if self.server.stopping.wait(self.server.token_s) or not self._alive():
                 return
             yield DEMO_WORDS[count % len(DEMO_WORDS)] + " "
 
@@ -6911,7 +6887,7 @@ class DemoRun:
     def finished(self):
         """The engine's timings and the app's last line."""
         fresh = self.prompt - self.cached
-        read_ms = max(0.01, 1000 * self.server.step_s * self.server.prompt_steps)
+        read_ms = max(0.01, 1000 * self.server.batch_s * math.ceil(fresh / self.server.batch))
         write_ms = max(0.01, 1000 * self.server.token_s * self.completion)
         self.log.engine(self.timing("prompt eval time", read_ms, fresh),
                         self.timing("       eval time", write_ms, self.completion),
@@ -6922,14 +6898,9 @@ class DemoRun:
                         "srv  update_slots: all slots are idle")
         if self.stream:
             self.log.write("INFO", "Finished streaming response", self.model)
-        elif self.path == "/v1/responses":
-            shown = json.dumps(response_whole(self, ""), indent=2)
-            self.log.write("INFO", f"Generated synchronous v1/responses response: {shown}", self.model)
         else:
             self.log.write("INFO", "Model generated tool calls: []", self.model)
-            whole = native_whole if self.path == "/api/v1/chat" else chat_whole
-            shown = json.dumps(whole(self, ""), indent=2)
-            self.log.write("INFO", f"Generated prediction: {shown}", self.model)
+            self.log.write("INFO", f"Generated prediction: {json.dumps(chat_whole(self, ''), indent=2)}", self.model)
 
     def abandoned(self):
         self.log.write("INFO",
@@ -6939,91 +6910,45 @@ class DemoRun:
                         f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
                         "truncated = 0")
 
-    def usage(self, prompt="prompt_tokens", completion="completion_tokens"):
-        return {prompt: self.prompt, completion: self.completion,
-                "total_tokens": self.prompt + self.completion}
-
-    def choice(self, kind, finish, **said):
-        """A body of OpenAI's with one choice."""
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model,
-                "system_fingerprint": self.model,
-                "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": finish}]}
-
-    def last_chunk(self, kind, **said):
-        """The end of a stream of OpenAI's."""
-        yield "", self.choice(kind, "stop", **said)
-        if (self.body.get("stream_options") or {}).get("include_usage"):
-            yield "", {**self.choice(kind, None), "choices": [], "usage": self.usage()}
-        yield "", None
-
 
 # How each dialect says an answer: as a body, and as a stream's events, (name, data), the words as they come.
 
-def chat_whole(run, text):
-    message = {"role": "assistant", "content": text, "tool_calls": []}
-    return {**run.choice("chat.completion", "stop", message=message), "usage": run.usage(), "stats": {}}
+def chat_whole(run, text, **choice):
+    message = choice or {"message": {"role": "assistant", "content": text, "tool_calls": []}}
+    return {"id": f"chatcmpl-{run.id}", "created": run.created, "model": run.model, "system_fingerprint": run.model,
+            "object": "chat.completion.chunk" if choice else "chat.completion",
+            "choices": [{"index": 0, "logprobs": None, "finish_reason": "stop", **message}],
+            "usage": {"prompt_tokens": run.prompt, "completion_tokens": run.completion,
+                      "total_tokens": run.prompt + run.completion}, "stats": {}}
 
 
-def chat_events(run, words):
-    kind = "chat.completion.chunk"
-    for word in words:
-        yield "", run.choice(kind, None, delta={"role": "assistant", "content": word})
-    yield from run.last_chunk(kind, delta={})
+def chat_events(run):
+    def chunk(delta, finish=None):
+        return without(chat_whole(run, "", delta=delta, finish_reason=finish), "usage", "stats")
+
+    for word in run.words():
+        yield "", chunk({"role": "assistant", "content": word})
+    yield "", chunk({}, "stop")
+    if (run.body.get("stream_options") or {}).get("include_usage"):
+        yield "", {**chunk({}), "choices": [], "usage": chat_whole(run, "")["usage"]}
+    yield "", None
 
 
-def completion_whole(run, text):
-    return {**run.choice("text_completion", "stop", text=text), "usage": run.usage(), "stats": {}}
-
-
-def completion_events(run, words):
-    for word in words:
-        yield "", run.choice("text_completion", None, text=word)
-    yield from run.last_chunk("text_completion", text="")
-
-
-def response_whole(run, text, over=True):
-    item = {"id": f"msg_{run.task}", "type": "message", "role": "assistant", "status": "completed",
-            "content": [{"type": "output_text", "text": text, "annotations": []}]}
-    return {"id": f"resp_{run.id[9:]}", "object": "response", "created_at": run.created, "model": run.model,
-            "status": "completed" if over else "in_progress", "error": None, "output": [item] if over else [],
-            "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
-            "usage": run.usage("input_tokens", "output_tokens") if over else None}
-
-
-def response_events(run, words):
-    numbers, text = itertools.count(), ""
-
-    def event(name, **data):
-        return f"response.{name}", {"sequence_number": next(numbers), **data}
-
-    def part(name, **data):
-        return event(name, item_id=f"msg_{run.task}", output_index=0, content_index=0, **data)
-
-    yield event("created", response=response_whole(run, "", over=False))
-    (item,) = response_whole(run, "")["output"]
-    yield event("output_item.added", output_index=0, item={**item, "status": "in_progress", "content": []})
-    yield part("content_part.added", part=item["content"][0])
-    for word in words:
-        text += word
-        yield part("output_text.delta", delta=word)
-    whole = response_whole(run, text)
-    yield part("output_text.done", text=text)
-    yield part("content_part.done", part=whole["output"][0]["content"][0])
-    yield event("output_item.done", output_index=0, item=whole["output"][0])
-    yield event("completed", response=whole)
+def without(data, *names):
+    return {name: value for name, value in data.items() if name not in names}
 
 
 def message_whole(run, text):
-    return {"id": f"msg_{run.id[9:]}", "type": "message", "role": "assistant", "model": run.model,
+    return {"id": f"msg_{run.id}", "type": "message", "role": "assistant", "model": run.model,
             "content": [{"type": "text", "text": text}], "stop_reason": "end_turn", "stop_sequence": None,
             "usage": {"input_tokens": run.prompt, "output_tokens": run.completion}}
 
 
-def message_events(run, words):
+def message_events(run):
     yield "message_start", {"message": {**message_whole(run, ""), "content": [], "stop_reason": None,
                                         "usage": {"input_tokens": run.prompt, "output_tokens": 0}}}
     yield "content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}}
-    for word in words:
+    for word in run.words():
         yield "content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": word}}
     yield "content_block_stop", {"index": 0}
     yield "message_delta", {"delta": {"stop_reason": "end_turn", "stop_sequence": None},
@@ -7031,37 +6956,14 @@ def message_events(run, words):
     yield "message_stop", {}
 
 
-def native_whole(run, text):
-    return {"model_instance_id": run.model, "output": [{"type": "message", "content": text}],
-            "stats": {"input_tokens": run.prompt, "total_output_tokens": run.completion,
-                      "reasoning_output_tokens": 0, "tokens_per_second": round(1 / run.server.token_s, 2),
-                      "time_to_first_token_seconds": run.server.step_s * run.server.prompt_steps},
-            "response_id": f"resp_{run.id[9:]}"}
-
-
-def native_events(run, words):
-    text = ""
-    yield "chat.start", {"model_instance_id": run.model}
-    yield "message.start", {}
-    for word in words:
-        text += word
-        yield "message.delta", {"content": word}
-    yield "message.end", {}
-    yield "chat.end", {"result": native_whole(run, text)}
-
-
 DEMO_SPEECH = {  # path -> (body, events)
     "/v1/chat/completions": (chat_whole, chat_events),
-    "/api/v0/chat/completions": (chat_whole, chat_events),
-    "/v1/completions": (completion_whole, completion_events),
-    "/v1/responses": (response_whole, response_events),
     "/v1/messages": (message_whole, message_events),
-    "/api/v1/chat": (native_whole, native_events),
 }
 
 
 def demo_embeddings(body):
-    """A vector for each text, always the same; as base64 where the client wants it (OpenAI's SDK does)."""
+    """A vector for each text, always the same; as base64 if the client wants it (OpenAI's SDK does)."""
     vectors = []
     for text in demo_texts(body):
         source = random.Random(text)
@@ -7069,17 +6971,15 @@ def demo_embeddings(body):
         packed = base64.b64encode(struct.pack("<128f", *vector)).decode()
         vectors.append(packed if body.get("encoding_format") == "base64" else vector)
     tokens = sum(len(text) // 4 + 1 for text in demo_texts(body))
-    return {"object": "list", "model": DEMO_MODELS[0],
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens}, "data": [
-                {"object": "embedding", "index": index, "embedding": vector}
-                for index, vector in enumerate(vectors)]}
+    return {"object": "list", "model": DEMO_MODELS[0], "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            "data": [{"object": "embedding", "index": index, "embedding": vector}
+                     for index, vector in enumerate(vectors)]}
 
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
     """The imitation's answers."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = 64 * 1024
     disable_nagle_algorithm = True
     server: DemoServer
 
@@ -7087,8 +6987,8 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         if self.path == "/lmstudio-greeting":
             return self._json({"lmstudio": True})
         if self.path in ("/v1/models", "/api/v0/models"):
-            self.server.demo_log.write("DEBUG", f"Received request: GET to {self.path}")
-            self.server.demo_log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
+            self.server.log.write("DEBUG", f"Received request: GET to {self.path}")
+            self.server.log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
             models = [{"id": name, "object": "model", "owned_by": "organization_owner"}
                       for name in DEMO_MODELS]
             return self._json({"data": models, "object": "list"})
@@ -7100,75 +7000,62 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         if path not in DEMO_SPEECH and path != "/v1/embeddings":
             return self._unexpected()
         if body is None or not demo_texts(body):
-            return self._json({"error": "a field is required: 'messages', 'input' or 'prompt'"}, 400)
+            return self._json({"error": "a field is required: 'messages' or 'input'"}, 400)
         if path == "/v1/embeddings":
-            self.server.demo_log.request(path, body)
+            self.server.log.request(path, body)
             return self._json(demo_embeddings(body))
-        run = DemoRun(self.server, path, body)
+        run = DemoRun(self.server, path, body, self._alive)
         run.received()
         whole, events = DEMO_SPEECH[path]
         with self.server.engine:  # one at a time, the others wait
-            return self._stream(run, events) if run.stream else self._whole(run, whole)
+            try:
+                (self._stream if run.stream else self._whole)(run, events if run.stream else whole)
+            except OSError:     # the client has left, or this server stops
+                run.abandoned()
+                self.close_connection = True
 
     def _whole(self, run, whole):
-        if run.read_prompt(self._alive):
-            content = "".join(run.tokens(self._alive))
-            if self._alive():
-                run.finished()
-                return self._json(whole(run, content.strip()))
-        return self._abandon(run)
+        content = "".join(run.words()) if run.read_prompt() else ""
+        self._insist()
+        run.finished()
+        self._json(whole(run, content.strip()))
 
     def _stream(self, run, events):
-        self.send_response(200)
-        self.send_header("X-Powered-By", "Express")
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Cache-Control", "no-cache")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        self.wfile.flush()
-        try:
-            if not run.read_prompt(self._alive):
-                return self._abandon(run)
-            for name, data in events(run, run.tokens(self._alive)):
-                if not self._alive():
-                    return self._abandon(run)
-                self._event(name, data)
-            run.finished()
-            self.wfile.write(b"0\r\n\r\n")
-            return None
-        except OSError:
-            return self._abandon(run)
-
-    def _event(self, name, data):
-        """An event as a chunk; one with a name has it inside, too; no data are OpenAI's [DONE]."""
-        text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
-        event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
-        self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
-        self.wfile.flush()
+        self._head(200, "text/event-stream", "Transfer-Encoding", "chunked")
+        if run.read_prompt():
+            for name, data in events(run):
+                self._insist()
+                text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
+                event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
+                self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
+        self._insist()
+        run.finished()
+        self.wfile.write(b"0\r\n\r\n")
 
     def _alive(self):
-        if self.server.stopping.is_set():
-            return False
-        return not has_left(self.connection)
+        return not self.server.stopping.is_set() and not has_left(self.connection)
 
-    def _abandon(self, run):
-        run.abandoned()
-        self.close_connection = True
+    def _insist(self):
+        """Raises OSError when nobody waits for the answer any more."""
+        if not self._alive():
+            raise BrokenPipeError
+
+    def _head(self, status, kind, name, value):
+        self.send_response(status)
+        for header in (("X-Powered-By", "Express"), ("Content-Type", kind), (name, value)):
+            self.send_header(*header)
+        self.end_headers()
 
     def _json(self, value, status=200):
         data = json.dumps(value, indent=2).encode()
-        self.send_response(status)
-        self.send_header("X-Powered-By", "Express")
-        self.send_header("Content-Type", "application/json; charset=utf-8")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+        self._head(status, "application/json; charset=utf-8", "Content-Length", str(len(data)))
         self.wfile.write(data)
 
     def _unexpected(self):
         """LM Studio's answer to a path that it does not know: 200 with an error (all versions up to
         1.1.7)."""
         what = f"Unexpected endpoint or method. ({self.command} {self.path})"
-        self.server.demo_log.write("ERROR", what + ". Returning 200 anyway")
+        self.server.log.write("ERROR", what + ". Returning 200 anyway")
         self._json({"error": what})
 
     def log_message(self, format, *args):
@@ -7180,23 +7067,28 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 128
+    batch, answer_tokens = 512, 60  # tokens
 
-    def __init__(self, directory, step_s=0.35, token_s=0.03):
+    def __init__(self, directory, batch_s=0.8, token_s=0.03):
         super().__init__(("127.0.0.1", 0), DemoHandler)
-        self.demo_log = DemoLog(directory)
+        self.log, self.tasks = DemoLog(directory), itertools.count(1)
         self.engine = threading.Semaphore(1)
         self.stopping = threading.Event()
-        self.pause = self.stopping.wait
-        self.step_s, self.token_s = step_s, token_s
-        self.prompt_steps, self.prompt_tokens, self.answer_tokens, self.cached_share = 6, 0, 60, 0.3
+        self.batch_s, self.token_s = batch_s, token_s
+        self._prompts: dict[str, str] = {}   # model -> its last prompt
+
+    def cached(self, model, prompt, tokens):
+        """Tokens of a prompt that the model has from its last one: those of the same beginning."""
+        same = os.path.commonprefix([prompt, self._prompts.get(model, "")])
+        self._prompts[model] = prompt
+        return min(tokens - 1, 400 + 7 * len(same)) if same else 0
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def start(self):
-        self.demo_log.write("INFO", f"Success! HTTP server listening on port {self.server_address[1]}",
-                            SERVER_TAG)
+        self.log.write("INFO", f"Success! HTTP server listening on port {self.server_address[1]}", SERVER_TAG)
         threading.Thread(target=self.serve_forever, args=(0.05,), name="demo-server", daemon=True).start()
 
     def stop(self):
@@ -7205,21 +7097,49 @@ class DemoServer(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
+class DemoClient(NamedTuple):
+    """One kind of request in the demo's own traffic."""
+
+    agent: str
+    model: str
+    prompt: str
+    answer_tokens: int
+    stream: bool = True
+    read_bytes: int | None = None   # then it leaves
+
+
+LONG = "The minutes of the garden club, all years. " * 78  # some 24,000 tokens: 37 s to read
+DEMO_STORY = (
+    DemoClient("curl/8.9 (cron)", DEMO_MODELS[1], "Why is the sky dark at night?", 20),
+    DemoClient("OpenWebUI (anna)", DEMO_MODELS[0], "Write a haiku about a patient printer.", 60),
+    DemoClient("Continue (ben)", DEMO_MODELS[0], "Which of these invoices is overdue? " * 12, 80),
+    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "Summarise them.", 90),
+    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "And who was absent most often?", 60),
+    DemoClient("claude-cli (dora)", DEMO_MODELS[0], "Tell me a very long story. " * 9, 400, read_bytes=9000),
+    DemoClient("n8n", DEMO_MODELS[0], "", 40, stream=False),    # refused: it asks nothing
+    DemoClient("n8n", DEMO_MODELS[0], "Sort these letters by urgency. " * 5, 40, stream=False),
+)
+
+
 def demo_traffic(address, key, pause):
-    """Thread body: a little traffic of its own, until pause(seconds) returns True.  It begins at once with
-    a short answer; some clients leave."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    """Thread body: the requests of DEMO_STORY over and over, until pause(seconds) returns True.  A short
+    answer comes first; what follows soon stands in a queue."""
     for number in itertools.count():
-        if pause(random.uniform(1.5, 4.0) if number else 0.3):
+        if pause(random.uniform(2.0, 6.0) if number else 0.3):
             return
-        body = {"model": DEMO_MODELS[number % 2], "stream": number % 3 != 2,
-                "max_tokens": random.randrange(20, 90) if number else 20,
-                "messages": [{"role": "system", "content": "You are brief."} for _ in range(number % 2)]
-                + [{"role": "user", "content": random.choice(DEMO_PROMPTS) * random.randrange(1, 5)}]}
-        sent = urllib.request.Request(address + "/v1/chat/completions", json.dumps(body).encode(),
-                                      {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
-        with contextlib.suppress(*BROKEN), opener.open(sent, timeout=60) as answer:
-            answer.read(700 if number % 7 == 6 else None)
+        client = DEMO_STORY[number % len(DEMO_STORY)]
+        threading.Thread(target=demo_request, args=(address, key, client), name="demo-client", daemon=True).start()
+
+
+def demo_request(address, key, client):
+    """One request of the story."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    messages = [{"role": "user", "content": client.prompt}] if client.prompt else []
+    body = {"model": client.model, "stream": client.stream, "max_tokens": client.answer_tokens, "messages": messages}
+    sent = urllib.request.Request(address + "/v1/chat/completions", json.dumps(body).encode(), {
+        "Content-Type": "application/json", "Authorization": f"Bearer {key}", "User-Agent": client.agent})
+    with contextlib.suppress(*BROKEN), opener.open(sent, timeout=600) as answer:
+        answer.read(client.read_bytes)
 
 
 # === 9. COMMAND ==============================================================
