@@ -7745,7 +7745,7 @@ def test_launchd_agent_runs_this_file_as_it_was_called(capsys, home):
 
 def test_service_files_are_what_their_systems_read():
     unit = (HERE / "lmgateway.service").read_text(encoding="ascii")
-    assert "Type=notify" in unit and "WatchdogSec=" in unit and "/lmgateway.py" in unit
+    assert "Type=notify" in unit and "WatchdogSec=" in unit and "python3 -m lmgateway" in unit
     script = (HERE / "lmgateway.ps1").read_bytes()
     assert script.isascii()  # Windows PowerShell 5.1 takes a file without a byte order mark for cp1252
     newer = re.findall(rb"\?\?|&&|\|\||\? [^{]*? : ", script)  # operators that 5.1 does not have
