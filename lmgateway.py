@@ -6789,8 +6789,8 @@ def shut(sock):
 
 
 # === 8. DEMO: an imitation of LM Studio ======================================
-# Answers inferences as LM Studio does, in the dialects that the README shows, and writes the log that the newest
-# llama.cpp engine writes.  It serves --demo and the tests; nothing here is used beside the real LM Studio.
+# Answers inferences as LM Studio does, in the dialects that the README shows, and writes the log that the
+# newest llama.cpp engine writes.  It serves --demo and the tests, and nothing beside the real LM Studio.
 
 DEMO_MODELS = ("demo/kestrel-8b", "demo/wren-2b")
 DEMO_WORDS = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
@@ -6905,7 +6905,8 @@ class DemoRun:
             self.log.write("INFO", "Finished streaming response", self.model)
         else:
             self.log.write("INFO", "Model generated tool calls: []", self.model)
-            self.log.write("INFO", f"Generated prediction: {json.dumps(chat_whole(self, ''), indent=2)}", self.model)
+            shown = json.dumps(chat_whole(self, ""), indent=2)
+            self.log.write("INFO", f"Generated prediction: {shown}", self.model)
 
     def abandoned(self):
         self.log.write("INFO",
@@ -6920,7 +6921,8 @@ class DemoRun:
 
 def chat_whole(run, text, **choice):
     message = choice or {"message": {"role": "assistant", "content": text, "tool_calls": []}}
-    return {"id": f"chatcmpl-{run.id}", "created": run.created, "model": run.model, "system_fingerprint": run.model,
+    return {"id": f"chatcmpl-{run.id}", "created": run.created, "model": run.model,
+            "system_fingerprint": run.model,
             "object": "chat.completion.chunk" if choice else "chat.completion",
             "choices": [{"index": 0, "logprobs": None, "finish_reason": "stop", **message}],
             "usage": {"prompt_tokens": run.prompt, "completion_tokens": run.completion,
@@ -6976,9 +6978,10 @@ def demo_embeddings(body):
         packed = base64.b64encode(struct.pack("<128f", *vector)).decode()
         vectors.append(packed if body.get("encoding_format") == "base64" else vector)
     tokens = sum(len(text) // 4 + 1 for text in demo_texts(body))
-    return {"object": "list", "model": DEMO_MODELS[0], "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-            "data": [{"object": "embedding", "index": index, "embedding": vector}
-                     for index, vector in enumerate(vectors)]}
+    return {"object": "list", "model": DEMO_MODELS[0],
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens}, "data": [
+                {"object": "embedding", "index": index, "embedding": vector}
+                for index, vector in enumerate(vectors)]}
 
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
@@ -7067,6 +7070,11 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def start_thread(body, *args, name):
+    """Start a thread that does not hold up the end of the process."""
+    threading.Thread(target=body, args=args, name=name, daemon=True).start()
+
+
 class DemoServer(http.server.ThreadingHTTPServer):
     """The imitation on a port of its own.  Its speed is set by the fields; it serves from start to stop()."""
 
@@ -7094,7 +7102,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     def start(self):
         self.log.write("INFO", f"Success! HTTP server listening on port {self.server_address[1]}", SERVER_TAG)
-        threading.Thread(target=self.serve_forever, args=(0.05,), name="demo-server", daemon=True).start()
+        start_thread(self.serve_forever, 0.05, name="demo-server")
 
     def stop(self):
         self.stopping.set()
@@ -7132,15 +7140,15 @@ def demo_traffic(address, key, pause):
     for number in itertools.count():
         if pause(random.uniform(2.0, 6.0) if number else 0.3):
             return
-        client = DEMO_STORY[number % len(DEMO_STORY)]
-        threading.Thread(target=demo_request, args=(address, key, client), name="demo-client", daemon=True).start()
+        start_thread(demo_request, address, key, DEMO_STORY[number % len(DEMO_STORY)], name="demo-client")
 
 
 def demo_request(address, key, client):
     """One request of the story."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     messages = [{"role": "user", "content": client.prompt}] if client.prompt else []
-    body = {"model": client.model, "stream": client.stream, "max_tokens": client.answer_tokens, "messages": messages}
+    body = {"model": client.model, "stream": client.stream, "max_tokens": client.answer_tokens,
+            "messages": messages}
     sent = urllib.request.Request(address + "/v1/chat/completions", json.dumps(body).encode(), {
         "Content-Type": "application/json", "Authorization": f"Bearer {key}", "User-Agent": client.agent})
     with contextlib.suppress(*BROKEN), opener.open(sent, timeout=600) as answer:
@@ -7200,8 +7208,8 @@ class LogQueue(logging.handlers.QueueHandler):
         return record   # it stays in this process
 
     def enqueue(self, record):
-        if self.queue.qsize() < self.MOST:
-            self.queue.put(record)
+        if self.queue.qsize() < self.MOST:  # type: ignore[attr-defined]
+            self.queue.put_nowait(record)
         else:
             self.lost += 1
 
@@ -7213,14 +7221,16 @@ class LogWriter(logging.handlers.QueueListener):
     END_S = 1.0     # for what is left to write
 
     def __init__(self, handler):
-        super().__init__(queue.SimpleQueue(), handler)
-        self._entrance = LogQueue(self.queue)
+        self._lines: Any = queue.SimpleQueue()
+        super().__init__(self._lines, handler)
+        self._entrance = LogQueue(self._lines)
 
     def __enter__(self):
         log.handlers = [self._entrance]
         # A terminal that is closed ends what runs in it; SimpleQueue.put may be called by a signal handler.
-        if hasattr(signal, "SIGHUP") and (isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)):
-            signal.signal(signal.SIGHUP, lambda number, frame: self.queue.put(self.handlers[0].close))
+        lone = isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)
+        if lone and hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, lambda number, frame: self._lines.put(self.handlers[0].close))
         self.start()
 
     def handle(self, record):
@@ -7228,10 +7238,11 @@ class LogWriter(logging.handlers.QueueListener):
             record()    # close: the next line opens it anew
             return
         super().handle(record)
-        lost, self._entrance.lost = self._entrance.lost, 0
-        if lost:
-            super().handle(logging.makeLogRecord({"levelname": "warn", "msg": f"{lost} lines of this log were lost: "
-                                                  "they came faster than they could be written"}))
+        if self._entrance.lost:
+            with self._entrance.lock:   # type: ignore[union-attr]
+                lost, self._entrance.lost = self._entrance.lost, 0
+            super().handle(logging.makeLogRecord({
+                "levelname": "warn", "msg": f"{lost} lines were lost: they came faster than they were written"}))
 
     def __exit__(self, kind, error, traceback):
         """Write what is left.  A stream that takes nothing would also hold up the interpreter's own end."""
@@ -7497,7 +7508,7 @@ class Cards:
     """The running requests, each as its latest inference_progress shows it.  Pure: lines() draws them."""
 
     STALE_S = 3600.0    # a request that is silent for so long is taken off the screen
-    OVER = ("done", "error", "abandoned")   # states of the last inference_progress of a chat beside the gateway
+    OVER = ("done", "error", "abandoned")   # the last state of a chat that no gateway has forwarded
 
     def __init__(self, marks):
         self._marks = marks
@@ -7505,8 +7516,8 @@ class Cards:
 
     def take(self, event, now):
         """Learn from one event."""
-        key, state = str(event.data.get("requestId")), event.data.get("state")
-        if event.name in ("inference_complete", "error") or event.name == "inference_progress" and state in self.OVER:
+        key = str(event.data.get("requestId"))
+        if event.name in ("inference_complete", "error") or event.data.get("state") in self.OVER:
             self._cards.pop(key, None)
         elif event.name in ("inference_start", "inference_progress"):
             self._cards[key] = (now, event.data)
@@ -7821,7 +7832,7 @@ def watch(args, config):
     news: queue.Queue[Any] = queue.Queue(1000)
     stream = GatewayStream(watched_address(args.watch), next(iter(config.api_key.values()), None),
                            "0" if args.from_start else None)
-    threading.Thread(target=stream.run, args=(news.put, stop.wait), name="watch", daemon=True).start()
+    start_thread(stream.run, news.put, stop.wait, name="watch")
     freeze_start_up()
     try:
         while not stop.wait(0):
@@ -8020,8 +8031,8 @@ def serve(args, config):
         announce(gateway, server.port, args.demo)
         freeze_start_up()
         if args.demo:
-            start_thread(demo_traffic, f"http://127.0.0.1:{server.port}", config.api_key.get("demo", ""), stop.wait,
-                         name="demo-traffic")
+            start_thread(demo_traffic, page_url(config, server.port), config.api_key.get("demo", ""),
+                         stop.wait, name="demo-traffic")
         if args.open:
             start_thread(open_browser, page_url(config, server.port), name="browser")
         notify("READY=1")
@@ -8031,11 +8042,6 @@ def serve(args, config):
         server.shutdown()
         server.finish_requests(GRACE_S)
     return 0
-
-
-def start_thread(body, *args, name):
-    """Start a thread that does not hold up the end of the process."""
-    threading.Thread(target=body, args=args, name=name, daemon=True).start()
 
 
 def open_browser(url):
@@ -8096,8 +8102,8 @@ def check_upstream(config):
         return
     theirs, ours = resolved(parts.hostname), resolved(config.host)
     if theirs & ours or config.host in ANYWHERE and any(map(is_own_address, theirs)):
-        raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's server, "
-                          "such as http://127.0.0.1:1234")
+        raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
+                          "as http://127.0.0.1:1234")
 
 
 def open_monitor(config):
@@ -8153,9 +8159,9 @@ def fetch(url, path):
     parts, context = urllib.parse.urlsplit(url), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is asked whose it is, no more
     with contextlib.suppress(*BROKEN, ValueError):
-        asked = (http.client.HTTPSConnection(parts.hostname, parts.port, timeout=1.0, context=context)
-                 if parts.scheme == "https" else http.client.HTTPConnection(parts.hostname, parts.port, timeout=1.0))
-        with contextlib.closing(asked):
+        connection = (functools.partial(http.client.HTTPSConnection, context=context)
+                      if parts.scheme == "https" else http.client.HTTPConnection)
+        with contextlib.closing(connection(parts.hostname, parts.port, timeout=1.0)) as asked:
             asked.request("GET", path)
             answer = asked.getresponse()
             return answer.status, answer.read(65536)
@@ -8257,7 +8263,8 @@ def resolved(host):
 
 def is_own_address(address):
     """True when this machine has the address."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family) as sock:
         sock.bind((address, 0))
         return True
     return False
@@ -8284,10 +8291,13 @@ def watchdog_pause(environ, pid):
 
 
 def keep_watchdog(stop, server):
-    """Until a signal: signs of life for as long as the server takes connections."""
+    """Until a signal: signs of life for as long as the server takes connections.
+
+    Of two signals in a row the kernel may give one to another thread, which does not wake this one: so it
+    never sleeps for longer than a second."""
     pause = watchdog_pause(os.environ, os.getpid())
-    while not stop.wait(pause):
-        if time.monotonic() - server.ticked < ALIVE_S:
+    while not stop.wait(min(pause or 1.0, 1.0)):
+        if pause and time.monotonic() - server.ticked < ALIVE_S:
             notify("WATCHDOG=1")
 
 
@@ -8326,6 +8336,8 @@ class Finding(NamedTuple):
 
 
 fine, concern, fault = map(functools.partial, [Finding] * 3, ("ok", "warn", "bad"))
+SETTINGS_MENU = "LM Studio: Developer > Server settings"
+LOGS_MENU = 'LM Studio: Developer Logs, "..." menu'
 
 
 class Installation:
@@ -8335,35 +8347,27 @@ class Installation:
 
     def __init__(self, args, environ):
         self.config, self.warnings, self.errors = load_config(vars(args), environ, args.env_file)
-        self.env_file = args.env_file or ".env"
-        self.home = find_home()
+        self.env_file, self.home = args.env_file or ".env", find_home()
         self.log_dir = self.config.log_dir or find_log_dir(self.home)
         self.exposed = not loopback(self.config.host)
 
     @functools.cached_property
     def settings(self):
         """LM Studio's settings, or the exception that says why there are none."""
-        try:
-            return read_settings(self.home)
-        except (OSError, ValueError) as error:
-            return error
-
-    @functools.cached_property
-    def upstream(self):
-        """LM Studio's address as the gateway would use it."""
-        return find_upstream(self.config).upstream
+        return value_or_error(read_settings, self.home)
 
     @functools.cached_property
     def newest(self):
         """The newest LogFile, None without any, or the OSError of the directory."""
-        try:
-            return next(reversed(list_logs(self.log_dir)), None)
-        except OSError as error:
-            return error
+        logs = value_or_error(list_logs, self.log_dir)
+        return logs if isinstance(logs, OSError) else logs[-1] if logs else None
 
     @functools.cached_property
     def parser(self):
-        """A Parser that has read the end of the newest log.  Raises OSError."""
+        """A Parser that has read the end of the newest log, or the OSError of that file."""
+        return value_or_error(self._read_newest)
+
+    def _read_newest(self):
         parser = Parser()
         with open(self.newest.path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - self.CHECKED_BYTES))
@@ -8372,17 +8376,16 @@ class Installation:
         return parser
 
 
-SETTINGS_MENU = "LM Studio: Developer > Server settings"
-LOGS_MENU = 'LM Studio: Developer Logs, "..." menu'
+def value_or_error(function, *args):
+    try:
+        return function(*args)
+    except (OSError, ValueError) as error:
+        return error
 
 
 def check_python(found):
-    version = (f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
+    yield fine(f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
                f"lmgateway {VERSION}")
-    if sys.version_info < (3, 9):
-        yield fault(version, "install Python 3.9 or newer from https://www.python.org")
-    else:
-        yield fine(version)
 
 
 def refused(error):
@@ -8395,49 +8398,49 @@ def check_options(found):
     yield from map(refused, found.errors)
     for warning in found.warnings:
         yield concern(warning, "correct it, or take it away")
-    for row in OPTIONS:
-        if row.name in found.config.sources:
-            value = "set" if row.variable in SECRET else getattr(found.config, row.name)
-            yield fine(f"{row.variable}: {value} (from {found.config.sources[row.name]})")
-    if not found.config.sources and not found.errors:
-        yield fine("each has its default")
+    for name, source in found.config.sources.items():
+        variable = next(row.variable for row in OPTIONS if row.name == name)
+        value = "set" if variable in SECRET else getattr(found.config, name)
+        yield fine(f"{variable}: {value} (from {source})")
     log_file = found.config.log_file
     if log_file and not os.access(os.path.dirname(os.path.abspath(log_file)), os.W_OK):
         yield fault(f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours")
+    if not found.config.sources and not found.errors:
+        yield fine("each has its default")
 
 
 def check_port(found):
-    config = found.config
-    own = f"port {config.port} of {config.host}"
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    config, own = found.config, f"port {found.config.port} of {found.config.host}"
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as sock:
+        with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as sock:
             if os.name != "nt":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((config.host, config.port))
         yield fine(f"{own} is free" if config.port else "the system will choose one")
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            yield fault(f"cannot listen on {own}: {error_text(error)}", "choose others with --host and --port")
+            yield fault(f"cannot listen on {own}: {error_text(error)}",
+                        "choose others with --host and --port")
         elif is_lmgateway(page_url(config, config.port)):
             yield fine(f"{own} is held by a running lmgateway")
         else:
-            yield fault(f"{own} is held by another program",
-                      f"stop it ({port_question(config.port)} tells which it is), or choose another with --port")
+            yield fault(f"{own} is held by another program", f"stop it ({port_question(config.port)} tells "
+                        "which it is), or choose another with --port")
 
 
 def check_lmstudio(found):
-    reason = Upstream(found.upstream).health()
+    upstream = find_upstream(found.config).upstream
+    what, _, remedy = Upstream(upstream).health().partition(". ")
     port = settings_port(found.settings) if isinstance(found.settings, dict) else None
-    if is_lmgateway(found.upstream):
-        yield fault(f"another lmgateway answers at {found.upstream}",
-                  "name LM Studio's own server with --upstream (LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
-    elif not reason:
-        yield fine(f"LM Studio answers at {found.upstream}")
+    if is_lmgateway(upstream):
+        yield fault(f"another lmgateway answers at {upstream}", "name LM Studio's own server with --upstream "
+                    "(LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
+    elif not what:
+        yield fine(f"LM Studio answers at {upstream}")
+    elif port and not upstream.endswith(f":{port}"):
+        yield fault(what, f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). "
+                    + remedy)
     else:
-        what, _, remedy = reason.partition(". ")
-        if port and not found.upstream.endswith(f":{port}"):
-            remedy = f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). {remedy}"
         yield fault(what, remedy)
 
 
@@ -8445,33 +8448,37 @@ def check_settings(found):
     settings, path = found.settings, settings_path(found.home)
     if not isinstance(settings, dict):
         yield concern(f"LM Studio's settings {path} cannot be read: {error_text(settings)}",
-                   "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
+                      "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
         return
-    port, network = settings_port(settings), settings.get("networkInterface")
+    network = settings.get("networkInterface")
     network = network if isinstance(network, str) else ""
-    yield fine(f"{path}: port {port or 'not named'}, interface {network or 'not named'}")
+    yield fine(f"{path}: port {settings_port(settings) or 'not named'}, interface {network or 'not named'}")
     if network and not loopback(network):
-        yield concern(f"LM Studio itself listens on the network ({network}): requests that go there pass by this "
-                   "gateway, its keys and its figures", f"{SETTINGS_MENU} > Serve on Local Network: off")
+        yield concern(f"LM Studio itself listens on the network ({network}): requests that go there pass by "
+                      "this gateway, its keys and figures", f"{SETTINGS_MENU} > Serve on Local Network: off")
     for name, value, finding in SETTINGS:
         if settings.get(name) == value and type(settings.get(name)) is type(value):
             yield finding
 
 
 SETTINGS = (  # (a setting of LM Studio, its value, what to say of that)
-    ("cors", True, concern("LM Studio allows every web page to call it (CORS)", f"{SETTINGS_MENU} > Enable CORS: off; "
-                        "name the origins that may call the gateway with --cors-origins")),
-    ("fileLoggingMode", "off", fault("LM Studio writes no log files: there is nothing to monitor",
-                                   f"{LOGS_MENU} > File Logging Mode: Succinct")),
-    ("verbose", False, concern("verbose logging is off: no cache, token and speed figures of streams",
-                            f"{LOGS_MENU} > Verbose Logging: on")),
+    ("cors", True, concern(
+        "LM Studio allows every web page to call it (CORS)", f"{SETTINGS_MENU} > Enable CORS: off; name the "
+        "origins that may call the gateway with --cors-origins")),
+    ("fileLoggingMode", "off", fault(
+        "LM Studio writes no log files: there is nothing to monitor",
+        f"{LOGS_MENU} > File Logging Mode: Succinct")),
+    ("verbose", False, concern(
+        "verbose logging is off: no cache, token and speed figures of streams",
+        f"{LOGS_MENU} > Verbose Logging: on")),
     ("verbose", True, fine("verbose logging is on")),
-    ("logSensitiveData", True, concern("prompts and answers stand in LM Studio's logs in clear text",
-                                    f"{LOGS_MENU} > Redact Content: on, if others can read this disk (figures of "
-                                    "plain requests then go, too)")),
+    ("logSensitiveData", True, concern(
+        "prompts and answers stand in LM Studio's logs in clear text", f"{LOGS_MENU} > Redact Content: on, "
+        "if others can read this disk (figures of plain requests then go, too)")),
     ("logSensitiveData", False, fine("prompts and answers are redacted in LM Studio's logs")),
-    ("logIncomingTokens", True, concern("every token is logged: the files grow with the square of an answer's length",
-                                     f"{LOGS_MENU} > Log Incoming Tokens: off")),
+    ("logIncomingTokens", True, concern(
+        "every token is logged: the files grow with the square of an answer's length",
+        f"{LOGS_MENU} > Log Incoming Tokens: off")),
 )
 
 
@@ -8480,25 +8487,22 @@ def check_logs(found):
     if not found.config.enable_log_monitoring:
         yield concern("the log monitor is switched off", "ENABLE_LOG_MONITORING=true")
     if isinstance(newest, OSError):
-        yield fault(f"log directory {directory}: {error_text(newest)}",
-                  "start LM Studio's server once; name another directory with --log-dir "
-                  "(LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
+        yield fault(f"log directory {directory}: {error_text(newest)}", "start LM Studio's server once; name "
+                    "another directory with --log-dir (LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
     elif newest is None:
         yield fault(f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
-                  f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
+                    f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
+    elif isinstance(found.parser, OSError):
+        yield fault(f"{newest.path}: {error_text(found.parser)}",
+                    "let this user read it, or run as the user who runs LM Studio")
     else:
-        yield from check_newest_log(found)
+        yield from check_newest_log(newest.path, found.parser)
     for other in other_log_dirs(found.home, directory):
         yield concern(f"{other} holds a newer log than {directory}", f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
 
 
-def check_newest_log(found):
-    path = found.newest.path
-    try:
-        parser, state = found.parser, os.stat(path)
-    except OSError as error:
-        yield fault(f"{path}: {error_text(error)}", "let this user read it, or run as the user who runs LM Studio")
-        return
+def check_newest_log(path, parser):
+    state = os.stat(path)
     age_s = time.time() - state.st_mtime
     age = f"{age_s / 86400:.0f} days" if age_s >= 2 * 86400 else duration(max(0, age_s))
     written = f"{path}: {shown_bytes(state.st_size)}, written {age} ago"
@@ -8511,10 +8515,10 @@ def check_newest_log(found):
     yield fine(f"{parser.entries:,} entries looked at, written by: {engines}")
     if not parser.by_level["DEBUG"]:
         yield concern("no DEBUG lines: no cache, token and speed figures of streams",
-                   f"{LOGS_MENU} > Verbose Logging: on")
+                      f"{LOGS_MENU} > Verbose Logging: on")
     if parser.unknown > parser.lines / 10:
-        yield concern(f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version does not know",
-                   "look for a newer lmgateway; /debug/status shows samples")
+        yield concern(f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version does "
+                      "not know", "look for a newer lmgateway; /debug/status shows samples")
 
 
 def other_log_dirs(home, directory):
@@ -8531,53 +8535,28 @@ def check_room(found):
     if facts["directoryBytes"] is not None:
         free = "unknown" if facts["freeBytes"] is None else shown_bytes(facts["freeBytes"])
         yield fine(f"logs take {shown_bytes(facts['directoryBytes'])}, grow by "
-                 f"{shown_bytes(facts['growthBytesPerDay'])} a day; {free} are free on that disk")
+                   f"{shown_bytes(facts['growthBytesPerDay'])} a day; {free} are free on that disk")
     for warning in facts["warnings"]:
         yield concern(*warning.split(": ", 1))
 
 
 def check_keys(found):
     config, path = found.config, keys_path(found.config)
-    try:
-        _, minted = open_key_file(config)
-        needed = Walls(config).need_key
-    except (GatewayError, OSError) as error:
-        yield refused(error)
-        return
+    minted, needed = open_key_file(config)[1], Walls(config).need_key
     rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted]
     rows += [f"{name} (all rights)" for name in config.api_key]
     if needed and not rows:
         yield concern(f"a key is asked for, and there is none: all of {path} were revoked",
-                   "mint one with --new-key NAME, or remove that file")
+                      "mint one with --new-key NAME, or remove that file")
     else:
         yield fine(f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
     if found.exposed and not needed:
-        open_to_all = f"{config.host} is open to the network, and no key is set"
-        yield (concern(open_to_all, "mint one with --new-key NAME") if config.no_auth else
-               fault(open_to_all, "mint one with --new-key NAME, or say --no-auth to let everybody in"))
+        yield (concern if config.no_auth else fault)(
+            f"{config.host} is open to the network, and no key is set",
+            "mint one with --new-key NAME" + ", or say --no-auth to let everybody in" * (not config.no_auth))
     for file in (path, Path(found.env_file)):
         if os.name != "nt" and os.path.exists(file) and os.stat(file).st_mode & 0o044:
             yield concern(f"{file} can be read by other users of this machine", f"chmod 600 {file}")
-
-
-def check_network(found):
-    config = found.config
-    try:
-        encrypted = tls_context(config) is not None
-    except ConfigError as error:
-        yield refused(error)
-        return
-    if not found.exposed:
-        yield fine(f"{config.host}: only this machine can connect")
-        return
-    firewall = FIREWALL.get(platform.system(), "").format(port=config.port)
-    urls = [own_url(config, address, config.port) for address in reachable(config)]
-    yield fine(f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
-             f"if they do not: {firewall}" if firewall else "")
-    if not encrypted:
-        yield concern("keys and prompts pass over the LAN in clear text", "--tls-cert and --tls-key (see the README)")
-    if config.allow is None:
-        yield fine("every address may connect; IP_ALLOWLIST (--allow) can narrow that")
 
 
 FIREWALL = {"Windows": "lmgateway.ps1 -OpenFirewall",
@@ -8585,20 +8564,32 @@ FIREWALL = {"Windows": "lmgateway.ps1 -OpenFirewall",
             "Darwin": "System Settings > Network > Firewall: allow Python"}
 
 
-def check_clock(found):
-    now = time.time()
-    if now < BUILT:
-        yield fault(f"the clock says {utc_text(now)}", "set it, best by NTP: times and certificates depend on it")
+def check_network(found):
+    config = found.config
+    encrypted = tls_context(config) is not None
+    if not found.exposed:
+        yield fine(f"{config.host}: only this machine can connect")
         return
+    urls = [own_url(config, address, config.port) for address in reachable(config)]
+    firewall = FIREWALL.get(platform.system(), FIREWALL["Linux"]).format(port=config.port)
+    yield fine(f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
+               f"if they do not: {firewall}")
+    if not encrypted:
+        yield concern("keys and prompts pass over the LAN in clear text",
+                      "--tls-cert and --tls-key (see the README)")
+    if config.allow is None:
+        yield fine("every address may connect; IP_ALLOWLIST (--allow) can narrow that")
+
+
+def check_clock(found):
     yield fine(f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {time.strftime('%Z %z')}")
-    with contextlib.suppress(OSError, AttributeError):
-        moment, written = found.parser.last_moment, os.stat(found.newest.path).st_mtime
-        if moment and abs(moment.epoch - written) > 900:
-            yield concern(f"the newest log's last entry says {moment.utc}, its file {utc_text(written)}",
-                       "give lmgateway LM Studio's time zone (environment variable TZ), or set the clock right")
+    moment = getattr(isinstance(found.newest, LogFile) and found.parser, "last_moment", None)
+    written = moment and os.stat(found.newest.path).st_mtime
+    if moment and abs(moment.epoch - written) > 900:
+        yield concern(f"the newest log's last entry says {moment.utc}, its file {utc_text(written)}",
+                      "give lmgateway LM Studio's time zone (environment variable TZ), or set the clock")
 
 
-BUILT = 1_750_000_000  # June 2025: no clock is right that says less
 CHECKS: dict[str, Callable[[Installation], Iterator[Finding]]] = {
     "Python": check_python,         # version and system
     "Options": check_options,       # values, where each comes from, mistakes in .env
@@ -8611,21 +8602,22 @@ CHECKS: dict[str, Callable[[Installation], Iterator[Finding]]] = {
     "Network": check_network,       # who can connect, TLS
     "Clock": check_clock,           # time, time zone, and whether the log agrees
 }
+MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
 
 
 def run_checks(args, config=None):
     """--check: every finding in one line; 1 when something is bad, else 0.  Works whatever is broken."""
     installation = Installation(args, os.environ)
-    found = [(name, finding) for name, check in CHECKS.items() for finding in findings_of(check, installation)]
+    found = [(name, finding) for name, check in CHECKS.items()
+             for finding in findings_of(check, installation)]
     failed = any(finding.mark == "bad" for _, finding in found)
     if args.json:
         rows = [{"check": name, **finding._asdict()} for name, finding in found]
         print(json.dumps({"status": "bad" if failed else "ok", "version": VERSION, "findings": rows}))
         return int(failed)
     colour = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
-    marks = {"ok": GREEN, "warn": YELLOW, "bad": RED}
     for name, (mark, what, remedy) in found:
-        shown = f"\x1b[{marks[mark]}m{mark:4}\x1b[0m" if colour else f"{mark:4}"
+        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if colour else f"{mark:4}"
         print(f"{shown}  {name:9}  " + printable(what + (f"  ->  {remedy}" if remedy else "")))
     return int(failed)
 
@@ -8635,6 +8627,8 @@ def findings_of(check, installation):
     found = []
     try:
         found.extend(check(installation))
+    except GatewayError as error:
+        found.append(refused(error))
     except Exception as error:  # the end of the line: a broken machine is what --check is for
         found.append(fault(f"this check failed: {type(error).__name__}: {error}", "please report it"))
     return found
@@ -8713,14 +8707,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("tail_only", tail_only, "print this machine's events; PATH ...: replay saved logs, - is standard input",
-            companions=("json", "events", "from_start"), paths=True),
+    Command("tail_only", tail_only, "print this machine's events; PATH ...: replay saved logs, - is "
+            "standard input", companions=("json", "events", "from_start"), paths=True),
     Command("watch", watch, "print the events of a gateway elsewhere", "URL",
             ("json", "events", "from_start")),
     Command("report", report, "usage by day and model, of --history FILE or of saved logs (PATH)",
             companions=("json",), paths=True),
     Command("demo", serve, "try it all, beside a built-in imitation of LM Studio", companions=("open",)),
-    Command("check", run_checks, "look for what commonly goes wrong, and say the remedy", companions=("json",)),
+    Command("check", run_checks, "look for what commonly goes wrong, and say the remedy",
+            companions=("json",)),
     Command("prune", prune, "show which of LM Studio's logs are older; --yes removes them", "DAYS", ("yes",)),
     Command("new_key", new_key, "mint a key; --rights infer,view,admin [infer,view]", "NAME", ("rights",)),
     Command("list_keys", list_keys, "names, rights and dates of minted keys"),
@@ -8753,7 +8748,8 @@ def build_parser():
     commands.add_argument("paths", nargs="*", metavar="PATH", help=argparse.SUPPRESS)
     printing = parser.add_argument_group("Printing (--tail-only, --watch; --report, --check: --json)")
     printing.add_argument("--json", action="store_true", help="one JSON object a line")
-    printing.add_argument("--events", metavar="LIST", help="only these events, comma-separated; -NAME leaves one out")
+    printing.add_argument("--events", metavar="LIST",
+                          help="only these events, comma-separated; -NAME leaves one out")
     printing.add_argument("--from-start", action="store_true",
                           help="begin at the start of the newest file, not at its end")
     add_options(parser)
@@ -8803,8 +8799,9 @@ def chosen_command(args):
     together."""
     chosen = [command for command in COMMANDS if getattr(args, command.name) not in (None, False)]
     if args.paths and not any(command.paths for command in chosen):
-        flag = nearest("--" + args.paths[0], map(flag_of, (command.name for command in COMMANDS)))
-        raise ConfigError(f"{args.paths[0]}: " + (flag[2:] or "a path goes with --tail-only or --report; see --help"))
+        meant = nearest("--" + args.paths[0], [flag_of(command.name) for command in COMMANDS])[2:]
+        raise ConfigError(f"{args.paths[0]}: " + (
+            meant or "a path goes with --tail-only or --report; see --help"))
     if len(chosen) > 1:
         raise ConfigError(f"{flag_of(chosen[0].name)} and {flag_of(chosen[1].name)} do not go together; "
                           "choose one")
@@ -8825,7 +8822,8 @@ def check_values(args):
     names = [name[1:] if name.startswith("-") else name for name in words(args.events or "")]
     unknown = [name for name in names if name not in EVENTS]
     if unknown:
-        raise ConfigError(f"--events: {unknown[0]} is not an event" + (nearest(unknown[0], EVENTS) or "; see the README"))
+        raise ConfigError(f"--events: {unknown[0]} is not an event"
+                          + (nearest(unknown[0], EVENTS) or "; see the README"))
 
 
 def main(argv=None):

@@ -8579,7 +8579,7 @@ def test_nobody_waits_for_our_log_and_the_lines_that_are_lost_are_counted(monkey
         for number in range(1, 9):
             lmgateway.log.info("%d", number)    # returns although nobody reads
         stream.go.set()
-    told = re.findall(r"]: (\d)$|(\d) lines of this log were lost", stream.getvalue(), re.M)
+    told = re.findall(r"]: (\d)$|(\d) lines were lost", stream.getvalue(), re.M)
     assert told == [("0", ""), ("", "5"), ("1", ""), ("2", ""), ("3", "")] and lmgateway.log.handlers == [handler]
 
 
