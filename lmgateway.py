@@ -430,9 +430,10 @@ def read_env_file(path):
 
 
 def nearest(word, known, cutoff=0.6):
-    """`; did you mean WORD?`, empty when nothing is near."""
-    near = difflib.get_close_matches(word, known, 1, cutoff)
-    return f"; did you mean {near[0]}?" if near else ""
+    """`; did you mean WORD?`, empty when nothing is near.  Dashes make no word like another."""
+    plain = {name.lstrip("-"): name for name in known}
+    near = difflib.get_close_matches(word.lstrip("-"), plain, 1, cutoff)
+    return f"; did you mean {plain[near[0]]}?" if near else ""
 
 
 def shown_default(row):
@@ -7560,10 +7561,10 @@ def doing(record, age_s, marks):
                  per_second(known.get("outputTokensPerSecond")), elapsed]
     elif state == "prompt":
         percent, total, read = (known.get(name) for name in ("percent", "promptTokens", "promptTokensRead"))
-        full = max(0, min(20, round((percent or 0) / 5)))
-        words = ["PREFILL", marks[0] * full + marks[1] * (20 - full), f"{percent or 0:3.0f} %",
+        full = max(0, min(8, round((percent or 0) / 12.5)))
+        words = ["PREFILL", marks[0] * full + marks[1] * (8 - full), f"{percent or 0:.0f} %", eta,
                  "" if not total or read is None else f"{read:,}/{total:,} tok",
-                 per_second(known.get("promptTokensPerSecond")), elapsed, eta]
+                 per_second(known.get("promptTokensPerSecond")), elapsed]     # fits into 80 columns
     else:
         place = f"{record['position']} of {record['waiting']}" if record.get("position") else ""
         words = ["WAIT", "" if state == "waiting" else str(state), place, elapsed, eta]
@@ -8799,7 +8800,7 @@ def chosen_command(args):
     together."""
     chosen = [command for command in COMMANDS if getattr(args, command.name) not in (None, False)]
     if args.paths and not any(command.paths for command in chosen):
-        meant = nearest("--" + args.paths[0], [flag_of(command.name) for command in COMMANDS])[2:]
+        meant = nearest(args.paths[0], [flag_of(command.name) for command in COMMANDS])[2:]
         raise ConfigError(f"{args.paths[0]}: " + (
             meant or "a path goes with --tail-only or --report; see --help"))
     if len(chosen) > 1:
