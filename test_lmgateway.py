@@ -151,43 +151,21 @@ def test_env_files_are_read_as_people_write_them(env_file, line, value):
     assert config_of(env_file=env_file(line))[0].log_file == value
 
 
-NEAR = [("GATEWAY_PROT", "GATEWAY_PORT"), ("LMSTUDIO_BASEURL", "LMSTUDIO_BASE_URL"),
-        ("PROXY_TIMEOUTS", "PROXY_TIMEOUT"),
-        ("LOG_LEVLE", "LOG_LEVEL"), ("IP_ALLOW_LIST", "IP_ALLOWLIST"),
-        ("ENABLE_LOG_MONITOR", "ENABLE_LOG_MONITORING"),
-        ("REQUIRE_AUTH_HEALTH", "REQUIRE_AUTH_FOR_HEALTH"), ("TRUSTED_PROXY", "TRUSTED_PROXIES"),
-        ("UPSTREAM_TOKENS", "UPSTREAM_TOKEN")]
-
-
-@pytest.mark.parametrize("name, nearest", NEAR)
-def test_an_unknown_name_with_a_prefix_of_ours_is_a_warning_with_the_nearest(env_file, name, nearest):
-    config, _, warnings = config_of(env_file=env_file(f"{name}=1\nOTHERS_OPTION=2\n"))
-    assert len(warnings) == 1
-    assert "line 1" in warnings[0] and name in warnings[0] and nearest in warnings[0]
-
-
 @pytest.mark.parametrize("variable", [row.variable for row in lmgateway.OPTIONS if "_" in row.variable
                                       and row.variable != "NO_AUTH"])
 def test_a_slip_in_any_name_of_ours_is_a_warning(env_file, variable):
-    assert f"did you mean {variable}?" in config_of(env_file=env_file(f"{variable}S=1"))[2][0]
+    [warning] = config_of(env_file=env_file(f"OTHERS_OPTION=2\n{variable}S=1"))[2]
+    assert f"line 2: {variable}S is not a known option; did you mean {variable}?" in warning
 
 
 WRONG = {       # command line, `.env` -> what the one line on stderr names
     "port": (["--port", "70000"], "", ["--port", "70000", "65535"]),
     "port, no number": ([], "GATEWAY_PORT=http", ["settings.env line 1", "GATEWAY_PORT", "http", "65535"]),
     "address of LM Studio": (["--upstream", "127.0.0.1:1234"], "", ["--upstream", "http://127.0.0.1:1234"]),
-    "address with a path": (["--upstream", "http://a/v1"], "", ["--upstream", "http://127.0.0.1:1234"]),
-    "address with a bad port": (["--upstream", "http://a:x"], "", ["--upstream", "http://127.0.0.1:1234"]),
-    "address with a name in it": (["--upstream", "http://me@a"], "", ["--upstream", "http://127.0.0.1:1234"]),
-    "a key's name twice": ([], "GATEWAY_API_KEY=a=1,a=2", ["line 1", "GATEWAY_API_KEY", "twice"]),
-    "a key with a blank": (["--api-key", "a b"], "", ["--api-key", "without blanks"]),
-    "a key with a control character": ([], "GATEWAY_API_KEY=a\x01b", ["GATEWAY_API_KEY", "printable"]),
-    "level": ([], "\nLOG_LEVEL=loud", ["settings.env line 2", "LOG_LEVEL", "loud", "debug"]),
     "allowlist": (["--allow", "10.0.0.0/99"], "", ["--allow", "192.168.1.0/24"]),
-    "boolean": ([], "ENABLE_LOG_MONITORING=maybe", ["line 1", "ENABLE_LOG_MONITORING", "true or false"]),
-    "milliseconds": ([], "PROXY_TIMEOUT=10s", ["PROXY_TIMEOUT", "milliseconds"]),
     "a line of no form": ([], "GATEWAY_PORT 1", ["settings.env line 1", "NAME=value"]),
     "log directory": (["--log-dir", __file__], "", ["--log-dir", "directory"]),
+    "`.env` that is not there": (["--env-file", "/nowhere/.env"], "", ["--env-file /nowhere/.env"]),
     "unknown flag": (["--prot", "1"], "", ["--prot", "--port"]),
     "shortened flag": (["--tail"], "", ["--tail is not", "--tail-only"]),
     "unknown flag, nothing near": (["--bogus"], "", ["--bogus is not a known option; see --help"]),
@@ -216,7 +194,6 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
     "a key of equals signs": (["--api-key", "==,bob=K"], "", ["--api-key", "NAME=KEY"]),
     "a key without its name": ([], "GATEWAY_API_KEY==abc", ["line 1", "NAME=KEY"]),
     "address with a blank": (["--upstream", "http://a b"], "", ["--upstream", "http://127.0.0.1:1234"]),
-    "address with a fragment": (["--upstream", "http://a:1#x"], "", ["--upstream", "http://127.0.0.1:1234"]),
     "port, as Python writes numbers": (["--port", "80_01"], "", ["--port", "65535"]),
     "port, in other digits": (["--port", "\u0668\u0660"], "", ["--port", "65535"]),
     "nobody allowed": (["--allow", ""], "", ["--allow", "192.168.1.0/24"]),
@@ -228,7 +205,7 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
 
 @pytest.mark.parametrize("flags, text, named", WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_one_line_with_option_source_and_remedy_and_status_2(env_file, capfd, stopped, flags, text, named):
-    assert lmgateway.main([*flags, "--env-file", env_file(text)]) == 2
+    assert lmgateway.main(["--env-file", env_file(text), *flags]) == 2
     out, err = capfd.readouterr()
     lines = [line for line in err.splitlines() if "[info]" not in line]
     assert (out, len(lines)) == ("", 1), err
@@ -248,11 +225,6 @@ def test_who_listens_on_loopback_has_a_key_or_says_no_auth_may_start(home, optio
 def test_an_env_file_in_another_encoding_is_read_as_far_as_it_goes(env_file):
     config = config_of(env_file=env_file("LOG_FILE=d\u00e9j\u00e0\nGATEWAY_PORT=7", "latin-1"))[0]
     assert (config.log_file, config.port) == ("d\ufffdj\ufffd", 7)
-
-
-def test_an_env_file_that_is_named_has_to_be_there(env_file, capfd, stopped):
-    assert lmgateway.main(["--tail-only", "--env-file", "/nowhere/.env"]) == 2
-    assert "--env-file /nowhere/.env" in capfd.readouterr().err
 
 
 def test_a_wrong_secret_is_not_shown(env_file, capfd):
@@ -7534,12 +7506,6 @@ def test_watch_ends_quietly_when_nobody_reads_it_any_more():
         assert (process.wait(PATIENCE_S), process.stderr.read()) == (0, "")
 
 
-def test_watch_without_a_key_is_one_line_and_status_1():
-    with stream_server(lmgateway.Hub(), api_key={"anna": "right"}) as port, watching(port) as process:
-        out, err = process.communicate(timeout=PATIENCE_S)
-        assert (process.returncode, out, err.count("\n"), "--api-key KEY" in err) == (1, "", 1, True)
-
-
 @pytest.mark.parametrize("text", ["", "ftp://x", "http://", "http://h:0", "http://h:x", "http://a b",
                                   "http://h:1/\x07",
                                   "http://" + "x" * 64, "http://[::1"])
@@ -7656,7 +7622,8 @@ def test_another_upstream_is_not_the_gateway_itself(upstream, options):
 def test_a_port_in_use_is_one_line_also_where_there_is_no_log_directory(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         run = command(tmp_path, "--port", str(taken.getsockname()[1]), "--log-dir", tmp_path / "none")
-    assert (run.returncode, run.stderr.count(b"\n")) == (1, 1) and b"is in use on 127.0.0.1" in run.stderr
+    assert run.returncode == 1
+    assert re.fullmatch(rb"lmgateway: port \d+ is in use on 127\.0\.0\.1: stop .* or choose another with --port .*\r?\n", run.stderr)
 
 
 def test_a_port_that_the_system_chose_is_printed_whatever_the_level(tmp_path):
@@ -8422,15 +8389,6 @@ def test_names_and_times_of_another_gateways_events_are_shown_without_control_ch
     assert out.getvalue().split() == ["\\x1b[31m:00", "a\\x1b[2J", "m"]
 
 
-def test_a_replay_redraws_progress_in_its_line(terminal):
-    printer = printer_on(terminal, live=False)
-    printer([event for _, event in parsed(sample("g2-stream-cache-miss").read_bytes())])
-    printer.finish()
-    progress = [row for row in terminal.rows if "prompt_progress" in row]
-    assert 1 <= len(progress) <= 5 and "100.0 %" in progress[-1]        # 5 times something else came between
-    assert not [row for row in terminal.rows if "Prompt processing progress" in row and " log " in row]
-
-
 def test_progress_of_a_replay_is_one_line_until_something_else_comes(terminal):
     printer = printer_on(terminal, live=False)
     progress = [Event("lmstudio_prompt_progress", {"timestamp": "", "progress": float(done)})
@@ -8502,11 +8460,7 @@ def test_the_clocks_of_cards_go_on_in_silence_and_lines_are_never_wider_than_the
     printer.finish()
 
 
-def test_help_and_version(tmp_path):
-    help_text = command(tmp_path, "--help").stdout.decode()
-    for flag in ("--tail-only", "--json", "--events", "--from-start",
-                 *filter(None, (row.flag for row in lmgateway.OPTIONS))):
-        assert flag in help_text
+def test_the_version_is_printed(tmp_path):
     assert command(tmp_path, "--version").stdout.decode().strip() == f"lmgateway {lmgateway.VERSION}"
 
 
@@ -8526,15 +8480,6 @@ def test_the_demo_shows_everything_and_leaves_nothing_behind(tmp_path):
         assert process.wait(PATIENCE_S) == 0
         assert b"Traceback" not in process.stderr.read()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_port_in_use_is_one_line_that_says_who_to_ask_and_status_1(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        run = command(tmp_path, "--port", port)
-    errors = [line for line in run.stderr.decode().splitlines() if line.startswith("lmgateway: ")]
-    assert run.returncode == 1 and len(errors) == 1 and "Traceback" not in run.stderr.decode()
-    assert str(port) in errors[0] and "--port" in errors[0]
 
 
 def test_an_address_that_is_not_this_machines_is_one_line_with_the_remedy_and_status_1(home, capsys):
