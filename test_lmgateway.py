@@ -7178,7 +7178,7 @@ def test_readme_python_compiles(code):
 # --- 9.3 cards and the screen
 
 
-def progress(request_id="req_1", **record):
+def record_progress(request_id="req_1", **record):
     """An inference_progress with the fields of a record."""
     return Event("inference_progress", {"timestamp": "", "requestId": request_id, **record})
 
@@ -7191,31 +7191,31 @@ def cards_after(events, now=61.0, columns=120, rows=24, marks="#."):
     return cards.lines(now, columns, rows)
 
 
-START = Event("inference_start", {"requestId": "req_1", "model": "m", "path": "/v1/chat/completions",
+STARTED = Event("inference_start", {"requestId": "req_1", "model": "m", "path": "/v1/chat/completions",
                                   "client": "10.0.0.7", "key": "anna"})
-READING = progress(model="m", state="prompt", elapsedMs=61000, cache={"reused": 0, "total": 14906, "percentage": 0.0},
+READING = record_progress(model="m", state="prompt", elapsedMs=61000, cache={"reused": 0, "total": 14906, "percentage": 0.0},
                    progress={"percent": 41.2, "promptTokens": 14906, "promptTokensRead": 6144,
                              "promptTokensPerSecond": 101.0, "etaMs": 87000},
                    context={"size": 32768, "used": 14906, "percentage": 45.5})
-WRITING = progress(state="generating", elapsedMs=0, progress={"outputTokens": 1312, "outputTokensPerSecond": 17.84})
+WRITING = record_progress(state="generating", elapsedMs=0, progress={"outputTokens": 1312, "outputTokensPerSecond": 17.84})
 CARDS = [  # what happened, the lines of the cards at second 5
-    ([START], ["m  anna  10.0.0.7  /v1/chat/completions", "WAIT  elapsed 5s"]),
-    ([START, Event("lmstudio_chat_end", {"outcome": "finished"})],
+    ([STARTED], ["m  anna  10.0.0.7  /v1/chat/completions", "WAIT  elapsed 5s"]),
+    ([STARTED, Event("lmstudio_chat_end", {"outcome": "finished"})],
      ["m  anna  10.0.0.7  /v1/chat/completions", "WAIT  elapsed 5s"]),
-    ([START, Event("inference_complete", {"requestId": "req_1"})], []),
-    ([START, Event("error", {"requestId": "req_1"})], []),
+    ([STARTED, Event("inference_complete", {"requestId": "req_1"})], []),
+    ([STARTED, Event("error", {"requestId": "req_1"})], []),
     ([READING], ["m", "PREFILL  ###.....  41 %  eta 1m22s  6,144/14,906 tok  101 tok/s  elapsed 1m06s",
                  "cache    0 of 14,906 prompt tokens reused (0 %)  context 14,906 of 32,768"]),
     ([READING, WRITING], ["(model not named)", "WRITE  1,312 tok  17.8 tok/s  elapsed 4s"]),
-    ([START, progress(model="m", state="queued", position=2, waiting=5, etaMs=40000)],
+    ([STARTED, record_progress(model="m", state="queued", position=2, waiting=5, etaMs=40000)],
      ["m", "WAIT  queued  2 of 5  elapsed 4s  eta 36s"]),
-    ([progress("log_1", model="m", source="lmstudio", state="prompt"),
-      progress("log_1", model="m", source="lmstudio", state="done")], []),
-    ([progress(**{name: "x\x1b[2J" for name in READING.data if name not in ("requestId", "timestamp")})],
+    ([record_progress("log_1", model="m", source="lmstudio", state="prompt"),
+      record_progress("log_1", model="m", source="lmstudio", state="done")], []),
+    ([record_progress(**{name: "x\x1b[2J" for name in READING.data if name not in ("requestId", "timestamp")})],
      ["x\\x1b[2J"]),
-    ([progress(["odd"], **{name: 10 ** 400 for name in ("model", "progress", "cache", "elapsedMs")})],
+    ([record_progress(["odd"], **{name: 10 ** 400 for name in ("model", "progress", "cache", "elapsedMs")})],
      [str(10 ** 400)[:120]]),
-    ([progress(model={"odd": []}, state=["odd"])], ["{'odd': []}", "WAIT  ['odd']  elapsed 5s"]),
+    ([record_progress(model={"odd": []}, state=["odd"])], ["{'odd': []}", "WAIT  ['odd']  elapsed 5s"]),
 ]
 
 
@@ -7226,7 +7226,7 @@ def test_cards_show_what_each_running_request_does(number):
 
 
 def test_cards_never_need_more_room_than_the_terminal_has():
-    events = [progress(f"req_{number}", model="界" * number + "\u202e") for number in range(9)]
+    events = [record_progress(f"req_{number}", model="界" * number + "\u202e") for number in range(9)]
     for rows in (-1, 0, 1, 2, 3, 7, 50):
         for columns in (-1, 1, 2, 9, 80):
             lines = cards_after(events, columns=columns, rows=rows)
@@ -7279,7 +7279,7 @@ def printer_on(out, as_json=False, events=None, live=True):
 
 def test_on_a_terminal_lines_scroll_above_cards_that_are_redrawn_in_place(terminal):
     printer = printer_on(terminal)
-    for event in (START, READING, Event("lmstudio_token_info", {"n_ctx": 4096})):
+    for event in (STARTED, READING, Event("lmstudio_token_info", {"n_ctx": 4096})):
         printer([event])
     printer([Event("lmstudio_log", {"timestamp": "2026-09-01 10:00:00", "level": "INFO", "tags": [],
                                     "message": "[qwen3-8b] Prompt processing progress: 30.0%"})])
@@ -7289,13 +7289,13 @@ def test_on_a_terminal_lines_scroll_above_cards_that_are_redrawn_in_place(termin
     assert terminal.rows[2:] == [""]
 
 
-ANSWER = {"requestId": "req_e3ac6e55000001", "model": "m", "status": 200, "totalTimeMs": 3297.9,
+COMPLETED = {"requestId": "req_e3ac6e55000001", "model": "m", "status": 200, "totalTimeMs": 3297.9,
           "tokensPerSecond": 33.53, "tokenUsage": {"promptTokens": 1645, "completionTokens": 39}}
 
 
 @pytest.mark.parametrize(("name", "data", "line"), [
-    ("inference_complete", ANSWER, "200  3.3 s  1,645 + 39 tok  33.5 tok/s  m  req_e3ac6e55000001"),
-    ("inference_complete", {**ANSWER, "tokenUsage": None, "tokensPerSecond": None},
+    ("inference_complete", COMPLETED, "200  3.3 s  1,645 + 39 tok  33.5 tok/s  m  req_e3ac6e55000001"),
+    ("inference_complete", {**COMPLETED, "tokenUsage": None, "tokensPerSecond": None},
      "200  3.3 s  m  req_e3ac6e55000001"),
     ("inference_complete", {"requestId": "r", "status": 200, "totalTimeMs": 9, "tokenUsage": {"promptTokens": 1}},
      "200  0.0 s  1 + ? tok  r"),
@@ -7313,7 +7313,7 @@ def test_an_event_is_one_line_with_its_figures_first_and_its_id_last(name, data,
 
 
 def test_no_figure_is_cut_on_a_narrow_terminal(terminal):
-    printer_on(terminal)([Event("inference_complete", {**ANSWER, "model": "words " * 20})])
+    printer_on(terminal)([Event("inference_complete", {**COMPLETED, "model": "words " * 20})])
     assert any("33.5 tok/s" in row and "req_e3ac6e55000001" in row for row in terminal.rows)
 
 
@@ -7326,7 +7326,7 @@ def test_events_are_chosen_or_left_out(text, printed):
 @pytest.mark.parametrize("live", [False, True])
 def test_dumb_terminals_get_plain_lines(terminal, monkeypatch, live):
     monkeypatch.setenv("TERM", "dumb")
-    printer_on(terminal, live=live)([START, READING])
+    printer_on(terminal, live=live)([STARTED, READING])
     assert len(terminal.rows) == 3 and "\x1b" not in terminal.written
 
 
@@ -8378,9 +8378,9 @@ def test_colour_is_for_terminals_only_and_can_be_refused(terminal, monkeypatch, 
 @pytest.mark.parametrize("live", [False, True])
 def test_json_on_a_terminal_is_json_alone(terminal, live):
     printer = printer_on(terminal, as_json=True, live=live)
-    printer([START, READING])
+    printer([STARTED, READING])
     printer.finish()
-    assert [line["event"] for line in json_lines(terminal.written.encode())] == [START.name, READING.name]
+    assert [line["event"] for line in json_lines(terminal.written.encode())] == [STARTED.name, READING.name]
 
 
 def test_names_and_times_of_another_gateways_events_are_shown_without_control_characters():
@@ -8453,7 +8453,7 @@ def test_the_clocks_of_cards_go_on_in_silence_and_lines_are_never_wider_than_the
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     printer = printer_on(terminal)
-    printer([START, Event("lmstudio_log", {"timestamp": "", "level": "INFO", "message": "words " * 50})])
+    printer([STARTED, Event("lmstudio_log", {"timestamp": "", "level": "INFO", "message": "words " * 50})])
     clock[0] += 61
     printer.tick()
     assert [row for row in terminal.rows if "elapsed 1m01s" in row] and max(map(len, terminal.rows)) == 79
