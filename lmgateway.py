@@ -12,19 +12,19 @@ Words used throughout:
     rule       one wording of LM Studio's log, and the fact that it states
     fact       what a line states, in words that no engine owns ("prompt is read", "client left")
     chat       one run of a model as the log shows it
-    event      what listeners receive: a name and JSON
+    event      a name and JSON, as listeners receive them
     request    one HTTP request of a client; a record is what is kept of it
-    dialect    one of the APIs that LM Studio speaks: where it puts usage, tokens and errors
-    meter      what reads a dialect's answer while it passes
+    dialect    one of the APIs that LM Studio speaks: its places for usage, tokens and errors
+    meter      reads a dialect's answer while it passes
     view       a function (gateway, request) -> Response
     card       one running request on a terminal
-    finding    what a check of --check has to say, with its remedy
+    finding    one result of --check, with its remedy
     upstream   LM Studio's server
 
 Threads, and what each may write:
 
     main       nothing after start-up; it waits for a signal
-    accept     takes connections in, and closes them where there are too many
+    accept     takes connections in, and closes some if there are too many
     tail       the parser, whose figures others only read; Hub.publish_log
     http       one per connection: its own sockets, its own meter; Hub.begin, Hub.generated, Hub.end
     watcher    shuts down the upstream sockets of clients that left, wakes listeners that did
@@ -156,7 +156,7 @@ class Option(NamedTuple):
     parse: Callable[[str], Any]
     about: str
     group: str = "Gateway"
-    value: str = "VALUE"  # what --help shows for it
+    value: str = "VALUE"  # its placeholder in --help
 
 
 def text(value):
@@ -334,12 +334,12 @@ OPTIONS = (
 
 
 class Config:
-    """The value of every option, by the option's name, and in sources where each that is set comes from.
+    """The value of every option by the option's name; sources has the source of each that is set.
     Nothing changes it once it is made."""
 
     def __init__(self, **values):
-        defaults = {option.name: option.default for option in OPTIONS}
-        self.__dict__.update({**defaults, "sources": {}, **values})
+        self.__dict__.update({row.name: row.default for row in OPTIONS}, sources={})
+        self.__dict__.update(values)
 
     def __getattr__(self, name: str) -> Any:    # so that a type checker knows that it has attributes
         raise AttributeError(name)
@@ -7228,7 +7228,7 @@ class LogWriter(logging.handlers.QueueListener):
 
     def __enter__(self):
         log.handlers = [self._entrance]
-        # A terminal that is closed ends what runs in it; SimpleQueue.put may be called by a signal handler.
+        # A program ends with its terminal; SimpleQueue.put may be called by a signal handler.
         lone = isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)
         if lone and hasattr(signal, "SIGHUP"):
             signal.signal(signal.SIGHUP, lambda number, frame: self._lines.put(self.handlers[0].close))
@@ -7271,8 +7271,8 @@ def set_up_logging(config):
     log.handlers, log.propagate = [handler], False
     log.setLevel(LEVELS[config.log_level])
     logging.raiseExceptions = False  # a log that cannot be written is no reason for a traceback
-    # No line of ours says where it was made: that would be a third of its cost (Python's Logging HOWTO,
-    # "Optimization").
+    # No line of ours names its place in the code: that would be a third of its cost (Python's Logging
+    # HOWTO, "Optimization").
     logging._srcfile = None  # type: ignore[attr-defined]
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
@@ -7538,7 +7538,7 @@ class Cards:
 
 
 def card_lines(record, age_s, marks):
-    """A running request in up to three lines: who asks, what is done, what cache and context hold.
+    """A running request in up to three lines: its client, its progress, its cache and context.
 
     record is the data of an inference_progress that is age_s old."""
     who = [record.get("model") or "(model not named)",
@@ -7626,7 +7626,7 @@ def labelled(**fields):
 
 
 def used_tokens(usage):
-    """645 + 39 tok: what was read and what was written."""
+    """645 + 39 tok: those of the prompt and those of the answer."""
     counts = [usage.get(name) for name in ("promptTokens", "completionTokens")]
     return " + ".join("?" if count is None else f"{count:,}" for count in counts) + " tok" if usage else ""
 
@@ -7770,7 +7770,7 @@ def with_cards(printer):
 
 @contextlib.contextmanager
 def naming_history(config):
-    """A HistoryError as a ConfigError that names --history and where it was said."""
+    """A HistoryError as a ConfigError that names --history and its source."""
     try:
         yield
     except HistoryError as error:
@@ -7778,7 +7778,7 @@ def naming_history(config):
 
 
 def report(args, config):
-    """--report: what was used by day and model, from PATHs or from the history.  Returns the exit status."""
+    """--report: usage by day and model, from PATHs or from the history.  Returns the exit status."""
     if not args.paths and not config.history:
         raise ConfigError("--report: name saved logs or a log directory, or a history with --history FILE "
                           "(HISTORY_FILE)")
@@ -7789,8 +7789,8 @@ def report(args, config):
         if args.paths:
             freeze_start_up()
             records = LogRecords()
-            replay(saved_logs(args.paths),
-                   lambda events: store_rows(kept, [*map(history_row, filter(is_over, records(events)))]))
+            replay(saved_logs(args.paths), lambda events: store_rows(
+                kept, [history_row(record) for record in records(events) if record.ended is not None]))
         rows, total = usage_rows(kept, ["day", "model"]), usage_rows(kept, [])
     if args.json:
         print("\n".join(map(json.dumps, rows)))
@@ -7800,10 +7800,6 @@ def report(args, config):
         print("lmgateway: no request in it; name LM Studio's log directory, or a history that has been "
               "kept for a while", file=sys.stderr)
     return 0
-
-
-def is_over(record):
-    return record.ended is not None
 
 
 REPORT = (  # heading, format, value of a row
@@ -7864,7 +7860,7 @@ def drain(news, timeout_s):
 
 
 def watched_address(text):
-    """The URL of a gateway's stream from what a person types.  Raises ConfigError."""
+    """The URL of a gateway's stream from an address as people type it.  Raises ConfigError."""
     url = text if "://" in text else f"http://{text}"
     try:
         parts = urllib.parse.urlsplit(url)
@@ -7996,7 +7992,7 @@ class Stop:
 
 
 def freeze_start_up():
-    """Start-up is over: what it made stays out of later garbage collections, and the memory that compiling
+    """Start-up is over: its objects stay out of later garbage collections, and the memory that compiling
     this file took goes back to the system (glibc would keep it)."""
     gc.collect()
     gc.freeze()
@@ -8149,7 +8145,7 @@ def port_in_use(config):
 
 
 def port_question(port):
-    """The command that tells who holds a port."""
+    """The command that names the holder of a port."""
     if os.name == "nt":
         return f"netstat -ano | findstr :{port}"
     return f"lsof -i :{port}" if sys.platform == "darwin" else f"ss -ltnp 'sport = :{port}'"
@@ -8158,7 +8154,7 @@ def port_question(port):
 def fetch(url, path):
     """(status, body) of a GET; (0, b"") without an answer within a second."""
     parts, context = urllib.parse.urlsplit(url), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is asked whose it is, no more
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing secret is sent
     with contextlib.suppress(*BROKEN, ValueError):
         connection = (functools.partial(http.client.HTTPSConnection, context=context)
                       if parts.scheme == "https" else http.client.HTTPConnection)
@@ -8599,8 +8595,8 @@ CHECKS: dict[str, Callable[[Installation], Iterator[Finding]]] = {
     "Settings": check_settings,     # LM Studio's own: port, interface, CORS, logging
     "Logs": check_logs,             # directory, newest file, engine, verbose lines
     "Room": check_room,             # size and growth of the logs, free disk
-    "Keys": check_keys,             # who may do what, and whether a key is needed
-    "Network": check_network,       # who can connect, TLS
+    "Keys": check_keys,             # the keys and their rights, and whether one is needed
+    "Network": check_network,       # addresses for others, TLS
     "Clock": check_clock,           # time, time zone, and whether the log agrees
 }
 MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
@@ -8648,10 +8644,10 @@ def prune(args, config):
                           "--log-dir (LMSTUDIO_LOG_DIR)") from None
     total = failed = 0
     for log_file, size in old:
-        problem = remove_log(log_file.path) if args.yes else None
+        problem = value_or_error(os.remove, log_file.path) if args.yes else None
         failed += problem is not None
         total += size if problem is None else 0
-        fate = f"kept, {problem}" if problem else "removed" if args.yes else "would go"
+        fate = f"kept, {error_text(problem)}" if problem else "removed" if args.yes else "would go"
         print(f"{fate}  {shown_bytes(size):>9}  {log_file.path}")
     count = f"{len(old) - failed} file{'s' * (len(old) - failed != 1)}, {shown_bytes(total)}"
     print(f"removed {count}" if args.yes else f"{count} older than {args.prune} days in {directory}"
@@ -8684,15 +8680,6 @@ def last_written(directory):
     return set()
 
 
-def remove_log(path):
-    """Remove a file.  Gives the reason why it stays, else None."""
-    try:
-        os.remove(path)
-    except OSError as error:
-        return error_text(error)
-    return None
-
-
 # --- 9.10 main ---------------------------------------------------------------
 
 
@@ -8702,7 +8689,7 @@ class Command(NamedTuple):
     name: str  # of its flag, with _ for -
     run: Callable[[Any, Any], int]
     about: str
-    value: str | None = None  # what its flag takes
+    value: str | None = None  # of its flag
     companions: tuple = ()  # flags that go with it
     paths: bool = False
 
@@ -8773,7 +8760,7 @@ def add_options(parser):
 
 
 class Arguments(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are ConfigErrors with a remedy."""
+    """An ArgumentParser that raises a ConfigError with a remedy."""
 
     def parse_args(self, args=None, namespace=None):
         """As ArgumentParser does; `--events -a,b` is as good as `--events=-a,b`."""
@@ -8850,7 +8837,7 @@ def main(argv=None):
         return error.exit_status
     except BrokenPipeError:
         return closed_pipe()
-    except OSError as error:    # above all a full disk, where the output goes
+    except OSError as error:    # above all a full disk
         closed_pipe()
         print(f"lmgateway: {error.filename or 'standard output'}: {error_text(error)}", file=sys.stderr)
         return 1
