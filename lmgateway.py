@@ -48,7 +48,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main() can say so better than with a traceback
 
 import argparse
-import base64
 import bisect
 import codecs
 import contextlib
@@ -6794,8 +6793,9 @@ def shut(sock):
 # newest llama.cpp engine writes.  It serves --demo and the tests, and nothing beside the real LM Studio.
 
 DEMO_MODELS = ("demo/kestrel-8b", "demo/wren-2b")
-DEMO_WORDS = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
-              "upstairs reads aloud from a letter about copper, rivers and the price of bread.").split()
+DEMO_TEXT = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
+             "upstairs reads aloud from a letter about copper, rivers and the price of bread. ")
+DEMO_WORDS = re.findall(r"\S+ ", DEMO_TEXT)
 
 
 class DemoLog:
@@ -6817,10 +6817,6 @@ class DemoLog:
             with open(path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(entry)
 
-    def request(self, path, body):
-        shown = json.dumps(body, indent=2, ensure_ascii=False)
-        self.write("DEBUG", f"Received request: POST to {path} with body {shown}")
-
     def engine(self, *lines):
         """One entry of engine lines, each after the engine's clock."""
         us = int(1e6 * (time.monotonic() - self._started))
@@ -6829,10 +6825,8 @@ class DemoLog:
 
 
 def demo_texts(body):
-    """The texts of a request, as a list."""
-    asked = body.get("messages") or body.get("input")
-    asked = [asked] if isinstance(asked, str) else asked if isinstance(asked, list) else []
-    return [str(item.get("content") if isinstance(item, dict) else item) for item in asked]
+    """The texts of a request's messages."""
+    return [str(message.get("content")) for message in listed(body.get("messages"))]
 
 
 class DemoRun:
@@ -6851,7 +6845,8 @@ class DemoRun:
         self.slot = f"id  {self.task % 4} | task {self.task} | "
 
     def received(self):
-        self.log.request(self.path, self.body)
+        shown = json.dumps(self.body, indent=2, ensure_ascii=False)
+        self.log.write("DEBUG", f"Received request: POST to {self.path} with body {shown}")
         self.log.write("INFO", f"Running chat completion on conversation with {len(self.texts)} messages.",
                        self.model)
         if self.stream:
@@ -6883,7 +6878,7 @@ class DemoRun:
         for count in range(self.completion):
             if self.server.stopping.wait(self.server.token_s) or not self._alive():
                 return
-            yield DEMO_WORDS[count % len(DEMO_WORDS)] + " "
+            yield DEMO_WORDS[count % len(DEMO_WORDS)]
 
     def timing(self, name, spent_ms, tokens):
         each_ms, speed = spent_ms / max(1, tokens), 1000 * tokens / spent_ms
@@ -6909,6 +6904,10 @@ class DemoRun:
             shown = json.dumps(chat_whole(self, ""), indent=2)
             self.log.write("INFO", f"Generated prediction: {shown}", self.model)
 
+    def usage(self):
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion,
+                "total_tokens": self.prompt + self.completion}
+
     def abandoned(self):
         self.log.write("INFO",
                        "Client disconnected. Stopping generation... (If the model is busy processing the "
@@ -6921,29 +6920,25 @@ class DemoRun:
 # How each dialect says an answer: as a body, and as a stream's events, (name, data), the words as they come.
 
 def chat_whole(run, text, **choice):
-    message = choice or {"message": {"role": "assistant", "content": text, "tool_calls": []}}
+    """A body of OpenAI's; with the members of a choice, a chunk of its stream."""
+    kind = {"object": "chat.completion.chunk"} if choice else {
+        "object": "chat.completion", "usage": run.usage(), "stats": {}}
+    choice = choice or {"message": {"role": "assistant", "content": text, "tool_calls": []}}
     return {"id": f"chatcmpl-{run.id}", "created": run.created, "model": run.model,
-            "system_fingerprint": run.model,
-            "object": "chat.completion.chunk" if choice else "chat.completion",
-            "choices": [{"index": 0, "logprobs": None, "finish_reason": "stop", **message}],
-            "usage": {"prompt_tokens": run.prompt, "completion_tokens": run.completion,
-                      "total_tokens": run.prompt + run.completion}, "stats": {}}
+            "system_fingerprint": run.model, **kind,
+            "choices": [{"index": 0, "logprobs": None, "finish_reason": "stop", **choice}]}
 
 
 def chat_events(run):
     def chunk(delta, finish=None):
-        return without(chat_whole(run, "", delta=delta, finish_reason=finish), "usage", "stats")
+        return chat_whole(run, "", delta=delta, finish_reason=finish)
 
     for word in run.words():
         yield "", chunk({"role": "assistant", "content": word})
     yield "", chunk({}, "stop")
     if (run.body.get("stream_options") or {}).get("include_usage"):
-        yield "", {**chunk({}), "choices": [], "usage": chat_whole(run, "")["usage"]}
+        yield "", {**chunk({}), "choices": [], "usage": run.usage()}
     yield "", None
-
-
-def without(data, *names):
-    return {name: value for name, value in data.items() if name not in names}
 
 
 def message_whole(run, text):
@@ -6970,21 +6965,6 @@ DEMO_SPEECH = {  # path -> (body, events)
 }
 
 
-def demo_embeddings(body):
-    """A vector for each text, always the same; as base64 if the client wants it (OpenAI's SDK does)."""
-    vectors = []
-    for text in demo_texts(body):
-        source = random.Random(text)
-        vector = [source.uniform(-0.1, 0.1) for _ in range(128)]
-        packed = base64.b64encode(struct.pack("<128f", *vector)).decode()
-        vectors.append(packed if body.get("encoding_format") == "base64" else vector)
-    tokens = sum(len(text) // 4 + 1 for text in demo_texts(body))
-    return {"object": "list", "model": DEMO_MODELS[0],
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens}, "data": [
-                {"object": "embedding", "index": index, "embedding": vector}
-                for index, vector in enumerate(vectors)]}
-
-
 class DemoHandler(http.server.BaseHTTPRequestHandler):
     """The imitation's answers."""
 
@@ -7006,13 +6986,10 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json_object(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
         path = self.path.partition("?")[0]
-        if path not in DEMO_SPEECH and path != "/v1/embeddings":
+        if path not in DEMO_SPEECH:
             return self._unexpected()
         if body is None or not demo_texts(body):
-            return self._json({"error": "a field is required: 'messages' or 'input'"}, 400)
-        if path == "/v1/embeddings":
-            self.server.log.request(path, body)
-            return self._json(demo_embeddings(body))
+            return self._json({"error": "a field is required: 'messages'"}, 400)
         run = DemoRun(self.server, path, body, self._alive)
         run.received()
         whole, events = DEMO_SPEECH[path]
@@ -7243,7 +7220,7 @@ class LogWriter(logging.handlers.QueueListener):
             with self._entrance.lock:   # type: ignore[union-attr]
                 lost, self._entrance.lost = self._entrance.lost, 0
             super().handle(logging.makeLogRecord({
-                "levelname": "warn", "msg": f"{lost} lines were lost: they came faster than they were written"}))
+                "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"}))
 
     def __exit__(self, kind, error, traceback):
         """Write what is left.  A stream that takes nothing would also hold up the interpreter's own end."""
@@ -7652,11 +7629,12 @@ class EventRow(NamedTuple):
 RED, GREEN, YELLOW, PURPLE, CYAN, FAINT = "31", "32", "33", "35", "36", "2"
 EVENTS = {  # every event of the stream; a test holds the README's table to it
     "connected": EventRow("you are listening"),
-    "inference_start": EventRow("a client's request goes to LM Studio", CYAN,
-                                lambda data: "  ".join(str(data[name]) for name in ("key", "client", "path")
-                                                       if data.get(name))),
-    "inference_progress": EventRow("how far it is, as the whole record; at most four times a second, once "
-                                   "while it answers", YELLOW, lambda data: "  ".join(doing(data, 0, "#."))),
+    "inference_start": EventRow(
+        "a client's request goes to LM Studio", CYAN,
+        lambda data: "  ".join(str(data[name]) for name in ("key", "client", "path") if data.get(name))),
+    "inference_progress": EventRow(
+        "how far it is, as the whole record; at most four times a second, once while it answers", YELLOW,
+        lambda data: "  ".join(doing(data, 0, "#."))),
     "inference_complete": EventRow("it was answered: status, times, tokens", GREEN, answer_figures),
     "error": EventRow("it was not: refused, failed, broken off or abandoned", RED,
                       labelled(status="status", what="error")),

@@ -7083,15 +7083,6 @@ def test_requests_are_found_by_who_sent_them(demo, sought, found):
     assert len(rows) == found
 
 
-def test_the_imitation_embeds(demo):
-    front, _ = demo
-    for form in ("float", "base64"):
-        asked = json.dumps({"model": "m", "input": ["one", "two"], "encoding_format": form}).encode()
-        rows = json_of(talk(front.port, request("POST /v1/embeddings", asked)))["data"]
-        first, second = (row["embedding"] for row in rows)
-        assert first != second and (len(first) == 128 if form == "float" else isinstance(first, str))
-
-
 def test_the_demos_own_traffic_tells_its_story(studio):
     pauses = iter([False] * len(lmgateway.DEMO_STORY))
     lmgateway.demo_traffic(studio.url, "secret", lambda seconds: next(pauses, True))
