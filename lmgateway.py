@@ -8109,8 +8109,6 @@ def open_server(gateway, context):
             raise StartError(port_in_use(config)) from None
         raise StartError(f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose "
                          "another address with --host (GATEWAY_HOST) and --port") from None
-    except OverflowError as error:
-        raise StartError(f"cannot listen on {config.host}:{config.port}: {error}") from None
 
 
 def port_in_use(config):
@@ -8155,17 +8153,13 @@ def tls_context(config):
         return None
     if not config.tls_cert or not config.tls_key:
         raise ConfigError("--tls-cert (TLS_CERT) and --tls-key (TLS_KEY) go together: name both files")
-    pair = f"{config.named('tls_cert')}, {config.named('tls_key')}"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key, password=refuse_password)
-    except ssl.SSLError as error:
-        raise ConfigError(f"{pair}: no matching pair of PEM files ({error.reason or error}); see the README "
-                          "for a line that makes one") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{pair}: {error_text(error)}; name two PEM files that can be read, see the "
-                          "README") from None
+        raise ConfigError(f"{config.named('tls_cert')}, {config.named('tls_key')}: {error_text(error)}; name "
+                          "a matching pair of PEM files that can be read, see the README") from None
     return context
 
 
