@@ -8304,7 +8304,7 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-fine, concern, fault = map(functools.partial, [Finding] * 3, ("ok", "warn", "bad"))
+fine, concern, amiss = map(functools.partial, [Finding] * 3, ("ok", "warn", "bad"))
 SETTINGS_MENU = "LM Studio: Developer > Server settings"
 LOGS_MENU = 'LM Studio: Developer Logs, "..." menu'
 
@@ -8360,7 +8360,7 @@ def check_python(found):
 def refused(error):
     """The Finding of an error of ours, whose remedy stands behind its last semicolon."""
     what, _, remedy = str(error).rpartition("; ")
-    return fault(what or remedy, remedy if what else "see --help and the README")
+    return amiss(what or remedy, remedy if what else "see --help and the README")
 
 
 def check_options(found):
@@ -8373,7 +8373,7 @@ def check_options(found):
         yield fine(f"{variable}: {value} (from {source})")
     log_file = found.config.log_file
     if log_file and not os.access(os.path.dirname(os.path.abspath(log_file)), os.W_OK):
-        yield fault(f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours")
+        yield amiss(f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours")
     if not found.config.sources and not found.errors:
         yield fine("each has its default")
 
@@ -8388,12 +8388,12 @@ def check_port(found):
         yield fine(f"{own} is free" if config.port else "the system will choose one")
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            yield fault(f"cannot listen on {own}: {error_text(error)}",
+            yield amiss(f"cannot listen on {own}: {error_text(error)}",
                         "choose others with --host and --port")
         elif is_lmgateway(page_url(config, config.port)):
             yield fine(f"{own} is held by a running lmgateway")
         else:
-            yield fault(f"{own} is held by another program", f"stop it ({port_question(config.port)} tells "
+            yield amiss(f"{own} is held by another program", f"stop it ({port_question(config.port)} tells "
                         "which it is), or choose another with --port")
 
 
@@ -8402,15 +8402,15 @@ def check_lmstudio(found):
     what, _, remedy = Upstream(upstream).health().partition(". ")
     port = settings_port(found.settings) if isinstance(found.settings, dict) else None
     if is_lmgateway(upstream):
-        yield fault(f"another lmgateway answers at {upstream}", "name LM Studio's own server with --upstream "
+        yield amiss(f"another lmgateway answers at {upstream}", "name LM Studio's own server with --upstream "
                     "(LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
     elif not what:
         yield fine(f"LM Studio answers at {upstream}")
     elif port and not upstream.endswith(f":{port}"):
-        yield fault(what, f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). "
+        yield amiss(what, f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). "
                     + remedy)
     else:
-        yield fault(what, remedy)
+        yield amiss(what, remedy)
 
 
 def check_settings(found):
@@ -8434,7 +8434,7 @@ SETTINGS = (  # (a setting of LM Studio, its value, what to say of that)
     ("cors", True, concern(
         "LM Studio allows every web page to call it (CORS)", f"{SETTINGS_MENU} > Enable CORS: off; name the "
         "origins that may call the gateway with --cors-origins")),
-    ("fileLoggingMode", "off", fault(
+    ("fileLoggingMode", "off", amiss(
         "LM Studio writes no log files: there is nothing to monitor",
         f"{LOGS_MENU} > File Logging Mode: Succinct")),
     ("verbose", False, concern(
@@ -8456,13 +8456,13 @@ def check_logs(found):
     if not found.config.enable_log_monitoring:
         yield concern("the log monitor is switched off", "ENABLE_LOG_MONITORING=true")
     if isinstance(newest, OSError):
-        yield fault(f"log directory {directory}: {error_text(newest)}", "start LM Studio's server once; name "
+        yield amiss(f"log directory {directory}: {error_text(newest)}", "start LM Studio's server once; name "
                     "another directory with --log-dir (LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
     elif newest is None:
-        yield fault(f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
+        yield amiss(f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
                     f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
     elif isinstance(found.parser, OSError):
-        yield fault(f"{newest.path}: {error_text(found.parser)}",
+        yield amiss(f"{newest.path}: {error_text(found.parser)}",
                     "let this user read it, or run as the user who runs LM Studio")
     else:
         yield from check_newest_log(newest.path, found.parser)
@@ -8520,7 +8520,7 @@ def check_keys(found):
     else:
         yield fine(f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
     if found.exposed and not needed:
-        yield (concern if config.no_auth else fault)(
+        yield (concern if config.no_auth else amiss)(
             f"{config.host} is open to the network, and no key is set",
             "mint one with --new-key NAME" + ", or say --no-auth to let everybody in" * (not config.no_auth))
     for file in (path, Path(found.env_file)):
@@ -8599,7 +8599,7 @@ def findings_of(check, installation):
     except GatewayError as error:
         found.append(refused(error))
     except Exception as error:  # the end of the line: a broken machine is what --check is for
-        found.append(fault(f"this check failed: {type(error).__name__}: {error}", "please report it"))
+        found.append(amiss(f"this check failed: {type(error).__name__}: {error}", "please report it"))
     return found
 
 
