@@ -12,24 +12,25 @@ Words used throughout:
     rule       one wording of LM Studio's log, and the fact that it states
     fact       what a line states, in words that no engine owns ("prompt is read", "client left")
     chat       one run of a model as the log shows it
-    event      what listeners receive: a name and JSON
+    event      a name and JSON, as listeners receive them
     request    one HTTP request of a client; a record is what is kept of it
-    dialect    one of the APIs that LM Studio speaks: where it puts usage, tokens and errors
-    meter      what reads a dialect's answer while it passes
+    dialect    one of the APIs that LM Studio speaks: its places for usage, tokens and errors
+    meter      reads a dialect's answer while it passes
     view       a function (gateway, request) -> Response
     card       one running request on a terminal
-    finding    what a check of --check has to say, with its remedy
+    finding    one result of --check, with its remedy
     upstream   LM Studio's server
 
 Threads, and what each may write:
 
     main       nothing after start-up; it waits for a signal
-    accept     takes connections in, and closes them where there are too many
+    accept     takes connections in, and closes some if there are too many
     tail       the parser, whose figures others only read; Hub.publish_log
     http       one per connection: its own sockets, its own meter; Hub.begin, Hub.generated, Hub.end
     watcher    shuts down the upstream sockets of clients that left, wakes listeners that did
     health     asks LM Studio whether it is there, while a view waits a little for the answer
     history    the SQLite file, fed through a queue
+    log        our own log's file or stderr, fed through a queue
     commented  with PREFILL_COMMENTS: one per waiting stream; what LM Studio says, into a queue
     watch      with --watch only: the line to another gateway; a queue to main
     demo-*     the imitation of LM Studio, with --demo only
@@ -41,38 +42,15 @@ pure: no file, no socket, no clock, no thread.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import marshal
-import os
 import signal
-import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main() can say so better than with a traceback
 
-# CPython keeps the syntax tree of a script for as long as it runs: 20 MB of this file, which nobody reads
-# once it is compiled.  On Linux a fresh interpreter takes this one's place (the same process, the same
-# arguments) and runs the compiled code, which it finds in memory as a .pyc (PEP 552).  Where that cannot
-# be had, or the interpreter's own options are not understood here, things go on in this one.
-if __name__ == "__main__" and sys.platform == "linux":
-    if "script" in sys._xoptions:
-        os.close(int(os.path.basename(__file__)))
-        __file__ = sys.argv[0] = str(sys._xoptions["script"])
-    else:
-        with contextlib.suppress(OSError, ValueError), open("/proc/self/cmdline", "rb") as cmdline:
-            python, *flags, script = cmdline.read().split(b"\0")[:-len(sys.argv)]
-            if script == os.fsencode(sys.argv[0]) and all(flag.startswith(b"-") for flag in flags):
-                memory = os.memfd_create("lmgateway", 0)
-                with open(memory, "wb", closefd=False) as pyc:
-                    pyc.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
-                own = ("-X", f"script={os.path.abspath(__file__)}", f"/proc/self/fd/{memory}", *sys.argv[1:])
-                os.execv(sys.executable, [python, *flags, *map(os.fsencode, own)])
-
 import argparse
-import base64
 import bisect
 import codecs
+import contextlib
 import csv
 import datetime
 import difflib
@@ -91,6 +69,7 @@ import json
 import logging
 import logging.handlers
 import math
+import os
 import platform
 import plistlib
 import queue
@@ -104,6 +83,7 @@ import socketserver
 import ssl
 import stat
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -175,7 +155,7 @@ class Option(NamedTuple):
     parse: Callable[[str], Any]
     about: str
     group: str = "Gateway"
-    value: str = "VALUE"  # what --help shows for it
+    value: str = "VALUE"  # its placeholder in --help
 
 
 def text(value):
@@ -183,11 +163,10 @@ def text(value):
 
 
 def boolean(value):
-    known = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
-             "off": False}
-    if value.strip().lower() not in known:
+    word = value.strip().lower()
+    if word not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
         raise ValueError("use true or false")
-    return known[value.strip().lower()]
+    return word in ("true", "1", "yes", "on")
 
 
 def whole(low, high, hint):
@@ -214,14 +193,14 @@ def base_url(value):
 
 
 def folder(value):
-    """A directory; it may still have to come."""
+    """A directory, which need not be there yet."""
     if os.path.isfile(value):
         raise ValueError("that is a file; name LM Studio's server-logs directory")
     return value
 
 
 def header_word(value):
-    if not value.strip().isascii() or not value.strip().isprintable() or " " in value.strip():
+    if not re.fullmatch(r"[!-~]+", value.strip()):
         raise ValueError("use printable ASCII without blanks")
     return value.strip()
 
@@ -248,8 +227,9 @@ def networks(value):
 def unmapped(network):
     """An IPv4 network that is written as IPv6 (::ffff:192.168.1.0/120) as IPv4, any other as it is."""
     mapped = getattr(network.network_address, "ipv4_mapped", None)
-    return ipaddress.ip_network((mapped,
-                                 network.prefixlen - 96)) if mapped and network.prefixlen >= 96 else network
+    if mapped is None or network.prefixlen < 96:
+        return network
+    return ipaddress.ip_network((mapped, network.prefixlen - 96))
 
 
 def api_keys(value):
@@ -265,7 +245,7 @@ def api_keys(value):
             name, key = ("default" if not keys else f"key{len(keys) + 1}"), part
         if not key.strip("=") or not name.strip():
             raise ValueError("use KEY, or NAME=KEY,NAME=KEY; in a list, a key that ends in = needs a name")
-        if not key.isascii() or not key.isprintable() or " " in key:
+        if not re.fullmatch(r"[!-~]+", key):
             raise ValueError("a key is made of printable ASCII without blanks")
         if name.strip() in keys:
             raise ValueError(f"the name {name.strip()} stands there twice")
@@ -317,7 +297,8 @@ OPTIONS = (
     Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", None, 0, MILLISECONDS,
            "the same for a streaming request"),
     Option("api_key", "GATEWAY_API_KEY", "--api-key", {}, api_keys,
-           "one key, or several as name=key,name=key", "Access", "KEY"),
+           "one key, or several as name=key,name=key; a process list shows it, a variable or a file does not",
+           "Access", "KEY"),
     Option("keys_file", "KEYS_FILE", "--keys-file", None, text,
            "minted keys, hashed; in the user's configuration directory if not given",
            "Access", "FILE"),
@@ -349,17 +330,18 @@ OPTIONS = (
     Option("log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs",
            "LEVEL"),
     Option("log_file", "LOG_FILE", "--log-file", None, text,
-           "write our own log there and not to stderr; turned over at 5 MB", "Logs", "FILE"),
+           "write our own log there, not to stderr; turned over at 5 MB, opened anew on SIGHUP", "Logs",
+           "FILE"),
 )
 
 
 class Config:
-    """The value of every option, by the option's name, and in sources where each that is set comes from.
+    """The value of every option by the option's name; sources has the source of each that is set.
     Nothing changes it once it is made."""
 
     def __init__(self, **values):
-        defaults = {option.name: option.default for option in OPTIONS}
-        self.__dict__.update({**defaults, "sources": {}, **values})
+        self.__dict__.update({row.name: row.default for row in OPTIONS}, sources={})
+        self.__dict__.update(values)
 
     def __getattr__(self, name: str) -> Any:    # so that a type checker knows that it has attributes
         raise AttributeError(name)
@@ -378,96 +360,82 @@ class Config:
         return f"{row.flag or row.variable} {value or getattr(self, name)} ({source})"
 
 
+SECRET = ("GATEWAY_API_KEY", "UPSTREAM_TOKEN")
 # Not NO_AUTH's: NO_PROXY and NO_COLOR are others'.
 PREFIXES = tuple({row.variable.partition("_")[0] + "_" for row in OPTIONS} - {"NO_"})
-
-
-class Setting(NamedTuple):
-    """An option's text and where it came from."""
-
-    text: str
-    source: str
-
-
-def load_config(args, environ, env_file=None):
-    """(Config, warnings) from flags, else environment, else `.env`, else defaults.
-
-    args maps option names to the text of their flags.  Raises ConfigError."""
-    config, warnings, errors = load_leniently(args, environ, env_file)
-    if errors:
-        raise ConfigError(errors[0])
-    return config, warnings
-
-
-def load_leniently(args, environ, env_file):
-    """(Config, warnings, errors): load_config that gathers mistakes and does not stop at one."""
-    values, sources, errors = {}, {}, []    # sources: {option name: source}
-    try:
-        from_file, warnings = read_env_file(env_file)
-    except ConfigError as error:
-        from_file, warnings, errors = {}, [], [str(error)]
-    for row in OPTIONS:
-        setting = find_setting(row, args.get(row.name), environ, from_file)
-        if setting:
-            sources[row.name] = setting.source
-            try:
-                values[row.name] = parse_setting(row, setting)
-            except ConfigError as error:
-                errors.append(str(error))
-    return Config(**values, sources=sources), warnings, errors
-
-
-def find_setting(row, from_flag, environ, from_file):
-    """The Setting of an option, or None for its default.  An empty variable counts as not set."""
-    if from_flag is not None:
-        return Setting(from_flag, row.flag)
-    if environ.get(row.variable, "").strip():
-        return Setting(environ[row.variable], f"environment variable {row.variable}")
-    return from_file.get(row.variable)
-
-
-def parse_setting(row, setting):
-    """An option's value.  Raises ConfigError that says where the text stands and what would do."""
-    try:
-        return row.parse(setting.text)
-    except ValueError as error:
-        shown = "..." if row.variable in SECRET else repr(setting.text)
-        raise ConfigError(f"{setting.source}: {shown} is no value for {row.variable}: {error}") from None
-
-
-SECRET = ("GATEWAY_API_KEY", "UPSTREAM_TOKEN")
 ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
                       r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
 
 
-def read_env_file(path):
-    """({variable: Setting}, warnings) of a `.env` file; without a path, of the working directory's.
+class Setting(NamedTuple):
+    """What one option is set to; source is None for a default, error says why a text is no value."""
 
-    Raises ConfigError when a named file cannot be read or a line is no NAME=value."""
+    value: Any
+    source: str | None = None
+    error: str | None = None
+
+
+def load_config(args, environ, env_file=None):
+    """(Config, warnings, errors) from flags, else environment, else `.env`, else defaults.
+
+    args maps option names to the text of their flags.  An option with an error has its default."""
+    from_file, warnings, errors = read_env_file(env_file)
+    settings = {row.name: find_setting(row, args.get(row.name), environ, from_file) for row in OPTIONS}
+    errors += [setting.error for setting in settings.values() if setting.error]
+    sources = {name: setting.source for name, setting in settings.items() if setting.source}
+    values = {name: setting.value for name, setting in settings.items()}
+    return Config(**values, sources=sources), warnings, errors
+
+
+def find_setting(row, from_flag, environ, from_file):
+    """The Setting of an option.  An empty variable counts as not set."""
+    if from_flag is not None:
+        text, source = from_flag, row.flag
+    elif environ.get(row.variable, "").strip():
+        text, source = environ[row.variable], f"environment variable {row.variable}"
+    elif row.variable in from_file:
+        text, source = from_file[row.variable]
+    else:
+        return Setting(row.default)
+    try:
+        return Setting(row.parse(text), source)
+    except ValueError as error:
+        shown = "..." if row.variable in SECRET else repr(text)
+        return Setting(row.default, source, f"{source}: {shown} is no value for {row.variable}: {error}")
+
+
+def read_env_file(path):
+    """({variable: (text, source)}, warnings, errors) of a `.env` file; without a path, of the one in the
+    working directory, which need not be there."""
+    found: dict[str, tuple] = {}
     try:
         content = Path(path or ".env").read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
-        if path is None:
-            unread = isinstance(error, PermissionError)
-            return {}, [f".env cannot be read ({error.strerror}): what stands in it does not count"] * unread
-        raise ConfigError(f"--env-file {path}: {error.strerror}; name a file that can be read") from None
-    variables = [row.variable for row in OPTIONS]
-    found, warnings = {}, []
+        if path is not None:
+            return found, [], [f"--env-file {path}: {error.strerror}; name a file that can be read"]
+        unread = isinstance(error, PermissionError)
+        return found, [f".env cannot be read ({error.strerror}): its lines do not count"] * unread, []
+    variables, warnings, errors = [row.variable for row in OPTIONS], [], []
     for line_number, line in enumerate(content.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         source, match = f"{path or '.env'} line {line_number}", ENV_LINE.match(line)
         if not match:
-            raise ConfigError(f"{source}: not of the form NAME=value; mend the line or put # before it")
-        name, value = match[1], next((part for part in match.groups()[1:] if part is not None), "")
-        if name in variables:
-            if value.strip():
-                found[name] = Setting(value, source)
-        elif name.startswith(PREFIXES):
-            nearest = difflib.get_close_matches(name, variables, 1, 0.5)
-            warnings.append(f"{source}: {name} is not a known option"
-                            + (f"; did you mean {nearest[0]}?" if nearest else ""))
-    return found, warnings
+            errors.append(f"{source}: not of the form NAME=value; mend the line or put # before it")
+            continue
+        name, text = match[1], next((part for part in match.groups()[1:] if part is not None), "")
+        if name in variables and text.strip():
+            found[name] = (text, source)
+        elif name not in variables and name.startswith(PREFIXES):
+            warnings.append(f"{source}: {name} is not a known option{nearest(name, variables, 0.5)}")
+    return found, warnings, errors
+
+
+def nearest(word, known, cutoff=0.6):
+    """`; did you mean WORD?`, empty when nothing is near.  Dashes make no word like another."""
+    plain = {name.lstrip("-"): name for name in known}
+    near = difflib.get_close_matches(word.lstrip("-"), plain, 1, cutoff)
+    return f"; did you mean {plain[near[0]]}?" if near else ""
 
 
 def shown_default(row):
@@ -2867,11 +2835,7 @@ class Record:
     def progress_event(self, now, clock):
         """inference_progress: its state for listeners."""
         self._told = clock
-        return Event("inference_progress", {
-            "timestamp": now, "requestId": self.id, "source": self.source, "state": self.state,
-            "model": self.model or self.model_asked, "elapsedMs": round(1000 * (clock - self.clock)),
-            **self.progress(clock), **self.cached_usage(),
-            **figures(contextSize=self.context_size, contextUsed=self.context_used())})
+        return Event("inference_progress", {"timestamp": now, "requestId": self.id, **self.shown(clock)})
 
     def context_used(self):
         """Tokens in the context, None when the prompt's are unknown."""
@@ -3087,7 +3051,8 @@ class Requests:
             if record.take(event, clock):
                 told[record.id] = record
             self._look_back(record, event, clock)
-        return list(told.values())
+        told.update((record.id, record) for record in self.changed if record.source == "lmstudio")
+        return list(told.values())  # a chat beside us has no other event that says its end
 
     def bound(self):
         """How the requests that are over were bound, as far as is known by now."""
@@ -3802,7 +3767,7 @@ class Hub:
         self.publish(events)
         for record in told:
             with self._lock:
-                running = record.ended is None
+                running = record.ended is None or record.source == "lmstudio"
                 bells = self._append_event(record.progress_event(self.now(), clock)) if running else ()
             wake(bells)
         self._give(rows)
@@ -6553,7 +6518,11 @@ def log_status(monitor):
 
 
 def requests_list(gateway, request):
-    return json_response({"requests": gateway.hub.shown(gateway.config.requests_kept)})
+    """`?client=` keeps the requests whose address, key, user or program has this text in it."""
+    sought, rows = request.query.get("client", "").lower(), gateway.hub.shown(gateway.config.requests_kept)
+    who = ("client", "key", "user", "userAgent")
+    return json_response({"requests": [
+        row for row in rows if any(sought in str(row.get(name) or "").lower() for name in who)]})
 
 
 def request_detail(gateway, request):
@@ -7181,15 +7150,13 @@ def shut(sock):
 
 
 # === 8. DEMO: an imitation of LM Studio ======================================
-# Answers inferences in each dialect as LM Studio does and writes the log that the newest llama.cpp engine
-# writes.  It serves --demo and the tests; nothing here is used beside the real LM Studio.
+# Answers inferences as LM Studio does, in the dialects that the README shows, and writes the log that the
+# newest llama.cpp engine writes.  It serves --demo and the tests, and nothing beside the real LM Studio.
 
 DEMO_MODELS = ("demo/kestrel-8b", "demo/wren-2b")
 DEMO_TEXT = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
-             "upstairs reads aloud from a letter about copper, rivers and the price of bread.")
-DEMO_WORDS = DEMO_TEXT.split()
-DEMO_PROMPTS = ("Summarise the minutes of the garden club.", "Why is the sky dark at night?",
-                "Write a haiku about a patient printer.", "Which of these invoices is overdue?")
+             "upstairs reads aloud from a letter about copper, rivers and the price of bread. ")
+DEMO_WORDS = re.findall(r"\S+ ", DEMO_TEXT)
 
 
 class DemoLog:
@@ -7199,26 +7166,17 @@ class DemoLog:
         self.directory = directory
         self._lock = threading.Lock()  # entries do not mix
         self._started = time.monotonic()
-        self._tasks = itertools.count(1)
-
-    def task(self):
-        return next(self._tasks)
 
     def write(self, level, text, tag=""):
         """Append one entry; its continuation lines are in text."""
         now = time.localtime()
         path = Path(self.directory, time.strftime("%Y-%m", now), time.strftime("%Y-%m-%d.1.log", now))
-        space = "" if tag or text.startswith("[") else " "
-        label = f"[{tag}] " if tag else ""
-        entry = f"[{time.strftime('%Y-%m-%d %H:%M:%S', now)}][{level}]{space}{label}{text}\n"
+        label = f"[{tag}] " if tag else "" if text.startswith("[") else " "
+        entry = f"[{time.strftime('%Y-%m-%d %H:%M:%S', now)}][{level}]{label}{text}\n"
         with self._lock:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(entry)
-
-    def request(self, path, body):
-        shown = json.dumps(body, indent=2, ensure_ascii=False)
-        self.write("DEBUG", f"Received request: POST to {path} with body {shown}")
 
     def engine(self, *lines):
         """One entry of engine lines, each after the engine's clock."""
@@ -7227,78 +7185,61 @@ class DemoLog:
         self.write("DEBUG", "\n".join(clock + line for line in lines))
 
 
-class NoLog(DemoLog):
-    """Of a completion that is no chat, the log has the request alone."""
-
-    def write(self, level, text, tag=""):
-        pass
-
-
 def demo_texts(body):
-    """What a request of any dialect asks, as a list of texts."""
-    asked = body.get("messages") or body.get("input") or body.get("prompt")
-    asked = [asked] if isinstance(asked, str) else asked if isinstance(asked, list) else []
-    return [str(item.get("content") if isinstance(item, dict) else item) for item in asked]
+    """The texts of a request's messages."""
+    return [str(message.get("content")) for message in listed(body.get("messages"))]
 
 
 class DemoRun:
     """One answer in the imitation: the same figures in it and in its log."""
 
-    def __init__(self, server, path, body):
-        self.log = server.demo_log if DIALECTS[path].joined else NoLog(server.demo_log.directory)
-        self.server, self.path, self.body = server, path, body
+    def __init__(self, server, path, body, alive):
+        self.server, self.log, self.path, self.body, self._alive = server, server.log, path, body, alive
         self.model = body.get("model") if body.get("model") in DEMO_MODELS else DEMO_MODELS[0]
         self.stream = body.get("stream") is True
-        self.created = int(time.time())
-        self.id = "chatcmpl-" + secrets.token_hex(12)
+        self.created, self.id = int(time.time()), secrets.token_hex(12)
         self.texts = demo_texts(body)
-        self.prompt = max(40, server.prompt_tokens or 400 + 7 * sum(map(len, self.texts)))
-        self.cached = int(self.prompt * server.cached_share)
-        limit = body.get("max_tokens") or body.get("max_completion_tokens") or body.get("max_output_tokens")
-        self.completion = (min(server.answer_tokens, limit) if isinstance(limit, int) and limit > 0
-                           else server.answer_tokens)
-        self.task = server.demo_log.task()
+        limit = body.get("max_tokens")
+        self.completion = limit if isinstance(limit, int) and 0 < limit < 500 else server.answer_tokens
+        self.prompt = 400 + 7 * len("".join(self.texts))
+        self.task = next(server.tasks)
         self.slot = f"id  {self.task % 4} | task {self.task} | "
 
     def received(self):
-        self.server.demo_log.request(self.path, self.body)
+        shown = json.dumps(self.body, indent=2, ensure_ascii=False)
+        self.log.write("DEBUG", f"Received request: POST to {self.path} with body {shown}")
         self.log.write("INFO", f"Running chat completion on conversation with {len(self.texts)} messages.",
                        self.model)
         if self.stream:
             self.log.write("INFO", "Streaming response...", self.model)
-        elif self.path == "/v1/responses":
-            self.log.write("INFO", "Generating synchronous v1/responses response...", self.model)
 
-    def read_prompt(self, alive):
-        """The prompt phase, in steps of a batch; stops when alive() is False."""
+    def read_prompt(self):
+        """The prompt phase, a batch at a time, after the part that the model has from its last prompt.  False
+        when the client has left."""
+        self.cached = self.server.cached(self.model, "".join(self.texts), self.prompt)
         self.log.engine(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
                         " repeat_last_n = 64, repeat_penalty = 1.000, presence_penalty = 0.000\n"
                         " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
                         " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
         self.log.engine(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
-                        f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 8192, n_keep = 20, "
+                        f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 32768, n_keep = 20, "
                         f"task.n_tokens = {self.prompt}",
                         f"slot   operator(): {self.slot}cached n_tokens = {self.cached}, memory_seq_rm "
                         f"[{self.cached}, end)")
-        self.progress(0)
-        steps = self.server.prompt_steps
-        for step in range(1, steps + 1):
-            if not alive() or self.server.pause(self.server.step_s):
+        for read in (0, *range(self.cached + self.server.batch, self.prompt, self.server.batch), self.prompt):
+            if read and (not self._alive() or self.server.stopping.wait(self.server.batch_s)):
                 return False
-            self.progress(100 * (self.cached + (self.prompt - self.cached) * step / steps) / self.prompt)
+            self.log.write("INFO", f"Prompt processing progress: {100 * read / self.prompt:.1f}%", self.model)
         self.log.engine(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, "
                         f"tokens: text = {self.prompt}, total = {self.prompt}")
         return True
 
-    def progress(self, percent):
-        self.log.write("INFO", f"Prompt processing progress: {percent:.1f}%", self.model)
-
-    def tokens(self, alive):
-        """The words of the answer, one after the other at the imitation's speed."""
+    def words(self):
+        """The words of the answer at the imitation's speed, until the client has left."""
         for count in range(self.completion):
-            if not alive() or self.server.pause(self.server.token_s):
+            if self.server.stopping.wait(self.server.token_s) or not self._alive():
                 return
-            yield DEMO_WORDS[count % len(DEMO_WORDS)] + " "
+            yield DEMO_WORDS[count % len(DEMO_WORDS)]
 
     def timing(self, name, spent_ms, tokens):
         each_ms, speed = spent_ms / max(1, tokens), 1000 * tokens / spent_ms
@@ -7308,7 +7249,7 @@ class DemoRun:
     def finished(self):
         """The engine's timings and the app's last line."""
         fresh = self.prompt - self.cached
-        read_ms = max(0.01, 1000 * self.server.step_s * self.server.prompt_steps)
+        read_ms = max(0.01, 1000 * self.server.batch_s * math.ceil(fresh / self.server.batch))
         write_ms = max(0.01, 1000 * self.server.token_s * self.completion)
         self.log.engine(self.timing("prompt eval time", read_ms, fresh),
                         self.timing("       eval time", write_ms, self.completion),
@@ -7319,14 +7260,14 @@ class DemoRun:
                         "srv  update_slots: all slots are idle")
         if self.stream:
             self.log.write("INFO", "Finished streaming response", self.model)
-        elif self.path == "/v1/responses":
-            shown = json.dumps(response_whole(self, ""), indent=2)
-            self.log.write("INFO", f"Generated synchronous v1/responses response: {shown}", self.model)
         else:
             self.log.write("INFO", "Model generated tool calls: []", self.model)
-            whole = native_whole if self.path == "/api/v1/chat" else chat_whole
-            shown = json.dumps(whole(self, ""), indent=2)
+            shown = json.dumps(chat_whole(self, ""), indent=2)
             self.log.write("INFO", f"Generated prediction: {shown}", self.model)
+
+    def usage(self):
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion,
+                "total_tokens": self.prompt + self.completion}
 
     def abandoned(self):
         self.log.write("INFO",
@@ -7336,91 +7277,42 @@ class DemoRun:
                         f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
                         "truncated = 0")
 
-    def usage(self, prompt="prompt_tokens", completion="completion_tokens"):
-        return {prompt: self.prompt, completion: self.completion,
-                "total_tokens": self.prompt + self.completion}
-
-    def choice(self, kind, finish, **said):
-        """A body of OpenAI's with one choice."""
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model,
-                "system_fingerprint": self.model,
-                "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": finish}]}
-
-    def last_chunk(self, kind, **said):
-        """The end of a stream of OpenAI's."""
-        yield "", self.choice(kind, "stop", **said)
-        if (self.body.get("stream_options") or {}).get("include_usage"):
-            yield "", {**self.choice(kind, None), "choices": [], "usage": self.usage()}
-        yield "", None
-
 
 # How each dialect says an answer: as a body, and as a stream's events, (name, data), the words as they come.
 
-def chat_whole(run, text):
-    message = {"role": "assistant", "content": text, "tool_calls": []}
-    return {**run.choice("chat.completion", "stop", message=message), "usage": run.usage(), "stats": {}}
+def chat_whole(run, text, **choice):
+    """A body of OpenAI's; with the members of a choice, a chunk of its stream."""
+    kind = {"object": "chat.completion.chunk"} if choice else {
+        "object": "chat.completion", "usage": run.usage(), "stats": {}}
+    choice = choice or {"message": {"role": "assistant", "content": text, "tool_calls": []}}
+    return {"id": f"chatcmpl-{run.id}", "created": run.created, "model": run.model,
+            "system_fingerprint": run.model, **kind,
+            "choices": [{"index": 0, "logprobs": None, "finish_reason": "stop", **choice}]}
 
 
-def chat_events(run, words):
-    kind = "chat.completion.chunk"
-    for word in words:
-        yield "", run.choice(kind, None, delta={"role": "assistant", "content": word})
-    yield from run.last_chunk(kind, delta={})
+def chat_events(run):
+    def chunk(delta, finish=None):
+        return chat_whole(run, "", delta=delta, finish_reason=finish)
 
-
-def completion_whole(run, text):
-    return {**run.choice("text_completion", "stop", text=text), "usage": run.usage(), "stats": {}}
-
-
-def completion_events(run, words):
-    for word in words:
-        yield "", run.choice("text_completion", None, text=word)
-    yield from run.last_chunk("text_completion", text="")
-
-
-def response_whole(run, text, over=True):
-    item = {"id": f"msg_{run.task}", "type": "message", "role": "assistant", "status": "completed",
-            "content": [{"type": "output_text", "text": text, "annotations": []}]}
-    return {"id": f"resp_{run.id[9:]}", "object": "response", "created_at": run.created, "model": run.model,
-            "status": "completed" if over else "in_progress", "error": None, "output": [item] if over else [],
-            "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
-            "usage": run.usage("input_tokens", "output_tokens") if over else None}
-
-
-def response_events(run, words):
-    numbers, text = itertools.count(), ""
-
-    def event(name, **data):
-        return f"response.{name}", {"sequence_number": next(numbers), **data}
-
-    def part(name, **data):
-        return event(name, item_id=f"msg_{run.task}", output_index=0, content_index=0, **data)
-
-    yield event("created", response=response_whole(run, "", over=False))
-    (item,) = response_whole(run, "")["output"]
-    yield event("output_item.added", output_index=0, item={**item, "status": "in_progress", "content": []})
-    yield part("content_part.added", part=item["content"][0])
-    for word in words:
-        text += word
-        yield part("output_text.delta", delta=word)
-    whole = response_whole(run, text)
-    yield part("output_text.done", text=text)
-    yield part("content_part.done", part=whole["output"][0]["content"][0])
-    yield event("output_item.done", output_index=0, item=whole["output"][0])
-    yield event("completed", response=whole)
+    for word in run.words():
+        yield "", chunk({"role": "assistant", "content": word})
+    yield "", chunk({}, "stop")
+    if (run.body.get("stream_options") or {}).get("include_usage"):
+        yield "", {**chunk({}), "choices": [], "usage": run.usage()}
+    yield "", None
 
 
 def message_whole(run, text):
-    return {"id": f"msg_{run.id[9:]}", "type": "message", "role": "assistant", "model": run.model,
+    return {"id": f"msg_{run.id}", "type": "message", "role": "assistant", "model": run.model,
             "content": [{"type": "text", "text": text}], "stop_reason": "end_turn", "stop_sequence": None,
             "usage": {"input_tokens": run.prompt, "output_tokens": run.completion}}
 
 
-def message_events(run, words):
+def message_events(run):
     yield "message_start", {"message": {**message_whole(run, ""), "content": [], "stop_reason": None,
                                         "usage": {"input_tokens": run.prompt, "output_tokens": 0}}}
     yield "content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}}
-    for word in words:
+    for word in run.words():
         yield "content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": word}}
     yield "content_block_stop", {"index": 0}
     yield "message_delta", {"delta": {"stop_reason": "end_turn", "stop_sequence": None},
@@ -7428,55 +7320,16 @@ def message_events(run, words):
     yield "message_stop", {}
 
 
-def native_whole(run, text):
-    return {"model_instance_id": run.model, "output": [{"type": "message", "content": text}],
-            "stats": {"input_tokens": run.prompt, "total_output_tokens": run.completion,
-                      "reasoning_output_tokens": 0, "tokens_per_second": round(1 / run.server.token_s, 2),
-                      "time_to_first_token_seconds": run.server.step_s * run.server.prompt_steps},
-            "response_id": f"resp_{run.id[9:]}"}
-
-
-def native_events(run, words):
-    text = ""
-    yield "chat.start", {"model_instance_id": run.model}
-    yield "message.start", {}
-    for word in words:
-        text += word
-        yield "message.delta", {"content": word}
-    yield "message.end", {}
-    yield "chat.end", {"result": native_whole(run, text)}
-
-
 DEMO_SPEECH = {  # path -> (body, events)
     "/v1/chat/completions": (chat_whole, chat_events),
-    "/api/v0/chat/completions": (chat_whole, chat_events),
-    "/v1/completions": (completion_whole, completion_events),
-    "/v1/responses": (response_whole, response_events),
     "/v1/messages": (message_whole, message_events),
-    "/api/v1/chat": (native_whole, native_events),
 }
-
-
-def demo_embeddings(body):
-    """A vector for each text, always the same; as base64 where the client wants it (OpenAI's SDK does)."""
-    vectors = []
-    for text in demo_texts(body):
-        source = random.Random(text)
-        vector = [source.uniform(-0.1, 0.1) for _ in range(128)]
-        packed = base64.b64encode(struct.pack("<128f", *vector)).decode()
-        vectors.append(packed if body.get("encoding_format") == "base64" else vector)
-    tokens = sum(len(text) // 4 + 1 for text in demo_texts(body))
-    return {"object": "list", "model": DEMO_MODELS[0],
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens}, "data": [
-                {"object": "embedding", "index": index, "embedding": vector}
-                for index, vector in enumerate(vectors)]}
 
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
     """The imitation's answers."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = 64 * 1024
     disable_nagle_algorithm = True
     server: DemoServer
 
@@ -7484,8 +7337,8 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         if self.path == "/lmstudio-greeting":
             return self._json({"lmstudio": True})
         if self.path in ("/v1/models", "/api/v0/models"):
-            self.server.demo_log.write("DEBUG", f"Received request: GET to {self.path}")
-            self.server.demo_log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
+            self.server.log.write("DEBUG", f"Received request: GET to {self.path}")
+            self.server.log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
             models = [{"id": name, "object": "model", "owned_by": "organization_owner"}
                       for name in DEMO_MODELS]
             return self._json({"data": models, "object": "list"})
@@ -7494,82 +7347,71 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json_object(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
         path = self.path.partition("?")[0]
-        if path not in DEMO_SPEECH and path != "/v1/embeddings":
+        if path not in DEMO_SPEECH:
             return self._unexpected()
         if body is None or not demo_texts(body):
-            return self._json({"error": "a field is required: 'messages', 'input' or 'prompt'"}, 400)
-        if path == "/v1/embeddings":
-            self.server.demo_log.request(path, body)
-            return self._json(demo_embeddings(body))
-        run = DemoRun(self.server, path, body)
+            return self._json({"error": "a field is required: 'messages'"}, 400)
+        run = DemoRun(self.server, path, body, self._alive)
         run.received()
         whole, events = DEMO_SPEECH[path]
         with self.server.engine:  # one at a time, the others wait
-            return self._stream(run, events) if run.stream else self._whole(run, whole)
+            try:
+                (self._stream if run.stream else self._whole)(run, events if run.stream else whole)
+            except OSError:     # the client has left, or this server stops
+                run.abandoned()
+                self.close_connection = True
 
     def _whole(self, run, whole):
-        if run.read_prompt(self._alive):
-            content = "".join(run.tokens(self._alive))
-            if self._alive():
-                run.finished()
-                return self._json(whole(run, content.strip()))
-        return self._abandon(run)
+        content = "".join(run.words()) if run.read_prompt() else ""
+        self._insist()
+        run.finished()
+        self._json(whole(run, content.strip()))
 
     def _stream(self, run, events):
-        self.send_response(200)
-        self.send_header("X-Powered-By", "Express")
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Cache-Control", "no-cache")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        self.wfile.flush()
-        try:
-            if not run.read_prompt(self._alive):
-                return self._abandon(run)
-            for name, data in events(run, run.tokens(self._alive)):
-                if not self._alive():
-                    return self._abandon(run)
-                self._event(name, data)
-            run.finished()
-            self.wfile.write(b"0\r\n\r\n")
-            return None
-        except OSError:
-            return self._abandon(run)
-
-    def _event(self, name, data):
-        """An event as a chunk; one with a name has it inside, too; no data are OpenAI's [DONE]."""
-        text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
-        event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
-        self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
-        self.wfile.flush()
+        self._head(200, "text/event-stream", "Transfer-Encoding", "chunked")
+        if run.read_prompt():
+            for name, data in events(run):
+                self._insist()
+                text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
+                event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
+                self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
+        self._insist()
+        run.finished()
+        self.wfile.write(b"0\r\n\r\n")
 
     def _alive(self):
-        if self.server.stopping.is_set():
-            return False
-        return not has_left(self.connection)
+        return not self.server.stopping.is_set() and not has_left(self.connection)
 
-    def _abandon(self, run):
-        run.abandoned()
-        self.close_connection = True
+    def _insist(self):
+        """Raises OSError when nobody waits for the answer any more."""
+        if not self._alive():
+            raise BrokenPipeError
+
+    def _head(self, status, kind, name, value):
+        self.send_response(status)
+        for header in (("X-Powered-By", "Express"), ("Content-Type", kind), (name, value)):
+            self.send_header(*header)
+        self.end_headers()
 
     def _json(self, value, status=200):
         data = json.dumps(value, indent=2).encode()
-        self.send_response(status)
-        self.send_header("X-Powered-By", "Express")
-        self.send_header("Content-Type", "application/json; charset=utf-8")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+        self._head(status, "application/json; charset=utf-8", "Content-Length", str(len(data)))
         self.wfile.write(data)
 
     def _unexpected(self):
         """LM Studio's answer to a path that it does not know: 200 with an error (all versions up to
         1.1.7)."""
         what = f"Unexpected endpoint or method. ({self.command} {self.path})"
-        self.server.demo_log.write("ERROR", what + ". Returning 200 anyway")
+        self.server.log.write("ERROR", what + ". Returning 200 anyway")
         self._json({"error": what})
 
     def log_message(self, format, *args):
         pass
+
+
+def start_thread(body, *args, name):
+    """Start a thread that does not hold up the end of the process."""
+    threading.Thread(target=body, args=args, name=name, daemon=True).start()
 
 
 class DemoServer(http.server.ThreadingHTTPServer):
@@ -7577,24 +7419,29 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 128
+    batch, answer_tokens = 512, 60  # tokens
 
-    def __init__(self, directory, step_s=0.35, token_s=0.03):
+    def __init__(self, directory, batch_s=0.8, token_s=0.03):
         super().__init__(("127.0.0.1", 0), DemoHandler)
-        self.demo_log = DemoLog(directory)
+        self.log, self.tasks = DemoLog(directory), itertools.count(1)
         self.engine = threading.Semaphore(1)
         self.stopping = threading.Event()
-        self.pause = self.stopping.wait
-        self.step_s, self.token_s = step_s, token_s
-        self.prompt_steps, self.prompt_tokens, self.answer_tokens, self.cached_share = 6, 0, 60, 0.3
+        self.batch_s, self.token_s = batch_s, token_s
+        self._prompts: dict[str, str] = {}   # model -> its last prompt
+
+    def cached(self, model, prompt, tokens):
+        """Tokens of a prompt that the model has from its last one: those of the same beginning."""
+        same = os.path.commonprefix([prompt, self._prompts.get(model, "")])
+        self._prompts[model] = prompt
+        return min(tokens - 1, 400 + 7 * len(same)) if same else 0
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def start(self):
-        self.demo_log.write("INFO", f"Success! HTTP server listening on port {self.server_address[1]}",
-                            SERVER_TAG)
-        threading.Thread(target=self.serve_forever, args=(0.05,), name="demo-server", daemon=True).start()
+        self.log.write("INFO", f"Success! HTTP server listening on port {self.server_address[1]}", SERVER_TAG)
+        start_thread(self.serve_forever, 0.05, name="demo-server")
 
     def stop(self):
         self.stopping.set()
@@ -7602,21 +7449,49 @@ class DemoServer(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
+class DemoClient(NamedTuple):
+    """One kind of request in the demo's own traffic."""
+
+    agent: str
+    model: str
+    prompt: str
+    answer_tokens: int
+    stream: bool = True
+    read_bytes: int | None = None   # then it leaves
+
+
+LONG = "The minutes of the garden club, all years. " * 78  # some 24,000 tokens: 37 s to read
+DEMO_STORY = (
+    DemoClient("backup.sh", DEMO_MODELS[1], "Why is the sky dark at night?", 20),
+    DemoClient("OpenWebUI (anna)", DEMO_MODELS[0], "Write a haiku about a patient printer.", 60),
+    DemoClient("Continue (ben)", DEMO_MODELS[0], "Which of these invoices is overdue? " * 12, 80),
+    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "Summarise them.", 90),
+    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "And who was absent most often?", 60),
+    DemoClient("claude-cli (dora)", DEMO_MODELS[0], "Tell me a very long story. " * 9, 400, read_bytes=9000),
+    DemoClient("n8n", DEMO_MODELS[0], "", 40, stream=False),    # refused: it asks nothing
+    DemoClient("n8n", DEMO_MODELS[0], "Sort these letters by urgency. " * 5, 40, stream=False),
+)
+
+
 def demo_traffic(address, key, pause):
-    """Thread body: a little traffic of its own, until pause(seconds) returns True.  It begins at once with
-    a short answer; some clients leave."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    """Thread body: the requests of DEMO_STORY over and over, until pause(seconds) returns True.  A short
+    answer comes first; what follows soon stands in a queue."""
     for number in itertools.count():
-        if pause(random.uniform(1.5, 4.0) if number else 0.3):
+        if pause(random.uniform(2.0, 6.0) if number else 0.3):
             return
-        body = {"model": DEMO_MODELS[number % 2], "stream": number % 3 != 2,
-                "max_tokens": random.randrange(20, 90) if number else 20,
-                "messages": [{"role": "system", "content": "You are brief."} for _ in range(number % 2)]
-                + [{"role": "user", "content": random.choice(DEMO_PROMPTS) * random.randrange(1, 5)}]}
-        sent = urllib.request.Request(address + "/v1/chat/completions", json.dumps(body).encode(),
-                                      {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
-        with contextlib.suppress(*BROKEN), opener.open(sent, timeout=60) as answer:
-            answer.read(700 if number % 7 == 6 else None)
+        start_thread(demo_request, address, key, DEMO_STORY[number % len(DEMO_STORY)], name="demo-client")
+
+
+def demo_request(address, key, client):
+    """One request of the story."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    messages = [{"role": "user", "content": client.prompt}] if client.prompt else []
+    body = {"model": client.model, "stream": client.stream, "max_tokens": client.answer_tokens,
+            "messages": messages}
+    sent = urllib.request.Request(address + "/v1/chat/completions", json.dumps(body).encode(), {
+        "Content-Type": "application/json", "Authorization": f"Bearer {key}", "User-Agent": client.agent})
+    with contextlib.suppress(*BROKEN), opener.open(sent, timeout=600) as answer:
+        answer.read(client.read_bytes)
 
 
 # === 9. COMMAND ==============================================================
@@ -7626,7 +7501,7 @@ def demo_traffic(address, key, pause):
 
 def lenient_streams(encoding=None):
     """Whatever a log holds can be printed: Windows' cp1252 has no place for much of it."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(encoding=encoding, errors="backslashreplace")  # type: ignore[union-attr]
 
@@ -7641,73 +7516,92 @@ def closed_pipe():
 class OneLine(logging.Formatter):
     """A message is one line, whatever names and errors others put into it; a fault's traceback follows."""
 
-    _second, _text = -1, ""  # of the latest line; one thread at a time writes
-
-    def formatTime(self, record, datefmt=None):
-        if int(record.created) != self._second:
-            self._second, self._text = int(record.created), super().formatTime(record, datefmt)
-        return self._text
-
     def formatMessage(self, record):
         record.message = record.message.translate(CONTROL)
         return super().formatMessage(record)
 
 
-class Together(logging.Handler):
-    """Who logs while another thread writes leaves the line to that one: nobody waits for the log, and under
-    load one write takes many lines.  Comes before a Handler of the standard library's that writes them.
-    Where the log is taken so slowly that MOST lines wait, who logs waits, too."""
+class OwnLogFile(logging.handlers.RotatingFileHandler):
+    """LOG_FILE, readable by its owner only.  The first line that cannot be written is said on stderr."""
+
+    failed = False
+
+    def _open(self):
+        return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors,
+                    opener=lambda path, flags: os.open(path, flags, 0o600))
+
+    def handleError(self, record):
+        if not self.failed:
+            self.failed = True
+            print(f"lmgateway: {self.baseFilename}: {error_text(sys.exc_info()[1])}; lines of our log are "
+                  "missing in it", file=sys.stderr)
+
+
+class LogQueue(logging.handlers.QueueHandler):
+    """Takes records in for a LogWriter and never waits: beyond MOST of them they are lost, and counted."""
 
     MOST = 10_000
+    lost = 0    # guarded by the handler's lock
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self._waiting: deque[logging.LogRecord] = deque()
-        self._writing = threading.Lock()
+    def prepare(self, record):
+        return record   # it stays in this process
+
+    def enqueue(self, record):
+        if self.queue.qsize() < self.MOST:  # type: ignore[attr-defined]
+            self.queue.put_nowait(record)
+        else:
+            self.lost += 1
+
+
+class LogWriter(logging.handlers.QueueListener):
+    """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for
+    whoever reads stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
+
+    END_S = 1.0     # for what is left to write
+
+    def __init__(self, handler):
+        self._lines: Any = queue.SimpleQueue()
+        super().__init__(self._lines, handler)
+        self._entrance = LogQueue(self._lines)
+
+    def __enter__(self):
+        log.handlers = [self._entrance]
+        # A program ends with its terminal; SimpleQueue.put may be called by a signal handler.
+        lone = isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)
+        if lone and hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, lambda number, frame: self._lines.put(self.handlers[0].close))
+        self.start()
 
     def handle(self, record):
-        self._waiting.append(record)
-        while self._waiting and self._writing.acquire(blocking=len(self._waiting) > self.MOST):
-            self._write()
-        return True
+        if callable(record):
+            record()    # close: the next line opens it anew
+            return
+        super().handle(record)
+        if self._entrance.lost:
+            with self._entrance.lock:   # type: ignore[union-attr]
+                lost, self._entrance.lost = self._entrance.lost, 0
+            super().handle(logging.makeLogRecord({
+                "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"}))
 
-    def _write(self):  # lock held; it is given back
-        try:
-            batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
-            if batch:
-                super().handle(logging.makeLogRecord({"batch": batch}))
-        finally:
-            self._writing.release()
-
-    def format(self, record):
-        form: Any = self.formatter
-        return "\n".join(map(form.format, record.batch))
-
-    def close(self):
-        """At the end of the program: what a thread has left to another one is written."""
-        if self._writing.acquire(timeout=1.0):
-            self._write()
-        super().close()
-
-
-class StreamLog(Together, logging.StreamHandler):
-    pass
-
-
-class FileLog(Together, logging.handlers.RotatingFileHandler):
-    pass
+    def __exit__(self, kind, error, traceback):
+        """Write what is left.  A stream that takes nothing would also hold up the interpreter's own end."""
+        log.handlers = list(self.handlers)
+        ending = threading.Thread(target=self.stop, daemon=True)
+        ending.start()
+        ending.join(self.END_S)
+        if ending.is_alive():
+            os._exit(0 if kind is None else 1)
 
 
 def set_up_logging(config):
     """2025-11-17 12:00:00 [info]: message, on stderr or in LOG_FILE.  Raises ConfigError."""
     for number, name in ((10, "debug"), (20, "info"), (30, "warn"), (40, "error")):
         logging.addLevelName(number, name)
-    handler: logging.Handler = StreamLog()
+    handler: logging.Handler = logging.StreamHandler()
     if config.log_file:
         try:
-            handler = FileLog(
-                config.log_file, maxBytes=5_000_000, backupCount=3, encoding="utf-8",
-                errors="backslashreplace")
+            handler = OwnLogFile(config.log_file, maxBytes=5_000_000, backupCount=3, encoding="utf-8",
+                                 errors="backslashreplace")
         except OSError as error:
             raise ConfigError(f"{config.named('log_file')}: {error_text(error)}; name a file that "
                               "can be written") from None
@@ -7715,8 +7609,8 @@ def set_up_logging(config):
     log.handlers, log.propagate = [handler], False
     log.setLevel(LEVELS[config.log_level])
     logging.raiseExceptions = False  # a log that cannot be written is no reason for a traceback
-    # No line of ours says where it was made: that would be a third of its cost (Python's Logging HOWTO,
-    # "Optimization").
+    # No line of ours names its place in the code: that would be a third of its cost (Python's Logging
+    # HOWTO, "Optimization").
     logging._srcfile = None  # type: ignore[attr-defined]
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
@@ -7796,11 +7690,8 @@ UNSEEN = (*range(32), *range(127, 160), 0x200E, 0x200F, 0x2028, 0x2029, *range(0
           *range(0x2066, 0x206A))
 CONTROL = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
            for code in UNSEEN}  # and marks that turn text round
-COLOURS = {"lmstudio_error": "31", "error": "31", "lmstudio_chat_start": "36", "inference_start": "36",
-           "lmstudio_chat_end": "32", "inference_complete": "32", "lmstudio_prompt_progress": "33",
-           "inference_progress": "33", "lmstudio_log": "2", "gap": "35"}
 PROGRESS = ("lmstudio_prompt_progress", "inference_progress")  # on a terminal the cards show these
-TICK_S = 0.5  # the cards' clocks are redrawn so often
+ODD = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)    # another version's data
 
 
 def printable(text):
@@ -7808,20 +7699,29 @@ def printable(text):
     return str(text).translate(CONTROL)
 
 
+def chosen_events(text):
+    """A predicate of event names for --events: `a,b` keeps only these, `-a` leaves one out."""
+    names = words(text or "")
+    keep = {name for name in names if not name.startswith("-")}
+    leave = {name[1:] for name in names if name.startswith("-")}
+    return lambda name: name not in leave and (not keep or name in keep)
+
 
 class Printer:
     """Events as JSON lines, or as aligned lines for people.  Flushes after each batch.
 
     On a terminal with live, the running requests stand below the lines as cards, redrawn in place."""
 
-    def __init__(self, out, as_json, names, live):
-        self._out, self._json, self._names = out, as_json, frozenset(names)
+    TICK_S = 0.5    # the cards' clocks are redrawn so often
+
+    def __init__(self, out, as_json, chosen, live):
+        self._out, self._json, self._chosen = out, as_json, chosen
         self._epoch, self._seq = secrets.token_hex(4), 0
         capable = is_terminal(out) and not as_json
         if capable and os.name == "nt":
             os.system("")  # Windows' console understands escape sequences from here on
         self._colour = capable and not os.environ.get("NO_COLOR")
-        self._cards: Any = Cards(bar_marks(out.encoding)) if capable and live else None
+        self.cards: Any = Cards(bar_marks(out.encoding)) if capable and live else None
         self._inline = capable and not live     # progress is redrawn in its line
         self._unended = False  # such a line stands there
         self._drawn = []  # the lines of the cards that stand on the screen
@@ -7836,12 +7736,12 @@ class Printer:
         """Print (id, event) pairs."""
         parts = []
         for event_id, event in identified:
-            if self._cards:
-                self._cards.take(event, time.monotonic())
-            if not self._names or event.name in self._names:
+            if self.cards:
+                self.cards.take(event, time.monotonic())
+            if self._chosen(event.name):
                 parts.append(json_line(event_id, event) if self._json else self._line(event))
         text = "".join(parts)
-        if self._cards:
+        if self.cards:
             text = self._screen(text)
         if text:
             self._out.write(text)
@@ -7849,36 +7749,38 @@ class Printer:
 
     def tick(self):
         """To be called often: redraws the cards now and then, for their clocks."""
-        if self._cards and time.monotonic() - self._ticked >= TICK_S:
+        if self.cards and time.monotonic() - self._ticked >= self.TICK_S:
             self.write([])
 
     def finish(self):
         """Take the cards off the screen."""
         if self._drawn or self._unended:
-            self._out.write(rubbed_out(self._drawn, shutil.get_terminal_size()) + "\n" * self._unended)
+            self._out.write(erasure(self._drawn, shutil.get_terminal_size()) + "\n" * self._unended)
             self._out.flush()
             self._drawn, self._unended = [], False
 
     def _screen(self, text):
-        """What the terminal needs to show text above the cards; empty when nothing changed."""
+        """The bytes that show text above the cards; empty when nothing changed."""
         size, self._ticked = shutil.get_terminal_size(), time.monotonic()
-        cards = self._cards.lines(self._ticked, size.columns - 1, size.lines - 1)
+        cards = self.cards.lines(self._ticked, size.columns - 1, size.lines - 1)
         if not text and cards == self._drawn:
             return ""
-        text = rubbed_out(self._drawn, size) + text + "".join(
+        text = erasure(self._drawn, size) + text + "".join(
             self._painted(line, CARD_COLOURS.get(line.partition(" ")[0], "0")) for line in cards)
         self._drawn = cards
         return text
 
     def _line(self, event):
-        if self._cards and shown_on_cards(event):
+        """A line for people.  What may be redrawn, and an excerpt of the log, is cut at the edge of a
+        terminal; any other line goes on in the next row."""
+        if self.cards and shown_on_cards(event):
             return ""
         time_of_day = printable(str(event.data.get("timestamp", ""))[11:19])
         name = printable(event.name.replace("lmstudio_", ""))
         line = f"{time_of_day:8}  {name:18}  {summary(event)}".rstrip()
-        if self._cards or self._inline:
+        if (self.cards or self._inline) and event.name in (*PROGRESS, "lmstudio_log"):
             line = clipped(line, shutil.get_terminal_size().columns - 1)
-        painted = self._painted(line, COLOURS.get(event.name, "0"))
+        painted = self._painted(line, EVENTS[event.name].colour if event.name in EVENTS else "0")
         return self._in_place(event, painted) if self._inline else painted
 
     def _in_place(self, event, painted):
@@ -7908,7 +7810,7 @@ def shown_on_cards(event):
     return event.name in PROGRESS
 
 
-def rubbed_out(lines, size):
+def erasure(lines, size):
     """The escape sequence that removes lines just above the cursor, also once the terminal is narrower."""
     rows = sum(max(1, -(-width_of(line) // max(1, size.columns))) for line in lines)
     return f"\r\x1b[{min(rows, max(1, size.lines - 1))}A\x1b[J" if lines else ""
@@ -7942,143 +7844,31 @@ def bar_marks(encoding):
     return "\u2588\u2591"
 
 
-CARD_FACTS = {  # event -> {the card's name of a fact: the event's}
-    "inference_start": {name: name for name in ("model", "path", "client", "key")},
-    "inference_progress": {name: name for name in (
-        "model", "state", "percent", "promptTokens", "promptTokensRead", "promptTokensPerSecond", "etaMs",
-        "outputTokens", "outputTokensPerSecond", "cachedTokens", "contextSize", "elapsedMs")},
-    "lmstudio_chat_start": {"model": "model", "messages": "messages"},
-    "lmstudio_token_info": {"promptTokens": "totalPromptTokens", "contextSize": "n_ctx"},
-    "lmstudio_cache_stats": {"cachedTokens": "reused", "promptTokens": "total"},
-    "lmstudio_prompt_progress": {"model": "model", "percent": "progress"},
-    "lmstudio_prediction_stats": {"outputTokens": "completionTokens",
-                                  "outputTokensPerSecond": "tokensPerSecond"},
-}
-CARD_STATES = {"inference_start": "waiting", "lmstudio_chat_start": "waiting",
-               "lmstudio_processing_start": "prompt",
-               "lmstudio_prompt_progress": "prompt", "lmstudio_generation_start": "generating"}
 CARD_COLOURS = {"PREFILL": "33", "WRITE": "32", "WAIT": "36", "cache": "2"}
-STALE_S = 3600  # a request of which nothing was heard for so long is taken off the screen
-
-
-class Card:
-    """What the events have told of one running request.  Times are readings of the caller's clock."""
-
-    def __init__(self, key, now):
-        self.key, self.began, self.heard = key, now, now
-        self.facts: dict[str, Any] = {"state": "waiting"}
-        self.first: Any = None  # (time, percent) of the first progress
-        self.latest: Any = None  # and of the latest
-        self.spoken: Any = None  # when it began to generate
-
-    def take(self, event, now):
-        self.heard, data = now, event.data
-        self.facts.update({ours: data[theirs] for ours, theirs in CARD_FACTS.get(event.name, {}).items()
-                           if usable_fact(ours, data.get(theirs))})
-        state = CARD_STATES.get(event.name)
-        if state and not (self.facts["state"] == "generating" and data.get("progress") == 100):
-            self.facts["state"] = state
-        if event.name in PROGRESS and "percent" in self.facts:
-            self.latest = (now, self.facts["percent"])
-            if self.first is None or self.first[1] > self.latest[1]:
-                self.first = self.latest
-        if event.name == "inference_progress" and "elapsedMs" in self.facts:
-            self.began = now - self.facts["elapsedMs"] / 1000
-        if self.facts["state"] == "generating":
-            self.spoken = self.spoken or now
-
-    def speed(self):
-        """Percent of the prompt that are read in a second, by the events' own times; None when unknown."""
-        if not self.latest or self.latest[0] <= self.first[0] or self.latest[1] <= self.first[1]:
-            return None
-        return (self.latest[1] - self.first[1]) / (self.latest[0] - self.first[0])
-
-    def lines(self, now, marks):
-        """The card: who, what it does, and what its cache and context hold."""
-        facts, total = self.facts, self.facts.get("promptTokens")
-        who = [facts.get("model") or "(model not named)",
-               *(facts[name] for name in ("key", "client", "path") if facts.get(name))]
-        elapsed = f"elapsed {duration(now - self.began)}"
-        if facts["state"] == "prompt":
-            doing = self._prefill(now, marks, elapsed)
-        elif facts["state"] == "generating":
-            doing = ["WRITE", counted(facts.get("outputTokens"), "tok"),
-                     per_second(facts.get("outputTokensPerSecond")), f"for {duration(now - self.spoken)}",
-                     elapsed]
-        else:
-            doing = ["WAIT", "" if facts["state"] == "waiting" else facts["state"], elapsed]
-        held = []
-        if total and facts.get("cachedTokens") is not None:
-            held.append(f"cache    {facts['cachedTokens']:,} of {total:,} prompt tokens reused "
-                        f"({100 * facts['cachedTokens'] / total:.0f} %)")
-            if facts.get("contextSize"):
-                used = total + (facts.get("outputTokens") or 0)
-                held.append(f"context {used:,} of {facts['contextSize']:,}")
-        rows = ["  ".join(who), "  ".join(filter(None, doing)), "  ".join(held)]
-        return [printable(row) for row in rows if row]
-
-    def _prefill(self, now, marks, elapsed):
-        facts, speed = self.facts, self.speed()
-        percent, total = facts.get("percent") or 0, facts.get("promptTokens")
-        full = max(0, min(20, round(percent / 5)))
-        read = facts.get("promptTokensRead", round(total * percent / 100) if total else None)
-        rate = facts.get("promptTokensPerSecond", speed * total / 100 if speed and total else None)
-        eta = facts.get("etaMs")
-        if eta is None and speed:
-            eta = 1000 * (100 - self.latest[1]) / speed
-        left = eta and f"eta {duration(max(0, eta / 1000 - (now - self.heard)))}"
-        return ["PREFILL", marks[0] * full + marks[1] * (20 - full), f"{percent:3.0f} %",
-                total and read is not None and f"{read:,}/{total:,} tok", per_second(rate), elapsed, left]
-
-
-def usable_fact(name, value):
-    """True when a card can show it: events may come from another version, or from no gateway at all."""
-    if name in ("model", "state", "path", "client", "key"):
-        return isinstance(value, str) and value != ""
-    return isinstance(value, (int, float)) and abs(value) < 1e15  # false for nan
 
 
 class Cards:
-    """The running requests, from the events of a gateway or of a log.  Pure: lines() is what to show."""
+    """The running requests, each as its latest inference_progress shows it.  Pure: lines() draws them."""
+
+    STALE_S = 3600.0    # a request that is silent for so long is taken off the screen
+    OVER = ("done", "error", "abandoned")   # the last state of a chat that no gateway has forwarded
 
     def __init__(self, marks):
         self._marks = marks
-        self._cards = {}  # key -> Card, in order of arrival
-        self._ended: deque[Any] = deque(maxlen=64)  # keys whose late lines begin nothing
+        self._cards = {}  # requestId -> (clock, record), in order of arrival
 
     def take(self, event, now):
         """Learn from one event."""
-        data = event.data
-        chat = event.chat.number if event.chat else f"log of {data.get('model')}"
-        key = str(data.get("requestId") or chat)
-        card = self._cards.get(key)
-        if self._ends(event, card):
+        key = str(event.data.get("requestId"))
+        if event.name in ("inference_complete", "error") or event.data.get("state") in self.OVER:
             self._cards.pop(key, None)
-            self._ended.append(key)
-            return
-        if event.name in ("inference_start", "lmstudio_chat_start",
-                          "lmstudio_processing_start") and key in self._ended:
-            self._ended.remove(key)
-        if card is None and (event.name in CARD_STATES
-                             or event.name == "inference_progress") and key not in self._ended:
-            card = self._cards[key] = Card(key, now)
-        if card:
-            card.take(event, now)
-
-    @staticmethod
-    def _ends(event, card):
-        """A request ends with its answer, a chat of the log with its end line, one inside the app with
-        figures."""
-        if event.name in ("inference_complete", "error"):
-            return True
-        of_log = "requestId" not in event.data
-        return of_log and (event.name == "lmstudio_chat_end" or (
-            event.name == "lmstudio_prediction_stats" and card is not None and "messages" not in card.facts))
+        elif event.name in ("inference_start", "inference_progress"):
+            self._cards[key] = (now, event.data)
 
     def lines(self, now, columns, rows):
         """At most rows lines of at most so many columns; the oldest requests first."""
-        self._cards = {key: card for key, card in self._cards.items() if now - card.heard < STALE_S}
-        blocks = [card.lines(now, self._marks) for card in self._cards.values()]
+        self._cards = {key: card for key, card in self._cards.items() if now - card[0] < self.STALE_S}
+        blocks = [card_lines(record, now - told, self._marks) for told, record in self._cards.values()]
         shown: list[str] = []
         for number, block in enumerate(blocks):
             more = len(blocks) - number
@@ -8087,6 +7877,51 @@ class Cards:
                 break
             shown += block
         return [clipped(line, max(1, columns)) for line in shown[:max(0, rows)]]
+
+
+def card_lines(record, age_s, marks):
+    """A running request in up to three lines: its client, its progress, its cache and context.
+
+    record is the data of an inference_progress that is age_s old."""
+    who = [record.get("model") or "(model not named)",
+           *(record[name] for name in ("user", "key", "client", "path") if record.get(name))]
+    try:
+        rows = [map(str, who), doing(record, age_s, marks), holding(record)]
+    except ODD:
+        rows = [map(str, who)]
+    return [printable(row) for row in map("  ".join, rows) if row]
+
+
+def doing(record, age_s, marks):
+    """The words of a card's second line."""
+    known, state = record.get("progress") or {}, record.get("state") or "waiting"
+    elapsed = f"elapsed {duration((record.get('elapsedMs') or 0) / 1000 + age_s)}"
+    left = known.get("etaMs", record.get("etaMs"))
+    eta = "" if left is None else f"eta {duration(max(0, left / 1000 - age_s))}"
+    if state == "generating":
+        words = ["WRITE", counted(known.get("outputTokens"), "tok"),
+                 per_second(known.get("outputTokensPerSecond")), elapsed]
+    elif state == "prompt":
+        percent, total, read = (known.get(name) for name in ("percent", "promptTokens", "promptTokensRead"))
+        full = max(0, min(8, round((percent or 0) / 12.5)))
+        words = ["PREFILL", marks[0] * full + marks[1] * (8 - full), f"{percent or 0:.0f} %", eta,
+                 "" if not total or read is None else f"{read:,}/{total:,} tok",
+                 per_second(known.get("promptTokensPerSecond")), elapsed]     # fits into 80 columns
+    else:
+        place = f"{record['position']} of {record['waiting']}" if record.get("position") else ""
+        words = ["WAIT", "" if state == "waiting" else str(state), place, elapsed, eta]
+    return filter(None, words)
+
+
+def holding(record):
+    """The words of a card's third line, none when the cache is unknown."""
+    cache, context = record.get("cache"), record.get("context")
+    if not cache:
+        return
+    yield (f"cache    {cache['reused']:,} of {cache['total']:,} prompt tokens reused "
+           f"({cache['percentage']:.0f} %)")
+    if context:
+        yield f"context {context['used']:,} of {context['size']:,}"
 
 
 def duration(seconds):
@@ -8106,15 +7941,19 @@ def per_second(rate):
 
 
 def summary(event):
-    """An event's data in one line for a person, without control characters."""
+    """An event's data in one line for a person: figures first, the id last, no control characters."""
     data = event.data
-    model = f"{data['model']}  " if data.get("model") else ""
     try:
-        shown = model + (SUMMARIES[event.name](data) if event.name in SUMMARIES
-                         else str(data.get("message", "")))
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):  # another version's
+        shown = EVENTS[event.name].figures(data) if event.name in EVENTS else message_of(data)
+        request_id = event.name.startswith(("inference_", "error")) and data.get("requestId")
+        shown = "  ".join(filter(None, (shown, data.get("model"), request_id)))
+    except ODD:
         shown = json.dumps(data)
     return printable(shown.replace("\n", " | ").replace("\t", " "))
+
+
+def message_of(data):
+    return str(data.get("message", ""))
 
 
 def percent_bar(data):
@@ -8122,71 +7961,88 @@ def percent_bar(data):
     return f"[{'#' * done}{'.' * (20 - done)}] {data['progress']:5.1f} %"
 
 
-def fields_of_data(**labels):
-    """A summary from fields: label=field for those that are there."""
-    return lambda data: "  ".join(f"{label} {data[field]}" for label, field in labels.items()
+def labelled(**fields):
+    """A function that shows fields of an event's data as `label value`, those that are there."""
+    return lambda data: "  ".join(f"{label} {data[field]}".strip() for label, field in fields.items()
                                   if data.get(field) is not None)
 
 
 def used_tokens(usage):
-    """645 + 39 tok: what was read and what was written."""
+    """645 + 39 tok: those of the prompt and those of the answer."""
     counts = [usage.get(name) for name in ("promptTokens", "completionTokens")]
     return " + ".join("?" if count is None else f"{count:,}" for count in counts) + " tok" if usage else ""
 
 
-SUMMARIES: dict[str, Callable[[dict], str]] = {
-    "lmstudio_log": lambda data: f"{data['level']:5}  " + data["message"].strip().partition("\n")[0][:400],
-    "lmstudio_chat_start": lambda data: f"{data['messages']} messages",
-    "lmstudio_prompt_progress": percent_bar,
-    "lmstudio_cache_stats": lambda data: (f"{data['reused']} of {data['total']} tokens from the cache "
-                                          f"({data['percentage']} %)"),
-    "lmstudio_token_info": fields_of_data(prompt="totalPromptTokens", fresh="promptTokensToDecode",
-                                          context="n_ctx", limit="n_predict"),
-    "lmstudio_sampling_params": fields_of_data(
-        temp="temp", top_k="top_k", top_p="top_p", min_p="min_p", repeat="repeat_penalty"),
-    "lmstudio_prediction_stats": fields_of_data(
-        prompt="promptTokens", output="completionTokens", read="promptTokensPerSecond",
-        wrote="tokensPerSecond", first_ms="timeToFirstTokenMs", total_ms="totalMs"),
-    "lmstudio_chat_end": lambda data: f"{data['outcome']}: {data['message'][:200]}",
-    "lmstudio_generation_start": lambda data: "prompt read, generating",
-    "lmstudio_month_transition": fields_of_data(to="newLogFile"),
-    "lmstudio_file_switch": fields_of_data(to="newLogFile"),
-    "inference_start": fields_of_data(id="requestId", path="path", client="client", key="key"),
-    "inference_progress": fields_of_data(id="requestId", state="state", percent="percent", left_ms="etaMs",
-                                         tokens="outputTokens"),
-    "inference_complete": lambda data: "  ".join(filter(None, (
-        f"id {data['requestId']}  status {data['status']}  {data['totalTimeMs'] / 1000:.1f} s",
-        used_tokens(data.get("tokenUsage") or {}), per_second(data.get("tokensPerSecond"))))),
-    "error": fields_of_data(id="requestId", what="error"),
-    "gap": fields_of_data(first="from", last="to", count="count")}
-EVENTS = {  # every event of the stream, and what it says; a test holds the README's table to it
-    "connected": "you are listening",
-    "inference_start": "a client's request goes to LM Studio",
-    "inference_progress": "how far it is, at most four times a second, once while it answers",
-    "inference_complete": "it was answered: status, times, tokens",
-    "error": "it was not: refused, failed, broken off or abandoned",
-    "lmstudio_log": "one entry of LM Studio's log, as it stands there",
-    "lmstudio_chat_start": "LM Studio took a chat on",
-    "lmstudio_sampling_params": "how the engine samples",
-    "lmstudio_token_info": "context size, prompt tokens and how many of them are to be read",
-    "lmstudio_cache_stats": "how much of the prompt was in the cache",
-    "lmstudio_processing_start": "the engine begins to read the prompt",
-    "lmstudio_prompt_progress": "how much of the prompt has been read, in percent",
-    "lmstudio_generation_start": "the prompt is read, the first token is next",
-    "lmstudio_prediction_stats": "tokens and speeds of the finished run",
-    "lmstudio_chat_end": "finished, disconnected or error",
-    "lmstudio_error": "an ERROR entry of LM Studio's own",
-    "lmstudio_file_switch": "the log goes on in a new file of the same month",
-    "lmstudio_month_transition": "the log goes on in a new month",
-    "gap": "events that this listener will never get",
-    "ping": "15 s of silence",
+def answer_figures(data):
+    return "  ".join(filter(None, (
+        f"{data['status']}  {data['totalTimeMs'] / 1000:.1f} s", used_tokens(data.get("tokenUsage") or {}),
+        per_second(data.get("tokensPerSecond")))))
+
+
+def log_line(data):
+    return f"{data['level']:5}  " + data["message"].strip().partition("\n")[0][:400]
+
+
+class EventRow(NamedTuple):
+    """One event: its line in the README, its colour on a terminal, and a function that shows its data."""
+
+    about: str
+    colour: str = "0"
+    figures: Callable[[dict], str] = message_of
+
+
+RED, GREEN, YELLOW, PURPLE, CYAN, FAINT = "31", "32", "33", "35", "36", "2"
+EVENTS = {  # every event of the stream; a test holds the README's table to it
+    "connected": EventRow("you are listening"),
+    "inference_start": EventRow(
+        "a client's request goes to LM Studio", CYAN,
+        lambda data: "  ".join(str(data[name]) for name in ("key", "client", "path") if data.get(name))),
+    "inference_progress": EventRow(
+        "how far it is, as the whole record; at most four times a second, once while it answers", YELLOW,
+        lambda data: "  ".join(doing(data, 0, "#."))),
+    "inference_complete": EventRow("it was answered: status, times, tokens", GREEN, answer_figures),
+    "error": EventRow("it was not: refused, failed, broken off or abandoned", RED,
+                      labelled(status="status", what="error")),
+    "lmstudio_log": EventRow("one entry of LM Studio's log, as it stands there", FAINT, log_line),
+    "lmstudio_chat_start": EventRow("LM Studio took a chat on", CYAN,
+                                    lambda data: f"{data['messages']} messages"),
+    "lmstudio_sampling_params": EventRow(
+        "how the engine samples", figures=labelled(temp="temp", top_k="top_k", top_p="top_p", min_p="min_p",
+                                                   repeat="repeat_penalty")),
+    "lmstudio_token_info": EventRow(
+        "context size, prompt tokens and how many of them are to be read",
+        figures=labelled(prompt="totalPromptTokens", fresh="promptTokensToDecode", context="n_ctx",
+                         limit="n_predict")),
+    "lmstudio_cache_stats": EventRow(
+        "how much of the prompt was in the cache",
+        figures=lambda data: f"{data['reused']} of {data['total']} tokens from the cache "
+                             f"({data['percentage']} %)"),
+    "lmstudio_processing_start": EventRow("the engine begins to read the prompt"),
+    "lmstudio_prompt_progress": EventRow("how much of the prompt has been read, in percent", YELLOW,
+                                         percent_bar),
+    "lmstudio_generation_start": EventRow("the prompt is read, the first token is next",
+                                          figures=lambda data: "prompt read, generating"),
+    "lmstudio_prediction_stats": EventRow(
+        "tokens and speeds of the finished run",
+        figures=labelled(prompt="promptTokens", output="completionTokens", read="promptTokensPerSecond",
+                         wrote="tokensPerSecond", first_ms="timeToFirstTokenMs", total_ms="totalMs")),
+    "lmstudio_chat_end": EventRow("finished, disconnected or error", GREEN,
+                                  lambda data: f"{data['outcome']}: {data['message'][:200]}"),
+    "lmstudio_error": EventRow("an ERROR entry of LM Studio's own", RED),
+    "lmstudio_file_switch": EventRow("the log goes on in a new file of the same month",
+                                     figures=labelled(to="newLogFile")),
+    "lmstudio_month_transition": EventRow("the log goes on in a new month",
+                                          figures=labelled(to="newLogFile")),
+    "gap": EventRow("events that this listener will never get", PURPLE,
+                    labelled(first="from", last="to", count="count")),
+    "ping": EventRow("15 s of silence"),
 }
 
 
 def events_table():
     """The README's table of events; a test holds the README to it."""
     return "\n".join(["| event | says |", "|---|---|",
-                      *(f"| `{name}` | {about} |" for name, about in EVENTS.items())])
+                      *(f"| `{name}` | {row.about} |" for name, row in EVENTS.items())])
 
 
 def readme_tables():
@@ -8198,15 +8054,28 @@ def readme_tables():
 
 
 def open_printer(args, live):
-    """A Printer on stdout that makes room for what the log says on the same terminal.  Raises StartError."""
+    """A Printer on stdout that makes room for our log on the same terminal.  Raises StartError."""
     if sys.stdout is None:
         raise StartError("there is no standard output to print to: send it to a file or a pipe")
     if args.json:
         lenient_streams("utf-8")
-    printer = Printer(sys.stdout, args.json, words(args.events or ""), live)
+    printer = Printer(sys.stdout, args.json, chosen_events(args.events), live)
     for handler in log.handlers:
         handler.addFilter(lambda record: printer.finish() or True)
     return printer
+
+
+class LogRecords:
+    """The records of the requests that a log tells of, without a gateway.  A call takes events in."""
+
+    def __init__(self):
+        self._requests = Requests("", keep=0, guess=True)
+
+    def __call__(self, events, clock=0.0):
+        """The Records that have changed, those that are over included."""
+        told = self._requests.see(events, clock)
+        over, self._requests.changed = self._requests.changed, []
+        return list({record.id: record for record in (*told, *over)}.values())
 
 
 def tail_only(args, config):
@@ -8223,16 +8092,30 @@ def tail_only(args, config):
         follower = Follower(directory, args.from_start, time.time())
         log.info("lmgateway %s, log directory: %s", VERSION, directory)
         freeze_start_up()
-        Monitor(follower).run(printer, lambda seconds: printer.tick() or stop.wait(seconds))
+        Monitor(follower).run(with_cards(printer), lambda seconds: printer.tick() or stop.wait(seconds))
         return stop.status
     finally:
         with contextlib.suppress(OSError):
             printer.finish()
 
 
+def with_cards(printer):
+    """A function that prints a log's events, and shows its chats on the printer's cards."""
+    records = LogRecords()
+
+    def publish(events):
+        if printer.cards:
+            clock = time.monotonic()
+            for record in records(events, clock):
+                printer.cards.take(record.progress_event("", clock), clock)
+        printer(events)
+
+    return publish
+
+
 @contextlib.contextmanager
 def naming_history(config):
-    """A HistoryError as a ConfigError that names --history and where it was said."""
+    """A HistoryError as a ConfigError that names --history and its source."""
     try:
         yield
     except HistoryError as error:
@@ -8240,7 +8123,7 @@ def naming_history(config):
 
 
 def report(args, config):
-    """--report: what was used by day and model, from PATHs or from the history.  Returns the exit status."""
+    """--report: usage by day and model, from PATHs or from the history.  Returns the exit status."""
     if not args.paths and not config.history:
         raise ConfigError("--report: name saved logs or a log directory, or a history with --history FILE "
                           "(HISTORY_FILE)")
@@ -8250,7 +8133,9 @@ def report(args, config):
     with naming_history(config), contextlib.closing(open_history(file)) as kept, history_errors():
         if args.paths:
             freeze_start_up()
-            replay(saved_logs(args.paths), LogUsage(kept))
+            records = LogRecords()
+            replay(saved_logs(args.paths), lambda events: store_rows(
+                kept, [history_row(record) for record in records(events) if record.ended is not None]))
         rows, total = usage_rows(kept, ["day", "model"]), usage_rows(kept, [])
     if args.json:
         print("\n".join(map(json.dumps, rows)))
@@ -8258,22 +8143,8 @@ def report(args, config):
         print(report_text([*rows, {"day": "total", "model": "", **total[0]}]))
     else:
         print("lmgateway: no request in it; name LM Studio's log directory, or a history that has been "
-              "kept for a while",
-              file=sys.stderr)
+              "kept for a while", file=sys.stderr)
     return 0
-
-
-class LogUsage:
-    """Puts a row into a history for each chat of a replayed log."""
-
-    def __init__(self, connection):
-        self._connection, self._requests = connection, Requests("", keep=0, guess=True)
-
-    def __call__(self, events):
-        self._requests.see(events, 0.0)
-        over, self._requests.changed = self._requests.changed, []
-        if over:
-            store_rows(self._connection, list({record.id: history_row(record) for record in over}.values()))
 
 
 REPORT = (  # heading, format, value of a row
@@ -8301,19 +8172,19 @@ def watch(args, config):
     """--watch URL: print the events of another gateway until a signal.  Returns the exit status."""
     stop, printer = Stop(), open_printer(args, live=True)
     news: queue.Queue[Any] = queue.Queue(1000)
-    line = StreamLine(watched_address(args.watch), next(iter(config.api_key.values()), None),
-                      "0" if args.from_start else None)
-    threading.Thread(target=line.run, args=(news.put, stop.wait), name="watch", daemon=True).start()
+    stream = GatewayStream(watched_address(args.watch), next(iter(config.api_key.values()), None),
+                           "0" if args.from_start else None)
+    start_thread(stream.run, news.put, stop.wait, name="watch")
     freeze_start_up()
     try:
         while not stop.wait(0):
-            for said in drain(news, 0.1):
-                if isinstance(said, GatewayError):
-                    raise said
-                if isinstance(said, str):
-                    log.warning(said)
+            for item in drain(news, 0.1):
+                if isinstance(item, GatewayError):
+                    raise item
+                if isinstance(item, str):
+                    log.warning(item)
                 else:
-                    printer.write(said)
+                    printer.write(item)
             printer.tick()
         return stop.status
     finally:
@@ -8322,7 +8193,7 @@ def watch(args, config):
 
 
 def drain(news, timeout_s):
-    """What a queue holds, in order: runs of pairs as lists, all else as it is.  Waits for the first."""
+    """The items of a queue, in order: runs of pairs as lists, all else as it is.  Waits for the first."""
     found: list[Any] = []
     with contextlib.suppress(queue.Empty):
         found.append(news.get(timeout=timeout_s))
@@ -8334,29 +8205,32 @@ def drain(news, timeout_s):
 
 
 def watched_address(text):
-    """The URL of a gateway's stream from what a person types.  Raises ConfigError."""
+    """The URL of a gateway's stream from an address as people type it.  Raises ConfigError."""
     url = text if "://" in text else f"http://{text}"
     try:
         parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and (parts.hostname
-                                                        or "").encode("idna") and parts.port != 0
+        usable = parts.scheme in ("http", "https") and parts.port != 0 and bool(
+            (parts.hostname or "").encode("idna"))
     except ValueError:
         usable = False
-    if not usable or not url.isascii() or not url.isprintable() or " " in url:
+    if not usable or not re.fullmatch(r"[!-~]+", url):
         raise ConfigError(f"--watch {text}: no address of a gateway; use the form http://192.168.1.20:8001")
     path = parts.path.rstrip("/")
     return parts._replace(path=path if path.endswith("/debug/stream") else path + "/debug/stream",
                           query="", fragment="")
 
 
-class StreamLine:
-    """A line to another gateway's /debug/stream that comes back by itself and misses nothing."""
+class GatewayStream:
+    """Another gateway's /debug/stream: connects again by itself, and misses nothing."""
+
+    FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0  # before the next try; doubled from one to the other
+    SILENCE_S = 40  # a gateway sends a ping every 15 s: without any for so long, the connection is dead
 
     def __init__(self, address, key, since):
         self._address, self._key = address, key
         self._last = since  # id of the latest event that was handed over
         self._known = False  # a gateway has answered there
-        self._pause = FIRST_PAUSE_S
+        self._pause = self.FIRST_PAUSE_S
 
     def run(self, hand_over, wait):
         """Thread body, until wait(seconds) returns True.  Hands over (id, Event), text for a person, and
@@ -8368,39 +8242,39 @@ class StreamLine:
             except GatewayError as error:
                 return hand_over(error)
             except (*BROKEN, ValueError) as error:
-                problem = trouble(error)
+                problem = connection_problem(error)
+                if isinstance(error, ssl.SSLError) and not self._known:
+                    return hand_over(GatewayError(f"{self._address.netloc}: {problem}"))
             hand_over(f"{self._address.netloc}: {problem}; trying again in {self._pause:.0f} s")
             if wait(self._pause):
                 return None
-            self._pause = min(LAST_PAUSE_S, self._pause * 2)
+            self._pause = min(self.LAST_PAUSE_S, self._pause * 2)
 
     def _listen(self, hand_over):
-        """One connection, from request to end.  Raises GatewayError where trying again is of no use."""
+        """One connection, from request to end.  Raises GatewayError if trying again is of no use."""
         kind = http.client.HTTPSConnection if self._address.scheme == "https" else http.client.HTTPConnection
-        headers = {"Accept": "text/event-stream", "User-Agent": f"lmgateway/{VERSION}"}
-        if self._last is not None:
-            headers["Last-Event-ID"] = self._last
-        if self._key:
-            headers["X-API-Key"] = self._key
+        headers = {"Accept": "text/event-stream", "User-Agent": f"lmgateway/{VERSION}",
+                   **({"Last-Event-ID": self._last} if self._last is not None else {}),
+                   **({"X-API-Key": self._key} if self._key else {})}
         with contextlib.closing(kind(self._address.hostname, self._address.port,
-                                     timeout=LINE_SILENCE_S)) as connection:
+                                     timeout=self.SILENCE_S)) as connection:
             connection.request("GET", self._address.path, headers=headers)
             answer = connection.getresponse()
             self._check(answer)
             for event_id, event in stream_events(iter(lambda: answer.read1(65536), b"")):
-                self._known, self._pause = True, FIRST_PAUSE_S
+                self._known, self._pause = True, self.FIRST_PAUSE_S
                 self._last = event_id
                 hand_over((event_id, event))
 
     def _check(self, answer):
         status, url = answer.status, self._address.geturl()
         if status in (401, 403):
-            said = (json_object(answer.read(65536)) or {}).get("error")
-            said = str(said.get("message", "")) if isinstance(said, dict) else ""
-            remedy = "name " + ("another key with --api-key" if self._key
-                                else "a key of it with --api-key KEY (GATEWAY_API_KEY)")
-            shown = f" ({printable(said)[:200]})" if said else ""
-            raise GatewayError(f"{url} answers {status}: {remedy}{shown}")
+            error = (json_object(answer.read(65536)) or {}).get("error")
+            reason = printable(error.get("message", ""))[:200] if isinstance(error, dict) else ""
+            problem = ("the key that --api-key (GATEWAY_API_KEY) names is wrong or may not see events there; "
+                       "name another" if self._key
+                       else "it asks for a key; name one with --api-key KEY (GATEWAY_API_KEY)")
+            raise GatewayError(f"{url} answers {status}: {problem}" + (f" ({reason})" if reason else ""))
         if status in (429, 500, 502, 503, 504) or self._known and status != 200:
             raise http.client.HTTPException(f"it answers {status}")
         if status != 200 or not answer.headers.get("Content-Type", "").startswith("text/event-stream"):
@@ -8408,19 +8282,15 @@ class StreamLine:
                               "that lmgateway prints when it starts")
 
 
-FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0  # before the next try; doubled from one to the other
-LINE_SILENCE_S = 40  # a gateway sends a ping every 15 s: without any for so long, the line is dead
-
-
-def trouble(error):
-    """Why there is no line to a gateway, with the remedy where one is known."""
+def connection_problem(error):
+    """Why there is no connection to a gateway, with the remedy if one is known."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return (f"its certificate is not trusted ({error.verify_message}); name it in the environment "
                 "variable SSL_CERT_FILE")
     if isinstance(error, ssl.SSLError):
-        return f"no TLS there ({error_text(error)}); does its address begin with http://?"
+        return f"it does not speak TLS ({error_text(error)}); use http://"
     if isinstance(error, http.client.RemoteDisconnected):
-        return "it closed the connection without a word; does its address begin with https://?"
+        return "it closed the connection without an answer; if it serves TLS, use https://"
     return error_text(error)
 
 
@@ -8448,8 +8318,7 @@ class Stop:
         self._gate = threading.Lock()
         self._gate.acquire()
         self._over = False
-        self.status = 0
-        self.signals = 0
+        self.status = self.signals = 0
         signal.signal(signal.SIGTERM, self._signalled)
         signal.signal(signal.SIGINT, self._signalled)
 
@@ -8468,8 +8337,8 @@ class Stop:
 
 
 def freeze_start_up():
-    """Start-up is over: what it made stays out of later garbage collections, and what compiling this file
-    took goes back to the system (7 MB with glibc, which would keep it)."""
+    """Start-up is over: its objects stay out of later garbage collections, and the memory that compiling
+    this file took goes back to the system (glibc would keep it)."""
     gc.collect()
     gc.freeze()
     if sys.platform == "linux":
@@ -8485,8 +8354,10 @@ def serve(args, config):
     """The gateway until a signal.  Returns the exit status."""
     stop = Stop()
     with contextlib.ExitStack() as cleanup:
+        cleanup.enter_context(LogWriter(log.handlers[0]))
         config = start_demo(config, cleanup) if args.demo else find_upstream(config)
         check_exposure(config)
+        check_upstream(config)
         context = tls_context(config)
         history = open_history_file(config, cleanup)
         hub = Hub(config.requests_kept, history and history.keep)
@@ -8495,17 +8366,17 @@ def serve(args, config):
         gateway = Gateway(config, hub, upstream, monitor, history)
         server = gateway.server = open_server(gateway, context)
         if monitor:     # only now: a port in use is said in one line
-            threading.Thread(target=run_monitor, args=(monitor, hub, stop), name="tail", daemon=True).start()
+            start_thread(run_monitor, monitor, hub, stop, name="tail")
         gateway.address = own_url(config, config.host, server.port)
-        lan = reachable(config, lan_addresses)
-        gateway.lan_urls = [own_url(config, address, server.port) for address, _ in lan]
-        threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-        announce(gateway, server.port, lan)
+        gateway.lan_urls = [own_url(config, address, server.port) for address in reachable(config)]
+        start_thread(server.serve_forever, 0.1, name="accept")
+        announce(gateway, server.port, args.demo)
         freeze_start_up()
         if args.demo:
-            key = config.api_key.get("demo", "")
-            threading.Thread(target=demo_traffic, args=(f"http://127.0.0.1:{server.port}", key, stop.wait),
-                             name="demo-traffic", daemon=True).start()
+            start_thread(demo_traffic, page_url(config, server.port), config.api_key.get("demo", ""),
+                         stop.wait, name="demo-traffic")
+        if args.open:
+            start_thread(open_browser, page_url(config, server.port), name="browser")
         notify("READY=1")
         keep_watchdog(stop, server)
         notify("STOPPING=1")
@@ -8513,6 +8384,14 @@ def serve(args, config):
         server.shutdown()
         server.finish_requests(GRACE_S)
     return 0
+
+
+def open_browser(url):
+    """--open: show the dashboard.  Body of a thread, because some browsers hold up whoever starts them."""
+    import webbrowser
+
+    if not webbrowser.open(url):
+        log.warning("no browser was found: open %s yourself", url)
 
 
 def open_history_file(config, cleanup):
@@ -8526,7 +8405,7 @@ def open_history_file(config, cleanup):
 
 
 def start_demo(config, cleanup):
-    """Start the imitation; gives the Config that points to it, with a key for the demo's own traffic where
+    """Start the imitation; gives the Config that points to it, with a key for the demo's own traffic if
     keys are asked for.  Minted keys count only when their file is named: trying it must not need one."""
     directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
     cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -8539,7 +8418,7 @@ def start_demo(config, cleanup):
 
 
 def find_upstream(config):
-    """The Config with LM Studio's port from its own settings file, where no address was given."""
+    """The Config with LM Studio's port from its own settings file, if no address was given."""
     if "upstream" in config.sources:
         return config
     with contextlib.suppress(OSError, ValueError):
@@ -8550,12 +8429,23 @@ def find_upstream(config):
 
 
 def check_exposure(config):
-    """Raises ConfigError where the LAN could come in without a key, and where a keys file cannot be read."""
+    """Raises ConfigError if the LAN could come in without a key, or a keys file cannot be read."""
     open_key_file(config)
     if not loopback(config.host) and not AccessControl(config).need_key and not config.no_auth:
         raise ConfigError(f"{config.named('host')} listens beyond this machine, and no key "
                           "is set: mint one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to "
                           "let everybody in")
+
+
+def check_upstream(config):
+    """Raises ConfigError if the upstream is this gateway itself."""
+    parts = urllib.parse.urlsplit(config.upstream)
+    if config.port != (parts.port or (443 if parts.scheme == "https" else 80)):
+        return
+    theirs, ours = resolved(parts.hostname), resolved(config.host)
+    if theirs & ours or config.host in ANYWHERE and any(map(is_own_address, theirs)):
+        raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
+                          "as http://127.0.0.1:1234")
 
 
 def open_monitor(config):
@@ -8577,19 +8467,51 @@ def run_monitor(monitor, hub, stop):
 
 
 def open_server(gateway, context):
-    """The Server, bound.  Raises StartError with who to ask."""
+    """The Server, bound.  Raises StartError with the remedy."""
     config = gateway.config
     try:
         return Server(gateway, config.host, config.port, context)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            who = port_holder(config.port) or f"what holds it ({port_question(config.port)} tells)"
-            raise StartError(f"port {config.port} is in use on {config.host}: stop {who} or choose "
-                             "another with --port (GATEWAY_PORT)") from None
+            raise StartError(port_in_use(config)) from None
         raise StartError(f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose "
                          "another address with --host (GATEWAY_HOST) and --port") from None
-    except OverflowError as error:
-        raise StartError(f"cannot listen on {config.host}:{config.port}: {error}") from None
+
+
+def port_in_use(config):
+    """Who has our port, with the remedy."""
+    url = page_url(config, config.port)
+    if is_lmgateway(url):
+        return f"lmgateway already runs there: {url}; open that, stop it, or choose another port with --port"
+    return (f"port {config.port} is in use on {config.host}: stop the program that has it "
+            f"({port_question(config.port)} tells which it is) or choose another with --port (GATEWAY_PORT)")
+
+
+def port_question(port):
+    """The command that names the holder of a port."""
+    if os.name == "nt":
+        return f"netstat -ano | findstr :{port}"
+    return f"lsof -i :{port}" if sys.platform == "darwin" else f"ss -ltnp 'sport = :{port}'"
+
+
+def fetch(url, path):
+    """(status, body) of a GET; (0, b"") without an answer within a second."""
+    parts, context = urllib.parse.urlsplit(url), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing secret is sent
+    with contextlib.suppress(*BROKEN, ValueError):
+        connection = (functools.partial(http.client.HTTPSConnection, context=context)
+                      if parts.scheme == "https" else http.client.HTTPConnection)
+        with contextlib.closing(connection(parts.hostname, parts.port, timeout=1.0)) as asked:
+            asked.request("GET", path)
+            answer = asked.getresponse()
+            return answer.status, answer.read(65536)
+    return 0, b""
+
+
+def is_lmgateway(url):
+    """True when an lmgateway answers there: its /health names a version, its page itself."""
+    known = json_object(fetch(url, "/health")[1]) or {}
+    return {"uptime", "version"} <= known.keys() or b"<title>lmgateway" in fetch(url, "/")[1]
 
 
 def tls_context(config):
@@ -8598,17 +8520,13 @@ def tls_context(config):
         return None
     if not config.tls_cert or not config.tls_key:
         raise ConfigError("--tls-cert (TLS_CERT) and --tls-key (TLS_KEY) go together: name both files")
-    pair = f"{config.named('tls_cert')}, {config.named('tls_key')}"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key, password=refuse_password)
-    except ssl.SSLError as error:
-        raise ConfigError(f"{pair}: no matching pair of PEM files ({error.reason or error}); see the README "
-                          "for a line that makes one") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{pair}: {error_text(error)}; name two PEM files that can be read, see the "
-                          "README") from None
+        raise ConfigError(f"{config.named('tls_cert')}, {config.named('tls_key')}: {error_text(error)}; name "
+                          "a matching pair of PEM files that can be read, see the README") from None
     return context
 
 
@@ -8616,36 +8534,30 @@ def refuse_password():
     raise ValueError("the private key asks for a password; store it without one, readable by this user only")
 
 
-def port_question(port):
-    """The command that tells who holds a port."""
-    if os.name == "nt":
-        return f"netstat -ano | findstr :{port}"
-    return f"lsof -i :{port}" if sys.platform == "darwin" else f"ss -ltnp 'sport = :{port}'"
-
-
-def shown_host(host):
-    return f"[{host}]" if ":" in host else host
-
-
 def own_url(config, host, port):
-    return f"http{'s' if config.tls_cert else ''}://{shown_host(host)}:{port}"
+    shown = f"[{host}]" if ":" in host else host
+    return f"http{'s' if config.tls_cert else ''}://{shown}:{port}"
 
 
-def announce(gateway, port, lan):
-    """What a person needs to know first.  Never a key.  lan: the machine's addresses that others can use."""
+def page_url(config, port):
+    """Where a browser of this machine finds the dashboard."""
+    return own_url(config, "127.0.0.1" if config.host in ANYWHERE else config.host, port)
+
+
+def announce(gateway, port, demo):
+    """What a person needs to know first.  Never a key."""
     config, monitor = gateway.config, gateway.monitor
-    everywhere = config.host in ANYWHERE
-    here = own_url(config, "127.0.0.1", port) if everywhere else gateway.address
-    there = ", ".join(f"{url} (VPN or virtual adapter)" if virtual else url
-                      for url, (_, virtual) in zip(gateway.lan_urls, lan))
+    here = page_url(config, port)
     base = gateway.lan_urls[0] if gateway.lan_urls else here
-    log.info("lmgateway %s on Python %s", VERSION, platform.python_version())
+    log.info("lmgateway %s on Python %s%s", VERSION, platform.python_version(),
+             ", DEMO: LM Studio and all requests are imitated" * demo)
     log.info("Listening on %s", gateway.address)
     if not config.port and not log.isEnabledFor(logging.INFO):
         print(f"Listening on {gateway.address}", file=sys.stderr, flush=True)   # nobody could know it
-    log.info("Dashboard: %s/", here)
+    log.info("Dashboard: %s/%s", here, " (Ctrl-C ends lmgateway)" * is_terminal(sys.stderr))
     closed = "closed; --host 0.0.0.0 opens it, to those who have a key (--new-key NAME)"
-    log.info("On the LAN: %s", there or ("no address found" if everywhere else closed))
+    log.info("On the LAN: %s", ", ".join(gateway.lan_urls) or (
+        "no address found" if config.host in ANYWHERE else closed))
     log.info("Base URL for clients: %s/v1 (OpenAI SDKs), %s (Anthropic SDKs)", base, base)
     log.info("Key: %s", "needed" if gateway.access.need_key
              else "none is asked for; clients that insist take any text")
@@ -8657,65 +8569,41 @@ def announce(gateway, port, lan):
 # --- 9.6 addresses of this machine -------------------------------------------
 
 ANYWHERE = ("", "0.0.0.0", "::")
-VIRTUAL = re.compile(  # adapters that lead to no LAN
-    r"tun|tap|utun|wg|ppp|ipsec|gpd|tailscale|zt|nord|proton|docker|podman|br-|veth|virbr|vmnet|vbox|vnic|"
-    r"lxc|lxd|cni|flannel|bridge|awdl|llw", re.I)
-UNLIKELY = tuple(map(ipaddress.ip_network, ("172.16.0.0/12", "192.168.56.0/24")))  # WSL, Hyper-V, VirtualBox
-TAILNET = ipaddress.ip_network("100.64.0.0/10")
 NOWHERE = ("192.0.2.1", 9)  # kept for documentation (RFC 5737); to connect UDP there sends nothing
 
 
-def reachable(config, addresses):
-    """[(address, virtual?)] at which others reach this gateway; addresses() gives all of the machine's."""
+def reachable(config):
+    """The addresses at which others reach this gateway."""
     if loopback(config.host):
         return []
-    return addresses() if config.host in ANYWHERE else [(config.host, False)]
+    return lan_addresses() if config.host in ANYWHERE else [config.host]
 
 
 def lan_addresses():
-    """[(address, virtual?)] of this machine, IPv4: the way out first, VPN and virtual adapters last."""
-    return ranked(adapter_addresses() or named_addresses(), outgoing_address())
-
-
-def ranked(found, outgoing):
-    """Sort (adapter name or "", address) pairs as lan_addresses says."""
-    usable = {}
-    for adapter, text in found:
-        address = ipaddress.ip_address(text)
-        if not address.is_loopback and not address.is_link_local and not address.is_unspecified:
-            guessed = not adapter and text != outgoing and any(address in network for network in UNLIKELY)
-            usable[text] = bool(VIRTUAL.match(adapter)) or address in TAILNET or guessed
-    return sorted(usable.items(), key=lambda item: (item[1], item[0] != outgoing))
-
-
-def adapter_addresses():
-    """[(adapter, IPv4 address)] from the kernel of Linux and macOS (SIOCGIFADDR); empty elsewhere."""
-    found = []
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import fcntl
-        request = 0x8915 if sys.platform == "linux" else 0xC0206921
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            for _, name in socket.if_nameindex():
-                with contextlib.suppress(OSError):  # an adapter without an IPv4 address
-                    answer = fcntl.ioctl(sock.fileno(), request, name.encode()[:15].ljust(32, b"\0"))
-                    found.append((name, socket.inet_ntoa(answer[20:24])))
-    return found
-
-
-def named_addresses():
-    """[("", IPv4 address)] that this machine's own name stands for: Windows has all of them there."""
-    with contextlib.suppress(OSError):
-        rows = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET, socket.SOCK_STREAM)
-        return [("", str(row[4][0])) for row in rows]
-    return []
-
-
-def outgoing_address():
-    """The address from which this machine reaches other networks; empty when it reaches none."""
+    """The IPv4 address with which this machine goes out; without a way out, those of its name."""
+    found = set()
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect(NOWHERE)
-        return sock.getsockname()[0]
-    return ""
+        found.add(sock.getsockname()[0])
+    usable = map(ipaddress.ip_address, sorted(found or resolved(socket.gethostname())))
+    return [str(address) for address in usable
+            if address.version == 4 and not (address.is_loopback or address.is_unspecified)]
+
+
+def resolved(host):
+    """The addresses of a host's name, empty when it has none."""
+    with contextlib.suppress(OSError, UnicodeError):
+        return {str(row[4][0]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    return set()
+
+
+def is_own_address(address):
+    """True when this machine has the address."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family) as sock:
+        sock.bind((address, 0))
+        return True
+    return False
 
 
 # --- 9.7 services: systemd and launchd ---------------------------------------
@@ -8724,7 +8612,7 @@ ALIVE_S = 5.0  # an accept loop that has not come round for so long hangs
 
 
 def notify(state, environ=os.environ):
-    """Tell systemd a state (sd_notify(3)), where it asked for that."""
+    """Tell systemd a state (sd_notify(3)), if it asked for that."""
     address = environ.get("NOTIFY_SOCKET", "")
     if address.startswith(("/", "@")):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -8739,15 +8627,21 @@ def watchdog_pause(environ, pid):
 
 
 def keep_watchdog(stop, server):
-    """Until a signal: signs of life for as long as the server takes connections."""
+    """Until a signal: signs of life for as long as the server takes connections.
+
+    Of two signals in a row the kernel may give one to another thread, which does not wake this one: so it
+    never sleeps for longer than a second."""
     pause = watchdog_pause(os.environ, os.getpid())
-    while not stop.wait(pause):
-        if time.monotonic() - server.ticked < ALIVE_S:
+    while not stop.wait(min(pause or 1.0, 1.0)):
+        if pause and time.monotonic() - server.ticked < ALIVE_S:
             notify("WATCHDOG=1")
 
 
 def print_launchd(args, config):
-    """--print-launchd: an agent for macOS that runs this file as it was called here (launchd.plist(5))."""
+    """--print-launchd: an agent for macOS that runs this file as it was called here (launchd.plist(5)).
+
+    It runs as a module, so that its compiled code is kept (PYTHONPYCACHEPREFIX): half the time to start,
+    half the memory."""
     given = [row for row in OPTIONS if row.flag and getattr(args, row.name) is not None]
     secret = [row for row in given if row.variable in SECRET]
     if secret:
@@ -8755,16 +8649,19 @@ def print_launchd(args, config):
                           f"into {os.path.join(os.getcwd(), '.env')}, or mint a key with --new-key")
     flags = itertools.chain.from_iterable(
         [row.flag] if row.default is False else [row.flag, getattr(args, row.name)] for row in given)
-    log_file = config.log_file or str(own_home() / "Library" / "Logs" / "lmgateway.log")
-    agent = {"Label": "lmgateway", "ProgramArguments": [sys.executable, os.path.abspath(__file__), *flags],
-             "WorkingDirectory": os.getcwd(), "EnvironmentVariables": {"LOG_FILE": log_file},
+    library, script = own_home() / "Library", Path(__file__).resolve()
+    environ = {"LOG_FILE": config.log_file or str(library / "Logs" / "lmgateway.log"),
+               "PYTHONPATH": str(script.parent), "PYTHONSAFEPATH": "1",
+               "PYTHONPYCACHEPREFIX": str(library / "Caches" / "lmgateway")}
+    agent = {"Label": "lmgateway", "ProgramArguments": [sys.executable, "-m", script.stem, *flags],
+             "WorkingDirectory": os.getcwd(), "EnvironmentVariables": environ,
              "RunAtLoad": True, "KeepAlive": {"SuccessfulExit": False}, "ThrottleInterval": 10,
              "ProcessType": "Interactive"}  # else launchd holds back its processor time
     sys.stdout.write(plistlib.dumps(agent, sort_keys=False).decode())
     return 0
 
 
-# --- 9.8 --check, the doctor -------------------------------------------------
+# --- 9.8 --check -------------------------------------------------------------
 # A check is one row of CHECKS: a function that looks at one thing and yields its findings.
 
 
@@ -8774,263 +8671,190 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-class Check(NamedTuple):
-    """find gives the Findings about one thing."""
-
-    name: str
-    find: Callable[[Patient], Iterator[Finding]]
-
-
-class Patient:
-    """What the checks look at, each part looked at once, when a check first asks for it."""
-
-    def __init__(self, args, environ):
-        self.config, self.warnings, self.errors = load_leniently(vars(args), environ, args.env_file)
-        self.env_file = args.env_file or ".env"
-        self.home = find_home()
-        self.log_dir = self.config.log_dir or find_log_dir(self.home)
-
-    @functools.cached_property
-    def settings(self):
-        """LM Studio's settings, or the exception that says why there are none."""
-        try:
-            return read_settings(self.home)
-        except (OSError, ValueError) as error:
-            return error
-
-    @functools.cached_property
-    def upstream(self):
-        """LM Studio's address as the gateway would use it."""
-        return find_upstream(self.config).upstream
-
-    @functools.cached_property
-    def newest(self):
-        """The newest LogFile, None without any, or the OSError of the directory."""
-        try:
-            return next(reversed(list_logs(self.log_dir)), None)
-        except OSError as error:
-            return error
-
-    @functools.cached_property
-    def parser(self):
-        """A Parser that has read the end of the newest log.  Raises OSError."""
-        parser = Parser()
-        with open(self.newest.path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - CHECKED_BYTES))
-            parser.feed(file.read(CHECKED_BYTES))
-        parser.end()
-        return parser
-
-    @property
-    def exposed(self):
-        return not loopback(self.config.host)
-
-
-CHECKED_BYTES = 4_000_000  # of the newest log
+fine, concern, amiss = map(functools.partial, [Finding] * 3, ("ok", "warn", "bad"))
 SETTINGS_MENU = "LM Studio: Developer > Server settings"
 LOGS_MENU = 'LM Studio: Developer Logs, "..." menu'
 
 
-def check_python(patient):
-    version = (f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
+class Installation:
+    """What the checks look at, each part looked at once, when a check first asks for it."""
+
+    CHECKED_BYTES = 4_000_000  # of the newest log
+
+    def __init__(self, args, environ):
+        self.config, self.warnings, self.errors = load_config(vars(args), environ, args.env_file)
+        self.env_file, self.home = args.env_file or ".env", find_home()
+        self.log_dir = self.config.log_dir or find_log_dir(self.home)
+        self.exposed = not loopback(self.config.host)
+
+    @functools.cached_property
+    def settings(self):
+        """LM Studio's settings, or the exception that says why there are none."""
+        return value_or_error(read_settings, self.home)
+
+    @functools.cached_property
+    def newest(self):
+        """The newest LogFile, None without any, or the OSError of the directory."""
+        logs = value_or_error(list_logs, self.log_dir)
+        return logs if isinstance(logs, OSError) else logs[-1] if logs else None
+
+    @functools.cached_property
+    def parser(self):
+        """A Parser that has read the end of the newest log, or the OSError of that file."""
+        return value_or_error(self._read_newest)
+
+    def _read_newest(self):
+        parser = Parser()
+        with open(self.newest.path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - self.CHECKED_BYTES))
+            parser.feed(file.read(self.CHECKED_BYTES))
+        parser.end()
+        return parser
+
+
+def value_or_error(function, *args):
+    try:
+        return function(*args)
+    except (OSError, ValueError) as error:
+        return error
+
+
+def check_python(found):
+    yield fine(f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
                f"lmgateway {VERSION}")
-    if sys.version_info < (3, 9):
-        yield Finding("bad", version, "install Python 3.9 or newer from https://www.python.org")
-    else:
-        yield Finding("ok", version)
 
 
 def refused(error):
     """The Finding of an error of ours, whose remedy stands behind its last semicolon."""
     what, _, remedy = str(error).rpartition("; ")
-    return Finding("bad", what or remedy, remedy if what else "see --help and the README")
+    return amiss(what or remedy, remedy if what else "see --help and the README")
 
 
-def check_options(patient):
-    for error in patient.errors:
-        yield refused(error)
-    for warning in patient.warnings:
-        yield Finding("warn", warning, "mend it, or take it away")
-    for row in OPTIONS:
-        if row.name in patient.config.sources:
-            value = "set" if row.variable in SECRET else getattr(patient.config, row.name)
-            yield Finding("ok", f"{row.variable}: {value} (from {patient.config.sources[row.name]})")
-    if not patient.config.sources and not patient.errors:
-        yield Finding("ok", "each has its default")
-    log_file = patient.config.log_file
+def check_options(found):
+    yield from map(refused, found.errors)
+    for warning in found.warnings:
+        yield concern(warning, "correct it, or take it away")
+    for name, source in found.config.sources.items():
+        variable = next(row.variable for row in OPTIONS if row.name == name)
+        value = "set" if variable in SECRET else getattr(found.config, name)
+        yield fine(f"{variable}: {value} (from {source})")
+    log_file = found.config.log_file
     if log_file and not os.access(os.path.dirname(os.path.abspath(log_file)), os.W_OK):
-        yield Finding("bad", f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours")
+        yield amiss(f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours")
+    if not found.config.sources and not found.errors:
+        yield fine("each has its default")
 
 
-def check_port(patient):
-    config = patient.config
-    own = f"port {config.port} of {config.host}"
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+def check_port(found):
+    config, own = found.config, f"port {found.config.port} of {found.config.host}"
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as sock:
+        with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as sock:
             if os.name != "nt":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((config.host, config.port))
-        yield Finding("ok", f"{own} is free" if config.port else "the system will choose one")
+        yield fine(f"{own} is free" if config.port else "the system will choose one")
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            yield Finding("bad", f"cannot listen on {own}: {error_text(error)}",
-                          "choose others with --host and --port")
-        elif b"<title>lmgateway" in fetch(config.host, config.port, "/", bool(config.tls_cert)):
-            yield Finding("ok", f"{own} is held by a running lmgateway")
+            yield amiss(f"cannot listen on {own}: {error_text(error)}",
+                        "choose others with --host and --port")
+        elif is_lmgateway(page_url(config, config.port)):
+            yield fine(f"{own} is held by a running lmgateway")
         else:
-            yield Finding("bad", f"{own} is held by {port_holder(config.port) or 'another program'}",
-                          f"stop it ({port_question(config.port)} tells which it is), or choose another "
-                          "with --port")
+            yield amiss(f"{own} is held by another program", f"stop it ({port_question(config.port)} tells "
+                        "which it is), or choose another with --port")
 
 
-def fetch(host, port, path, encrypted=False):
-    """The body that answers a GET with 200; empty when there is none within a second."""
-    host = "127.0.0.1" if host in ANYWHERE else host
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # whose it is, is what we want to know
-    with contextlib.suppress(*BROKEN, ValueError):
-        asked = (http.client.HTTPSConnection(host, port, timeout=1.0, context=context) if encrypted
-                 else http.client.HTTPConnection(host, port, timeout=1.0))
-        with contextlib.closing(asked):
-            asked.request("GET", path)
-            answer = asked.getresponse()
-            return answer.read(65536) if answer.status == 200 else b""
-    return b""
+def check_lmstudio(found):
+    upstream = find_upstream(found.config).upstream
+    what, _, remedy = Upstream(upstream).health().partition(". ")
+    port = settings_port(found.settings) if isinstance(found.settings, dict) else None
+    if is_lmgateway(upstream):
+        yield amiss(f"another lmgateway answers at {upstream}", "name LM Studio's own server with --upstream "
+                    "(LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
+    elif not what:
+        yield fine(f"LM Studio answers at {upstream}")
+    elif port and not upstream.endswith(f":{port}"):
+        yield amiss(what, f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). "
+                    + remedy)
+    else:
+        yield amiss(what, remedy)
 
 
-def port_holder(port):
-    """Who listens on a TCP port, as far as Linux tells this user; empty when nobody knows."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        sockets = set()
-        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
-            sockets |= {f"socket:[{row[9]}]" for row in rows  # 0A: it listens
-                        if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
-        for entry in os.scandir("/proc"):
-            if entry.name.isdecimal() and sockets & opened(entry.path):
-                command = Path(entry.path, "cmdline").read_bytes().split(b"\0")[:2]  # the rest may hold a key
-                shown = printable(b" ".join(command).decode("utf-8", "replace").strip())
-                return f"process {entry.name} ({shown[:80]})"
-    return ""
-
-
-def opened(process):
-    """What the descriptors of a process in /proc point to; nothing where we may not look."""
-    found = set()
-    with contextlib.suppress(OSError):
-        for name in os.listdir(f"{process}/fd"):
-            with contextlib.suppress(OSError):
-                found.add(os.readlink(f"{process}/fd/{name}"))
-    return found
-
-
-def check_lmstudio(patient):
-    reason = Upstream(patient.upstream).health()
-    if not reason:
-        yield Finding("ok", f"LM Studio answers at {patient.upstream}")
-        return
-    what, _, remedy = reason.partition(". ")
-    port = settings_port(patient.settings) if isinstance(patient.settings, dict) else None
-    if port and not patient.upstream.endswith(f":{port}"):
-        remedy = f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). {remedy}"
-    if app_runs(patient.home):
-        what += ", though LM Studio itself runs: its server is stopped, or on another port"
-    yield Finding("bad", what, remedy)
-
-
-def app_runs(home):
-    """True when LM Studio's internal server answers, which is there also while its API server is stopped."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        port = json.loads((home / ".internal" / "http-server.json").read_bytes())["port"]
-        return b'"version"' in fetch("127.0.0.1", int(port), "/lms-status")
-    return False
-
-
-def check_settings(patient):
-    settings, path = patient.settings, settings_path(patient.home)
+def check_settings(found):
+    settings, path = found.settings, settings_path(found.home)
     if not isinstance(settings, dict):
-        yield Finding("warn", f"LM Studio's settings {path} cannot be read: {error_text(settings)}",
+        yield concern(f"LM Studio's settings {path} cannot be read: {error_text(settings)}",
                       "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
         return
-    port, network = settings_port(settings), settings.get("networkInterface")
+    network = settings.get("networkInterface")
     network = network if isinstance(network, str) else ""
-    yield Finding("ok", f"{path}: port {port or 'not named'}, interface {network or 'not named'}")
+    yield fine(f"{path}: port {settings_port(settings) or 'not named'}, interface {network or 'not named'}")
     if network and not loopback(network):
-        yield Finding("warn", f"LM Studio itself listens on the network ({network}): whoever goes there goes "
-                      "round this gateway, its keys and its figures",
-                      f"{SETTINGS_MENU} > Serve on Local Network: off")
-    if settings.get("cors") is True:
-        yield Finding("warn", "LM Studio allows every web page to call it (CORS)",
-                      f"{SETTINGS_MENU} > Enable CORS: off; name the origins that may call the gateway with "
-                      "--cors-origins")
-    for name, value, mark, what, remedy in LOG_SETTINGS:
+        yield concern(f"LM Studio itself listens on the network ({network}): requests that go there pass by "
+                      "this gateway, its keys and figures", f"{SETTINGS_MENU} > Serve on Local Network: off")
+    for name, value, finding in SETTINGS:
         if settings.get(name) == value and type(settings.get(name)) is type(value):
-            yield Finding(mark, what, f"{LOGS_MENU} > {remedy}" if remedy else "")
+            yield finding
 
 
-LOG_SETTINGS = (  # (setting, value, mark, what that means, remedy)
-    ("fileLoggingMode", "off", "bad", "LM Studio writes no log files: there is nothing to monitor",
-     "File Logging Mode: Succinct"),
-    ("verbose", False, "warn", "verbose logging is off: no cache, token and speed figures of streams",
-     "Verbose Logging: on"),
-    ("verbose", True, "ok", "verbose logging is on", ""),
-    ("logSensitiveData", True, "warn", "prompts and answers stand in LM Studio's logs in clear text",
-     "Redact Content: on, where others can read this disk (figures of plain requests then go, too)"),
-    ("logSensitiveData", False, "ok", "prompts and answers are redacted in LM Studio's logs", ""),
-    ("logIncomingTokens", True, "warn",
-     "every token is logged: the files grow with the square of an answer's length",
-     "Log Incoming Tokens: off"),
+SETTINGS = (  # (a setting of LM Studio, its value, what to say of that)
+    ("cors", True, concern(
+        "LM Studio allows every web page to call it (CORS)", f"{SETTINGS_MENU} > Enable CORS: off; name the "
+        "origins that may call the gateway with --cors-origins")),
+    ("fileLoggingMode", "off", amiss(
+        "LM Studio writes no log files: there is nothing to monitor",
+        f"{LOGS_MENU} > File Logging Mode: Succinct")),
+    ("verbose", False, concern(
+        "verbose logging is off: no cache, token and speed figures of streams",
+        f"{LOGS_MENU} > Verbose Logging: on")),
+    ("verbose", True, fine("verbose logging is on")),
+    ("logSensitiveData", True, concern(
+        "prompts and answers stand in LM Studio's logs in clear text", f"{LOGS_MENU} > Redact Content: on, "
+        "if others can read this disk (figures of plain requests then go, too)")),
+    ("logSensitiveData", False, fine("prompts and answers are redacted in LM Studio's logs")),
+    ("logIncomingTokens", True, concern(
+        "every token is logged: the files grow with the square of an answer's length",
+        f"{LOGS_MENU} > Log Incoming Tokens: off")),
 )
 
 
-def check_logs(patient):
-    newest, directory = patient.newest, patient.log_dir
-    if not patient.config.enable_log_monitoring:
-        yield Finding("warn", "the log monitor is switched off", "ENABLE_LOG_MONITORING=true")
+def check_logs(found):
+    newest, directory = found.newest, found.log_dir
+    if not found.config.enable_log_monitoring:
+        yield concern("the log monitor is switched off", "ENABLE_LOG_MONITORING=true")
     if isinstance(newest, OSError):
-        yield Finding("bad", f"log directory {directory}: {error_text(newest)}",
-                      "start LM Studio's server once; name another directory with --log-dir "
-                      "(LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
+        yield amiss(f"log directory {directory}: {error_text(newest)}", "start LM Studio's server once; name "
+                    "another directory with --log-dir (LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
     elif newest is None:
-        yield Finding("bad", f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
-                      f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
+        yield amiss(f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
+                    f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
+    elif isinstance(found.parser, OSError):
+        yield amiss(f"{newest.path}: {error_text(found.parser)}",
+                    "let this user read it, or run as the user who runs LM Studio")
     else:
-        yield from check_newest_log(patient)
-    for other in other_log_dirs(patient.home, directory):
-        yield Finding("warn", f"{other} holds a newer log than {directory}",
-                      f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
+        yield from check_newest_log(newest.path, found.parser)
+    for other in other_log_dirs(found.home, directory):
+        yield concern(f"{other} holds a newer log than {directory}", f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
 
 
-def check_newest_log(patient):
-    path = patient.newest.path
-    try:
-        parser, state = patient.parser, os.stat(path)
-    except OSError as error:
-        yield Finding("bad", f"{path}: {error_text(error)}",
-                      "let this user read it, or run as the user who runs LM Studio")
-        return
+def check_newest_log(path, parser):
+    state = os.stat(path)
     age_s = time.time() - state.st_mtime
-    written = f"{path}: {shown_bytes(state.st_size)}, written {shown_age(age_s)} ago"
-    yield Finding("ok", written) if age_s <= 86400 else Finding(
-        "warn", written, "see that LM Studio's server runs under this user and gets requests")
+    age = f"{age_s / 86400:.0f} days" if age_s >= 2 * 86400 else duration(max(0, age_s))
+    written = f"{path}: {shown_bytes(state.st_size)}, written {age} ago"
+    yield fine(written) if age_s <= 86400 else concern(
+        written, "see that LM Studio's server runs under this user and gets requests")
     if not parser.entries:
-        yield Finding("warn", "no log entry in it that lmgateway knows",
-                      "send LM Studio a request and look again")
+        yield concern("no log entry in it that lmgateway knows", "send LM Studio a request and look again")
         return
     engines = ", ".join(sorted(name for name in parser.by_engine if name != "App")) or "the app alone"
-    yield Finding("ok", f"{parser.entries:,} entries looked at, written by: {engines}")
+    yield fine(f"{parser.entries:,} entries looked at, written by: {engines}")
     if not parser.by_level["DEBUG"]:
-        yield Finding("warn", "no DEBUG lines: no cache, token and speed figures of streams",
+        yield concern("no DEBUG lines: no cache, token and speed figures of streams",
                       f"{LOGS_MENU} > Verbose Logging: on")
     if parser.unknown > parser.lines / 10:
-        yield Finding("warn",
-                      f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version "
-                      "does not know", "look for a newer lmgateway; /debug/status shows samples")
-
-
-def shown_age(seconds):
-    return f"{seconds / 86400:.0f} days" if seconds >= 2 * 86400 else duration(max(0, seconds))
+        yield concern(f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version does "
+                      "not know", "look for a newer lmgateway; /debug/status shows samples")
 
 
 def other_log_dirs(home, directory):
@@ -9042,60 +8866,33 @@ def other_log_dirs(home, directory):
                   and os.path.realpath(place) != os.path.realpath(directory))
 
 
-def check_room(patient):
-    facts = LogVolume(patient.log_dir, patient.config.log_dir_warn).facts()
+def check_room(found):
+    facts = LogVolume(found.log_dir, found.config.log_dir_warn).facts()
     if facts["directoryBytes"] is not None:
         free = "unknown" if facts["freeBytes"] is None else shown_bytes(facts["freeBytes"])
-        yield Finding("ok", f"logs take {shown_bytes(facts['directoryBytes'])}, grow by "
-                      f"{shown_bytes(facts['growthBytesPerDay'])} a day; {free} are free on that disk")
+        yield fine(f"logs take {shown_bytes(facts['directoryBytes'])}, grow by "
+                   f"{shown_bytes(facts['growthBytesPerDay'])} a day; {free} are free on that disk")
     for warning in facts["warnings"]:
-        yield Finding("warn", *warning.split(": ", 1))
+        yield concern(*warning.split(": ", 1))
 
 
-def check_keys(patient):
-    config = patient.config
-    try:
-        _, minted = open_key_file(config)
-        keys = AccessControl(config).need_key
-    except (GatewayError, OSError) as error:
-        yield refused(error)
-        return
+def check_keys(found):
+    config, path = found.config, keys_path(found.config)
+    minted, needed = open_key_file(config)[1], AccessControl(config).need_key
     rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted]
     rows += [f"{name} (all rights)" for name in config.api_key]
-    if keys and not rows:
-        yield Finding("warn", f"a key is asked for, and there is none: all of {keys_path(config)} "
-                              "were revoked",
+    if needed and not rows:
+        yield concern(f"a key is asked for, and there is none: all of {path} were revoked",
                       "mint one with --new-key NAME, or remove that file")
     else:
-        yield Finding("ok", f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
-    if patient.exposed and not keys:
-        mark, more = ("warn", "") if config.no_auth else ("bad", ", or say --no-auth to let everybody in")
-        yield Finding(mark, f"{config.host} is open to the network, and no key is set",
-                      f"mint one with --new-key NAME{more}")
-    for path in (keys_path(config), Path(patient.env_file)):
-        if os.name != "nt" and os.path.exists(path) and os.stat(path).st_mode & 0o044:
-            yield Finding("warn", f"{path} can be read by other users of this machine", f"chmod 600 {path}")
-
-
-def check_network(patient):
-    config = patient.config
-    try:
-        encrypted = tls_context(config) is not None
-    except ConfigError as error:
-        yield refused(error)
-        return
-    if not patient.exposed:
-        yield Finding("ok", f"{config.host}: only this machine can connect")
-        return
-    firewall = FIREWALL.get(platform.system(), "").format(port=config.port)
-    urls = [own_url(config, address, config.port) for address, _ in reachable(config, lan_addresses)]
-    yield Finding("ok", f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
-                  f"if they do not: {firewall}" if firewall else "")
-    if not encrypted:
-        yield Finding("warn", "keys and prompts pass over the LAN in clear text",
-                      "--tls-cert and --tls-key (see the README)")
-    if config.allow is None:
-        yield Finding("ok", "every address may connect; IP_ALLOWLIST (--allow) can narrow that")
+        yield fine(f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
+    if found.exposed and not needed:
+        yield (concern if config.no_auth else amiss)(
+            f"{config.host} is open to the network, and no key is set",
+            "mint one with --new-key NAME" + ", or say --no-auth to let everybody in" * (not config.no_auth))
+    for file in (path, Path(found.env_file)):
+        if os.name != "nt" and os.path.exists(file) and os.stat(file).st_mode & 0o044:
+            yield concern(f"{file} can be read by other users of this machine", f"chmod 600 {file}")
 
 
 FIREWALL = {"Windows": "lmgateway.ps1 -OpenFirewall",
@@ -9103,64 +8900,73 @@ FIREWALL = {"Windows": "lmgateway.ps1 -OpenFirewall",
             "Darwin": "System Settings > Network > Firewall: allow Python"}
 
 
-def check_clock(patient):
-    now = time.time()
-    zone = time.strftime("%Z %z")
-    if now < BUILT:
-        yield Finding("bad", f"the clock says {utc_text(now)}",
-                      "set it, best by NTP: times and certificates depend on it")
+def check_network(found):
+    config = found.config
+    encrypted = tls_context(config) is not None
+    if not found.exposed:
+        yield fine(f"{config.host}: only this machine can connect")
         return
-    yield Finding("ok", f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {zone}")
-    with contextlib.suppress(OSError, AttributeError):
-        moment, written = patient.parser.last_moment, os.stat(patient.newest.path).st_mtime
-        if moment and abs(moment.epoch - written) > 900:
-            yield Finding("warn", f"the newest log's last entry says {moment.utc}, its file "
-                          f"{utc_text(written)}",
-                          "give lmgateway LM Studio's time zone (environment variable TZ), or mend the clock")
+    urls = [own_url(config, address, config.port) for address in reachable(config)]
+    firewall = FIREWALL.get(platform.system(), FIREWALL["Linux"]).format(port=config.port)
+    yield fine(f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
+               f"if they do not: {firewall}")
+    if not encrypted:
+        yield concern("keys and prompts pass over the LAN in clear text",
+                      "--tls-cert and --tls-key (see the README)")
+    if config.allow is None:
+        yield fine("every address may connect; IP_ALLOWLIST (--allow) can narrow that")
 
 
-BUILT = 1_750_000_000  # June 2025: no clock is right that says less
-CHECKS = (
-    Check("Python", check_python),          # version and system
-    Check("Options", check_options),        # values, where each comes from, mistakes in .env
-    Check("Port", check_port),              # ours is free, or who holds it
-    Check("LM Studio", check_lmstudio),     # its server answers, and it is LM Studio
-    Check("Settings", check_settings),      # LM Studio's own: port, interface, CORS, logging
-    Check("Logs", check_logs),              # directory, newest file, engine, verbose lines
-    Check("Room", check_room),              # size and growth of the logs, free disk
-    Check("Keys", check_keys),              # who may do what, and whether a key is needed
-    Check("Network", check_network),        # who can connect, TLS
-    Check("Clock", check_clock),            # time, time zone, and whether the log agrees
-)
+def check_clock(found):
+    yield fine(f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {time.strftime('%Z %z')}")
+    moment = getattr(isinstance(found.newest, LogFile) and found.parser, "last_moment", None)
+    written = moment and os.stat(found.newest.path).st_mtime
+    if moment and abs(moment.epoch - written) > 900:
+        yield concern(f"the newest log's last entry says {moment.utc}, its file {utc_text(written)}",
+                      "give lmgateway LM Studio's time zone (environment variable TZ), or set the clock")
 
 
-def doctor(args, config=None):
+CHECKS: dict[str, Callable[[Installation], Iterator[Finding]]] = {
+    "Python": check_python,         # version and system
+    "Options": check_options,       # values, where each comes from, mistakes in .env
+    "Port": check_port,             # ours is free, or taken
+    "LM Studio": check_lmstudio,    # its server answers, and it is LM Studio
+    "Settings": check_settings,     # LM Studio's own: port, interface, CORS, logging
+    "Logs": check_logs,             # directory, newest file, engine, verbose lines
+    "Room": check_room,             # size and growth of the logs, free disk
+    "Keys": check_keys,             # the keys and their rights, and whether one is needed
+    "Network": check_network,       # addresses for others, TLS
+    "Clock": check_clock,           # time, time zone, and whether the log agrees
+}
+MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
+
+
+def run_checks(args, config=None):
     """--check: every finding in one line; 1 when something is bad, else 0.  Works whatever is broken."""
-    patient = Patient(args, os.environ)
-    found = [(check.name, finding) for check in CHECKS for finding in examine(check, patient)]
-    bad = any(finding.mark == "bad" for _, finding in found)
+    installation = Installation(args, os.environ)
+    found = [(name, finding) for name, check in CHECKS.items()
+             for finding in findings_of(check, installation)]
+    failed = any(finding.mark == "bad" for _, finding in found)
     if args.json:
         rows = [{"check": name, **finding._asdict()} for name, finding in found]
-        print(json.dumps({"status": "bad" if bad else "ok", "version": VERSION, "findings": rows}))
-        return int(bad)
+        print(json.dumps({"status": "bad" if failed else "ok", "version": VERSION, "findings": rows}))
+        return int(failed)
     colour = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
     for name, (mark, what, remedy) in found:
         shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if colour else f"{mark:4}"
         print(f"{shown}  {name:9}  " + printable(what + (f"  ->  {remedy}" if remedy else "")))
-    return int(bad)
+    return int(failed)
 
 
-MARKS = {"ok": "32", "warn": "33", "bad": "31"}
-
-
-def examine(check, patient):
+def findings_of(check, installation):
     """A check's findings; a check that fails is a finding, too."""
     found = []
     try:
-        found.extend(check.find(patient))
-    except Exception as error:  # the end of the line: what is broken here is what the doctor is for
-        what = f"this check failed: {type(error).__name__}: {error}"
-        found.append(Finding("bad", what, "please report it"))
+        found.extend(check(installation))
+    except GatewayError as error:
+        found.append(refused(error))
+    except Exception as error:  # the end of the line: a broken machine is what --check is for
+        found.append(amiss(f"this check failed: {type(error).__name__}: {error}", "please report it"))
     return found
 
 
@@ -9177,10 +8983,10 @@ def prune(args, config):
                           "--log-dir (LMSTUDIO_LOG_DIR)") from None
     total = failed = 0
     for log_file, size in old:
-        problem = remove_log(log_file.path) if args.yes else None
+        problem = value_or_error(os.remove, log_file.path) if args.yes else None
         failed += problem is not None
         total += size if problem is None else 0
-        fate = f"kept, {problem}" if problem else "removed" if args.yes else "would go"
+        fate = f"kept, {error_text(problem)}" if problem else "removed" if args.yes else "would go"
         print(f"{fate}  {shown_bytes(size):>9}  {log_file.path}")
     count = f"{len(old) - failed} file{'s' * (len(old) - failed != 1)}, {shown_bytes(total)}"
     print(f"removed {count}" if args.yes else f"{count} older than {args.prune} days in {directory}"
@@ -9213,15 +9019,6 @@ def last_written(directory):
     return set()
 
 
-def remove_log(path):
-    """Remove a file.  Gives the reason why it stays, else None."""
-    try:
-        os.remove(path)
-    except OSError as error:
-        return error_text(error)
-    return None
-
-
 # --- 9.10 main ---------------------------------------------------------------
 
 
@@ -9231,20 +9028,21 @@ class Command(NamedTuple):
     name: str  # of its flag, with _ for -
     run: Callable[[Any, Any], int]
     about: str
-    value: str | None = None  # what its flag takes
+    value: str | None = None  # of its flag
     companions: tuple = ()  # flags that go with it
     paths: bool = False
 
 
 COMMANDS = (
-    Command("tail_only", tail_only, "print this machine's events; PATH ...: replay saved logs",
-            companions=("json", "events", "from_start"), paths=True),
+    Command("tail_only", tail_only, "print this machine's events; PATH ...: replay saved logs, - is "
+            "standard input", companions=("json", "events", "from_start"), paths=True),
     Command("watch", watch, "print the events of a gateway elsewhere", "URL",
             ("json", "events", "from_start")),
     Command("report", report, "usage by day and model, of --history FILE or of saved logs (PATH)",
             companions=("json",), paths=True),
-    Command("demo", serve, "try it all, beside a built-in imitation of LM Studio"),
-    Command("check", doctor, "look for what commonly goes wrong, and say the remedy", companions=("json",)),
+    Command("demo", serve, "try it all, beside a built-in imitation of LM Studio", companions=("open",)),
+    Command("check", run_checks, "look for what commonly goes wrong, and say the remedy",
+            companions=("json",)),
     Command("prune", prune, "show which of LM Studio's logs are older; --yes removes them", "DAYS", ("yes",)),
     Command("new_key", new_key, "mint a key; --rights infer,view,admin [infer,view]", "NAME", ("rights",)),
     Command("list_keys", list_keys, "names, rights and dates of minted keys"),
@@ -9277,7 +9075,8 @@ def build_parser():
     commands.add_argument("paths", nargs="*", metavar="PATH", help=argparse.SUPPRESS)
     printing = parser.add_argument_group("Printing (--tail-only, --watch; --report, --check: --json)")
     printing.add_argument("--json", action="store_true", help="one JSON object a line")
-    printing.add_argument("--events", metavar="LIST", help="only these events, comma-separated")
+    printing.add_argument("--events", metavar="LIST",
+                          help="only these events, comma-separated; -NAME leaves one out")
     printing.add_argument("--from-start", action="store_true",
                           help="begin at the start of the newest file, not at its end")
     add_options(parser)
@@ -9295,18 +9094,26 @@ def add_options(parser):
             default = "" if row.default in (None, False, {}) else f" [{shown_default(row)}]"
             about = row.about.replace("%", "%%") + default
             groups[row.group].add_argument(row.flag, dest=row.name, help=about, **kind)
+    groups["Gateway"].add_argument("--open", action="store_true", help="open the dashboard in the browser")
     groups["Gateway"].add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
 
 
 class Arguments(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are ConfigErrors with a remedy."""
+    """An ArgumentParser that raises a ConfigError with a remedy."""
+
+    def parse_args(self, args=None, namespace=None):
+        """As ArgumentParser does; `--events -a,b` is as good as `--events=-a,b`."""
+        given = list(sys.argv[1:] if args is None else args)
+        for place in range(len(given) - 1, 0, -1):
+            if given[place - 1] == "--events" and re.match(r"-[a-z]", given[place]):
+                given[place - 1:place + 1] = [f"--events={given[place]}"]
+        return super().parse_args(given, namespace)
 
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
         if unknown:
-            near = difflib.get_close_matches(
-                unknown[1].partition("=")[0], self._option_string_actions, 1, 0.6)
-            message = f"{unknown[1]} is not a known option" + (f"; did you mean {near[0]}?" if near else "")
+            message = (f"{unknown[1]} is not a known option"
+                       + nearest(unknown[1].partition("=")[0], self._option_string_actions))
         raise ConfigError(message if message.endswith("?") else f"{message}; see --help")
 
 
@@ -9319,13 +9126,15 @@ def chosen_command(args):
     together."""
     chosen = [command for command in COMMANDS if getattr(args, command.name) not in (None, False)]
     if args.paths and not any(command.paths for command in chosen):
-        raise ConfigError(f"{args.paths[0]}: a path goes with --tail-only or --report; see --help")
+        meant = nearest(args.paths[0], [flag_of(command.name) for command in COMMANDS])[2:]
+        raise ConfigError(f"{args.paths[0]}: " + (
+            meant or "a path goes with --tail-only or --report; see --help"))
     if len(chosen) > 1:
         raise ConfigError(f"{flag_of(chosen[0].name)} and {flag_of(chosen[1].name)} do not go together; "
                           "choose one")
     for name in COMPANIONS:
         hosts = [command for command in COMMANDS if name in command.companions]
-        if getattr(args, name) and not set(hosts) & set(chosen):
+        if getattr(args, name) and not set(hosts) & set(chosen) and (chosen or name != "open"):
             raise ConfigError(f"{flag_of(name)} goes with "
                               f"{' or '.join(flag_of(command.name) for command in hosts)}")
     return chosen[0] if chosen else None
@@ -9337,11 +9146,11 @@ def check_values(args):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     if args.events is not None and not words(args.events):
         raise ConfigError("--events: name the events to print, comma-separated; see the README")
-    unknown = [name for name in words(args.events or "") if name not in EVENTS]
+    names = [name[1:] if name.startswith("-") else name for name in words(args.events or "")]
+    unknown = [name for name in names if name not in EVENTS]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], EVENTS, 1)
         raise ConfigError(f"--events: {unknown[0]} is not an event"
-                          + (f"; did you mean {near[0]}?" if near else "; see the README"))
+                          + (nearest(unknown[0], EVENTS) or "; see the README"))
 
 
 def main(argv=None):
@@ -9354,8 +9163,10 @@ def main(argv=None):
         command = chosen_command(args)
         check_values(args)
         if args.check:
-            return doctor(args)     # before anything that can be wrong
-        config, warnings = load_config(vars(args), os.environ, args.env_file)
+            return run_checks(args)     # before anything that can be wrong
+        config, warnings, errors = load_config(vars(args), os.environ, args.env_file)
+        if errors:
+            raise ConfigError(errors[0])
         set_up_logging(config)
         for warning in warnings:
             log.warning(warning)
@@ -9365,7 +9176,7 @@ def main(argv=None):
         return error.exit_status
     except BrokenPipeError:
         return closed_pipe()
-    except OSError as error:    # above all a full disk, where the output goes
+    except OSError as error:    # above all a full disk
         closed_pipe()
         print(f"lmgateway: {error.filename or 'standard output'}: {error_text(error)}", file=sys.stderr)
         return 1
