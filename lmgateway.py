@@ -2201,7 +2201,7 @@ JOINED = frozenset(dialect.name for dialect in DIALECTS.values() if dialect.join
 
 WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
 VALUES_LIMIT = 250_000  # in it: more would hold up everybody for a tenth of a second and take 100 MB
-NUMBERS = re.compile(rb"\[[-+.\deE,\s]*\]")     # an embedding, or a prompt in token numbers
+NUMBERS = re.compile(rb"\[[-+.\deE,\s]{64,}\]")     # an embedding, or a prompt in token numbers
 
 
 def listed(value):
@@ -2375,9 +2375,15 @@ class Meter:
         self._cut = cut and self._decode is identity
         self.first = self.last = self._now = None  # clocks: first, latest token, piece
         self.pieces = 0  # events with a token
+        self._easy = False  # True once the next event may tell no more than a token
 
     def feed(self, piece, now):
         """The bytes to pass on for the bytes that came at the clock reading now."""
+        if (self._easy and not self._rest and whole_event(piece)    # as most: a token, and nothing else new
+                and self.dialect.token.search(piece) and not TELLING.search(piece)):
+            self.pieces += 1
+            self.last = now
+            return piece
         data = self._decode(piece) if self._decode else None
         if data is None:
             return self._give_up() + piece
@@ -2393,7 +2399,7 @@ class Meter:
     def _give_up(self):
         """Read no more.  Gives the bytes that were held back."""
         held = bytes(self._rest[self._given:]) if self._cut else b""
-        self._rest, self._decode, self._cut = bytearray(), None, False
+        self._rest, self._decode, self._cut, self._easy = bytearray(), None, False, False
         return held
 
     def end(self):
@@ -2434,7 +2440,8 @@ class Meter:
             self.pieces += 1
             self.first, self.last = self.first or self._now, self._now
             if self.usage.model and not TELLING.search(event):
-                return False    # most events of an answer: a token, and nothing else that is new
+                self._easy = self._decode is identity
+                return False
         data = event_data(event)
         body = json_object(data) or {}
         self.usage.take(body)
@@ -4583,13 +4590,19 @@ class Chunks:
         self.rest = b""  # what is not read yet; once over, what follows the body
         self._room = self.LINE_LIMIT  # for trailers
         self._step = self._whole_chunks
+        self.between = True  # the next byte begins a chunk
 
     def feed(self, data):
         """The payload in data.  Raises ValueError for what is not a chunked body."""
+        if self.between:
+            end = data.find(b"\r\n", 1, 9)
+            if data[:end] == b"%x" % (len(data) - end - 4) and data.endswith(b"\r\n") and end < len(data) - 4:
+                return data[end + 2:-2]     # one whole chunk, as most pieces of a stream are
         self.rest = self.rest + data if self.rest else data
         parts: list[bytes] = []
         while not self.over and self._step(parts):
             pass
+        self.between = not self.rest and self._step == self._whole_chunks
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     # Each step below takes its share of rest, and gives False when that is not there yet.
@@ -4693,9 +4706,8 @@ class Call:
         set_timeout(sock, self.timeout_s)
 
     def receive(self):
-        """The next bytes, b"" at the end.  Raises OSError."""
-        if self.deadline < math.inf:
-            self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+        """The next bytes before the deadline, b"" at the end.  Raises OSError."""
+        self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
         return self.sock.recv(PIECE)
 
     def wait(self, seconds):
@@ -4712,7 +4724,8 @@ class Answer:
     STATUS_LINE = re.compile(r"HTTP/1\.(\d) ([1-9]\d\d)(?: (.*))?")
 
     def __init__(self, call):
-        self._receive, self._buffer = call.receive, b""
+        self._receive = functools.partial(call.sock.recv, PIECE) if call.deadline == math.inf else call.receive
+        self._buffer = b""
         self.over = False  # the body has been read to its end
         self.status, room = 100, ANSWER_HEAD_LIMIT
         while 100 <= self.status < 200:
@@ -4767,6 +4780,7 @@ class Answer:
         self.length = int(length) if length and not coding else None
         if method == "HEAD" or self.status in (204, 304):
             self.length, self.chunks = 0, None
+        self._payload = self._unchunked if self.chunks else self._unframed
         self.over = self.length == 0
         self.keeps = (self.length is not None or bool(coding)) and (
             "close" not in options if self._minor
@@ -4788,22 +4802,18 @@ class Answer:
 
     def pieces(self):
         """The body as it comes, without its framing.  over is True as soon as its last piece is there."""
+        data, self._buffer, receive = self._buffer, b"", self._receive
         while not self.over:
-            data, self._buffer = self._buffer or self._receive(), b""
+            data = data or receive()
             if not data and (self.chunks or self.length is not None):
                 raise http.client.IncompleteRead(b"", self.length)
-            if piece := self._payload(data):
+            piece = self._payload(data)
+            if piece:
                 yield piece
+            data = b""
 
-    def _payload(self, data):
-        if self.chunks:
-            try:
-                piece = self.chunks.feed(data)
-            except ValueError as error:
-                raise http.client.HTTPException(str(error)) from None
-            self.over = self.chunks.over
-            self.keeps = self.keeps and not (self.over and self.chunks.rest)
-            return piece
+    def _unframed(self, data):
+        """A piece that is not chunked."""
         if self.length is None:
             self.over = not data
             return data
@@ -4812,6 +4822,15 @@ class Answer:
         self.length -= len(data)
         self.over = not self.length
         return data
+
+    def _unchunked(self, data):
+        try:
+            piece = self.chunks.feed(data)
+        except ValueError as error:
+            raise http.client.HTTPException(str(error)) from None
+        if self.chunks.over:
+            self.over, self.keeps = True, self.keeps and not self.chunks.rest
+        return piece
 
     def read(self, limit):
         """The whole body, at most limit bytes of it."""
@@ -5849,7 +5868,6 @@ class Forward:
         self._meter: Any = None
         self._cause: Any = None     # the GatewayError for which it was stopped
         self._over = False
-        self._told = -math.inf  # clock when listeners heard of its tokens
         self._silent_s = 0.0    # for how long LM Studio has said nothing
 
     def _new_record(self):
@@ -5941,13 +5959,13 @@ class Forward:
     def _relay(self):
         """The answer's pieces, metered.  A request is over before its last piece leaves, so that whoever has
         the answer finds it counted."""
-        answer, meter = self._answer, self._meter
+        answer, meter, due = self._answer, self._meter, 0.0     # clock when listeners hear of its tokens
         for piece in answer.pieces():
             if meter:
                 now = time.monotonic()
                 piece = meter.feed(piece, now)
-                if meter.first is not None and now - self._told >= COUNT_S:
-                    self._told = now
+                if now >= due and meter.first is not None:
+                    due = now + COUNT_S
                     self._gateway.hub.generated(self._record, meter.pieces, meter.first)
             yield piece + self._finish() if answer.over else piece
         if self._cause:     # an answer that ends with its connection cannot tell
@@ -8078,8 +8096,11 @@ def run_monitor(monitor, hub, stop):
 
 
 def open_server(gateway, context):
-    """The Server, bound.  Raises StartError with who to ask."""
+    """The Server, bound.  Raises StartError with who to ask, ConfigError when it would ask itself."""
     config = gateway.config
+    if leads_to(config.upstream, config.host, config.port):
+        raise ConfigError(f"{config.named('upstream')}: {config.upstream} is this gateway itself; give the address of "
+                          "LM Studio's server, usually http://127.0.0.1:1234")
     try:
         return Server(gateway, config.host, config.port, context)
     except OSError as error:

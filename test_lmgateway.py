@@ -1618,6 +1618,28 @@ def test_requests_are_amended_only_where_usage_has_to_be_asked_for(row, kind):
         assert json.loads(sent.decode("utf-8-sig"))["stream_options"]["include_usage"] is True
 
 
+HOSTILE = {  # JSON that is small on the wire and large or slow in memory
+    "many lists": b'{"stream":true,"x":[%b0]}' % (b"[]," * 10_000_000),
+    "many numbers": b'{"stream":true,"x":[%b0]}' % (b"[%b1]," % (b"1," * 32) * 400_000),
+    "many texts": b'{"stream":true,"x":[%b0]}' % (b'"",' * 10_000_000),
+    "many names": b'{"stream":true%b}' % (b',"stream_options":0' * 1_600_000),
+    "options in options": b'{"stream":true,"x":' + b'{"stream_options":' * 43_690 + b"{}" + b"}" * 43_691}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+def test_a_body_costs_no_more_than_a_few_times_its_size(body):
+    with tracing() as peak:
+        started = time.thread_time()
+        assert lmgateway.parse_body(lmgateway.CHAT, body).data is body
+        assert time.thread_time() - started < 1.5 and peak() < 2.5 * len(body) + 5_000_000
+
+
+def test_a_body_in_chunks_of_a_byte_costs_time_in_proportion():
+    chunks, data, started = lmgateway.Chunks(), b"1\r\nx\r\n" * 1_000_000 + b"0\r\n\r\n", time.thread_time()
+    assert sum(len(chunks.feed(data[at:at + 65536])) for at in range(0, len(data), 65536)) == 1_000_000
+    assert chunks.over and time.thread_time() - started < 3.0
+
+
 CHUNKED = b"5;name=\"x\"\r\nhello\r\n1 \r\n!\r\n0\r\nTrailer: x\r\n\r\nNEXT"
 
 
@@ -4771,6 +4793,150 @@ def test_a_head_that_came_in_pieces_leaves_what_follows_its_own_time(fronts, stu
             nothing.wait(0.2 if part == sent[9:-2] and late == "body" else 0.02)
         nothing.wait(0.4 if late == "reader" else 0.0)
         assert len(split_answer(rest_of(sock))[2]) == 8_000_000
+
+
+UNREADABLE = {"compressed": gzip.compress(STREAMED), "utf-16": STREAMED.decode().encode("utf-16"),
+              "deep": b'{"stream":true,"x":%b}' % (b"[" * 3000 + b"]" * 3000),
+              "long number": b'{"stream":true,"seed":%b}' % (b"7" * 5000)}
+
+
+@pytest.mark.parametrize("body", UNREADABLE.values(), ids=UNREADABLE)
+def test_the_answer_to_a_body_that_we_cannot_read_shows_whether_it_is_a_stream(fronts, studio, body):
+    silent = threading.Event()
+
+    def script(peer):
+        peer.send(STREAM_HEAD, framed(*CHAT_STREAM[:2], end=False))
+        silent.wait(0.5)    # longer than an answer that is no stream may
+        peer.send(framed(*CHAT_STREAM[2:]))
+
+    front, studio.script = fronts(proxy_timeout=200, proxy_stream_timeout=0), script
+    assert unchunked(split_answer(talk(front.port, request(POST_CHAT, body)))[2]) == b"".join(CHAT_STREAM)
+    (done,) = front.events(0, "inference_complete", "error")
+    assert (done.get("error"), done["tokenUsage"], done["model"]) == (None, COUNTS, "qwen/qwen3-8b")
+    assert front.hub.shown()[0]["stream"] and studio.peers[0].body == body
+
+
+def test_what_no_answer_came_to_is_given_up_even_if_its_body_cannot_be_read(fronts, studio):
+    front, studio.script = fronts(proxy_timeout=100), silence
+    assert status_of(talk(front.port, request(POST_CHAT, UNREADABLE["utf-16"]))) == 504
+
+
+def test_a_gateway_without_a_descriptor_left_does_not_say_that_lm_studio_is_away(fronts, monkeypatch):
+    def refuse(address, timeout):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    front = fronts()
+    monkeypatch.setattr(lmgateway.socket, "create_connection", refuse)
+    sent = request(POST_CHAT, b"{}")
+    monkeypatch.undo()
+    with dial(front.port) as sock:
+        monkeypatch.setattr(lmgateway.socket, "create_connection", refuse)
+        sock.sendall(sent)
+        answer = rest_of(sock)
+    assert (status_of(answer), error_of(answer)["code"]) == (503, "no_descriptors")
+    assert "open files" in front.gateway.upstream.health()
+
+
+def test_a_machine_that_went_off_is_noticed_while_nothing_is_said(front):
+    upstream = front.gateway.upstream
+    with upstream._connect(None) as sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
+
+
+# --- one question for all
+
+def drips(peer):
+    """A byte at a time, each long before any read gives up."""
+    with contextlib.suppress(OSError):
+        for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10_000:
+            peer.send(bytes([byte]))
+            pace.wait(0.05)
+
+
+pace = threading.Event()
+
+
+@pytest.mark.parametrize("script", [drips, endless_news, silence], ids=lambda script: script.__name__)
+def test_a_question_ends_in_time_and_the_next_one_is_asked(fronts, studio, monkeypatch, script):
+    monkeypatch.setattr(lmgateway, "QUESTION_S", 0.3)
+    front, studio.script, started = fronts(), script, time.monotonic()
+    assert ask(front, "GET /ready")[0] == 503
+    assert front.gateway.upstream.loaded_models() is None and time.monotonic() - started < 2.0
+    studio.script, health = (lambda peer: peer.send(plain(b'{"lmstudio":true}'))), front.gateway.upstream._health
+    health._known = -math.inf, health._known[1]
+    assert ask(front, "GET /ready")[0] == 200
+
+
+def test_whatever_becomes_of_who_asks_the_next_one_may_ask(monkeypatch):
+    stuck, answers = threading.Event(), []
+
+    def answer():
+        answers.append(1)
+        return stuck.wait(PATIENCE_S) if len(answers) == 1 else f"answer {len(answers)}"
+
+    asked = lmgateway.Remembered(answer, 0.05, "silence")
+    assert asked.value(0.0, 0.1) == "silence" == asked.value(100.0, 0.0) or answers == [1, 1]
+    assert asked.value(0.0, PATIENCE_S) == f"answer {len(answers)}"
+    known, start = len(answers), threading.Thread.start
+    stuck.set()     # the first one comes too late to be heard
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: 1 // 0 if thread.name != "question" else refuse())
+
+    def refuse():
+        raise RuntimeError("can't start new thread")
+
+    assert asked.value(0.0, 0.0) == f"answer {known + 1}"
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert asked.value(0.0, PATIENCE_S) == f"answer {known + 2}"
+    assert asked.value(100.0, 0.0) == f"answer {known + 2}" and len(answers) == known + 2
+
+
+@pytest.mark.parametrize(("base", "host", "itself"), [
+    ("http://127.0.0.1:8001", "127.0.0.1", True), ("http://localhost:8001", "127.0.0.1", True),
+    ("http://127.0.0.1:8001", "0.0.0.0", True), ("http://127.0.0.1:8001", "localhost", True),
+    ("http://127.0.0.1:1234", "0.0.0.0", False), ("http://192.0.2.1:8001", "0.0.0.0", False),
+    ("http://127.0.0.2:8001", "127.0.0.1", False)])
+def test_an_upstream_that_is_the_gateway_itself_is_known(base, host, itself):
+    assert lmgateway.leads_to(base, host, 8001) == itself
+
+
+def test_a_gateway_that_would_ask_itself_does_not_start(fronts):
+    with pytest.raises(lmgateway.ConfigError, match="is this gateway itself"):
+        fronts("http://127.0.0.1:18001", port=18001)
+
+
+# --- requests that are stopped
+
+STOPS = {  # what LM Studio has sent by then -> path, request, what the client gets of the stop
+    "before the answer": ((), "/v1/chat/completions", b'{"stream":true}', 503),
+    "before the answer, Anthropic": ((), "/v1/messages", b"{}", 503),
+    "in a stream": ((STREAM_HEAD, framed(CHAT_STREAM[1], end=False)), "/v1/chat/completions", b'{"stream":true}', 200),
+    "in a stream, Anthropic": ((STREAM_HEAD, framed(MESSAGES_USAGE, end=False)), "/v1/messages", b'{"stream":true}',
+                               200),
+    "in an answer": ((plain(CHAT_WHOLE)[:-5],), "/v1/chat/completions", b"{}", 200),
+}
+
+
+@pytest.mark.parametrize("row", STOPS.values(), ids=STOPS)
+def test_a_request_can_be_stopped_from_another_thread(front, studio, row):
+    sent, path, body, status = row
+    here, ended, mark = threading.Event(), queue.Queue(), front.hub.last
+    studio.script = lambda peer: (peer.send(*sent), here.set(), ended.put(peer.wait_for_end()))
+    with dial(front.port) as sock:
+        sock.sendall(request(f"POST {path}", body))
+        assert here.wait(PATIENCE_S)
+        data = read_until(sock, sent[-1][-9:]) if sent else b""
+        (running,) = front.gateway.inferences.values()
+        running.stop(lmgateway.HttpError(503, "stopped", "stopped by anna"))
+        data += rest_of(sock)
+    assert ended.get(timeout=PATIENCE_S) < 1.0 and status_of(data) == status
+    assert b"stopped by anna" in data or status == 200 and not body.endswith(b"true}")
+    assert (b'"type": "error"' in data) == ("messages" in path) and not data.endswith(b"0\r\n\r\n")
+    assert (b"event: error\ndata: {" in data) == (status == 200 and b"stream" in body)
+    (event,) = front.events(mark, "error", "inference_complete")
+    assert (event["operation"], event["error"]) == ("stopped", "stopped by anna")
+    assert not front.gateway.inferences
 
 
 @pytest.mark.parametrize("row", ERRORS.values(), ids=ERRORS)
