@@ -2200,7 +2200,7 @@ DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.
 JOINED = frozenset(dialect.name for dialect in DIALECTS.values() if dialect.joined)
 
 WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
-VALUES_LIMIT = 250_000  # in it: more would hold up everybody for a tenth of a second and take 100 MB
+VALUES_LIMIT = 250_000  # in it: reading more would hold up everybody for a tenth of a second
 NUMBERS = re.compile(rb"\[[-+.\deE,\s]{64,}\]")     # an embedding, or a prompt in token numbers
 
 
@@ -2485,7 +2485,8 @@ class Inflater:
     its zlib header (RFC 9110, 8.4.1.2)."""
 
     def __init__(self, name):
-        self._gzip, self._head, self._inflate = name.endswith("gzip"), b"", None
+        self._gzip, self._head = name.endswith("gzip"), b""
+        self._inflate: Any = None   # once the first two bytes are there
 
     def __call__(self, data):
         """The bytes that data holds; None for what cannot be decoded."""
@@ -4542,12 +4543,12 @@ MATURE_S = 0.01  # a server that closes after each answer has closed by then
 IDLE_KEPT = 64
 REPEATABLE = ("GET", "HEAD", "OPTIONS", "PUT", "DELETE")  # idempotent methods (RFC 9110, 9.2.2)
 CONNECT_S = 10.0
-QUESTION_S = 3.0  # for a question of our own, all in all: a prompt that is read on the CPU makes LM Studio slow
+QUESTION_S = 3.0  # for a question of our own, all in all: reading a prompt on the CPU makes LM Studio slow
 GREETING_S = 0.3  # what `lms`, which waits 500 ms in all, can be kept waiting
 ANSWER_HEAD_LIMIT = 256 * 1024  # bytes, with all that is said before it
 SMALL_BODY = 64 * 1024  # travels in one packet with its head
 SLICE = 1024 * 1024     # of a large body, which has the timeout for itself
-KEEP_ALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPALIVE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))  # s, probes
+KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # s; probes
 STREAM_TYPES = ("text/event-stream", "application/x-ndjson")
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
                         "proxy-connection", "te",
@@ -4567,14 +4568,16 @@ class UpstreamError(HttpError):
 
 
 def upstream_error(error, option, begun):
-    """The UpstreamError for how a connection failed; begun: its answer had begun.  option: that of the timeout."""
-    if isinstance(error, TIMEOUTS) and error.errno != errno.ETIMEDOUT:    # which is what keep-alive probes find
+    """The UpstreamError for a connection that failed before its answer had begun, or after; option: its
+    timeout's."""
+    why = error_text(error)
+    if isinstance(error, TIMEOUTS) and error.errno != errno.ETIMEDOUT:  # which is for a machine that went off
         remedy = "" if begun else f". Raise {option}, or look at its log for what it is doing"
         return UpstreamError(504, "timeout", f"LM Studio was silent for too long{remedy}")
     if begun:
-        return UpstreamError(502, "reset", f"LM Studio's answer broke off before its end ({error_text(error)})")
-    return UpstreamError(502, "reset", "LM Studio closed the connection before it answered "
-                                       f"({error_text(error)}). Try again; its log may say why")
+        return UpstreamError(502, "reset", f"LM Studio's answer broke off before its end ({why})")
+    return UpstreamError(502, "reset", f"LM Studio closed the connection before it answered ({why}). Try again; "
+                                       "its log may say why")
 
 
 class Chunks:
@@ -4697,7 +4700,8 @@ class Call:
                  *[f"{name}: {value}" for name, value in self.headers], "", ""]
         head, sock = "\r\n".join(lines).encode("latin-1"), self.sock
         if len(self.body) <= SMALL_BODY:
-            return sock.sendall(head + self.body)
+            sock.sendall(head + self.body)
+            return
         sock.sendall(head)
         sock.settimeout(self.timeout_s)     # for each slice; the kernel's begins anew with any byte
         with memoryview(self.body) as whole:
@@ -4712,7 +4716,8 @@ class Call:
 
     def wait(self, seconds):
         """True when there is something to receive, False after so many seconds of silence."""
-        return bool(isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()) or readable(self.sock, seconds)
+        pending = isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()
+        return bool(pending) or readable(self.sock, seconds)
 
 
 class Answer:
@@ -4724,7 +4729,8 @@ class Answer:
     STATUS_LINE = re.compile(r"HTTP/1\.(\d) ([1-9]\d\d)(?: (.*))?")
 
     def __init__(self, call):
-        self._receive = functools.partial(call.sock.recv, PIECE) if call.deadline == math.inf else call.receive
+        endless = call.deadline == math.inf
+        self._receive = functools.partial(call.sock.recv, PIECE) if endless else call.receive
         self._buffer = b""
         self.over = False  # the body has been read to its end
         self.status, room = 100, ANSWER_HEAD_LIMIT
@@ -4775,7 +4781,7 @@ class Answer:
         coding, length = self.header("transfer-encoding").lower(), self.header("content-length")
         if coding not in ("", "chunked") or length and not coding and not LENGTH.fullmatch(length):
             raise http.client.HTTPException("the length of its answer is not clear")
-        self.chunks = Chunks() if coding else None
+        self.chunks: Any = Chunks() if coding else None
         options = self.header("connection").lower()
         self.length = int(length) if length and not coding else None
         if method == "HEAD" or self.status in (204, 304):
@@ -4845,11 +4851,12 @@ class Answer:
 class IdleConnections:
     """Connections to LM Studio that have nothing to do.
 
-    One is used again if it has been idle for less than REUSE_S and is not readable (readable means closed),
-    the first time only after MATURE_S."""
+    One is used again if it has been idle for less than REUSE_S and is not readable (readable means closed);
+    by a request that may not be repeated only if it has been used again before, or idle for MATURE_S."""
 
     def __init__(self):
-        # (socket, clock since when, used again before, timeout), the longest idle first; append and pop are atomic
+        # (socket, clock since when, used again before, timeout), the longest idle first; append and pop are
+        # atomic
         self._idle: deque[tuple] = deque()
 
     def put(self, sock, proven, timeout_s):
@@ -4859,7 +4866,7 @@ class IdleConnections:
             while len(self._idle) > IDLE_KEPT:
                 self._idle.popleft()[0].close()
 
-    def take(self):
+    def take(self, repeatable):
         """Any thread.  (socket, its timeout); (None, None) when there is none."""
         with contextlib.suppress(IndexError):
             while True:
@@ -4867,7 +4874,7 @@ class IdleConnections:
                 age = time.monotonic() - since
                 if age > REUSE_S or readable(sock):
                     sock.close()
-                elif proven or age > MATURE_S:
+                elif repeatable or proven or age > MATURE_S:
                     return sock, timeout_s
                 else:
                     self._idle.appendleft(kept)
@@ -4917,7 +4924,7 @@ class Remembered:
         self._asking: Any = None    # (clock, Event that is set in the end) of the question under way
 
     def value(self, max_age_s, wait_s):
-        """Any thread.  An answer not older than max_age_s; if none comes within wait_s, the one before."""
+        """Any thread.  An answer not older than max_age_s; the one before if none comes within wait_s."""
         with self._lock:
             now, (since, answer) = time.monotonic(), self._known
             if now - since < max_age_s:
@@ -4984,7 +4991,7 @@ class Upstream:
 
     def send(self, call, anew=False):
         """Send a request, over an idle connection if there is one.  Raises OSError, HttpError."""
-        sock, timeout_s = (None, None) if anew else self._idle.take()
+        sock, timeout_s = (None, None) if anew else self._idle.take(call.method in REPEATABLE)
         call.reused = bool(sock)
         if not sock:
             sock = self._connect(call.timeout_s)
@@ -4998,8 +5005,8 @@ class Upstream:
         try:
             sock = socket.create_connection(self._address, min(CONNECT_S, timeout_s or CONNECT_S))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that went off says no goodbye
-            for name, value in KEEP_ALIVE:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # who went off says no goodbye
+            for name, value in KEEP_ALIVE.items():
                 if hasattr(socket, name):
                     sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
             sock = self._tls.wrap_socket(sock, server_hostname=self._name) if self._tls else sock
@@ -5007,8 +5014,10 @@ class Upstream:
             return sock
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise HttpError(503, "no_descriptors", f"lmgateway cannot open a connection to LM Studio ({error_text(error)}). "
-                                "Raise its limit of open files (ulimit -n), or try again", [("Retry-After", "5")]) from None
+                raise HttpError(503, "no_descriptors",
+                                f"lmgateway cannot open a connection to LM Studio ({error_text(error)}). Raise "
+                                "its limit of open files (ulimit -n), or try again",
+                                [("Retry-After", "5")]) from None
             why = "the connection timed out" if isinstance(error, TIMEOUTS) else error_text(error)
             raise UpstreamError(502, "unreachable",
                                 f"LM Studio is not reachable at {self.base} ({why}). Start its server "
@@ -5855,7 +5864,7 @@ class Forward:
         self._gateway, self._request, upstream = gateway, request, gateway.upstream
         target = upstream_target(request.target, gateway.walls.need_key)
         path = target.partition("?")[0].rstrip("/").lower()     # as Express compares paths
-        self._dialect = DIALECTS.get(path) if request.method == "POST" else None
+        self._dialect: Any = DIALECTS.get(path) if request.method == "POST" else None
         self._anthropic = path == "/v1/messages"
         self._asked = parse_body(self._dialect, request.body) if self._dialect else ParsedBody(request.body)
         self._comments = bool(self._asked.stream and gateway.config.prefill_comments)
@@ -5872,9 +5881,9 @@ class Forward:
 
     def _new_record(self):
         hub, request, asked = self._gateway.hub, self._request, self._asked
-        return Record(hub.request_id(), time.time(), time.monotonic(), method=request.method, path=request.path,
-                      target=self._call.target.partition("?")[0].rstrip("/"), dialect=self._dialect.name,
-                      client=request.client, key=request.identity.name,
+        return Record(hub.request_id(), time.time(), time.monotonic(), method=request.method,
+                      path=request.path, target=self._call.target.partition("?")[0].rstrip("/"),
+                      dialect=self._dialect.name, client=request.client, key=request.identity.name,
                       agent=request.header("user-agent")[:200] or None, model_asked=asked.model,
                       messages=asked.messages, fingerprint=asked.fingerprint, stream=bool(asked.stream))
 
@@ -5891,8 +5900,8 @@ class Forward:
             if self._comments:
                 self._gateway.upstream.send(self._call)
                 if self._is_silent():
-                    return Response(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")],
-                                    self)
+                    headers = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")]
+                    return Response(200, headers, self)
             answer = self._take_head()
             headers = client_headers(answer, self._comments or self._cuts)
             if self._request.method != "HEAD" and answer.status not in (204, 304):
@@ -5911,13 +5920,15 @@ class Forward:
         self._gateway.watcher.watch(self._request.connection, lambda: self.stop(ClientLeft()))
 
     def stop(self, cause):
-        """Any thread.  Ends it unless it is over: with an HttpError, which the client is told, or ClientLeft."""
+        """Any thread.  Ends it, unless it is over: with an HttpError, which the client is told, or
+        ClientLeft."""
         self._cause = self._cause or cause
         self._call.cancel()
 
     def _take_head(self):
         """LM Studio's Answer.  If we could not read what was asked, it shows whether that was a stream."""
-        answer = self._answer = Answer(self._call) if self._comments else self._gateway.upstream.open(self._call)
+        answer = Answer(self._call) if self._comments else self._gateway.upstream.open(self._call)
+        self._answer = answer
         if self._asked.stream is None:
             self._choose_timeout(answer.streams)
         if self._record:
@@ -5950,7 +5961,8 @@ class Forward:
             told = isinstance(self._cause, HttpError) and (
                 self._answer is None or stopped and self._answer.streams)
             if told:
-                yield stream_event(error_response(self._cause, self._anthropic).body, self._anthropic)
+                told = error_response(self._cause, self._anthropic).body
+                yield stream_event(told, self._anthropic)
             if not isinstance(self._cause, HttpError):
                 raise self._cause from None
             if not told or stopped:
@@ -5961,13 +5973,14 @@ class Forward:
         the answer finds it counted."""
         answer, meter, due = self._answer, self._meter, 0.0     # clock when listeners hear of its tokens
         for piece in answer.pieces():
+            out = piece
             if meter:
                 now = time.monotonic()
-                piece = meter.feed(piece, now)
+                out = meter.feed(piece, now)
                 if now >= due and meter.first is not None:
                     due = now + COUNT_S
                     self._gateway.hub.generated(self._record, meter.pieces, meter.first)
-            yield piece + self._finish() if answer.over else piece
+            yield out + self._finish() if answer.over else out
         if self._cause:     # an answer that ends with its connection cannot tell
             raise self._cause
         if not self._over:
@@ -6042,24 +6055,31 @@ class Forward:
         """It is over, once: LM Studio's connection is free, the hub and the log are told."""
         if self._over:
             return
-        self._over, self._request.told = True, True
-        gateway, request, record = self._gateway, self._request, self._record
-        gateway.watcher.forget(request.connection)
-        gateway.upstream.done(self._call, self._answer)
-        level = logging.WARNING if error and operation != "client_disconnected" else logging.INFO
-        if not record:
-            self._request.told = bool(error)
-            return log.log(level, "%s %s: %s", request.method, request.path, error) if error else None
+        self._over = True
+        self._gateway.watcher.forget(self._request.connection)
+        self._gateway.upstream.done(self._call, self._answer)
+        if self._record:
+            self._end_record(error, operation)
+        elif error:
+            self._log(error, operation, f"{self._request.method} {self._request.path}: {error}")
+
+    def _end_record(self, error, operation):
+        gateway, record, status = self._gateway, self._record, self._answer and self._answer.status
         gateway.inferences.pop(record.id, None)
         state = ("done" if error is None else
                  "abandoned" if operation in ("client_disconnected", "stopped") else "failed")
-        gateway.hub.end(record, Outcome(state, self._answer and self._answer.status, error, operation, self._meter))
+        gateway.hub.end(record, Outcome(state, status, error, operation, self._meter))
         usage = record.usage or {}
         told = operation if operation == "upstream_error" else error    # LM Studio's words can quote a prompt
-        log.log(level, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
-                record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
-                record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
-                usage.get("completionTokens", "?"), f": {told}" if told else "")
+        self._log(error, operation,
+                  f"{record.client} {record.key or '-'} {record.path} {record.model or record.model_asked or '-'}:"
+                  f" {record.status or '-'}, {record.total_ms:.0f} ms, {usage.get('promptTokens', '?')} + "
+                  f"{usage.get('completionTokens', '?')} tokens" + (f": {told}" if told else ""))
+
+    def _log(self, error, operation, line):
+        left = operation == "client_disconnected" and not self._record
+        log.log(logging.WARNING if error and not left else logging.INFO, "%s", line)
+        self._request.told = True
 
 
 def stream_event(body, anthropic):

@@ -4028,7 +4028,7 @@ def test_hop_by_hop_and_cors_headers_of_an_answer_stop_here(front, studio):
         ("Connection", "close")]
 
 
-def test_only_a_young_connection_is_used_again_and_at_first_only_one_that_was_idle_for_a_moment(
+def test_only_a_young_connection_is_used_again_and_for_a_prompt_only_one_that_has_proven_itself(
         fronts, studio, monkeypatch):
     front = fronts()
 
