@@ -2200,8 +2200,8 @@ DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.
 JOINED = frozenset(dialect.name for dialect in DIALECTS.values() if dialect.joined)
 
 WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
-VALUES_LIMIT = 250_000  # in it: reading more would hold up everybody for a tenth of a second
-NUMBERS = re.compile(rb"\[[-+.\deE,\s]{64,}\]")     # an embedding, or a prompt in token numbers
+VALUES_LIMIT = 250_000  # of its values: reading more would hold up everybody for a tenth of a second
+NUMBERS = re.compile(rb"\[[-+.\deE,\s]{64,}\]")   # an embedding, a prompt in token numbers: not read then
 
 
 def listed(value):
@@ -2222,13 +2222,13 @@ STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # no NaN, no Infinity
 
 
 def json_object(data):
-    """The JSON object in UTF-8 bytes; None for anything else, and for one too large to read.  Never raises."""
+    """The JSON object in UTF-8 bytes; None for anything else, and for what is too large.  Never raises."""
     data = data[3:] if data[:3] == codecs.BOM_UTF8 else data
-    if len(data) > WHOLE_LIMIT:
+    if len(data) > WHOLE_LIMIT or too_many(data, b"[", b"{"):
         return None
-    if most_values(data) > VALUES_LIMIT:    # then lists of numbers count for nothing
+    if too_many(data, b",", b"[", b"{"):    # each value but the first stands behind one of these
         data = NUMBERS.sub(b"[]", data)
-        if most_values(data) > VALUES_LIMIT:
+        if too_many(data, b",", b"[", b"{"):
             return None
     try:
         value = STRICT.decode(str(data, "utf-8"))
@@ -2237,9 +2237,14 @@ def json_object(data):
     return value if isinstance(value, dict) else None
 
 
-def most_values(data):
-    """No fewer than a JSON text has values: each but the first stands behind one of these."""
-    return data.count(b",") + data.count(b"[") + data.count(b"{")
+def too_many(data, *marks):
+    """True when these bytes stand in data more than VALUES_LIMIT times."""
+    found, step = 0, 1024 * 1024    # after which other threads get their turn
+    for at in range(0, len(data), step):
+        found += sum(data.count(mark, at, at + step) for mark in marks)
+        if found > VALUES_LIMIT:
+            return True
+    return False
 
 
 # --- 3.5 meter: what an answer cost, read while it passes --------------------
@@ -4576,8 +4581,8 @@ def upstream_error(error, option, begun):
         return UpstreamError(504, "timeout", f"LM Studio was silent for too long{remedy}")
     if begun:
         return UpstreamError(502, "reset", f"LM Studio's answer broke off before its end ({why})")
-    return UpstreamError(502, "reset", f"LM Studio closed the connection before it answered ({why}). Try again; "
-                                       "its log may say why")
+    return UpstreamError(502, "reset", f"LM Studio closed the connection before it answered ({why}). Try "
+                                       "again; its log may say why")
 
 
 class Chunks:
@@ -5015,8 +5020,8 @@ class Upstream:
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise HttpError(503, "no_descriptors",
-                                f"lmgateway cannot open a connection to LM Studio ({error_text(error)}). Raise "
-                                "its limit of open files (ulimit -n), or try again",
+                                f"lmgateway cannot connect to LM Studio ({error_text(error)}). Raise its limit "
+                                "of open files (ulimit -n), or try again",
                                 [("Retry-After", "5")]) from None
             why = "the connection timed out" if isinstance(error, TIMEOUTS) else error_text(error)
             raise UpstreamError(502, "unreachable",
