@@ -1475,6 +1475,30 @@ def test_meter_times_tokens_only_from_the_first_to_the_last():
 TOKEN = chunk({"content": "x"})
 
 
+AFTER_TOKENS = {    # pieces that come after tokens of the same form
+    "tokens": [TOKEN, TOKEN], "two at once": [TOKEN + TOKEN], "no text": [chunk({"content": ""}), TOKEN],
+    "quotes": [chunk({"content": 'say "x"'}), TOKEN, chunk({"content": "\\"}), TOKEN],
+    "a ping": [b"event: ping\ndata: {}\n\n"], "no token": [TOKEN, chunk({})], "halves": [TOKEN[:150], TOKEN[150:]],
+    "a model": [chunk({}, model="other/model")], "the end": [TOKEN, chunk({"content": "x"}, "stop")],
+    "an error": [TOKEN, b'event: error\ndata: {"message":"out of memory"}\n\n'],
+    "an error in a token": [event({"choices": [{"delta": {"content": "x"}}], "error": {"message": "torn"}})],
+    "a token that speaks of usage": [TOKEN.replace(b'"x"', b'"x","usage":{"prompt_tokens":7}')],
+    "other line ends": [b"data: {}\r\n\r\ndata: {}\r\r" + TOKEN, TOKEN.replace(b"\n", b"\r\n"), TOKEN],
+}
+
+
+@pytest.mark.parametrize("pieces", AFTER_TOKENS.values(), ids=AFTER_TOKENS)
+def test_meter_learns_the_same_from_whole_pieces_and_from_single_bytes(pieces):
+    whole, bytewise = (lmgateway.Meter(lmgateway.CHAT, stream=True) for _ in range(2))
+    for number, piece in enumerate([TOKEN, TOKEN, *pieces]):
+        assert whole.feed(piece, 10.0 + number) == piece
+        for at in range(len(piece)):
+            bytewise.feed(piece[at:at + 1], 10.0 + number)
+    assert whole.end() == bytewise.end() == b""
+    assert (whole.pieces, whole.first, whole.last) == (bytewise.pieces, bytewise.first, bytewise.last)
+    assert vars(whole.usage) == vars(bytewise.usage)
+
+
 def test_meter_takes_what_lm_studio_timed_itself():
     meter = lmgateway.Meter(lmgateway.NATIVE, stream=False)
     meter.feed(NATIVE_WHOLE, 1.0)
