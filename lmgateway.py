@@ -28,7 +28,7 @@ Threads, and what each may write:
     tail       the parser, whose figures others only read; Hub.publish_log
     http       one per connection: its own sockets, its own meter; Hub.begin, Hub.generated, Hub.end
     watcher    shuts down the upstream sockets of clients that left, wakes listeners that did
-    question   asks LM Studio what many want to know, while views wait a little for the answer
+    question   asks LM Studio for all views that want to know, while they wait a little
     history    the SQLite file, fed through a queue
     watch      with --watch only: the line to another gateway; a queue to main
     demo-*     the imitation of LM Studio, with --demo only
@@ -2222,7 +2222,7 @@ STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # no NaN, no Infinity
 
 
 def json_object(data):
-    """The JSON object in UTF-8 bytes; None for anything else, and for what is too large.  Never raises."""
+    """The JSON object in UTF-8 bytes; None for anything else and for one too large.  Never raises."""
     data = data[3:] if data[:3] == codecs.BOM_UTF8 else data
     if len(data) > WHOLE_LIMIT or too_many(data, b"[", b"{"):
         return None
@@ -2256,7 +2256,7 @@ UNSAFE = 2**53  # from here on JavaScript and others round
 EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
 SOME_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')  # never in a chunk that carries only usage
 ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.MULTILINE)
-# What tells more than a token.
+# An event with one of these tells more than a token.
 TELLING = re.compile(rb'"(?:usage|stats|error|response|(?:finish|stop)_reason"\s*:\s*")')
 
 
@@ -2268,7 +2268,7 @@ def answer_figures(body):
     usage, stats = member(body, "usage"), member(body, "stats")
     prompt = count(usage, "prompt_tokens", "input_tokens", "inputTokens")
     if prompt is not None and "input_tokens" in usage and "total_tokens" not in usage:
-        # Anthropic counts apart what comes from a cache and goes into it
+        # Anthropic counts tokens apart that come from a cache or go into it
         prompt += count(usage, "cache_read_input_tokens", default=0)
         prompt += count(usage, "cache_creation_input_tokens", default=0)
     both, read = {**stats, **usage}, member(usage, "prompt_tokens_details", "input_tokens_details")
@@ -2286,7 +2286,7 @@ def answer_figures(body):
 
 
 class Usage:
-    """What is known of an answer.  None for what LM Studio did not give."""
+    """The figures, names and errors of an answer; None if LM Studio did not give one."""
 
     def __init__(self):
         self.prompt = self.completion = self.total = None
@@ -2354,7 +2354,7 @@ def count(values, *names, default=None):
 
 
 def usable(value):
-    """A figure of an answer; None for what is none, or so large that others would not read it as it is."""
+    """A figure of an answer; None if it is no number, or too large for other readers of JSON."""
     return value if type(value) in (int, float) and 0 <= value < UNSAFE else None
 
 
@@ -2425,7 +2425,7 @@ class Meter:
         """Read the events that data completes; give their bytes without those that were ours alone."""
         if not self._rest and whole_event(data):
             return b"" if self._event(data) and self._cut else data
-        start, position, kept = max(0, len(self._rest) - 4), 0, []  # what was searched is not searched again
+        start, position, kept = max(0, len(self._rest) - 4), 0, []  # the rest was searched before
         self._rest += data
         for end in EVENT_END.finditer(self._rest, start):
             event = bytes(self._rest[position:end.end()])
@@ -2500,7 +2500,7 @@ class Inflater:
         self._inflate: Any = None   # once the first two bytes are there
 
     def __call__(self, data):
-        """The bytes that data holds; None for what cannot be decoded."""
+        """The decoded bytes of data; None when it cannot be decoded."""
         if self._inflate is None:
             data = self._head = self._head + data
             if len(data) < 2:
@@ -2537,14 +2537,14 @@ LOG_KEEPS = 50  # UTF-16 units before and after it
 
 
 class ParsedBody(NamedTuple):
-    """A request body as it is sent on, and what it says."""
+    """A request body as it is sent on, and its meaning."""
 
     data: Any  # bytes-like: the client's own, or with the question for usage
     model: str | None = None
     stream: bool | None = None  # None when the body cannot be read: the answer will show it
     messages: int | None = None
     fingerprint: Fingerprint | None = None
-    asks_usage: bool = False  # on the client's behalf: what comes of it is taken out again
+    asks_usage: bool = False  # on the client's behalf: the answer to it is taken out again
 
 
 def parse_body(dialect, data):
@@ -2572,7 +2572,7 @@ def ask_usage(data, options):
 
 
 class Fingerprint(NamedTuple):
-    """Hashes of a request body: of what it asks, and of all its other members."""
+    """Hashes of a request body: of the prompt, and of all its other members."""
 
     prompt: int
     rest: int
@@ -2603,7 +2603,7 @@ def json_hash(value):
 
 
 def log_text(text):
-    """A string of a request body as the log shows it, without what stands for its middle."""
+    """A string of a request body as the log shows it, without the mark for its missing middle."""
     head, cut, tail = text.partition(LOG_CUT)
     if cut:
         return head + tail
@@ -4555,7 +4555,7 @@ IDLE_KEPT = 64
 REPEATABLE = ("GET", "HEAD", "OPTIONS", "PUT", "DELETE")  # idempotent methods (RFC 9110, 9.2.2)
 CONNECT_S = 10.0
 QUESTION_S = 3.0  # for a question of our own, all in all: reading a prompt on the CPU makes LM Studio slow
-GREETING_S = 0.3  # what `lms`, which waits 500 ms in all, can be kept waiting
+GREETING_S = 0.3  # `lms` waits 500 ms in all
 ANSWER_HEAD_LIMIT = 256 * 1024  # bytes, with all that is said before it
 SMALL_BODY = 64 * 1024  # travels in one packet with its head
 SLICE = 1024 * 1024     # of a large body, which has the timeout for itself
@@ -4607,7 +4607,7 @@ class Chunks:
         self.between = True  # the next byte begins a chunk
 
     def feed(self, data):
-        """The payload in data.  Raises ValueError for what is not a chunked body."""
+        """The payload in data.  Raises ValueError if it is not a chunked body."""
         if self.between:
             end = data.find(b"\r\n", 1, 9)
             if data[:end] == b"%x" % (len(data) - end - 4) and data.endswith(b"\r\n") and end < len(data) - 4:
@@ -4732,7 +4732,7 @@ class Call:
 
 
 class Answer:
-    """What LM Studio answers: the head, read when it is made, then the body, as it comes.
+    """LM Studio's answer: the head, read when it is made, then the body, as it comes.
 
     http.client's own response reads heads through the email parser, which costs more than all else here.
     Informational forerunners (1xx, RFC 9110, 15.2) are skipped.  Raises OSError and HTTPException."""
@@ -4834,7 +4834,7 @@ class Answer:
         if self.length is None:
             self.over = not data
             return data
-        if len(data) > self.length:     # more than it announced: what follows belongs to no request
+        if len(data) > self.length:     # more than it announced: the rest belongs to no request
             data, self.keeps = data[:self.length], False
         self.length -= len(data)
         self.over = not self.length
@@ -4923,9 +4923,9 @@ def set_timeout(sock, seconds):
 
 
 class Remembered:
-    """What many want to know and one asks for: the answer of ask(), which says itself what went wrong.
+    """A question that one asks for all: ask() gives its answer, also to a failure.
 
-    It is asked in a thread of its own.  After limit_s the answer is silent and the next who comes asks anew,
+    It is asked in a thread of its own.  After limit_s the answer is silent and the next caller asks anew,
     whatever has become of that thread."""
 
     def __init__(self, ask, limit_s, silent):
@@ -5016,20 +5016,19 @@ class Upstream:
         try:
             sock = socket.create_connection(self._address, min(CONNECT_S, timeout_s or CONNECT_S))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # who went off says no goodbye
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a dead peer says no goodbye
             for name, value in KEEP_ALIVE.items():
-                if hasattr(socket, name):
+                with contextlib.suppress(AttributeError, OSError):  # each system has some of them
                     sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
             sock = self._tls.wrap_socket(sock, server_hostname=self._name) if self._tls else sock
             set_timeout(sock, timeout_s)
             return sock
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise HttpError(503, "no_descriptors",
-                                f"lmgateway cannot connect to LM Studio ({error_text(error)}). Raise its limit "
-                                "of open files (ulimit -n), or try again",
-                                [("Retry-After", "5")]) from None
             why = "the connection timed out" if isinstance(error, TIMEOUTS) else error_text(error)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise HttpError(503, "no_descriptors", f"lmgateway cannot connect to LM Studio ({why}). Raise "
+                                "its limit of open files (ulimit -n), or try again",
+                                [("Retry-After", "5")]) from None
             raise UpstreamError(502, "unreachable",
                                 f"LM Studio is not reachable at {self.base} ({why}). Start its server "
                                 "(Developer > Start server, or: lms server start), or give its address with "
@@ -5044,8 +5043,8 @@ class Upstream:
             close_quietly(sock)
 
     def health(self, max_age_s=3.0, wait_s=QUESTION_S + 1.0):
-        """Why LM Studio does not answer; empty when it does.  Remembered for max_age_s; what was known last
-        if a new answer takes longer than wait_s."""
+        """Why LM Studio does not answer; empty when it does.  Remembered for max_age_s; the reason before
+        if a new one takes longer than wait_s."""
         return self._health.value(max_age_s, wait_s)
 
     def loaded_models(self, max_age_s=60.0):
@@ -5101,7 +5100,7 @@ def leads_to(base, host, port):
 
 
 def loaded_rows(body):
-    """The loaded models in an answer of /api/v0/models (LM Studio since 0.3.6); None where it is no
+    """The loaded models in an answer of /api/v0/models (LM Studio since 0.3.6); None if it is no
     such answer."""
     if not isinstance(body.get("data"), list):
         return None
@@ -5783,7 +5782,7 @@ def session_of(request):
 
 ALIASES = re.compile(r"/(?:(?:chat/completions|completions|embeddings)/?"
                      r"|(?:models|responses|messages)(?:/.*)?)")
-WITHHELD = HOP_BY_HOP | {"authorization", "x-api-key", "expect"}  # what stops here, credentials included
+WITHHELD = HOP_BY_HOP | {"authorization", "x-api-key", "expect"}  # these stop here, credentials included
 
 
 class Unfinished(GatewayError):
@@ -5866,8 +5865,8 @@ class Forward:
     other threads and ends it at any point.  An inference has a record, a meter and events besides.
 
     With PREFILL_COMMENTS a stream whose LM Studio is silent is filled with SSE comments, which every client
-    ignores and which keep idle timers awake.  Who has had no byte for SILENCE_S gets a head of ours; what
-    fails after that is told inside the stream."""
+    ignores and which keep idle timers awake.  A client without a byte for SILENCE_S gets a head of
+    ours; a failure after that is told inside the stream."""
 
     SILENCE_S = 5.0  # before each comment
 
@@ -5937,7 +5936,7 @@ class Forward:
         self._call.cancel()
 
     def _take_head(self):
-        """LM Studio's Answer.  If we could not read what was asked, it shows whether that was a stream."""
+        """LM Studio's Answer.  If we could not read the request, it shows whether a stream was asked for."""
         answer = Answer(self._call) if self._comments else self._gateway.upstream.open(self._call)
         self._answer = answer
         if self._asked.stream is None:
@@ -6043,7 +6042,7 @@ class Forward:
         return held
 
     def _fail(self, error):
-        """It ends in error; _cause is what is to be raised for it.  Gives bytes that were held back."""
+        """It ends in error; _cause is to be raised for it.  Gives bytes that were held back."""
         if isinstance(error, BROKEN):
             error = upstream_error(error, self._timeout_option, self._answer is not None)
         cause = self._cause = self._cause or error
@@ -6080,12 +6079,12 @@ class Forward:
         state = ("done" if error is None else
                  "abandoned" if operation in ("client_disconnected", "stopped") else "failed")
         gateway.hub.end(record, Outcome(state, status, error, operation, self._meter))
-        usage = record.usage or {}
+        usage, model = record.usage or {}, record.model or record.model_asked
         told = operation if operation == "upstream_error" else error    # LM Studio's words can quote a prompt
-        self._log(error, operation,
-                  f"{record.client} {record.key or '-'} {record.path} {record.model or record.model_asked or '-'}:"
-                  f" {record.status or '-'}, {record.total_ms:.0f} ms, {usage.get('promptTokens', '?')} + "
-                  f"{usage.get('completionTokens', '?')} tokens" + (f": {told}" if told else ""))
+        self._log(error, operation, f"{record.client} {record.key or '-'} {record.path} {model or '-'}: "
+                                    f"{record.status or '-'}, {record.total_ms:.0f} ms, "
+                                    f"{usage.get('promptTokens', '?')} + {usage.get('completionTokens', '?')} "
+                                    f"tokens{f': {told}' if told else ''}")
 
     def _log(self, error, operation, line):
         left = operation == "client_disconnected" and not self._record
