@@ -2211,7 +2211,11 @@ def listed(value):
 
 def member(value, *names):
     """The first member of those names that is an object; {} for none."""
-    return next((value[name] for name in names if isinstance(value.get(name), dict)), {})
+    for name in names:
+        found = value.get(name)
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def refuse_constant(name):
@@ -2240,7 +2244,7 @@ def json_object(data):
 def too_many(data, *marks):
     """True when these bytes stand in data more than VALUES_LIMIT times."""
     found, step = 0, 1024 * 1024    # after which other threads get their turn
-    for at in range(0, len(data), step):
+    for at in range(0, len(data) if len(data) > VALUES_LIMIT else 0, step):
         found += sum(data.count(mark, at, at + step) for mark in marks)
         if found > VALUES_LIMIT:
             return True
@@ -2266,6 +2270,8 @@ def answer_figures(body):
     /v1 has usage, /api/v0 also stats with speeds, /api/v1/chat only stats; speed is in tokens a second,
     first_s the time to the first token in seconds."""
     usage, stats = member(body, "usage"), member(body, "stats")
+    if not usage and not stats:
+        return {}
     prompt = count(usage, "prompt_tokens", "input_tokens", "inputTokens")
     if prompt is not None and "input_tokens" in usage and "total_tokens" not in usage:
         # Anthropic counts tokens apart that come from a cache or go into it
@@ -2297,7 +2303,8 @@ class Usage:
 
     def take(self, body):
         """Learn from a body or a streamed event, and from the answer inside one."""
-        for part in (*(member(body, name) for name in ("response", "result", "message")), body):
+        inner = (member(body, name) for name in ("response", "result", "message") if name in body)
+        for part in (*inner, body):
             if part.get("error"):
                 self.error = error_message(part["error"])
             model, answer_id = part.get("model") or part.get("model_instance_id"), part.get("id")
@@ -2317,11 +2324,14 @@ class Usage:
 
     def _take_figures(self, known):
         """/v1/messages counts up: the most that it has said is right."""
-        for name in ("total", "cached", "reasoning"):
-            setattr(self, name, known.get(name, getattr(self, name)))
-        for name in ("prompt", "completion"):
-            said = [value for value in (getattr(self, name), known.get(name)) if value is not None]
-            setattr(self, name, max(said, default=None))
+        if not known:
+            return
+        self.total, self.cached = known.get("total", self.total), known.get("cached", self.cached)
+        self.reasoning = known.get("reasoning", self.reasoning)
+        if "prompt" in known:
+            self.prompt = max(self.prompt or 0, known["prompt"])
+        if "completion" in known:
+            self.completion = max(self.completion or 0, known["completion"])
         self.speed = round(known["speed"], 2) if "speed" in known else self.speed
         self.first_ms = round(1000 * known["first_s"], 1) if "first_s" in known else self.first_ms
 
