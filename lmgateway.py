@@ -5892,7 +5892,7 @@ class Forward:
                                    self._asked.asks_usage or self._comments)
         self._call = Call(request.method, target, headers, self._asked.data)
         self._choose_timeout(self._asked.stream)
-        self._record = self._new_record() if self._dialect else None
+        self._record: Any = self._new_record() if self._dialect else None
         self._answer: Any = None
         self._meter: Any = None
         self._cause: Any = None     # the GatewayError for which it was stopped
