@@ -28,10 +28,9 @@ Threads, and what each may write:
     tail       the parser, whose figures others only read; Hub.publish_log
     http       one per connection: its own sockets, its own meter; Hub.begin, Hub.generated, Hub.end
     watcher    shuts down the upstream sockets of clients that left, wakes listeners that did
-    health     asks LM Studio whether it is there, while a view waits a little for the answer
+    question   asks LM Studio for all views that want to know, while they wait a little
     history    the SQLite file, fed through a queue
     log        our own log's file or stderr, fed through a queue
-    commented  with PREFILL_COMMENTS: one per waiting stream; what LM Studio says, into a queue
     watch      with --watch only: the line to another gateway; a queue to main
     demo-*     the imitation of LM Studio, with --demo only
 
@@ -2098,29 +2097,15 @@ def prediction_of(text):
     return body if isinstance(body, dict) else {}
 
 
-def numbers(body, *path):
-    """The members of an object in parsed JSON that are numbers; {} where the path leads to no object."""
-    for name in path:
-        body = body.get(name) if isinstance(body, dict) else None
-    return {name: value for name, value in body.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-            and abs(value) < 1e15} if isinstance(body, dict) else {}
-
-
 def prediction_figures(body):
-    """(counts, speeds) of a prediction: /v1 has usage, /api/v0 also stats in s, /api/v1/chat only stats."""
-    usage, stats = numbers(body, "usage"), numbers(body, "stats")
-    detail = numbers(body, "usage", "completion_tokens_details")
-    first = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
-    both = {**stats, **usage}
-    counts = figures(promptTokens=both.get("prompt_tokens", both.get("input_tokens")),
-                     completionTokens=both.get("completion_tokens",
-                                               both.get("total_output_tokens", both.get("output_tokens"))),
-                     timeToFirstTokenMs=None if first is None else round(first * 1000, 3),
-                     reasoningTokens=stats.get("reasoning_output_tokens", detail.get("reasoning_tokens")),
-                     draftTokens=both.get("total_draft_tokens_count"),
-                     acceptedDraftTokens=both.get("accepted_draft_tokens_count"))
-    return counts, figures(tokensPerSecond=stats.get("tokens_per_second"))
+    """(counts, speeds) of a prediction."""
+    known = answer_figures(body)
+    first_s = known.get("first_s")
+    counts = figures(promptTokens=known.get("prompt"), completionTokens=known.get("completion"),
+                     timeToFirstTokenMs=None if first_s is None else round(first_s * 1000, 3),
+                     reasoningTokens=known.get("reasoning"), draftTokens=known.get("drafted"),
+                     acceptedDraftTokens=known.get("accepted"))
+    return counts, figures(tokensPerSecond=known.get("speed"))
 
 
 # --- 3.4 dialects: where each API of LM Studio puts model, tokens and usage ---
@@ -2166,10 +2151,23 @@ DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.
 }
 JOINED = frozenset(dialect.name for dialect in DIALECTS.values() if dialect.joined)
 
+WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
+VALUES_LIMIT = 250_000  # of its values: reading more would hold up everybody for a tenth of a second
+NUMBERS = re.compile(rb"\[[-+.\deE,\s]{64,}\]")   # an embedding, a prompt in token numbers: not read then
+
 
 def listed(value):
     """The dicts of a list, [] for anything else."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def member(value, *names):
+    """The first member of those names that is an object; {} for none."""
+    for name in names:
+        found = value.get(name)
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def refuse_constant(name):
@@ -2180,113 +2178,114 @@ STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # no NaN, no Infinity
 
 
 def json_object(data):
-    """The JSON object in UTF-8 bytes; None for anything else.  Never raises."""
+    """The JSON object in UTF-8 bytes; None for anything else and for one too large.  Never raises."""
+    data = data[3:] if data[:3] == codecs.BOM_UTF8 else data
+    if len(data) > WHOLE_LIMIT or too_many(data, b"[", b"{"):
+        return None
+    if too_many(data, b",", b"[", b"{"):    # each value but the first stands behind one of these
+        data = NUMBERS.sub(b"[]", data)
+        if too_many(data, b",", b"[", b"{"):
+            return None
     try:
-        value = STRICT.decode(str(data[3:] if data[:3] == codecs.BOM_UTF8 else data, "utf-8"))
+        value = STRICT.decode(str(data, "utf-8"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
+def too_many(data, *marks):
+    """True when these bytes stand in data more than VALUES_LIMIT times."""
+    found, step = 0, 1024 * 1024    # after which other threads get their turn
+    for at in range(0, len(data) if len(data) > VALUES_LIMIT else 0, step):
+        found += sum(data.count(mark, at, at + step) for mark in marks)
+        if found > VALUES_LIMIT:
+            return True
+    return False
+
+
 # --- 3.5 meter: what an answer cost, read while it passes --------------------
 
-WHOLE_LIMIT = 32 * 1024 * 1024  # a JSON body beyond this is passed on unread
-STREAM_LIMIT = 4 * 1024 * 1024  # one event of a stream beyond this, too
+STREAM_LIMIT = 4 * 1024 * 1024  # bytes of one event of a stream; a longer one is passed on unread
 LONGEST_NAME, LONGEST_ERROR = 256, 500  # of a model or an id, of a message, as they are kept
 HOLD_LIMIT = 64 * 1024  # a usage chunk is smaller
+UNSAFE = 2**53  # from here on JavaScript and others round
 EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
 SOME_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')  # never in a chunk that carries only usage
 ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.MULTILINE)
-# What tells more than a token.
+# An event with one of these tells more than a token.
 TELLING = re.compile(rb'"(?:usage|stats|error|response|(?:finish|stop)_reason"\s*:\s*")')
 
 
+def answer_figures(body):
+    """{name: number} of the usage and stats in an answer, an event or a logged answer.
+
+    /v1 has usage, /api/v0 also stats with speeds, /api/v1/chat only stats; speed is in tokens a second,
+    first_s the time to the first token in seconds."""
+    usage, stats = member(body, "usage"), member(body, "stats")
+    if not usage and not stats:
+        return {}
+    prompt = count(usage, "prompt_tokens", "input_tokens", "inputTokens")
+    if prompt is not None and "input_tokens" in usage and "total_tokens" not in usage:
+        # Anthropic counts tokens apart that come from a cache or go into it
+        prompt += count(usage, "cache_read_input_tokens", default=0)
+        prompt += count(usage, "cache_creation_input_tokens", default=0)
+    both, read = {**stats, **usage}, member(usage, "prompt_tokens_details", "input_tokens_details")
+    written = member(usage, "completion_tokens_details", "output_tokens_details")
+    first_s = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
+    return figures(
+        prompt=count(stats, "input_tokens") if prompt is None else prompt,
+        completion=count(both, "completion_tokens", "total_output_tokens", "output_tokens", "outputTokens"),
+        total=count(usage, "total_tokens", "totalTokens"),
+        cached=count(read, "cached_tokens", default=count(usage, "cache_read_input_tokens")),
+        reasoning=count(written, "reasoning_tokens", default=count(stats, "reasoning_output_tokens")),
+        drafted=count(both, "total_draft_tokens_count"),
+        accepted=count(both, "accepted_draft_tokens_count"),
+        speed=usable(stats.get("tokens_per_second")), first_s=usable(first_s))
+
+
 class Usage:
-    """What is known of an answer.  Token counts that LM Studio did not give are None."""
+    """The figures, names and errors of an answer; None if LM Studio did not give one."""
 
     def __init__(self):
         self.prompt = self.completion = self.total = None
         self.cached = self.reasoning = None
-        self.finish = self.model = self.error = None
+        self.finish = self.model = self.error = self.answer_id = None
         self.speed = None  # tokens a second and ms to the first token, as LM Studio reports them
         self.first_ms = None
-        self.created = self.answer_id = None
 
     def take(self, body):
         """Learn from a body or a streamed event, and from the answer inside one."""
-        for name in ("response", "result", "message"):
-            if isinstance(body.get(name), dict):
-                self._take_part(body[name])
-        self._take_part(body)
+        inner = (member(body, name) for name in ("response", "result", "message") if name in body)
+        for part in (*inner, body):
+            if part.get("error"):
+                self.error = error_message(part["error"])
+            model, answer_id = part.get("model") or part.get("model_instance_id"), part.get("id")
+            self.model = bounded_text(model) if model and isinstance(model, str) else self.model
+            self.answer_id = bounded_text(answer_id) if isinstance(answer_id, str) else self.answer_id
+            self._take_finish(part)
+            self._take_figures(answer_figures(part))
 
-    def _take_part(self, part):
-        if part.get("error"):
-            self._take_error(part["error"])
-        self._take_identity(part)
-        self._take_finish(part)
-        usage, stats = part.get("usage"), part.get("stats")
-        if isinstance(usage, dict):
-            self._take_usage(usage)
-        if isinstance(stats, dict):
-            self._take_stats(stats)
+    def _take_finish(self, part):
+        """Why it ended.  /v1/responses says so only if something cut it short, /api/v0 also in its stats."""
+        reasons = [*(choice.get("finish_reason") for choice in listed(part.get("choices"))),
+                   part.get("stop_reason"), member(part, "delta").get("stop_reason"),
+                   member(part, "incomplete_details").get("reason"),
+                   None if self.finish else member(part, "stats").get("stop_reason")]
+        reason = next((reason for reason in reasons if isinstance(reason, str)), None)
+        self.finish = self.finish if reason is None else bounded_text(reason)
 
-    def _take_error(self, error):
-        message = error.get("message") if isinstance(error, dict) else error
-        self.error = tidy(str(message or error), LONGEST_ERROR)
-
-    def _take_identity(self, body):
-        model = body.get("model") or body.get("model_instance_id")
-        if isinstance(model, str) and model:
-            self.model = tidy(model)
-        if isinstance(body.get("created"), int):
-            self.created = body["created"]
-        if isinstance(body.get("id"), str):
-            self.answer_id = tidy(body["id"])
-
-    def _take_finish(self, body):
-        """Why it ended.  /v1/responses says so only where something cut it short."""
-        reasons = [choice.get("finish_reason") for choice in listed(body.get("choices"))]
-        reasons.append(body.get("stop_reason"))
-        for name, field in (("delta", "stop_reason"), ("incomplete_details", "reason")):
-            if isinstance(body.get(name), dict):
-                reasons.append(body[name].get(field))
-        for reason in reasons:
-            if isinstance(reason, str):
-                self.finish = tidy(reason)
-                return
-
-    def _take_usage(self, usage):
-        """/v1/messages counts up: what it says last is the most."""
-        prompt = count(usage, "prompt_tokens", "input_tokens", "inputTokens")
-        if prompt is not None and "input_tokens" in usage and "total_tokens" not in usage:
-            # Anthropic counts apart what comes from a cache and goes into it
-            prompt += count(usage, "cache_read_input_tokens", default=0)
-            prompt += count(usage, "cache_creation_input_tokens", default=0)
-        completion = count(usage, "completion_tokens", "output_tokens", "outputTokens")
-        self.prompt = prompt if self.prompt is None else max(self.prompt, prompt or 0)
-        self.completion = completion if self.completion is None else max(self.completion, completion or 0)
-        self.total = count(usage, "total_tokens", "totalTokens", default=self.total)
-        self.cached = count(usage, "cache_read_input_tokens", default=self.cached)
-        for name in ("prompt_tokens_details", "input_tokens_details"):
-            if isinstance(usage.get(name), dict):
-                self.cached = count(usage[name], "cached_tokens", default=self.cached)
-        for name in ("completion_tokens_details", "output_tokens_details"):
-            if isinstance(usage.get(name), dict):
-                self.reasoning = count(usage[name], "reasoning_tokens", default=self.reasoning)
-
-    def _take_stats(self, stats):
-        """/api/v0 gives speeds in stats, /api/v1/chat its counts as well; times are in seconds."""
-        self.prompt = count(stats, "input_tokens", default=self.prompt)
-        self.completion = count(stats, "total_output_tokens", default=self.completion)
-        self.reasoning = count(stats, "reasoning_output_tokens", default=self.reasoning)
-        speed = usable(stats.get("tokens_per_second"))
-        if speed is not None:
-            self.speed = round(speed, 2)
-        first = usable(stats.get("time_to_first_token", stats.get("time_to_first_token_seconds")))
-        if first is not None:
-            self.first_ms = round(1000 * first, 1)
-        if isinstance(stats.get("stop_reason"), str) and not self.finish:
-            self.finish = tidy(stats["stop_reason"])
+    def _take_figures(self, known):
+        """/v1/messages counts up: the most that it has said is right."""
+        if not known:
+            return
+        self.total, self.cached = known.get("total", self.total), known.get("cached", self.cached)
+        self.reasoning = known.get("reasoning", self.reasoning)
+        if "prompt" in known:
+            self.prompt = max(self.prompt or 0, known["prompt"])
+        if "completion" in known:
+            self.completion = max(self.completion or 0, known["completion"])
+        self.speed = round(known["speed"], 2) if "speed" in known else self.speed
+        self.first_ms = round(1000 * known["first_s"], 1) if "first_s" in known else self.first_ms
 
     def tokens(self, dialect):
         """tokenUsage of the events; None when LM Studio gave no count.  Embeddings complete nothing."""
@@ -2301,7 +2300,10 @@ class Usage:
                        cachedTokens=self.cached, reasoningTokens=self.reasoning)
 
 
-UNSAFE = 2**53  # from here on JavaScript and others round
+def error_message(error):
+    """The text of the error in an answer."""
+    message = error.get("message") if isinstance(error, dict) else error
+    return bounded_text(str(message or error), LONGEST_ERROR)
 
 
 def count(values, *names, default=None):
@@ -2314,11 +2316,11 @@ def count(values, *names, default=None):
 
 
 def usable(value):
-    """A figure of an answer; None for what is none, or so large that others would not read it as it is."""
+    """A figure of an answer; None if it is no number, or too large for other readers of JSON."""
     return value if type(value) in (int, float) and 0 <= value < UNSAFE else None
 
 
-def tidy(text, length=LONGEST_NAME):
+def bounded_text(text, length=LONGEST_NAME):
     """A text that a request or an answer brought, as it is kept: short, and such as UTF-8 can hold."""
     text = text[:length]
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
@@ -2328,132 +2330,96 @@ class Meter:
     """Reads an answer while it passes.  feed() gives the bytes for the client, at once.
 
     With cut, the chunk that carries only the usage we asked for is taken out again; the beginning of an
-    event is then held back as long as it may be that of such a chunk.  Once the first token is known, whole
-    events without usage are read some at a time: a thread that was just woken takes several times as long for
-    each.  All figures but first are right after settle() and end()."""
-
-    PUT_OFF = 32  # pieces that may wait to be read
+    event is then held back as long as it may be that of such a chunk.  A compressed answer is read from a
+    decoded copy and passed on as it came."""
 
     def __init__(self, dialect, stream, cut=False, encoding=""):
         self.usage = Usage()
         self.stream, self.dialect = stream, dialect
         self._rest = bytearray()  # of a stream the event that has not ended, else the whole body
-        self._decode = decoder(encoding)
-        self._readable = self._decode is not None
-        self._given = 0  # bytes of _rest that the client has, where it can no longer be what is cut out
-        self._cut = cut and self._readable
-        self._encode = encoder(encoding) if self._cut else None
+        self._decode = decoder(encoding)    # None once the answer cannot be read
+        self._given = 0  # bytes of _rest that the client has, although _rest may be cut out
+        self._cut = cut and self._decode is identity
         self.first = self.last = self._now = None  # clocks: first, latest token, piece
         self.pieces = 0  # events with a token
-        self.waiting: list[tuple[bytes, float]] = []  # pieces that the client has, unread, with their clocks
-
-    @property
-    def can_wait(self):
-        """True when a piece without usage that ends where an event ends may be passed on and put into
-        waiting."""
-        return self.first is not None and self._readable and not self._rest and self._decode is identity
+        # What stood before and behind the text of the last event, if it told no more: most have the same, and
+        # a thread that was just woken takes several times as long for a search as for a comparison.
+        self._around: Any = None
 
     def feed(self, piece, now):
         """The bytes to pass on for the bytes that came at the clock reading now."""
-        if not self._readable:
-            return piece
-        if self.can_wait and b'"usage"' not in piece and whole_event(piece):
-            self.waiting.append((piece, now))
-            if len(self.waiting) >= self.PUT_OFF:
-                self.settle()
-            return piece
-        self.settle()
-        self._now = now
-        data = self._decode(piece) if self._decode is not identity else piece
+        if self._around and not self._rest:
+            before, after = self._around
+            text = piece[len(before):len(piece) - len(after)]
+            if text and b'"' not in text and piece.startswith(before) and piece.endswith(after):
+                self.pieces += 1
+                self.last = now
+                return piece
+        data = self._decode(piece) if self._decode else None
         if data is None:
-            self._readable = self._cut = False  # not what its Content-Encoding says: pass it on unread
-            return piece
+            return self._give_up() + piece
         if self.stream:
+            self._now, cut = now, self._cut
             kept = self._events(data)
-            return self._encoded(kept) if self._cut else piece
+            return kept if cut else piece
         self._rest += data
         if len(self._rest) > WHOLE_LIMIT:
-            self._readable = False
-            self._rest.clear()
+            self._give_up()
         return piece
 
-    def settle(self):
-        """Read the pieces that wait."""
-        if not self.waiting:
-            return
-        data = b"".join([piece for piece, _ in self.waiting])
-        clocks = []
-        if self.usage.model and b"\r" not in data and not TELLING.search(data):
-            search = self.dialect.token.search
-            clocks = [clock for piece, clock in self.waiting if search(piece)]
-        if len(clocks) == len(self.waiting) == data.count(b"\n\n"):     # a token each, and nothing else
-            self.pieces += len(clocks)
-            self.last = clocks[-1]
-        else:
-            for piece, clock in self.waiting:
-                self._now = clock
-                self._events(piece)
-        self.waiting.clear()
+    def _give_up(self):
+        """Read no more.  Gives the bytes that were held back."""
+        held = bytes(self._rest[self._given:]) if self._cut else b""
+        self._rest, self._decode, self._cut, self._around = bytearray(), None, False, None
+        return held
 
     def end(self):
         """The answer is over.  Gives the bytes that were held back."""
-        self.settle()
-        rest = bytes(self._rest)
-        self._rest.clear()
-        ours = False
-        if rest and self._readable and self.stream:
+        rest, ours = bytes(self._rest), False
+        if rest and self.stream:
             ours = self._event(rest)
-        elif rest and self._readable:
+        elif rest:
             self.usage.take(json_object(rest) or {})
-        return self._encoded(b"" if ours else rest[self._given:], over=True) if self._cut else b""
-
-    def _encoded(self, data, over=False):
-        """What the client gets for data: compressed anew where LM Studio compresses."""
-        if self._encode is None:
-            return data
-        return self._encode.compress(data) + self._encode.flush(zlib.Z_FINISH if over else zlib.Z_SYNC_FLUSH)
+        held = self._give_up()
+        return b"" if ours else held
 
     def _events(self, data):
         """Read the events that data completes; give their bytes without those that were ours alone."""
         if not self._rest and whole_event(data):
             return b"" if self._event(data) and self._cut else data
-        start, buffer = 0, data
-        if self._rest:
-            start = max(0, len(self._rest) - 4)     # what was searched is not searched again
-            self._rest += data
-            buffer = self._rest
-        kept, position = [], 0
-        for end in EVENT_END.finditer(buffer, start):
-            event = bytes(buffer[position:end.end()])
+        start, position, kept = max(0, len(self._rest) - 4), 0, []  # the rest was searched before
+        self._rest += data
+        for end in EVENT_END.finditer(self._rest, start):
+            event = bytes(self._rest[position:end.end()])
             position = end.end()
             ours = self._event(event) and self._cut
             if not ours or self._given:
                 kept.append(event[self._given:])
             self._given = 0
-        if position or buffer is data:
-            self._rest = bytearray(buffer[position:])
+        self._rest = self._rest[position:]
         if self._cut and self._rest and (self._given or not maybe_ours(self._rest)):
             kept.append(bytes(self._rest[self._given:]))
             self._given = len(self._rest)
         if len(self._rest) > STREAM_LIMIT:
-            self._readable = False
-            kept.append(bytes(self._rest[self._given:]))
-            self._rest.clear()
+            kept.append(self._give_up())
         return b"".join(kept)
 
     def _event(self, event):
         """Learn from one event.  True when it is the usage-only chunk that a client may not have asked
         for."""
-        if self.dialect.token.search(event):
+        self._around, token = None, self.dialect.token.search(event)
+        if token:
             self.pieces += 1
             self.first, self.last = self.first or self._now, self._now
-            if self.usage.model and not TELLING.search(event):
-                return False    # most events of an answer: a token, and nothing else that is new
+            if self.usage.model and not TELLING.search(event):      # a token, and nothing else that is new
+                if self._decode is identity and event.endswith(b"\n"):
+                    self._around = event[:token.end()], event[event.find(b'"', token.end()):]
+                return False
         data = event_data(event)
         body = json_object(data) or {}
         self.usage.take(body)
         if ERROR_EVENT.search(event) and not self.usage.error:
-            self.usage.error = tidy(str(body.get("message") or str(data, "utf-8", "replace")), LONGEST_ERROR)
+            self.usage.error = error_message(body.get("message") or str(data, "utf-8", "replace"))
         return isinstance(body.get("usage"), dict) and body.get("choices") == []
 
 
@@ -2478,33 +2444,51 @@ def identity(data):
     return data
 
 
-ENCODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}     # zlib's wbits
-
-
 def decoder(encoding):
-    """A function that decodes pieces of a body of that Content-Encoding and gives None for one that
-    is broken; None for an encoding that the standard library cannot read."""
+    """A function that decodes pieces of a body of that Content-Encoding and gives None for one that is
+    broken or grows beyond measure; None for an encoding that the standard library cannot read."""
     name = encoding.strip().lower()
     if name in ("", "identity"):
         return identity
-    if name not in ENCODINGS:
-        return None
-    inflater = zlib.decompressobj(ENCODINGS[name])
+    return Inflater(name) if name in ("gzip", "x-gzip", "deflate") else None
 
-    def decode(data):
+
+class Inflater:
+    """Decodes gzip, which may have several members (RFC 1952, 2.2), and deflate, which some send without
+    its zlib header (RFC 9110, 8.4.1.2)."""
+
+    def __init__(self, name):
+        self._gzip, self._head = name.endswith("gzip"), b""
+        self._inflate: Any = None   # once the first two bytes are there
+
+    def __call__(self, data):
+        """The decoded bytes of data; None when it cannot be decoded."""
+        if self._inflate is None:
+            data = self._head = self._head + data
+            if len(data) < 2:
+                return b""
+            self._wbits = 31 if self._gzip else 15 if zlib_header(data) else -15
+            self._inflate = zlib.decompressobj(self._wbits)
         try:
-            decoded = inflater.decompress(data, WHOLE_LIMIT)
+            return self._decoded(data)
         except zlib.error:
             return None
-        return None if inflater.unconsumed_tail else decoded    # nothing honest grows so much
 
-    return decode
+    def _decoded(self, data):
+        decoded = b""
+        while data:
+            if self._inflate.eof:
+                self._inflate = zlib.decompressobj(self._wbits)
+            decoded += self._inflate.decompress(data, WHOLE_LIMIT)
+            if self._inflate.unconsumed_tail or len(decoded) > WHOLE_LIMIT:
+                return None     # nothing honest grows so much
+            data = self._inflate.unused_data
+        return decoded
 
 
-def encoder(encoding):
-    """What compresses for that Content-Encoding; None where nothing is to be compressed."""
-    bits = ENCODINGS.get(encoding.strip().lower())
-    return zlib.compressobj(wbits=bits) if bits else None
+def zlib_header(data):
+    """True for the first two bytes of RFC 1950's format."""
+    return data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
 
 
 # --- 3.6 request bodies: what LM Studio is asked -----------------------------
@@ -2514,47 +2498,74 @@ LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of 
 LOG_KEEPS = 50  # UTF-16 units before and after it
 
 
-class Asked(NamedTuple):
-    """What a request body says."""
+class ParsedBody(NamedTuple):
+    """A request body as it is sent on, and its meaning."""
 
+    data: Any  # bytes-like: the client's own, or with the question for usage
     model: str | None = None
-    stream: bool = False
+    stream: bool | None = None  # None when the body cannot be read: the answer will show it
     messages: int | None = None
     fingerprint: Fingerprint | None = None
-    cut: bool = False  # usage was asked for on the client's behalf
-    body: Any = None  # the bytes to send: the client's, or with the question for usage
+    asks_usage: bool = False  # on the client's behalf: the answer to it is taken out again
 
 
-def read_request(dialect, data):
-    """The Asked of a request body.  A body that is not a JSON object is passed on untouched."""
-    body = json_object(data) if data and len(data) <= WHOLE_LIMIT else None
+def parse_body(dialect, data):
+    """The ParsedBody of an inference.  A body that is not a JSON object is passed on untouched."""
+    body = json_object(data) if data else None
     if body is None:
-        return Asked(body=data)
+        return ParsedBody(data)
     model, stream = body.get("model"), body.get("stream") is True
     options, messages = body.get("stream_options"), body.get("messages")
-    amend = (stream and dialect.asks_usage
-             and (options is None or isinstance(options, dict) and options.get("include_usage") is not True))
-    return Asked(tidy(model) if isinstance(model, str) else None, stream,
-                 len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
-                 fingerprint(body) if dialect.joined and len(data) <= FINGERPRINT_LIMIT else None,
-                 amend, ask_usage(data, options) if amend else data)
+    asks = (stream and dialect.asks_usage
+            and (options is None or isinstance(options, dict) and options.get("include_usage") is not True))
+    return ParsedBody(ask_usage(data, options) if asks else data,
+                      bounded_text(model) if isinstance(model, str) else None, stream,
+                      len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
+                      fingerprint(body) if dialect.joined and len(data) <= FINGERPRINT_LIMIT else None, asks)
 
 
-def mark(value):
+def ask_usage(data, options):
+    """The request with stream_options.include_usage behind its other members: of one name the last counts,
+    in Python as in JavaScript (ECMA-262, 25.5.1).  A bytearray is amended in place."""
+    amended = data if isinstance(data, bytearray) else bytearray(data)
+    end = amended.rindex(b"}")
+    amended[end:end] = b',"stream_options":' + json.dumps({**(options or {}), "include_usage": True}).encode()
+    return amended
+
+
+class Fingerprint(NamedTuple):
+    """Hashes of a request body: of the prompt, and of all its other members."""
+
+    prompt: int
+    rest: int
+
+
+def fingerprint(body):
+    """The Fingerprint of a request body; its copy in LM Studio's log has the same.  None for a body that asks
+    nothing."""
+    asked = {name: body[name] for name in ("messages", "input", "prompt", "system") if body.get(name)}
+    rest = {name: value for name, value in body.items() if name not in asked and name != "stream_options"}
+    try:
+        return Fingerprint(json_hash(asked), json_hash(rest)) if asked else None
+    except RecursionError:
+        return None
+
+
+def json_hash(value):
     """A hash of JSON in which each long string counts as the log shows it, so that a request and its logged
     copy have the same."""
     kind = type(value)
     if kind is str:
-        return hash(shortened(value) if len(value) >= len(LOG_CUT) else value)
+        return hash(log_text(value) if len(value) >= len(LOG_CUT) else value)
     if kind is dict:
-        return hash(frozenset([(name, mark(item)) for name, item in value.items()]))
+        return hash(frozenset([(name, json_hash(item)) for name, item in value.items()]))
     if kind is list:
-        return hash(tuple([mark(item) for item in value]))
+        return hash(tuple([json_hash(item) for item in value]))
     return hash(f"\0{int(value) if kind is float and value.is_integer() else value}")  # like no string
 
 
-def shortened(text):
-    """A string of a request body as the log shows it."""
+def log_text(text):
+    """A string of a request body as the log shows it, without the mark for its missing middle."""
     head, cut, tail = text.partition(LOG_CUT)
     if cut:
         return head + tail
@@ -2563,52 +2574,6 @@ def shortened(text):
         return text
     return (units[:2 * LOG_KEEPS].decode("utf-16-le", "replace")
             + units[-2 * LOG_KEEPS:].decode("utf-16-le", "replace"))
-
-
-class Fingerprint(NamedTuple):
-    """Hashes of a request body: of what it asks, and of all its other members."""
-
-    prompt: int
-    rest: int
-
-
-def fingerprint(body):
-    """The Fingerprint of a request body; its copy in LM Studio's log has the same.  None where it asks
-    nothing."""
-    asked = {name: body[name] for name in ("messages", "input", "prompt", "system") if body.get(name)}
-    rest = {name: value for name, value in body.items() if name not in asked and name != "stream_options"}
-    try:
-        return Fingerprint(mark(asked), mark(rest)) if asked else None
-    except RecursionError:
-        return None
-
-
-def ask_usage(data, options):
-    """The request with stream_options.include_usage, its other bytes as they are.  A bytearray is amended in
-    place."""
-    amended = data if isinstance(data, bytearray) else bytearray(data)
-    asked = json.dumps({**(options or {}), "include_usage": True}).encode()
-    place = place_of(amended)
-    if place:
-        amended[place] = asked
-    else:
-        end = amended.rindex(b"}")
-        amended[end:end] = b',"stream_options":' + asked
-    return amended
-
-
-def place_of(data):
-    """The slice where stream_options stand in a request that has them; None for none.  A text may hold the
-    same words: the place is right where the request without the value lacks just that."""
-    wanted = json_object(data) or {}
-    if "stream_options" not in wanted:
-        return None
-    for match in re.finditer(rb'"stream_options"\s*:\s*', data):
-        start = match.end()
-        found = re.compile(rb"null|\{[^{}]*\}").match(data, start)
-        if found and json_object(data[:start] + b"0" + data[found.end():]) == {**wanted, "stream_options": 0}:
-            return slice(start, found.end())
-    return None     # nested ones: what stands last in an object wins
 
 
 # --- 3.7 records: the life of a request --------------------------------------
@@ -4616,25 +4581,44 @@ def log_place(path):
 
 REUSE_S = 2.0  # LM Studio closes a kept connection after 5 s without a request
 MATURE_S = 0.01  # a server that closes after each answer has closed by then
+IDLE_KEPT = 64
 REPEATABLE = ("GET", "HEAD", "OPTIONS", "PUT", "DELETE")  # idempotent methods (RFC 9110, 9.2.2)
 CONNECT_S = 10.0
-HEALTH_S = 2.0  # to connect, and again to answer: a prompt that is read on the CPU makes LM Studio slow
-GREETING_S = 0.3  # what `lms`, which waits 500 ms in all, can be kept waiting
-ANSWER_HEAD_LIMIT = 256 * 1024
+QUESTION_S = 3.0  # for a question of our own, all in all: reading a prompt on the CPU makes LM Studio slow
+GREETING_S = 0.3  # `lms` waits 500 ms in all
+ANSWER_HEAD_LIMIT = 256 * 1024  # bytes, with all that is said before it
 SMALL_BODY = 64 * 1024  # travels in one packet with its head
 SLICE = 1024 * 1024     # of a large body, which has the timeout for itself
+KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # s; probes
+STREAM_TYPES = ("text/event-stream", "application/x-ndjson")
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
                         "proxy-connection", "te",
                         "trailer", "transfer-encoding", "upgrade"))  # RFC 9110, 7.6.1
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
+CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+LENGTH = re.compile(r"[0-9]{1,18}")
 BROKEN = (OSError, http.client.HTTPException)  # how a connection to LM Studio fails
+TIMEOUTS = (TimeoutError, socket.timeout, BlockingIOError)   # the last one is the kernel's: set_timeout()
 
 
-class UpstreamError(GatewayError):
-    """LM Studio gave no answer.  kind is refused, timeout or reset."""
+class UpstreamError(HttpError):
+    """LM Studio gave no answer, or broke it off."""
 
-    def __init__(self, kind, message):
-        super().__init__(message)
-        self.kind = kind
+    def __init__(self, status, kind, message):
+        super().__init__(status, f"upstream_{kind}", message)
+
+
+def upstream_error(error, option, begun):
+    """The UpstreamError for a connection that failed before its answer had begun, or after; option: its
+    timeout's."""
+    why = error_text(error)
+    if isinstance(error, TIMEOUTS) and error.errno != errno.ETIMEDOUT:  # which is for a machine that went off
+        remedy = "" if begun else f". Raise {option}, or look at its log for what it is doing"
+        return UpstreamError(504, "timeout", f"LM Studio was silent for too long{remedy}")
+    if begun:
+        return UpstreamError(502, "reset", f"LM Studio's answer broke off before its end ({why})")
+    return UpstreamError(502, "reset", f"LM Studio closed the connection before it answered ({why}). Try "
+                                       "again; its log may say why")
 
 
 class Chunks:
@@ -4649,48 +4633,39 @@ class Chunks:
         self.left, self.over = 0, False
         self.rest = b""  # what is not read yet; once over, what follows the body
         self._room = self.LINE_LIMIT  # for trailers
-        self._step = self._size_line
+        self._step = self._whole_chunks
         self.between = True  # the next byte begins a chunk
 
     def feed(self, data):
-        """The payload in data.  Raises ValueError for what is not a chunked body."""
-        if self.between and (match := self.SIZE.match(data)):
-            size = int(match[1], 16)
-            if size and len(data) == match.end() + size + 2 and data.endswith(b"\r\n"):
-                return data[match.end():-2]     # one whole chunk, as most pieces of a stream are
+        """The payload in data.  Raises ValueError if it is not a chunked body."""
+        if self.between:
+            end = data.find(b"\r\n", 1, 9)
+            if data[:end] == b"%x" % (len(data) - end - 4) and data.endswith(b"\r\n") and end < len(data) - 4:
+                return data[end + 2:-2]     # one whole chunk, as most pieces of a stream are
         self.rest = self.rest + data if self.rest else data
         parts: list[bytes] = []
-        if self._step == self._size_line:
-            self._whole_chunks(parts)
         while not self.over and self._step(parts):
             pass
-        self.between = not self.rest and self._step == self._size_line
+        self.between = not self.rest and self._step == self._whole_chunks
         return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _whole_chunks(self, parts):
-        """Take the chunks that are whole and no more than that: a body may have a million of one byte."""
-        data, at = self.rest, 0
-        while match := self.SIZE.match(data, at):
-            start = match.end()
-            end = start + int(match[1], 16)
-            if end == start or data[end:end + 2] != b"\r\n":
-                break
-            parts.append(data[start:end])
-            at = end + 2
-        self.rest = data[at:]
 
     # Each step below takes its share of rest, and gives False when that is not there yet.
 
-    def _size_line(self, parts):
-        match = self.SIZE.match(self.rest)
-        if not match:
-            if len(self.rest) > self.LINE_LIMIT or b"\n" in self.rest or b"\r" in self.rest[:-1]:
-                raise ValueError("a chunk's size line is malformed")
-            return False
-        self.left = int(match[1], 16)
-        self.rest = self.rest[match.end():]
-        self._step = self._payload if self.left else self._trailers
-        return True
+    def _whole_chunks(self, parts):
+        """Chunks that are there from their size line to their end, then the size line of another."""
+        data, at = self.rest, 0
+        while match := self.SIZE.match(data, at):
+            start, self.left = match.end(), int(match[1], 16)
+            at = start + self.left
+            if not self.left or data[at:at + 2] != b"\r\n":
+                self.rest, self._step = data[start:], self._payload if self.left else self._trailers
+                return True
+            parts.append(data[start:at])
+            at, self.left = at + 2, 0
+        self.rest = rest = data[at:]
+        if len(rest) > self.LINE_LIMIT or b"\n" in rest or b"\r" in rest[:-1]:
+            raise ValueError("a chunk's size line is malformed")
+        return False
 
     def _payload(self, parts):
         part = self.rest[:self.left]
@@ -4708,7 +4683,7 @@ class Chunks:
             raise ValueError("a chunk does not end where its size says")
         if len(self.rest) < 2:
             return False
-        self.rest, self._step = self.rest[2:], self._size_line
+        self.rest, self._step = self.rest[2:], self._whole_chunks
         return True
 
     def _trailers(self, parts):
@@ -4724,112 +4699,135 @@ class Chunks:
         return True
 
 
-class Call(urllib.request.Request):
-    """A request with its headers as the client sent them: order, case and repeats kept."""
+class Call:
+    """A request to LM Studio, its headers as they are sent, and the connection that it runs over.
 
-    def __init__(self, base, method, target, headers, body, timeout_s, patience):
-        self.__dict__.update(base.__dict__)  # a Request of the server's address, which is parsed once
-        self.method, self.selector = method, target
-        self.raw_headers, self.body, self.timeout_s, self.patience = headers, body, timeout_s, patience
-        self._lock = threading.Lock()  # guards the two below: a socket given back is not ours to shut
-        self._sock = None  # while the exchange runs
+    timeout_s is for each read and write, None without end; deadline, a clock reading, for all together."""
+
+    def __init__(self, method, target, headers, body=b"", timeout_s=None):
+        self.method, self.target, self.headers, self.body = method, target, headers, body or b""
+        self.timeout_s, self.deadline = timeout_s or None, math.inf
+        self.reused = False     # its connection had another request before
         self.cancelled = False
-        self.reuses = False  # it runs over a connection that was used before
+        self.sock: Any = None   # while the exchange runs
+        self._lock = threading.Lock()  # guards the two above: a socket given back is not ours to shut
 
     def cancel(self):
         """Any thread.  Ends the exchange, so that LM Studio stops working for it."""
         with self._lock:
             self.cancelled = True
-            if self._sock:
+            if self.sock:
                 with contextlib.suppress(OSError):
-                    socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # below TLS: at once
+                    socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # below TLS: at once
 
     def use(self, sock):
         """Run over this socket, or over none.  Gives the one used before.  Raises ConnectionAbortedError."""
         with self._lock:
-            before, self._sock = self._sock, sock
+            before, self.sock = self.sock, sock
             if self.cancelled and sock:
                 raise ConnectionAbortedError("the client left")
         return before
 
-    def head(self):
-        lines = [f"{self.get_method()} {self.selector} HTTP/1.1",
-                 *[f"{name}: {value}" for name, value in self.raw_headers], "", ""]
-        return "\r\n".join(lines).encode("latin-1")
+    def set_timeout(self, seconds):
+        """For each read and write from now on; 0 or None: without end."""
+        if (seconds or None) != self.timeout_s:
+            self.timeout_s = seconds or None
+            if self.sock:
+                set_timeout(self.sock, self.timeout_s)
 
+    def send(self):
+        """Raises OSError."""
+        lines = [f"{self.method} {self.target} HTTP/1.1",
+                 *[f"{name}: {value}" for name, value in self.headers], "", ""]
+        head, sock = "\r\n".join(lines).encode("latin-1"), self.sock
+        if len(self.body) <= SMALL_BODY:
+            sock.sendall(head + self.body)
+            return
+        sock.sendall(head)
+        sock.settimeout(self.timeout_s)     # for each slice; the kernel's begins anew with any byte
+        with memoryview(self.body) as whole:
+            for at in range(0, len(whole), SLICE):
+                sock.sendall(whole[at:at + SLICE])
+        set_timeout(sock, self.timeout_s)
 
-SMALL_PIECE = 2048  # bytes; the event of one token has 200 to 400
+    def receive(self):
+        """The next bytes before the deadline, b"" at the end.  Raises OSError."""
+        self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+        return self.sock.recv(PIECE)
 
-
-def size_lines():
-    """For each number of bytes up to SMALL_PIECE, the size line of the one chunk that fills them (RFC 9112,
-    7.1); () where none does, with which no bytes start."""
-    lines: list[Any] = [()] * (SMALL_PIECE + 1)
-    for size in range(1, SMALL_PIECE - 6):
-        line = b"%x\r\n" % size
-        lines[len(line) + size + 2] = line
-    return lines
-
-
-SIZE_LINES = size_lines()
+    def wait(self, seconds):
+        """True when there is something to receive, False after so many seconds of silence."""
+        pending = isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()
+        return bool(pending) or readable(self.sock, seconds)
 
 
 class Answer:
-    """What LM Studio answers: the head, read when it is made, then the body, as it comes.
+    """LM Studio's answer: the head, read when it is made, then the body, as it comes.
 
     http.client's own response reads heads through the email parser, which costs more than all else here.
     Informational forerunners (1xx, RFC 9110, 15.2) are skipped.  Raises OSError and HTTPException."""
 
-    STATUS_LINE = re.compile(r"HTTP/1\.(\d) (\d{3})(?: (.*))?")
+    STATUS_LINE = re.compile(r"HTTP/1\.(\d) ([1-9]\d\d)(?: (.*))?")
 
-    def __init__(self, sock, method):
-        self._sock, self._buffer = sock, b""
-        self._fault: Any = None  # how the connection failed, for pieces() to tell
+    def __init__(self, call):
+        endless = call.deadline == math.inf
+        self._receive = functools.partial(call.sock.recv, PIECE) if endless else call.receive
+        self._buffer = b""
         self.over = False  # the body has been read to its end
-        self.status = 100
+        self.status, room = 100, ANSWER_HEAD_LIMIT
         while 100 <= self.status < 200:
-            self._read_head()
-        self._frame(method)
+            room -= self._read_head(room)
+        self._frame(call.method)
 
-    def _read_head(self):
-        while (end := self._buffer.find(b"\r\n\r\n")) < 0:
-            piece = self._sock.recv(PIECE)
+    def _read_head(self, room):
+        """Gives the number of its bytes."""
+        start = 0
+        while (end := self._buffer.find(b"\r\n\r\n", start)) < 0:
+            start = max(0, len(self._buffer) - 3)
+            if len(self._buffer) > room:
+                raise http.client.LineTooLong("response head")
+            piece = self._receive()
             if not piece:
                 raise http.client.RemoteDisconnected("in the middle of its head" if self._buffer
                                                      else "without a word")
             self._buffer += piece
-            if len(self._buffer) > ANSWER_HEAD_LIMIT:
-                raise http.client.LineTooLong("response head")
-        head, self._buffer = self._buffer[:end], self._buffer[end + 4:]
-        lines = head.decode("latin-1").split("\r\n")
+        head, self._buffer = self._buffer[:end].decode("latin-1"), self._buffer[end + 4:]
+        lines = head.split("\r\n")
         first = self.STATUS_LINE.fullmatch(lines[0])
-        if not first or first[2] == "101" or head.count(b"\r") + head.count(b"\n") > 2 * (len(lines) - 1):
-            raise http.client.BadStatusLine(lines[0][:80])
+        if end > room or not first or first[2] == "101" or CONTROLS.search("".join(lines)):
+            raise http.client.BadStatusLine("its head is malformed or too long")
         self._minor, self.status, self.reason = int(first[1]), int(first[2]), first[3] or ""
+        self._read_headers(lines[1:])
+        return end + 4
+
+    def _read_headers(self, lines):
         self.headers: list[tuple[str, str]] = []
-        self._named: dict[str, str] = {}
-        for line in lines[1:]:
+        for line in lines:
             if line[:1] in (" ", "\t") and self.headers:    # an old form that may still come (RFC 9112, 5.2)
                 self.headers[-1] = self.headers[-1][0], f"{self.headers[-1][1]} {line.strip()}"
-            else:
-                name, _, value = line.partition(":")
-                self.headers.append((name.rstrip(), value.strip(" \t")))
+                continue
+            name, colon, value = line.partition(":")
+            if not colon or not TOKEN(name.rstrip(" \t")):
+                raise http.client.HTTPException("a header of its answer is malformed")
+            self.headers.append((name.rstrip(" \t"), value.strip(" \t")))
 
     def _frame(self, method):
         """How the end of the body is known (RFC 9112, 6.3)."""
+        self._named: dict[str, str] = {}
         for name, value in self.headers:
             key = name.lower()
             before = self._named.get(key, value)
             joined = key in self._named and (key != "content-length" or before != value)
             self._named[key] = f"{before}, {value}" if joined else value
         coding, length = self.header("transfer-encoding").lower(), self.header("content-length")
-        if coding not in ("", "chunked") or length and not coding and not length.isdecimal():
+        if coding not in ("", "chunked") or length and not coding and not LENGTH.fullmatch(length):
             raise http.client.HTTPException("the length of its answer is not clear")
-        self.chunks = Chunks() if coding else None
+        self.chunks: Any = Chunks() if coding else None
         options = self.header("connection").lower()
         self.length = int(length) if length and not coding else None
         if method == "HEAD" or self.status in (204, 304):
             self.length, self.chunks = 0, None
+        self._payload = self._unchunked if self.chunks else self._unframed
         self.over = self.length == 0
         self.keeps = (self.length is not None or bool(coding)) and (
             "close" not in options if self._minor
@@ -4840,66 +4838,46 @@ class Answer:
         return self._named.get(name, "")
 
     @property
+    def streams(self):
+        """True for an event stream, however its type is written."""
+        return self.header("content-type").lower().startswith(STREAM_TYPES)
+
+    @property
     def ready(self):
         """True when the first piece of the body, or its end, is already here."""
         return self.over or bool(self._buffer)
 
     def pieces(self):
         """The body as it comes, without its framing.  over is True as soon as its last piece is there."""
+        data, self._buffer, receive = self._buffer, b"", self._receive
         while not self.over:
-            if self._fault:
-                raise self._fault
-            data, self._buffer = self._buffer or self._sock.recv(PIECE), b""
+            data = data or receive()
             if not data and (self.chunks or self.length is not None):
                 raise http.client.IncompleteRead(b"", self.length)
-            if piece := self._payload(data):
+            piece = self._payload(data)
+            if piece:
                 yield piece
+            data = b""
 
-    def relay(self, send, waiting, limit, due):
-        """While pieces() rests: send on, framing and all, pieces that are one whole small chunk which ends
-        as an event of JSON does and has no usage; put each into waiting, with its clock.  True after limit
-        of them or when the clock reading due has come; False before a piece of another kind, or the end,
-        which pieces() will give.
-
-        It holds what each piece needs and no more, in one frame: a thread that was just woken takes
-        microseconds for every function and object that it touches."""
-        if not (self.chunks and self.chunks.between):
-            return False
-        recv, monotonic = self._sock.recv, time.monotonic
-        for _ in range(limit):
-            try:
-                data = recv(SMALL_PIECE)
-            except BROKEN as error:
-                self._fault = error
-                return False
-            size_line = SIZE_LINES[len(data)]
-            if not (data.endswith(b"}\n\n\r\n") and data.startswith(size_line) and b'"usage"' not in data):
-                self._buffer = data
-                return False
-            now = monotonic()
-            waiting.append((data[len(size_line):-2], now))
-            send(data)
-            if now >= due:
-                break
-        return True
-
-    def _payload(self, data):
-        if self.chunks:
-            try:
-                piece = self.chunks.feed(data)
-            except ValueError as error:
-                raise http.client.HTTPException(str(error)) from None
-            self.over = self.chunks.over
-            self.keeps = self.keeps and not (self.over and self.chunks.rest)
-            return piece
+    def _unframed(self, data):
+        """A piece that is not chunked."""
         if self.length is None:
             self.over = not data
             return data
-        if len(data) > self.length:     # more than it announced: what follows belongs to no request
+        if len(data) > self.length:     # more than it announced: the rest belongs to no request
             data, self.keeps = data[:self.length], False
         self.length -= len(data)
         self.over = not self.length
         return data
+
+    def _unchunked(self, data):
+        try:
+            piece = self.chunks.feed(data)
+        except ValueError as error:
+            raise http.client.HTTPException(str(error)) from None
+        if self.chunks.over:
+            self.over, self.keeps = True, self.keeps and not self.chunks.rest
+        return piece
 
     def read(self, limit):
         """The whole body, at most limit bytes of it."""
@@ -4911,74 +4889,26 @@ class Answer:
         return data[:limit]
 
 
-class KeptConnections(urllib.request.BaseHandler):
-    """Opens http and https for an OpenerDirector over connections that are used again.
+class IdleConnections:
+    """Connections to LM Studio that have nothing to do.
 
-    One is used again only if it has been idle for less than REUSE_S and is not readable (readable
-    means closed); if it then fails before the first byte of an answer, a repeatable request is tried once
-    on a fresh one.  Others are not, because LM Studio may have begun to work (RFC 9110, 9.2.2); they take a
-    connection that was never used again only once it is older than MATURE_S.  No redirects, no proxies, no
-    error handling: the answer is passed on as it is."""
+    One is used again if it has been idle for less than REUSE_S and is not readable (readable means closed);
+    by a request that may not be repeated only if it has been used again before, or idle for MATURE_S."""
 
     def __init__(self):
-        # (socket, monotonic seconds, used again before, timeout), the longest idle first; append and pop
-        # are atomic
+        # (socket, clock since when, used again before, timeout), the longest idle first; append and pop are
+        # atomic
         self._idle: deque[tuple] = deque()
-        self._tls = None  # an ssl.SSLContext, once it is needed
 
-    def http_open(self, call):
-        return self._exchange(call, None)
-
-    def https_open(self, call):
-        self._tls = self._tls or ssl.create_default_context()
-        return self._exchange(call, self._tls)
-
-    def keep(self, call, sock):
+    def put(self, sock, proven, timeout_s):
         """Any thread.  An answer was read to its end and its connection may serve another request."""
-        self._idle.append((sock, time.monotonic(), call.reuses, call.timeout_s))
+        self._idle.append((sock, time.monotonic(), proven, timeout_s))
         with contextlib.suppress(IndexError):
-            while len(self._idle) > 64:
+            while len(self._idle) > IDLE_KEPT:
                 self._idle.popleft()[0].close()
 
-    def _exchange(self, call, tls):
-        repeatable = call.get_method() in REPEATABLE
-        sock, timeout_s = self._kept(repeatable)
-        if sock:
-            call.reuses = True
-            try:
-                if timeout_s != call.timeout_s:
-                    set_timeout(sock, call.timeout_s)
-                return self._send(call, sock)
-            except BROKEN as error:
-                hang_up(call.use(None))
-                if call.cancelled or isinstance(error, TIMEOUTS):
-                    raise
-                if not repeatable:
-                    hang_up(self._connect(call, tls))   # a server that is gone is said to be gone
-                    raise
-        call.reuses = False
-        return self._send(call, self._connect(call, tls))
-
-    @staticmethod
-    def _connect(call, tls):
-        """A new connection.  localhost is asked as 127.0.0.1: LM Studio listens on IPv4 only."""
-        parts = urllib.parse.urlsplit(f"//{call.host}")
-        host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
-        address = host, parts.port or (443 if tls else 80)
-        try:
-            sock = socket.create_connection(address, min(CONNECT_S, call.timeout_s or CONNECT_S))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock = tls.wrap_socket(sock, server_hostname=parts.hostname) if tls else sock
-            set_timeout(sock, call.timeout_s)
-            return sock
-        except OSError as error:
-            why = "the connection timed out" if isinstance(error, TIMEOUTS) else error_text(error)
-            raise UpstreamError("refused",
-                                f"LM Studio is not reachable at {call.full_url} ({why}). Start its server "
-                                "(Developer > Start server, or: lms server start), or give its address with "
-                                "--upstream") from None
-
-    def _kept(self, repeatable):
+    def take(self, repeatable):
+        """Any thread.  (socket, its timeout); (None, None) when there is none."""
         with contextlib.suppress(IndexError):
             while True:
                 sock, since, proven, timeout_s = kept = self._idle.popleft()
@@ -4992,44 +4922,20 @@ class KeptConnections(urllib.request.BaseHandler):
                     break
         return None, None
 
-    @staticmethod
-    def _send(call, sock):
-        try:
-            call.use(sock)
-            head, body = call.head(), call.body or b""
-            if len(body) <= SMALL_BODY:
-                sock.sendall(head + body)
-            else:
-                sock.sendall(head)
-                sock.settimeout(call.timeout_s)     # for each slice; the kernel's begins anew with any byte
-                with memoryview(body) as whole:
-                    for at in range(0, len(body), SLICE):
-                        sock.sendall(whole[at:at + SLICE])
-                set_timeout(sock, call.timeout_s)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            try:    # a server that refuses a body may answer before it has read all of it
-                return Answer(sock, call.get_method())
-            except BROKEN:
-                raise error from None
-        return Answer(sock, call.get_method())
 
-
-TIMEOUTS = (TimeoutError, socket.timeout, BlockingIOError)   # the last one is the kernel's: set_timeout()
-
-
-def hang_up(sock):
+def close_quietly(sock):
     """Close a socket, if there is one."""
     if sock:
         sock.close()
 
 
-def readable(sock):
-    """True when a socket has something to read or has ended."""
+def readable(sock, seconds=0.0):
+    """True when a socket has something to read or has ended, within so many seconds."""
     if hasattr(select, "poll"):
         look = select.poll()
         look.register(sock, select.POLLIN)
-        return bool(look.poll(0))
-    return bool(select.select([sock], [], [], 0)[0])
+        return bool(look.poll(math.ceil(1000 * seconds)))
+    return bool(select.select([sock], [], [], seconds)[0])
 
 
 def set_timeout(sock, seconds):
@@ -5046,124 +4952,170 @@ def set_timeout(sock, seconds):
             sock.settimeout(None)
 
 
+class Remembered:
+    """A question that one asks for all: ask() gives its answer, also to a failure.
+
+    It is asked in a thread of its own.  After limit_s the answer is silent and the next caller asks anew,
+    whatever has become of that thread."""
+
+    def __init__(self, ask, limit_s, silent):
+        self._ask, self._limit_s, self._silent = ask, limit_s, silent
+        self._lock = threading.Lock()  # guards the two below
+        self._known = (-math.inf, silent)   # clock, answer
+        self._asking: Any = None    # (clock, Event that is set in the end) of the question under way
+
+    def value(self, max_age_s, wait_s):
+        """Any thread.  An answer not older than max_age_s; the one before if none comes within wait_s."""
+        with self._lock:
+            now, (since, answer) = time.monotonic(), self._known
+            if now - since < max_age_s:
+                return answer
+            if self._asking and now - self._asking[0] > self._limit_s:
+                self._known, self._asking = (-math.inf, self._silent), None
+            asking, mine = self._asking, self._asking is None
+            if mine:
+                asking = self._asking = now, threading.Event()
+        if mine:
+            self._start(asking)
+        asking[1].wait(wait_s)
+        with self._lock:
+            return self._known[1]
+
+    def _start(self, asking):
+        try:
+            threading.Thread(target=self._refresh, args=(asking,), name="question", daemon=True).start()
+        except RuntimeError:    # no thread is to be had
+            self._refresh(asking)
+
+    def _refresh(self, asking):
+        """Body of the thread."""
+        answer = self._silent
+        try:
+            answer = self._ask()
+        finally:
+            with self._lock:
+                if self._asking is asking:
+                    self._known, self._asking = (time.monotonic(), answer), None
+            asking[1].set()
+
+
 class Upstream:
     """LM Studio's server.  Any thread may call."""
 
     def __init__(self, base, token=None):
         self.base, self.token = base, token
         self.host = base.partition("://")[2]
-        self._request = urllib.request.Request(base)
-        self._connections = KeptConnections()
-        self._opener = urllib.request.OpenerDirector()  # bare: none of urllib's own handlers
-        self._opener.add_handler(self._connections)
-        self._lock = threading.Lock()  # guards the two below
-        self._health = (-math.inf, f"LM Studio at {base} has not answered yet")  # clock, reason or ""
-        self._asking: threading.Event | None = None  # set once the question that is under way is answered
-        self._models = (-math.inf, None)  # monotonic seconds, rows of loaded_models
-
-    def call(self, method, target, headers, body, timeout_s, patience="PROXY_TIMEOUT"):
-        """A Call ready for open(); headers are sent as they are.  patience is the option behind timeout_s."""
-        return Call(self._request, method, target, headers, body, timeout_s or None, patience)
+        parts = urllib.parse.urlsplit(base)
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._name = parts.hostname
+        host = "127.0.0.1" if self._name == "localhost" else self._name     # LM Studio listens on IPv4 only
+        self._address = host, parts.port or (443 if self._tls else 80)
+        self._idle = IdleConnections()
+        self._silent = f"LM Studio at {base} does not answer. Look at its log"
+        self._health = Remembered(self._ask_health, QUESTION_S + 1.0, self._silent)
+        self._models = Remembered(self._ask_models, QUESTION_S + 1.0, None)
 
     def open(self, call):
-        """The Answer, its body unread.  Raises UpstreamError."""
+        """The Answer, its body unread.  Raises OSError, HTTPException, HttpError.
+
+        What fails on a connection that was used before is tried once more if the method allows it; other
+        requests are not, because LM Studio may have begun to work (RFC 9110, 9.2.2)."""
+        self.send(call)
         try:
-            return self._opener.open(call)
-        except TIMEOUTS:
-            raise UpstreamError("timeout",
-                                f"LM Studio was silent for too long. Raise {call.patience}, or look at its "
-                                "log for what it is doing") from None
+            return Answer(call)
         except BROKEN as error:
-            raise UpstreamError("reset",
-                                f"LM Studio closed the connection before it answered ({error_text(error)}). "
-                                "Try again; its log may say why") from None
+            if (not call.reused or call.cancelled or isinstance(error, TIMEOUTS)
+                    or call.method not in REPEATABLE):
+                raise
+        self.send(call, anew=True)
+        return Answer(call)
 
-    def done(self, call, answer):
-        """An answer was read to its end: keep its connection if it allows that."""
-        sock = call.use(None)
-        if answer.keeps and answer.over and not call.cancelled:
-            self._connections.keep(call, sock)
-        else:
-            hang_up(sock)
+    def send(self, call, anew=False):
+        """Send a request, over an idle connection if there is one.  Raises OSError, HttpError."""
+        sock, timeout_s = (None, None) if anew else self._idle.take(call.method in REPEATABLE)
+        call.reused = bool(sock)
+        if not sock:
+            sock = self._connect(call.timeout_s)
+        elif timeout_s != call.timeout_s:
+            set_timeout(sock, call.timeout_s)
+        close_quietly(call.use(sock))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            call.send()     # a server that refuses a body may answer before it has read all of it
 
-    @staticmethod
-    def drop(call):
-        """Close a call's connection, whatever its state."""
-        hang_up(call.use(None))
-
-    def health(self, max_age_s=3.0, wait_s=2 * HEALTH_S):
-        """Why LM Studio does not answer; empty when it does.  Remembered for max_age_s; what was known last
-        where a new answer takes longer than wait_s."""
-        with self._lock:
-            asked, reason = self._health
-            if time.monotonic() - asked < max_age_s:
-                return reason
-            asking = self._asking
-            if asking is None:
-                asking = self._asking = threading.Event()
-                threading.Thread(target=self._refresh, args=(asking,), name="health",
-                                 daemon=True).start()
-        asking.wait(wait_s)
-        with self._lock:
-            return self._health[1]
-
-    def _refresh(self, asking):
-        """Body of the thread that asks for all who wait."""
+    def _connect(self, timeout_s):
         try:
-            reason = self._ask()
-            with self._lock:
-                self._health = (time.monotonic(), reason)
-        finally:
-            with self._lock:
-                self._asking = None
-            asking.set()
+            sock = socket.create_connection(self._address, min(CONNECT_S, timeout_s or CONNECT_S))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a dead peer says no goodbye
+            for name, value in KEEP_ALIVE.items():
+                with contextlib.suppress(AttributeError, OSError):  # each system has some of them
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            sock = self._tls.wrap_socket(sock, server_hostname=self._name) if self._tls else sock
+            set_timeout(sock, timeout_s)
+            return sock
+        except OSError as error:
+            why = "the connection timed out" if isinstance(error, TIMEOUTS) else error_text(error)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise HttpError(503, "no_descriptors", f"lmgateway cannot connect to LM Studio ({why}). Raise "
+                                "its limit of open files (ulimit -n), or try again",
+                                [("Retry-After", "5")]) from None
+            raise UpstreamError(502, "unreachable",
+                                f"LM Studio is not reachable at {self.base} ({why}). Start its server "
+                                "(Developer > Start server, or: lms server start), or give its address with "
+                                "--upstream") from None
+
+    def done(self, call, answer=None):
+        """An exchange is over: keep its connection if its answer was read to the end and allows that."""
+        sock = call.use(None)
+        if answer and answer.keeps and answer.over and not call.cancelled and call.deadline == math.inf:
+            self._idle.put(sock, call.reused, call.timeout_s)
+        else:
+            close_quietly(sock)
+
+    def health(self, max_age_s=3.0, wait_s=QUESTION_S + 1.0):
+        """Why LM Studio does not answer; empty when it does.  Remembered for max_age_s; the reason before
+        if a new one takes longer than wait_s."""
+        return self._health.value(max_age_s, wait_s)
 
     def loaded_models(self, max_age_s=60.0):
         """[(name, type, context length or None)] of the models that are loaded; None when LM Studio does not
         tell.  Remembered for max_age_s."""
-        with self._lock:
-            asked, models = self._models
-        if time.monotonic() - asked < max_age_s:
-            return models
-        models = loaded_rows(self._get_json("/api/v0/models", 2.0))
-        with self._lock:
-            self._models = (time.monotonic(), models)
-        return models
+        return self._models.value(max_age_s, QUESTION_S + 1.0)
 
-    def _get_json(self, path, timeout_s):
-        """The JSON object at a path of LM Studio's; {} where there is none."""
-        headers = [("Host", self.host), ("Accept", "application/json")]
-        headers += [("Authorization", f"Bearer {self.token}")] if self.token else []
-        call = self.call("GET", path, headers, None, timeout_s)
-        try:
-            answer = self.open(call)
-            body = json_object(answer.read(4 * 1024 * 1024))
-            self.done(call, answer)
-            return body or {}
-        except (UpstreamError, *BROKEN):
-            self.drop(call)
-            return {}
-
-    def _ask(self):
+    def _ask_health(self):
         """Any answer but a server's failure counts: not every LM Studio may greet without its token."""
-        call = self.call("GET", "/lmstudio-greeting", [("Host", self.host), ("Accept", "application/json")],
-                         None, HEALTH_S)
         try:
-            answer = self.open(call)
-            answer.read(4096)
-            self.done(call, answer)
-        except UpstreamError as error:
-            self.drop(call)
-            silent = f"LM Studio at {self.base} takes connections but does not answer. Look at its log"
-            return silent if error.kind == "timeout" else str(error)
+            answer, _ = self._get("/lmstudio-greeting", 4096)
+        except GatewayError as error:
+            return str(error)
+        except TIMEOUTS:
+            return self._silent
         except BROKEN:
-            self.drop(call)
             return f"what answers at {self.base} breaks off. Look at LM Studio's log"
         return "" if answer.status < 500 else f"{self.base} answers {answer.status} {answer.reason}"
 
+    def _ask_models(self):
+        try:
+            return loaded_rows(json_object(self._get("/api/v0/models", 4 * 1024 * 1024)[1]) or {})
+        except (GatewayError, *BROKEN):
+            return None
+
+    def _get(self, path, limit):
+        """(Answer, its body up to limit bytes) of a question of our own, within QUESTION_S.  Raises OSError,
+        HTTPException, HttpError."""
+        headers = [("Host", self.host), ("Accept", "application/json")]
+        headers += [("Authorization", f"Bearer {self.token}")] if self.token else []
+        call, answer = Call("GET", path, headers, timeout_s=QUESTION_S), None
+        call.deadline = time.monotonic() + QUESTION_S
+        try:
+            answer = self.open(call)
+            return answer, answer.read(limit)
+        finally:
+            self.done(call, answer)
+
 
 def loaded_rows(body):
-    """The loaded models in an answer of /api/v0/models (LM Studio since 0.3.6); None where it is no
+    """The loaded models in an answer of /api/v0/models (LM Studio since 0.3.6); None if it is no
     such answer."""
     if not isinstance(body.get("data"), list):
         return None
@@ -5187,11 +5139,7 @@ def error_text(error):
 PING_S = 15.0
 RETRY_MS = 2000  # what a browser waits before it connects again
 WAKES_PER_S = 14_000  # of all listeners together: each pauses so long that they share these
-STREAM_MARKS = ("text/event-stream", "application/x-ndjson")
 FIRST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,40}) ([!-~]+) HTTP/(\d)\.(\d)")
-TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
-CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-LENGTH = re.compile(r"[0-9]{1,18}")
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%25\w+)?\]|[\w.\-]*)(?::\d{0,5})?", re.ASCII)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -5236,8 +5184,8 @@ class Request:
 
 class Response(NamedTuple):
     """The answer of a view.  body: bytes, or an iterable of bytes that is written as it comes and whose
-    close(), if it has one, is called in every case.  It may have ready (True when the first piece need not
-    be waited for) and relay(send), which is called between two pieces and may send some itself."""
+    close(), if it has one, is called in every case.  It may have ready: True if the first piece need not be
+    waited for."""
 
     status: int
     headers: list
@@ -5991,8 +5939,7 @@ def session_of(request):
 
 ALIASES = re.compile(r"/(?:(?:chat/completions|completions|embeddings)/?"
                      r"|(?:models|responses|messages)(?:/.*)?)")
-WITHHELD = HOP_BY_HOP | {"authorization", "x-api-key", "expect"}  # what stops here, credentials included
-UPSTREAM_CODES = {"refused": "upstream_unreachable", "reset": "upstream_reset", "timeout": "upstream_timeout"}
+WITHHELD = HOP_BY_HOP | {"authorization", "x-api-key", "expect"}  # these stop here, credentials included
 
 
 class Unfinished(GatewayError):
@@ -6011,6 +5958,7 @@ class Gateway:
         self.address = ""
         self.lan_urls = []
         self.volume = LogVolume(monitor.follower.directory, config.log_dir_warn) if monitor else None
+        self.inferences: dict[str, Forward] = {}    # by requestId, while they run; each step is atomic
         self.stopping = False  # the end has come: connections are not kept
         self.cutting_off = False    # running requests are cut: they had their time
 
@@ -6032,22 +5980,25 @@ def upstream_target(target, keys_are_set):
     return path + mark + query
 
 
-def upstream_headers(request, body, host, token=None):
-    """The end-to-end headers of a request in their order, without the client's credentials."""
+def upstream_headers(request, length, upstream, uncompressed):
+    """The end-to-end headers of a request in their order, without the client's credentials; length is that of
+    the body.  uncompressed: an answer is wanted that can be changed on its way."""
     dropped = WITHHELD.union(listing(request.header("connection")))
-    headers = [] if request.header("host", None) is not None else [("Host", host)]
+    headers = [] if request.header("host", None) is not None else [("Host", upstream.host)]
     for name, value in request.headers:
         key = name.lower()
         if key == "host":
-            headers.append((name, host))
+            headers.append((name, upstream.host))
         elif key in ("content-length", "transfer-encoding"):    # one of the two, at most
-            headers.append((name if key == "content-length" else "Content-Length", str(len(body))))
+            headers.append((name if key == "content-length" else "Content-Length", str(length)))
         elif key == "cookie" and SESSION in value:
             others = [part for part in cookies(value) if not part.startswith(SESSION)]
             headers += [(name, "; ".join(others))] if others else []
+        elif key == "accept-encoding" and uncompressed:
+            headers.append((name, "identity"))
         elif key not in dropped:
             headers.append((name, value))
-    return [*headers, ("Authorization", f"Bearer {token}")] if token else headers
+    return [*headers, ("Authorization", f"Bearer {upstream.token}")] if upstream.token else headers
 
 
 def client_headers(answer, cut):
@@ -6059,295 +6010,243 @@ def client_headers(answer, cut):
 
 
 def forward(gateway, request):
-    """Any other path: LM Studio's answer, unchanged, metered where it is an inference."""
-    upstream, target = gateway.upstream, upstream_target(request.target, gateway.access.need_key)
-    path = target.partition("?")[0].rstrip("/").lower()     # as Express compares paths
-    dialect = DIALECTS.get(path) if request.method == "POST" else None
-    asked = read_request(dialect, request.body) if dialect else Asked(body=request.body)
-    patience = "PROXY_STREAM_TIMEOUT" if asked.stream else "PROXY_TIMEOUT"
-    call = upstream.call(request.method, target,
-                         upstream_headers(request, asked.body, upstream.host, upstream.token), asked.body,
-                         getattr(gateway.config, patience.lower()) / 1000, patience)
-    passage = Exchange(gateway, request, call, dialect, asked) if dialect else Passage(gateway, request, call)
-    if dialect and asked.stream and gateway.config.prefill_comments:
-        call.raw_headers = [row for row in call.raw_headers if row[0].lower() != "accept-encoding"]
-        return Commented(passage, path == "/v1/messages").response()
-    try:
-        answer = passage.open()
-        bodiless = request.method == "HEAD" or answer.status in (204, 304)
-        if bodiless:
-            passage.finish()
-        headers = client_headers(answer, passage.cuts)
-        return Response(answer.status, headers, None if bodiless else passage, answer.reason, date=False)
-    except BaseException:
-        passage.close()
-        raise
+    """Any other path: LM Studio's answer, unchanged, metered if it is an inference."""
+    return Forward(gateway, request).response()
 
 
-class Passage:
-    """One request on its way through, without metering: open() it, iterate over the answer's pieces as they
-    come, and close() it in any case."""
+class Forward:
+    """A request on its way to LM Studio, and the body of the Response: its answer's pieces as they come.
 
-    cuts = False  # True when the answer's bytes may become fewer
+    It lives in the thread of the client's connection: it begins, is sent, waits for the answer's head, relays
+    the pieces, and ends once, in _end().  Until it is sent it may wait for as long as need be; stop() is for
+    other threads and ends it at any point.  An inference has a record, a meter and events besides.
 
-    def __init__(self, gateway, request, call):
-        self._gateway, self._request, self._call = gateway, request, call
+    With PREFILL_COMMENTS a stream whose LM Studio is silent is filled with SSE comments, which every client
+    ignores and which keep idle timers awake.  A client without a byte for SILENCE_S gets a head of
+    ours; a failure after that is told inside the stream."""
+
+    SILENCE_S = 5.0  # before each comment
+
+    def __init__(self, gateway, request):
+        self._gateway, self._request, upstream = gateway, request, gateway.upstream
+        target = upstream_target(request.target, gateway.access.need_key)
+        path = target.partition("?")[0].rstrip("/").lower()     # as Express compares paths
+        self._dialect: Any = DIALECTS.get(path) if request.method == "POST" else None
+        self._anthropic = path == "/v1/messages"
+        self._asked = parse_body(self._dialect, request.body) if self._dialect else ParsedBody(request.body)
+        self._comments = bool(self._asked.stream and gateway.config.prefill_comments)
+        headers = upstream_headers(request, len(self._asked.data), upstream,
+                                   self._asked.asks_usage or self._comments)
+        self._call = Call(request.method, target, headers, self._asked.data)
+        self._choose_timeout(self._asked.stream)
+        self._record: Any = self._new_record() if self._dialect else None
         self._answer: Any = None
+        self._meter: Any = None
+        self._cause: Any = None     # the GatewayError for which it was stopped
         self._over = False
+        self._silent_s = 0.0    # for how long LM Studio has said nothing
 
-    def open(self):
-        """LM Studio's Answer.  Raises HttpError 502 or 504, ClientLeft."""
-        self._gateway.watcher.watch(self._request.connection, self._call.cancel)
+    def _new_record(self):
+        hub, request, asked = self._gateway.hub, self._request, self._asked
+        return Record(hub.request_id(), time.time(), time.monotonic(), method=request.method,
+                      path=request.path, target=self._call.target.partition("?")[0].rstrip("/"),
+                      dialect=self._dialect.name, client=request.client, key=request.identity.name,
+                      agent=request.header("user-agent")[:200] or None, model_asked=asked.model,
+                      messages=asked.messages, fingerprint=asked.fingerprint, stream=bool(asked.stream))
+
+    def _choose_timeout(self, stream):
+        self._timeout_option = "PROXY_STREAM_TIMEOUT" if stream else "PROXY_TIMEOUT"
+        self._call.set_timeout(getattr(self._gateway.config, self._timeout_option.lower()) / 1000)
+
+    # --- to LM Studio
+
+    def response(self):
+        """LM Studio's own head if it comes in time, else one of ours.  Raises HttpError, ClientLeft."""
         try:
-            self._answer = self._gateway.upstream.open(self._call)
-        except UpstreamError as error:
-            if self._call.cancelled:
-                self.close()
-                raise ClientLeft from None
-            self._stop()
-            self.failed(str(error), UPSTREAM_CODES[error.kind])
-            raise HttpError(504 if error.kind == "timeout" else 502, UPSTREAM_CODES[error.kind],
-                            str(error)) from None
-        return self._answer
+            self._begin()
+            if self._comments:
+                self._gateway.upstream.send(self._call)
+                if self._is_silent():
+                    headers = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")]
+                    return Response(200, headers, self)
+            answer = self._take_head()
+            headers = client_headers(answer, self._comments or self._cuts)
+            if self._request.method != "HEAD" and answer.status not in (204, 304):
+                return Response(answer.status, headers, self, answer.reason, date=False)
+            self._finish()
+            return Response(answer.status, headers, None, answer.reason, date=False)
+        except BaseException as error:
+            self._fail(error)
+            raise self._cause from None
+
+    def _begin(self):
+        if self._record:
+            self._gateway.inferences[self._record.id] = self
+            self._gateway.hub.begin(self._record)
+            self._record.overhead_s = time.monotonic() - self._request.arrived
+        self._gateway.watcher.watch(self._request.connection, lambda: self.stop(ClientLeft()))
+
+    def stop(self, cause):
+        """Any thread.  Ends it, unless it is over: with an HttpError, which the client is told, or
+        ClientLeft."""
+        self._cause = self._cause or cause
+        self._call.cancel()
+
+    def _take_head(self):
+        """LM Studio's Answer.  If we could not read the request, it shows whether a stream was asked for."""
+        answer = Answer(self._call) if self._comments else self._gateway.upstream.open(self._call)
+        self._answer = answer
+        if self._asked.stream is None:
+            self._choose_timeout(answer.streams)
+        if self._record:
+            self._record.stream = self._record.stream if self._asked.stream is not None else answer.streams
+            self._meter = Meter(self._dialect, answer.streams, self._cuts, answer.header("content-encoding"))
+        return answer
+
+    @property
+    def _cuts(self):
+        """True if the answer's bytes may become fewer."""
+        return self._asked.asks_usage and self._answer.streams
+
+    # --- to the client
 
     @property
     def ready(self):
         """True when the first piece will not have to be waited for."""
-        return self._answer.ready
+        return bool(self._answer) and self._answer.ready
 
     def __iter__(self):
-        """The pieces.  A request is over before its last piece leaves, so that whoever has the answer finds
-        it counted.  Raises Unfinished where it breaks off, ClientLeft."""
-        answer = self._answer
+        """The pieces.  Raises Unfinished when it breaks off, ClientLeft."""
         try:
-            for piece in answer.pieces():
-                out = self.passed(piece)
-                yield out + self.finish() if answer.over else out
-        except BROKEN as error:
-            if not self._call.cancelled:
-                yield self.broke(error)
-                raise Unfinished from None
-        if self._call.cancelled:
-            self.close()
-            raise ClientLeft
-        if not self._over:
-            yield self.finish()
-
-    def finish(self):
-        """The answer is complete.  Gives bytes that were held back."""
-        self._over = True
-        self._gateway.watcher.forget(self._request.connection)
-        self._gateway.upstream.done(self._call, self._answer)
-        return b""
-
-    def close(self):
-        """Nobody wants more of it: unless it is over, the client left, or we failed it."""
-        if not self._over:
-            self._stop()
-            fault = sys.exc_info()[1]
-            if fault is None or isinstance(fault, (OSError, GatewayError, GeneratorExit)):
-                self.left()
+            if self._comments:
+                yield from self._commented()
             else:
-                self.failed(f"a fault in lmgateway ({error_text(fault)})", "internal_error")
-
-    def cancel(self):
-        """Any thread.  Ends the exchange with LM Studio, unless it is over."""
-        self._call.cancel()
-
-    def _stop(self):
-        self._over = True
-        self._gateway.watcher.forget(self._request.connection)
-        self._gateway.upstream.drop(self._call)
-
-    def passed(self, piece):
-        return piece
-
-    def broke(self, error):
-        """The answer broke off.  Gives bytes that were held back."""
-        self._stop()
-        if isinstance(error, TIMEOUTS):
-            self.failed("LM Studio was silent for too long", "upstream_timeout")
-        else:
-            self.failed(f"LM Studio's answer broke off before its end ({error_text(error)})",
-                        "upstream_reset")
-        return b""
-
-    def failed(self, error, code):
-        self._request.told = True
-        log.warning("%s %s: %s", self._request.method, self._request.path, error)
-
-    def left(self):
-        self._request.told = True
-        log.info("%s %s: the client left", self._request.method, self._request.path)
-
-
-class Exchange(Passage):
-    """One inference: a Passage with a record, a meter and the events of its beginning and end."""
-
-    def __init__(self, gateway, request, call, dialect, asked):
-        super().__init__(gateway, request, call)
-        self._dialect, self._asked = dialect, asked
-        self._meter: Any = None
-        self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), method=request.method,
-                             path=request.path, target=call.selector.partition("?")[0].rstrip("/"),
-                             dialect=dialect.name, client=request.client, key=request.identity.name,
-                             agent=request.header("user-agent")[:200] or None, model_asked=asked.model,
-                             messages=asked.messages, fingerprint=asked.fingerprint, stream=asked.stream)
-        self._told = -math.inf  # clock when listeners heard of its tokens
-
-    def open(self):
-        self._gateway.hub.begin(self.record)
-        self.record.overhead_s = time.monotonic() - self._request.arrived
-        answer = super().open()
-        stream = answer.header("content-type").lower().startswith(STREAM_MARKS)
-        self.cuts = self._asked.cut and stream
-        self._meter = Meter(self._dialect, stream, self.cuts, answer.header("content-encoding"))
-        return answer
-
-    def passed(self, piece):
-        now = time.monotonic()
-        out = self._meter.feed(piece, now)
-        self._tell(now)
-        return out
-
-    def relay(self, send):
-        """Between two pieces: send on those that can be metered later, chunked as they come."""
-        meter = self._meter
-        while (meter.can_wait
-               and self._answer.relay(send, meter.waiting, meter.PUT_OFF, self._told + COUNT_S)):
-            meter.settle()
-            self._tell(time.monotonic())
-
-    def _tell(self, now):
-        """Listeners hear of its tokens, COUNT_S after the last time."""
-        meter = self._meter
-        if meter.first is not None and now - self._told >= COUNT_S:
-            self._told = now
-            meter.settle()
-            self._gateway.hub.generated(self.record, meter.pieces, meter.first)
-
-    def finish(self):
-        super().finish()
-        held, answer = self._meter.end(), self._answer
-        error = self._meter.usage.error
-        if answer.status >= 400 and not error:
-            error = f"LM Studio answered {answer.status} {answer.reason}"
-        self._end(error, "upstream_error" if error else None)
-        return held
-
-    def broke(self, error):
-        held = self._meter.end()
-        super().broke(error)
-        return held
-
-    def comment(self):
-        """Any thread.  What is known of a silent request, as an SSE comment (WHATWG HTML, 9.2.6)."""
-        return self._gateway.hub.comment(self.record)
-
-    def failed(self, error, code):
-        self._end(error, code)
-
-    def left(self):
-        silent = self._meter and self._meter.stream and self._meter.first is None
-        phase = ("before the answer" if self._answer is None
-                 else "while the prompt was read" if silent else "during the answer")
-        if self._gateway.cutting_off:
-            self._end(f"lmgateway stopped {phase}", "gateway_stopped")
-        else:
-            self._end(f"the client left {phase}", "client_disconnected")
-
-    def _end(self, error, operation):
-        """Publish the end, and log it: once."""
-        record, status = self.record, self._answer.status if self._answer else None
-        if self._meter:
-            self._meter.settle()
-        state = ("done" if error is None else "abandoned" if operation == "client_disconnected" else "failed")
-        self._gateway.hub.end(record, Outcome(state, status, error, operation, self._meter))
-        usage, self._request.told = record.usage or {}, True
-        log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
-                record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
-                record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
-                usage.get("completionTokens", "?"), f": {error}" if error else "")
-
-
-class Commented:
-    """A streaming Exchange that speaks while LM Studio is silent (PREFILL_COMMENTS): SSE comments, which
-    every client ignores and which keep idle timers awake.
-
-    LM Studio is spoken to in a thread of its own, whose pieces come through a queue.  Who has had no byte
-    for SILENCE_S gets a head of ours; what fails after that is told inside the stream."""
-
-    SILENCE_S = 5.0  # before each comment
-    END, SILENCE = object(), object()
-
-    def __init__(self, exchange, anthropic):
-        self._exchange, self._anthropic = exchange, anthropic
-        self._news: queue.Queue = queue.Queue(64)  # the Answer, its pieces, at last END or an exception
-        self._closed = threading.Event()
-        self._answer: Any = None
-        self.ready = False
-        threading.Thread(target=self._run, name="commented", daemon=True).start()
-
-    def _run(self):
-        """Body of the thread.  What goes wrong is raised where the connection is served."""
-        try:
-            with contextlib.closing(self._exchange) as exchange:
-                self._put(exchange.open())
-                for piece in exchange:
-                    self._put(piece)
-                self._put(self.END)
+                yield from self._relay()
         except Exception as error:
-            with contextlib.suppress(ClientLeft):
-                self._put(error)
+            stopped = self._cause is not None
+            yield self._fail(error)
+            told = isinstance(self._cause, HttpError) and (
+                self._answer is None or stopped and self._answer.streams)
+            if told:
+                told = error_response(self._cause, self._anthropic).body
+                yield stream_event(told, self._anthropic)
+            if not isinstance(self._cause, HttpError):
+                raise self._cause from None
+            if not told or stopped:
+                raise Unfinished from None
 
-    def _put(self, item):
-        while not self._closed.is_set():
-            with contextlib.suppress(queue.Full):
-                return self._news.put(item, timeout=1.0)
-        raise ClientLeft
+    def _relay(self):
+        """The answer's pieces, metered.  A request is over before its last piece leaves, so that whoever has
+        the answer finds it counted."""
+        answer, meter, due = self._answer, self._meter, 0.0     # clock when listeners hear of its tokens
+        for piece in answer.pieces():
+            out = piece
+            if meter:
+                now = time.monotonic()
+                out = meter.feed(piece, now)
+                if now >= due and meter.first is not None:
+                    due = now + COUNT_S
+                    self._gateway.hub.generated(self._record, meter.pieces, meter.first)
+            yield out + self._finish() if answer.over else out
+        if self._cause:     # an answer that ends with its connection cannot tell
+            raise self._cause
+        if not self._over:
+            yield self._finish()
+
+    def _commented(self):
+        """Comments until LM Studio speaks, then its answer; if the client has a head of ours, as a stream."""
+        late = self._answer is None
+        while late and self._is_silent():
+            yield self._gateway.hub.comment(self._record)
+        if late:
+            self._take_head()
+        while self._is_silent():
+            yield self._gateway.hub.comment(self._record)
+        if not late or self._answer.streams:
+            return (yield from self._relay())
+        body = b""
+        for piece in self._relay():
+            body += piece[:WHOLE_LIMIT - len(body)]
+        yield stream_event(body, self._anthropic)
+
+    def _is_silent(self):
+        """True after SILENCE_S without a byte of LM Studio's.  Raises TimeoutError."""
+        limit_s = self._call.timeout_s or math.inf
+        wait_s = min(self.SILENCE_S, limit_s - self._silent_s)
+        if self._answer and self._answer.ready or self._call.wait(wait_s):
+            self._silent_s = 0.0
+            return False
+        self._silent_s += wait_s
+        if self._silent_s >= limit_s:
+            raise TimeoutError
+        return True
+
+    # --- the end
 
     def close(self):
         """The client has all, or wants no more."""
-        self._closed.set()
-        self._exchange.cancel()
+        if not self._over:
+            self._fail(ClientLeft())
 
-    def response(self):
-        """LM Studio's own head where it comes in time, else one of ours.  Raises HttpError, ClientLeft."""
-        news = self._next()
-        if news is self.SILENCE:
-            return Response(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")], self)
-        self._answer = news
-        return Response(news.status, client_headers(news, True), self, news.reason, date=False)
+    def _finish(self):
+        """The answer is complete.  Gives bytes that were held back."""
+        held, error = self._meter.end() if self._meter else b"", None
+        if self._meter:
+            error = self._meter.usage.error
+            if self._answer.status >= 400 and not error:
+                error = f"LM Studio answered {self._answer.status} {self._answer.reason}"
+        self._end(error, "upstream_error" if error else None)
+        return held
 
-    def _next(self):
-        """The next item, SILENCE where none came.  Raises what the thread put in: ClientLeft, Unfinished,
-        HttpError."""
-        try:
-            news = self._news.get(timeout=self.SILENCE_S)
-        except queue.Empty:
-            return self.SILENCE
-        if isinstance(news, Exception):
-            raise news
-        return news
+    def _fail(self, error):
+        """It ends in error; _cause is to be raised for it.  Gives bytes that were held back."""
+        if isinstance(error, BROKEN):
+            error = upstream_error(error, self._timeout_option, self._answer is not None)
+        cause = self._cause = self._cause or error
+        held = self._meter.end() if self._meter else b""
+        if isinstance(cause, ClientLeft):
+            phase = ("before the answer" if self._answer is None else "while the prompt was read"
+                     if self._meter and self._meter.stream and self._meter.first is None
+                     else "during the answer")
+            if self._gateway.cutting_off:
+                self._end(f"lmgateway stopped {phase}", "gateway_stopped")
+            else:
+                self._end(f"the client left {phase}", "client_disconnected")
+        elif isinstance(cause, HttpError):
+            self._end(str(cause), cause.code)
+        else:
+            self._end(f"a fault in lmgateway ({error_text(cause)})", "internal_error")
+        return held
 
-    def __iter__(self):
-        """Comments until the first piece, then the pieces."""
-        late, begun, other = self._answer is None, False, b""
-        try:
-            while (news := self._next()) is not self.END:
-                if news is self.SILENCE:
-                    yield b"" if begun else self._exchange.comment()
-                elif isinstance(news, Answer):
-                    self._answer = news
-                elif late and not self._answer.header("content-type").startswith(STREAM_MARKS):
-                    other += news   # no stream: it has to become an event of ours
-                else:
-                    begun = begun or bool(news)
-                    yield news
-        except HttpError as error:
-            other = error_response(error, self._anthropic).body
-        if other:
-            yield stream_event(other, self._anthropic)
+    def _end(self, error, operation):
+        """It is over, once: LM Studio's connection is free, the hub and the log are told."""
+        if self._over:
+            return
+        self._over = True
+        self._gateway.watcher.forget(self._request.connection)
+        self._gateway.upstream.done(self._call, self._answer)
+        if self._record:
+            self._end_record(error, operation)
+        elif error:
+            self._log(error, operation, f"{self._request.method} {self._request.path}: {error}")
+
+    def _end_record(self, error, operation):
+        gateway, record, status = self._gateway, self._record, self._answer and self._answer.status
+        gateway.inferences.pop(record.id, None)
+        state = ("done" if error is None else
+                 "abandoned" if operation in ("client_disconnected", "stopped") else "failed")
+        gateway.hub.end(record, Outcome(state, status, error, operation, self._meter))
+        usage, model = record.usage or {}, record.model or record.model_asked
+        told = operation if operation == "upstream_error" else error    # LM Studio's words can quote a prompt
+        self._log(error, operation, f"{record.client} {record.key or '-'} {record.path} {model or '-'}: "
+                                    f"{record.status or '-'}, {record.total_ms:.0f} ms, "
+                                    f"{usage.get('promptTokens', '?')} + {usage.get('completionTokens', '?')} "
+                                    f"tokens{f': {told}' if told else ''}")
+
+    def _log(self, error, operation, line):
+        left = operation == "client_disconnected" and not self._record
+        log.log(logging.WARNING if error and not left else logging.INFO, "%s", line)
+        self._request.told = True
 
 
 def stream_event(body, anthropic):
@@ -6909,7 +6808,6 @@ class Handler(socketserver.BaseRequestHandler):
 def send_pieces(sock, head, pieces, chunked):
     """The head, then each piece in one write the moment it comes.  The head waits for the first piece only if
     that is there already."""
-    relay = chunked and getattr(pieces, "relay", None)
     if not getattr(pieces, "ready", False):
         sock.sendall(head)
         head = b""
@@ -6919,8 +6817,6 @@ def send_pieces(sock, head, pieces, chunked):
                 framed = b"%x\r\n%b\r\n" % (len(piece), piece) if chunked and piece else piece
                 sock.sendall(head + framed)
                 head = b""
-                if relay:
-                    relay(sock.sendall)
     except Unfinished:
         if not chunked:     # a connection that ends in peace could be taken for the end of the body
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
