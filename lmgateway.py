@@ -47,6 +47,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main() can say so better than with a traceback
 
 import argparse
+import base64
 import bisect
 import codecs
 import contextlib
@@ -7869,7 +7870,7 @@ def used_tokens(usage):
     return " + ".join("?" if count is None else f"{count:,}" for count in counts) + " tok" if usage else ""
 
 
-def answer_figures(data):
+def figures_of_answer(data):
     return "  ".join(filter(None, (
         f"{data['status']}  {data['totalTimeMs'] / 1000:.1f} s", used_tokens(data.get("tokenUsage") or {}),
         per_second(data.get("tokensPerSecond")))))
@@ -7896,7 +7897,7 @@ EVENTS = {  # every event of the stream; a test holds the README's table to it
     "inference_progress": EventRow(
         "how far it is, as the whole record; at most four times a second, once while it answers", YELLOW,
         lambda data: "  ".join(doing(data, 0, "#."))),
-    "inference_complete": EventRow("it was answered: status, times, tokens", GREEN, answer_figures),
+    "inference_complete": EventRow("it was answered: status, times, tokens", GREEN, figures_of_answer),
     "error": EventRow("it was not: refused, failed, broken off or abandoned", RED,
                       labelled(status="status", what="error")),
     "lmstudio_log": EventRow("one entry of LM Studio's log, as it stands there", FAINT, log_line),

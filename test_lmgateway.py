@@ -4936,11 +4936,6 @@ def test_a_question_for_which_no_thread_is_to_be_had_is_asked_at_once(monkeypatc
     assert asked.value(0.0, PATIENCE_S) == 1
 
 
-def test_a_gateway_that_would_ask_itself_does_not_start(fronts):
-    with pytest.raises(lmgateway.ConfigError, match="is this gateway itself"):
-        fronts("http://127.0.0.1:18001", port=18001)
-
-
 # --- requests that are stopped
 
 STOPS = {  # what LM Studio has sent by then -> path, request, what the client gets of the stop
@@ -5683,7 +5678,8 @@ def test_ready_and_greeting_answer_in_time_when_lm_studio_does_not(fronts, state
         assert (status, json.loads(body)["error"]["code"]) == (503, "upstream_unreachable")
         assert time.monotonic() - started < 0.5 and "Retry-After" in dict(headers)
     listener.close()
-    assert [sock.close() for sock in held if sock] is not None
+    for sock in filter(None, held):
+        sock.close()
 
 
 @pytest.mark.parametrize(("answer", "up"), [
@@ -6711,8 +6707,8 @@ def test_a_bad_pair_is_said_clearly(pair, tmp_path):
     locked = tmp_path / "locked.pem"
     subprocess.run(["openssl", "rsa", "-aes128", "-passout", "pass:word", "-in", pair[1],
                     "-out", str(locked)], check=True, capture_output=True)
-    for cert, key, said in ((pair[0], None, "go together"), (str(junk), pair[1], "no matching pair"),
-                            (pair[0], pair[0], "no matching pair"),
+    for cert, key, said in ((pair[0], None, "go together"), (str(junk), pair[1], "a matching pair"),
+                            (pair[0], pair[0], "a matching pair"),
                             (pair[0], str(locked), "asks for a password"),
                             (pair[0], str(tmp_path / "none"), "No such file")):
         with pytest.raises(lmgateway.ConfigError, match=said):
