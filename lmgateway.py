@@ -28,7 +28,7 @@ Threads, and what each may write:
     tail       the parser, whose figures others only read; Hub.publish_log
     http       one per connection: its own sockets, its own meter; Hub.begin, Hub.generated, Hub.end
     watcher    shuts down the upstream sockets of clients that left, wakes listeners that did
-    health     asks LM Studio whether it is there, while a view waits a little for the answer
+    question   asks LM Studio whether it is there or what it has, while a view waits a little for the answer
     history    the SQLite file, fed through a queue
     commented  with PREFILL_COMMENTS: one per waiting stream; what LM Studio says, into a queue
     watch      with --watch only: the line to another gateway; a queue to main
@@ -2670,6 +2670,20 @@ COUNT_S = 1.0  # between two that say how many tokens its answer has: each costs
 STATES = ("waiting", "loading", "queued", "prompt", "generating")  # in the order in which they come
 OUTCOMES = {"finished": "done", "disconnected": "abandoned", "error": "failed", "stopped": "failed",
             "forgotten": "failed"}  # of a chat -> state of its record
+LEFT = ("client_disconnected", "stopped")  # operations that end a request in no failure
+
+
+def was_left(state, operation):
+    """True when the client left or somebody stopped the request: that is no failure."""
+    return state == "abandoned" or operation in LEFT
+
+
+def who(source, user, key, agent, client):
+    """In a word for people, who asked: a person, else a key, else a program, else an address."""
+    if source == "lmstudio":
+        return "not via gateway"
+    program = re.match(r"[A-Za-z][\w.-]*(?:/[A-Za-z][\w.-]*)?", agent or "")
+    return user or key or (program[0][:40] if program else client)
 
 
 class Outcome(NamedTuple):
@@ -2692,6 +2706,7 @@ class Record:
         self.id, self.started, self.clock = request_id, epoch, clock
         self.source = "gateway"
         self.method = self.path = self.target = self.dialect = self.client = self.key = self.agent = None
+        self.user = None  # the person behind the key, once known
         self.model_asked = self.messages = self.fingerprint = None
         self.stream = False
         self.model = None  # what answered, once an answer or the log has named it
@@ -2710,6 +2725,7 @@ class Record:
         self.binding = "none"  # or "likely", "exact"
         self.doubted = False  # two chats had as much right to it
         self.counted = {}  # tokens that the figures have, by kind
+        self.tallied = None  # what the series has of it, as Series.take() gave it
         self._base = None  # (clock, percent) from which the prompt's speed is measured
         self._told = -math.inf  # clock of the last inference_progress
         self.__dict__.update(about)
@@ -2881,13 +2897,9 @@ class Record:
         return f"{self.state}{percent}{left}"
 
     def progress_event(self, now, clock):
-        """inference_progress: its state for listeners."""
+        """inference_progress: the record as it is now."""
         self._told = clock
-        return Event("inference_progress", {
-            "timestamp": now, "requestId": self.id, "source": self.source, "state": self.state,
-            "model": self.model or self.model_asked, "elapsedMs": round(1000 * (clock - self.clock)),
-            **self.progress(clock), **self.cached_usage(),
-            **figures(contextSize=self.context_size, contextUsed=self.context_used())})
+        return Event("inference_progress", {"timestamp": now, **self.shown(clock)})
 
     def context_used(self):
         """Tokens in the context, None when the prompt's are unknown."""
@@ -2938,6 +2950,7 @@ class Record:
         return {"requestId": self.id, "source": self.source, "method": self.method, "path": self.path,
                 "model": self.model or self.model_asked, "modelAsked": self.model_asked,
                 "stream": self.stream, "client": self.client, "key": self.key, "userAgent": self.agent,
+                "who": who(self.source, self.user, self.key, self.agent, self.client),
                 "state": self.state, "startedAt": utc_text(self.started), "elapsedMs": elapsed,
                 "status": self.status, "totalTimeMs": self.total_ms, "timeToFirstTokenMs": self.first_ms,
                 "tokensPerSecond": self.speed, "promptTokensPerSecond": self.read_speed,
@@ -3048,7 +3061,7 @@ class Requests:
         self._epoch, self._guess = epoch, guess
         self.running = {}  # id -> Record, of both sources, oldest first
         self.finished: deque[Record] = deque(maxlen=keep)
-        self.total = self.errors = 0  # requests that came through us
+        self.total = self.errors = self.abandoned = 0  # requests through us; failed ones; left or stopped ones
         self.bindings: Counter[str] = Counter()  # of requests that are over for good: exact, likely, none
         self.changed = []  # records that changed after their end, until somebody takes them
         self._open = {}  # id -> Record that can still be bound, or learn
@@ -3073,7 +3086,9 @@ class Requests:
         record.end(clock, outcome)
         self.finished.append(record)
         self.changed.append(record)
-        self.errors += record.error is not None
+        left = was_left(record.state, record.operation)
+        self.abandoned += left
+        self.errors += record.error is not None and not left
         if record.model and record.model_asked:
             self._learn_name(record.model_asked, record.model)
         self._verify(record)
@@ -3272,6 +3287,10 @@ class Requests:
             if record.model_asked == model:
                 record.enter("loading", clock)
 
+    def served(self, asked):
+        """The model that has answered to a name, else the name."""
+        return self._names.get(asked, asked)
+
     def _learn_name(self, asked, served):
         if asked in self._names or len(self._names) < NAMES_KEPT:
             self._names[asked] = served
@@ -3411,6 +3430,9 @@ METRICS = (
            "From a request's last byte to its first byte to LM Studio", OVERHEAD_S),
     Metric("lmstudio_gateway_requests_in_flight", "gauge", ("model",), "Requests that are running"),
     Metric("lmstudio_gateway_requests_queued", "gauge", ("model",), "Those that wait in LM Studio's queue"),
+    Metric("lmstudio_gateway_errors_total", "counter", (), "Requests that failed"),
+    Metric("lmstudio_gateway_abandoned_total", "counter", (),
+           "Clients that left, and requests that were stopped"),
     Metric("lmstudio_gateway_client_disconnects_total", "counter", ("phase",),
            "Clients that left: queued, prefill, decode"),
     Metric("lmstudio_gateway_rejected_total", "counter", ("reason",), "Requests turned away here"),
@@ -3494,7 +3516,7 @@ class Figures:
         if record.operation == "client_disconnected":
             self.add("lmstudio_gateway_client_disconnects_total",
                      PHASES[max(record.entered, key=STATES.index)])
-        elif record.error is not None:
+        elif record.error is not None and not was_left(record.state, record.operation):
             kind = UPSTREAM_KINDS.get(record.operation) or (
                 "error_in_200" if record.status == 200 else "bad_status")
             self.add("lmstudio_gateway_upstream_errors_total", kind)
@@ -3528,6 +3550,8 @@ class Figures:
             if record.state == "prompt" and record.percent is not None:
                 prompts[(*labels, record.chat.slot or "")] = round(record.percent / 100, 4)
         return {"lmstudio_gateway_requests_in_flight": flight, "lmstudio_gateway_requests_queued": queued,
+                "lmstudio_gateway_errors_total": {(): requests.errors},
+                "lmstudio_gateway_abandoned_total": {(): requests.abandoned},
                 "lmstudio_prompt_progress_ratio": prompts,
                 "lmstudio_gateway_correlated_total": {(name,): n for name, n in requests.bound().items()}}
 
@@ -3615,12 +3639,13 @@ def rank(values, share):
     return values[max(0, math.ceil(share * len(values)) - 1)] if values else None
 
 
-def performance(records, total, errors, tokens):
+def performance(records, requests, tokens):
     """`performance` of /debug/metrics: totals since the start, times (ms) over the requests that are kept."""
+    total, errors = requests.total, requests.errors
     times = sorted(record.total_ms for record in records)
     firsts = sorted(record.first_ms for record in records if record.first_ms is not None)
-    return {"totalRequests": total, "totalErrors": errors, "errorRate": round(errors / total, 4) if total
-            else 0,
+    return {"totalRequests": total, "totalErrors": errors, "totalAbandoned": requests.abandoned,
+            "errorRate": round(errors / total, 4) if total else 0,
             "keptRequests": len(times), "avgResponseTimeMs": mean(times), "minResponseTimeMs": rank(times, 0),
             "maxResponseTimeMs": rank(times, 1), "medianResponseTimeMs": rank(times, 0.5),
             "p95ResponseTimeMs": rank(times, 0.95), "p99ResponseTimeMs": rank(times, 0.99),
@@ -3634,7 +3659,145 @@ def mean(values):
     return round(sum(values) / len(values), 2) if values else None
 
 
-# --- 3.10 wire formats of events ----------------------------------------------
+# --- 3.10 series: figures by minute ------------------------------------------
+
+DAY_MINUTES = 24 * 60
+MOST_MINUTES = 7 * DAY_MINUTES  # that one can ask for
+CELLS = 20_000  # (minute, model, key, who) that are kept apart; beyond them the oldest minutes lose names
+BUCKET = 1.1  # a histogram's buckets are so much wider each: a percentile of it is right to 5 %
+BY = ("", "model", "key", "user")  # what rows can be told apart by
+STEPS = (60, 300, 3600)  # seconds of a row
+MOST_ROWS = 360
+MOST_NAMES = 50  # in one answer; the others are "other"
+
+
+def tally(row):
+    """What one request, a row of the history, adds to its minute: {figure, or (figure, bucket): amount}."""
+    prompt, cached = row["prompt_tokens"] or 0, row["cached_tokens"] or 0
+    written = row["completion_tokens"] or 0
+    fresh, read_ms, write_ms = max(0, prompt - cached), row["prompt_ms"] or 0, row["generation_ms"] or 0
+    left = was_left(row["outcome"], row["operation"])
+    found = Counter(requests=1, abandoned=int(left), errors=int(row["outcome"] != "done" and not left),
+                    promptTokens=prompt, cachedTokens=cached, completionTokens=written,
+                    gpuMs=read_ms + write_ms)
+    speeds = {}
+    if fresh and read_ms:
+        found.update(readTokens=fresh, readMs=read_ms)
+        speeds["reading"] = 1000 * fresh / read_ms
+    if written and write_ms:
+        found.update(writtenTokens=written, writtenMs=write_ms)
+        speeds["writing"] = 1000 * written / write_ms
+    for name, value in {"ttftMs": row["first_ms"], "queuedMs": row.get("queued_ms"), **speeds}.items():
+        if value is not None:
+            found[name, math.floor(math.log(max(value, 0.01), BUCKET))] = 1
+    return found
+
+
+def percentile(amounts, name, share):
+    """Of a histogram in a tally, by the nearest rank; None of nothing."""
+    buckets = sorted((key[1], n) for key, n in amounts.items() if key[0] == name and n > 0)
+    wanted = math.ceil(share * sum(n for _, n in buckets))
+    for (bucket, _), so_far in zip(buckets, itertools.accumulate(n for _, n in buckets)):
+        if so_far >= wanted:
+            return round(BUCKET ** (bucket + 0.5), 2)
+    return None
+
+
+def series_row(amounts):
+    """Sums of tallies as /debug/series shows them; None is what no request told."""
+    def speed(tokens, ms):
+        return round(1000 * amounts[tokens] / amounts[ms], 1) if amounts[ms] > 0 else None
+
+    both = {name: {"p50": percentile(amounts, name, 0.5), "p95": percentile(amounts, name, 0.95)}
+            for name in ("ttftMs", "reading", "writing", "queuedMs")}
+    return {**{name: round(amounts[name]) for name in ("requests", "errors", "abandoned", "promptTokens",
+                                                       "cachedTokens", "completionTokens", "gpuMs")},
+            "promptTokensPerSecond": speed("readTokens", "readMs"),
+            "tokensPerSecond": speed("writtenTokens", "writtenMs"), **both}
+
+
+class Series:
+    """Tallies of the requests that ended, by minute, for a day, told apart by model, key and who asked.
+
+    Pure; Hub's lock guards it."""
+
+    def __init__(self, since, kept=DAY_MINUTES):
+        self.since, self._kept = since, kept  # epoch seconds, from then on it holds every request; minutes
+        self._minutes: dict[int, dict[tuple, Counter]] = {}
+        self._size = 0  # cells in all
+        self.used: dict[str, float] = {}  # model -> when it last answered, epoch seconds
+
+    def take(self, row, before=None):
+        """Add a request that is over.  before: what this gave for the same one earlier, which is taken back:
+        the log can tell more of a request after its end."""
+        ended = row["started"] + (row["total_ms"] or 0) / 1000
+        model = row["model"] or row["model_asked"] or "unknown"
+        beside = row["source"] == "lmstudio"
+        key = row["key"] or ("not via gateway" if beside else "no key")
+        person = who(row["source"], row.get("user"), row["key"], row.get("agent"), row["client"]) or "unknown"
+        minute, names, amounts = int(ended // 60), ("", model, key, person), tally(row)
+        if before and before[0] in self._minutes:
+            self._cell(*before[:2]).subtract(before[2])
+        self._cell(minute, names).update(amounts)
+        if len(self.used) < NAMES_KEPT or model in self.used:
+            self.used[model] = max(ended, self.used.get(model, 0))
+        return minute, names, amounts
+
+    def _cell(self, minute, names):
+        if minute not in self._minutes:
+            self._minutes[minute] = {}
+            self.since = max(self.since, 60 * (minute - self._kept + 1))
+            for old in [one for one in self._minutes if one <= minute - self._kept]:
+                self._size -= len(self._minutes.pop(old))
+        cells = self._minutes[minute]
+        if names not in cells:
+            cells[names] = Counter()
+            self._size += 1
+            if self._size > CELLS:
+                self._fold()
+                return self._cell(minute, names if names in cells else next(iter(cells)))
+        return cells[names]
+
+    def _fold(self):
+        """Make one cell of the oldest minute that has several."""
+        cells = next(self._minutes[one] for one in sorted(self._minutes) if len(self._minutes[one]) > 1)
+        whole = Counter()
+        for amounts in cells.values():
+            whole.update(amounts)
+        self._size -= len(cells) - 1
+        cells.clear()
+        cells["", "other", "other", "other"] = whole
+
+    def cells(self, begin):
+        """A copy of what ended from the minute of begin (epoch seconds) on: [(minute, names, tally)]."""
+        return [(minute, names, Counter(amounts)) for minute, cells in self._minutes.items()
+                if minute >= begin // 60 for names, amounts in cells.items()]
+
+
+def series_step(minutes):
+    """Seconds of a row: the smallest that gives at most MOST_ROWS."""
+    return next(step for step in STEPS if minutes * 60 <= step * MOST_ROWS)
+
+
+def series_rows(cells, step, by):
+    """`rows` and `total` of /debug/series: of all, or with by ("model", "key", "user") of each name."""
+    place, sums, totals = BY.index(by), {}, {}
+    for minute, names, amounts in cells:
+        name = names[place]
+        totals.setdefault(name, Counter()).update(amounts)
+        sums.setdefault(name, {}).setdefault(60 * minute // step * step, Counter()).update(amounts)
+    for name in sorted(totals, key=lambda name: -totals[name]["requests"])[MOST_NAMES:]:
+        totals.setdefault("other", Counter()).update(totals.pop(name))
+        for t, amounts in sums.pop(name).items():
+            sums.setdefault("other", {}).setdefault(t, Counter()).update(amounts)
+    rows = {name: [{"t": utc_text(t), **series_row(found[t])} for t in sorted(found) if found[t]["requests"]]
+            [-MOST_ROWS:] for name, found in sums.items()}
+    total = {name: series_row(amounts) for name, amounts in totals.items()}
+    return {"rows": rows, "total": total} if by else {
+        "rows": rows.get("", []), "total": total.get("") or series_row(Counter())}
+
+
+# --- 3.11 wire formats of events ----------------------------------------------
 
 quote = json.encoder.encode_basestring_ascii
 
@@ -3672,6 +3835,9 @@ def json_line(event_id, event):
 
 # === 4. HUB: the shared state ================================================
 
+# How the log begins to tell of a model that is loaded or unloaded (10-2025 to 09-2026).
+LOADS = re.compile(r"(?:\[[^]\n]*\])*:? ?(?:Requested model .* is not loaded|(?:Unl|L)oading model\b"
+                   r"|Model (?:un)?loaded\b|load_model: load|\w+::load called)")
 RING = 10_000  # events that a client can still be given after the fact
 RETRY_MS = 2000  # what a browser waits before it connects again
 BATCH = 512  # frames that one wake-up writes
@@ -3707,6 +3873,8 @@ class Hub:
         self.dropped = 0  # events that slow listeners lost
         self._requests = Requests(self.epoch, kept)
         self._figures = Figures()
+        self._series = Series(now())
+        self.loads = 0  # lines of the log that tell of a model that is loaded or unloaded
         self._ids = itertools.count(1)
 
     @property
@@ -3804,6 +3972,7 @@ class Hub:
             told = self._requests.see(events, clock)
             for event in events:
                 self._figures.count_event(event)
+                self.loads += event.name == "lmstudio_log" and bool(LOADS.match(event.data["message"]))
             rows = self._changed_rows()
         self.publish(events)
         for record in told:
@@ -3815,10 +3984,14 @@ class Hub:
 
     def _changed_rows(self):  # lock held
         changed, self._requests.changed = self._requests.changed, []
-        for record in changed:
+        rows = {record.id: history_row(record) for record in changed}
+        for record in {record.id: record for record in changed}.values():
             if record.source == "gateway":
                 self._figures.count_tokens(record)
-        return {record.id: history_row(record) for record in changed} if self._keep else {}
+            about = {**dict(zip(HISTORY_NAMES, rows[record.id])), "agent": record.agent, "user": record.user,
+                     "queued_ms": record.queued_ms()}
+            record.tallied = self._series.take(about, record.tallied)
+        return rows if self._keep else {}
 
     def _give(self, rows):
         if rows:
@@ -3853,16 +4026,34 @@ class Hub:
             return {**record.shown(self._clock()), "sampling": record.sampling, "timeline": timeline}
 
     def totals(self):
-        """Any thread.  (requests through us, those of them that ended in error, bindings so far)."""
+        """Any thread.  Requests through us, those of them that failed or were left, and bindings so far."""
         with self._lock:
-            return self._requests.total, self._requests.errors, self._requests.bound()
+            found = self._requests
+            return {"totalRequests": found.total, "totalErrors": found.errors,
+                    "totalAbandoned": found.abandoned, "bindings": found.bound()}
+
+    def series(self, begin):
+        """Any thread.  (since when it knows every request, the cells of those that ended from begin on)."""
+        with self._lock:
+            return self._series.since, self._series.cells(begin)
+
+    def models(self):
+        """Any thread.  {model: (running, waiting, when it last answered or None, its state is loading)}."""
+        with self._lock:
+            found = {name: [0, 0, used, False] for name, used in self._series.used.items()}
+            for record in self._requests.running.values():
+                model = record.model or self._requests.served(record.model_asked)
+                row = found.setdefault(model, [0, 0, None, False])
+                row[record.state == "queued"] += 1
+                row[2], row[3] = self._now(), record.state == "loading"
+            return found
 
     def performance(self):
         """Any thread.  `performance` of /debug/metrics."""
         with self._lock:
             ours = [record for record in self._requests.finished if record.source == "gateway"]
             tokens = self._figures.tokens()
-            return performance(ours, self._requests.total, self._requests.errors, tokens)
+            return performance(ours, self._requests, tokens)
 
     def exposition(self, gauges):
         """Any thread.  All figures as Prometheus text; gauges are those that others know."""
@@ -3971,13 +4162,15 @@ HISTORY = (  # column, type, what it holds; no prompt and no answer
     ("generation_ms", "REAL", lambda record: record.generation_ms()),
     ("binding", "TEXT", lambda record: record.binding),
 )
+HISTORY_NAMES = next(zip(*HISTORY))
 GROUPS = {  # what usage can be summed by
     "key": "COALESCE(key, CASE source WHEN 'lmstudio' THEN 'not via gateway' ELSE 'no key' END)",
     "model": "COALESCE(model, model_asked, 'unknown')",
     "day": "date(started, 'unixepoch', 'localtime')",
 }
+LEFT_SQL = f"(outcome = 'abandoned' OR COALESCE(operation, '') IN {LEFT})"  # as was_left() has it
 SUMS = (  # name in the answer, SQL
-    ("requests", "COUNT(*)"), ("errors", "SUM(outcome <> 'done')"),
+    ("requests", "COUNT(*)"), ("errors", f"SUM(outcome <> 'done' AND NOT {LEFT_SQL})"),
     ("promptTokens", "COALESCE(SUM(prompt_tokens), 0)"), ("cachedTokens", "COALESCE(SUM(cached_tokens), 0)"),
     ("completionTokens", "COALESCE(SUM(completion_tokens), 0)"),
     ("promptSeconds", "ROUND(COALESCE(SUM(prompt_ms), 0) / 1000, 1)"),
@@ -3985,7 +4178,8 @@ SUMS = (  # name in the answer, SQL
     ("promptTokensPerSecond",
      "ROUND(1000 * SUM(fresh_tokens) / SUM(CASE WHEN fresh_tokens > 0 THEN prompt_ms END), 1)"),
     ("tokensPerSecond",
-     "ROUND(1000 * SUM(timed_tokens) / SUM(CASE WHEN timed_tokens > 0 THEN generation_ms END), 1)"))
+     "ROUND(1000 * SUM(timed_tokens) / SUM(CASE WHEN timed_tokens > 0 THEN generation_ms END), 1)"),
+    ("abandoned", f"SUM({LEFT_SQL})"))
 TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cached_tokens, 0) END AS "
          "fresh_tokens, CASE WHEN generation_ms > 0 THEN completion_tokens END AS timed_tokens "
          "FROM requests)")
@@ -4048,6 +4242,17 @@ class History:
         """Sums by key, model or day.  Raises HistoryError."""
         with contextlib.closing(open_history(self.path)) as connection, history_errors(connection.Error):
             return usage_rows(connection, [group], since)
+
+    def ended(self, begin, end):
+        """Series of the requests that ended from begin until end (epoch seconds).  Raises HistoryError."""
+        found = Series(begin, MOST_MINUTES + STEPS[-1])
+        with contextlib.closing(open_history(self.path)) as connection, history_errors(connection.Error):
+            for row in connection.execute(
+                    f"SELECT {', '.join(HISTORY_NAMES)} FROM requests WHERE started >= ? "
+                    "AND started + COALESCE(total_ms, 0) / 1000 BETWEEN ? AND ?",
+                    (begin - 86400, begin, end - 1e-3)):
+                found.take(dict(zip(HISTORY_NAMES, row)))
+        return found.cells(begin)
 
     def _run(self):
         """Body of the history thread.  What cannot be written is lost and said; the gateway goes on."""
@@ -4598,6 +4803,7 @@ REUSE_S = 2.0  # LM Studio closes a kept connection after 5 s without a request
 MATURE_S = 0.01  # a server that closes after each answer has closed by then
 REPEATABLE = ("GET", "HEAD", "OPTIONS", "PUT", "DELETE")  # idempotent methods (RFC 9110, 9.2.2)
 CONNECT_S = 10.0
+MODELS_S = 60.0  # each question stands in the user's log
 HEALTH_S = 2.0  # to connect, and again to answer: a prompt that is read on the CPU makes LM Studio slow
 GREETING_S = 0.3  # what `lms`, which waits 500 ms in all, can be kept waiting
 ANSWER_HEAD_LIMIT = 256 * 1024
@@ -5012,6 +5218,41 @@ def set_timeout(sock, seconds):
             sock.settimeout(None)
 
 
+class Question:
+    """Something that LM Studio is asked, and the answer to it.  Any thread may ask; many at once ask once."""
+
+    def __init__(self, ask, known):
+        self._ask, self.known = ask, known  # () -> answer, which never raises; the latest answer
+        self._lock = threading.Lock()  # guards what is below, and known
+        self._asked, self._version = -math.inf, 0  # clock and version of the latest answer
+        self._asking: threading.Event | None = None  # set once the question that is under way is answered
+
+    def answer(self, max_age_s, wait_s, version=0):
+        """The answer, not older than max_age_s and for this version; what was known last where a new one
+        takes longer than wait_s."""
+        with self._lock:
+            if time.monotonic() - self._asked < max_age_s and version == self._version:
+                return self.known
+            asking = self._asking
+            if asking is None:
+                asking = self._asking = threading.Event()
+                threading.Thread(target=self._refresh, args=(asking, version), name="question",
+                                 daemon=True).start()
+        asking.wait(wait_s)
+        return self.known
+
+    def _refresh(self, asking, version):
+        """Body of the thread that asks for all who wait."""
+        try:
+            known = self._ask()
+            with self._lock:
+                self.known, self._asked, self._version = known, time.monotonic(), version
+        finally:
+            with self._lock:
+                self._asking = None
+            asking.set()
+
+
 class Upstream:
     """LM Studio's server.  Any thread may call."""
 
@@ -5022,10 +5263,9 @@ class Upstream:
         self._connections = KeptConnections()
         self._opener = urllib.request.OpenerDirector()  # bare: none of urllib's own handlers
         self._opener.add_handler(self._connections)
-        self._lock = threading.Lock()  # guards the two below
-        self._health = (-math.inf, f"LM Studio at {base} has not answered yet")  # clock, reason or ""
-        self._asking: threading.Event | None = None  # set once the question that is under way is answered
-        self._models = (-math.inf, None)  # monotonic seconds, rows of loaded_models
+        self._health = Question(self._ask, f"LM Studio at {base} has not answered yet")
+        self._models = Question(self._ask_models, (None, 0.0))
+        self._listings = ("/api/v1/models", "/api/v0/models")  # since 0.4.0, since 0.3.6; or the one that is
 
     def call(self, method, target, headers, body, timeout_s, patience="PROXY_TIMEOUT"):
         """A Call ready for open(); headers are sent as they are.  patience is the option behind timeout_s."""
@@ -5060,41 +5300,24 @@ class Upstream:
     def health(self, max_age_s=3.0, wait_s=2 * HEALTH_S):
         """Why LM Studio does not answer; empty when it does.  Remembered for max_age_s; what was known last
         where a new answer takes longer than wait_s."""
-        with self._lock:
-            asked, reason = self._health
-            if time.monotonic() - asked < max_age_s:
-                return reason
-            asking = self._asking
-            if asking is None:
-                asking = self._asking = threading.Event()
-                threading.Thread(target=self._refresh, args=(asking,), name="health",
-                                 daemon=True).start()
-        asking.wait(wait_s)
-        with self._lock:
-            return self._health[1]
+        return self._health.answer(max_age_s, wait_s)
 
-    def _refresh(self, asking):
-        """Body of the thread that asks for all who wait."""
-        try:
-            reason = self._ask()
-            with self._lock:
-                self._health = (time.monotonic(), reason)
-        finally:
-            with self._lock:
-                self._asking = None
-            asking.set()
+    def models(self, loads=0):
+        """(ModelRow of each model that LM Studio lists, or None when it never told; epoch seconds of that).
 
-    def loaded_models(self, max_age_s=60.0):
-        """[(name, type, context length or None)] of the models that are loaded; None when LM Studio does not
-        tell.  Remembered for max_age_s."""
-        with self._lock:
-            asked, models = self._models
-        if time.monotonic() - asked < max_age_s:
-            return models
-        models = loaded_rows(self._get_json("/api/v0/models", 2.0))
-        with self._lock:
-            self._models = (time.monotonic(), models)
-        return models
+        Remembered for MODELS_S while loads, a count of what the log told of loading, stays the same."""
+        if self.health(10.0, GREETING_S):
+            return self._models.known
+        rows, _ = self._models.known
+        return self._models.answer(MODELS_S if rows is not None else 3.0, 2 * HEALTH_S, loads)
+
+    def _ask_models(self):
+        for path in self._listings:
+            rows = model_rows(self._get_json(path, HEALTH_S))
+            if rows is not None:
+                self._listings = (path,)
+                return rows, time.time()
+        return self._models.known
 
     def _get_json(self, path, timeout_s):
         """The JSON object at a path of LM Studio's; {} where there is none."""
@@ -5128,13 +5351,58 @@ class Upstream:
         return "" if answer.status < 500 else f"{self.base} answers {answer.status} {answer.reason}"
 
 
-def loaded_rows(body):
-    """The loaded models in an answer of /api/v0/models (LM Studio since 0.3.6); None where it is no
-    such answer."""
-    if not isinstance(body.get("data"), list):
-        return None
-    return [(str(model.get("id")), str(model.get("type")), count(model, "loaded_context_length"))
-            for model in listed(body["data"]) if model.get("state") == "loaded"]
+MODEL_STATES = ("loaded", "loading", "not-loaded")
+
+
+class ModelRow(NamedTuple):
+    """A model as /debug/models shows it, and the names under which it answers."""
+
+    shown: dict
+    names: frozenset
+
+    @property
+    def loaded(self):
+        return self.shown["state"] == "loaded"
+
+
+def model_rows(body):
+    """The ModelRows in an answer of /api/v1/models or /api/v0/models; None where it is no such answer."""
+    if isinstance(body.get("models"), list):
+        return [row for row in map(model_of_v1, listed(body["models"])) if row.shown["id"]]
+    if isinstance(body.get("data"), list):
+        return [row for row in map(model_of_v0, listed(body["data"])) if row.shown["id"]]
+    return None
+
+
+def model_of_v1(model):
+    instances = listed(model.get("loaded_instances"))
+    config = instances[0].get("config") if instances else None
+    kind = model.get("quantization")
+    return model_row(model, model.get("key"), "loaded" if instances else "not-loaded",
+                     kind.get("name") if isinstance(kind, dict) else kind,
+                     (count(config if isinstance(config, dict) else {}, "context_length"),
+                      *(text_of(instance.get("id")) for instance in instances)))
+
+
+def model_of_v0(model):
+    state = text_of(model.get("state"))
+    return model_row(model, model.get("id"), state if state in MODEL_STATES else "not-loaded",
+                     model.get("quantization"), (count(model, "loaded_context_length"),))
+
+
+def model_row(model, name, state, quantization, loaded):
+    """loaded: the context length and the names of the loaded instances."""
+    context, *instances = loaded
+    shown = {"id": text_of(name), "state": state, **figures(
+        type=text_of(model.get("type")), quantization=text_of(quantization),
+        contextLength=context if state == "loaded" else None,
+        maxContextLength=count(model, "max_context_length"), sizeBytes=count(model, "size_bytes"))}
+    return ModelRow(shown, frozenset([shown["id"], *instances]) - {None})
+
+
+def text_of(value):
+    """A name in LM Studio's answer; None for what is none."""
+    return value[:LONGEST_NAME] if isinstance(value, str) and value else None
 
 
 def error_text(error):
@@ -6291,14 +6559,12 @@ def status_page(gateway, request):
     """What is going on, what the monitor reads and how far behind it is."""
     hub = gateway.hub
     running, over, model = hub.overview(STATUS_REQUESTS)
-    total, errors, bindings = hub.totals()
     reason = gateway.upstream.health(10.0, GREETING_S)
     return json_response({"status": "degraded" if reason else "ok", "version": VERSION,
                           "timestamp": hub.now(), "uptime": gateway.uptime,
                           "currentOperation": operation_of(running), "activeModel": model,
                           "recentRequests": over, "running": running,
-                          "totalRequests": total, "totalErrors": errors,
-                          "bindings": bindings,
+                          **hub.totals(),
                           "gateway": {"address": gateway.address, "upstream": gateway.upstream.base,
                                       "lanUrls": gateway.lan_urls, "keyNeeded": gateway.walls.need_key,
                                       "history": gateway.history is not None},
@@ -6342,6 +6608,47 @@ def request_detail(gateway, request):
     return json_response(found)
 
 
+def series_page(gateway, request):
+    """Figures by minute: from memory for what this start has seen of the last day, else from the history."""
+    minutes, by = request.query.get("minutes", "60"), request.query.get("by", "")
+    if not re.fullmatch("[0-9]{1,5}", minutes) or not 1 <= int(minutes) <= MOST_MINUTES:
+        raise HttpError(400, "minutes_unknown", f"minutes={minutes[:50]}: use 1 to {MOST_MINUTES}")
+    if "by" in request.query and by not in BY[1:]:
+        raise HttpError(400, "by_unknown", f"by={by[:50]}: use one of {', '.join(BY[1:])}")
+    step, now = series_step(int(minutes)), time.time()
+    begin = now - 60 * int(minutes)
+    first = begin // step * step
+    since, cells = gateway.hub.series(first)
+    if gateway.history is not None and since > first:
+        try:
+            cells += gateway.history.ended(first, since)
+        except HistoryError as error:
+            raise HttpError(503, "history_unreadable", str(error)) from None
+    return json_response({"from": utc_text(begin), "to": utc_text(now), "step": step,
+                          **({"by": by} if by else {}), **series_rows(cells, step, by)})
+
+
+def models_page(gateway, request):
+    """LM Studio's models, the loaded ones first, with what runs and waits here."""
+    rows, as_of = gateway.upstream.models(gateway.hub.loads)
+    if rows is None:
+        raise HttpError(502, "upstream_unreachable", gateway.upstream.health(10.0, GREETING_S) or
+                        "LM Studio does not list its models: it is older than 0.3.6 or wants UPSTREAM_TOKEN")
+    ours = gateway.hub.models()
+    models = [{**row.shown, **doings([ours[name] for name in row.names if name in ours], row.shown["state"])}
+              for row in rows]
+    return json_response({"models": sorted(models, key=lambda model: MODEL_STATES.index(model["state"])),
+                          "asOf": utc_text(as_of)})
+
+
+def doings(ours, state):
+    """What Hub.models() has of one model, under all of its names."""
+    used = max((used for _, _, used, _ in ours if used), default=None)
+    return {"state": "loading" if state != "loaded" and any(loading for *_, loading in ours) else state,
+            "running": sum(row[0] for row in ours), "waiting": sum(row[1] for row in ours),
+            "lastUsed": used and utc_text(used)}
+
+
 def metrics_json(gateway, request):
     """Figures for people and scripts; those of /metrics agree with them."""
     return json_response({"timestamp": gateway.hub.now(), "performance": gateway.hub.performance(),
@@ -6383,7 +6690,7 @@ def gauges_of(gateway):
     """{metric: {labels: value}} of what is as it is now, or counted elsewhere."""
     hub, monitor = gateway.hub, gateway.monitor
     up = not gateway.upstream.health(10.0, GREETING_S)
-    models = gateway.upstream.loaded_models() if up else None
+    models = gateway.upstream.models(hub.loads)[0] if up else None
     gauges = {"lmstudio_up": {(): int(up)}, "lmstudio_gateway_sse_clients": {(): hub.listeners},
               "lmstudio_gateway_sse_events_total": by_name(hub.counts),
               "lmstudio_gateway_sse_dropped_total": {("slow",): hub.dropped},
@@ -6391,10 +6698,11 @@ def gauges_of(gateway):
               "lmstudio_gateway_build_info": {(VERSION, platform.python_version()): 1},
               "process_start_time_seconds": {(): round(gateway.started, 3)}}
     if models is not None:
-        gauges["lmstudio_loaded_models"] = {(): len(models)}
-        gauges["lmstudio_model_loaded"] = {(name, kind): 1 for name, kind, _ in models}
+        loaded = {(row.shown["id"], row.shown.get("type", "")): row.shown for row in models if row.loaded}
+        gauges["lmstudio_loaded_models"] = {(): len(loaded)}
+        gauges["lmstudio_model_loaded"] = dict.fromkeys(loaded, 1)
         gauges["lmstudio_model_context_length_tokens"] = {
-            (name, kind): context for name, kind, context in models if context}
+            labels: shown["contextLength"] for labels, shown in loaded.items() if "contextLength" in shown}
     volume = gateway.volume.facts() if gateway.volume else {}
     for name, fact in (("lmstudio_log_directory_bytes", "directoryBytes"),
                        ("lmstudio_log_filesystem_free_bytes", "freeBytes")):
@@ -6481,6 +6789,8 @@ ROUTES = (
     Route("GET", "/debug/status", status_page, "view", "what is going on, and how the log monitor does"),
     Route("GET", "/debug/requests", requests_list, "view", "the latest requests, newest first"),
     Route("GET", "/debug/requests/*", request_detail, "view", "one request with its timeline"),
+    Route("GET", "/debug/series", series_page, "view", "figures by minute: ?minutes=60, ?by=model, key or user"),
+    Route("GET", "/debug/models", models_page, "view", "LM Studio's models: state, context, running, waiting"),
     Route("GET", "/debug/metrics", metrics_json, "view", "figures as JSON: performance and system"),
     Route("GET", "/debug/usage", usage_page, "view", "what was used, by key, model or day (with --history)"),
     Route("GET", "/metrics", prometheus, "view", "figures for Prometheus"),
