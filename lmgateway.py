@@ -9354,7 +9354,6 @@ DASHBOARD = rb"""<!doctype html>
 @media (prefers-contrast: more) {
   :root, :root[data-theme="dark"] { --line: var(--muted); --muted: var(--text); }
 }
-
 /* The page */
 * { box-sizing: border-box; } html { font-size: 87.5%; scroll-padding-top: 6.5rem; }
 body { margin: 0; background: var(--page); color: var(--text);
@@ -9365,7 +9364,7 @@ h2 { font-size: 1.15rem; font-weight: 650; } h3 { font-size: 1rem; font-weight: 
 a { color: var(--decode); }
 code, pre, .mono { font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .muted { color: var(--muted); font-weight: 400; } .small { font-size: .857rem; }
-.isolate { unicode-bidi: isolate; } .strong { font-weight: 600; } [hidden] { display: none !important; }
+.isolate { unicode-bidi: isolate; } .strong { font-weight: 600; } [hidden], .own { display: none !important; }
 .unseen { position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden;
   clip-path: inset(50%); white-space: nowrap; }
 .skip { position: absolute; left: -99rem; }
@@ -9384,7 +9383,6 @@ button.plain:hover { text-decoration: underline; }
 button.dark { background: var(--text); border-color: var(--text); color: var(--panel); }
 button.quiet { min-height: 1.75rem; padding: .05rem .55rem; font-size: .857rem; }
 button:disabled { opacity: .5; cursor: default; } input[type="search"] { width: 15rem; max-width: 100%; }
-
 /* Header */
 .top { position: sticky; top: 0; z-index: 5; background: var(--panel); border-bottom: 1px solid var(--line); }
 .top > div, .top nav { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem 1.25rem; min-height: 46px;
@@ -9412,7 +9410,6 @@ main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: 
 .head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem .75rem; margin-bottom: .6rem; }
 .box { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; }
 .empty { padding: 1.5rem 1rem; color: var(--muted); } body.dead #now, body.dead #models { opacity: .55; }
-
 /* Models */
 .models { display: flex; flex-wrap: wrap; gap: .6rem; }
 .models > li { flex: 1 1 19rem; max-width: 32rem; padding: .6rem .9rem; display: flex; flex-wrap: wrap;
@@ -9420,7 +9417,6 @@ main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: 
 .models h3 { flex: 1 1 60%; overflow-wrap: anywhere; } .models > li.rest { flex: 0 1 auto; max-width: none; }
 .models details { width: 100%; } .models summary { cursor: pointer; }
 .models details li { display: flex; align-items: center; justify-content: space-between; gap: 1rem; padding: .2rem 0; }
-
 /* Now: how long still is the largest thing on the page */
 .cards { display: grid; gap: .75rem; }
 .card { display: grid; gap: .6rem; padding: .8rem 1.1rem .85rem; border-left: 5px solid var(--queued); }
@@ -9446,7 +9442,6 @@ main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: 
   border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 .lines li:first-child { border-top: 0; }
 .lines + .lines, .cards + .lines, .lines + .cards { margin-top: .75rem; } .lines:empty { display: none; }
-
 /* First run and login */
 .guide { padding: 1.25rem 1.5rem 1.5rem; display: grid; gap: 1rem; } .guide h3 { font-size: 1.3rem; }
 .copy { display: flex; align-items: stretch; gap: .5rem; max-width: 62rem; }
@@ -9456,9 +9451,8 @@ main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: 
 .checks p { grid-column: 2; }
 .login { width: min(34rem, 100%); justify-self: center; padding: 1.25rem 1.5rem 1.5rem; display: grid; gap: .8rem; }
 .login div { display: flex; flex-wrap: wrap; gap: .5rem; } .login input { flex: 1; min-width: 12rem; }
-
 /* Figures */
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.6rem, 1fr)); gap: .75rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.4rem, 1fr)); gap: .75rem; }
 .tile { padding: .65rem .9rem; min-height: 6.2rem; } .tile dt, .tile .note { color: var(--muted); }
 .tile .figure { font-size: 1.6rem; font-weight: 600; line-height: 1.35; }
 .tile .figure small { font-size: .93rem; font-weight: 400; color: var(--muted); }
@@ -9477,9 +9471,8 @@ rect.cached { fill: var(--fill-cached); } .tone-0 { color: var(--tone-0); } .ton
 .plots path { fill: none; stroke: currentColor; stroke-width: 1.75; }
 .plots path.band { fill: currentColor; stroke: none; opacity: .16; }
 .twin { max-height: 260px; overflow: auto; } .wide { overflow-x: auto; }
-.people td:nth-child(2) { width: 30%; min-width: 6rem; } .people .bar { height: 12px; }
-.people td:first-child { white-space: normal; overflow-wrap: anywhere; }
-
+.people td:nth-child(2) { width: 26%; min-width: 4rem; } .people .bar { height: 12px; }
+.people td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7.5rem; }
 /* Tables */
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .32rem .55rem; text-align: left; white-space: nowrap; vertical-align: baseline; }
@@ -9499,7 +9492,6 @@ th[aria-sort="descending"] button::after { content: " \2193"; }
 .newer button, #log-newer { height: 2rem; background: var(--text); color: var(--panel); border-color: var(--text);
   border-radius: 1rem; }
 .more { padding: .6rem; text-align: center; border-top: 1px solid var(--line); }
-
 /* Event log */
 .log-box { position: relative; }
 #log-lines { height: 24rem; overflow: auto; padding: .4rem 0; overflow-anchor: none; overscroll-behavior: contain; }
@@ -9511,7 +9503,6 @@ th[aria-sort="descending"] button::after { content: " \2193"; }
   color: var(--muted); max-height: 9em; overflow: hidden; }
 #log-lines li.cut { display: block; text-align: center; color: var(--warn); }
 #log-newer { position: absolute; right: 1.25rem; bottom: .8rem; }
-
 /* Facts, dialogs */
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 0 2rem; padding: .6rem 1rem; }
 .facts > div { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .75rem; padding: .25rem 0; }
@@ -9539,7 +9530,6 @@ dialog.help { border-radius: 8px; max-width: 34rem; padding: 1.25rem 1.5rem; }
 kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding: 0 .4rem; }
 .keys { display: grid; grid-template-columns: 5rem 1fr; gap: .4rem; margin: .8rem 0; }
 footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
-
 /* Two columns on a wide screen; cards for rows on a narrow one */
 @media (min-width: 1600px) {
   main { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); } main > .all { grid-column: 1 / -1; }
@@ -9553,7 +9543,8 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
   #table thead, #table .c-prefill, #table .c-cached, #table .c-output { display: none; }
   #table tr { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .1rem .75rem;
     padding: .55rem .8rem; border-bottom: 1px solid var(--line); }
-  #table td { padding: 0; border: 0; text-align: left; white-space: normal; }
+  #table td, #table td.c-who, #table td.c-model { padding: 0; border: 0; text-align: left; white-space: normal;
+    min-width: 0; overflow-wrap: anywhere; }
   #table td[data-label]::before { content: attr(data-label); display: block; color: var(--muted); font-size: .857rem; }
   #table .c-who, #table .c-status { grid-column: span 1; } #table .c-model { color: var(--muted); }
 }
@@ -9566,7 +9557,7 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .people td:nth-child(2), .people th:nth-child(2) { display: none; }
   .people th { white-space: normal; vertical-align: bottom; } .people th, .people td { padding: .3rem .3rem; }
-  #log-lines li { grid-template-columns: 4.4rem 1rem minmax(0, 1fr); padding: .15rem .6rem; content-visibility: visible; }
+  #log-lines li { grid-template-columns: 4.9rem 1rem minmax(0, 1fr); padding: .15rem .6rem; content-visibility: visible; }
   .facts, .drawer-body .facts { grid-template-columns: minmax(0, 1fr); }
   .facts > div { grid-template-columns: 7.5rem minmax(0, 1fr); } .copy { flex-wrap: wrap; }
   .copy code { flex-basis: 100%; } .toolbar select { max-width: 100%; flex: 1 1 40%; }
@@ -9660,7 +9651,7 @@ applyTheme(stored("theme", "auto"));
     <div class="head"><h2 id="now-title">Now</h2><p class="muted" id="now-note"></p>
       <button type="button" class="quiet push" id="notify" aria-pressed="false" hidden>Tell me when a long one is
         answered</button>
-      <button type="button" class="quiet push" id="pause" aria-pressed="false"
+      <button type="button" class="quiet" id="pause" aria-pressed="false"
         title="Stop painting; nothing is lost (p)">Pause</button></div>
     <div id="first-run" class="box guide" hidden></div>
     <div class="cards" id="cards"></div>
@@ -9743,7 +9734,6 @@ applyTheme(stored("theme", "auto"));
    came from a client or a log and is hostile: it becomes text, never markup. */
 
 // --- 1. words and numbers
-
 const NONE = "\u2014";
 const known = value => typeof value === "number" && Number.isFinite(value);
 const words = value => value === null || value === undefined || value === "" ? NONE : String(value);
@@ -9771,7 +9761,6 @@ function running(ms) {
   const s = Math.max(0, Math.round(ms / 1000));
   return s < 60 ? s + " s" : longSpan(s);
 }
-
 function longSpan(s) {
   if (s < 3600) return Math.floor(s / 60) + "m " + two(s % 60) + "s";
   if (s < 86400) return Math.floor(s / 3600) + "h " + two(Math.floor(s % 3600 / 60)) + "m";
@@ -9791,13 +9780,11 @@ function short(n) {
   if (n < 10000) return n === Math.round(n) ? whole(n) : tenth(n, n < 10 ? 2 : 1);
   return n < 999500 ? tenth(n / 1000, n < 99950 ? 1 : 0) + "\u202fk" : tenth(n / 1e6, 1) + "\u202fM";
 }
-
 function bytes(n) {
   if (!known(n)) return NONE;
   const at = n < 1024 ? 0 : Math.min(4, Math.floor(Math.log2(n) / 10)), size = n / 1024 ** at;
   return (at && size < 100 ? size.toFixed(1) : whole(size)) + " " + ["B", "KiB", "MiB", "GiB", "TiB"][at];
 }
-
 function clockTime(ms, seconds = true) {
   const t = new Date(ms);
   return two(t.getHours()) + ":" + two(t.getMinutes()) + (seconds ? ":" + two(t.getSeconds()) : "");
@@ -9808,12 +9795,10 @@ function dateTime(iso) {
   const ms = Date.parse(iso ?? "");
   return known(ms) ? new Date(ms).toLocaleString() : NONE;
 }
-
 const sum = values => values.reduce((total, value) => total + (known(value) ? value : 0), 0);
 const different = values => [...new Set(values)].sort();
 
 // --- 2. nodes
-
 const $ = id => document.getElementById(id);
 
 /* el("td.num", "text", node): an element with its classes; strings become text, null becomes nothing. */
@@ -9824,14 +9809,12 @@ function el(spec, ...content) {
   node.append(...content.filter(part => part !== null && part !== undefined && part !== false));
   return node;
 }
-
 function draw(tag, attributes = {}, ...content) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...content);
   return node;
 }
-
 const mark = (name, tone = "") =>
   draw("svg", {class: "mark " + tone, "aria-hidden": "true"}, draw("use", {href: "#mark-" + name}));
 const swatch = tone => el("i.swatch." + tone);
@@ -9853,16 +9836,13 @@ function outdated(node, key) {
   node.dataset.key = key;
   return true;
 }
-
 function button(text, act, spec = "button") {
   const node = el(spec, text);
   node.type = "button";
   node.addEventListener("click", act);
   return node;
 }
-
 const fact = (term, ...content) => el("div", el("dt", term), el("dd.isolate", ...content));
-
 function heading(text, spec = "th") {
   const cell = el(spec, text);
   cell.scope = "col";
@@ -9883,15 +9863,12 @@ function arrange(box, nodes) {
     if (box.children[at] !== node) box.insertBefore(node, box.children[at] ?? null);
   });
 }
-
 function options(select, rows, chosen) {
   select.replaceChildren(...rows.map(([value, text]) => new Option(text, value, false, value === chosen)));
 }
-
 function store(name, value) {
   try { localStorage.setItem(name, value); } catch { /* storage may be forbidden */ }
 }
-
 async function copy(text, from) {
   const label = from.textContent;
   try {
@@ -9906,7 +9883,6 @@ async function copy(text, from) {
   put(from, "Copied");
   setTimeout(() => put(from, label), 1500);
 }
-
 function save(name, kind, lines) {
   const link = el("a");
   link.href = URL.createObjectURL(new Blob(lines, {type: kind}));
@@ -9928,9 +9904,7 @@ function toneOf(name) {
 }
 
 // --- 3. what the page knows
-
 const REQUESTS_KEPT = 1000, EVENTS_KEPT = 1000, TEXT_KEPT = 2000, ROWS = 500;
-
 const page = {
   status: null,         // the last answer of /debug/status
   me: null,             // of /me; null where there is no such route
@@ -9941,7 +9915,6 @@ const page = {
   total: 0, raw: 0, missed: 0,
   paused: false, signedOut: false,
 };
-
 const STATES = {        // word, mark and colour
   waiting: ["waiting", "queued", "queued"], queued: ["in line", "queued", "queued"],
   loading: ["loading the model", "queued", "queued"], prompt: ["reading", "prefill", "prefill"],
@@ -10005,7 +9978,6 @@ function forget() {
 }
 
 // --- 4. events
-
 const message = data => words(data.message);
 const asks = data => page.requests.get(data.requestId) ?? data;
 const pairs = data => Object.entries(data).filter(([name, value]) => known(value) && name !== "requestId")
@@ -10050,12 +10022,10 @@ const EVENTS = {
   lmstudio_file_switch: ["link", "queued", data => "The log goes on in " + words(data.newLogFile), () => wantStatus()],
   lmstudio_month_transition: ["link", "queued", data => "The log goes on in " + words(data.newLogFile), () => wantStatus()],
 };
-
 function gapText({from, to, count}) {
   return known(count) ? `${plural(count, "event")} missed while disconnected (${from} to ${to})`
     : "the gateway was restarted; events in between are not known";
 }
-
 function progressSaid(r) {
   const read = r.progress?.percent, left = r.progress?.etaMs;
   if (r.state === "prompt") return [known(read) ? percent(read) + " read" : "reading", known(left) && `about ${about(left)} left`];
@@ -10067,7 +10037,6 @@ function progressSaid(r) {
 const foldOf = (name, data) => name === "inference_progress" ? data.requestId
   : name === "lmstudio_prompt_progress" ? data.requestId ? "" : "prompt " + data.model : null;
 const folds = new Map();
-
 function receive(name, data, id) {
   page.total += 1;
   EVENTS[name][3]?.(data);
@@ -10092,7 +10061,6 @@ function bounded(text) {
   if (text.length <= TEXT_KEPT) return text;
   return JSON.parse(JSON.stringify(`${text.slice(0, TEXT_KEPT)} ... (${whole(text.length)} characters)`));
 }
-
 function finished(data, state) {
   const r = learn(data.requestId, {...data, state});
   wantRequests();
@@ -10104,9 +10072,7 @@ function finished(data, state) {
     new Notification("Answered after " + running(r.totalTimeMs), {body: listed([who(r), modelOf(r), outputText(r) + " tokens"])});
   }
 }
-
 const notifying = () => stored("notify", "off") === "on" && globalThis.Notification?.permission === "granted";
-
 async function askNotify() {
   const wanted = stored("notify", "off") !== "on" && await Notification.requestPermission() === "granted";
   store("notify", wanted ? "on" : "off");
@@ -10114,10 +10080,8 @@ async function askNotify() {
 }
 
 // --- 5. the stream: EventSource comes back by itself and goes on where it was
-
 const STALE_MS = 20000, DEAD_MS = 60000;    // the gateway breaks a silence after 15 s
 const AT_FIRST = 200;       // events of the past that the log begins with
-
 const stream = {
   source: null, state: "connecting",        // live, connecting, out
   heard: Date.now(), downSince: Date.now(), last: "", breaks: 0, again: 0,
@@ -10137,8 +10101,8 @@ const stream = {
   },
 
   take(name, event) {
-    this.heard = Date.now();
     if (event.data === undefined) return;   // "error" is the browser's own, too
+    this.heard = Date.now();
     if (name === "connected") this.become("live");
     if (event.lastEventId) this.last = event.lastEventId;
     receive(name, JSON.parse(event.data), event.lastEventId);
@@ -10169,9 +10133,7 @@ const stream = {
 const live = () => stream.state === "live";
 
 // --- 6. questions, and the key
-
 const refused = answer => answer.status === 401;
-
 async function reasonOf(answer) {
   try { return (await answer.json()).error.message; } catch { return "The gateway says no."; }
 }
@@ -10195,7 +10157,6 @@ function question(every, ask) {
     planned = null;
   })();
 }
-
 const wantMe = question(500, async () => {
   const me = await get("/me");
   page.me = me?.rights ? me : null;
@@ -10204,7 +10165,6 @@ const wantMe = question(500, async () => {
   $("me").hidden = $("logout").hidden = !page.me?.name;
   dirty.add("header").add("now");
 });
-
 const wantStatus = question(1000, async () => {
   const status = canView() ? await get("/debug/status") : null;
   if (!status?.version) return;
@@ -10213,7 +10173,6 @@ const wantStatus = question(1000, async () => {
   showRanges();
   paintAll();
 });
-
 const wantRequests = question(2000, async () => {
   const asked = Date.now(), rows = (await get("/debug/requests"))?.requests;
   if (!Array.isArray(rows)) return;
@@ -10227,7 +10186,6 @@ const wantRequests = question(2000, async () => {
   }
   dirty.add("now").add("requests");
 });
-
 const wantModels = question(1500, async () => {
   page.models = (canView() ? await get("/debug/models") : null)?.models ?? [];
   dirty.add("models");
@@ -10250,7 +10208,6 @@ function lock(is) {
   for (const id of ["now", "figures", "requests", "log", "server"]) $(id).hidden = is && !page.loaded;
   dirty.add("header").add("now");
 }
-
 async function logIn(event) {
   event.preventDefault();
   const key = $("key").value.trim(), error = $("login-error");
@@ -10270,7 +10227,6 @@ async function logIn(event) {
   lock(false);
   begin();
 }
-
 async function logOut() {
   try { await fetch("/logout", {method: "POST"}); } catch { return; }
   location.reload();
@@ -10296,7 +10252,6 @@ async function act(method, address, body) {
     return answer.ok ? "" : await reasonOf(answer);
   } catch { return "The gateway does not answer."; }
 }
-
 async function stop(r, from) {
   from.disabled = true;
   const why = await act("DELETE", "/debug/requests/" + encodeURIComponent(r.requestId));
@@ -10307,7 +10262,6 @@ async function stop(r, from) {
 }
 
 // --- 7. painting
-
 const PANELS = {};          // name -> paint
 const dirty = new Set();
 
@@ -10318,7 +10272,6 @@ function paint(...names) {
     try { PANELS[name](); } catch (error) { console.error(name, error); }
   }
 }
-
 const paintAll = () => { for (const name of Object.keys(PANELS)) dirty.add(name); };
 
 /* Four times a second: what the stream changed, a part in each frame, so that a click waits for no more. */
@@ -10341,14 +10294,12 @@ function tell(text) {
 }
 
 // --- 8. header and banners
-
 function showState(id, label, tone, word, detail = "") {
   const node = $(id);
   if (!outdated(node, [tone, word, detail].join("|"))) return;
   node.replaceChildren(mark(tone, tone), el("span", label + " " + word));
   node.title = detail;
 }
-
 PANELS.header = () => {
   const unknown = ["queued", "not known"], {lmstudio, log, gateway} = page.status ?? {};
   put($("host"), location.host);
@@ -10367,7 +10318,6 @@ PANELS.header = () => {
 
 /* LM Studio's verbose logging is off: so many entries, and none from its engine. */
 const terse = log => log.verbose === false && log.entries > 20;
-
 function logState(log) {
   if (log.enabled === false) return ["queued", "off"];
   if (log.problem) return ["error", "not readable", log.problem];
@@ -10375,7 +10325,6 @@ function logState(log) {
   if (terse(log)) return ["warn", "not verbose", log.file];
   return log.behindBytes > 1e6 ? ["warn", "behind", bytes(log.behindBytes)] : ["ok", "read", log.file];
 }
-
 function linkState() {
   if (page.signedOut) return ["warn", "signed out"];
   if (page.paused) return ["queued", "paused"];
@@ -10383,7 +10332,6 @@ function linkState() {
   const quiet = Date.now() - stream.heard;
   return quiet > STALE_MS ? ["warn", "silent for " + running(quiet)] : ["ok", "live"];
 }
-
 const DEVELOPER = "In LM Studio: Developer \u25b8 ";
 const START = DEVELOPER + "switch Status to Running. On a machine without a screen: lms server start.";
 const VERBOSE = DEVELOPER + "Developer Logs \u25b8 \u2026 \u25b8 Verbose Logging.";
@@ -10405,7 +10353,6 @@ function problems() {
   ];
   return rows.filter(([is]) => is).map(row => row.slice(1));
 }
-
 PANELS.banners = () => {
   const told = page.signedOut || !$("first-run").hidden;      // the first run says the same in its own way
   const found = told ? [] : problems().slice(0, 2), box = $("banners");
@@ -10415,7 +10362,6 @@ PANELS.banners = () => {
 };
 
 // --- 9. models
-
 PANELS.models = () => {
   const box = $("model-list"), active = runningOnes(), busy = new Set(active.map(modelOf));
   const shown = page.models.map(model => ({...model, mine: active.filter(r => r.model === model.id)}));
@@ -10428,7 +10374,6 @@ PANELS.models = () => {
   const open = box.querySelector("details")?.open;
   box.replaceChildren(...loaded.map(modelBox), ...rest.length ? [restBox(rest, open)] : []);
 };
-
 function modelBox({id, state, mine, contextLength, quantization, running: slots = 0, waiting = 0}) {
   const states = mine.map(r => r.state), writing = sum(mine.filter(r => r.state === "generating").map(decodeOf));
   const reading = sum(mine.filter(r => r.state === "prompt").map(prefillOf));
@@ -10442,7 +10387,6 @@ function modelBox({id, state, mine, contextLength, quantization, running: slots 
     el("span.muted", listed([(slots || mine.length) && `${slots || mine.length} running`, waiting && `${waiting} waiting`,
       known(contextLength) && short(contextLength) + " context", quantization])));
 }
-
 function restBox(rest, open) {
   const list = el("details", el("summary.muted", `${rest.length} more, not loaded`), el("ul", ...rest.map(({id, sizeBytes}) =>
     el("li", el("span.isolate", listed([id, known(sizeBytes) && bytes(sizeBytes)])),
@@ -10450,7 +10394,6 @@ function restBox(rest, open) {
   list.open = Boolean(open);
   return el("li.box.rest", list);
 }
-
 async function change(event, what, body) {
   const from = event.currentTarget;
   from.disabled = true;
@@ -10462,12 +10405,10 @@ async function change(event, what, body) {
 }
 
 // --- 10. now: a card for each running request, a line for each that waits
-
 const LINGER_MS = 5000, ENDED_MS = 120000, CARDS = 12;
 const cards = new Map();    // request id -> {node, and its parts}
 const inLine = r => r.state === "queued" && !ended(r);
 const placeOf = r => known(r.position) ? ordinal(r.position) + " in line" : "in LM Studio's line";
-
 PANELS.now = () => {
   const moment = Date.now(), all = runningOnes(), active = all.filter(r => !inLine(r));
   const over = [...page.requests.values()].filter(r => ended(r) && moment - (r.seenEnd ?? 0) < ENDED_MS && !inQueueAtEnd(r))
@@ -10488,7 +10429,6 @@ PANELS.now = () => {
   $("notify").hidden = !globalThis.Notification || !isSecureContext;
   paintFirstRun();
 };
-
 const inQueueAtEnd = r => r.state === "lost";
 const etaOf = r => r.progress?.etaMs ?? r.etaMs;
 
@@ -10507,7 +10447,6 @@ function lines(box, rows, textOf, more = 0) {
   }));
   if (more > 0) box.append(el("li.muted", `and ${more} more`));
 }
-
 function cardOf(r) {
   let card = cards.get(r.requestId);
   if (card) return card;
@@ -10527,7 +10466,6 @@ function cardOf(r) {
   cards.set(r.requestId, card);
   return card;
 }
-
 function paintCard(r) {
   const card = cardOf(r), [big, small] = headline(r);
   card.node.className = "box card " + stateOf(r)[2];
@@ -10537,7 +10475,7 @@ function paintCard(r) {
   put(card.big, big);
   put(card.small, small);
   paintBar(card, r);
-  put(card.speed, ended(r) ? "" : r.state === "generating" ? speed(decodeOf(r)) : r.state === "prompt" ? speed(prefillOf(r)) : "");
+  put(card.speed, ended(r) ? "" : listed([speed({generating: decodeOf(r), prompt: prefillOf(r)}[r.state])].filter(text => text !== NONE)));
   const {size, used} = r.context ?? {}, share = 100 * used / size, full = share >= 85;
   put(card.context, known(share) ? `context ${short(used)} of ${short(size)} (${percent(share)})${full ? " \u25b2 nearly full" : ""}` : "");
   card.context.className = share >= 95 ? "error" : full ? "warn" : "muted";
@@ -10548,8 +10486,7 @@ function paintCard(r) {
 /* How long still, in big letters; if nobody can tell, how long so far. */
 function headline(r) {
   const left = leftOf(r), read = r.progress?.percent, took = span(r.totalTimeMs);
-  if (ended(r)) return [took, nameOfState(r) === "abandoned" ? "and then stopped" : "until it " + ({done: "was answered",
-    failed: "failed", lost: "was lost"}[r.state] ?? "ended")];
+  if (ended(r)) return [took, stateOf(r)[0]];
   if (r.state === "prompt") {
     if (read > 99.4) return ["almost read", ""];
     return known(left) ? [(left < 10000 ? "~" : "") + running(left), "left to read"]
@@ -10575,7 +10512,6 @@ function partsOf(r) {
   const cached = Math.min(cachedOf(r) ?? 0, total), read = Math.max(cached, Math.round(total * share / 100));
   return {total, cached, prefill: read - cached, rest: total - read, decode: written && Math.max(written, total * 0.04), written};
 }
-
 function paintBar(card, r) {
   const parts = partsOf(r), {bar, legend} = card, read = 100 - 100 * parts.rest / (parts.total ?? 100);
   for (const node of bar.children) {
@@ -10598,7 +10534,6 @@ function paintBar(card, r) {
 }
 
 // --- 11. first run: what to do next, in place of empty panels
-
 function paintFirstRun() {
   const {totalRequests, gateway = {}, lmstudio = {}, log = {}} = page.status ?? {}, box = $("first-run");
   const first = Boolean(page.loaded && page.status && !page.requests.size && !totalRequests);
@@ -10618,9 +10553,7 @@ function paintFirstRun() {
       "Or from a terminal"),
     el("ul.checks", ...checks(lmstudio, log).map(checkLine)));
 }
-
 const lanUrls = () => (page.status?.gateway?.lanUrls ?? []).filter(url => url !== location.origin);
-
 function copyLine(text, label = "") {
   return el("div", label ? el("p.muted", label) : null,
     el("div.copy", el("code", text), button("Copy", event => copy(text, event.currentTarget))));
@@ -10637,7 +10570,6 @@ function checks(lmstudio, log) {
       "Verbose logging: off", VERBOSE],
   ];
 }
-
 function checkLine([good, fine, wrong, remedy]) {
   const tone = good ? "ok" : good === null ? "queued" : "warn";
   return el("li", mark(tone, tone), el("span", tone === "warn" ? wrong : fine),
@@ -10645,14 +10577,11 @@ function checkLine([good, fine, wrong, remedy]) {
 }
 
 // --- 12. figures: tiles and charts of a range, from /debug/series
-
 const RANGES = [["15min", 15, "15 min"], ["1h", 60, "1 h"], ["24h", 1440, "24 h"], ["7d", 10080, "7 d"]];
 const figures = {range: "1h", all: null, model: null, user: null, by: "user"};
 const minutesOf = () => RANGES.find(([name]) => name === figures.range)[1];
 const series = by => get(`/debug/series?minutes=${minutesOf()}${by && "&by=" + by}`);
-
 const wantFigures = question(() => minutesOf() < 1000 ? 3000 : 20000, readFigures);
-
 async function readFigures() {
   if (!canView()) return;
   const {range} = figures, [all, model, user] = await Promise.all(["", "model", "user"].map(series));
@@ -10660,7 +10589,6 @@ async function readFigures() {
   Object.assign(figures, {all, model, user, read: Date.now()});
   dirty.add("figures");
 }
-
 function showRanges() {
   const history = page.status?.gateway?.history;
   if (!outdated($("range"), String(history))) return;
@@ -10671,7 +10599,6 @@ function showRanges() {
     return one;
   }));
 }
-
 async function setRange(name) {
   figures.range = name;
   for (const one of $("range").children) attribute(one, "aria-pressed", one.dataset.range === name);
@@ -10680,7 +10607,6 @@ async function setRange(name) {
   await readFigures();
   paint("figures");
 }
-
 const share = row => row.promptTokens ? 100 * row.cachedTokens / row.promptTokens : undefined;
 const TILES = [             // label, figure, unit, note
   ["Requests", t => whole(t.requests), "", t => `${whole(t.requests - t.errors - t.abandoned)} ok \u00b7 `
@@ -10692,12 +10618,10 @@ const TILES = [             // label, figure, unit, note
   ["Tokens out", t => short(t.completionTokens), "", t => t.gpuMs ? running(t.gpuMs) + " of work" : "No data yet"],
   ["Waited in line", t => span(t.queuedMs.p95), "", t => known(t.queuedMs.p95) ? "p95" : "No data yet"],
 ];
-
 const CHARTS = [
   ["Tokens", "by the end of the request", tokenChart], ["Speed", "median, and up to p95", speedChart],
   ["Time to first token", "median, and up to p95", firstChart],
 ];
-
 PANELS.figures = () => {
   const {all} = figures;
   if (!all || $("figures").hidden) return;
@@ -10718,7 +10642,6 @@ PANELS.figures = () => {
   paintCharts();
   paintPeople();
 };
-
 function makeCharts() {
   for (const chart of CHARTS) {
     const [title, note] = chart, plots = el("div.plots"), twin = el("div.twin"), legend = el("ul.legend.small");
@@ -10739,7 +10662,6 @@ function makeCharts() {
   $("charts").append(el("figure.box.chart", el("div.head", el("figcaption", el("h3.unseen", "Who used how much")),
     ...Object.values(figures.tabs)), figures.people));
 }
-
 function paintCharts() {
   for (const {1: note, 2: make, plots, twin, legend} of CHARTS) {
     const made = make(Math.max(240, plots.clientWidth || 560));
@@ -10754,7 +10676,6 @@ function round(n) {
   const power = 10 ** Math.floor(Math.log10(n || 1));
   return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find(step => step * power >= n - 1e-9) * power;
 }
-
 const LEFT_PX = 52, RIGHT_PX = 8;
 
 /* An empty plot: its SVG, x(ms), y(value), with lines at the middle and the top of the scale. */
@@ -10775,10 +10696,8 @@ function plane(title, width, height, top, text) {
   }
   return {svg, x, y, base};
 }
-
 const timeOf = row => minutesOf() > 1440 ? new Date(row.t).toLocaleString(undefined, {weekday: "short", hour: "2-digit", minute: "2-digit"})
   : clockTime(Date.parse(row.t), false);
-
 function tokenChart(width) {
   const {rows, step} = figures.all, parts = row => [["cached", row.cachedTokens],
     ["prefill", Math.max(0, row.promptTokens - row.cachedTokens)], ["decode", row.completionTokens]];
@@ -10837,11 +10756,9 @@ function lineChart(title, name, width, height, text) {
   }
   return svg;
 }
-
 const modelRows = (...names) => Object.entries(figures.model.rows).flatMap(([model, rows]) => rows.map(row => [model, row]))
   .filter(([, row]) => names.some(name => known(row[name].p50))).sort(([, a], [, b]) => a.t < b.t ? 1 : -1);
 const modelLegend = () => Object.keys(figures.model.rows).map(model => el("li.isolate", swatch(toneOf(model)), model));
-
 function speedChart(width) {
   return {
     legend: modelLegend(), head: ["Model", "From", "Read, median", "p95", "Written, median", "p95"],
@@ -10851,7 +10768,6 @@ function speedChart(width) {
       [el("p.muted.small", title), lineChart(title, name, width, 97, short)]),
   };
 }
-
 function firstChart(width) {
   return {
     legend: modelLegend(), head: ["Model", "From", "Median", "p95"],
@@ -10887,7 +10803,6 @@ function paintPeople() {
 }
 
 // --- 13. the table of requests
-
 /* name, heading, class of the cell, what it sorts by, what it shows if that is another thing */
 const COLUMNS = [
   ["time", "Time", "", r => r.began, r => clockTime(r.began)],
@@ -10916,7 +10831,6 @@ const OUTCOMES = {running: r => !ended(r), answered: r => r.state === "done", st
   failed: r => nameOfState(r) === "failed" || r.state === "lost"};
 const FILTERS = ["text", "status", "who", "model"];
 const PAGE_ROWS = innerWidth <= 960 ? 12 : 25;
-
 const view = {
   text: "", status: "", who: "", model: "", sort: "time", down: true,
   rows: PAGE_ROWS,          // that are shown at most
@@ -10924,7 +10838,6 @@ const view = {
   order: [],                // ids of the rows
 };
 const rowNodes = new Map(); // request id -> {node, cells, version}
-
 function outcomeOf(r) {
   const [word, icon, tone] = stateOf(r);
   return [mark(icon, tone), " " + word + (r.state === "failed" && r.status >= 400 ? " " + r.status : "")];
@@ -10940,7 +10853,6 @@ function readAddress() {
   $("filter").value = view.text;
   showDrawer(given.get("request"));
 }
-
 function writeAddress(push = false) {
   const given = new URLSearchParams();
   for (const name of FILTERS) if (view[name]) given.set(name, view[name]);
@@ -10951,14 +10863,12 @@ function writeAddress(push = false) {
   const query = String(given) ? "?" + given : "";
   history[push ? "pushState" : "replaceState"](push ? "drawer" : history.state, "", location.pathname + query + location.hash);
 }
-
 function makeTable() {
   $("table-head").append(...COLUMNS.map(([name, text, kind]) => {
     const sort = () => refilter({sort: name, down: view.sort !== name || !view.down});
     return heading(button(text, sort, "button.plain"), `th.c-${name}${kind === "num" ? ".num" : ""}`);
   }));
 }
-
 function refilter(changes) {
   Object.assign(view, {since: null}, changes);
   writeAddress();
@@ -10984,7 +10894,6 @@ function below() {
   const box = $("table").getBoundingClientRect();
   return view.sort === "time" && view.down && box.top < 0 && box.bottom > 200;
 }
-
 PANELS.requests = () => {
   let rows = chosenRequests();
   view.since = below() ? view.since ?? rows[0]?.began ?? null : null;
@@ -11002,7 +10911,6 @@ PANELS.requests = () => {
   paintFilters(rows.length);
   paintDrawer();
 };
-
 function makeRow(r) {
   const cells = COLUMNS.map(([name, text, kind]) => {
     const cell = el(`td.c-${name}${kind ? "." + kind : ""}`);
@@ -11019,7 +10927,6 @@ function makeRow(r) {
   rowNodes.set(r.requestId, row);
   return row;
 }
-
 function paintRow(r) {
   const row = rowNodes.get(r.requestId) ?? makeRow(r);
   if (row.version === r.version && ended(r)) return row.node;
@@ -11032,7 +10939,6 @@ function paintRow(r) {
   });
   return row.node;
 }
-
 function paintFilters(found) {
   const all = [...page.requests.values()], filtered = FILTERS.some(name => view[name]);
   choices($("by-status"), "Any outcome", Object.keys(OUTCOMES), view.status);
@@ -11055,15 +10961,12 @@ function choices(select, any, values, chosen) {
 }
 
 // --- 14. one request, in a drawer
-
 const drawer = {id: null, detail: null};       // which request, and the last answer about it
-
 function openDrawer(id) {
   const open = Boolean(drawer.id);
   showDrawer(id);
   writeAddress(!open);
 }
-
 function closeDrawer() {
   if (history.state === "drawer") history.back();
   else { showDrawer(null); writeAddress(); }
@@ -11084,14 +10987,12 @@ function showDrawer(id) {
   $("drawer").scrollTop = 0;
   readDetail();
 }
-
 async function readDetail() {
   const {id} = drawer, detail = await get("/debug/requests/" + encodeURIComponent(id));
   if (id !== drawer.id) return;
   drawer.detail = detail?.requestId ? detail : {missing: !page.requests.has(id)};
   paintDrawer();
 }
-
 function paintDrawer() {
   if (!drawer.id) return;
   const r = {...drawer.detail, ...page.requests.get(drawer.id)}, at = view.order.indexOf(drawer.id);
@@ -11104,7 +11005,6 @@ function paintDrawer() {
     : [waterfall, summaryOf, samplingOf, timelineOf].map(make => make(r));
   $("drawer-body").replaceChildren(...parts.filter(Boolean));
 }
-
 const section = (title, ...content) => el("section", el("h3", title), ...content);
 
 /* The phases on one time axis, and the events as ticks below them. */
@@ -11127,7 +11027,6 @@ function waterfall(r) {
   }));
   return section("Where the time went", el("div.fall", ...rows, el("span.muted", "events"), ticks, el("span.num.muted", span(total))));
 }
-
 function summaryOf(r) {
   const {size, used} = r.context ?? {}, cached = cachedOf(r);
   const asked = r.modelAsked && r.modelAsked !== r.model ? ` (asked for ${r.modelAsked})` : "";
@@ -11147,12 +11046,10 @@ function summaryOf(r) {
   return el("dl.facts", ...r.error ? [fact("Reason", r.error)] : [],
     ...rows.filter(([, value]) => value).map(([term, ...value]) => fact(term, ...value)));
 }
-
 function samplingOf(r) {
   const rows = Object.entries(r.sampling ?? {}).filter(([, value]) => known(value));
   return rows.length ? section("Sampling", el("dl.facts", ...rows.map(([name, value]) => fact(name, words(value))))) : null;
 }
-
 function timelineOf(r) {
   const rows = Array.isArray(drawer.detail?.timeline) ? drawer.detail.timeline.slice(-ROWS) : [];
   if (!rows.length) return section("Events", el("p.muted", drawer.detail ? "No event was matched with this request." : "\u2026"));
@@ -11162,10 +11059,8 @@ function timelineOf(r) {
 }
 
 // --- 15. the event log
-
 const KINDS = [["", "All events"], ["request", "Requests"], ["engine", "LM Studio"], ["error", "Errors"]];
 const logView = {needle: "", pattern: null, kind: "", raw: false, follow: true, top: 0, painted: 0};
-
 function fitsLog({name, data, gone}) {
   const {needle, pattern, kind, raw} = logView, [kindOf] = EVENTS[name];
   if (gone || kindOf === "raw" && !raw) return false;
@@ -11191,7 +11086,6 @@ PANELS.log = () => {
   box.scrollTop = box.scrollHeight;
   logView.top = box.scrollTop;
 };
-
 function logLine(entry) {
   const {name, data} = entry, stamp = String(data.timestamp ?? ""), [kind, tone, sentence] = EVENTS[name];
   const colour = name === "inference_progress" ? stateOf(data)[2] : {ERROR: "error", WARN: "warn"}[data.level] ?? tone;
@@ -11213,7 +11107,6 @@ function relog(changes = {}) {
   for (const entry of page.events) entry.node = null;
   follow(true);
 }
-
 function follow(is) {
   logView.follow = is;
   $("log-follow").setAttribute("aria-pressed", is);
@@ -11233,7 +11126,6 @@ function showRaw() {
   relog();
   stream.open();
 }
-
 function onLogFilter() {
   const given = $("log-filter").value, asked = /^\/(.+?)(?:\/(i?))?$/.exec(given);
   let pattern = null;
@@ -11253,14 +11145,12 @@ function onLogScroll() {
   logView.top = box.scrollTop;
   if (logView.follow ? up && rest > 40 : !up && rest < 2) follow(!logView.follow);
 }
-
 function onSelection() {
   const chosen = getSelection();
   if (logView.follow && chosen.type === "Range" && $("log-lines").contains(chosen.anchorNode)) follow(false);
 }
 
 // --- 16. server facts, and the title
-
 PANELS.server = () => {
   if (!page.status) return;
   const {version, uptime, totalRequests, totalErrors, totalAbandoned, gateway = {}, log = {}, stream: listeners = {}} = page.status;
@@ -11290,7 +11180,6 @@ PANELS.server = () => {
   $("facts").replaceChildren(...rows, ...wide);
   put($("version"), "lmgateway " + words(version));
 };
-
 PANELS.title = () => {
   const active = runningOnes().filter(r => !inLine(r)), left = active.map(leftOf).filter(known);
   const says = left.length ? running(Math.min(...left)) : `${active.length} running`;
@@ -11298,13 +11187,11 @@ PANELS.title = () => {
 };
 
 // --- 17. controls
-
 function setTheme(chosen) {
   applyTheme(chosen);
   put($("theme"), "\u25d0 " + ({light: "Light", dark: "Dark"}[chosen] ?? "Auto"));
   store("theme", chosen);
 }
-
 function pause(is) {
   page.paused = is;
   $("pause").setAttribute("aria-pressed", is);
@@ -11319,7 +11206,6 @@ function step(by) {
   if (drawer.id && next) openDrawer(next);
   else rowNodes.get(next)?.node.focus();
 }
-
 const KEYS = {
   "/": () => $("filter").focus(),
   p: () => pause(!page.paused),
@@ -11327,7 +11213,6 @@ const KEYS = {
   k: () => step(-1),
   "?": () => $("help").showModal(),
 };
-
 function onKey(event) {
   const {key, target} = event, row = target.closest?.("#rows tr");
   if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT)$/.test(target.tagName)) return;
@@ -11347,7 +11232,6 @@ function onReturn() {
   wantFigures();
   paintAll();
 }
-
 function listen() {
   const on = (id, event, act) => $(id).addEventListener(event, act);
   on("login", "submit", logIn);
