@@ -10641,6 +10641,7 @@ PANELS.figures = () => {
   if (!$("charts").children.length) makeCharts();
   paintCharts();
   paintPeople();
+  figures.shown ??= performance.now();
 };
 function makeCharts() {
   for (const chart of CHARTS) {
