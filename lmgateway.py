@@ -9453,10 +9453,10 @@ main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: 
 .login div { display: flex; flex-wrap: wrap; gap: .5rem; } .login input { flex: 1; min-width: 12rem; }
 /* Figures */
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.4rem, 1fr)); gap: .75rem; }
-.tile { padding: .65rem .9rem; min-height: 6.2rem; } .tile dt, .tile .note { color: var(--muted); }
+.tile { padding: .65rem .75rem; min-height: 6.2rem; } .tile dt, .tile .note { color: var(--muted); }
 .tile .figure { font-size: 1.6rem; font-weight: 600; line-height: 1.35; }
 .tile .figure small { font-size: .93rem; font-weight: 400; color: var(--muted); }
-.tile .note { font-size: .857rem; }
+.tile .note { font-size: .8rem; }
 .charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .75rem; margin-top: .75rem; }
 .chart { padding: .7rem 1rem .6rem; min-width: 0; } .chart .head { margin-bottom: .25rem; min-height: 2rem; }
 .chart figcaption { display: contents; } .plots { min-height: 236px; }
@@ -9471,7 +9471,7 @@ rect.cached { fill: var(--fill-cached); } .tone-0 { color: var(--tone-0); } .ton
 .plots path { fill: none; stroke: currentColor; stroke-width: 1.75; }
 .plots path.band { fill: currentColor; stroke: none; opacity: .16; }
 .twin { max-height: 260px; overflow: auto; } .wide { overflow-x: auto; }
-.people td:nth-child(2) { width: 26%; min-width: 4rem; } .people .bar { height: 12px; }
+.people td:has(.bar) { width: 26%; } .people .bar { height: 12px; min-width: 4rem; } .people .name { display: flex; align-items: baseline; gap: .5rem; }
 .people td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7.5rem; }
 /* Tables */
 table { border-collapse: collapse; width: 100%; }
@@ -9495,8 +9495,7 @@ th[aria-sort="descending"] button::after { content: " \2193"; }
 /* Event log */
 .log-box { position: relative; }
 #log-lines { height: 24rem; overflow: auto; padding: .4rem 0; overflow-anchor: none; overscroll-behavior: contain; }
-#log-lines li { display: grid; grid-template-columns: 5rem 1.2rem minmax(0, 1fr); gap: 0 .5rem; padding: .08rem .9rem;
-  content-visibility: auto; contain-intrinsic-height: auto 1.5em; }
+#log-lines li { display: grid; grid-template-columns: 5rem 1.2rem minmax(0, 1fr); gap: 0 .5rem; padding: .08rem .9rem; }
 #log-lines li[data-id] { cursor: pointer; } #log-lines li[data-id]:hover { background: var(--page); }
 #log-lines li > :last-child { overflow-wrap: anywhere; white-space: pre-wrap; }
 #log-lines li.raw > :last-child { font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace;
@@ -9504,8 +9503,8 @@ th[aria-sort="descending"] button::after { content: " \2193"; }
 #log-lines li.cut { display: block; text-align: center; color: var(--warn); }
 #log-newer { position: absolute; right: 1.25rem; bottom: .8rem; }
 /* Facts, dialogs */
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 0 2rem; padding: .6rem 1rem; }
-.facts > div { display: grid; grid-template-columns: 9rem minmax(0, 1fr); gap: .75rem; padding: .25rem 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: 0 2rem; padding: .6rem 1rem; }
+.facts > div { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: .75rem; padding: .25rem 0; }
 .facts dt { color: var(--muted); } .facts dd { overflow-wrap: anywhere; }
 .facts .whole { grid-column: 1 / -1; }
 dialog { color: inherit; background: var(--panel); border: 1px solid var(--line); padding: 0; }
@@ -9555,9 +9554,9 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
   .range { width: 100%; } .range button { flex: 1; padding: .15rem .2rem; } .banner { padding: .5rem 1rem; }
   main { padding: 1rem 1rem 3rem; } .left strong { font-size: 2.1rem; } .left { margin-left: 0; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .people td:nth-child(2), .people th:nth-child(2) { display: none; }
+  .people .bar { display: none; } .people td:has(.bar) { width: 0; }
   .people th { white-space: normal; vertical-align: bottom; } .people th, .people td { padding: .3rem .3rem; }
-  #log-lines li { grid-template-columns: 4.9rem 1rem minmax(0, 1fr); padding: .15rem .6rem; content-visibility: visible; }
+  #log-lines li { grid-template-columns: 4.9rem 1rem minmax(0, 1fr); padding: .15rem .6rem; }
   .facts, .drawer-body .facts { grid-template-columns: minmax(0, 1fr); }
   .facts > div { grid-template-columns: 7.5rem minmax(0, 1fr); } .copy { flex-wrap: wrap; }
   .copy code { flex-basis: 100%; } .toolbar select { max-width: 100%; flex: 1 1 40%; }
@@ -10407,8 +10406,10 @@ async function change(event, what, body) {
 // --- 10. now: a card for each running request, a line for each that waits
 const LINGER_MS = 5000, ENDED_MS = 120000, CARDS = 12;
 const cards = new Map();    // request id -> {node, and its parts}
-const inLine = r => r.state === "queued" && !ended(r);
-const placeOf = r => known(r.position) ? ordinal(r.position) + " in line" : "in LM Studio's line";
+/* It waits, or nothing is known of it yet: a line is enough. */
+const inLine = r => r.state === "queued" || r.state === "waiting" && !known(outputOf(r));
+const placeOf = r => known(r.position) ? ordinal(r.position) + " in line"
+  : r.state === "waiting" ? "not answered yet" : "in LM Studio's line";
 PANELS.now = () => {
   const moment = Date.now(), all = runningOnes(), active = all.filter(r => !inLine(r));
   const over = [...page.requests.values()].filter(r => ended(r) && moment - (r.seenEnd ?? 0) < ENDED_MS && !inQueueAtEnd(r))
@@ -10418,7 +10419,7 @@ PANELS.now = () => {
   for (const id of cards.keys()) if (!seats.some(r => r.requestId === id)) cards.delete(id);
   arrange($("cards"), seats.map(r => cardOf(r).node));
   seats.forEach(paintCard);
-  const queue = all.filter(inLine).sort((a, b) => (a.position ?? 1e9) - (b.position ?? 1e9));
+  const queue = all.filter(inLine).sort((a, b) => (a.position ?? 1e9) - (b.position ?? 1e9) || a.began - b.began);
   lines($("queue"), queue.slice(0, 30), r => listed([placeOf(r), who(r), modelOf(r), running(elapsedOf(r)),
     known(etaOf(r)) && "about " + about(etaOf(r))]), queue.length - 30);
   lines($("ended"), over.filter(r => !seats.includes(r)).slice(0, 3), r => listed([`${who(r)}: ${stateOf(r)[0]}`,
@@ -10479,7 +10480,7 @@ function paintCard(r) {
   const {size, used} = r.context ?? {}, share = 100 * used / size, full = share >= 85;
   put(card.context, known(share) ? `context ${short(used)} of ${short(size)} (${percent(share)})${full ? " \u25b2 nearly full" : ""}` : "");
   card.context.className = share >= 95 ? "error" : full ? "warn" : "muted";
-  put(card.more, r.problem || (ended(r) ? words(r.error ?? r.finishReason).slice(0, 200) : running(elapsedOf(r)) + " so far"));
+  put(card.more, r.problem || (ended(r) ? words(r.error ?? r.finishReason).slice(0, 200) : known(leftOf(r)) ? running(elapsedOf(r)) + " so far" : ""));
   card.stop.hidden = !canStop(r);
 }
 
@@ -10707,7 +10708,7 @@ function tokenChart(width) {
     legend: [["cached", "prompt, cached"], ["prefill", "prompt, read"], ["decode", "written"]].map(([tone, text]) =>
       el("li", swatch(tone), text)),
     head: ["From", "Requests", "Prompt, cached", "Prompt, read", "Written"],
-    rows: rows.map(row => [timeOf(row), whole(row.requests), ...parts(row).map(([, n]) => whole(n))]).reverse(),
+    rows: rows.filter(row => row.promptTokens + row.completionTokens).map(row => [timeOf(row), whole(row.requests), ...parts(row).map(([, n]) => whole(n))]).reverse(),
     plots() {
       const {svg, x, y} = plane("Tokens over time", width, 236, top, short);
       for (const row of rows) {
@@ -10759,10 +10760,10 @@ function lineChart(title, name, width, height, text) {
 }
 const modelRows = (...names) => Object.entries(figures.model.rows).flatMap(([model, rows]) => rows.map(row => [model, row]))
   .filter(([, row]) => names.some(name => known(row[name].p50))).sort(([, a], [, b]) => a.t < b.t ? 1 : -1);
-const modelLegend = () => Object.keys(figures.model.rows).map(model => el("li.isolate", swatch(toneOf(model)), model));
+const modelLegend = (...names) => different(modelRows(...names).map(([model]) => model)).map(model => el("li.isolate", swatch(toneOf(model)), model));
 function speedChart(width) {
   return {
-    legend: modelLegend(), head: ["Model", "From", "Read, median", "p95", "Written, median", "p95"],
+    legend: modelLegend("reading", "writing"), head: ["Model", "From", "Read, median", "p95", "Written, median", "p95"],
     rows: modelRows("reading", "writing").map(([model, row]) => [model, timeOf(row),
       ...["reading", "writing"].flatMap(name => [rate(row[name].p50), rate(row[name].p95)])]),
     plots: () => [["reading", "Reading, tok/s"], ["writing", "Writing, tok/s"]].flatMap(([name, title]) =>
@@ -10771,7 +10772,7 @@ function speedChart(width) {
 }
 function firstChart(width) {
   return {
-    legend: modelLegend(), head: ["Model", "From", "Median", "p95"],
+    legend: modelLegend("ttftMs"), head: ["Model", "From", "Median", "p95"],
     rows: modelRows("ttftMs").map(([model, row]) => [model, timeOf(row), span(row.ttftMs.p50), span(row.ttftMs.p95)]),
     plots: () => [lineChart("Time to first token", "ttftMs", width, 236, ms => ms ? ms < 1000 ? whole(ms) + " ms" : tenth(ms / 1000, 1) + " s" : "0")],
   };
@@ -10797,9 +10798,9 @@ function paintPeople() {
       refilter({[by === "user" ? "who" : "model"]: name});
       $("requests").scrollIntoView();
     }, "button.plain");
-    return [el("span", swatch(toneOf(name)), " ", filter), bar, ...columns.map(([, show]) => show(t))];
+    return [el("span.name", swatch(toneOf(name)), filter), ...by === "user" ? [bar] : [], ...columns.map(([, show]) => show(t))];
   });
-  figures.people.replaceChildren(rows.length ? table([by === "user" ? "Who" : "Model", "", ...columns.map(([text]) => text)], rows)
+  figures.people.replaceChildren(rows.length ? table([...by === "user" ? ["Who", ""] : ["Model"], ...columns.map(([text]) => text)], rows)
     : el("p.none", "No data yet"));
 }
 
@@ -11226,7 +11227,7 @@ function onKey(event) {
 
 /* The page is seen again, or the network is back. */
 function onReturn() {
-  if (document.hidden || page.signedOut) return;
+  if (document.hidden || page.signedOut || !stream.source) return;
   if (!live()) stream.open();
   wantStatus();
   wantRequests();
