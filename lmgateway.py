@@ -9325,8 +9325,7 @@ def main(argv=None):
 DASHBOARD = rb"""<!doctype html>
 <html lang="en" data-theme="light">
 <head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>lmgateway</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'
 %3E%3Cpath fill='%23F0B429' d='M2 2h4v12H2z'/%3E%3Cpath fill='%235CB8F2' d='M8 6h6v8H8z'/%3E%3C/svg%3E">
@@ -9356,11 +9355,9 @@ DASHBOARD = rb"""<!doctype html>
 }
 /* The page */
 * { box-sizing: border-box; } html { font-size: 87.5%; scroll-padding-top: 6.5rem; }
-body { margin: 0; background: var(--page); color: var(--text);
-  font: 1rem/1.45 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.45 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   font-variant-numeric: tabular-nums; overflow-wrap: break-word; }
-h1, h2, h3, p, dl, dd, ol, ul, figure { margin: 0; padding: 0; } ol, ul { list-style: none; }
-h2 { font-size: 1.15rem; font-weight: 650; } h3 { font-size: 1rem; font-weight: 600; }
+h1, h2, h3, p, dl, dd, ol, ul, figure { margin: 0; padding: 0; } ol, ul { list-style: none; } h2 { font-size: 1.15rem; font-weight: 650; } h3 { font-size: 1rem; font-weight: 600; }
 a { color: var(--decode); }
 code, pre, .mono { font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .muted { color: var(--muted); font-weight: 400; } .small { font-size: .857rem; }
@@ -9621,8 +9618,8 @@ applyTheme(stored("theme", "auto"));
     </div>
   </div>
   <nav aria-label="Panels">
-    <a href="#now">Now</a><a href="#figures" class="view">Figures</a><a href="#requests">Requests</a><a
-      href="#log">Log</a><a href="#server" class="view">Server</a>
+    <a href="#now">Now</a><a href="#figures" class="view">Figures</a><a href="#requests">Requests</a>
+    <a href="#log" class="view">Log</a><a href="#server" class="view">Server</a>
     <div class="range view" id="range" role="group" aria-label="Time range"></div>
   </nav>
 </header>
@@ -9685,7 +9682,7 @@ applyTheme(stored("theme", "auto"));
     <div class="charts" id="charts"></div>
   </section>
 
-  <section id="log" aria-labelledby="log-title">
+  <section id="log" class="view" aria-labelledby="log-title">
     <div class="head"><h2 id="log-title">Event log</h2><p class="muted" id="log-note" role="status"></p></div>
     <div class="toolbar" role="group" aria-label="Filter events">
       <label class="unseen" for="log-filter">Text</label>
@@ -10009,13 +10006,15 @@ const EVENTS = {
   lmstudio_chat_start: ["engine", "queued", data =>
     `LM Studio takes a chat of ${plural(data.messages ?? 0, "message")}${on(data)}`],
   lmstudio_sampling_params: ["engine", "queued", data => "It samples with " + pairs(data)],
-  lmstudio_token_info: ["engine", "queued", data => "The engine has: " + pairs(data)],
+  lmstudio_token_info: ["engine", "queued", data =>
+    `The engine has ${tokens(data.totalPromptTokens)} prompt tokens, ${tokens(data.promptTokensToDecode)} of them to read; context ${tokens(data.n_ctx)}`],
   lmstudio_cache_stats: ["engine", "ok", data =>
     `${tokens(data.reused)} of ${tokens(data.total)} prompt tokens were in the cache (${percent(data.percentage)})${on(data)}`],
   lmstudio_processing_start: ["engine", "prefill", data => "The engine begins to read" + on(data)],
   lmstudio_prompt_progress: ["engine", "prefill", data => `${percent(data.progress)} of a prompt is read${on(data)}`],
   lmstudio_generation_start: ["engine", "decode", data => "The prompt is read, the answer begins" + on(data)],
-  lmstudio_prediction_stats: ["engine", "decode", data => "The engine's figures: " + pairs(data) + on(data)],
+  lmstudio_prediction_stats: ["engine", "decode", data => listed(["The engine: "
+    + tokensSaid({...data, tokenUsage: data}) + on(data), known(data.promptTokensPerSecond) && "read at " + speed(data.promptTokensPerSecond)])],
   lmstudio_chat_end: ["engine", "queued", data => `The chat is over: ${words(data.outcome)}${on(data)}`],
   lmstudio_error: ["error", "error", data => "LM Studio: " + message(data)],
   lmstudio_file_switch: ["link", "queued", data => "The log goes on in " + words(data.newLogFile), () => wantStatus()],
@@ -10480,7 +10479,7 @@ function paintCard(r) {
   const {size, used} = r.context ?? {}, share = 100 * used / size, full = share >= 85;
   put(card.context, known(share) ? `context ${short(used)} of ${short(size)} (${percent(share)})${full ? " \u25b2 nearly full" : ""}` : "");
   card.context.className = share >= 95 ? "error" : full ? "warn" : "muted";
-  put(card.more, r.problem || (ended(r) ? words(r.error ?? r.finishReason).slice(0, 200) : known(leftOf(r)) ? running(elapsedOf(r)) + " so far" : ""));
+  put(card.more, r.problem || (ended(r) ? words(r.error ?? (r.finishReason && "finish: " + r.finishReason)).slice(0, 200) : known(leftOf(r)) ? running(elapsedOf(r)) + " so far" : ""));
   card.stop.hidden = !canStop(r);
 }
 
@@ -11090,7 +11089,8 @@ PANELS.log = () => {
 };
 function logLine(entry) {
   const {name, data} = entry, stamp = String(data.timestamp ?? ""), [kind, tone, sentence] = EVENTS[name];
-  const colour = name === "inference_progress" ? stateOf(data)[2] : {ERROR: "error", WARN: "warn"}[data.level] ?? tone;
+  const colour = name === "inference_progress" ? stateOf(data)[2] : LEFT.includes(data.operation) ? "warn"
+    : {ERROR: "error", WARN: "warn"}[data.level] ?? tone;
   const icon = {prefill: "prefill", decode: "decode", ok: "ok", error: "error", warn: "warn"}[colour];
   const node = name === "gap" ? el("li.cut", `\u2014 ${sentence(data)} \u2014`)
     : el(kind === "raw" ? "li.raw" : "li", el("span.muted", stamp.endsWith("Z") ? clockTime(Date.parse(stamp)) : stamp.slice(11, 19)),
