@@ -3770,7 +3770,7 @@ class Series:
 
     def cells(self, begin):
         """A copy of what ended from the minute of begin (epoch seconds) on: [(minute, names, tally)]."""
-        return [(minute, names, Counter(amounts)) for minute, cells in self._minutes.items()
+        return [(minute, names, dict(amounts)) for minute, cells in self._minutes.items()
                 if minute >= begin // 60 for names, amounts in cells.items()]
 
 
