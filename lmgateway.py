@@ -2588,6 +2588,20 @@ COUNT_S = 1.0  # between two that say how many tokens its answer has: each costs
 STATES = ("waiting", "loading", "queued", "prompt", "generating")  # in the order in which they come
 OUTCOMES = {"finished": "done", "disconnected": "abandoned", "error": "failed", "stopped": "failed",
             "forgotten": "failed"}  # of a chat -> state of its record
+LEFT = ("client_disconnected", "stopped")  # operations that end a request in no failure
+
+
+def was_left(state, operation):
+    """True when the client left or somebody stopped the request: that is no failure."""
+    return state == "abandoned" or operation in LEFT
+
+
+def who(source, user, key, agent, client):
+    """In a word for people, who asked: a person, else a key, else a program, else an address."""
+    if source == "lmstudio":
+        return "not via gateway"
+    program = re.match(r"[A-Za-z][\w.-]*(?:/[A-Za-z][\w.-]*)?", agent or "")
+    return user or key or (program[0][:40] if program else client)
 
 
 class Outcome(NamedTuple):
@@ -2610,6 +2624,7 @@ class Record:
         self.id, self.started, self.clock = request_id, epoch, clock
         self.source = "gateway"
         self.method = self.path = self.target = self.dialect = self.client = self.key = self.agent = None
+        self.user = None  # the person behind the key, once known
         self.model_asked = self.messages = self.fingerprint = None
         self.stream = False
         self.model = None  # what answered, once an answer or the log has named it
@@ -2628,6 +2643,7 @@ class Record:
         self.binding = "none"  # or "likely", "exact"
         self.doubted = False  # two chats had as much right to it
         self.counted = {}  # tokens that the figures have, by kind
+        self.tallied = None  # what the series has of it, as Series.take() gave it
         self._base = None  # (clock, percent) from which the prompt's speed is measured
         self._told = -math.inf  # clock of the last inference_progress
         self.__dict__.update(about)
@@ -2799,9 +2815,9 @@ class Record:
         return f"{self.state}{percent}{left}"
 
     def progress_event(self, now, clock):
-        """inference_progress: its state for listeners."""
+        """inference_progress: the record as it is now."""
         self._told = clock
-        return Event("inference_progress", {"timestamp": now, "requestId": self.id, **self.shown(clock)})
+        return Event("inference_progress", {"timestamp": now, **self.shown(clock)})
 
     def context_used(self):
         """Tokens in the context, None when the prompt's are unknown."""
@@ -2852,6 +2868,7 @@ class Record:
         return {"requestId": self.id, "source": self.source, "method": self.method, "path": self.path,
                 "model": self.model or self.model_asked, "modelAsked": self.model_asked,
                 "stream": self.stream, "client": self.client, "key": self.key, "userAgent": self.agent,
+                "who": who(self.source, self.user, self.key, self.agent, self.client),
                 "state": self.state, "startedAt": utc_text(self.started), "elapsedMs": elapsed,
                 "status": self.status, "totalTimeMs": self.total_ms, "timeToFirstTokenMs": self.first_ms,
                 "tokensPerSecond": self.speed, "promptTokensPerSecond": self.read_speed,
@@ -2962,7 +2979,7 @@ class Requests:
         self._epoch, self._guess = epoch, guess
         self.running = {}  # id -> Record, of both sources, oldest first
         self.finished: deque[Record] = deque(maxlen=keep)
-        self.total = self.errors = 0  # requests that came through us
+        self.total = self.errors = self.abandoned = 0  # requests through us; failed ones; left or stopped ones
         self.bindings: Counter[str] = Counter()  # of requests that are over for good: exact, likely, none
         self.changed = []  # records that changed after their end, until somebody takes them
         self._open = {}  # id -> Record that can still be bound, or learn
@@ -2987,7 +3004,9 @@ class Requests:
         record.end(clock, outcome)
         self.finished.append(record)
         self.changed.append(record)
-        self.errors += record.error is not None
+        left = was_left(record.state, record.operation)
+        self.abandoned += left
+        self.errors += record.error is not None and not left
         if record.model and record.model_asked:
             self._learn_name(record.model_asked, record.model)
         self._verify(record)
@@ -3187,6 +3206,10 @@ class Requests:
             if record.model_asked == model:
                 record.enter("loading", clock)
 
+    def served(self, asked):
+        """The model that has answered to a name, else the name."""
+        return self._names.get(asked, asked)
+
     def _learn_name(self, asked, served):
         if asked in self._names or len(self._names) < NAMES_KEPT:
             self._names[asked] = served
@@ -3326,6 +3349,9 @@ METRICS = (
            "From a request's last byte to its first byte to LM Studio", OVERHEAD_S),
     Metric("lmstudio_gateway_requests_in_flight", "gauge", ("model",), "Requests that are running"),
     Metric("lmstudio_gateway_requests_queued", "gauge", ("model",), "Those that wait in LM Studio's queue"),
+    Metric("lmstudio_gateway_errors_total", "counter", (), "Requests that failed"),
+    Metric("lmstudio_gateway_abandoned_total", "counter", (),
+           "Clients that left, and requests that were stopped"),
     Metric("lmstudio_gateway_client_disconnects_total", "counter", ("phase",),
            "Clients that left: queued, prefill, decode"),
     Metric("lmstudio_gateway_rejected_total", "counter", ("reason",), "Requests turned away here"),
@@ -3409,7 +3435,7 @@ class Figures:
         if record.operation == "client_disconnected":
             self.add("lmstudio_gateway_client_disconnects_total",
                      PHASES[max(record.entered, key=STATES.index)])
-        elif record.error is not None:
+        elif record.error is not None and not was_left(record.state, record.operation):
             kind = UPSTREAM_KINDS.get(record.operation) or (
                 "error_in_200" if record.status == 200 else "bad_status")
             self.add("lmstudio_gateway_upstream_errors_total", kind)
@@ -3443,6 +3469,8 @@ class Figures:
             if record.state == "prompt" and record.percent is not None:
                 prompts[(*labels, record.chat.slot or "")] = round(record.percent / 100, 4)
         return {"lmstudio_gateway_requests_in_flight": flight, "lmstudio_gateway_requests_queued": queued,
+                "lmstudio_gateway_errors_total": {(): requests.errors},
+                "lmstudio_gateway_abandoned_total": {(): requests.abandoned},
                 "lmstudio_prompt_progress_ratio": prompts,
                 "lmstudio_gateway_correlated_total": {(name,): n for name, n in requests.bound().items()}}
 
@@ -3530,12 +3558,13 @@ def rank(values, share):
     return values[max(0, math.ceil(share * len(values)) - 1)] if values else None
 
 
-def performance(records, total, errors, tokens):
+def performance(records, requests, tokens):
     """`performance` of /debug/metrics: totals since the start, times (ms) over the requests that are kept."""
+    total, errors = requests.total, requests.errors
     times = sorted(record.total_ms for record in records)
     firsts = sorted(record.first_ms for record in records if record.first_ms is not None)
-    return {"totalRequests": total, "totalErrors": errors, "errorRate": round(errors / total, 4) if total
-            else 0,
+    return {"totalRequests": total, "totalErrors": errors, "totalAbandoned": requests.abandoned,
+            "errorRate": round(errors / total, 4) if total else 0,
             "keptRequests": len(times), "avgResponseTimeMs": mean(times), "minResponseTimeMs": rank(times, 0),
             "maxResponseTimeMs": rank(times, 1), "medianResponseTimeMs": rank(times, 0.5),
             "p95ResponseTimeMs": rank(times, 0.95), "p99ResponseTimeMs": rank(times, 0.99),
@@ -3549,7 +3578,145 @@ def mean(values):
     return round(sum(values) / len(values), 2) if values else None
 
 
-# --- 3.10 wire formats of events ----------------------------------------------
+# --- 3.10 series: figures by minute ------------------------------------------
+
+DAY_MINUTES = 24 * 60
+MOST_MINUTES = 7 * DAY_MINUTES  # that one can ask for
+CELLS = 20_000  # (minute, model, key, who) that are kept apart; beyond them the oldest minutes lose names
+BUCKET = 1.1  # a histogram's buckets are so much wider each: a percentile of it is right to 5 %
+BY = ("", "model", "key", "user")  # what rows can be told apart by
+STEPS = (60, 300, 3600)  # seconds of a row
+MOST_ROWS = 360
+MOST_NAMES = 50  # in one answer; the others are "other"
+
+
+def tally(row):
+    """What one request, a row of the history, adds to its minute: {figure, or (figure, bucket): amount}."""
+    prompt, cached = row["prompt_tokens"] or 0, row["cached_tokens"] or 0
+    written = row["completion_tokens"] or 0
+    fresh, read_ms, write_ms = max(0, prompt - cached), row["prompt_ms"] or 0, row["generation_ms"] or 0
+    left = was_left(row["outcome"], row["operation"])
+    found = Counter(requests=1, abandoned=int(left), errors=int(row["outcome"] != "done" and not left),
+                    promptTokens=prompt, cachedTokens=cached, completionTokens=written,
+                    gpuMs=read_ms + write_ms)
+    speeds = {}
+    if fresh and read_ms:
+        found.update(readTokens=fresh, readMs=read_ms)
+        speeds["reading"] = 1000 * fresh / read_ms
+    if written and write_ms:
+        found.update(writtenTokens=written, writtenMs=write_ms)
+        speeds["writing"] = 1000 * written / write_ms
+    for name, value in {"ttftMs": row["first_ms"], "queuedMs": row.get("queued_ms"), **speeds}.items():
+        if value is not None:
+            found[name, math.floor(math.log(max(value, 0.01), BUCKET))] = 1
+    return found
+
+
+def percentile(amounts, name, share):
+    """Of a histogram in a tally, by the nearest rank; None of nothing."""
+    buckets = sorted((key[1], n) for key, n in amounts.items() if key[0] == name and n > 0)
+    wanted = math.ceil(share * sum(n for _, n in buckets))
+    for (bucket, _), so_far in zip(buckets, itertools.accumulate(n for _, n in buckets)):
+        if so_far >= wanted:
+            return round(BUCKET ** (bucket + 0.5), 2)
+    return None
+
+
+def series_row(amounts):
+    """Sums of tallies as /debug/series shows them; None is what no request told."""
+    def speed(tokens, ms):
+        return round(1000 * amounts[tokens] / amounts[ms], 1) if amounts[ms] > 0 else None
+
+    both = {name: {"p50": percentile(amounts, name, 0.5), "p95": percentile(amounts, name, 0.95)}
+            for name in ("ttftMs", "reading", "writing", "queuedMs")}
+    return {**{name: round(amounts[name]) for name in ("requests", "errors", "abandoned", "promptTokens",
+                                                       "cachedTokens", "completionTokens", "gpuMs")},
+            "promptTokensPerSecond": speed("readTokens", "readMs"),
+            "tokensPerSecond": speed("writtenTokens", "writtenMs"), **both}
+
+
+class Series:
+    """Tallies of the requests that ended, by minute, for a day, told apart by model, key and who asked.
+
+    Pure; Hub's lock guards it."""
+
+    def __init__(self, since, kept=DAY_MINUTES):
+        self.since, self._kept = since, kept  # epoch seconds, from then on it holds every request; minutes
+        self._minutes: dict[int, dict[tuple, Counter]] = {}
+        self._size = 0  # cells in all
+        self.used: dict[str, float] = {}  # model -> when it last answered, epoch seconds
+
+    def take(self, row, before=None):
+        """Add a request that is over.  before: what this gave for the same one earlier, which is taken back:
+        the log can tell more of a request after its end."""
+        ended = row["started"] + (row["total_ms"] or 0) / 1000
+        model = row["model"] or row["model_asked"] or "unknown"
+        beside = row["source"] == "lmstudio"
+        key = row["key"] or ("not via gateway" if beside else "no key")
+        person = who(row["source"], row.get("user"), row["key"], row.get("agent"), row["client"]) or "unknown"
+        minute, names, amounts = int(ended // 60), ("", model, key, person), tally(row)
+        if before and before[0] in self._minutes:
+            self._cell(*before[:2]).subtract(before[2])
+        self._cell(minute, names).update(amounts)
+        if len(self.used) < NAMES_KEPT or model in self.used:
+            self.used[model] = max(ended, self.used.get(model, 0))
+        return minute, names, amounts
+
+    def _cell(self, minute, names):
+        if minute not in self._minutes:
+            self._minutes[minute] = {}
+            self.since = max(self.since, 60 * (minute - self._kept + 1))
+            for old in [one for one in self._minutes if one <= minute - self._kept]:
+                self._size -= len(self._minutes.pop(old))
+        cells = self._minutes[minute]
+        if names not in cells:
+            cells[names] = Counter()
+            self._size += 1
+            if self._size > CELLS:
+                self._fold()
+                return self._cell(minute, names if names in cells else next(iter(cells)))
+        return cells[names]
+
+    def _fold(self):
+        """Make one cell of the oldest minute that has several."""
+        cells = next(self._minutes[one] for one in sorted(self._minutes) if len(self._minutes[one]) > 1)
+        whole = Counter()
+        for amounts in cells.values():
+            whole.update(amounts)
+        self._size -= len(cells) - 1
+        cells.clear()
+        cells["", "other", "other", "other"] = whole
+
+    def cells(self, begin):
+        """A copy of what ended from the minute of begin (epoch seconds) on: [(minute, names, tally)]."""
+        return [(minute, names, dict(amounts)) for minute, cells in self._minutes.items()
+                if minute >= begin // 60 for names, amounts in cells.items()]
+
+
+def series_step(minutes):
+    """Seconds of a row: the smallest that gives at most MOST_ROWS."""
+    return next(step for step in STEPS if minutes * 60 <= step * MOST_ROWS)
+
+
+def series_rows(cells, step, by):
+    """`rows` and `total` of /debug/series: of all, or with by ("model", "key", "user") of each name."""
+    place, sums, totals = BY.index(by), {}, {}
+    for minute, names, amounts in cells:
+        name = names[place]
+        totals.setdefault(name, Counter()).update(amounts)
+        sums.setdefault(name, {}).setdefault(60 * minute // step * step, Counter()).update(amounts)
+    for name in sorted(totals, key=lambda name: -totals[name]["requests"])[MOST_NAMES:]:
+        totals.setdefault("other", Counter()).update(totals.pop(name))
+        for t, amounts in sums.pop(name).items():
+            sums.setdefault("other", {}).setdefault(t, Counter()).update(amounts)
+    rows = {name: [{"t": utc_text(t), **series_row(found[t])} for t in sorted(found) if found[t]["requests"]]
+            [-MOST_ROWS:] for name, found in sums.items()}
+    total = {name: series_row(amounts) for name, amounts in totals.items()}
+    return {"rows": rows, "total": total} if by else {
+        "rows": rows.get("", []), "total": total.get("") or series_row(Counter())}
+
+
+# --- 3.11 wire formats of events ----------------------------------------------
 
 JSON = json.JSONEncoder(ensure_ascii=False)
 # JSONEncoder makes an encoder in C for each call, which takes as long as the encoding.  This is made once.
@@ -3583,6 +3750,9 @@ def json_line(event_id, event):
 
 # === 4. HUB: the shared state ================================================
 
+# How the log begins to tell of a model that is loaded or unloaded (10-2025 to 09-2026).
+LOADS = re.compile(r"(?:\[[^]\n]*\])*:? ?(?:Requested model .* is not loaded|(?:Unl|L)oading model\b"
+                   r"|Model (?:un)?loaded\b|load_model: load|\w+::load called)")
 
 class Listener:
     """One client's place in the ring."""
@@ -3621,6 +3791,8 @@ class Hub:
         self.dropped = 0  # events that slow listeners lost
         self._requests = Requests(self.epoch, kept)
         self._figures = Figures()
+        self._series = Series(now())
+        self.loads = 0  # lines of the log that tell of a model that is loaded or unloaded
         self._ids = itertools.count(1)
 
     @property
@@ -3729,6 +3901,7 @@ class Hub:
             told = self._requests.see(events, clock)
             for event in events:
                 self._figures.count_event(event)
+                self.loads += event.name == "lmstudio_log" and bool(LOADS.match(event.data["message"]))
             rows = self._changed_rows()
         self.publish(events)
         for record in told:
@@ -3740,10 +3913,14 @@ class Hub:
 
     def _changed_rows(self):  # lock held
         changed, self._requests.changed = self._requests.changed, []
-        for record in changed:
+        rows = {record.id: history_row(record) for record in changed}
+        for record in {record.id: record for record in changed}.values():
             if record.source == "gateway":
                 self._figures.count_tokens(record)
-        return {record.id: history_row(record) for record in changed} if self._keep else {}
+            about = {**dict(zip(HISTORY_NAMES, rows[record.id])), "agent": record.agent, "user": record.user,
+                     "queued_ms": record.queued_ms()}
+            record.tallied = self._series.take(about, record.tallied)
+        return rows if self._keep else {}
 
     def _give(self, rows):
         if rows:
@@ -3778,16 +3955,34 @@ class Hub:
             return {**record.shown(self._clock()), "sampling": record.sampling, "timeline": timeline}
 
     def totals(self):
-        """Any thread.  (requests through us, those of them that ended in error, bindings so far)."""
+        """Any thread.  Requests through us, those of them that failed or were left, and bindings so far."""
         with self._lock:
-            return self._requests.total, self._requests.errors, self._requests.bound()
+            found = self._requests
+            return {"totalRequests": found.total, "totalErrors": found.errors,
+                    "totalAbandoned": found.abandoned, "bindings": found.bound()}
+
+    def series(self, begin):
+        """Any thread.  (since when it knows every request, the cells of those that ended from begin on)."""
+        with self._lock:
+            return self._series.since, self._series.cells(begin)
+
+    def models(self):
+        """Any thread.  {model: (running, waiting, when it last answered or None, its state is loading)}."""
+        with self._lock:
+            found = {name: [0, 0, used, False] for name, used in self._series.used.items()}
+            for record in self._requests.running.values():
+                model = record.model or self._requests.served(record.model_asked)
+                row = found.setdefault(model, [0, 0, None, False])
+                row[record.state == "queued"] += 1
+                row[2], row[3] = self._now(), record.state == "loading"
+            return found
 
     def performance(self):
         """Any thread.  `performance` of /debug/metrics."""
         with self._lock:
             ours = [record for record in self._requests.finished if record.source == "gateway"]
             tokens = self._figures.tokens()
-            return performance(ours, self._requests.total, self._requests.errors, tokens)
+            return performance(ours, self._requests, tokens)
 
     def exposition(self, gauges):
         """Any thread.  All figures as Prometheus text; gauges are those that others know."""
@@ -3899,13 +4094,15 @@ HISTORY = (  # column, type, what it holds; no prompt and no answer
     ("generation_ms", "REAL", lambda record: record.generation_ms()),
     ("binding", "TEXT", lambda record: record.binding),
 )
+HISTORY_NAMES = next(zip(*HISTORY))
 GROUPS = {  # what usage can be summed by
     "key": "COALESCE(key, CASE source WHEN 'lmstudio' THEN 'not via gateway' ELSE 'no key' END)",
     "model": "COALESCE(model, model_asked, 'unknown')",
     "day": "date(started, 'unixepoch', 'localtime')",
 }
+LEFT_SQL = f"(outcome = 'abandoned' OR COALESCE(operation, '') IN {LEFT})"  # as was_left() has it
 SUMS = (  # name in the answer, SQL
-    ("requests", "COUNT(*)"), ("errors", "SUM(outcome <> 'done')"),
+    ("requests", "COUNT(*)"), ("errors", f"SUM(outcome <> 'done' AND NOT {LEFT_SQL})"),
     ("promptTokens", "COALESCE(SUM(prompt_tokens), 0)"), ("cachedTokens", "COALESCE(SUM(cached_tokens), 0)"),
     ("completionTokens", "COALESCE(SUM(completion_tokens), 0)"),
     ("promptSeconds", "ROUND(COALESCE(SUM(prompt_ms), 0) / 1000, 1)"),
@@ -3913,7 +4110,8 @@ SUMS = (  # name in the answer, SQL
     ("promptTokensPerSecond",
      "ROUND(1000 * SUM(fresh_tokens) / SUM(CASE WHEN fresh_tokens > 0 THEN prompt_ms END), 1)"),
     ("tokensPerSecond",
-     "ROUND(1000 * SUM(timed_tokens) / SUM(CASE WHEN timed_tokens > 0 THEN generation_ms END), 1)"))
+     "ROUND(1000 * SUM(timed_tokens) / SUM(CASE WHEN timed_tokens > 0 THEN generation_ms END), 1)"),
+    ("abandoned", f"SUM({LEFT_SQL})"))
 TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cached_tokens, 0) END AS "
          "fresh_tokens, CASE WHEN generation_ms > 0 THEN completion_tokens END AS timed_tokens "
          "FROM requests)")
@@ -3998,6 +4196,17 @@ class History:
         """Sums by key, model or day.  Raises HistoryError."""
         with contextlib.closing(open_history(self.path)) as connection, history_errors():
             return usage_rows(connection, [group], since)
+
+    def ended(self, begin, end):
+        """Series of the requests that ended from begin until end (epoch seconds).  Raises HistoryError."""
+        found = Series(begin, MOST_MINUTES + STEPS[-1])
+        with contextlib.closing(open_history(self.path)) as connection, history_errors():
+            for row in connection.execute(
+                    f"SELECT {', '.join(HISTORY_NAMES)} FROM requests WHERE started >= ? "
+                    "AND started + COALESCE(total_ms, 0) / 1000 BETWEEN ? AND ?",
+                    (begin - 86400, begin, end - 1e-3)):
+                found.take(dict(zip(HISTORY_NAMES, row)))
+        return found.cells(begin)
 
     def _run(self):
         """Body of the history thread."""
@@ -4588,6 +4797,7 @@ CONNECT_S = 10.0
 QUESTION_S = 3.0  # for a question of our own, all in all: reading a prompt on the CPU makes LM Studio slow
 GREETING_S = 0.3  # `lms` waits 500 ms in all
 ANSWER_HEAD_LIMIT = 256 * 1024  # bytes, with all that is said before it
+MODELS_S = 60.0  # each question stands in the user's log
 SMALL_BODY = 64 * 1024  # travels in one packet with its head
 SLICE = 1024 * 1024     # of a large body, which has the timeout for itself
 KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # s; probes
@@ -4962,15 +5172,17 @@ class Remembered:
     def __init__(self, ask, limit_s, silent):
         self._ask, self._limit_s, self._silent = ask, limit_s, silent
         self._lock = threading.Lock()  # guards the two below
-        self._known = (-math.inf, silent)   # clock, answer
+        self._known, self._version = (-math.inf, silent), 0   # (clock, answer), what it was asked for
         self._asking: Any = None    # (clock, Event that is set in the end) of the question under way
 
-    def value(self, max_age_s, wait_s):
-        """Any thread.  An answer not older than max_age_s; the one before if none comes within wait_s."""
+    def value(self, max_age_s, wait_s, version=0):
+        """Any thread.  An answer for this version, not older than max_age_s; the one before if none comes within
+        wait_s."""
         with self._lock:
             now, (since, answer) = time.monotonic(), self._known
-            if now - since < max_age_s:
+            if now - since < max_age_s and version == self._version:
                 return answer
+            self._version = version
             if self._asking and now - self._asking[0] > self._limit_s:
                 self._known, self._asking = (-math.inf, self._silent), None
             asking, mine = self._asking, self._asking is None
@@ -5014,7 +5226,9 @@ class Upstream:
         self._idle = IdleConnections()
         self._silent = f"LM Studio at {base} does not answer. Look at its log"
         self._health = Remembered(self._ask_health, QUESTION_S + 1.0, self._silent)
-        self._models = Remembered(self._ask_models, QUESTION_S + 1.0, None)
+        self._listed: Any = (None, 0.0)     # the latest rows that LM Studio told, and when
+        self._models = Remembered(self._ask_models, QUESTION_S + 1.0, self._listed)
+        self._listings = ("/api/v1/models", "/api/v0/models")  # since 0.4.0, since 0.3.6; or the one that is
 
     def open(self, call):
         """The Answer, its body unread.  Raises OSError, HTTPException, HttpError.
@@ -5078,10 +5292,13 @@ class Upstream:
         if a new one takes longer than wait_s."""
         return self._health.value(max_age_s, wait_s)
 
-    def loaded_models(self, max_age_s=60.0):
-        """[(name, type, context length or None)] of the models that are loaded; None when LM Studio does not
-        tell.  Remembered for max_age_s."""
-        return self._models.value(max_age_s, QUESTION_S + 1.0)
+    def models(self, loads=0):
+        """(ModelRow of each model that LM Studio lists, or None if it never told; epoch seconds of that).
+
+        Remembered for MODELS_S while loads, a count of what the log told of loading, stays the same."""
+        if not self.health(10.0, GREETING_S):
+            self._models.value(MODELS_S if self._listed[0] is not None else 3.0, QUESTION_S + 1.0, loads)
+        return self._listed
 
     def _ask_health(self):
         """Any answer but a server's failure counts: not every LM Studio may greet without its token."""
@@ -5096,10 +5313,13 @@ class Upstream:
         return "" if answer.status < 500 else f"{self.base} answers {answer.status} {answer.reason}"
 
     def _ask_models(self):
-        try:
-            return loaded_rows(json_object(self._get("/api/v0/models", 4 * 1024 * 1024)[1]) or {})
-        except (GatewayError, *BROKEN):
-            return None
+        for path in self._listings:
+            with contextlib.suppress(GatewayError, *BROKEN):
+                rows = model_rows(json_object(self._get(path, 4 * 1024 * 1024)[1]) or {})
+                if rows is not None:
+                    self._listings, self._listed = (path,), (rows, time.time())
+                    break
+        return self._listed
 
     def _get(self, path, limit):
         """(Answer, its body up to limit bytes) of a question of our own, within QUESTION_S.  Raises OSError,
@@ -5115,13 +5335,58 @@ class Upstream:
             self.done(call, answer)
 
 
-def loaded_rows(body):
-    """The loaded models in an answer of /api/v0/models (LM Studio since 0.3.6); None if it is no
-    such answer."""
-    if not isinstance(body.get("data"), list):
-        return None
-    return [(str(model.get("id")), str(model.get("type")), count(model, "loaded_context_length"))
-            for model in listed(body["data"]) if model.get("state") == "loaded"]
+MODEL_STATES = ("loaded", "loading", "not-loaded")
+
+
+class ModelRow(NamedTuple):
+    """A model as /debug/models shows it, and the names under which it answers."""
+
+    shown: dict
+    names: frozenset
+
+    @property
+    def loaded(self):
+        return self.shown["state"] == "loaded"
+
+
+def model_rows(body):
+    """The ModelRows in an answer of /api/v1/models or /api/v0/models; None where it is no such answer."""
+    if isinstance(body.get("models"), list):
+        return [row for row in map(model_of_v1, listed(body["models"])) if row.shown["id"]]
+    if isinstance(body.get("data"), list):
+        return [row for row in map(model_of_v0, listed(body["data"])) if row.shown["id"]]
+    return None
+
+
+def model_of_v1(model):
+    instances = listed(model.get("loaded_instances"))
+    config = instances[0].get("config") if instances else None
+    kind = model.get("quantization")
+    return model_row(model, model.get("key"), "loaded" if instances else "not-loaded",
+                     kind.get("name") if isinstance(kind, dict) else kind,
+                     (count(config if isinstance(config, dict) else {}, "context_length"),
+                      *(text_of(instance.get("id")) for instance in instances)))
+
+
+def model_of_v0(model):
+    state = text_of(model.get("state"))
+    return model_row(model, model.get("id"), state if state in MODEL_STATES else "not-loaded",
+                     model.get("quantization"), (count(model, "loaded_context_length"),))
+
+
+def model_row(model, name, state, quantization, loaded):
+    """loaded: the context length and the names of the loaded instances."""
+    context, *instances = loaded
+    shown = {"id": text_of(name), "state": state, **figures(
+        type=text_of(model.get("type")), quantization=text_of(quantization),
+        contextLength=context if state == "loaded" else None,
+        maxContextLength=count(model, "max_context_length"), sizeBytes=count(model, "size_bytes"))}
+    return ModelRow(shown, frozenset([shown["id"], *instances]) - {None})
+
+
+def text_of(value):
+    """A name in LM Studio's answer; None for what is none."""
+    return value[:LONGEST_NAME] if isinstance(value, str) and value else None
 
 
 def error_text(error):
@@ -5960,6 +6225,7 @@ class Gateway:
         self.lan_urls = []
         self.volume = LogVolume(monitor.follower.directory, config.log_dir_warn) if monitor else None
         self.inferences: dict[str, Forward] = {}    # by requestId, while they run; each step is atomic
+        self.demo = False  # LM Studio is the imitation
         self.stopping = False  # the end has come: connections are not kept
         self.cutting_off = False    # running requests are cut: they had their time
 
@@ -6377,17 +6643,15 @@ def status_page(gateway, request):
     """The requests of this moment, and how far the monitor has read."""
     hub = gateway.hub
     running, over, model = hub.overview(STATUS_REQUESTS)
-    total, errors, bindings = hub.totals()
     reason = gateway.upstream.health(10.0, GREETING_S)
     return json_response({"status": "degraded" if reason else "ok", "version": VERSION,
                           "timestamp": hub.now(), "uptime": gateway.uptime,
                           "currentOperation": operation_of(running), "activeModel": model,
                           "recentRequests": over, "running": running,
-                          "totalRequests": total, "totalErrors": errors,
-                          "bindings": bindings,
+                          **hub.totals(),
                           "gateway": {"address": gateway.address, "upstream": gateway.upstream.base,
                                       "lanUrls": gateway.lan_urls, "keyNeeded": gateway.access.need_key,
-                                      "history": gateway.history is not None},
+                                      "history": gateway.history is not None, "demo": gateway.demo},
                           "lmstudio": {"up": not reason, "reason": reason or None},
                           "log": {**log_status(gateway.monitor),
                                   **(gateway.volume.facts() if gateway.volume else {})},
@@ -6432,6 +6696,47 @@ def request_detail(gateway, request):
     return json_response(found)
 
 
+def series_page(gateway, request):
+    """Figures by minute: from memory for what this start has seen of the last day, else from the history."""
+    minutes, by = request.query.get("minutes", "60"), request.query.get("by", "")
+    if not re.fullmatch("[0-9]{1,5}", minutes) or not 1 <= int(minutes) <= MOST_MINUTES:
+        raise HttpError(400, "minutes_unknown", f"minutes={minutes[:50]}: use 1 to {MOST_MINUTES}")
+    if "by" in request.query and by not in BY[1:]:
+        raise HttpError(400, "by_unknown", f"by={by[:50]}: use one of {', '.join(BY[1:])}")
+    step, now = series_step(int(minutes)), time.time()
+    begin = now - 60 * int(minutes)
+    first = begin // step * step
+    since, cells = gateway.hub.series(first)
+    if gateway.history is not None and since > first:
+        try:
+            cells += gateway.history.ended(first, since)
+        except HistoryError as error:
+            raise HttpError(503, "history_unreadable", str(error)) from None
+    return json_response({"from": utc_text(begin), "to": utc_text(now), "step": step,
+                          **({"by": by} if by else {}), **series_rows(cells, step, by)})
+
+
+def models_page(gateway, request):
+    """LM Studio's models, the loaded ones first, with what runs and waits here."""
+    rows, as_of = gateway.upstream.models(gateway.hub.loads)
+    if rows is None:
+        raise HttpError(502, "upstream_unreachable", gateway.upstream.health(10.0, GREETING_S) or
+                        "LM Studio does not list its models: it is older than 0.3.6 or wants UPSTREAM_TOKEN")
+    ours = gateway.hub.models()
+    models = [{**row.shown, **doings([ours[name] for name in row.names if name in ours], row.shown["state"])}
+              for row in rows]
+    return json_response({"models": sorted(models, key=lambda model: MODEL_STATES.index(model["state"])),
+                          "asOf": utc_text(as_of)})
+
+
+def doings(ours, state):
+    """What Hub.models() has of one model, under all of its names."""
+    used = max((used for _, _, used, _ in ours if used), default=None)
+    return {"state": "loading" if state != "loaded" and any(loading for *_, loading in ours) else state,
+            "running": sum(row[0] for row in ours), "waiting": sum(row[1] for row in ours),
+            "lastUsed": used and utc_text(used)}
+
+
 def metrics_json(gateway, request):
     """Figures for people and scripts; those of /metrics agree with them."""
     return json_response({"timestamp": gateway.hub.now(), "performance": gateway.hub.performance(),
@@ -6473,7 +6778,7 @@ def gauges_of(gateway):
     """{metric: {labels: value}} of states, and of figures that are counted elsewhere."""
     hub, monitor = gateway.hub, gateway.monitor
     up = not gateway.upstream.health(10.0, GREETING_S)
-    models = gateway.upstream.loaded_models() if up else None
+    models = gateway.upstream.models(hub.loads)[0] if up else None
     gauges = {"lmstudio_up": {(): int(up)}, "lmstudio_gateway_sse_clients": {(): hub.listeners},
               "lmstudio_gateway_sse_events_total": by_name(hub.counts),
               "lmstudio_gateway_sse_dropped_total": {("slow",): hub.dropped},
@@ -6481,10 +6786,11 @@ def gauges_of(gateway):
               "lmstudio_gateway_build_info": {(VERSION, platform.python_version()): 1},
               "process_start_time_seconds": {(): round(gateway.started, 3)}}
     if models is not None:
-        gauges["lmstudio_loaded_models"] = {(): len(models)}
-        gauges["lmstudio_model_loaded"] = {(name, kind): 1 for name, kind, _ in models}
+        loaded = {(row.shown["id"], row.shown.get("type", "")): row.shown for row in models if row.loaded}
+        gauges["lmstudio_loaded_models"] = {(): len(loaded)}
+        gauges["lmstudio_model_loaded"] = dict.fromkeys(loaded, 1)
         gauges["lmstudio_model_context_length_tokens"] = {
-            (name, kind): context for name, kind, context in models if context}
+            labels: shown["contextLength"] for labels, shown in loaded.items() if "contextLength" in shown}
     volume = gateway.volume.facts() if gateway.volume else {}
     for name, fact in (("lmstudio_log_directory_bytes", "directoryBytes"),
                        ("lmstudio_log_filesystem_free_bytes", "freeBytes")):
@@ -6579,6 +6885,8 @@ ROUTES = (
     Route("GET", "/debug/status", status_page, "view", "what is going on, and how the log monitor does"),
     Route("GET", "/debug/requests", requests_list, "view", "the latest requests, newest first"),
     Route("GET", "/debug/requests/*", request_detail, "view", "one request with its timeline"),
+    Route("GET", "/debug/series", series_page, "view", "figures by minute: ?minutes=60, ?by=model, key or user"),
+    Route("GET", "/debug/models", models_page, "view", "LM Studio's models: state, context, running, waiting"),
     Route("GET", "/debug/metrics", metrics_json, "view", "figures as JSON: performance and system"),
     Route("GET", "/debug/usage", usage_page, "view", "what was used, by key, model or day (with --history)"),
     Route("GET", "/metrics", prometheus, "view", "figures for Prometheus"),
@@ -8261,6 +8569,7 @@ def serve(args, config):
         upstream = Upstream(config.upstream, config.upstream_token)
         monitor = open_monitor(config)
         gateway = Gateway(config, hub, upstream, monitor, history)
+        gateway.demo = bool(args.demo)
         server = gateway.server = open_server(gateway, context)
         if monitor:     # only now: a port in use is said in one line
             start_thread(run_monitor, monitor, hub, stop, name="tail")
@@ -9088,374 +9397,254 @@ def main(argv=None):
 DASHBOARD = rb"""<!doctype html>
 <html lang="en" data-theme="light">
 <head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>lmgateway</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'
 %3E%3Cpath fill='%23F0B429' d='M2 2h4v12H2z'/%3E%3Cpath fill='%235CB8F2' d='M8 6h6v8H8z'/%3E%3C/svg%3E">
 <style>
-/* Colours.  Amber is the prompt being read, blue the answer being written; a test computes the contrast. */
+/* Colours.  Amber is the prompt being read, blue the answer being written, green what was cached; a test
+   computes the contrast. */
 :root {
   color-scheme: light;
-  --page: #F6F7F9; --panel: #FFFFFF; --line: #DDE1E7; --track: #E6E9EE;
+  --page: #F6F7F9; --panel: #FFFFFF; --line: #DDE1E7; --track: #E2E6EC;
   --text: #1A1F26; --muted: #5A6472; --queued: #6B7280; --prefill: #9A6200; --decode: #0067A8;
   --cached: #00775A; --ok: #1B7F3B; --warn: #8A5A00; --error: #B3261E; --focus: #0B57D0;
   --fill-prefill: #CE7C00; --fill-decode: #2F8FD0; --fill-cached: #23987A;
-  --model-0: #5B5BD6; --model-1: #A0448F; --model-2: #00778A; --model-3: #A5541B; --model-4: #5C7A12;
-  --model-5: #6B7280;
+  --tone-0: #5B5BD6; --tone-1: #A0448F; --tone-2: #00778A; --tone-3: #A5541B; --tone-4: #5C7A12;
+  --tone-5: #6B7280;
 }
 :root[data-theme="dark"] {
   color-scheme: dark;
-  --page: #0F1216; --panel: #171B21; --line: #2A313B; --track: #262D36;
+  --page: #0F1216; --panel: #171B21; --line: #2A313B; --track: #2A323C;
   --text: #E6E9EE; --muted: #9AA5B4; --queued: #8B95A5; --prefill: #F0B429; --decode: #5CB8F2;
   --cached: #3CCB9B; --ok: #5FD38A; --warn: #F5C451; --error: #FF8A80; --focus: #8AB4F8;
   --fill-prefill: #F0B429; --fill-decode: #5CB8F2; --fill-cached: #3CCB9B;
-  --model-0: #9C9CF5; --model-1: #E08FD0; --model-2: #4FC3D9; --model-3: #E8A06A; --model-4: #B2CC5F;
-  --model-5: #9AA5B4;
+  --tone-0: #9C9CF5; --tone-1: #E08FD0; --tone-2: #4FC3D9; --tone-3: #E8A06A; --tone-4: #B2CC5F;
+  --tone-5: #9AA5B4;
 }
 @media (prefers-contrast: more) {
   :root, :root[data-theme="dark"] { --line: var(--muted); --muted: var(--text); }
 }
-
 /* The page */
-* { box-sizing: border-box; }
-html { font-size: 87.5%; scroll-padding-top: 4.5rem; }
-body { margin: 0; background: var(--page); color: var(--text);
-  font: 1rem/1.45 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+* { box-sizing: border-box; } html { font-size: 87.5%; scroll-padding-top: 6.5rem; }
+body { margin: 0; background: var(--page); color: var(--text); font: 1rem/1.45 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   font-variant-numeric: tabular-nums; overflow-wrap: break-word; }
-h1, h2, h3, p, dl, dd, ol, ul, figure { margin: 0; padding: 0; }
-ol, ul { list-style: none; }
-h2, h3 { font-size: 1rem; font-weight: 600; }
+h1, h2, h3, p, dl, dd, ol, ul, figure { margin: 0; padding: 0; } ol, ul { list-style: none; } h2 { font-size: 1.15rem; font-weight: 650; } h3 { font-size: 1rem; font-weight: 600; }
 a { color: var(--decode); }
-code, pre, .mono {
-  font-family: ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  font-size: .857rem; }
-.muted { color: var(--muted); }
-.small { font-size: .857rem; }
-.isolate { unicode-bidi: isolate; }
-[hidden] { display: none !important; }
+code, pre, .mono { font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.muted { color: var(--muted); font-weight: 400; } .small { font-size: .857rem; }
+.isolate { unicode-bidi: isolate; } .strong { font-weight: 600; } [hidden], .own { display: none !important; }
 .unseen { position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden;
   clip-path: inset(50%); white-space: nowrap; }
 .skip { position: absolute; left: -99rem; }
 .skip:focus { left: 1rem; top: .5rem; z-index: 9; padding: .5rem 1rem; background: var(--panel); }
 :focus-visible { outline: 2px solid var(--focus); outline-offset: 2px; border-radius: 3px; }
 svg.mark { width: .95em; height: .95em; flex: none; fill: currentColor; vertical-align: -.1em; }
-.ok { color: var(--ok); }
-.warn { color: var(--warn); }
-.error { color: var(--error); }
-.queued { color: var(--queued); }
-.prefill { color: var(--prefill); }
-.decode { color: var(--decode); }
-.cached { color: var(--cached); }
-button, select, input { font: inherit; color: inherit; }
-button, select, input[type="search"], input[type="password"] { min-height: 2rem; padding: .2rem .65rem;
+.ok { color: var(--ok); } .warn { color: var(--warn); } .error { color: var(--error); }
+.queued { color: var(--queued); } .prefill { color: var(--prefill); } .decode { color: var(--decode); }
+.cached { color: var(--cached); } button, select, input { font: inherit; color: inherit; }
+button, select, input[type="search"], input[type="password"] { min-height: 2rem; padding: .15rem .65rem;
   background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
-button { cursor: pointer; }
-button:hover, select:hover { border-color: var(--muted); }
+button { cursor: pointer; } button:hover, select:hover { border-color: var(--muted); }
 button[aria-pressed="true"] { border-color: var(--text); box-shadow: inset 0 0 0 1px var(--text); }
-button.plain { min-height: 0; padding: 0; border: 0; background: none; color: inherit;
-  text-align: inherit; }
+button.plain { min-height: 0; padding: 0; border: 0; background: none; color: inherit; text-align: inherit; }
 button.plain:hover { text-decoration: underline; }
-button.strong { background: var(--text); border-color: var(--text); color: var(--panel); }
-input[type="search"] { width: 15rem; max-width: 100%; }
-
-/* Header: who and how it is */
-.top { position: sticky; top: 0; z-index: 5; display: flex; align-items: center; gap: .25rem 1.5rem;
-  min-height: 48px; padding: 0 1.5rem; background: var(--panel); border-bottom: 1px solid var(--line); }
-.top h1 { display: flex; align-items: center; gap: .5rem; font-size: 1.07rem; font-weight: 650;
+button.dark { background: var(--text); border-color: var(--text); color: var(--panel); }
+button.quiet { min-height: 1.75rem; padding: .05rem .55rem; font-size: .857rem; }
+button:disabled { opacity: .5; cursor: default; } input[type="search"] { width: 15rem; max-width: 100%; }
+/* Header */
+.top { position: sticky; top: 0; z-index: 5; background: var(--panel); border-bottom: 1px solid var(--line); }
+.top > div, .top nav { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem 1.25rem; min-height: 46px;
+  max-width: 120rem; margin: 0 auto; padding: 0 1.5rem; }
+.top nav { min-height: 38px; padding-bottom: .35rem; }
+.top h1 { display: flex; align-items: center; gap: .5rem; font-size: 1.15rem; font-weight: 650;
   white-space: nowrap; }
-.top h1 small { font-weight: 400; font-size: .857rem; }
-.top nav { display: flex; gap: 1rem; }
-.top nav a { color: var(--muted); text-decoration: none; }
+.top h1 small { font-size: .857rem; }
+.demo { padding: 0 .5rem; border-radius: 4px; background: var(--text); color: var(--panel); font-size: .857rem; }
+.top nav a { color: var(--muted); text-decoration: none; padding: .2rem 0; }
 .top nav a:hover { color: var(--text); text-decoration: underline; }
-.states { display: flex; gap: .25rem 1.5rem; margin-left: auto; min-width: 0; }
-.states li { display: flex; align-items: center; gap: .4rem; min-width: 0; white-space: nowrap; }
-.states .detail { overflow: hidden; text-overflow: ellipsis; max-width: 16rem; color: var(--muted); }
-.tools { display: flex; gap: .5rem; }
-.tools button { min-width: 5.2rem; }
-.banner { display: flex; gap: .6rem; align-items: baseline; padding: .5rem 1.5rem;
-  border-bottom: 1px solid var(--line); background: var(--panel); }
-.banner strong { font-weight: 600; }
-main { max-width: 108rem; margin: 0 auto; padding: 1.25rem 1.5rem 4rem; display: grid; gap: 1.5rem;
+.states { display: flex; flex-wrap: wrap; gap: 0 1.25rem; margin-left: auto; }
+.states li { display: flex; align-items: center; gap: .4rem; white-space: nowrap; }
+.push { margin-left: auto; } .tools, .range { display: flex; align-items: center; gap: .5rem; }
+.range { gap: 0; margin-left: auto; }
+.range button { min-height: 1.85rem; border-radius: 0; margin-left: -1px; font-size: .93rem; }
+.range button:first-child { border-radius: 6px 0 0 6px; }
+.range button:last-child { border-radius: 0 6px 6px 0; }
+.banner { display: flex; gap: .6rem; align-items: baseline; max-width: 120rem; margin: 0 auto;
+  padding: .55rem 1.5rem; border-bottom: 1px solid var(--line); background: var(--panel); }
+.banner.dead { max-width: none; background: #B3261E; color: #FFFFFF; font-weight: 600; }
+main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: grid; gap: 1.5rem;
   grid-template-columns: minmax(0, 1fr); }
-.panel-head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem .75rem;
-  margin-bottom: .6rem; }
-.panel-head .push { margin-left: auto; }
+.column { display: contents; }
+.head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem .75rem; margin-bottom: .6rem; }
 .box { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; }
-
-/* Now */
-.cards { display: grid; gap: .75rem; align-content: start; min-height: 9.4rem; }
-#first-run:not([hidden]) + .cards { min-height: 0; }
-.card { display: grid; gap: .55rem; padding: .8rem 1rem .9rem; border-left: 4px solid var(--queued);
-  color: var(--text); }
-.card.prefill { border-left-color: var(--fill-prefill); }
-.card.decode { border-left-color: var(--fill-decode); }
-.card.ok, .card.error, .card.warn { border-left-color: var(--line); }
-.row { display: flex; flex-wrap: wrap; align-items: baseline; justify-content: space-between;
-  gap: .15rem 1.25rem; }
-.row > * { min-width: 0; }
-.card h3 { display: flex; flex-wrap: wrap; align-items: baseline; gap: .15rem .7rem; font-size: 1.07rem;
-  min-width: 0; }
-.card h3 .muted { font-weight: 400; font-size: 1rem; }
-.clip { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 100%; }
-.headline { font-size: 1.25rem; font-weight: 600; line-height: 1.3; }
-.steps { display: flex; flex-wrap: wrap; gap: .1rem 0; }
-.steps li { color: var(--muted); white-space: nowrap; }
-.steps li + li::before { content: "\2192"; margin: 0 .5rem; color: var(--muted); }
-.steps li[aria-current] { font-weight: 600; }
-.steps li.prefill[aria-current] { color: var(--prefill); }
-.steps li.decode[aria-current] { color: var(--decode); }
-.steps li.queued[aria-current] { color: var(--text); }
-.steps li.ok[aria-current] { color: var(--ok); }
-.steps li.error[aria-current] { color: var(--error); }
-.meters { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .4rem 2.5rem; }
-.meter { display: grid; grid-template-columns: 4rem minmax(4rem, 1fr) 19rem; align-items: center;
-  gap: 0 .75rem; }
-.meter dt { color: var(--muted); }
-.meter .value { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-.bar { height: 8px; border-radius: 4px; background: var(--track); overflow: hidden; }
-.bar i { display: block; height: 100%; width: 100%; transform-origin: 0 50%;
-  transform: scaleX(var(--share, 0)); background: var(--queued); }
-.bar.cached i { background: var(--fill-cached); }
-.bar.decode i { background: var(--fill-decode); }
-.bar.prefill i { background: var(--fill-prefill); }
-.bar.warn i { background: var(--warn); }
-.bar.error i { background: var(--error); }
-svg.trace { display: block; width: 100%; height: 18px; overflow: visible; }
-.trace-box { border-bottom: 1px solid var(--line); }
-svg.trace path { fill: none; stroke: var(--fill-decode); stroke-width: 1.5;
-  vector-effect: non-scaling-stroke; }
-@media (prefers-reduced-motion: no-preference) { body.live .bar i { transition: transform .25s linear; } }
-.empty { padding: 1.5rem 1rem; color: var(--muted); }
-
+.empty { padding: 1.5rem 1rem; color: var(--muted); } body.dead #now, body.dead #models { opacity: .55; }
+/* Models */
+.models { display: flex; flex-wrap: wrap; gap: .6rem; }
+.models > li { flex: 1 1 19rem; max-width: 32rem; padding: .6rem .9rem; display: flex; flex-wrap: wrap;
+  align-items: center; gap: .1rem .75rem; }
+.models h3 { flex: 1 1 60%; overflow-wrap: anywhere; } .models > li.rest { flex: 0 1 auto; max-width: none; }
+.models details { width: 100%; } .models summary { cursor: pointer; }
+.models details li { display: flex; align-items: center; justify-content: space-between; gap: 1rem; padding: .2rem 0; }
+/* Now: how long still is the largest thing on the page */
+.cards { display: grid; gap: .75rem; }
+.card { display: grid; gap: .6rem; padding: .8rem 1.1rem .85rem; border-left: 5px solid var(--queued); }
+.card.prefill { border-left-color: var(--fill-prefill); color: inherit; }
+.card.decode { border-left-color: var(--fill-decode); color: inherit; }
+.card.ok, .card.warn, .card.error, .card.queued { color: inherit; }
+.card.ok, .card.warn { border-left-color: var(--line); } .card.error { border-left-color: var(--error); }
+.row { display: flex; flex-wrap: wrap; align-items: center; justify-content: space-between; gap: .1rem 1.25rem; }
+.row > * { min-width: 0; } .card h3 { font-size: 1.3rem; line-height: 1.25; overflow-wrap: anywhere; }
+.left { display: flex; align-items: baseline; gap: .5rem; margin-left: auto; }
+.left strong { font-size: 2.4rem; line-height: 1.05; font-weight: 650; letter-spacing: -.01em; white-space: nowrap; }
+.bar { display: flex; height: 22px; border-radius: 5px; background: var(--track); overflow: hidden; gap: 1px; }
+.bar i { flex: 0 1 0; min-width: 0; } .bar i.cached, .swatch.cached { background: var(--fill-cached); }
+.bar i.prefill, .swatch.prefill { background: var(--fill-prefill); }
+.bar i.decode, .swatch.decode { background: var(--fill-decode); }
+.bar i.queued, .swatch.queued { background: var(--queued); }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; color: var(--muted); font-size: .93rem; }
+.legend li { display: flex; align-items: center; gap: .4rem; }
+.swatch { display: inline-block; flex: none; width: .75em; height: .75em; border-radius: 2px; background: var(--track); }
+.details { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem 1.25rem; }
+.details .speed { font-weight: 600; }
+.lines li { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .9rem; padding: .4rem 1.1rem;
+  border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+.lines li:first-child { border-top: 0; }
+.lines + .lines, .cards + .lines, .lines + .cards { margin-top: .75rem; } .lines:empty { display: none; }
 /* First run and login */
-.guide { padding: 1.25rem 1.5rem 1.5rem; display: grid; gap: 1rem; }
-.guide h3 { font-size: 1.25rem; }
-.copy-line { display: flex; align-items: stretch; gap: .5rem; max-width: 62rem; }
-.copy-line code { flex: 1; min-width: 0; padding: .45rem .7rem; background: var(--page);
-  border: 1px solid var(--line); border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
-.checks li { display: grid; grid-template-columns: 1.2rem minmax(0, 1fr); gap: .1rem .5rem;
-  padding: .2rem 0; }
+.guide { padding: 1.25rem 1.5rem 1.5rem; display: grid; gap: 1rem; } .guide h3 { font-size: 1.3rem; }
+.copy { display: flex; align-items: stretch; gap: .5rem; max-width: 62rem; }
+.copy code { flex: 1; min-width: 0; padding: .45rem .7rem; background: var(--page); border: 1px solid var(--line);
+  border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.checks li { display: grid; grid-template-columns: 1.2rem minmax(0, 1fr); gap: .1rem .5rem; padding: .2rem 0; }
 .checks p { grid-column: 2; }
-.login { width: min(34rem, 100%); justify-self: center; padding: 1.25rem 1.5rem 1.5rem; display: grid;
-  gap: .8rem; }
-.login div { display: flex; flex-wrap: wrap; gap: .5rem; }
-.login input { flex: 1; min-width: 12rem; }
-
-/* Tiles */
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: .75rem; }
-.tile { padding: .7rem .9rem .6rem; display: grid; grid: auto auto auto 1fr / minmax(0, 1fr);
-  min-height: 8.6rem; }
-.tile dt { color: var(--muted); white-space: nowrap; }
-.tile dd.figure { font-size: 1.5rem; font-weight: 600; line-height: 1.35; white-space: nowrap; }
-.tile dd.figure small { font-size: .93rem; font-weight: 400; color: var(--muted); }
-.tile dd.note { color: var(--muted); font-size: .857rem; white-space: nowrap; overflow: hidden;
-  text-overflow: ellipsis; }
-.tile dd.spark { align-self: end; height: 26px; margin-top: .35rem; }
-.tile svg { display: block; width: 100%; height: 26px; }
-svg rect, rect.fill { fill: var(--muted); }
-rect.prefill, path.prefill { fill: var(--fill-prefill); }
-rect.decode, path.decode { fill: var(--fill-decode); }
-rect.cached, path.cached { fill: var(--fill-cached); }
-rect.error { fill: var(--error); }
-rect.ground { fill: var(--line); }
-
-/* Charts */
-.charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .75rem; }
-.chart { padding: .8rem 1rem; min-width: 0; }
-.chart figcaption { display: flex; flex-wrap: wrap; gap: .2rem .75rem; align-items: baseline;
-  min-height: 2.2rem; }
-.chart figcaption button { margin-left: auto; min-height: 1.75rem; padding: .05rem .55rem;
-  font-size: .857rem; }
-.plot { height: 200px; position: relative; }
-.plot svg { display: block; width: 100%; height: 200px; }
-.plot text { fill: var(--muted); font-size: 11px; paint-order: stroke; stroke: var(--panel);
-  stroke-width: 3px; }
-.plot line { stroke: var(--line); stroke-width: 1; }
-.plot line.mean { stroke: var(--text); stroke-dasharray: 4 3; }
-.plot .none { position: absolute; inset: 0; display: grid; place-items: center; color: var(--muted); }
-.plot .dot { cursor: pointer; }
-.plot .dot:hover { stroke: var(--text); stroke-width: 1; }
-.model-0 { fill: var(--model-0); color: var(--model-0); }
-.model-1 { fill: var(--model-1); color: var(--model-1); }
-.model-2 { fill: var(--model-2); color: var(--model-2); }
-.model-3 { fill: var(--model-3); color: var(--model-3); }
-.model-4 { fill: var(--model-4); color: var(--model-4); }
-.model-5 { fill: var(--model-5); color: var(--model-5); }
-.twin { height: 200px; overflow: auto; }
-.legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; min-height: 1.4rem; font-size: .857rem;
-  color: var(--muted); }
-.legend li { display: flex; align-items: center; gap: .35rem; min-width: 0; }
-.legend svg { width: 10px; height: 10px; flex: none; }
-
+.login { width: min(34rem, 100%); justify-self: center; padding: 1.25rem 1.5rem 1.5rem; display: grid; gap: .8rem; }
+.login div { display: flex; flex-wrap: wrap; gap: .5rem; } .login input { flex: 1; min-width: 12rem; }
+/* Figures */
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.4rem, 1fr)); gap: .75rem; }
+.tile { padding: .65rem .75rem; min-height: 6.2rem; } .tile dt, .tile .note { color: var(--muted); }
+.tile .figure { font-size: 1.6rem; font-weight: 600; line-height: 1.35; }
+.tile .figure small { font-size: .93rem; font-weight: 400; color: var(--muted); }
+.tile .note { font-size: .8rem; }
+.charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .75rem; margin-top: .75rem; }
+.chart { padding: .7rem 1rem .6rem; min-width: 0; } .chart .head { margin-bottom: .25rem; min-height: 2rem; }
+.chart figcaption { display: contents; } .plots { min-height: 236px; }
+.plots svg { display: block; width: 100%; } .plots text { fill: var(--muted); font-size: 11px; }
+.plots line { stroke: var(--line); }
+.none { display: grid; place-items: center; min-height: 236px; color: var(--muted); }
+rect.prefill { fill: var(--fill-prefill); } rect.decode { fill: var(--fill-decode); }
+rect.cached { fill: var(--fill-cached); } .tone-0 { color: var(--tone-0); } .tone-1 { color: var(--tone-1); }
+.tone-2 { color: var(--tone-2); } .tone-3 { color: var(--tone-3); } .tone-4 { color: var(--tone-4); }
+.tone-5 { color: var(--tone-5); }
+.swatch[class*="tone-"], .plots circle { background: currentColor; fill: currentColor; }
+.plots path { fill: none; stroke: currentColor; stroke-width: 1.75; }
+.plots path.band { fill: currentColor; stroke: none; opacity: .16; }
+.twin { max-height: 260px; overflow: auto; } .wide { overflow-x: auto; }
+.people td:has(.bar) { width: 26%; } .people .bar { height: 12px; min-width: 4rem; } .people .name { display: flex; align-items: baseline; gap: .5rem; }
+.people td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7.5rem; }
 /* Tables */
 table { border-collapse: collapse; width: 100%; }
-th, td { padding: .32rem .6rem; text-align: left; white-space: nowrap; vertical-align: baseline; }
+th, td { padding: .32rem .55rem; text-align: left; white-space: nowrap; vertical-align: baseline; }
 th { font-weight: 600; color: var(--muted); font-size: .857rem; border-bottom: 1px solid var(--line); }
-td { border-bottom: 1px solid var(--line); }
-tbody tr:last-child td { border-bottom: 0; }
+td { border-bottom: 1px solid var(--line); } tbody tr:last-child td { border-bottom: 0; }
 .num { text-align: right; }
-.wide { overflow-x: auto; }
-#requests-table { table-layout: fixed; }
-.c-time { width: 6.1rem; }
-.c-status { width: 10.1rem; }
-.c-who { width: 8.6rem; }
-.c-path { width: 11.4rem; }
-.c-queue { width: 5rem; }
-.c-first { width: 6.9rem; }
-.c-prompt { width: 9.6rem; }
-.c-prefill { width: 6.4rem; }
-.c-output { width: 5.2rem; }
-.c-decode { width: 6.6rem; }
-.c-total { width: 5.6rem; }
-.c-finish { width: 5.2rem; }
-#requests-table td, #requests-table th { overflow: hidden; text-overflow: ellipsis; }
-#requests-table tbody tr { cursor: pointer; }
-#requests-table tbody tr:hover, #requests-table tbody tr:focus-visible { background: var(--page); }
-#requests-table tbody tr:focus-visible { outline-offset: -2px; }
-th button.plain { font-weight: 600; }
-#requests-table th { position: sticky; top: 48px; z-index: 2; background: var(--panel); }
+#table td.c-who, #table td.c-model { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+#table th { white-space: normal; vertical-align: bottom; position: sticky; top: 85px; z-index: 2; background: var(--panel); }
+#table tbody tr { cursor: pointer; }
+#table tbody tr:hover, #table tbody tr:focus-visible { background: var(--page); }
+#table tbody tr:focus-visible { outline-offset: -2px; } th button.plain { font-weight: 600; }
 th[aria-sort="ascending"] button::after { content: " \2191"; }
 th[aria-sort="descending"] button::after { content: " \2193"; }
 .toolbar { display: flex; flex-wrap: wrap; gap: .4rem .5rem; align-items: center; margin-bottom: .6rem; }
-.toolbar button, .toolbar select, .toolbar input { min-height: 1.9rem; font-size: .93rem; }
 .toolbar select { max-width: 15rem; }
-.newer { position: sticky; top: 56px; z-index: 3; display: flex; justify-content: center; height: 0; }
-.newer button { height: 2rem; background: var(--text); color: var(--panel); border-color: var(--text);
+.newer { position: sticky; top: 94px; z-index: 3; display: flex; justify-content: center; height: 0; }
+.newer button, #log-newer { height: 2rem; background: var(--text); color: var(--panel); border-color: var(--text);
   border-radius: 1rem; }
 .more { padding: .6rem; text-align: center; border-top: 1px solid var(--line); }
-
 /* Event log */
 .log-box { position: relative; }
-#log-lines { height: 24rem; overflow: auto; padding: .4rem 0; overflow-anchor: none;
-  overscroll-behavior: contain;
-  font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-#log-lines li { display: grid; grid-template-columns: 5.2rem 15.5rem minmax(0, 1fr); gap: 0 .75rem;
-  padding: 0 .9rem; content-visibility: auto; contain-intrinsic-height: auto 1.5em; }
-#log-lines li > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-#log-lines button { margin-right: .75rem; color: var(--muted); font-size: inherit; }
-#log-lines.wrap li { content-visibility: visible; }
-#log-lines.wrap li > :last-child { white-space: pre-wrap; overflow-wrap: anywhere; }
-#log-lines li.WARN > :last-child { color: var(--warn); }
-#log-lines li.ERROR > :last-child { color: var(--error); }
-#log-lines li.cut { display: block; text-align: center; color: var(--warn); padding: .3rem .9rem; }
-#log-lines.large { font-size: 1rem; }
-.log-box > button { position: absolute; right: 1.25rem; bottom: .8rem; border-radius: 1rem;
-  background: var(--text); color: var(--panel); border-color: var(--text); }
-.chips { display: flex; flex-wrap: wrap; gap: .35rem; }
-.chips button { min-height: 1.75rem; padding: .05rem .55rem; font-size: .857rem; border-radius: 1rem;
-  color: var(--muted); }
-.chips button[aria-pressed="true"] { color: var(--text); box-shadow: none; border-color: var(--muted); }
-.chips button[aria-pressed="false"] { text-decoration: line-through; background: none; }
-
-/* Facts, usage, dialogs */
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 0 2rem;
-  padding: .6rem 1rem; }
-.facts > div { display: grid; grid-template-columns: 9.5rem minmax(0, 1fr); gap: .75rem;
-  padding: .28rem 0; }
-.facts dt { color: var(--muted); }
-.facts dd { overflow-wrap: anywhere; }
+#log-lines { height: 24rem; overflow: auto; padding: .4rem 0; overflow-anchor: none; overscroll-behavior: contain; }
+#log-lines li { display: grid; grid-template-columns: 5rem 1.2rem minmax(0, 1fr); gap: 0 .5rem; padding: .08rem .9rem; }
+#log-lines li[data-id] { cursor: pointer; } #log-lines li[data-id]:hover { background: var(--page); }
+#log-lines li > :last-child { overflow-wrap: anywhere; white-space: pre-wrap; }
+#log-lines li.raw > :last-child { font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace;
+  color: var(--muted); max-height: 9em; overflow: hidden; }
+#log-lines li.cut { display: block; text-align: center; color: var(--warn); }
+#log-newer { position: absolute; right: 1.25rem; bottom: .8rem; }
+/* Facts, dialogs */
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: 0 2rem; padding: .6rem 1rem; }
+.facts > div { display: grid; grid-template-columns: 8rem minmax(0, 1fr); gap: .75rem; padding: .25rem 0; }
+.facts dt { color: var(--muted); } .facts dd { overflow-wrap: anywhere; }
 .facts .whole { grid-column: 1 / -1; }
 dialog { color: inherit; background: var(--panel); border: 1px solid var(--line); padding: 0; }
 dialog::backdrop { background: rgba(10, 14, 20, .35); }
-dialog.drawer { width: min(46rem, 100vw); max-width: none; height: 100vh; max-height: none;
-  margin: 0 0 0 auto; border-width: 0 0 0 1px; overflow: auto; overscroll-behavior: contain; }
+dialog.drawer { width: min(50rem, 100vw); max-width: none; height: 100vh; max-height: none; margin: 0 0 0 auto;
+  border-width: 0 0 0 1px; overflow: auto; overscroll-behavior: contain; }
 dialog.help { border-radius: 8px; max-width: 34rem; padding: 1.25rem 1.5rem; }
-.drawer-head { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .3rem .75rem;
-  align-items: center; min-height: 48px; padding: .5rem 1.25rem; background: var(--panel);
-  border-bottom: 1px solid var(--line); z-index: 1; }
-.drawer-head .push { margin-left: auto; }
-.drawer-body { padding: 1rem 1.25rem 3rem; display: grid; gap: 1.4rem;
-  grid-template-columns: minmax(0, 1fr); }
-.drawer-body h3 { margin-bottom: .4rem; }
-.drawer-body .facts { padding: 0; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); }
-.drawer-body .facts > div { grid-template-columns: 6rem minmax(0, 1fr); }
-.drawer-body .names > div { grid-template-columns: 9.5rem minmax(0, 1fr); }
-.phase-bar { display: flex; height: 14px; border-radius: 4px; overflow: hidden; background: var(--track);
-  gap: 1px; }
-.phase-bar i { flex: var(--share) 1 0; min-width: 2px; background: var(--queued); }
-.phase-bar i.prefill { background: var(--fill-prefill); }
-.phase-bar i.decode { background: var(--fill-decode); }
-.phase-bar i.loading { background: var(--line); }
-.swatch { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .4em;
-  background: var(--queued); }
-.swatch.prefill { background: var(--fill-prefill); }
-.swatch.decode { background: var(--fill-decode); }
-.swatch.cached { background: var(--fill-cached); }
-.swatch.loading { background: var(--line); }
+.drawer-head { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .3rem .5rem; align-items: center;
+  min-height: 48px; padding: .5rem 1.25rem; background: var(--panel); border-bottom: 1px solid var(--line); z-index: 1; }
+.drawer-body { padding: 1rem 1.25rem 3rem; display: grid; gap: 1.4rem; grid-template-columns: minmax(0, 1fr); }
+.drawer-body h3 { margin-bottom: .4rem; } .drawer-body .facts { padding: 0; }
+.fall { display: grid; grid-template-columns: max-content minmax(0, 1fr) max-content; gap: .3rem .9rem;
+  align-items: center; }
+.fall .track { position: relative; height: 14px; background: var(--track); border-radius: 4px; }
+.fall .track i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 3px; background: var(--queued); }
+.fall .track i.prefill { background: var(--fill-prefill); }
+.fall .track i.decode { background: var(--fill-decode); }
+.fall .ticks { background: none; border-top: 1px solid var(--line); border-radius: 0; }
+.fall .ticks i { width: 1px; min-width: 1px; bottom: 5px; background: var(--muted); }
 .timeline td { white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
 .timeline td:nth-child(-n+2) { white-space: nowrap; }
 kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding: 0 .4rem; }
 .keys { display: grid; grid-template-columns: 5rem 1fr; gap: .4rem; margin: .8rem 0; }
 footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
-
-/* Smaller screens: states in a word, fewer columns, then cards for rows */
-@media (max-width: 1400px) { #requests-table .c-path { display: none; } }
-@media (max-width: 1280px) { .top nav { display: none; } }
-@media (max-width: 1240px) { #requests-table .c-queue, #requests-table .c-finish { display: none; } }
-@media (max-width: 1060px) {
-  .states .detail { display: none; }
-  .meters { grid-template-columns: minmax(0, 1fr); }
-  #requests-table .c-prefill, #requests-table .c-decode { display: none; }
+/* Two columns on a wide screen; cards for rows on a narrow one */
+@media (min-width: 1600px) {
+  main { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); } main > .all { grid-column: 1 / -1; }
+  .column { display: grid; gap: 1.5rem; align-content: start; min-width: 0; }
+  #table .c-prefill, #table .c-queue { display: none; }
 }
-@media (max-width: 880px) {
-  .top h1 small { display: none; }
-  .charts { grid-template-columns: minmax(0, 1fr); }
-  #requests-table, #requests-table tbody { display: block; }
-  #requests-table thead, #requests-table .c-total { display: none; }
-  #requests-table tr { display: grid; grid-template-columns: 5rem minmax(0, 1.6fr) minmax(0, 1fr);
-    gap: .1rem .75rem; padding: .55rem .8rem; border-bottom: 1px solid var(--line); }
-  #requests-table td { width: auto; padding: 0; border: 0; text-align: left; }
-  #requests-table td[data-label]::before { content: attr(data-label); display: block; color: var(--muted);
-    font-size: .857rem; }
-  #requests-table .c-status { grid-column: 2; }
-  #requests-table .c-who { text-align: right; }
-  #requests-table .c-model { grid-column: 1 / -1; color: var(--muted); }
+@media (max-width: 1599px) { #login, #models, #now { order: -2; } #figures { order: -1; } }
+@media (max-width: 1120px) { #table .c-queue, #table .c-path { display: none; } }
+@media (max-width: 960px) {
+  .charts { grid-template-columns: minmax(0, 1fr); } #table, #table tbody { display: block; }
+  #table thead, #table .c-prefill, #table .c-cached, #table .c-output { display: none; }
+  #table tr { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .1rem .75rem;
+    padding: .55rem .8rem; border-bottom: 1px solid var(--line); }
+  #table td, #table td.c-who, #table td.c-model { padding: 0; border: 0; text-align: left; white-space: normal;
+    min-width: 0; overflow-wrap: anywhere; }
+  #table td[data-label]::before { content: attr(data-label); display: block; color: var(--muted); font-size: .857rem; }
+  #table .c-who, #table .c-status { grid-column: span 1; } #table .c-model { color: var(--muted); }
 }
 @media (max-width: 640px) {
-  html { scroll-padding-top: 7rem; }
-  .top { flex-wrap: wrap; top: -3rem; padding: .4rem 1rem; }
-  .tools { margin-left: auto; }
-  .tools button { min-width: 0; }
-  .states { order: 3; flex-wrap: wrap; justify-content: space-between; gap: 0 .4rem; width: 100%; margin: 0;
-    min-height: 2rem; font-size: .93rem; }
-  .banner { padding: .5rem 1rem; }
-  main { padding: 1rem 1rem 3rem; }
-  .headline, .card h3 { width: 100%; }
-  .steps .ahead, .chart figcaption .muted { display: none; }
-  .meter { grid-template-columns: 4rem minmax(0, 1fr); }
-  .meter .value { grid-area: 1 / 2; text-align: right; font-size: .857rem; }
-  .meter .gauge { grid-area: 2 / 1 / auto / -1; margin-top: .2rem; }
-  svg.trace { height: 12px; }
+  html { scroll-padding-top: 7rem; } .top { position: static; } .top > div, .top nav { padding: .3rem 1rem; }
+  .top nav { position: sticky; top: 0; gap: 0 .9rem; min-height: 0; } .top h1 small { display: none; }
+  .states { order: 3; width: 100%; margin: 0; gap: 0 .8rem; font-size: .93rem; } .tools { margin-left: auto; }
+  .range { width: 100%; } .range button { flex: 1; padding: .15rem .2rem; } .banner { padding: .5rem 1rem; }
+  main { padding: 1rem 1rem 3rem; } .left strong { font-size: 2.1rem; } .left { margin-left: 0; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .tile { padding: .6rem .7rem; }
-  .tile:last-child { grid-column: 1 / -1; }
-  .tile dd.figure { font-size: 1.25rem; }
-  .chips { flex-wrap: nowrap; overflow-x: auto; }
-  .chips button { flex: none; }
-  #log-lines li { grid-template-columns: 5rem minmax(0, 1fr); padding: .15rem .6rem;
-    content-visibility: visible; }
-  #log-lines li > :last-child { grid-column: 1 / -1; white-space: pre-wrap; overflow-wrap: anywhere; }
+  .people .bar { display: none; } .people td:has(.bar) { width: 0; }
+  .people th { white-space: normal; vertical-align: bottom; } .people th, .people td { padding: .3rem .3rem; }
+  #log-lines li { grid-template-columns: 4.9rem 1rem minmax(0, 1fr); padding: .15rem .6rem; }
   .facts, .drawer-body .facts { grid-template-columns: minmax(0, 1fr); }
-  .facts > div { grid-template-columns: 7.5rem minmax(0, 1fr); }
-  .copy-line { flex-wrap: wrap; }
-  .copy-line code { flex-basis: 100%; }
-  input[type="search"] { width: 100%; }
+  .facts > div { grid-template-columns: 7.5rem minmax(0, 1fr); } .copy { flex-wrap: wrap; }
+  .copy code { flex-basis: 100%; } .toolbar select { max-width: 100%; flex: 1 1 40%; }
+  input[type="search"] { width: 100%; } input, select, textarea { font-size: 16px; } .newer { top: 8px; }
 }
 @media (pointer: coarse) {
-  button, select, input[type="search"], input[type="password"], .toolbar button, .toolbar select,
-    .toolbar input, .chips button, .chart figcaption button { min-height: 44px; }
+  button, select, input[type="search"], input[type="password"], button.quiet, .range button { min-height: 44px; }
   button.plain { min-height: 32px; }
 }
 @media (forced-colors: active) {
-  .card { border-left-width: 6px; }
-  .bar, .phase-bar { border: 1px solid CanvasText; }
-  .bar i, .phase-bar i, .swatch { background: Highlight !important; forced-color-adjust: none; }
+  .card { border-left-width: 7px; } .bar { border: 1px solid CanvasText; }
+  .bar i, .fall .track i, .swatch, .plots rect { forced-color-adjust: none; }
   button[aria-pressed="true"] { border: 2px solid Highlight; }
 }
 @media print {
   .top { position: static; }
-  .tools, .toolbar, .skip { display: none; }
+  .tools, .toolbar, .range, .skip, nav, .newer, dialog { display: none !important; }
+  #log-lines { height: auto; overflow: visible; } #table th { position: static; }
+  .box { break-inside: avoid; }
 }
 </style>
 <script>
@@ -9482,130 +9671,117 @@ applyTheme(stored("theme", "auto"));
   <symbol id="mark-queued" viewBox="0 0 16 16"><path
     d="M8 0a8 8 0 100 16A8 8 0 008 0zm0 2a6 6 0 110 12A6 6 0 018 2zM7 4h2v3.6l2.7 1.6-1 1.7L7 8.7z"/></symbol>
   <symbol id="mark-left" viewBox="0 0 16 16"><path d="M8 0a8 8 0 100 16A8 8 0 008 0zM4 7h8v2H4z"/></symbol>
-  <symbol id="mark-prefill" viewBox="0 0 16 16"><path
-    d="M2 1h12v2H2zm0 4h12v2H2zm0 4h8v2H2zm0 4h5v2H2z"/></symbol>
+  <symbol id="mark-prefill" viewBox="0 0 16 16"><path d="M2 1h12v2H2zm0 4h12v2H2zm0 4h8v2H2zm0 4h5v2H2z"/></symbol>
   <symbol id="mark-decode" viewBox="0 0 16 16"><path d="M11.5 0L16 4.5 5.5 15 0 16l1-5.5z"/></symbol>
-  <symbol id="mark-0" viewBox="0 0 10 10"><circle cx="5" cy="5" r="4"/></symbol>
-  <symbol id="mark-1" viewBox="0 0 10 10"><path d="M1 1h8v8H1z"/></symbol>
-  <symbol id="mark-2" viewBox="0 0 10 10"><path d="M5 0l5 9H0z"/></symbol>
-  <symbol id="mark-3" viewBox="0 0 10 10"><path d="M5 0l5 5-5 5-5-5z"/></symbol>
-  <symbol id="mark-4" viewBox="0 0 10 10"><path d="M0 1h10L5 10z"/></symbol>
-  <symbol id="mark-5" viewBox="0 0 10 10"><path
-    d="M3.5 0h3v3.5H10v3H6.5V10h-3V6.5H0v-3h3.5z"/></symbol>
 </svg>
 
 <header class="top">
-  <h1><svg class="mark" viewBox="0 0 16 16" aria-hidden="true"><path class="prefill" d="M1 1h6v14H1z"/><path
-    class="decode" d="M9 6h6v9H9z"/></svg>lmgateway <small class="muted" id="host"></small></h1>
-  <nav aria-label="Panels">
-    <a href="#now">Now</a><a href="#trends">Trends</a><a href="#requests">Requests</a><a href="#log">Log</a>
-    <a href="#usage" id="usage-link" hidden>Usage</a><a href="#server">Server</a>
-  </nav>
-  <ul class="states" aria-label="State">
-    <li id="state-lmstudio"></li>
-    <li id="state-log"></li>
-    <li id="state-stream"></li>
-  </ul>
-  <div class="tools">
-    <button type="button" id="theme"
-      title="Colours: as the system has them, light or dark">&#9680; Auto</button>
-    <button type="button" id="pause" aria-pressed="false"
-      title="Stop painting; nothing is lost (p)">Pause</button>
+  <div>
+    <h1><svg class="mark" viewBox="0 0 16 16" aria-hidden="true"><path fill="#CE7C00" d="M1 1h6v14H1z"/><path
+      fill="#2F8FD0" d="M9 6h6v9H9z"/></svg>lmgateway <small class="muted" id="host"></small>
+      <b class="demo" id="demo" hidden>DEMO</b></h1>
+    <ul class="states" aria-label="State">
+      <li id="state-lmstudio"></li><li id="state-log"></li><li id="state-link"></li>
+    </ul>
+    <div class="tools">
+      <span class="isolate strong" id="me" hidden></span>
+      <button type="button" id="logout" hidden>Log out</button>
+      <button type="button" id="theme" title="Colours: as the system has them, light or dark">&#9680; Auto</button>
+    </div>
   </div>
+  <nav aria-label="Panels">
+    <a href="#now">Now</a><a href="#figures" class="view">Figures</a><a href="#requests">Requests</a>
+    <a href="#log" class="view">Log</a><a href="#server" class="view">Server</a>
+    <div class="range view" id="range" role="group" aria-label="Time range"></div>
+  </nav>
 </header>
+<p class="banner dead" id="dead" role="alert" hidden></p>
 <div id="banners"></div>
 <p class="unseen" role="status" aria-live="polite" id="live"></p>
 <noscript><p class="banner">This page needs JavaScript.  The same figures as JSON: /debug/status and
   /debug/requests.</p></noscript>
 
 <main id="main">
-  <form class="box login" id="login" action="/login" method="post" hidden>
+  <form class="box login all" id="login" action="/login" method="post" hidden>
     <h2>This gateway asks for a key</h2>
-    <p class="muted" id="login-why">The key that your clients use, with the right to view. It is sent once,
-      answered with a cookie, and not kept on this page.</p>
+    <p class="muted" id="login-why">The key that your clients use. It is sent once, answered with a cookie, and not
+      kept on this page.</p>
     <div><label class="unseen" for="key">Key</label>
       <input type="password" id="key" name="key" placeholder="Key" autocomplete="current-password" required>
-      <button class="strong">Log in</button></div>
+      <button class="dark">Log in</button></div>
     <p class="error" id="login-error" role="alert" hidden></p>
   </form>
 
+  <section id="models" class="all view" aria-label="Models" hidden><ul class="models" id="model-list"></ul></section>
+
+  <div class="column">
   <section id="now" aria-labelledby="now-title">
-    <div class="panel-head"><h2 id="now-title">Now</h2><p class="muted" id="now-note"></p>
-      <p class="muted push" id="as-of"></p></div>
+    <div class="head"><h2 id="now-title">Now</h2><p class="muted" id="now-note"></p>
+      <button type="button" class="quiet push" id="notify" aria-pressed="false" hidden>Tell me when a long one is
+        answered</button>
+      <button type="button" class="quiet" id="pause" aria-pressed="false"
+        title="Stop painting; nothing is lost (p)">Pause</button></div>
     <div id="first-run" class="box guide" hidden></div>
     <div class="cards" id="cards"></div>
-    <p class="muted small" id="more-running"></p>
-  </section>
-
-  <section id="trends" aria-labelledby="tiles-title">
-    <div class="panel-head"><h2 id="tiles-title">Last 15 minutes</h2>
-      <p class="muted" id="tiles-note"></p></div>
-    <dl class="tiles" id="tiles"></dl>
-  </section>
-
-  <section id="charts" aria-labelledby="charts-title">
-    <div class="panel-head"><h2 id="charts-title">Last hour</h2><p class="muted" id="charts-note"></p></div>
-    <div class="charts" id="chart-list"></div>
+    <ol class="box lines" id="queue" aria-label="Waiting"></ol>
+    <ol class="box lines small" id="ended" aria-label="Just ended"></ol>
   </section>
 
   <section id="requests" aria-labelledby="requests-title">
-    <div class="panel-head"><h2 id="requests-title">Requests</h2>
-      <p class="muted" id="requests-note"></p></div>
+    <div class="head"><h2 id="requests-title">Requests</h2><p class="muted" id="requests-note"></p></div>
     <div class="toolbar" role="group" aria-label="Filter requests">
       <label class="unseen" for="filter">Text</label>
-      <input type="search" id="filter" placeholder="Filter by text ( / )" autocomplete="off"
-        spellcheck="false">
+      <input type="search" id="filter" placeholder="Filter by text ( / )" autocomplete="off" spellcheck="false">
       <label class="unseen" for="by-status">Outcome</label><select id="by-status"></select>
-      <label class="unseen" for="by-key">Key</label><select id="by-key"></select>
+      <label class="unseen" for="by-who">Who</label><select id="by-who"></select>
       <label class="unseen" for="by-model">Model</label><select id="by-model"></select>
       <button type="button" id="clear" hidden>Clear</button>
     </div>
-    <div class="newer" id="requests-newer" hidden><button type="button"></button></div>
-    <div class="box"><table id="requests-table" aria-labelledby="requests-title">
-      <thead><tr id="requests-head"></tr></thead>
-      <tbody id="requests-rows"></tbody></table>
-      <p class="empty" id="requests-empty" hidden></p>
-      <p class="more" id="requests-more" hidden><button type="button">Show more</button></p></div>
+    <div class="newer" id="newer" hidden><button type="button"></button></div>
+    <div class="box"><table id="table" aria-labelledby="requests-title">
+      <thead><tr id="table-head"></tr></thead>
+      <tbody id="rows"></tbody></table>
+      <p class="empty" id="rows-empty" hidden></p>
+      <p class="more" id="rows-more" hidden><button type="button">Show more</button></p></div>
+  </section>
+  </div>
+
+  <div class="column">
+  <section id="figures" class="view" aria-labelledby="figures-title">
+    <div class="head"><h2 id="figures-title">Figures</h2><p class="muted" id="figures-note"></p>
+      <a id="csv" class="small push" download hidden>Usage as CSV</a></div>
+    <dl class="tiles" id="tiles"></dl>
+    <div class="charts" id="charts"></div>
   </section>
 
-  <section id="log" aria-labelledby="log-title">
-    <div class="panel-head"><h2 id="log-title">Event log</h2><p class="muted" id="log-note"></p></div>
-    <div class="toolbar chips" id="log-types" role="group" aria-label="Types of events"></div>
+  <section id="log" class="view" aria-labelledby="log-title">
+    <div class="head"><h2 id="log-title">Event log</h2><p class="muted" id="log-note" role="status"></p></div>
     <div class="toolbar" role="group" aria-label="Filter events">
       <label class="unseen" for="log-filter">Text</label>
-      <input type="search" id="log-filter" placeholder="Text, or /pattern/" autocomplete="off"
-        spellcheck="false">
-      <label class="unseen" for="log-level">Level</label><select id="log-level"></select>
-      <label class="unseen" for="log-model">Model</label><select id="log-model"></select>
+      <input type="search" id="log-filter" placeholder="Text, or /pattern/" autocomplete="off" spellcheck="false">
+      <label class="unseen" for="log-kind">Events</label><select id="log-kind"></select>
+      <button type="button" id="log-raw" class="view" aria-pressed="false">Log lines</button>
       <button type="button" id="log-follow" aria-pressed="true">Follow</button>
-      <button type="button" id="log-wrap" aria-pressed="false">Wrap</button>
-      <button type="button" id="log-large" aria-pressed="false">Larger</button>
-      <button type="button" id="log-save">Download JSONL</button>
+      <button type="button" id="log-save">Save</button>
     </div>
     <div class="box log-box"><ol id="log-lines" tabindex="0" aria-labelledby="log-title"></ol>
       <button type="button" id="log-newer" hidden></button></div>
   </section>
 
-  <section id="usage" aria-labelledby="usage-title" hidden>
-    <div class="panel-head"><h2 id="usage-title">Usage</h2><p class="muted">from the history file</p></div>
-    <div class="toolbar" role="group" aria-label="What to add up">
-      <label class="unseen" for="usage-by">By</label><select id="usage-by"></select>
-      <label class="unseen" for="usage-since">Since</label><select id="usage-since"></select>
-      <a id="usage-csv" download>CSV</a>
-    </div>
-    <div class="box wide"><div id="usage-table"></div></div>
-  </section>
-
-  <section id="server" aria-labelledby="server-title">
-    <div class="panel-head"><h2 id="server-title">Server</h2></div>
+  <section id="server" class="view" aria-labelledby="server-title">
+    <div class="head"><h2 id="server-title">Server</h2></div>
     <dl class="box facts" id="facts"></dl>
   </section>
+  </div>
 </main>
 <footer class="small"><p><span id="version">lmgateway</span> &middot; keys: <kbd>?</kbd></p></footer>
 
 <dialog class="drawer" id="drawer" aria-labelledby="drawer-title">
   <div class="drawer-head"><h2 id="drawer-title" class="isolate"></h2>
-    <span class="push"></span><button type="button" id="drawer-copy">Copy as JSON</button>
+    <span class="push"></span><button type="button" id="drawer-stop" hidden>Stop</button>
+    <button type="button" id="drawer-previous" title="Previous (k)">&#8593;</button>
+    <button type="button" id="drawer-next" title="Next (j)">&#8595;</button>
+    <button type="button" id="drawer-copy">Copy as JSON</button>
     <button type="button" id="drawer-close" autofocus>Close</button></div>
   <div class="drawer-body" id="drawer-body"></div>
 </dialog>
@@ -9614,48 +9790,18 @@ applyTheme(stored("theme", "auto"));
   <h2 id="help-title">Keys</h2>
   <dl class="keys"><dt><kbd>/</kbd></dt><dd>filter the requests</dd>
     <dt><kbd>j</kbd> <kbd>k</kbd></dt><dd>next, previous request; <kbd>Enter</kbd> opens it</dd>
-    <dt><kbd>p</kbd></dt><dd>pause and go on</dd><dt><kbd>Esc</kbd></dt><dd>close what is open</dd>
+    <dt><kbd>p</kbd></dt><dd>pause and resume</dd><dt><kbd>Esc</kbd></dt><dd>close what is open</dd>
     <dt><kbd>?</kbd></dt><dd>this list</dd></dl>
   <p><label><input type="checkbox" id="keys-on" checked> single keys act</label></p>
   <p><button type="button" id="help-close">Close</button></p>
 </dialog>
-
-<template id="card-template"><article class="box card">
-  <div class="row">
-    <h3><span class="isolate clip" data-part="who"></span>
-      <span class="muted isolate clip" data-part="model"></span></h3>
-    <p class="headline isolate" data-part="headline"></p>
-  </div>
-  <div class="row">
-    <ol class="steps" data-part="steps"></ol>
-    <p class="muted"><span data-part="elapsed"></span> &middot;
-      <button type="button" class="plain mono" data-part="id" title="Open this request"></button></p>
-  </div>
-  <dl class="meters">
-    <div class="meter"><dt>Prompt</dt>
-      <dd class="gauge"><div class="bar prefill" data-part="promptBar" role="progressbar" aria-valuemin="0"
-        aria-valuemax="100" aria-label="Prompt read"><i></i></div></dd>
-      <dd class="value" data-part="prompt"></dd></div>
-    <div class="meter"><dt>Output</dt>
-      <dd class="gauge trace-box" aria-hidden="true"><svg class="trace" viewBox="0 0 60 18"
-        preserveAspectRatio="none"><path data-part="trace"/></svg></dd>
-      <dd class="value" data-part="output"></dd></div>
-    <div class="meter"><dt>Cache</dt>
-      <dd class="gauge" aria-hidden="true"><div class="bar cached" data-part="cacheBar"><i></i></div></dd>
-      <dd class="value" data-part="cache"></dd></div>
-    <div class="meter"><dt>Context</dt>
-      <dd class="gauge" aria-hidden="true"><div class="bar context" data-part="contextBar"><i></i></div></dd>
-      <dd class="value" data-part="context"></dd></div>
-  </dl>
-</article></template>
 <script>
 "use strict";
-/* How the page works: events of /debug/stream and answers of /debug/status, /debug/requests and /debug/usage
-   change `page`; whatever they changed is touched; touched panels are painted together, four times a second
-   at most.  All that is shown came from a client or a log and is hostile: it becomes text, never markup. */
+/* How the page works: events of /debug/stream and answers of the other routes change `page`; whatever they
+   changed is painted four times a second at most.  What a person does is painted at once.  All that is shown
+   came from a client or a log and is hostile: it becomes text, never markup. */
 
 // --- 1. words and numbers
-
 const NONE = "\u2014";
 const known = value => typeof value === "number" && Number.isFinite(value);
 const words = value => value === null || value === undefined || value === "" ? NONE : String(value);
@@ -9668,6 +9814,7 @@ const rate = n => known(n) ? n < 100 ? n.toFixed(1) : whole(n) : NONE;
 const speed = n => known(n) ? rate(n) + " tok/s" : NONE;
 const percent = n => known(n) ? Math.round(n) + " %" : NONE;
 const listed = parts => parts.filter(Boolean).join(" \u00b7 ");
+const ordinal = n => n + (n % 100 > 10 && n % 100 < 14 ? "th" : ["th", "st", "nd", "rd"][n % 10] ?? "th");
 
 /* A duration that is over: 0.42 s, 12.3 s, 2m 05s, 1h 02m. */
 function span(ms) {
@@ -9682,27 +9829,30 @@ function running(ms) {
   const s = Math.max(0, Math.round(ms / 1000));
   return s < 60 ? s + " s" : longSpan(s);
 }
-
 function longSpan(s) {
   if (s < 3600) return Math.floor(s / 60) + "m " + two(s % 60) + "s";
   if (s < 86400) return Math.floor(s / 3600) + "h " + two(Math.floor(s % 3600 / 60)) + "m";
   return Math.floor(s / 86400) + "d " + Math.floor(s % 86400 / 3600) + "h";
 }
 
+/* An estimate: 8 s, 40 s, 2 min, never more exact than it is. */
+function about(ms) {
+  const s = ms / 1000;
+  return s < 10 ? Math.max(1, Math.round(s)) + " s" : s < 90 ? Math.round(s / 5) * 5 + " s"
+    : s < 5400 ? Math.round(s / 60) + " min" : Math.round(s / 3600) + " h";
+}
+
 /* A count in few letters: 6 144, 14.9 k, 2.1 M. */
 function short(n) {
-  if (n < 10000) return whole(n);
+  if (!known(n)) return NONE;
+  if (n < 10000) return n === Math.round(n) ? whole(n) : tenth(n, n < 10 ? 2 : 1);
   return n < 999500 ? tenth(n / 1000, n < 99950 ? 1 : 0) + "\u202fk" : tenth(n / 1e6, 1) + "\u202fM";
 }
-
 function bytes(n) {
   if (!known(n)) return NONE;
-  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
-  let at = 0;
-  while (n >= 1024 && at < units.length - 1) { n /= 1024; at += 1; }
-  return (at && n < 100 ? n.toFixed(1) : whole(n)) + " " + units[at];
+  const at = n < 1024 ? 0 : Math.min(4, Math.floor(Math.log2(n) / 10)), size = n / 1024 ** at;
+  return (at && size < 100 ? size.toFixed(1) : whole(size)) + " " + ["B", "KiB", "MiB", "GiB", "TiB"][at];
 }
-
 function clockTime(ms, seconds = true) {
   const t = new Date(ms);
   return two(t.getHours()) + ":" + two(t.getMinutes()) + (seconds ? ":" + two(t.getSeconds()) : "");
@@ -9713,20 +9863,10 @@ function dateTime(iso) {
   const ms = Date.parse(iso ?? "");
   return known(ms) ? new Date(ms).toLocaleString() : NONE;
 }
-
-/* The share-th quantile of sorted numbers, between neighbours; undefined of none. */
-function quantile(sorted, share) {
-  if (!sorted.length) return undefined;
-  const at = (sorted.length - 1) * share, low = Math.floor(at);
-  return sorted[low] + (at - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
-}
-
-const sortedNumbers = values => values.filter(known).sort((a, b) => a - b);
 const sum = values => values.reduce((total, value) => total + (known(value) ? value : 0), 0);
 const different = values => [...new Set(values)].sort();
 
 // --- 2. nodes
-
 const $ = id => document.getElementById(id);
 
 /* el("td.num", "text", node): an element with its classes; strings become text, null becomes nothing. */
@@ -9734,19 +9874,18 @@ function el(spec, ...content) {
   const [tag, ...classes] = spec.split(".");
   const node = document.createElement(tag);
   if (classes.length) node.className = classes.join(" ");
-  node.append(...content.filter(part => part !== null && part !== undefined));
+  node.append(...content.filter(part => part !== null && part !== undefined && part !== false));
   return node;
 }
-
 function draw(tag, attributes = {}, ...content) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...content);
   return node;
 }
-
 const mark = (name, tone = "") =>
   draw("svg", {class: "mark " + tone, "aria-hidden": "true"}, draw("use", {href: "#mark-" + name}));
+const swatch = tone => el("i.swatch." + tone);
 
 /* Text into a node, and nothing where it stands there already: a write costs a layout. */
 function put(node, text) {
@@ -9765,37 +9904,39 @@ function outdated(node, key) {
   node.dataset.key = key;
   return true;
 }
-
 function button(text, act, spec = "button") {
   const node = el(spec, text);
   node.type = "button";
   node.addEventListener("click", act);
   return node;
 }
-
-const fact = (term, ...about) => el("div", el("dt", term), el("dd.isolate", ...about));
-
-function options(select, rows, chosen) {
-  select.replaceChildren(...rows.map(([value, text]) => new Option(text, value, false, value === chosen)));
-}
-
+const fact = (term, ...content) => el("div", el("dt", term), el("dd.isolate", ...content));
 function heading(text, spec = "th") {
   const cell = el(spec, text);
   cell.scope = "col";
   return cell;
 }
 
-/* A table of texts: the first column is a name, the others are numbers. */
+/* A table of texts and nodes: the first column is a name, the others are numbers. */
 function table(head, rows) {
   const kind = (tag, at) => tag + (at ? ".num" : ".isolate");
   return el("table", el("thead", el("tr", ...head.map((text, at) => heading(text, kind("th", at))))),
     el("tbody", ...rows.map(row => el("tr", ...row.map((text, at) => el(kind("td", at), text))))));
 }
 
+/* Children in this order; one that is in its place is not touched, one that is not among them goes. */
+function arrange(box, nodes) {
+  for (const node of [...box.children]) if (!nodes.includes(node)) node.remove();
+  nodes.forEach((node, at) => {
+    if (box.children[at] !== node) box.insertBefore(node, box.children[at] ?? null);
+  });
+}
+function options(select, rows, chosen) {
+  select.replaceChildren(...rows.map(([value, text]) => new Option(text, value, false, value === chosen)));
+}
 function store(name, value) {
   try { localStorage.setItem(name, value); } catch { /* storage may be forbidden */ }
 }
-
 async function copy(text, from) {
   const label = from.textContent;
   try {
@@ -9810,157 +9951,179 @@ async function copy(text, from) {
   put(from, "Copied");
   setTimeout(() => put(from, label), 1500);
 }
+function save(name, kind, lines) {
+  const link = el("a");
+  link.href = URL.createObjectURL(new Blob(lines, {type: kind}));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+/* The number of a name's colour: from the name, so that it stays the same; 5 is for all others. */
+const tones = [];
+function toneOf(name) {
+  let at = tones.indexOf(name);
+  if (at < 0 && tones.filter(Boolean).length < 5) {
+    at = [...name].reduce((hash, letter) => (hash * 31 + letter.codePointAt(0)) % 5, 7);
+    while (tones[at]) at = (at + 1) % 5;
+    tones[at] = name;
+  }
+  return "tone-" + (at < 0 ? 5 : at);
+}
 
 // --- 3. what the page knows
-
-const REQUESTS_KEPT = 2000, EVENTS_KEPT = 2000, TEXT_KEPT = 4000, ROWS = 500;
-
+const REQUESTS_KEPT = 1000, EVENTS_KEPT = 1000, TEXT_KEPT = 2000, ROWS = 500;
 const page = {
   status: null,         // the last answer of /debug/status
-  fresh: false,         // the last question for it was answered
-  asked: 0,             // when, ms of this browser's clock
-  ahead: 0,             // the gateway's clock less ours, ms
-  requests: new Map(),  // id -> request, as /debug/requests has them
+  me: null,             // of /me; null where there is no such route
+  models: [],           // of /debug/models
+  requests: new Map(),  // id -> record, as /debug/requests and inference_progress have them
   loaded: false,        // /debug/requests has been read
-  events: [],           // the latest, {n, id, name, data, level}
-  counts: new Map(),    // event name -> how many came
-  total: 0,
-  missed: 0,            // events that gaps told of
-  paused: false,
-  signedOut: false,
+  events: [],           // the latest, {n, id, name, data}; of one request's progress only the last
+  total: 0, raw: 0, missed: 0,
+  paused: false, signedOut: false,
 };
-
-/* This moment by the gateway's clock. */
-const now = () => Date.now() + page.ahead;
-
 const STATES = {        // word, mark and colour
-  waiting: ["waiting", "queued", "queued"],
-  queued: ["queued", "queued", "queued"],
-  loading: ["loading model", "queued", "queued"],
-  prompt: ["reading prompt", "prefill", "prefill"],
-  generating: ["writing", "decode", "decode"],
-  done: ["done", "ok", "ok"],
-  failed: ["failed", "error", "error"],
-  abandoned: ["client left", "left", "warn"],
+  waiting: ["waiting", "queued", "queued"], queued: ["in line", "queued", "queued"],
+  loading: ["loading the model", "queued", "queued"], prompt: ["reading", "prefill", "prefill"],
+  generating: ["writing", "decode", "decode"], answering: ["answering", "decode", "queued"],
+  done: ["answered", "ok", "ok"], failed: ["failed", "error", "error"], abandoned: ["stopped", "left", "warn"],
   lost: ["end not seen", "warn", "warn"],       // the page's own: it ran, and then nobody knew of it
 };
-const stateOf = r => STATES[r.state] ?? [words(r.state), "queued", "queued"];
+const LEFT = ["client_disconnected", "stopped"];
+const nameOfState = r => r.state === "failed" && LEFT.includes(r.operation) ? "abandoned" : r.state;
+const stateOf = r => STATES[nameOfState(r)] ?? [words(r.state), "queued", "queued"];
 const ended = r => ["done", "failed", "abandoned", "lost"].includes(r.state);
-const who = r => r.key || (r.source === "lmstudio" ? "not via gateway" : r.client) || NONE;
+const program = agent => /^[A-Za-z][\w.-]*(?:\/[A-Za-z][\w.-]*)?/.exec(agent ?? "")?.[0];
+const who = r => r.who ?? r.user ?? r.key ?? program(r.userAgent) ?? words(r.client);
 const modelOf = r => words(r.model);
-const usageOf = r => r.tokenUsage ?? {};
-const promptOf = r => usageOf(r).promptTokens ?? r.progress?.promptTokens ?? r.cache?.total;
+const promptOf = r => r.tokenUsage?.promptTokens ?? r.progress?.promptTokens ?? r.cache?.total;
 const cachedOf = r => r.cachedTokens ?? r.cache?.reused;
-const outputOf = r => usageOf(r).completionTokens ?? r.progress?.outputTokens;
-const outputTokens = r => (usageOf(r).estimated ? "~" : "") + tokens(outputOf(r));
-const firstOf = r => r.timeToFirstTokenMs;
+const outputOf = r => r.tokenUsage?.completionTokens ?? r.progress?.outputTokens;
+const outputText = r => (r.tokenUsage?.estimated ? "~" : "") + tokens(outputOf(r));
 const prefillOf = r => r.promptTokensPerSecond ?? r.progress?.promptTokensPerSecond;
-const decodeOf = r => r.tokensPerSecond ?? (ended(r) ? undefined : r.progress?.outputTokensPerSecond);
-const queueOf = r => r.queueMs ?? r.phases?.find(phase => phase.name === "queued")?.ms;
-const phasesOf = r => (r.phases ?? []).filter(phase => STATES[phase.name] && phase.ms >= 50);
-const endOf = r => r.started + (r.totalTimeMs ?? r.elapsedMs ?? 0);
-
-/* How long it took, or runs; while the stream is down, how long it had run when we last heard. */
-function elapsedOf(r) {
-  if (ended(r)) return r.totalTimeMs ?? r.elapsedMs;
-  return (live() ? now() : stream.heard + page.ahead) - r.started;
-}
+const decodeOf = r => r.tokensPerSecond ?? r.progress?.outputTokensPerSecond;
+const queueOf = r => r.queuedMs ?? r.phases?.find(phase => phase.name === "queued")?.ms;
+const phasesOf = r => (r.phases ?? []).filter(phase => phase.ms >= 50);
+const elapsedOf = r => ended(r) ? r.totalTimeMs ?? r.elapsedMs : (live() ? Date.now() : stream.heard) - r.began;
+const WHAT = {"chat/completions": "chat", completions: "completion", "api/v1/chat": "chat"};
+const whatOf = r => WHAT[String(r.path ?? "").replace(/^\/(?:v1\/|api\/v0\/)?/, "")]
+  ?? words(String(r.path ?? "").split("/").filter(Boolean).pop()).slice(0, 24);
+const runningOnes = () => [...page.requests.values()].filter(r => !ended(r)).sort((a, b) => a.began - b.began);
+const newestFirst = () => [...page.requests.values()].sort((a, b) =>
+  b.began - a.began || (b.requestId > a.requestId ? 1 : -1));
+const canView = () => !page.me || page.me.rights?.includes("view") || page.me.rights?.includes("admin");
+const isAdmin = () => page.me ? page.me.name === null || page.me.rights?.includes("admin")
+  : page.status?.gateway?.keyNeeded === false;
+const canStop = r => !ended(r) && r.source !== "lmstudio" && page.me !== null
+  && (isAdmin() || (page.me.name ?? "") === r.key);
 
 /* Take what is news about a request.  One that has ended stays so, whichever answer comes late. */
 function learn(id, news) {
   let r = page.requests.get(id);
   if (!r) {
-    r = {requestId: id, state: "waiting", trace: [], version: 0};
+    r = {requestId: id, state: "waiting", version: 0, began: Date.parse(news.startedAt ?? "") || Date.now()};
     page.requests.set(id, r);
     forget();
   }
-  const over = ended(r) && r.state !== "lost", state = over ? r.state : news.state ?? r.state;
-  if (state !== r.state) wantRequests();
-  Object.assign(r, news, {state});
-  if (news.phases) r.phasesIn = state;      // the phase that was not over when they were measured
+  const over = ended(r) && r.state !== "lost";
+  if (over && news.state && !ended(news)) return r;
+  const progress = news.progress && Object.keys(news.progress).length ? news.progress : r.progress;
+  Object.assign(r, news, {progress, state: over ? r.state : news.state ?? r.state});
+  if (!ended(r) && known(news.elapsedMs)) [r.began, r.heard] = [Date.now() - news.elapsedMs, Date.now()];
+  if (!over && ended(r)) r.seenEnd = page.loaded ? Date.now() : 0;
   r.version += 1;
-  r.started = startOf(r, news);
-  if (!over && ended(r)) r.seenEnd = Date.now();
-  touch("now", "tiles", "charts", "requests", "title");
+  dirty.add("now").add("requests").add("title").add("models");
   return r;
-}
-
-/* When it started, by the gateway's clock.  How long it runs comes in ms, its start in whole seconds. */
-function startOf(r, news) {
-  if (known(news.elapsedMs) && !ended(r)) return now() - news.elapsedMs;
-  if (known(r.started)) return r.started;
-  const said = Date.parse(r.startedAt ?? news.timestamp ?? "");
-  return known(said) && (ended(r) || now() - said > 2000) ? said : now();
 }
 
 /* The oldest that have ended make room. */
 function forget() {
-  if (page.requests.size <= REQUESTS_KEPT) return;
   for (const [id, r] of page.requests) {
     if (page.requests.size <= REQUESTS_KEPT) return;
     if (ended(r)) page.requests.delete(id);
   }
 }
 
-const allRequests = () => [...page.requests.values()];
-const newestFirst = () => allRequests().sort((a, b) =>
-  b.started - a.started || (b.requestId > a.requestId ? 1 : -1));
-const runningOnes = () => allRequests().filter(r => !ended(r)).sort((a, b) => a.started - b.started);
-
 // --- 4. events
-
-const ELSEWHERE = new Set(["timestamp", "requestId", "message", "level", "tags"]);
-
-/* An event's data in a line; what stands elsewhere in its row is left out. */
-function fields(data) {
-  const shown = Object.entries(data).filter(([name, value]) =>
-    !ELSEWHERE.has(name) && value !== null && value !== undefined);
-  return shown.map(([name, value]) =>
-    name + " " + (typeof value === "object" ? JSON.stringify(value) : value)).join("  ");
-}
 const message = data => words(data.message);
-const said = data => listed([data.outcome, data.message, data.model]) || NONE;
+const asks = data => page.requests.get(data.requestId) ?? data;
+const pairs = data => Object.entries(data).filter(([name, value]) => known(value) && name !== "requestId")
+  .map(([name, value]) => name + " " + value).join(", ");
+const on = data => data.model ? " on " + data.model : "";
 
-/* Each event that the stream sends: how its line in the log reads, and what it changes. */
+/* How much was read and written, as far as that is known. */
+function tokensSaid(data) {
+  const {promptTokens: read, completionTokens: written} = data.tokenUsage ?? {}, cached = data.cachedTokens;
+  return listed([known(read) && tokens(read) + " tokens read" + (cached > 0 ? ` (${percent(100 * cached / read)} cached)` : ""),
+    known(written) && tokens(written) + " written", known(data.tokensPerSecond) && speed(data.tokensPerSecond)]);
+}
+
+/* Each event that the stream sends: kind, colour, its sentence, and what it changes. */
 const EVENTS = {
-  connected: [message, () => { wantRequests(); wantStatus(); }],
-  ping: [() => "the stream is quiet and alive"],
-  gap: [gapText, data => { page.missed += data.count ?? 0; wantRequests(); }],
-  inference_start: [fields, started],
-  inference_progress: [fields, progressed],
-  inference_complete: [fields, data => finished(data, "done")],
-  error: [fields, data => finished(data, data.operation === "client_disconnected" ? "abandoned" : "failed")],
-  lmstudio_log: [message],
-  lmstudio_chat_start: [said],
-  lmstudio_sampling_params: [fields],
-  lmstudio_token_info: [fields],
-  lmstudio_cache_stats: [said],
-  lmstudio_processing_start: [message],
-  lmstudio_prompt_progress: [said],
-  lmstudio_generation_start: [message],
-  lmstudio_prediction_stats: [fields],
-  lmstudio_chat_end: [said, () => wantRequests()],
-  lmstudio_error: [message],
-  lmstudio_file_switch: [fields, () => wantStatus()],
-  lmstudio_month_transition: [fields, () => wantStatus()],
+  connected: ["link", "ok", () => "The page listens.", () => { wantRequests(); wantStatus(); }],
+  ping: ["", "", () => ""],
+  gap: ["link", "warn", gapText, data => { page.missed += data.count ?? 0; wantRequests(); }],
+  inference_start: ["request", "queued", data => `${who(asks(data))} asks${on(data)}: ${whatOf(data)}`,
+    data => { learn(data.requestId, {...data, source: "gateway", modelAsked: data.model}); wantRequests(); }],
+  inference_progress: ["request", "prefill", data => listed([who(data), modelOf(data), ...progressSaid(data)]),
+    data => learn(data.requestId, data)],
+  inference_complete: ["request", "ok", data => listed([`${who(asks(data))} was answered in ${span(data.totalTimeMs)}`,
+    modelOf(data), tokensSaid(data)]), data => finished(data, "done")],
+  error: ["error", "error", data => LEFT.includes(data.operation)
+    ? `${who(asks(data))}: stopped${data.by ? " by " + data.by : ""} after ${span(data.totalTimeMs)}: ${words(data.error)}`
+    : `${who(asks(data))}: failed after ${span(data.totalTimeMs)}: ${words(data.error)}`,
+    data => finished(data, LEFT.includes(data.operation) ? "abandoned" : "failed")],
+  lmstudio_log: ["raw", "", message],
+  lmstudio_chat_start: ["engine", "queued", data =>
+    `LM Studio takes a chat of ${plural(data.messages ?? 0, "message")}${on(data)}`],
+  lmstudio_sampling_params: ["engine", "queued", data => "It samples with " + pairs(data)],
+  lmstudio_token_info: ["engine", "queued", data =>
+    `The engine has ${tokens(data.totalPromptTokens)} prompt tokens, ${tokens(data.promptTokensToDecode)} of them to read; context ${tokens(data.n_ctx)}`],
+  lmstudio_cache_stats: ["engine", "ok", data =>
+    `${tokens(data.reused)} of ${tokens(data.total)} prompt tokens were in the cache (${percent(data.percentage)})${on(data)}`],
+  lmstudio_processing_start: ["engine", "prefill", data => "The engine begins to read" + on(data)],
+  lmstudio_prompt_progress: ["engine", "prefill", data => `${percent(data.progress)} of a prompt is read${on(data)}`],
+  lmstudio_generation_start: ["engine", "decode", data => "The prompt is read, the answer begins" + on(data)],
+  lmstudio_prediction_stats: ["engine", "decode", data => listed(["The engine: "
+    + tokensSaid({...data, tokenUsage: data}) + on(data), known(data.promptTokensPerSecond) && "read at " + speed(data.promptTokensPerSecond)])],
+  lmstudio_chat_end: ["engine", "queued", data => `The chat is over: ${words(data.outcome)}${on(data)}`],
+  lmstudio_error: ["error", "error", data => "LM Studio: " + message(data)],
+  lmstudio_file_switch: ["link", "queued", data => "The log goes on in " + words(data.newLogFile), () => wantStatus()],
+  lmstudio_month_transition: ["link", "queued", data => "The log goes on in " + words(data.newLogFile), () => wantStatus()],
 };
-const textOf = (name, data) => (EVENTS[name]?.[0] ?? fields)(data);
-const LEVEL_OF = {error: "ERROR", lmstudio_error: "ERROR", gap: "WARN"};
-
 function gapText({from, to, count}) {
   return known(count) ? `${plural(count, "event")} missed while disconnected (${from} to ${to})`
     : "the gateway was restarted; events in between are not known";
 }
+function progressSaid(r) {
+  const read = r.progress?.percent, left = r.progress?.etaMs;
+  if (r.state === "prompt") return [known(read) ? percent(read) + " read" : "reading", known(left) && `about ${about(left)} left`];
+  if (r.state === "queued") return [placeOf(r)];
+  return [stateOf(r)[0], known(r.progress?.outputTokens) && plural(r.progress.outputTokens, "token")];
+}
 
+/* What is one moving line: the progress of a request, or of a prompt that is nobody's. */
+const foldOf = (name, data) => name === "inference_progress" ? data.requestId
+  : name === "lmstudio_prompt_progress" ? data.requestId ? "" : "prompt " + data.model : null;
+const folds = new Map();
 function receive(name, data, id) {
-  page.counts.set(name, (page.counts.get(name) ?? 0) + 1);
   page.total += 1;
-  EVENTS[name]?.[1]?.(data);
-  if (name === "ping") return;
+  EVENTS[name][3]?.(data);
+  const fold = foldOf(name, data);
+  if (name === "ping" || fold === "") return;       // its request's own progress says the same
+  if (name === "lmstudio_log") page.raw += 1;
   if (typeof data.message === "string") data.message = bounded(data.message);
-  page.events.push({n: page.total, id, name, data, level: data.level ?? LEVEL_OF[name] ?? "INFO"});
-  if (page.events.length > EVENTS_KEPT * 1.25) page.events.splice(0, page.events.length - EVENTS_KEPT);
-  touch("log");
+  const entry = {n: page.total, id, name, data}, before = fold && folds.get(fold);
+  if (before) [before.gone, entry.node] = [true, before.node];
+  if (fold) folds.set(fold, entry);
+  if (name === "inference_complete" || name === "error") folds.delete(data.requestId);
+  page.events.push(entry);
+  if (page.events.length > EVENTS_KEPT * 1.25) {
+    page.events = page.events.filter(one => !one.gone).slice(-EVENTS_KEPT);
+    for (const [key, one] of folds) if (one.n < page.events[0].n) folds.delete(key);
+  }
+  dirty.add("log");
 }
 
 /* The beginning of a text.  Through JSON, because a slice would keep the whole of it in memory. */
@@ -9968,237 +10131,153 @@ function bounded(text) {
   if (text.length <= TEXT_KEPT) return text;
   return JSON.parse(JSON.stringify(`${text.slice(0, TEXT_KEPT)} ... (${whole(text.length)} characters)`));
 }
-
-function started(data) {
-  learn(data.requestId, {...data, source: "gateway", modelAsked: data.model});
-}
-
-function progressed(data) {
-  const {requestId, timestamp, source, state, model, elapsedMs, cachedTokens, contextSize, contextUsed,
-    ...progress} = data;
-  const news = {state, elapsedMs, progress}, before = page.requests.get(requestId);
-  if (source) news.source = source;
-  if (model) news.model = model;
-  if (known(contextSize)) news.context = {size: contextSize, used: contextUsed};
-  if (known(cachedTokens)) {
-    news.cache = {total: progress.promptTokens, ...before?.cache, reused: cachedTokens};
-  }
-  const r = learn(requestId, news);
-  r.heard = Date.now();
-  if (known(progress.outputTokensPerSecond)) {
-    r.trace.push(progress.outputTokensPerSecond);
-    if (r.trace.length > 60) r.trace.shift();
-  }
-}
-
 function finished(data, state) {
   const r = learn(data.requestId, {...data, state});
-  const took = known(r.totalTimeMs) ? " after " + span(r.totalTimeMs) : "";
-  if (page.loaded) tell(`Request of ${who(r)}: ${stateOf(r)[0]}${took}`);
+  wantRequests();
+  wantFigures();
+  if (!page.loaded) return;
+  tell(`${who(r)}: ${stateOf(r)[0]} after ${span(r.totalTimeMs)}`);
+  const mine = !page.me?.name || page.me.name === r.key;
+  if (notifying() && mine && state === "done" && r.totalTimeMs > 20000 && document.hidden) {
+    new Notification("Answered after " + running(r.totalTimeMs), {body: listed([who(r), modelOf(r), outputText(r) + " tokens"])});
+  }
+}
+const notifying = () => stored("notify", "off") === "on" && globalThis.Notification?.permission === "granted";
+async function askNotify() {
+  const wanted = stored("notify", "off") !== "on" && await Notification.requestPermission() === "granted";
+  store("notify", wanted ? "on" : "off");
+  attribute($("notify"), "aria-pressed", wanted);
 }
 
-// --- 5. the stream: reads /debug/stream, comes back by itself and goes on where it was
-
+// --- 5. the stream: EventSource comes back by itself and goes on where it was
 const STALE_MS = 20000, DEAD_MS = 60000;    // the gateway breaks a silence after 15 s
-
-/* Text of an event stream to frames (WHATWG HTML, 9.2): give(event, data, id) for each complete one. */
-class Frames {
-  constructor(give) {
-    this.give = give;
-    this.rest = "";
-  }
-
-  feed(text) {
-    const blocks = (this.rest + text).split("\n\n");
-    this.rest = blocks.pop();
-    for (const block of blocks) this.frame(block);
-  }
-
-  frame(block) {
-    const found = {};
-    for (const line of block.split("\n")) {
-      const colon = line.indexOf(": ");
-      if (colon > 0) found[line.slice(0, colon)] = line.slice(colon + 2);
-    }
-    if (found.data) this.give(found.event, JSON.parse(found.data), found.id);
-  }
-}
-
-const channel = new MessageChannel();
-
-/* Let the browser paint and take clicks.  A timer would wait longer, in a hidden tab a second. */
-const breathe = () => new Promise(go => { channel.port1.onmessage = go; channel.port2.postMessage(0); });
-
+const AT_FIRST = 200;       // events of the past that the log begins with
 const stream = {
-  state: "connecting",  // live, waiting (until .next), connecting, out
-  begun: 0,             // when this attempt began
-  heard: 0,             // when the last byte came
-  next: 0,              // when the next attempt is due
-  last: "",             // id of the last event
-  failures: 0,          // since it was live
-  breaks: 0,
-  attempt: null,        // AbortController of the connection
-  wake: null,           // ends the pause before the next attempt
+  source: null, state: "connecting",        // live, connecting, out
+  heard: Date.now(), downSince: Date.now(), last: "", breaks: 0, again: 0,
 
-  async run() {
-    for (;;) {
-      if (!page.signedOut) await this.connect();
-      const pause = 1000 * Math.min(30, 2 ** this.failures) * (0.5 + Math.random() / 2);
-      this.failures += 1;
-      this.next = Date.now() + pause;
-      this.become(page.signedOut ? "out" : "waiting");
-      await new Promise(go => {
-        this.wake = go;
-        if (!page.signedOut) setTimeout(go, pause);
-      });
-    }
+  /* Listen from the event `last` on; without one to what is still known of the latest. */
+  open() {
+    clearTimeout(this.again);
+    this.source?.close();
+    const [epoch, seq] = String(page.status?.stream?.lastId ?? "").split("-");
+    const since = this.last || (epoch ? `${epoch}-${Math.max(0, seq - AT_FIRST)}` : "");
+    const names = Object.keys(EVENTS).filter(name => name !== "lmstudio_log" || logView.raw);
+    const source = this.source = new EventSource(
+      "/debug/stream?events=" + names + (since ? "&since=" + encodeURIComponent(since) : ""));
+    for (const name of names) source.addEventListener(name, event => this.take(name, event));
+    source.addEventListener("error", event => { if (event.data === undefined) this.broke(); });
+    this.heard = Date.now();
   },
 
-  async connect() {
+  take(name, event) {
+    if (event.data === undefined) return;   // "error" is the browser's own, too
+    this.heard = Date.now();
+    if (name === "connected") this.become("live");
+    if (event.lastEventId) this.last = event.lastEventId;
+    receive(name, JSON.parse(event.data), event.lastEventId);
+  },
+
+  /* The browser tries again by itself, save after a refusal. */
+  async broke() {
     this.become("connecting");
-    this.begun = Date.now();
-    this.attempt = new AbortController();
-    try {
-      const answer = await fetch("/debug/stream", {signal: this.attempt.signal, cache: "no-store",
-        headers: this.last ? {"Last-Event-ID": this.last} : {}});
-      if (refused(answer)) await signOut(answer);
-      else if (answer.ok) await this.read(answer.body.getReader());
-    } catch { /* a broken connection: run() tries again */ }
-  },
-
-  async read(reader) {
-    const decoder = new TextDecoder(), frames = new Frames((...frame) => this.take(...frame));
-    let since = performance.now();
-    for (;;) {
-      const {value, done} = await reader.read();
-      if (done) return;
-      this.heard = Date.now();
-      frames.feed(decoder.decode(value, {stream: true}));
-      if (performance.now() - since > 30) {
-        await breathe();
-        since = performance.now();
-      }
-    }
-  },
-
-  take(name, data, id) {
-    if (name === "connected") {
-      this.failures = 0;
-      this.become("live");
-    }
-    if (id) this.last = id;
-    receive(name, data, id);
+    if (this.source.readyState !== EventSource.CLOSED) return;
+    await wantMe();
+    if (!page.signedOut) this.again = setTimeout(() => this.open(), 2000);
   },
 
   become(state) {
     if (this.state === state) return;
-    if (state === "live" && this.breaks) tell("The stream is live again");
-    if (this.state === "live") {
-      this.breaks += 1;
-      tell("The stream is interrupted");
-      wantStatus();
-    }
+    if (this.state === "live") [this.breaks, this.downSince] = [this.breaks + 1, this.heard];
+    if (state === "live" && this.breaks) tell("The gateway answers again");
     this.state = state;
     document.body.classList.toggle("live", state === "live");
-    touch("header", "now");
+    dirty.add("header").add("now");
   },
 
-  /* Waiting may be over: the network is back, the page is seen again, a key was taken. */
-  hurry() {
-    if (live() && Date.now() - this.heard > STALE_MS) this.attempt.abort();
-    this.wake?.();
-  },
-
-  /* Once a second: no byte and no ping for a minute is a dead link, as after a laptop's sleep. */
+  /* No event and no ping for a minute is a dead link, as after a laptop's sleep. */
   watch() {
-    const quiet = Date.now() - (live() ? this.heard : this.begun);
-    if (quiet > DEAD_MS && ["live", "connecting"].includes(this.state)) this.attempt.abort();
-    if (!live() || quiet > STALE_MS) touch("header");
+    if (!page.signedOut && Date.now() - this.heard > DEAD_MS) this.open();
   },
 };
 const live = () => stream.state === "live";
 
-// --- 6. questions: /debug/status, /debug/requests, and the key
-
-const refused = answer => answer.status === 401 || answer.status === 403;
-
+// --- 6. questions, and the key
+const refused = answer => answer.status === 401;
 async function reasonOf(answer) {
   try { return (await answer.json()).error.message; } catch { return "The gateway says no."; }
 }
 
-/* The JSON of one of our routes; null where there is no answer or no such route. */
+/* The JSON of one of our routes; null where there is no answer, no such route or no right. */
 async function get(address) {
   try {
     const answer = await fetch(address, {cache: "no-store", signal: AbortSignal.timeout?.(20000)});
-    if (refused(answer)) return await signOut(answer);
+    if (refused(answer)) return signOut();
     return answer.ok ? await answer.json() : null;
   } catch { return null; }
 }
 
 /* A question: asked once in so many ms at most, however often it is wanted, and not by a hidden page. */
 function question(every, ask) {
-  let due = 0, planned = false, asking = false, again = false;
-  return async function want() {
-    if (asking) again = true;       // the answer may be older than what made us ask
-    if (planned || page.signedOut) return;
-    planned = true;
+  let due = 0, planned = null;
+  return () => planned ??= (async () => {
     await new Promise(go => setTimeout(go, Math.max(0, due - Date.now())));
-    asking = true;
-    again = false;
-    if (!document.hidden) await ask();
-    due = Date.now() + every;
-    planned = asking = false;
-    if (again) want();
-  };
+    if (!document.hidden && !page.signedOut) await ask();
+    due = Date.now() + (typeof every === "function" ? every() : every);
+    planned = null;
+  })();
 }
-
-const wantStatus = question(1000, async () => {
-  const status = await get("/debug/status");
-  page.fresh = Boolean(status?.version);
-  touch("header");
-  if (!page.fresh) return;
-  page.status = status;
-  page.asked = Date.now();
-  const ahead = Date.parse(status.timestamp) - Date.now();
-  page.ahead = Math.abs(ahead) > 2000 ? ahead : 0;      // the stamp has whole seconds
-  if (status.gateway?.history && $("usage").hidden) openUsage();
-  touch("banners", "now", "server", "usage");
+const wantMe = question(500, async () => {
+  const me = await get("/me");
+  page.me = me?.rights ? me : null;
+  for (const node of document.querySelectorAll(".view")) node.classList.toggle("own", !canView());
+  put($("me"), page.me?.name ?? "");
+  $("me").hidden = $("logout").hidden = !page.me?.name;
+  dirty.add("header").add("now");
 });
-
+const wantStatus = question(1000, async () => {
+  const status = canView() ? await get("/debug/status") : null;
+  if (!status?.version) return;
+  page.status = status;
+  stream.answered = Date.now();
+  showRanges();
+  paintAll();
+});
 const wantRequests = question(2000, async () => {
-  const asked = now(), rows = (await get("/debug/requests"))?.requests;
+  const asked = Date.now(), rows = (await get("/debug/requests"))?.requests;
   if (!Array.isArray(rows)) return;
   for (const r of [...rows].reverse()) learn(r.requestId, r);
   page.loaded = true;
   if (rows.some(ended) || rows.length < 10) {       // those that run stand first, so all of them are in it
     const seen = new Set(rows.map(r => r.requestId));
     for (const r of runningOnes()) {
-      if (!seen.has(r.requestId) && r.started < asked - 2000) learn(r.requestId, {state: "lost"});
+      if (!seen.has(r.requestId) && r.began < asked - 2000) learn(r.requestId, {state: "lost"});
     }
   }
-  touch("now", "tiles", "charts", "requests");
+  dirty.add("now").add("requests");
+});
+const wantModels = question(1500, async () => {
+  page.models = (canView() ? await get("/debug/models") : null)?.models ?? [];
+  dirty.add("models");
 });
 
-/* A key is needed (401), or one that may look (403).  What the page has stays. */
-async function signOut(answer) {
-  const first = !page.signedOut;
-  page.signedOut = true;
-  if (answer.status === 403) put($("login-why"), await reasonOf(answer));
-  else if (page.loaded) put($("login-why"), "Log in again to go on; what you see stays.");
+/* A key is needed.  What the page has stays. */
+function signOut() {
+  if (page.loaded) put($("login-why"), "Log in again to go on; what you see stays.");
+  stream.source?.close();
+  stream.become("out");
   lock(true);
-  if (first) $("key").focus();
+  if (!page.signedOut) $("key").focus();
+  page.signedOut = true;
   return null;
 }
 
 /* The login form: above what the page has; before it has anything, alone. */
-function lock(on) {
-  $("login").hidden = !on;
-  for (const id of ["now", "trends", "charts", "requests", "log", "server"]) {
-    $(id).hidden = on && !page.loaded;
-  }
-  touch("header", "banners", "now");
+function lock(is) {
+  $("login").hidden = !is;
+  for (const id of ["now", "figures", "requests", "log", "server"]) $(id).hidden = is && !page.loaded;
+  dirty.add("header").add("now");
 }
-
 async function logIn(event) {
   event.preventDefault();
   const key = $("key").value.trim(), error = $("login-error");
@@ -10210,65 +10289,67 @@ async function logIn(event) {
   } catch { /* said below */ }
   error.hidden = Boolean(answer?.ok);
   if (!answer?.ok) {
-    put(error, answer ? await reasonOf(answer) : "The gateway does not answer.");
+    put(error, !answer ? "The gateway does not answer." : refused(answer) ? "Wrong key." : await reasonOf(answer));
     $("key").focus();
     return;
   }
   page.signedOut = false;
   lock(false);
-  wantStatus();
+  begin();
+}
+async function logOut() {
+  try { await fetch("/logout", {method: "POST"}); } catch { return; }
+  location.reload();
+}
+
+/* Who we are decides what is asked; the status says from where to listen. */
+async function begin() {
+  await wantMe();
+  if (page.signedOut) return;
+  await wantStatus();
+  if (page.signedOut) return;
+  stream.open();
   wantRequests();
-  stream.failures = 0;
-  stream.hurry();
+  wantModels();
+  wantFigures();
+}
+
+/* What changes something.  The reason why not, "" when it was done. */
+async function act(method, address, body) {
+  try {
+    const answer = await fetch(address, {method, headers: {"Content-Type": "application/json"},
+      body: body && JSON.stringify(body)});
+    return answer.ok ? "" : await reasonOf(answer);
+  } catch { return "The gateway does not answer."; }
+}
+async function stop(r, from) {
+  from.disabled = true;
+  const why = await act("DELETE", "/debug/requests/" + encodeURIComponent(r.requestId));
+  from.disabled = false;
+  r.problem = why;
+  wantRequests();
+  paint("now");
 }
 
 // --- 7. painting
+const PANELS = {};          // name -> paint
+const dirty = new Set();
 
-const PANELS = {};          // name -> {paint, every, node, due, seen}
-const touched = new Set();
-let planned = 0;
-
-/* A panel: painted when touched, once in so many ms at most; one with a node only while that is in sight. */
-function panel(name, every, paint, node = null) {
-  PANELS[name] = {paint, every, node, due: 0, seen: !node};
-}
-
-function touch(...names) {
-  for (const name of names) touched.add(name);
-  if (!planned && !page.paused && !document.hidden) plan();
-}
-
-function plan() {
-  const ready = [...touched].map(name => PANELS[name]).filter(one => one?.seen);
-  if (!ready.length) return;
-  const wait = Math.min(...ready.map(one => one.due)) - performance.now();
-  planned = setTimeout(() => requestAnimationFrame(paintTouched), Math.max(0, wait));
-}
-
-function paintTouched() {
-  const moment = performance.now();
-  for (const name of page.paused ? [] : [...touched]) {
-    const one = PANELS[name];
-    if (!one.seen || one.due > moment + 5) continue;
-    touched.delete(name);
-    one.due = moment + one.every;
-    try { one.paint(); } catch (error) { console.error(name, error); }
+/* Panels at once: what a person did is to be seen in the same frame. */
+function paint(...names) {
+  for (const name of names) {
+    dirty.delete(name);
+    try { PANELS[name](); } catch (error) { console.error(name, error); }
   }
-  planned = 0;
-  touch();
 }
+const paintAll = () => { for (const name of Object.keys(PANELS)) dirty.add(name); };
 
-const touchAll = () => touch(...Object.keys(PANELS));
-
-function watchSight() {
-  const panels = Object.values(PANELS).filter(one => one.node);
-  const observer = new IntersectionObserver(entries => {
-    for (const entry of entries) {
-      panels.find(one => one.node === entry.target).seen = entry.isIntersecting;
-    }
-    touch();
-  }, {rootMargin: "200px"});
-  for (const one of panels) observer.observe(one.node);
+/* Four times a second: what the stream changed, a part in each frame, so that a click waits for no more. */
+function paintDirty() {
+  if (page.paused || document.hidden || !dirty.size) return;
+  const [name] = dirty;
+  paint(name);
+  if (dirty.size) requestAnimationFrame(paintDirty);
 }
 
 let told = 0, telling = 0;
@@ -10283,45 +10364,44 @@ function tell(text) {
 }
 
 // --- 8. header and banners
-
 function showState(id, label, tone, word, detail = "") {
   const node = $(id);
   if (!outdated(node, [tone, word, detail].join("|"))) return;
-  node.replaceChildren(mark(tone === "muted" ? "queued" : tone, tone), el("span", label + " " + word),
-    el("span.detail.isolate", detail));
+  node.replaceChildren(mark(tone, tone), el("span", label + " " + word));
   node.title = detail;
 }
-
-function paintHeader() {
-  const unknown = ["muted", "not known"], {lmstudio, log} = page.fresh ? page.status : {};
+PANELS.header = () => {
+  const unknown = ["queued", "not known"], {lmstudio, log, gateway} = page.status ?? {};
   put($("host"), location.host);
-  showState("state-lmstudio", "LM Studio", ...!lmstudio ? unknown
-    : lmstudio.up ? ["ok", "up", lmstudio.version ?? ""] : ["error", "not answering"]);
-  showState("state-log", "Log", ...log ? logState(log) : unknown);
-  showState("state-stream", "Stream", ...streamState());
-}
+  $("demo").hidden = !gateway?.demo;
+  for (const id of ["state-lmstudio", "state-log"]) $(id).hidden = !canView();
+  const fresh = live() ? null : unknown;
+  showState("state-lmstudio", "LM Studio", ...fresh ?? (!lmstudio ? unknown : lmstudio.up ? ["ok", "up", lmstudio.version ?? ""]
+    : ["error", "not answering", lmstudio.reason ?? ""]));
+  showState("state-log", "Log", ...fresh ?? (log ? logState(log) : unknown));
+  showState("state-link", "Link", ...linkState());
+  const gone = !live() && !page.signedOut && Date.now() - stream.heard > 2500 && (page.loaded || page.status);
+  document.body.classList.toggle("dead", Boolean(gone));
+  $("dead").hidden = !gone;
+  put($("dead"), gone ? `The gateway does not answer. What you see is from ${clockTime(stream.downSince)}.` : "");
+};
 
 /* LM Studio's verbose logging is off: so many entries, and none from its engine. */
 const terse = log => log.verbose === false && log.entries > 20;
-
 function logState(log) {
-  if (log.enabled === false) return ["muted", "off"];
+  if (log.enabled === false) return ["queued", "off"];
   if (log.problem) return ["error", "not readable", log.problem];
   if (!log.file) return ["warn", "no file yet"];
-  const name = String(log.file).split(/[\\/]/).pop();
-  if (terse(log)) return ["warn", "not verbose", name];
-  return log.behindBytes > 1e6 ? ["warn", "behind", bytes(log.behindBytes)] : ["ok", "reading", name];
+  if (terse(log)) return ["warn", "not verbose", log.file];
+  return log.behindBytes > 1e6 ? ["warn", "behind", bytes(log.behindBytes)] : ["ok", "read", log.file];
 }
-
-function streamState() {
+function linkState() {
   if (page.signedOut) return ["warn", "signed out"];
-  if (page.paused) return ["muted", "paused"];
-  const quiet = Date.now() - stream.heard, wait = Math.ceil((stream.next - Date.now()) / 1000);
-  if (live()) return quiet > STALE_MS ? ["warn", "stale " + running(quiet)] : ["ok", "live"];
-  if (stream.state === "waiting" && wait > 0) return ["warn", `reconnecting in ${wait} s`];
-  return ["muted", "connecting"];
+  if (page.paused) return ["queued", "paused"];
+  if (!live()) return page.loaded ? ["error", "broken, trying again"] : ["queued", "connecting"];
+  const quiet = Date.now() - stream.heard;
+  return quiet > STALE_MS ? ["warn", "silent for " + running(quiet)] : ["ok", "live"];
 }
-
 const DEVELOPER = "In LM Studio: Developer \u25b8 ";
 const START = DEVELOPER + "switch Status to Running. On a machine without a screen: lms server start.";
 const VERBOSE = DEVELOPER + "Developer Logs \u25b8 \u2026 \u25b8 Verbose Logging.";
@@ -10338,206 +10418,217 @@ function problems() {
       (lmstudio.reason ? lmstudio.reason + ". " : "") + START],
     [log.problem, "error", "The log cannot be followed", log.problem],
     [log.enabled === false, "warn", "The log is not followed", MONITORING],
-    [terse(log), "warn", "LM Studio writes no DEBUG lines, so most figures of its engine are missing",
-      VERBOSE],
+    [terse(log), "warn", "LM Studio writes no DEBUG lines, so most figures of its engine are missing", VERBOSE],
     ...warnings.map(([what, remedy = ""]) => [true, "warn", what, remedy]),
   ];
   return rows.filter(([is]) => is).map(row => row.slice(1));
 }
-
-function paintBanners() {
+PANELS.banners = () => {
   const told = page.signedOut || !$("first-run").hidden;      // the first run says the same in its own way
   const found = told ? [] : problems().slice(0, 2), box = $("banners");
   if (!outdated(box, JSON.stringify(found))) return;
   box.replaceChildren(...found.map(([tone, what, remedy]) =>
-    el("p.banner", mark(tone, tone), el("span", el("strong", what + ". "), remedy))));
+    el("p.banner", mark(tone, tone), el("span", el("b", what + ". "), remedy))));
+};
+
+// --- 9. models
+PANELS.models = () => {
+  const box = $("model-list"), active = runningOnes(), busy = new Set(active.map(modelOf));
+  const shown = page.models.map(model => ({...model, mine: active.filter(r => r.model === model.id)}));
+  const loaded = shown.filter(model => model.state !== "not-loaded" || busy.has(model.id));
+  const rest = shown.filter(model => !loaded.includes(model));
+  $("models").hidden = !shown.length || !canView();
+  const key = JSON.stringify([shown.map(({mine, ...model}) => [model, mine.map(r => [r.state, Math.round(decodeOf(r) ?? 0),
+    Math.round(prefillOf(r) ?? 0)])]), isAdmin()]);
+  if (!outdated(box, key)) return;
+  const open = box.querySelector("details")?.open;
+  box.replaceChildren(...loaded.map(modelBox), ...rest.length ? [restBox(rest, open)] : []);
+};
+function modelBox({id, state, mine, contextLength, quantization, running: slots = 0, waiting = 0}) {
+  const states = mine.map(r => r.state), writing = sum(mine.filter(r => r.state === "generating").map(decodeOf));
+  const reading = sum(mine.filter(r => r.state === "prompt").map(prefillOf));
+  const name = state === "loading" || states.includes("loading") ? "loading" : states.includes("generating") ? "generating"
+    : states.includes("prompt") ? "prompt" : mine.length ? "answering" : "";
+  const [word, icon, tone] = name ? STATES[name] : ["idle", "ok", "queued"];
+  return el("li.box", el("h3.isolate", id),
+    isAdmin() && state === "loaded" && button("Unload", event => change(event, "unload", {instance_id: id}), "button.quiet.push"),
+    el("span." + tone, mark(icon, tone), " " + word),
+    el("span", listed([reading && speed(reading) + " read", writing && speed(writing) + " written"])),
+    el("span.muted", listed([(slots || mine.length) && `${slots || mine.length} running`, waiting && `${waiting} waiting`,
+      known(contextLength) && short(contextLength) + " context", quantization])));
+}
+function restBox(rest, open) {
+  const list = el("details", el("summary.muted", `${rest.length} more, not loaded`), el("ul", ...rest.map(({id, sizeBytes}) =>
+    el("li", el("span.isolate", listed([id, known(sizeBytes) && bytes(sizeBytes)])),
+      isAdmin() && button("Load", event => change(event, "load", {model: id}), "button.quiet")))));
+  list.open = Boolean(open);
+  return el("li.box.rest", list);
+}
+async function change(event, what, body) {
+  const from = event.currentTarget;
+  from.disabled = true;
+  put(from, what + "ing \u2026");
+  const why = await act("POST", "/api/v1/models/" + what, body);
+  put(from, why ? "failed" : "done");
+  from.title = why;
+  wantModels();
 }
 
-// --- 9. now: a card for each running request, in a place that it keeps
-
-const LINGER_MS = 60000, CARDS = 12;
-const seats = [];           // the requests of the cards, in their order
-const cards = new Map();    // request id -> {node, part, spoken}
-
-/* A new request takes the card of the one that ended first, else a new one, so that no card moves while it is
-   read.  The last card stays when nothing runs. */
-function seat() {
-  for (const r of runningOnes().filter(one => !seats.includes(one))) {
-    const free = seats.filter(ended).sort((a, b) => a.seenEnd - b.seenEnd)[0];
-    if (free) seats[seats.indexOf(free)] = r;
-    else if (seats.length < CARDS) seats.push(r);
-  }
-  if (!seats.length) seats.push(...newestFirst().slice(0, 1));
-  const old = seats.findIndex(r => ended(r) && Date.now() - r.seenEnd > LINGER_MS);
-  if (old >= 0 && seats.length > 1) seats.splice(old, 1);
-}
-
-function paintNow() {
-  seat();
-  const box = $("cards"), active = runningOnes().length;
-  const wanted = seats.map(r => cards.get(r.requestId) ?? makeCard(r));
-  for (const [id, card] of cards) {
-    if (wanted.includes(card)) continue;
-    card.node.remove();
-    cards.delete(id);
-  }
-  arrange(box, wanted.map(card => card.node));
+// --- 10. now: a card for each running request, a line for each that waits
+const LINGER_MS = 5000, ENDED_MS = 120000, CARDS = 12;
+const cards = new Map();    // request id -> {node, and its parts}
+/* It waits, or nothing is known of it yet: a line is enough. */
+const inLine = r => r.state === "queued" || r.state === "waiting" && !known(outputOf(r));
+const placeOf = r => known(r.position) ? ordinal(r.position) + " in line"
+  : r.state === "waiting" ? "not answered yet" : "in LM Studio's line";
+PANELS.now = () => {
+  const moment = Date.now(), all = runningOnes(), active = all.filter(r => !inLine(r));
+  const over = [...page.requests.values()].filter(r => ended(r) && moment - (r.seenEnd ?? 0) < ENDED_MS && !inQueueAtEnd(r))
+    .sort((a, b) => b.seenEnd - a.seenEnd);
+  const fresh = over.filter(r => moment - r.seenEnd < LINGER_MS && cards.has(r.requestId));
+  const seats = [...active, ...fresh].sort((a, b) => a.began - b.began).slice(0, CARDS);
+  for (const id of cards.keys()) if (!seats.some(r => r.requestId === id)) cards.delete(id);
+  arrange($("cards"), seats.map(r => cardOf(r).node));
   seats.forEach(paintCard);
-  put($("now-note"), !page.loaded ? "connecting" : active ? `${active} running` : seats.length ? "idle" : "");
-  put($("more-running"), active > CARDS ? `and ${active - CARDS} more, in the table below` : "");
-  put($("as-of"), page.loaded && !live() ? "as of " + clockTime(stream.heard) : "");
+  const queue = all.filter(inLine).sort((a, b) => (a.position ?? 1e9) - (b.position ?? 1e9) || a.began - b.began);
+  lines($("queue"), queue.slice(0, 30), r => listed([placeOf(r), who(r), modelOf(r), running(elapsedOf(r)),
+    known(etaOf(r)) && "about " + about(etaOf(r))]), queue.length - 30);
+  lines($("ended"), over.filter(r => !seats.includes(r)).slice(0, 3), r => listed([`${who(r)}: ${stateOf(r)[0]}`,
+    modelOf(r), span(r.totalTimeMs), known(outputOf(r)) && outputText(r) + " written", running(moment - r.seenEnd) + " ago"]));
+  put($("now-note"), !page.loaded ? "connecting" : !all.length ? "idle"
+    : listed([`${active.length} running`, queue.length && `${queue.length} waiting`,
+      active.length > CARDS && `${active.length - CARDS} of them in the table below`, !canView() && "your own"]));
+  $("notify").hidden = !globalThis.Notification || !isSecureContext;
   paintFirstRun();
-}
+};
+const inQueueAtEnd = r => r.state === "lost";
+const etaOf = r => r.progress?.etaMs ?? r.etaMs;
 
-/* Children in this order; one that is in its place is not touched. */
-function arrange(box, nodes) {
-  nodes.forEach((node, at) => {
-    if (box.children[at] !== node) box.insertBefore(node, box.children[at] ?? null);
-  });
+/* One line for each request; what stands in it is written only where it has changed. */
+function lines(box, rows, textOf, more = 0) {
+  const old = new Map([...box.children].map(node => [node.dataset.id, node]));
+  arrange(box, rows.map(r => {
+    const node = old.get(r.requestId) ?? el("li", el("span.mark"), button("", () => openDrawer(r.requestId), "button.plain.isolate"),
+      button("Stop", event => stop(r, event.currentTarget), "button.quiet.push"));
+    node.dataset.id = r.requestId;
+    const [icon, text, halt] = node.children, [, name, tone] = stateOf(r);
+    if (outdated(icon, name)) icon.replaceChildren(mark(name, tone));
+    put(text, textOf(r) + (r.problem ? ` \u00b7 ${r.problem}` : ""));
+    halt.hidden = !canStop(r);
+    return node;
+  }));
+  if (more > 0) box.append(el("li.muted", `and ${more} more`));
 }
-
-function makeCard(r) {
-  const node = $("card-template").content.cloneNode(true).firstElementChild, part = {};
-  for (const one of node.querySelectorAll("[data-part]")) part[one.dataset.part] = one;
-  part.id.addEventListener("click", () => openDrawer(r.requestId));
-  const card = {node, part, spoken: 0};
+function cardOf(r) {
+  let card = cards.get(r.requestId);
+  if (card) return card;
+  const part = {who: el("span.isolate"), model: el("span.muted.isolate"), big: el("strong"), small: el("span.muted"),
+    bar: el("div.bar"), legend: el("ul.legend"), speed: el("span.speed"), context: el("span"), more: el("span.muted.isolate"),
+    open: button("Details", () => openDrawer(r.requestId), "button.quiet.push"),
+    stop: button("Stop", event => stop(r, event.currentTarget), "button.quiet")};
+  const {bar} = part;
+  for (const [name, value] of [["role", "progressbar"], ["aria-valuemin", 0], ["aria-valuemax", 100], ["aria-label", "Prompt read"]]) {
+    bar.setAttribute(name, value);
+  }
+  for (const tone of ["cached", "prefill", "rest", "decode"]) bar.append(el("i." + tone));
+  card = {...part, spoken: 0, node: el("article.box.card",
+    el("div.row", el("h3", part.who, " ", part.model), el("p.left", part.big, part.small)),
+    bar, el("div.row", part.legend),
+    el("div.details", part.speed, part.context, part.more, part.open, part.stop))};
   cards.set(r.requestId, card);
   return card;
 }
-
 function paintCard(r) {
-  const card = cards.get(r.requestId), {node, part} = card;
-  node.className = "box card " + stateOf(r)[2];
-  put(part.who, who(r));
-  part.who.title = HINTS.who(r);
-  put(part.model, modelOf(r));
-  put(part.headline, headline(r));
-  part.headline.title = r.state === "prompt" ? "Estimated from the speed at which it was read so far" : "";
-  put(part.elapsed, ended(r) ? `ended ${running(now() - endOf(r))} ago` : running(elapsedOf(r)) + " elapsed");
-  part.elapsed.title = HINTS.time(r);
-  put(part.id, r.requestId);
-  paintSteps(part.steps, r);
-  paintPrompt(card, r);
-  paintCache(part, r);
-  put(part.output, known(outputOf(r)) ? listed([outputTokens(r) + " tok",
-    known(decodeOf(r)) && speed(decodeOf(r)), r.finishReason]) : NONE);
-  part.output.title = HINTS.output(r);
-  attribute(part.trace, "d", tracePath(r.trace));
-  paintContext(part, r);
+  const card = cardOf(r), [big, small] = headline(r);
+  card.node.className = "box card " + stateOf(r)[2];
+  put(card.who, who(r));
+  card.who.title = listed([r.key, r.client, r.userAgent]);
+  put(card.model, listed([modelOf(r), whatOf(r)]));
+  put(card.big, big);
+  put(card.small, small);
+  paintBar(card, r);
+  put(card.speed, ended(r) ? "" : listed([speed({generating: decodeOf(r), prompt: prefillOf(r)}[r.state])].filter(text => text !== NONE)));
+  const {size, used} = r.context ?? {}, share = 100 * used / size, full = share >= 85;
+  put(card.context, known(share) ? `context ${short(used)} of ${short(size)} (${percent(share)})${full ? " \u25b2 nearly full" : ""}` : "");
+  card.context.className = share >= 95 ? "error" : full ? "warn" : "muted";
+  put(card.more, r.problem || (ended(r) ? words(r.error ?? (r.finishReason && "finish: " + r.finishReason)).slice(0, 200) : known(leftOf(r)) ? running(elapsedOf(r)) + " so far" : ""));
+  card.stop.hidden = !canStop(r);
 }
 
-/* What a person at the door wants to know. */
+/* How long still, in big letters; if nobody can tell, how long so far. */
 function headline(r) {
-  const took = span(r.totalTimeMs), left = leftOf(r), read = r.progress?.percent;
-  switch (r.state) {
-    case "waiting": return "waiting for LM Studio";
-    case "queued": return "queued" + placeOf(r);
-    case "prompt": return known(left) ? `~${running(left)} left to read`
-      : known(read) ? percent(read) + " read" : "reading the prompt";
-    case "generating": return known(decodeOf(r)) ? speed(decodeOf(r)) : "writing";
-    case "done": return "done in " + took;
-    case "failed": return words(r.error).slice(0, 120);
-    case "abandoned": return "the client left after " + took;
-    default: return stateOf(r)[0];
+  const left = leftOf(r), read = r.progress?.percent, took = span(r.totalTimeMs);
+  if (ended(r)) return [took, stateOf(r)[0]];
+  if (r.state === "prompt") {
+    if (read > 99.4) return ["almost read", ""];
+    return known(left) ? [(left < 10000 ? "~" : "") + running(left), "left to read"]
+      : known(read) ? [percent(read), "read"] : [running(elapsedOf(r)), "reading"];
   }
+  if (known(left)) return [running(left), "left"];
+  return [running(elapsedOf(r)), {generating: "and writing", loading: "loading the model", waiting: "not answered yet"}[r.state]
+    ?? stateOf(r)[0]];
 }
 
-function placeOf(r) {
-  const queue = runningOnes().filter(one => one.state === "queued");
-  return queue.length > 1 ? ` ${queue.indexOf(r) + 1} of ${queue.length}` : "";
-}
-
-/* Ms until the prompt is read, as far as anybody can tell. */
+/* Ms until the prompt is read, or it is its turn, as far as anybody can tell. */
 function leftOf(r) {
-  const left = r.progress?.etaMs;
+  const left = etaOf(r);
   return known(left) ? Math.max(0, left - (live() && r.heard ? Date.now() - r.heard : 0)) : undefined;
 }
 
-/* The phases that were, with their durations, the one that is, and those to come. */
-function paintSteps(list, r) {
-  if (!outdated(list, r.version + r.state)) return;
-  const past = phasesOf(r).filter(phase => ended(r) || phase.name !== r.state).map(phase => {
-    const [word, , tone] = STATES[phase.name];
-    return el("li." + tone, phase.name === r.phasesIn ? word : word + " " + span(phase.ms));
-  });
-  const [word, icon, tone] = stateOf(r), present = el("li." + tone, mark(icon), " " + word);
-  present.setAttribute("aria-current", "step");
-  const skip = ended(r) ? 3 : {prompt: 1, generating: 2}[r.state] ?? 0;
-  const ahead = ["prompt", "generating", "done"].slice(skip);
-  list.replaceChildren(...past, present, ...ahead.map(name => el("li.ahead", STATES[name][0])));
+/* Tokens by what became of them: cached, read, still to read, written.  What was read stays read. */
+function partsOf(r) {
+  const total = promptOf(r), written = outputOf(r) ?? 0, done = written > 0 || ["generating", "done"].includes(r.state)
+    || r.phases?.some(phase => phase.name === "generating");
+  const share = done ? 100 : r.progress?.percent ?? 0;
+  if (!known(total)) return {cached: 0, prefill: share, rest: 100 - share, decode: written ? 6 : 0, written};
+  const cached = Math.min(cachedOf(r) ?? 0, total), read = Math.max(cached, Math.round(total * share / 100));
+  return {total, cached, prefill: read - cached, rest: total - read, decode: written && Math.max(written, total * 0.04), written};
 }
-
-function fill(bar, share) {
-  bar.firstElementChild.style.setProperty("--share", Math.min(100, share ?? 0) / 100);
-}
-
-function paintPrompt(card, r) {
-  const {percent: read, promptTokensRead, promptTokens = promptOf(r)} = r.progress ?? {};
-  const {prompt, promptBar: bar} = card.part;
-  const over = r.state === "generating" || r.state === "done", share = over ? 100 : read;
-  const so = !over && known(promptTokensRead) ? tokens(promptTokensRead) + " / " : "";
-  fill(bar, share);
-  put(prompt, listed([!over && known(share) && percent(share),
-    known(promptTokens) && so + tokens(promptTokens) + " tok",
-    known(prefillOf(r)) && speed(prefillOf(r))]) || NONE);
+function paintBar(card, r) {
+  const parts = partsOf(r), {bar, legend} = card, read = 100 - 100 * parts.rest / (parts.total ?? 100);
+  for (const node of bar.children) {
+    const size = parts[node.className] ?? 0;
+    node.style.flexGrow = size;
+    node.hidden = !size;
+  }
+  const said = !known(parts.total) ? [["decode", parts.written, "written"]] : [["cached", parts.cached, "cached"],
+    ["prefill", parts.prefill, "read"], ["rest", parts.rest, "to read"], ["decode", parts.written, "written"]];
+  const texts = said.filter(([, n]) => n > 0);
+  if (outdated(legend, texts.join())) {
+    legend.replaceChildren(...texts.map(([tone, n, word]) => el("li", swatch(tone), `${tokens(n)} ${word}`)));
+  }
   if (Date.now() - card.spoken < 5000) return;      // a screen reader is not to be hurried
   card.spoken = Date.now();
-  const left = leftOf(r), rest = r.state === "prompt" && known(left) ? `, about ${running(left)} left` : "";
-  attribute(bar, "aria-valuenow", known(share) ? Math.round(share) : null);
-  attribute(bar, "aria-valuetext", known(share) ? Math.round(share) + " percent" + rest : "not known");
+  const left = r.state === "prompt" && known(leftOf(r)) ? `, about ${about(leftOf(r))} left` : "";
+  const known_ = known(parts.total) || known(r.progress?.percent);
+  attribute(bar, "aria-valuenow", known_ ? Math.round(read) : null);
+  attribute(bar, "aria-valuetext", known_ ? `${Math.round(read)} percent${left}` : "not known");
 }
 
-function paintCache(part, r) {
-  const {reused, total} = r.cache ?? {}, share = total > 0 ? 100 * reused / total : undefined;
-  fill(part.cacheBar, share);
-  put(part.cache, known(share) ? `${tokens(reused)} of ${tokens(total)} tok reused (${percent(share)})`
-    : known(cachedOf(r)) ? tokens(cachedOf(r)) + " tok reused" : NONE);
-}
-
-function paintContext(part, r) {
-  const {size, used} = r.context ?? {}, share = size > 0 && known(used) ? 100 * used / size : undefined;
-  const tone = share >= 95 ? " error" : share >= 85 ? " warn" : "";
-  part.contextBar.className = "bar context" + tone;
-  part.context.className = "value" + tone;
-  fill(part.contextBar, share);
-  put(part.context, known(size) ? `${tokens(used)} / ${tokens(size)} tok`
-    + (known(share) ? ` (${percent(share)})` : "") + (tone ? " \u25b2 nearly full" : "") : NONE);
-}
-
-/* The output speed of this request so far, as a line across the box. */
-function tracePath(values) {
-  if (values.length < 3) return null;
-  const top = Math.max(...values) || 1, step = 60 / (values.length - 1);
-  const points = values.map((value, at) => `${(at * step).toFixed(1)} ${(17 - 15 * value / top).toFixed(1)}`);
-  return "M" + points.join("L");
-}
-
-// --- 10. first run: what to do next, in place of empty panels
-
+// --- 11. first run: what to do next, in place of empty panels
 function paintFirstRun() {
   const {totalRequests, gateway = {}, lmstudio = {}, log = {}} = page.status ?? {}, box = $("first-run");
   const first = Boolean(page.loaded && page.status && !page.requests.size && !totalRequests);
-  if (!page.signedOut) for (const id of ["trends", "charts", "requests"]) $(id).hidden = first;
-  if (box.hidden === first) touch("banners");
+  if (!page.signedOut) for (const id of ["figures", "requests"]) $(id).hidden = first;
+  if (box.hidden === first) dirty.add("banners");
   box.hidden = !first;
   const shown = JSON.stringify([gateway, lmstudio.up, log.file, log.problem, log.verbose, terse(log)]);
   if (!first || !outdated(box, shown)) return;
   const here = location.origin, secret = gateway.keyNeeded ? ' -H "Authorization: Bearer YOUR_KEY"' : "";
-  const lan = (Array.isArray(gateway.lanUrls) ? gateway.lanUrls : []).filter(url => url !== here);
   const key = gateway.keyNeeded ? ", with a key of this gateway. " : "; any API key will do. ";
   box.replaceChildren(
     el("div", el("h3", "No request yet"),
       el("p.muted", "Point a client at this base URL" + key + "The first request appears here by itself.")),
-    copyLine(here + "/v1"), ...lan.map(url => copyLine(url + "/v1", "From other machines")),
+    copyLine(here + "/v1"), ...lanUrls().map(url => copyLine(url + "/v1", "From other machines")),
     copyLine(`curl ${here}/v1/chat/completions${secret} -H "Content-Type: application/json" -d `
       + '\'{"messages": [{"role": "user", "content": "Say hello."}], "stream": true}\'',
       "Or from a terminal"),
     el("ul.checks", ...checks(lmstudio, log).map(checkLine)));
 }
-
+const lanUrls = () => (page.status?.gateway?.lanUrls ?? []).filter(url => url !== location.origin);
 function copyLine(text, label = "") {
   return el("div", label ? el("p.muted", label) : null,
-    el("div.copy-line", el("code", text), button("Copy", event => copy(text, event.currentTarget))));
+    el("div.copy", el("code", text), button("Copy", event => copy(text, event.currentTarget))));
 }
 
 /* What the page needs of LM Studio: [is it so, null while nobody knows; what; what not; remedy]. */
@@ -10547,170 +10638,109 @@ function checks(lmstudio, log) {
     [lmstudio.up, "LM Studio answers", "LM Studio does not answer", START],
     log.enabled === false ? [false, "", "Its log is not followed", MONITORING]
       : [followed, "Its log is followed", "No log file was found", why + FILE_LOGGING],
-    [terse(log) ? false : log.verbose || null,
-      log.verbose ? "It writes DEBUG lines" : "Whether it writes DEBUG lines shows later",
-      "It writes no DEBUG lines", VERBOSE],
+    [terse(log) ? false : log.verbose || null, log.verbose ? "Verbose logging: on" : "Verbose logging: not known yet",
+      "Verbose logging: off", VERBOSE],
   ];
 }
-
 function checkLine([good, fine, wrong, remedy]) {
   const tone = good ? "ok" : good === null ? "queued" : "warn";
   return el("li", mark(tone, tone), el("span", tone === "warn" ? wrong : fine),
     tone === "warn" ? el("p.muted", remedy) : null);
 }
 
-// --- 11. tiles: the last quarter of an hour in figures
-
-const BUCKETS = 60, WINDOW_MS = 15 * 60000;
-const middle = (rows, of, share = 0.5) => quantile(sortedNumbers(rows.map(of)), share);
-const countOf = (rows, of) => whole(rows.filter(r => known(of(r))).length);
-const oks = rows => rows.filter(r => r.state === "done").length;
-const some = (rows, of) => rows.some(r => known(of(r)));
-
-/* figure, unit and note of the window's requests; height of a bucket's bar, and of its failed part */
-const TILES = [
-  {label: "Requests", tone: "fill", figure: rows => whole(rows.length),
-    note: rows => rows.length ? `${whole(oks(rows))} ok \u00b7 ${whole(rows.length - oks(rows))} not`
-      : page.loaded ? "no finished request yet" : NONE,
-    bar: rows => rows.length, bad: rows => rows.length - oks(rows)},
-  {label: "Time to first token", tone: "fill", figure: rows => span(middle(rows, firstOf)),
-    note: rows => "median \u00b7 p95 " + span(middle(rows, firstOf, 0.95)),
-    bar: rows => middle(rows, firstOf)},
-  {label: "Prompt speed", tone: "prefill", figure: rows => rate(middle(rows, prefillOf)), unit: " tok/s",
-    note: rows => "median of " + countOf(rows, prefillOf), bar: rows => middle(rows, prefillOf)},
-  {label: "Generation speed", tone: "decode", figure: rows => rate(middle(rows, decodeOf)), unit: " tok/s",
-    note: rows => "median of " + countOf(rows, decodeOf), bar: rows => middle(rows, decodeOf)},
-  {label: "Tokens in and out", tone: "fill", figure: rows => some(rows, promptOf)
-    ? short(sum(rows.map(promptOf))) + " \u2192 " + short(sum(rows.map(outputOf))) : NONE,
-    note: rows => some(rows, cachedOf) ? short(sum(rows.map(cachedOf))) + " of them cached" : NONE,
-    bar: rows => sum(rows.map(promptOf)) + sum(rows.map(outputOf))},
-  {label: "Cache hits", tone: "cached", figure: rows => percent(cacheShare(rows)),
-    note: () => "of prompt tokens", bar: cacheShare},
-  {label: "Wait in the queue", tone: "fill", figure: rows => span(middle(rows, queueOf, 0.95)),
-    note: rows => "p95 of " + countOf(rows, queueOf), bar: rows => middle(rows, queueOf)},
+// --- 12. figures: tiles and charts of a range, from /debug/series
+const RANGES = [["15min", 15, "15 min"], ["1h", 60, "1 h"], ["24h", 1440, "24 h"], ["7d", 10080, "7 d"]];
+const figures = {range: "1h", all: null, model: null, user: null, by: "user"};
+const minutesOf = () => RANGES.find(([name]) => name === figures.range)[1];
+const series = by => get(`/debug/series?minutes=${minutesOf()}${by && "&by=" + by}`);
+const wantFigures = question(() => minutesOf() < 1000 ? 3000 : 20000, readFigures);
+async function readFigures() {
+  if (!canView()) return;
+  const {range} = figures, [all, model, user] = await Promise.all(["", "model", "user"].map(series));
+  if (range !== figures.range || !all?.rows || !model?.rows || !user?.rows) return;
+  Object.assign(figures, {all, model, user, read: Date.now()});
+  dirty.add("figures");
+}
+function showRanges() {
+  const history = page.status?.gateway?.history;
+  if (!outdated($("range"), String(history))) return;
+  $("range").replaceChildren(...RANGES.filter(([, minutes]) => history || minutes <= 1440).map(([name, , text]) => {
+    const one = button(text, () => setRange(name));
+    one.dataset.range = name;
+    attribute(one, "aria-pressed", name === figures.range);
+    return one;
+  }));
+}
+async function setRange(name) {
+  figures.range = name;
+  for (const one of $("range").children) attribute(one, "aria-pressed", one.dataset.range === name);
+  put($("figures-note"), "\u2026");
+  writeAddress();
+  await readFigures();
+  paint("figures");
+}
+const share = row => row.promptTokens ? 100 * row.cachedTokens / row.promptTokens : undefined;
+const TILES = [             // label, figure, unit, note
+  ["Requests", t => whole(t.requests), "", t => `${whole(t.requests - t.errors - t.abandoned)} ok \u00b7 `
+    + `${whole(t.abandoned)} stopped \u00b7 ${whole(t.errors)} failed`],
+  ["First token", t => span(t.ttftMs.p50), "", t => known(t.ttftMs.p95) ? "median \u00b7 p95 " + span(t.ttftMs.p95) : "No data yet"],
+  ["Reading", t => rate(t.reading.p50), " tok/s", t => known(t.reading.p50) ? "median" : "No data yet"],
+  ["Writing", t => rate(t.writing.p50), " tok/s", t => known(t.writing.p50) ? "median" : "No data yet"],
+  ["Tokens in", t => short(t.promptTokens), "", t => known(share(t)) ? percent(share(t)) + " from the cache" : "No data yet"],
+  ["Tokens out", t => short(t.completionTokens), "", t => t.gpuMs ? running(t.gpuMs) + " of work" : "No data yet"],
+  ["Waited in line", t => span(t.queuedMs.p95), "", t => known(t.queuedMs.p95) ? "p95" : "No data yet"],
 ];
-
-/* Cached of all prompt tokens in percent, of the requests that say both. */
-function cacheShare(rows) {
-  const telling = rows.filter(r => known(cachedOf(r)) && promptOf(r) > 0);
-  return telling.length ? 100 * sum(telling.map(cachedOf)) / sum(telling.map(promptOf)) : undefined;
-}
-
-/* The requests that ended within the last so many ms. */
-function recent(ms) {
-  const since = now() - ms;
-  return allRequests().filter(r => ended(r) && r.state !== "lost" && endOf(r) >= since);
-}
-
-/* From when on the page knows every request, where that is later than the window's begin. */
-function sinceNote(ms) {
-  const all = allRequests(), ours = all.filter(r => r.source === "gateway").length;
-  if (!all.length || ours >= (page.status?.totalRequests ?? 0)) return "";
-  const first = Math.min(...all.map(r => r.started));
-  return first > now() - ms ? "requests since " + clockTime(first) : "";
-}
-
-function makeTiles() {
-  for (const tile of TILES) {
-    tile.value = el("dd.figure");
-    tile.about = el("dd.note");
-    tile.spark = draw("svg", {viewBox: "0 0 240 26", preserveAspectRatio: "none", "aria-hidden": "true"});
-    $("tiles").append(el("div.box.tile", el("dt", tile.label), tile.value, tile.about,
-      el("dd.spark", tile.spark)));
-  }
-}
-
-function paintTiles() {
-  const rows = recent(WINDOW_MS), step = WINDOW_MS / BUCKETS, end = Math.ceil(now() / step) * step;
-  const buckets = Array.from({length: BUCKETS}, () => []);
-  for (const r of rows) buckets[BUCKETS - 1 - Math.floor((end - endOf(r)) / step)]?.push(r);
-  for (const tile of TILES) {
-    const value = tile.figure(rows);
-    tile.value.replaceChildren(value, ...tile.unit && value !== NONE ? [el("small", tile.unit)] : []);
-    put(tile.about, tile.note(rows));
-    paintSpark(tile, buckets);
-  }
-  put($("tiles-note"), sinceNote(WINDOW_MS));
-}
-
-function paintSpark({spark, tone, bar, bad}, buckets) {
-  const values = buckets.map(bar), top = Math.max(...values.map(value => value ?? 0)) || 1;
-  const column = (at, value, kind) => {
-    const height = Math.max(1.5, 24 * value / top);
-    return draw("rect", {x: at * 4, y: 25 - height, width: 3, height, class: kind});
-  };
-  const parts = [draw("rect", {y: 25, width: 240, height: 1, class: "ground"})];
-  values.forEach((value, at) => {
-    const failed = value && bad ? bad(buckets[at]) : 0;
-    if (value) parts.push(column(at, value, tone));
-    if (failed) parts.push(column(at, failed, "error"));
-  });
-  spark.replaceChildren(...parts);
-}
-
-// --- 12. charts: each draws into an SVG, and its figures are a table, too
-
-const HOUR_MS = 3600000, HEIGHT = 200, LEFT = 48, RIGHT = 12, TOP = 10, BASE = 178;     // px of a plot
-const inner = width => width - LEFT - RIGHT;
-const label = (x, y, anchor, text) => draw("text", {x, y, "text-anchor": anchor}, text);
-const dashed = ends => draw("line", {class: "mean", ...ends});
-
-/* A chart: what it is called, and make(requests) -> {legend, summary, head, rows, draw(svg, width)}. */
 const CHARTS = [
-  {title: "Time to first token", about: "a mark a request", make: firstTokens},
-  {title: "Tokens per 5 minutes", about: "by the end of the request", make: tokenBars},
-  {title: "Prompt speed", about: "requests by tok/s", make: rows => histogram(rows, prefillOf, "prefill")},
-  {title: "Generation speed", about: "requests by tok/s", make: rows => histogram(rows, decodeOf, "decode")},
+  ["Tokens", "by the end of the request", tokenChart], ["Speed", "median, and up to p95", speedChart],
+  ["Time to first token", "median, and up to p95", firstChart],
 ];
-
+PANELS.figures = () => {
+  const {all} = figures;
+  if (!all || $("figures").hidden) return;
+  const old = $("tiles").children;
+  TILES.forEach(([label, figure, unit, note], at) => {
+    if (!old[at]) $("tiles").append(el("div.box.tile", el("dt", label), el("dd.figure", el("span"), el("small")), el("dd.note")));
+    const [, value, said] = old[at].children, text = figure(all.total);
+    put(value.firstChild, text);
+    put(value.lastChild, text === NONE ? "" : unit);
+    put(said, note(all.total));
+  });
+  const first = all.rows[0] && Date.parse(all.rows[0].t), begin = Date.parse(all.from);
+  put($("figures-note"), first - begin > 60000 * minutesOf() / 4 ? "since " + clockTime(first, false) : "");
+  const {history} = page.status?.gateway ?? {};
+  $("csv").hidden = !history;
+  $("csv").href = "/debug/usage?by=key&format=csv&since=" + (minutesOf() < 1440 ? "1h" : minutesOf() / 1440 + "d");
+  if (!$("charts").children.length) makeCharts();
+  paintCharts();
+  paintPeople();
+  figures.shown ??= performance.now();
+};
 function makeCharts() {
   for (const chart of CHARTS) {
-    chart.plot = el("div.plot");
-    chart.twin = el("div.twin");
-    chart.legend = el("ul.legend");
-    chart.twin.hidden = true;
-    chart.twin.tabIndex = 0;
+    const [title, note] = chart, plots = el("div.plots"), twin = el("div.twin"), legend = el("ul.legend.small");
+    twin.hidden = true;
+    twin.tabIndex = 0;
     const toggle = button("Show as table", () => {
-      const drawn = chart.plot.hidden;
-      chart.plot.hidden = !drawn;
-      chart.twin.hidden = drawn;
-      put(toggle, drawn ? "Show as table" : "Show as chart");
-      PANELS.charts.due = 0;
-      touch("charts");
-    });
-    $("chart-list").append(el("figure.box.chart",
-      el("figcaption", el("h3", chart.title), el("span.muted", chart.about), toggle),
-      chart.plot, chart.twin, chart.legend));
+      [plots.hidden, twin.hidden] = [twin.hidden, plots.hidden];
+      put(toggle, twin.hidden ? "Show as table" : "Show as chart");
+      paintCharts();
+    }, "button.quiet.push");
+    Object.assign(chart, {plots, twin, legend});
+    $("charts").append(el("figure.box.chart", el("div.head", el("figcaption", el("h3", title)), el("span.muted.small", note), toggle),
+      plots, twin, legend));
   }
+  const by = (name, text) => button(text, () => { figures.by = name; paintPeople(); }, "button.quiet");
+  figures.tabs = {user: by("user", "By person"), model: by("model", "By model")};
+  figures.people = el("div.people.wide");
+  $("charts").append(el("figure.box.chart", el("div.head", el("figcaption", el("h3.unseen", "Who used how much")),
+    ...Object.values(figures.tabs)), figures.people));
 }
-
 function paintCharts() {
-  const rows = recent(HOUR_MS), said = page.loaded ? "no finished request says so yet" : "";
-  for (const {title, plot, twin, legend, make} of CHARTS) {
-    const made = make(rows), width = Math.max(240, plot.clientWidth);
+  for (const {1: note, 2: make, plots, twin, legend} of CHARTS) {
+    const made = make(Math.max(240, plots.clientWidth || 560));
     legend.replaceChildren(...made.legend);
-    if (plot.hidden) {
-      twin.replaceChildren(made.rows.length ? table(made.head, made.rows) : el("p.empty", said));
-      continue;
-    }
-    const svg = draw("svg", {role: "img", "aria-label": `${title}: ${made.summary}`});
-    if (made.rows.length) made.draw(svg, width);
-    plot.replaceChildren(made.rows.length ? svg : el("p.none", said));
-  }
-  put($("charts-note"), sinceNote(HOUR_MS));
-}
-
-/* Entries of a legend from [sign, text, class]. */
-const legendOf = rows => rows.map(([sign, text, tone = ""]) =>
-  el("li", draw("svg", {viewBox: "0 0 10 10", class: tone, "aria-hidden": "true"}, sign),
-    el("span.isolate.clip", text)));
-const square = tone => draw("path", {d: "M0 0h10v10H0z", class: tone});
-
-/* Horizontal lines at [value, text], by a scale from value to px. */
-function grid(svg, width, ticks, y) {
-  for (const [value, text] of ticks) {
-    svg.append(draw("line", {x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value)}),
-      label(LEFT - 8, y(value) + 4, "end", text));
+    if (plots.hidden) twin.replaceChildren(made.rows.length ? table(made.head, made.rows) : el("p.empty", "No data yet"));
+    else plots.replaceChildren(...made.rows.length ? made.plots() : [el("p.none", "No data yet")]);
   }
 }
 
@@ -10719,260 +10749,241 @@ function round(n) {
   const power = 10 ** Math.floor(Math.log10(n || 1));
   return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find(step => step * power >= n - 1e-9) * power;
 }
+const LEFT_PX = 52, RIGHT_PX = 8;
 
-const modelSeats = [];      // model names by the number of their colour
-
-/* The number of a model's colour: from its name, so that it stays the same; 5 is for all others. */
-function modelTone(name) {
-  let at = modelSeats.indexOf(name);
-  if (at < 0 && modelSeats.filter(Boolean).length < 5) {
-    at = [...name].reduce((hash, letter) => (hash * 31 + letter.codePointAt(0)) % 5, 7);
-    while (modelSeats[at]) at = (at + 1) % 5;
-    modelSeats[at] = name;
+/* An empty plot: its SVG, x(ms), y(value), with lines at the middle and the top of the scale. */
+function plane(title, width, height, top, text) {
+  const svg = draw("svg", {role: "img", "aria-label": title, height, viewBox: `0 0 ${width} ${height}`});
+  const from = Date.parse(figures.all.from), to = Date.parse(figures.all.to), base = height - 22;
+  const x = t => LEFT_PX + (t - from) / (to - from) * (width - LEFT_PX - RIGHT_PX), y = value => base - value / top * (base - 10);
+  const label = (px, py, anchor, said) => draw("text", {x: px, y: py, "text-anchor": anchor}, said);
+  for (const value of [0, top / 2, top]) {
+    svg.append(draw("line", {x1: LEFT_PX, x2: width - RIGHT_PX, y1: y(value), y2: y(value)}), label(LEFT_PX - 7, y(value) + 4, "end", text(value)));
   }
-  return at < 0 ? 5 : at;
-}
-
-const FIRST_TICKS = [[100, "0.1 s"], [1000, "1 s"], [10000, "10 s"], [60000, "1 min"], [600000, "10 min"]];
-
-function firstTokens(all) {
-  const rows = all.filter(r => known(firstOf(r))).sort((a, b) => a.started - b.started).slice(-ROWS);
-  const means = [["p50", middle(rows, firstOf), 12], ["p95", middle(rows, firstOf, 0.95), -4]];
-  const tones = new Map(different(rows.map(modelOf)).map(name => [name, modelTone(name)]));
-  const named = [...tones].filter(([, tone]) => tone < 5), others = tones.size > named.length;
-  const y = ms => {         // 0.1 s to 10 min, logarithmic
-    const s = Math.min(600, Math.max(0.1, ms / 1000));
-    return BASE - Math.log(s / 0.1) / Math.log(6000) * (BASE - TOP);
-  };
-  return {
-    legend: legendOf([...named, ...others ? [["other models", 5]] : []].map(([name, tone]) =>
-      [draw("use", {href: "#mark-" + tone}), name, "model-" + tone])),
-    summary: means.map(([name, ms]) => name + " " + span(ms)).join(", "),
-    head: ["Request", "Started", "Model", "First token"],
-    rows: rows.map(r => [r.requestId, clockTime(r.started), modelOf(r), span(firstOf(r))]).reverse(),
-    draw(svg, width) {
-      const begin = now() - HOUR_MS, x = t => LEFT + Math.max(0, t - begin) / HOUR_MS * inner(width);
-      grid(svg, width, FIRST_TICKS, y);
-      const step = width < 400 ? 1200000 : 600000;
-      for (let t = Math.ceil(begin / step) * step; x(t) < width - RIGHT - 16; t += step) {
-        svg.append(label(x(t), HEIGHT - 6, "middle", clockTime(t, false)));
-      }
-      for (const r of rows) svg.append(dot(r, tones.get(modelOf(r)), x(r.started), y(firstOf(r))));
-      for (const [name, ms, lower] of means) {
-        svg.append(dashed({x1: LEFT, x2: width - RIGHT, y1: y(ms), y2: y(ms)}),
-          label(LEFT + 4, y(ms) + lower, "start", name + " " + span(ms)));
-      }
-    },
-  };
-}
-
-function dot(r, tone, x, y) {
-  const title = draw("title", {}, `${clockTime(r.started)}  ${span(firstOf(r))}  ${modelOf(r)}`);
-  return draw("use", {href: "#mark-" + tone, class: "dot model-" + tone, x: x - 4, y: y - 4, width: 8,
-    height: 8, "data-id": r.requestId}, title);
-}
-
-const LAYERS = [["cached", "cached"], ["fresh", "prefill"], ["output", "decode"]];     // from the ground up
-
-function tokenBars(all) {
-  const step = 300000, end = Math.ceil(now() / step) * step;
-  const bars = Array.from({length: 12}, (_, at) =>
-    ({from: clockTime(end - HOUR_MS + at * step, false), requests: 0, cached: 0, fresh: 0, output: 0}));
-  for (const r of all) {
-    const bar = bars[11 - Math.floor((end - endOf(r)) / step)], cached = cachedOf(r) ?? 0;
-    if (!bar) continue;
-    bar.requests += 1;
-    bar.cached += cached;
-    bar.fresh += Math.max(0, (promptOf(r) ?? 0) - cached);
-    bar.output += outputOf(r) ?? 0;
+  const minute = 60000, room = (to - from) / (width / 80), offset = new Date(to).getTimezoneOffset() * minute;
+  const step = minute * ([1, 2, 5, 10, 15, 30, 60, 120, 180, 360, 720, 1440].find(n => n * minute >= room) ?? 2880);
+  for (let t = Math.ceil((from - offset) / step) * step + offset; t <= to; t += step) {
+    if (x(t) < LEFT_PX + 8 || x(t) > width - 24) continue;
+    const day = new Date(t).toLocaleDateString(undefined, {weekday: "short", day: "numeric"});
+    svg.append(label(x(t), height - 5, "middle", step >= 1440 * minute ? day : clockTime(t, false)));
   }
-  const sums = bars.map(bar => bar.cached + bar.fresh + bar.output), top = round(Math.max(10, ...sums));
-  const y = value => BASE - value / top * (BASE - TOP);
+  return {svg, x, y, base};
+}
+const timeOf = row => minutesOf() > 1440 ? new Date(row.t).toLocaleString(undefined, {weekday: "short", hour: "2-digit", minute: "2-digit"})
+  : clockTime(Date.parse(row.t), false);
+function tokenChart(width) {
+  const {rows, step} = figures.all, parts = row => [["cached", row.cachedTokens],
+    ["prefill", Math.max(0, row.promptTokens - row.cachedTokens)], ["decode", row.completionTokens]];
+  const top = round(Math.max(10, ...rows.map(row => sum(parts(row).map(([, n]) => n)))));
   return {
-    legend: legendOf([[square("decode"), "output"], [square("prefill"), "prompt, read"],
-      [square("cached"), "prompt, cached"]]),
-    summary: whole(sum(sums)) + " tokens",
-    head: ["From", "Requests", "Prompt, cached", "Prompt, read", "Output"],
-    rows: !all.length ? [] : bars.map(bar =>
-      [bar.from, ...[bar.requests, bar.cached, bar.fresh, bar.output].map(whole)]).reverse(),
-    draw(svg, width) {
-      const slot = inner(width) / 12;
-      grid(svg, width, [0, top / 2, top].map(value => [value, short(value)]), y);
-      bars.forEach((bar, at) => {
+    legend: [["cached", "prompt, cached"], ["prefill", "prompt, read"], ["decode", "written"]].map(([tone, text]) =>
+      el("li", swatch(tone), text)),
+    head: ["From", "Requests", "Prompt, cached", "Prompt, read", "Written"],
+    rows: rows.filter(row => row.promptTokens + row.completionTokens).map(row => [timeOf(row), whole(row.requests), ...parts(row).map(([, n]) => whole(n))]).reverse(),
+    plots() {
+      const {svg, x, y} = plane("Tokens over time", width, 236, top, short);
+      for (const row of rows) {
+        const t = Date.parse(row.t), begin = Math.max(LEFT_PX, x(t)), size = Math.max(1, x(t + 1000 * step) - begin - 1);
         let below = 0;
-        for (const [name, tone] of LAYERS.filter(([one]) => bar[one])) {
-          const title = `${bar.from}  ${name} ${whole(bar[name])}`, from = y(below);
-          below += bar[name];
-          svg.append(column(LEFT + at * slot + 2, slot - 4, y(below), from, tone, title));
+        const bar = draw("g", {}, draw("title", {}, listed([timeOf(row), plural(row.requests, "request"), short(row.promptTokens) + " in",
+          short(row.completionTokens) + " out"])));
+        for (const [tone, n] of parts(row)) {
+          bar.append(draw("rect", {x: begin, width: Math.min(size, width - RIGHT_PX - begin), y: y(below + n), height: y(below) - y(below + n), class: tone}));
+          below += n;
         }
-        if (at % 2 === 0) svg.append(label(LEFT + at * slot + 2, HEIGHT - 6, "start", bar.from));
-      });
+        svg.append(bar);
+      }
+      return [svg];
     },
   };
 }
 
-const column = (x, width, top, bottom, tone, title) => draw("rect",
-  {x, width: Math.max(1, width), y: top, height: bottom - top, class: tone}, draw("title", {}, title));
-
-function histogram(all, of, tone) {
-  const sorted = sortedNumbers(all.map(of)), top = round(sorted[sorted.length - 1] || 1), step = top / 20;
-  const means = [0.5, 0.95, 0.99].map(share => ["p" + 100 * share, quantile(sorted, share)]);
-  const said = means.map(([name, value]) => name + " " + rate(value)), bins = Array(20).fill(0);
-  for (const value of sorted) bins[Math.min(19, Math.floor(value / step))] += 1;
-  const most = Math.ceil(round(Math.max(2, ...bins)));
-  const range = at => `${rate(at * step)} to ${rate((at + 1) * step)}`;
+/* Lines by model of row[name]: the median, and a band up to p95; a gap in time is a gap in the line. */
+function lineChart(title, name, width, height, text) {
+  const models = Object.entries(figures.model.rows).map(([model, rows]) => [model, rows.filter(row => known(row[name].p50))])
+    .filter(([, rows]) => rows.length);
+  const top = round(Math.max(0, ...models.flatMap(([, rows]) => rows.map(row => Math.max(row[name].p50, row[name].p95)))) || 1);
+  const {svg, x, y} = plane(title, width, height, top, text), half = 500 * figures.model.step;
+  const widest = Math.max(4 * half, (Date.parse(figures.all.to) - Date.parse(figures.all.from)) / 12);
+  for (const [model, rows] of models) {
+    const runs = [];
+    for (const row of rows) {
+      const t = Date.parse(row.t) + half, point = {t, x: Math.max(LEFT_PX, x(t)), low: y(row[name].p50), high: y(row[name].p95), row};
+      const run = runs[runs.length - 1];
+      if (run && t - run[run.length - 1].t <= widest) run.push(point);
+      else runs.push([point]);
+    }
+    const group = draw("g", {class: toneOf(model)});
+    for (const run of runs) {
+      const path = points => points.map(([px, py]) => px.toFixed(1) + " " + py.toFixed(1)).join("L");
+      if (run.length > 1) {
+        group.append(draw("path", {class: "band", d: `M${path([...run.map(p => [p.x, p.low]), ...run.map(p => [p.x, p.high]).reverse()])}Z`}),
+          draw("path", {d: "M" + path(run.map(p => [p.x, p.low]))}));
+      }
+      for (const p of run) {
+        group.append(draw("circle", {cx: p.x, cy: p.low, r: run.length > 1 ? 2 : 3}, draw("title", {},
+          `${timeOf(p.row)}  ${model}  ${text(p.row[name].p50)}, p95 ${text(p.row[name].p95)}`)));
+      }
+    }
+    svg.append(group);
+  }
+  return svg;
+}
+const modelRows = (...names) => Object.entries(figures.model.rows).flatMap(([model, rows]) => rows.map(row => [model, row]))
+  .filter(([, row]) => names.some(name => known(row[name].p50))).sort(([, a], [, b]) => a.t < b.t ? 1 : -1);
+const modelLegend = (...names) => different(modelRows(...names).map(([model]) => model)).map(model => el("li.isolate", swatch(toneOf(model)), model));
+function speedChart(width) {
   return {
-    legend: [el("li", sorted.length ? listed(said) + " tok/s" : "\u00a0")],
-    summary: said.join(", ") + " tok/s",
-    head: ["tok/s", "Requests"],
-    rows: bins.map((n, at) => [range(at), whole(n)]).filter((_, at) => bins[at]),
-    draw(svg, width) {
-      const x = value => LEFT + value / top * inner(width), y = n => BASE - n / most * (BASE - TOP - 10);
-      grid(svg, width, (most % 2 ? [0, most] : [0, most / 2, most]).map(n => [n, whole(n)]), y);
-      bins.forEach((n, at) => {
-        const title = `${range(at)} tok/s: ${n}`;
-        if (n) svg.append(column(x(at * step) + 1, inner(width) / 20 - 2, y(n), BASE, tone, title));
-      });
-      for (let at = 0; at <= 4; at += 1) {
-        svg.append(label(x(at * top / 4), HEIGHT - 6, at < 4 ? "middle" : "end", tenth(at * top / 4, 1)));
-      }
-      svg.append(...means.map(([, value]) => dashed({x1: x(value), x2: x(value), y1: TOP, y2: BASE})));
-      let free = 0;         // px up to which there is a label already
-      for (const [name, value] of means) {
-        if (x(value) < free) continue;
-        svg.append(label(x(value) + 3, TOP + 6, "start", name));
-        free = x(value) + 26;
-      }
-    },
+    legend: modelLegend("reading", "writing"), head: ["Model", "From", "Read, median", "p95", "Written, median", "p95"],
+    rows: modelRows("reading", "writing").map(([model, row]) => [model, timeOf(row),
+      ...["reading", "writing"].flatMap(name => [rate(row[name].p50), rate(row[name].p95)])]),
+    plots: () => [["reading", "Reading, tok/s"], ["writing", "Writing, tok/s"]].flatMap(([name, title]) =>
+      [el("p.muted.small", title), lineChart(title, name, width, 97, short)]),
   };
+}
+function firstChart(width) {
+  return {
+    legend: modelLegend("ttftMs"), head: ["Model", "From", "Median", "p95"],
+    rows: modelRows("ttftMs").map(([model, row]) => [model, timeOf(row), span(row.ttftMs.p50), span(row.ttftMs.p95)]),
+    plots: () => [lineChart("Time to first token", "ttftMs", width, 236, ms => ms ? ms < 1000 ? whole(ms) + " ms" : tenth(ms / 1000, 1) + " s" : "0")],
+  };
+}
+
+/* What each person or model used: bars to scale, and the figures; a click filters the requests. */
+function paintPeople() {
+  const {by} = figures, total = Object.entries(figures[by]?.total ?? {});
+  for (const [name, tab] of Object.entries(figures.tabs)) attribute(tab, "aria-pressed", name === by);
+  const used = t => t.promptTokens + t.completionTokens, most = Math.max(1, ...total.map(([, t]) => used(t)));
+  const columns = [["Tokens in", t => short(t.promptTokens)], ["Cached", t => percent(share(t))], ["Out", t => short(t.completionTokens)],
+    ...by === "model" ? [["Read tok/s", t => rate(t.reading.p50)], ["Write tok/s", t => rate(t.writing.p50)]]
+      : [["Work", t => t.gpuMs ? running(t.gpuMs) : NONE]], ["Requests", t => whole(t.requests)]];
+  const rows = total.sort(([, a], [, b]) => used(b) - used(a) || b.requests - a.requests).slice(0, 12).map(([name, t]) => {
+    const bar = el("div.bar");
+    for (const [tone, n] of [["cached", t.cachedTokens], ["prefill", t.promptTokens - t.cachedTokens], ["decode", t.completionTokens],
+      ["rest", most - used(t)]]) {
+      const part = el("i." + tone);
+      part.style.flexGrow = Math.max(0, n);
+      bar.append(part);
+    }
+    const filter = button(name, () => {
+      refilter({[by === "user" ? "who" : "model"]: name});
+      $("requests").scrollIntoView();
+    }, "button.plain");
+    return [el("span.name", swatch(toneOf(name)), filter), ...by === "user" ? [bar] : [], ...columns.map(([, show]) => show(t))];
+  });
+  figures.people.replaceChildren(rows.length ? table([...by === "user" ? ["Who", ""] : ["Model"], ...columns.map(([text]) => text)], rows)
+    : el("p.none", "No data yet"));
 }
 
 // --- 13. the table of requests
-
-/* name, heading, class of the cell, what it sorts by, what it shows where that is another thing */
+/* name, heading, class of the cell, what it sorts by, what it shows if that is another thing */
 const COLUMNS = [
-  ["time", "Time", "", r => r.started, r => clockTime(r.started)],
-  ["status", "Status", "", r => stateOf(r)[0], statusOf],
-  ["who", "Key or client", "isolate", who],
+  ["time", "Time", "", r => r.began, r => clockTime(r.began)],
+  ["status", "Outcome", "", r => stateOf(r)[0], outcomeOf],
+  ["who", "Who", "isolate", who],
   ["model", "Model", "isolate", modelOf],
-  ["path", "Path", "isolate", r => words(r.path)],
-  ["queue", "Queue", "num", queueOf, r => span(queueOf(r))],
-  ["first", "First token", "num", firstOf, r => span(firstOf(r))],
-  ["prompt", "Prompt (cached)", "num", promptOf, promptText],
+  ["path", "What", "isolate", whatOf],
+  ["queue", "In line", "num", queueOf, r => span(queueOf(r))],
+  ["first", "First token", "num", r => r.timeToFirstTokenMs, r => span(r.timeToFirstTokenMs)],
+  ["prompt", "Prompt", "num", promptOf, r => tokens(promptOf(r))],
+  ["cached", "Cached", "num", cachedOf, r => promptOf(r) ? percent(100 * cachedOf(r) / promptOf(r)) : NONE],
   ["prefill", "Read tok/s", "num", prefillOf, r => rate(prefillOf(r))],
-  ["output", "Output", "num", outputOf, outputTokens],
+  ["output", "Written", "num", outputOf, outputText],
   ["decode", "Write tok/s", "num", decodeOf, r => rate(decodeOf(r))],
   ["total", "Total", "num", elapsedOf, r => ended(r) ? span(r.totalTimeMs) : running(elapsedOf(r))],
-  ["finish", "Finish", "isolate", r => words(r.finishReason)],
 ];
 const HINTS = {             // what a cell says when one points to it
-  time: r => "started " + new Date(r.started).toLocaleString(),
-  who: r => listed([r.key, r.client, r.userAgent]),
-  model: modelOf,
-  path: r => words(r.path),
-  output: r => usageOf(r).estimated ? "Counted from the pieces of the answer, which gave no figure" : "",
-  finish: r => words(r.finishReason),
+  time: r => "started " + new Date(r.began).toLocaleString(),
+  status: r => words(r.error ?? r.finishReason),
+  who: r => listed([r.user, r.key, r.client, r.userAgent]),
+  path: r => listed([r.method, words(r.path)]),
+  cached: r => tokens(cachedOf(r)),
+  output: r => r.tokenUsage?.estimated ? "Counted from the pieces of the answer, which gave no figure" : null,
 };
-const OUTCOMES = {
-  running: r => !ended(r),
-  ok: r => r.state === "done",
-  failed: r => r.state === "failed" || r.state === "lost",
-  left: r => r.state === "abandoned",
-};
-const FILTERS = ["text", "status", "key", "model"];
-const PAGE_ROWS = innerWidth <= 880 ? 20 : 50;
-
+const OUTCOMES = {running: r => !ended(r), answered: r => r.state === "done", stopped: r => nameOfState(r) === "abandoned",
+  failed: r => nameOfState(r) === "failed" || r.state === "lost"};
+const FILTERS = ["text", "status", "who", "model"];
+const PAGE_ROWS = innerWidth <= 960 ? 12 : 25;
 const view = {
-  text: "", status: "", key: "", model: "",
-  sort: "time", down: true,
+  text: "", status: "", who: "", model: "", sort: "time", down: true,
   rows: PAGE_ROWS,          // that are shown at most
   since: null,              // requests that started later wait, because the reader is below the first rows
+  order: [],                // ids of the rows
 };
 const rowNodes = new Map(); // request id -> {node, cells, version}
-
-function statusOf(r) {
+function outcomeOf(r) {
   const [word, icon, tone] = stateOf(r);
-  return [mark(icon, tone), " " + word + (r.state === "failed" && r.status ? " " + r.status : "")];
+  return [mark(icon, tone), " " + word + (r.state === "failed" && r.status >= 400 ? " " + r.status : "")];
 }
 
-function promptText(r) {
-  return tokens(promptOf(r)) + (known(cachedOf(r)) ? ` (${tokens(cachedOf(r))})` : "");
-}
-
-/* Filters and order live in the address, so that a view can be kept and sent. */
+/* Range, filters, order and the open request live in the address, so that a view can be kept and sent. */
 function readAddress() {
   const given = new URLSearchParams(location.search);
   for (const name of FILTERS) view[name] = given.get(name) ?? "";
   if (COLUMNS.some(([name]) => name === given.get("sort"))) view.sort = given.get("sort");
   view.down = given.get("order") !== "up";
+  if (RANGES.some(([name]) => name === given.get("range"))) figures.range = given.get("range");
   $("filter").value = view.text;
+  showDrawer(given.get("request"));
 }
-
-function writeAddress() {
+function writeAddress(push = false) {
   const given = new URLSearchParams();
   for (const name of FILTERS) if (view[name]) given.set(name, view[name]);
   if (view.sort !== "time") given.set("sort", view.sort);
   if (!view.down) given.set("order", "up");
+  if (figures.range !== "1h") given.set("range", figures.range);
+  if (drawer.id) given.set("request", drawer.id);
   const query = String(given) ? "?" + given : "";
-  history.replaceState(null, "", location.pathname + query + location.hash);
+  history[push ? "pushState" : "replaceState"](push ? "drawer" : history.state, "", location.pathname + query + location.hash);
 }
-
 function makeTable() {
-  $("requests-head").append(...COLUMNS.map(([name, text, kind]) => {
+  $("table-head").append(...COLUMNS.map(([name, text, kind]) => {
     const sort = () => refilter({sort: name, down: view.sort !== name || !view.down});
     return heading(button(text, sort, "button.plain"), `th.c-${name}${kind === "num" ? ".num" : ""}`);
   }));
 }
-
 function refilter(changes) {
   Object.assign(view, {since: null}, changes);
   writeAddress();
-  PANELS.requests.due = 0;
-  touch("requests");
+  paint("requests");
 }
 
 /* The requests that the filters let through, in order. */
 function chosenRequests() {
   const needle = view.text.toLowerCase(), value = COLUMNS.find(([name]) => name === view.sort)[3];
-  const texts = r => [r.requestId, r.key, r.client, r.model, r.modelAsked, r.path, r.userAgent, r.error,
+  const texts = r => [r.requestId, who(r), r.key, r.user, r.client, r.model, r.modelAsked, r.path, r.userAgent, r.error,
     r.finishReason, r.status].join("\n").toLowerCase();
   const rows = newestFirst().filter(r => (OUTCOMES[view.status]?.(r) ?? true)
-    && (!view.key || who(r) === view.key) && (!view.model || modelOf(r) === view.model)
+    && (!view.who || who(r) === view.who) && (!view.model || modelOf(r) === view.model)
     && (!needle || texts(r).includes(needle)));
   if (view.sort === "time") return view.down ? rows : rows.reverse();
   const lacks = r => [undefined, null, NONE].includes(value(r)), sign = view.down ? -1 : 1;
-  const sorted = rows.filter(r => !lacks(r)).sort((a, b) =>
-    value(a) < value(b) ? -sign : value(a) > value(b) ? sign : 0);
+  const sorted = rows.filter(r => !lacks(r)).sort((a, b) => value(a) < value(b) ? -sign : value(a) > value(b) ? sign : 0);
   return [...sorted, ...rows.filter(lacks)];
 }
 
 /* True while the reader looks at rows below the first: new ones would push them down. */
 function below() {
-  const box = $("requests-table").getBoundingClientRect();
+  const box = $("table").getBoundingClientRect();
   return view.sort === "time" && view.down && box.top < 0 && box.bottom > 200;
 }
-
-function paintRequests() {
+PANELS.requests = () => {
   let rows = chosenRequests();
-  view.since = below() ? view.since ?? rows[0]?.started ?? null : null;
-  const newer = view.since === null ? 0 : rows.filter(r => r.started > view.since).length;
-  $("requests-newer").hidden = !newer;
-  put($("requests-newer").firstElementChild, newer + " new \u2191");
+  view.since = below() ? view.since ?? rows[0]?.began ?? null : null;
+  const newer = view.since === null ? 0 : rows.filter(r => r.began > view.since).length;
+  $("newer").hidden = !newer;
+  put($("newer").firstElementChild, newer + " new \u2191");
   rows = rows.slice(newer);
   const shown = rows.slice(0, view.rows), nodes = shown.map(paintRow);
-  const keep = new Set(shown.map(r => r.requestId));
-  arrange($("requests-rows"), nodes);
-  for (const [id, {node}] of rowNodes) {
-    if (keep.has(id)) continue;
-    node.remove();
-    rowNodes.delete(id);
-  }
+  view.order = shown.map(r => r.requestId);
+  arrange($("rows"), nodes);
+  for (const id of rowNodes.keys()) if (!view.order.includes(id)) rowNodes.delete(id);
   nodes.forEach((node, at) => { node.tabIndex = at ? -1 : 0; });
-  [...$("requests-head").children].forEach((cell, at) => attribute(cell, "aria-sort",
+  [...$("table-head").children].forEach((cell, at) => attribute(cell, "aria-sort",
     COLUMNS[at][0] !== view.sort ? null : view.down ? "descending" : "ascending"));
   paintFilters(rows.length);
-}
-
+  paintDrawer();
+};
 function makeRow(r) {
   const cells = COLUMNS.map(([name, text, kind]) => {
     const cell = el(`td.c-${name}${kind ? "." + kind : ""}`);
@@ -10989,7 +11000,6 @@ function makeRow(r) {
   rowNodes.set(r.requestId, row);
   return row;
 }
-
 function paintRow(r) {
   const row = rowNodes.get(r.requestId) ?? makeRow(r);
   if (row.version === r.version && ended(r)) return row.node;
@@ -11002,18 +11012,17 @@ function paintRow(r) {
   });
   return row.node;
 }
-
 function paintFilters(found) {
-  const all = allRequests(), filtered = FILTERS.some(name => view[name]);
+  const all = [...page.requests.values()], filtered = FILTERS.some(name => view[name]);
   choices($("by-status"), "Any outcome", Object.keys(OUTCOMES), view.status);
-  choices($("by-key"), "Any key or client", different(all.map(who)), view.key);
+  choices($("by-who"), "Anybody", different(all.map(who)), view.who);
   choices($("by-model"), "Any model", different(all.map(modelOf)), view.model);
   put($("requests-note"), filtered ? `${whole(found)} of ${whole(all.length)}`
-    : all.length ? "the latest " + whole(all.length) : "");
-  put($("requests-empty"), filtered ? "No request fits the filter." : page.loaded ? "No request yet." : "");
+    : all.length ? `the latest ${whole(all.length)}${canView() ? "" : " of your own"}` : "");
+  put($("rows-empty"), filtered ? "No request fits the filter." : page.loaded ? "No request yet." : "");
   $("clear").hidden = !filtered;
-  $("requests-empty").hidden = found > 0;
-  $("requests-more").hidden = found <= view.rows || view.rows >= ROWS;
+  $("rows-empty").hidden = found > 0;
+  $("rows-more").hidden = found <= view.rows || view.rows >= ROWS;
 }
 
 /* A select's options.  It is left alone while nothing has changed, so that an open one stays open. */
@@ -11025,304 +11034,182 @@ function choices(select, any, values, chosen) {
 }
 
 // --- 14. one request, in a drawer
-
 const drawer = {id: null, detail: null};       // which request, and the last answer about it
+function openDrawer(id) {
+  const open = Boolean(drawer.id);
+  showDrawer(id);
+  writeAddress(!open);
+}
+function closeDrawer() {
+  if (history.state === "drawer") history.back();
+  else { showDrawer(null); writeAddress(); }
+}
 
-async function openDrawer(id) {
+/* Show a request, or none: as a click, the address or the Back button says. */
+function showDrawer(id) {
+  const before = drawer.id;
+  if (id === before) return;
   Object.assign(drawer, {id, detail: null});
-  put($("drawer-title"), id);
+  if (!id) {
+    $("drawer").close();
+    rowNodes.get(before)?.node.focus({preventScroll: true});
+    return;
+  }
   paintDrawer();
   if (!$("drawer").open) $("drawer").showModal();
   $("drawer").scrollTop = 0;
-  await readDetail();
+  readDetail();
 }
-
 async function readDetail() {
   const {id} = drawer, detail = await get("/debug/requests/" + encodeURIComponent(id));
-  if (id !== drawer.id || !detail?.requestId) return;
-  drawer.detail = detail;
-  touch("drawer");
+  if (id !== drawer.id) return;
+  drawer.detail = detail?.requestId ? detail : {missing: !page.requests.has(id)};
+  paintDrawer();
 }
-
 function paintDrawer() {
   if (!drawer.id) return;
-  const r = {...page.requests.get(drawer.id), ...drawer.detail};
-  const parts = [summaryOf, spentOn, samplingOf, timelineOf].map(make => make(r));
+  const r = {...drawer.detail, ...page.requests.get(drawer.id)}, at = view.order.indexOf(drawer.id);
+  put($("drawer-title"), r.missing ? "No such request" : `${who(r)}: ${whatOf(r)}`);
+  $("drawer-stop").hidden = !canStop(r);
+  $("drawer-previous").disabled = at <= 0;
+  $("drawer-next").disabled = at < 0 || at >= view.order.length - 1;
+  if (!outdated($("drawer-body"), [drawer.id, r.version, Boolean(drawer.detail), drawer.detail?.timeline?.length].join())) return;
+  const parts = r.missing ? [el("p.muted", "It is no longer among those that are kept: " + drawer.id)]
+    : [waterfall, summaryOf, samplingOf, timelineOf].map(make => make(r));
   $("drawer-body").replaceChildren(...parts.filter(Boolean));
 }
-
 const section = (title, ...content) => el("section", el("h3", title), ...content);
 
+/* The phases on one time axis, and the events as ticks below them. */
+function waterfall(r) {
+  const phases = phasesOf(r), total = Math.max(1, r.totalTimeMs ?? r.elapsedMs ?? 0, sum(phases.map(phase => phase.ms)));
+  if (!phases.length) return null;
+  let from = 0;
+  const rows = phases.flatMap(({name, ms, slow}) => {
+    const bar = el("i." + (STATES[name]?.[2] ?? "queued"));
+    bar.style.left = 100 * from / total + "%";
+    bar.style.width = 100 * Math.min(ms, total - from) / total + "%";
+    from += ms;
+    return [el("span", STATES[name]?.[0] ?? name), el("div.track", bar), el("span.num", span(ms) + (slow ? " \u25b2 slow" : ""))];
+  });
+  const ticks = el("div.track.ticks", ...(r.timeline ?? []).slice(0, 200).map(({ms, event}) => {
+    const tick = el("i");
+    tick.style.left = Math.min(100, 100 * ms / total) + "%";
+    tick.title = `${event} after ${span(ms)}`;
+    return tick;
+  }));
+  return section("Where the time went", el("div.fall", ...rows, el("span.muted", "events"), ticks, el("span.num.muted", span(total))));
+}
 function summaryOf(r) {
-  const {size, used} = r.context ?? {}, {reasoningTokens, progress} = r;
+  const {size, used} = r.context ?? {}, cached = cachedOf(r);
   const asked = r.modelAsked && r.modelAsked !== r.model ? ` (asked for ${r.modelAsked})` : "";
   const rows = [
-    fact("Status", ...statusOf(r)),
-    fact("Model", modelOf(r) + asked),
-    fact("Key", words(r.key)),
-    fact("Client", words(r.client)),
-    fact("Program", words(r.userAgent)),
-    fact("Request", listed([[r.method, r.path].filter(Boolean).join(" "), r.stream && "streaming"]) || NONE),
-    fact("Started", dateTime(r.startedAt)),
-    fact("Total", ended(r) ? span(r.totalTimeMs) : NONE),
-    fact("First token", span(firstOf(r))),
-    fact("Finish", words(r.finishReason)),
-    fact("Prompt", listed([tokens(promptOf(r)) + " tok", known(prefillOf(r)) && speed(prefillOf(r)),
-      !ended(r) && known(progress?.percent) && percent(progress.percent) + " read"])),
-    fact("Cached", known(cachedOf(r)) ? tokens(cachedOf(r)) + " tok" : NONE),
-    fact("Output", listed([outputTokens(r) + " tok", known(decodeOf(r)) && speed(decodeOf(r)),
-      reasoningTokens && tokens(reasoningTokens) + " of them reasoning"])),
-    fact("Context", known(size) ? `${tokens(used)} of ${tokens(size)} tok` : NONE),
-    fact("Log", {exact: "joined, certain", likely: "joined, likely", none: "not joined"}[r.binding] ?? NONE),
+    ["Outcome", ...outcomeOf(r)], ["Model", modelOf(r) + asked], ["Person", r.user], ["Key", r.key], ["Client", r.client],
+    ["Program", r.userAgent], ["Request", listed([[r.method, r.path].filter(Boolean).join(" "), r.stream && "streaming"])],
+    ["Started", dateTime(r.startedAt)], ["Total", ended(r) && span(r.totalTimeMs)],
+    ["First token", known(r.timeToFirstTokenMs) && span(r.timeToFirstTokenMs)], ["Finish", r.finishReason],
+    ["Prompt", listed([known(promptOf(r)) && plural(promptOf(r), "token"), known(prefillOf(r)) && speed(prefillOf(r))])],
+    ["Cached", known(cached) && plural(cached, "token") + (promptOf(r) ? ` (${percent(100 * cached / promptOf(r))})` : "")],
+    ["Written", listed([known(outputOf(r)) && outputText(r) + " tokens", known(decodeOf(r)) && speed(decodeOf(r)),
+      r.reasoningTokens && tokens(r.reasoningTokens) + " of them reasoning"])],
+    ["Held up by", r.boundBy], ["Context", known(size) && `${tokens(used)} of ${tokens(size)} tokens`],
+    ["Log", {exact: "matched to the log: exact", likely: "matched to the log: likely"}[r.binding] ?? "not matched to the log"],
+    ["Id", r.requestId],
   ];
-  return el("dl.facts", ...r.error ? [fact("Error", r.error)] : [], ...rows);
+  return el("dl.facts", ...r.error ? [fact("Reason", r.error)] : [],
+    ...rows.filter(([, value]) => value).map(([term, ...value]) => fact(term, ...value)));
 }
-
-/* Where the time went: queue, loading, prompt, answer, each as wide as it was long. */
-function spentOn(r) {
-  const phases = phasesOf(r), tone = phase => phase.name === "loading" ? "loading" : STATES[phase.name][2];
-  if (!phases.length) return null;
-  const bar = el("div.phase-bar", ...phases.map(phase => {
-    const part = el("i." + tone(phase));
-    part.style.setProperty("--share", phase.ms);
-    return part;
-  }));
-  return section("Phases", bar, el("ul.legend", ...phases.map(phase => el("li", el("i.swatch." + tone(phase)),
-    `${STATES[phase.name][0]} ${span(phase.ms)}${phase.slow ? " \u25b2 slow" : ""}`))));
-}
-
 function samplingOf(r) {
-  const rows = Object.entries(r.sampling ?? {}).filter(([name]) => !ELSEWHERE.has(name));
-  if (!rows.length) return null;
-  return section("Sampling", el("dl.facts.names", ...rows.map(([name, value]) => fact(name, words(value)))));
+  const rows = Object.entries(r.sampling ?? {}).filter(([, value]) => known(value));
+  return rows.length ? section("Sampling", el("dl.facts", ...rows.map(([name, value]) => fact(name, words(value))))) : null;
 }
-
 function timelineOf(r) {
-  const rows = Array.isArray(r.timeline) ? r.timeline.slice(-ROWS) : [];
-  const none = drawer.detail ? "No event of the log was joined with this request." : "\u2026";
-  if (!rows.length) return section("Timeline", el("p.muted", none));
-  return section("Timeline", el("table.timeline",
-    el("thead", el("tr", ...["After", "Event", "Says"].map(text => heading(text)))),
-    el("tbody", ...rows.map(({ms, event, data}) => el("tr", el("td.num", span(ms)),
-      el("td.mono", words(event)), el("td.isolate", textOf(event, data ?? {})))))));
+  const rows = Array.isArray(drawer.detail?.timeline) ? drawer.detail.timeline.slice(-ROWS) : [];
+  if (!rows.length) return section("Events", el("p.muted", drawer.detail ? "No event was matched with this request." : "\u2026"));
+  return section("Events", el("table.timeline", el("thead", el("tr", ...["After", "Event", "Says"].map(text => heading(text)))),
+    el("tbody", ...rows.map(({ms, event, data}) => el("tr", el("td.num", span(ms)), el("td.small.muted", event),
+      el("td.isolate", EVENTS[event]?.[2](data ?? {}) ?? words(data?.message)))))));
 }
 
 // --- 15. the event log
-
-const LEVELS = ["DEBUG", "INFO", "WARN", "ERROR"];
-const chips = new Map();    // event name -> its button
-
-const logView = {
-  off: new Set(["inference_progress"]),     // types that are not shown
-  needle: "", pattern: null, level: "", model: "",
-  follow: true,
-  top: 0,                   // where it was scrolled to when we last looked
-  painted: 0,               // number of the last event that was painted or passed over
-};
-
-const logText = entry => entry.text ??= textOf(entry.name, entry.data);
-
-function fitsLog(entry) {
-  const {off, needle, pattern, level, model} = logView, {name, data} = entry;
-  if (off.has(name)) return false;
-  if (level && LEVELS.indexOf(entry.level) < LEVELS.indexOf(level)) return false;
-  if (model && (data.model ?? page.requests.get(data.requestId)?.model) !== model) return false;
-  const whole_ = [name, data.requestId, logText(entry)].join(" ");
-  return pattern ? pattern.test(whole_) : !needle || whole_.toLowerCase().includes(needle);
+const KINDS = [["", "All events"], ["request", "Requests"], ["engine", "LM Studio"], ["error", "Errors"]];
+const logView = {needle: "", pattern: null, kind: "", raw: false, follow: true, top: 0, painted: 0};
+function fitsLog({name, data, gone}) {
+  const {needle, pattern, kind, raw} = logView, [kindOf] = EVENTS[name];
+  if (gone || kindOf === "raw" && !raw) return false;
+  if (kind && kindOf !== kind && !(kind === "error" && data.level === "ERROR") && !(kind === "request" && name === "error")) return false;
+  if (!pattern && !needle) return true;
+  const text = [name, data.requestId, EVENTS[name][2](data)].join(" ");
+  return pattern ? pattern.test(text) : text.toLowerCase().includes(needle);
 }
 
 /* Append what is new, and let go of the oldest.  While the reader has let go, only count. */
-function paintLog() {
-  paintChips();
+PANELS.log = () => {
   const box = $("log-lines"), {events} = page, fresh = [];
   for (let at = events.length - 1; events[at]?.n > logView.painted && fresh.length < ROWS; at -= 1) {
     if (fitsLog(events[at])) fresh.unshift(events[at]);
   }
   $("log-newer").hidden = logView.follow || !fresh.length;
   put($("log-newer"), whole(fresh.length) + (fresh.length === ROWS ? "+" : "") + " newer \u2193");
-  if (!logView.follow) return;
+  if (!logView.problem) put($("log-note"), listed([plural(page.total, "event"), page.missed && whole(page.missed) + " missed"]));
+  if (!logView.follow || !fresh.length) return;
   logView.painted = page.total;
-  while (box.children.length > ROWS - fresh.length) box.firstChild.remove();
   box.append(...fresh.map(logLine));
+  for (let surplus = box.children.length - ROWS; surplus > 0; surplus -= 1) box.firstChild.remove();
   box.scrollTop = box.scrollHeight;
   logView.top = box.scrollTop;
-}
-
+};
 function logLine(entry) {
-  const {name, data, level} = entry, stamp = String(data.timestamp ?? "");
-  if (name === "gap") return el("li.cut", `\u2014 ${logText(entry)} \u2014`);
-  const time = stamp.endsWith("Z") ? clockTime(Date.parse(stamp)) : stamp.slice(11, 19);
-  return el("li." + (LEVELS.includes(level) ? level : "INFO"), el("span.muted", time), el("span.muted", name),
-    el("span.isolate", data.requestId ? requestLink(data.requestId) : null, logText(entry)));
-}
-
-/* The end of a request's id; a click opens it.  It is no stop of the Tab key: there are hundreds. */
-function requestLink(id) {
-  const link = el("button.plain", id.slice(-6));
-  Object.assign(link, {type: "button", tabIndex: -1, title: id});
-  link.dataset.id = id;
-  return link;
+  const {name, data} = entry, stamp = String(data.timestamp ?? ""), [kind, tone, sentence] = EVENTS[name];
+  const colour = name === "inference_progress" ? stateOf(data)[2] : LEFT.includes(data.operation) ? "warn"
+    : {ERROR: "error", WARN: "warn"}[data.level] ?? tone;
+  const icon = {prefill: "prefill", decode: "decode", ok: "ok", error: "error", warn: "warn"}[colour];
+  const node = name === "gap" ? el("li.cut", `\u2014 ${sentence(data)} \u2014`)
+    : el(kind === "raw" ? "li.raw" : "li", el("span.muted", stamp.endsWith("Z") ? clockTime(Date.parse(stamp)) : stamp.slice(11, 19)),
+      icon ? mark(icon, colour) : el("span"), el("span.isolate" + (colour === "error" || colour === "warn" ? "." + colour : ""),
+        sentence(data)));
+  if (data.requestId) node.dataset.id = data.requestId;
+  entry.node?.remove();     // the same request's line before it
+  entry.node = node;
+  return node;
 }
 
 /* Paint the log anew, after a filter has changed. */
 function relog(changes = {}) {
   Object.assign(logView, {painted: 0}, changes);
   $("log-lines").replaceChildren();
+  for (const entry of page.events) entry.node = null;
   follow(true);
 }
-
-function follow(on) {
-  logView.follow = on;
-  $("log-follow").setAttribute("aria-pressed", on);
-  PANELS.log.due = 0;
-  touch("log");
+function follow(is) {
+  logView.follow = is;
+  $("log-follow").setAttribute("aria-pressed", is);
+  paint("log");
 }
 
-function paintChips() {
-  for (const name of [...page.counts.keys()].filter(one => one !== "ping" && !chips.has(one))) {
-    const chip = button("", () => {
-      if (!logView.off.delete(name)) logView.off.add(name);
-      chip.setAttribute("aria-pressed", !logView.off.has(name));
-      relog();
-    });
-    chip.setAttribute("aria-pressed", !logView.off.has(name));
-    chips.set(name, chip);
-    $("log-types").replaceChildren(...[...chips].sort(([a], [b]) => a < b ? -1 : 1).map(([, one]) => one));
+/* LM Studio's own lines come only when asked for: they are most of the stream. */
+function showRaw() {
+  logView.raw = !logView.raw;
+  $("log-raw").setAttribute("aria-pressed", logView.raw);
+  const [epoch, seq] = stream.last.split("-");
+  if (logView.raw && epoch) {
+    stream.last = `${epoch}-${Math.max(0, seq - AT_FIRST)}`;
+    page.events = page.events.filter(({id}) => Number(String(id).split("-")[1]) <= seq - AT_FIRST);
+    folds.clear();
   }
-  for (const [name, chip] of chips) put(chip, name + " " + whole(page.counts.get(name)));
-  put($("log-note"), plural(page.total, "event") + (page.missed ? `, ${whole(page.missed)} missed` : ""));
-  choices($("log-model"), "Any model", different(allRequests().map(modelOf)), logView.model);
+  relog();
+  stream.open();
 }
-
-function saveLog() {
-  const lines = page.events.map(({id, name, data}) => JSON.stringify({id, event: name, data}) + "\n");
-  const link = el("a");
-  link.href = URL.createObjectURL(new Blob(lines, {type: "application/x-ndjson"}));
-  link.download = "lmgateway-events.jsonl";
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-}
-
-// --- 16. usage: what the history adds up to
-
-const counted = name => row => tokens(row[name]), timed = of => row => span(1000 * of(row));
-const USAGE = [
-  ["Requests", counted("requests")],
-  ["Errors", counted("errors")],
-  ["Prompt tok", counted("promptTokens")],
-  ["Cached tok", counted("cachedTokens")],
-  ["Output tok", counted("completionTokens")],
-  ["Reading", timed(row => row.promptSeconds)],
-  ["Writing", timed(row => row.generationSeconds)],
-  ["GPU time", timed(row => row.promptSeconds + row.generationSeconds)],
-];
-
-function openUsage() {
-  options($("usage-by"), [["key", "by key"], ["model", "by model"], ["day", "by day"]], "key");
-  options($("usage-since"), [["1d", "last day"], ["7d", "last 7 days"], ["30d", "last 30 days"]], "7d");
-  for (const id of ["usage-by", "usage-since"]) $(id).addEventListener("change", readUsage);
-  for (const id of ["usage", "usage-link"]) $(id).hidden = false;
-}
-
-async function readUsage() {
-  const by = $("usage-by").value, asked = `?by=${by}&since=${$("usage-since").value}`;
-  $("usage-csv").href = "/debug/usage" + asked + "&format=csv";
-  const rows = (await get("/debug/usage" + asked))?.rows;
-  const none = Array.isArray(rows) ? "No request in this time." : "The history does not answer.";
-  $("usage-table").replaceChildren(rows?.length ? table([by, ...USAGE.map(([text]) => text)],
-    rows.map(row => [words(row[by]), ...USAGE.map(([, show]) => show(row))])) : el("p.empty", none));
-}
-
-// --- 17. server facts, and the title
-
-function paintServer() {
-  if (!page.status) return;
-  const {version, uptime, totalRequests, totalErrors} = page.status;
-  const {gateway = {}, log = {}, stream: listeners = {}} = page.status;
-  const counts = of => listed(Object.entries(of ?? {}).map(([name, n]) => name + " " + whole(n))) || NONE;
-  const samples = Array.isArray(log.unknownSamples) ? log.unknownSamples.slice(0, 3) : [];
-  const rows = [
-    fact("Gateway", "lmgateway " + words(version)),
-    fact("Address", words(gateway.address)),
-    fact("LM Studio", words(gateway.upstream)),
-    fact("Key", gateway.keyNeeded ? "asked for" : "none is asked for"),
-    fact("Up for", known(uptime) ? running(1000 * uptime) : NONE),
-    fact("Requests", `${tokens(totalRequests)} \u00b7 ${tokens(totalErrors)} errors`),
-    fact("Listeners", `${tokens(listeners.clients)} \u00b7 ${tokens(listeners.dropped)} events dropped`),
-    fact("This page", listed([plural(page.total, "event"), page.missed && whole(page.missed) + " missed",
-      stream.breaks && plural(stream.breaks, "break")])),
-    fact("Log size", bytes(log.directoryBytes)),
-    fact("Growth", known(log.growthBytesPerDay) ? bytes(log.growthBytesPerDay) + " a day" : NONE),
-    fact("Free disk", bytes(log.freeBytes)),
-    fact("Last entry", dateTime(log.lastEntryAt)),
-    fact("Read", `${bytes(log.position)} of ${bytes(log.size)}`),
-    fact("Engines", counts(log.generations)),
-    fact("Levels", counts(log.levels)),
-    fact("Unknown lines", tokens(log.unknownLines)),
-    fact("Requests joined", counts(page.status.bindings)),
-  ];
-  const wide = [fact("Log file", words(log.file ?? log.directory))];
-  const strange = samples.map(sample => el("div.mono", String(sample).slice(0, 80)));
-  if (strange.length) wide.push(fact("Not understood", ...strange));
-  for (const row of wide) row.classList.add("whole");
-  $("facts").replaceChildren(...rows, ...wide);
-  put($("version"), "lmgateway " + words(version));
-}
-
-function paintTitle() {
-  const active = runningOnes(), read = active.filter(r => r.state === "prompt").map(r => r.progress?.percent);
-  const says = read.some(known) ? percent(Math.min(...read.filter(known))) : `${active.length} running`;
-  document.title = (active.length ? says + " \u00b7 " : "") + "lmgateway";
-}
-
-// --- 18. controls
-
-function setTheme(chosen) {
-  applyTheme(chosen);
-  put($("theme"), "\u25d0 " + ({light: "Light", dark: "Dark"}[chosen] ?? "Auto"));
-  store("theme", chosen);
-}
-
-function pause(on) {
-  page.paused = on;
-  $("pause").setAttribute("aria-pressed", on);
-  put($("pause"), on ? "Go on" : "Pause");
-  paintHeader();
-  touchAll();
-}
-
-/* To the next row of the table, or the one before; in the drawer, to its request. */
-function step(by) {
-  const rows = [...$("requests-rows").children], open = $("drawer").open;
-  const at = rows.findIndex(row => open ? row.dataset.id === drawer.id : row === document.activeElement);
-  const next = rows[at < 0 ? 0 : at + by];
-  if (open && next) openDrawer(next.dataset.id);
-  else next?.focus();
-}
-
-const KEYS = {
-  "/": () => $("filter").focus(),
-  p: () => pause(!page.paused),
-  j: () => step(1),
-  k: () => step(-1),
-  "?": () => $("help").showModal(),
-};
-
-function onKey(event) {
-  const {key, target} = event, row = target.closest?.("#requests-rows tr");
-  if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT)$/.test(target.tagName)) return;
-  const act = row && {Enter: () => openDrawer(row.dataset.id), ArrowDown: KEYS.j, ArrowUp: KEYS.k}[key]
-    || $("keys-on").checked && KEYS[key];
-  if (!act) return;
-  event.preventDefault();
-  act();
-}
-
 function onLogFilter() {
-  const given = $("log-filter").value, asked = /^\/(.+)\/(i?)$/.exec(given);
+  const given = $("log-filter").value, asked = /^\/(.+?)(?:\/(i?))?$/.exec(given);
   let pattern = null;
-  try { pattern = asked && new RegExp(asked[1], asked[2]); } catch { /* it is not finished yet */ }
-  relog({pattern, needle: pattern ? "" : given.toLowerCase()});
+  logView.problem = "";
+  try { pattern = asked && new RegExp(asked[1], asked[2]); } catch (error) {
+    logView.problem = "No such pattern: " + error.message.replace(/^.*: /, "");
+    put($("log-note"), logView.problem);
+  }
+  attribute($("log-filter"), "aria-invalid", logView.problem ? "true" : null);
+  if (!logView.problem) relog({pattern, needle: pattern ? "" : given.toLowerCase()});
 }
 
 /* Following lets go when the reader scrolls up, not when lines grow, and holds on again at the end. */
@@ -11332,116 +11219,176 @@ function onLogScroll() {
   logView.top = box.scrollTop;
   if (logView.follow ? up && rest > 40 : !up && rest < 2) follow(!logView.follow);
 }
-
 function onSelection() {
   const chosen = getSelection();
   if (logView.follow && chosen.type === "Range" && $("log-lines").contains(chosen.anchorNode)) follow(false);
 }
 
-/* The page is seen again, or the network is back. */
-function onReturn() {
-  if (document.hidden) return;
-  stream.hurry();
-  wantStatus();
-  wantRequests();
-  touchAll();
+// --- 16. server facts, and the title
+PANELS.server = () => {
+  if (!page.status) return;
+  const {version, uptime, totalRequests, totalErrors, totalAbandoned, gateway = {}, log = {}, stream: listeners = {}} = page.status;
+  const counts = of => listed(Object.entries(of ?? {}).map(([name, n]) => name + " " + whole(n))) || NONE;
+  const samples = Array.isArray(log.unknownSamples) ? log.unknownSamples.slice(0, 3) : [];
+  const key = JSON.stringify([page.status, page.total]);
+  if (!outdated($("facts"), key)) return;
+  const rows = [
+    ["Gateway", "lmgateway " + words(version)],
+    ["Address", words(gateway.address)],
+    ["LM Studio", words(gateway.upstream)],
+    ["Key", gateway.keyNeeded ? "asked for" : "none is asked for"],
+    ["Up for", known(uptime) ? running(1000 * uptime) : NONE],
+    ["Requests", listed([tokens(totalRequests), tokens(totalErrors) + " failed", known(totalAbandoned) && tokens(totalAbandoned) + " stopped"])],
+    ["Listeners", listed([tokens(listeners.clients), tokens(listeners.dropped) + " events dropped"])],
+    ["This page", listed([plural(page.total, "event"), page.missed && whole(page.missed) + " missed", stream.breaks && plural(stream.breaks, "break")])],
+    ["Log size", listed([bytes(log.directoryBytes), known(log.growthBytesPerDay) && bytes(log.growthBytesPerDay) + " a day"])],
+    ["Free disk", bytes(log.freeBytes)], ["Last entry", dateTime(log.lastEntryAt)],
+    ["Read", `${bytes(log.position)} of ${bytes(log.size)}`],
+    ["Engines", counts(log.generations)], ["Unknown lines", tokens(log.unknownLines)],
+    ["Matched", counts(page.status.bindings)],
+  ].map(([term, text]) => fact(term, text));
+  const wide = lanUrls().map(url => fact("From the LAN", url + " ", button("Copy", event => copy(url, event.currentTarget), "button.quiet")));
+  wide.push(fact("Log file", words(log.file ?? log.directory)));
+  if (samples.length) wide.push(fact("Not understood", ...samples.map(sample => el("div.mono", String(sample).slice(0, 80)))));
+  for (const row of wide) row.classList.add("whole");
+  $("facts").replaceChildren(...rows, ...wide);
+  put($("version"), "lmgateway " + words(version));
+};
+PANELS.title = () => {
+  const active = runningOnes().filter(r => !inLine(r)), left = active.map(leftOf).filter(known);
+  const says = left.length ? running(Math.min(...left)) : `${active.length} running`;
+  document.title = (active.length ? says + " \u00b7 " : "") + "lmgateway" + (page.status?.gateway?.demo ? " DEMO" : "");
+};
+
+// --- 17. controls
+function setTheme(chosen) {
+  applyTheme(chosen);
+  put($("theme"), "\u25d0 " + ({light: "Light", dark: "Dark"}[chosen] ?? "Auto"));
+  store("theme", chosen);
+}
+function pause(is) {
+  page.paused = is;
+  $("pause").setAttribute("aria-pressed", is);
+  put($("pause"), is ? "Resume" : "Pause");
+  paint(...is ? ["header"] : Object.keys(PANELS));
 }
 
+/* To the next row of the table, or the one before; in the drawer, to its request. */
+function step(by) {
+  const focused = document.activeElement.closest?.("#rows tr"), at = view.order.indexOf(drawer.id ?? focused?.dataset.id);
+  const next = view.order[at < 0 ? 0 : at + by];
+  if (drawer.id && next) openDrawer(next);
+  else rowNodes.get(next)?.node.focus();
+}
+const KEYS = {
+  "/": () => $("filter").focus(),
+  p: () => pause(!page.paused),
+  j: () => step(1),
+  k: () => step(-1),
+  "?": () => $("help").showModal(),
+};
+function onKey(event) {
+  const {key, target} = event, row = target.closest?.("#rows tr");
+  if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT)$/.test(target.tagName)) return;
+  const act = row && {Enter: () => openDrawer(row.dataset.id), ArrowDown: KEYS.j, ArrowUp: KEYS.k}[key]
+    || $("keys-on").checked && KEYS[key];
+  if (!act) return;
+  event.preventDefault();
+  act();
+}
+
+/* The page is seen again, or the network is back. */
+function onReturn() {
+  if (document.hidden || page.signedOut || !stream.source) return;
+  if (!live()) stream.open();
+  wantStatus();
+  wantRequests();
+  wantFigures();
+  paintAll();
+}
 function listen() {
   const on = (id, event, act) => $(id).addEventListener(event, act);
   on("login", "submit", logIn);
+  on("logout", "click", logOut);
   on("theme", "click", () => setTheme({auto: "light", light: "dark"}[stored("theme", "auto")] ?? "auto"));
   on("pause", "click", () => pause(!page.paused));
+  on("notify", "click", askNotify);
   on("filter", "input", event => refilter({text: event.target.value}));
-  for (const name of ["status", "key", "model"]) {
-    on("by-" + name, "change", event => refilter({[name]: event.target.value}));
-  }
+  for (const name of ["status", "who", "model"]) on("by-" + name, "change", event => refilter({[name]: event.target.value}));
   on("clear", "click", () => {
     $("filter").value = "";
     refilter(Object.fromEntries(FILTERS.map(name => [name, ""])));
   });
-  on("requests-rows", "click", event => openDrawer(event.target.closest("tr").dataset.id));
-  on("requests-more", "click", () => refilter({rows: Math.min(ROWS, view.rows + PAGE_ROWS)}));
-  on("requests-newer", "click", () => $("requests").scrollIntoView());
-  for (const name of ["chart-list", "log-lines"]) {
+  on("rows-more", "click", () => refilter({rows: Math.min(ROWS, view.rows + 50)}));
+  on("newer", "click", () => {
+    $("requests").scrollIntoView();
+    paint("requests");
+  });
+  for (const name of ["rows", "log-lines"]) {
     on(name, "click", event => {
       const id = event.target.closest("[data-id]")?.dataset.id;
-      if (id) openDrawer(id);
+      if (id && !String(getSelection())) openDrawer(id);
     });
   }
-  on("drawer-close", "click", () => $("drawer").close());
+  on("drawer-close", "click", closeDrawer);
+  on("drawer", "cancel", event => {
+    event.preventDefault();
+    closeDrawer();
+  });
+  on("drawer", "click", event => { if (event.target === $("drawer")) closeDrawer(); });
+  on("drawer-previous", "click", () => step(-1));
+  on("drawer-next", "click", () => step(1));
+  on("drawer-stop", "click", event => stop(page.requests.get(drawer.id), event.currentTarget));
   on("drawer-copy", "click", event =>
     copy(JSON.stringify(drawer.detail ?? page.requests.get(drawer.id), null, 2), event.currentTarget));
-  on("drawer", "click", event => { if (event.target === $("drawer")) $("drawer").close(); });
-  on("drawer", "close", () => {
-    rowNodes.get(drawer.id)?.node.focus({preventScroll: true});
-    drawer.id = null;
-  });
+  addEventListener("popstate", () => showDrawer(new URLSearchParams(location.search).get("request")));
   on("help-close", "click", () => $("help").close());
   on("keys-on", "change", event => store("keys", event.target.checked ? "on" : "off"));
   on("log-filter", "input", onLogFilter);
-  on("log-level", "change", event => relog({level: event.target.value}));
-  on("log-model", "change", event => relog({model: event.target.value}));
+  on("log-kind", "change", event => relog({kind: event.target.value}));
+  on("log-raw", "click", showRaw);
   on("log-follow", "click", () => follow(!logView.follow));
   on("log-newer", "click", () => follow(true));
-  on("log-save", "click", saveLog);
-  for (const name of ["wrap", "large"]) {
-    on("log-" + name, "click", event =>
-      event.currentTarget.setAttribute("aria-pressed", $("log-lines").classList.toggle(name)));
-  }
+  on("log-save", "click", () => save("lmgateway-events.jsonl", "application/x-ndjson",
+    page.events.map(({id, name, data}) => JSON.stringify({id, event: name, data}) + "\n")));
   on("log-lines", "scroll", onLogScroll);
   document.addEventListener("selectionchange", onSelection);
   document.addEventListener("keydown", onKey);
   document.addEventListener("visibilitychange", onReturn);
   for (const event of ["online", "pageshow"]) addEventListener(event, onReturn);
+  let sized = 0;
   addEventListener("resize", () => {
-    PANELS.charts.due = 0;
-    touch("charts");
+    clearTimeout(sized);
+    sized = setTimeout(() => paint("figures"), 150);
   });
-  addEventListener("scroll", () => { if (view.since !== null) touch("requests"); }, {passive: true});
-  const system = matchMedia("(prefers-color-scheme: dark)");
-  system.addEventListener("change", () => applyTheme(stored("theme", "auto")));
+  addEventListener("scroll", () => { if (view.since !== null) dirty.add("requests"); }, {passive: true});
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => applyTheme(stored("theme", "auto")));
 }
 
 /* Once a second: what changes by itself. */
 function tick() {
   stream.watch();
-  if (document.hidden) return;
-  const active = runningOnes();
-  touch("now");
-  if (Math.round(Date.now() / 1000) % 5 === 0) touch("tiles", "charts");
-  if (active.length) touch("requests");
-  if (live() && Date.now() - page.asked > 5000) wantStatus();
-  if (active.some(r => r.source === "lmstudio")) wantRequests();
+  if (document.hidden || page.signedOut) return;
+  const active = runningOnes(), moment = Date.now();
+  dirty.add("now").add("header");
+  if (active.length) dirty.add("requests").add("title");
+  if (live() && moment - (stream.answered ?? 0) > 5000) { wantStatus(); wantModels(); }
+  if (moment - (figures.read ?? 0) > (minutesOf() < 1000 ? 15000 : 60000)) wantFigures();
   if (active.some(r => r.requestId === drawer.id)) readDetail();
 }
 
-panel("header", 250, paintHeader);
-panel("banners", 500, paintBanners);
-panel("now", 250, paintNow);
-panel("tiles", 1000, paintTiles, $("trends"));
-panel("charts", 2000, paintCharts, $("charts"));
-panel("requests", 500, paintRequests);
-panel("log", 250, paintLog, $("log"));
-panel("usage", 15000, readUsage, $("usage"));
-panel("server", 1000, paintServer, $("server"));
-panel("drawer", 500, paintDrawer);
-panel("title", 1000, paintTitle);
-
-options($("log-level"), [["", "Every level"], ["INFO", "INFO and up"], ["WARN", "WARN and up"],
-  ["ERROR", "ERROR only"]], "");
+options($("log-kind"), KINDS, "");
 $("keys-on").checked = stored("keys", "on") === "on";
+attribute($("notify"), "aria-pressed", stored("notify", "off") === "on");
 setTheme(stored("theme", "auto"));
-makeTiles();
-makeCharts();
 makeTable();
 readAddress();
+showRanges();
 listen();
-watchSight();
-touchAll();
+paintAll();
 setInterval(tick, 1000);
-stream.run();
-wantStatus();
+setInterval(() => requestAnimationFrame(paintDirty), 250);
+begin();
 </script>
 </body>
 </html>

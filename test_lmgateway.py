@@ -2563,8 +2563,9 @@ def test_performance_is_of_the_requests_that_are_kept():
     for number, record in enumerate(records, 1):
         record.end(number, lmgateway.Outcome("done", 200))
     tokens = Counter({"input": 7, "output": 5, "cached_input": 3, "reasoning": 2})
-    assert lmgateway.performance(records, 40, 10, tokens) == {
-        "totalRequests": 40, "totalErrors": 10, "errorRate": 0.25, "keptRequests": 4,
+    counts = types.SimpleNamespace(total=40, errors=10, abandoned=3)
+    assert lmgateway.performance(records, counts, tokens) == {
+        "totalRequests": 40, "totalErrors": 10, "totalAbandoned": 3, "errorRate": 0.25, "keptRequests": 4,
         "avgResponseTimeMs": 2500.0,
         "minResponseTimeMs": 1000, "maxResponseTimeMs": 4000, "medianResponseTimeMs": 2000,
         "p95ResponseTimeMs": 4000,
@@ -2572,7 +2573,7 @@ def test_performance_is_of_the_requests_that_are_kept():
         "avgTokensPerSec": 20.0,
         "totalTokensProcessed": 12,
         "tokenStats": {"promptTokens": 7, "completionTokens": 5, "cachedTokens": 3, "reasoningTokens": 2}}
-    nothing = lmgateway.performance([], 0, 0, Counter())
+    nothing = lmgateway.performance([], lmgateway.Requests("", 1), Counter())
     assert (nothing["errorRate"], nothing["avgResponseTimeMs"],
             nothing["p95ResponseTimeMs"]) == (0, None, None)
 
@@ -2662,7 +2663,7 @@ def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_fig
     assert (other["source"], other["model"], other["prompt_tokens"]) == ("lmstudio", "m/two", 70)
     figures = hub.performance()     # of what came through us
     assert (figures["keptRequests"], figures["tokenStats"]["promptTokens"],
-            figures["totalErrors"]) == (1, 500, 1)
+            figures["totalErrors"], figures["totalAbandoned"]) == (1, 500, 0, 1)
 
 
 def test_requests_are_shown_running_ones_first_and_each_newest_first():
@@ -2846,7 +2847,7 @@ def test_history_keeps_a_row_for_each_request_and_takes_the_later_word(tmp_path)
     assert history.usage("key") == [{"key": "anna", "requests": 2, "errors": 0, "promptTokens": 140,
                                      "cachedTokens": 40, "completionTokens": 10, "promptSeconds": 0.0,
                                      "generationSeconds": 0.0, "promptTokensPerSecond": None,
-                                     "tokensPerSecond": None}]
+                                     "tokensPerSecond": None, "abandoned": 0}]
     assert history.usage("model", since=1_700_050_000.0)[0]["requests"] == 1
     assert [row["requests"] for row in history.usage("day")] == [1, 1]
 
@@ -4587,7 +4588,8 @@ def test_listeners_hear_how_many_tokens_an_answer_has(front, studio, monkeypatch
     with stream_in_turn(studio, front, 4, lambda peer: peer.send(framed())) as sock:
         read_until(sock, framed())
     told = front.events(mark, "inference_progress", count=4)
-    assert [event["progress"]["outputTokens"] for event in told if event["state"] == "generating"][:4] == [1, 2, 3, 4]
+    assert [event["progress"]["outputTokens"] for event in told
+            if event["state"] == "generating" and event["progress"]][:4] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("line", ["GET /v1/models", "POST /api/v1/models/load", "POST /api/v1/models/unload",
@@ -4895,12 +4897,17 @@ def drips(peer):
 pace = threading.Event()
 
 
+def age(remembered, seconds):
+    """Makes what is remembered so much older."""
+    remembered._known = remembered._known[0] - seconds, remembered._known[1]
+
+
 @pytest.mark.parametrize("script", [drips, endless_news, silence], ids=lambda script: script.__name__)
 def test_a_question_ends_in_time_and_the_next_one_is_asked(fronts, studio, monkeypatch, script):
     monkeypatch.setattr(lmgateway, "QUESTION_S", 0.3)
     front, studio.script, started = fronts(), script, time.monotonic()
     assert ask(front, "GET /ready")[0] == 503
-    assert front.gateway.upstream.loaded_models() is None and time.monotonic() - started < 2.0
+    assert front.gateway.upstream.models()[0] is None and time.monotonic() - started < 2.0
     studio.script, health = (lambda peer: peer.send(plain(b'{"lmstudio":true}'))), front.gateway.upstream._health
     health._known = -math.inf, health._known[1]
     assert ask(front, "GET /ready")[0] == 200
@@ -5470,17 +5477,51 @@ def test_what_is_turned_away_is_counted(fronts):
     assert 'lmstudio_gateway_rejected_total{reason="no_key"} 1' in text
 
 
-def test_loaded_models_are_asked_for_once_a_minute(fronts, studio):
-    models = {"data": [{"id": "m/one", "type": "llm", "state": "loaded", "loaded_context_length": 8192},
-                       {"id": "m/two", "type": "llm", "state": "not-loaded"}]}
-    studio.script = lambda peer: peer.send(plain(json.dumps(models).encode()))
+V1_MODELS = {"models": [
+    {"key": "m/two", "type": "llm", "quantization": None, "loaded_instances": [], "size_bytes": "much"},
+    {"key": "m/one", "type": "llm", "quantization": {"name": "Q4_K_M"}, "size_bytes": 5_000, "max_context_length": 32768,
+     "loaded_instances": [{"id": "desk", "config": {"context_length": 8192}}]}, {"key": 7}, "x"]}
+V0_MODELS = {"data": [
+    {"id": "m/two", "type": "llm", "state": "not-loaded", "loaded_context_length": 1},
+    {"id": "m/one", "type": "llm", "quantization": "Q4_K_M", "state": "loaded", "loaded_context_length": 8192,
+     "max_context_length": 32768}], "object": "list"}
+LOADED = {"id": "m/one", "state": "loaded", "type": "llm", "quantization": "Q4_K_M", "contextLength": 8192,
+       "maxContextLength": 32768, "running": 0, "waiting": 0, "lastUsed": None}
+IDLE = {"id": "m/two", "state": "not-loaded", "type": "llm", "running": 0, "waiting": 0, "lastUsed": None}
+
+
+def lists(studio, answers, other=CHAT_WHOLE):
+    """LM Studio lists its models on the paths of answers, and knows no other GET."""
+    def script(peer):
+        path = peer.line.split()[1]
+        body = json.dumps(answers.get(path, {"error": "Unexpected endpoint or method."})).encode()
+        peer.send(plain(body if peer.line.startswith("GET") else other))
+
+    studio.script = script
+
+
+def questions(studio):
+    return [peer.line.split()[1] for peer in studio.peers if "models" in peer.line]
+
+
+@pytest.mark.parametrize("answers, asked, one", [
+    ({"/api/v1/models": V1_MODELS}, ["/api/v1/models"], {**LOADED, "sizeBytes": 5_000}),
+    ({"/api/v0/models": V0_MODELS}, ["/api/v1/models", "/api/v0/models"], LOADED)])
+def test_models_are_listed_as_lm_studio_has_them_and_asked_for_once_a_minute(fronts, studio, answers, asked, one):
     front = fronts(upstream_token="theirs")
+    lists(studio, answers)
     for _ in range(2):
+        found = page(front, "/debug/models")
+        assert found["models"] == [one, IDLE] and abs(lmgateway.since_epoch(found["asOf"], 0) - time.time()) < 10
         text = fetched(front, "/metrics")[2].decode()
         assert 'lmstudio_loaded_models 1' in text
         assert 'lmstudio_model_context_length_tokens{model="m/one",type="llm"} 8192' in text
-    (peer,) = [peer for peer in studio.peers if "/api/v0/models" in peer.line]
+    assert questions(studio) == asked
+    (peer, *_) = [peer for peer in studio.peers if "models" in peer.line]
     assert peer.header("authorization") == "Bearer theirs"
+    age(front.gateway.upstream._models, 61)
+    page(front, "/debug/models")
+    assert questions(studio) == [*asked, asked[-1]]     # the one that answered
     studio.script = lambda peer: peer.send(plain(b'{"error":"no"}', "400 Bad Request"))
     for model in ("m/one", "m/none"):
         talk(front.port, request(POST_CHAT, b'{"model":"%b"}' % model.encode()))
@@ -5488,6 +5529,193 @@ def test_loaded_models_are_asked_for_once_a_minute(fronts, studio):
     for model in ("m/one", "other"):     # what LM Studio lists is known, also where no answer has named it
         labels = f'key="none",model="{model}",endpoint="{POST_CHAT[5:]}",code="400"'
         assert f"lmstudio_gateway_requests_total{{{labels}}} 1" in text
+
+
+@pytest.mark.parametrize("entry, again", [
+    ("[INFO][JIT] Requested model (m/one) is not loaded. Loading \"m/one\" now...", True),
+    ("[INFO][LMSAuthenticator][Client=lms-cli][Endpoint=loadModel] Loading model: m/one", True),
+    ("[INFO][LMSAuthenticator][Client=lms-cli][Endpoint=unloadModel] Unloading model: m/one", True),
+    ("[DEBUG] [model_kit][INFO]: Model loaded successfully", True),
+    ("[DEBUG] LlamaV4::load called with model path: /m/one.gguf", True),
+    ("[DEBUG] Received request: POST to /v1/chat/completions with body {\n  \"x\": \"Loading model: m\"\n}", False),
+    ("[INFO][m/one] Finished streaming response", False)])
+def test_models_are_asked_for_anew_when_the_log_tells_of_a_load(fronts, studio, entry, again):
+    front, parser = fronts(), Parser()
+    lists(studio, {"/api/v1/models": V1_MODELS})
+    page(front, "/debug/models")
+    front.hub.publish_log(parser.feed(f"[2026-05-01 10:00:00]{entry}\n".encode()) + parser.quiet())
+    for _ in range(2):
+        page(front, "/debug/models")
+    assert len(questions(studio)) == 1 + again
+
+
+def test_many_looks_at_the_models_are_one_question(fronts, studio):
+    front, here, go = fronts(), threading.Event(), threading.Event()
+    lists(studio, {"/api/v1/models": V1_MODELS})
+    page(front, "/debug/status")        # so that it is known to be up
+    answer = studio.script
+    studio.script = lambda peer: (here.set(), go.wait(PATIENCE_S), answer(peer))
+    found = []
+    looks = [threading.Thread(target=lambda: found.append(page(front, "/debug/models"))) for _ in range(5)]
+    for look in looks:
+        look.start()
+    assert here.wait(PATIENCE_S)
+    go.set()
+    for look in looks:
+        look.join(PATIENCE_S)
+    assert len(found) == 5 and questions(studio) == ["/api/v1/models"]
+
+
+def test_what_runs_on_a_model_and_when_it_was_used_stands_beside_it(fronts, studio):
+    front, here, go = fronts(), threading.Event(), threading.Event()
+    lists(studio, {"/api/v1/models": V1_MODELS}, CHAT_WHOLE.replace(b"qwen/qwen3-8b", b"desk"))
+    talk(front.port, request(POST_CHAT, b'{"model":"m/one"}'))
+    one, two = page(front, "/debug/models")["models"]
+    assert (one["running"], one["waiting"], two["lastUsed"]) == (0, 0, None)       # by the name of its instance
+    assert abs(lmgateway.since_epoch(one["lastUsed"], 0) - time.time()) < 10
+    answer = studio.script
+    studio.script = lambda peer: (here.set(), go.wait(PATIENCE_S), answer(peer))
+    with dial(front.port) as sock:
+        sock.sendall(request(POST_CHAT, b'{"model":"m/two"}'))
+        assert here.wait(PATIENCE_S)
+        assert [row["running"] for row in page(front, "/debug/models")["models"]] == [0, 1]
+        (record,) = front.hub._requests.running.values()
+        record.enter("loading", time.monotonic())
+        assert [row["state"] for row in page(front, "/debug/models")["models"]] == ["loaded", "loading"]
+        record.enter("queued", time.monotonic())
+        assert [row["waiting"] for row in page(front, "/debug/models")["models"]] == [0, 1]
+        go.set()
+        rest_of(sock)
+
+
+def test_models_of_an_lm_studio_that_is_away_are_those_last_known(fronts, studio):
+    front = fronts()
+    lists(studio, {})
+    status, _, body = fetched(front, "/debug/models")
+    assert (status, json.loads(body)["error"]["code"]) == (502, "upstream_unreachable")
+    lists(studio, {"/api/v1/models": V1_MODELS})
+    age(front.gateway.upstream._models, 4)      # no answer is remembered for a few seconds only
+    known = page(front, "/debug/models")
+    front.gateway.upstream._health.known, asked = "LM Studio is gone", len(studio.peers)
+    age(front.gateway.upstream._models, 61)
+    assert page(front, "/debug/models") == known and len(studio.peers) == asked
+    assert fetched(fronts("http://127.0.0.1:9"), "/debug/models")[0] == 502
+
+
+# --- figures over time
+
+def ended(series, at, **about):
+    """A request that ended at so many epoch seconds is counted; gives what counting it gave."""
+    row = dict.fromkeys(lmgateway.HISTORY_NAMES)
+    row.update({"source": "gateway", "started": at, "key": "anna", "model": "m/one", "outcome": "done", **about})
+    return series.take(row, about.get("before"))
+
+
+def series_of(series, step=60, by="", begin=0):
+    return lmgateway.series_rows(series.cells(begin), step, by)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100, 3000])
+def test_percentiles_of_a_series_are_right_to_ten_percent(count):
+    source, series = Random(count), lmgateway.Series(0)
+    values = [source.lognormvariate(6, 2) for _ in range(count)]
+    for value in values:
+        ended(series, 60, first_ms=value)
+    (row,) = series_of(series)["rows"]
+    for name, share in (("p50", 0.5), ("p95", 0.95)):
+        assert row["ttftMs"][name] == pytest.approx(lmgateway.rank(sorted(values), share), rel=0.1)
+    assert row["requests"] == count and row["reading"] == row["writing"] == {"p50": None, "p95": None}
+
+
+def test_a_series_sums_tokens_and_speeds_and_tells_failed_from_left():
+    series = lmgateway.Series(0)
+    ended(series, 50, total_ms=11_000, prompt_tokens=100, cached_tokens=20, completion_tokens=30, prompt_ms=400.0,
+          generation_ms=1500.0)
+    ended(series, 119, prompt_tokens=100, completion_tokens=10, generation_ms=1000.0)
+    for outcome, operation in (("failed", "upstream_error"), ("abandoned", "client_disconnected"), ("failed", "stopped")):
+        ended(series, 119, outcome=outcome, operation=operation, queued_ms=5)
+    found = series_of(series)
+    (row,) = found["rows"]
+    wanted = {"t": "1970-01-01T00:01:00Z", "requests": 5, "errors": 1, "abandoned": 2, "promptTokens": 200, "gpuMs": 2900,
+              "cachedTokens": 20, "completionTokens": 40, "promptTokensPerSecond": 200.0, "tokensPerSecond": 16.0}
+    assert {name: row[name] for name in wanted} == wanted
+    assert row["reading"]["p50"] == pytest.approx(200, rel=0.1) and row["queuedMs"]["p95"] == pytest.approx(5, rel=0.1)
+    assert found["total"] == {name: value for name, value in row.items() if name != "t"}
+
+
+def test_what_the_log_tells_later_takes_the_place_of_what_was_counted():
+    series = lmgateway.Series(0)
+    first = ended(series, 60, completion_tokens=3, generation_ms=50.0, model=None, model_asked="alias")
+    for _ in range(2):
+        first = ended(series, 60, completion_tokens=30, generation_ms=1000.0, before=first)
+    (row,) = series_of(series)["rows"]
+    assert (row["requests"], row["completionTokens"], row["tokensPerSecond"]) == (1, 30, 30.0)
+    assert row["writing"]["p95"] == pytest.approx(30, rel=0.1)
+    named = series_of(series, by="model")["rows"]
+    assert named["m/one"][0]["requests"] == 1 and named.get("alias", []) == []
+
+
+def test_a_series_is_told_apart_by_model_key_and_who_asked():
+    series = lmgateway.Series(0)
+    for about in ({}, {"user": "ben"}, {"key": None, "agent": "OpenAI/Python 2.1"}, {"key": None, "client": "::1"},
+                  {"key": None, "source": "lmstudio", "model": None, "model_asked": "m/two"}):
+        ended(series, 60, **about)
+    counts = {by: {name: sum(row["requests"] for row in rows) for name, rows in series_of(series, by=by)["rows"].items()}
+              for by in lmgateway.BY[1:]}
+    assert counts == {"model": {"m/one": 4, "m/two": 1}, "key": {"anna": 2, "no key": 2, "not via gateway": 1},
+                      "user": {"anna": 1, "ben": 1, "OpenAI/Python": 1, "::1": 1, "not via gateway": 1}}
+
+
+def test_a_series_forgets_after_a_day_and_is_bounded_whoever_asks(monkeypatch):
+    monkeypatch.setattr(lmgateway, "CELLS", 1500)
+    series = lmgateway.Series(0)
+    for minute in range(2000):
+        ended(series, 60 * minute, client=str(minute), key=None)
+    cells = series.cells(0)
+    assert min(minute for minute, *_ in cells) == 2000 - 1440 and series.since == 60 * (2000 - 1440)
+    assert [row["requests"] for row in series_of(series, 3600)["rows"]] == [40, *[60] * 23, 20]
+    for number in range(500):
+        ended(series, 60 * 1999, client=f"client {number}", key=None)
+    assert len([1 for minute, *_ in series.cells(0) if minute == 1999]) <= 61
+    assert sum(row["requests"] for row in series_of(series, 3600)["rows"]) == 1440 + 500
+    assert len(series_of(series, by="user")["rows"]) <= lmgateway.MOST_NAMES + 1
+
+
+@pytest.mark.parametrize("minutes, step", [(1, 60), (360, 60), (361, 300), (1800, 300), (1801, 3600), (10080, 3600)])
+def test_the_step_of_a_series_is_the_smallest_that_fits(front, minutes, step):
+    found = page(front, f"/debug/series?minutes={minutes}")
+    begin, end = (lmgateway.since_epoch(found[name], 0) for name in ("from", "to"))
+    assert (found["step"], end - begin) == (step, 60 * minutes) and abs(end - time.time()) < 10
+
+
+@pytest.mark.parametrize("query", ["minutes=0", "minutes=10081", "minutes=1.5", "minutes=", "minutes=-1",
+                                   "minutes=%D9%A3", "by=", "by=prompt", "minutes=5&by=key,model"])
+def test_a_series_that_there_is_not_is_refused_by_name(front, query):
+    status, _, body = fetched(front, f"/debug/series?{query}")
+    assert (status, json.loads(body)["error"]["message"].split("=")[0]) == (400, query.split("&")[-1].split("=")[0])
+
+
+def test_a_series_counts_every_request_and_the_history_those_before_this_start(fronts, studio, tmp_path):
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    yesterday, week = time.time() - 23 * 3600, time.time() - 7 * 86400
+    history.keep([lmgateway.history_row(finished_record(f"r{at}", at)) for at in (week - 7200, week + 7200, yesterday)])
+    front = fronts(requests_kept=2)
+    front.gateway.history, front.hub._keep, mark = history, history.keep, front.hub.last
+    studio.script = lambda peer: peer.send(plain(CHAT_WHOLE))
+    for _ in range(5):
+        talk(front.port, request(POST_CHAT, b'{"model":"m/asked"}'))
+    studio.script = lambda peer: peer.send(plain(b'{"error":"x"}', "500 Oops"))
+    talk(front.port, request(POST_CHAT, b"{}"))
+    front.events(mark, "error")
+    history.close()
+    for minutes, requests in ((60, 6), (1440, 7), (10080, 8)):
+        found = page(front, f"/debug/series?minutes={minutes}")
+        sums = [sum(row[name] for row in found["rows"]) for name in ("requests", "errors", "promptTokens")]
+        assert sums == [requests, 1, 105 + 70 * (requests - 6)]
+        assert all(lmgateway.since_epoch(row["t"], 0) % found["step"] == 0 for row in found["rows"])
+    assert page(front, "/debug/series?by=model")["total"]["qwen/qwen3-8b"]["requests"] == 5
+    history.path = str(tmp_path)
+    assert fetched(front, "/debug/series?minutes=60")[0] == 503
 
 
 def test_usage_comes_from_the_history_as_json_and_csv(fronts, studio, tmp_path):
@@ -5692,8 +5920,7 @@ def test_ready_when_lm_studio_answers(fronts, studio, answer, up):
     status, _, body = ask(front, "GET /lmstudio-greeting")
     assert status == (200 if up else 503) and (json.loads(body) == {"lmstudio": True}) == up
     assert len(studio.peers) == 1 and studio.peers[0].line == "GET /lmstudio-greeting HTTP/1.1"
-    health = front.gateway.upstream._health
-    health._known = health._known[0] - 4, health._known[1]      # remembered for a few seconds only
+    age(front.gateway.upstream._health, 4)      # remembered for a few seconds only
     assert ask(front, "GET /ready")[0] == (200 if up else 503) and len(studio.peers) == 2
 
 
@@ -9010,7 +9237,7 @@ def contrast(one, other):
 
 
 TEXT_COLOURS = ("text", "muted", "queued", "prefill", "decode", "cached", "ok", "warn", "error", "focus")
-MARK_COLOURS = ("fill-prefill", "fill-decode", "fill-cached", *(f"model-{at}" for at in range(6)))
+MARK_COLOURS = ("fill-prefill", "fill-decode", "fill-cached", *(f"tone-{at}" for at in range(6)))
 
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
@@ -9025,12 +9252,10 @@ def test_colours_can_be_read(theme):
 
 
 def test_page_asks_only_for_its_own_routes():
-    asked = set(re.findall(r"(?:fetch|get)\(\"(/[^\"?]*)", SCRIPT))
-    asked |= set(re.findall(r"href = \"(/[^\"?]*)", SCRIPT))
+    asked = set(re.findall(r"[\"`](/[a-z][\w/]*)", SCRIPT)) - {"/api/v1/models/", "/v1"}      # LM Studio's
     asked |= {attributes["action"] for _, attributes in Elements().found if "action" in attributes}
-    assert asked == {"/debug/stream", "/debug/status", "/debug/requests", "/debug/requests/", "/debug/usage", "/login"}
-    ours = {route.path.rstrip("*") for route in lmgateway.ROUTES}
-    assert asked <= ours
+    assert {"/debug/stream", "/debug/series", "/debug/models", "/debug/requests/", "/login"} < asked
+    assert asked <= {route.path.rstrip("*") for route in lmgateway.ROUTES} | {"/me", "/logout"}
 
 
 def test_page_listens_for_events_that_there_are():
@@ -9089,7 +9314,7 @@ def test_page_names_only_elements_that_it_has():
 
 
 def test_page_is_small_and_plain():
-    assert len(lmgateway.DASHBOARD) < 150_000
+    assert len(lmgateway.DASHBOARD) < 110_000 and PAGE.count("\n") < 2000
     assert lmgateway.DASHBOARD.isascii()
     assert PAGE.startswith("<!doctype html>") and PAGE.endswith("</html>\n")
 
