@@ -5596,7 +5596,7 @@ def test_models_of_an_lm_studio_that_is_away_are_those_last_known(fronts, studio
     lists(studio, {"/api/v1/models": V1_MODELS})
     age(front.gateway.upstream._models, 4)      # no answer is remembered for a few seconds only
     known = page(front, "/debug/models")
-    front.gateway.upstream._health.known, asked = "LM Studio is gone", len(studio.peers)
+    front.gateway.upstream._health._known, asked = (time.monotonic(), "LM Studio is gone"), len(studio.peers)
     age(front.gateway.upstream._models, 61)
     assert page(front, "/debug/models") == known and len(studio.peers) == asked
     assert fetched(fronts("http://127.0.0.1:9"), "/debug/models")[0] == 502
