@@ -471,27 +471,27 @@ def loopback(host):
 
 
 class Event(NamedTuple):
-    """What every listener receives.  data is strict JSON."""
+    """What every listener receives.  data is strict JSON.  One without a name is a fact for the join alone."""
 
     name: str
     data: dict
-    chat: Any = None    # the Chat it belongs to
-    sure: bool = False  # no other chat can be meant
-    loads: str | None = None  # of an lmstudio_log: the model whose loading it announces
+    run: int | None = None  # number of the run that its line surely is about
+    chat: int | None = None  # number of the chat that the tracker takes it for
+    about: Any = None  # what the join and the figures want to know beyond it: {name: value}
 
 
 # --- 3.1 log rules: the only place that knows a wording of LM Studio's log ---
 # A new wording is one new row: write down the fact that the line states, its pattern and a
-# sample line.  Facts are methods of Story (3.3), on_<fact>; "" is a known line that states
+# sample line.  Facts are methods of ChatTracker (3.3), on_<fact>; "" is a known line that states
 # nothing we use.  A line that fits no row is counted as unknown and shown in /debug/status.
 
 
 class Rule(NamedTuple):
     """One wording.  The pattern is matched where the line's tags, clock and slot have been cut off."""
 
-    fact: str  # what it states: Story.on_<fact> takes the pattern's named groups (engine) or the Entry
-    where: str  # "app", "error": first line of an entry; "engine": any line of a DEBUG entry
-    shape: str  # "line", "json" (goes on to a brace in column 1), "text" (a user's words), "half" (a line)
+    fact: str  # what it states: on_<fact> takes the pattern's named groups (engine) or the Entry
+    where: str  # "app": first line of an entry; "error": all of an ERROR entry; "engine": any line of a DEBUG entry
+    shape: str  # "line", "json" (goes on to a brace in column 1), "text" (so does all of its entry), "half" (a line)
     engines: str  # who writes it: App, or the engine generations named below
     pattern: str
     sample: str
@@ -530,30 +530,39 @@ RULES = (
          "Received request to embed: BeginProcessingPrompt"),
     Rule("", "app", "text", "App", r"Received request for .* with invalid JSON",
          "Received request for /v1/models with invalid JSON"),
-    Rule("", "app", "line", "App", r"Start thinking\.\.\.|Done (?:thinking|reasoning)\.",
-         "Done reasoning. Reasoned for 6.13 seconds."),
-    Rule("", "app", "line", "App", r"Generating synchronous v1/responses response",
+    Rule("", "app", "line", "App", r"Start thinking\.\.\.|Done (?:thinking|reasoning)\.|Start to generate a tool call"
+         r"|Tool name generated: |Model generated a tool call\.", "Done reasoning. Reasoned for 6.13 seconds."),
+    Rule("respond", "app", "line", "App", r"Generating synchronous v1/responses response",
          "Generating synchronous v1/responses response..."),
     Rule("", "app", "line", "App", r"Returning \d+ models", "Returning 5 models from v1 API"),
     Rule("", "app", "text", "App", r"Returning \{", "Returning {"),
     Rule("", "app", "line", "App",
-         r"A value was passed to the 'Authorization' header|Developer role detected",
+         r"A value was passed to the 'Authorization' header|Developer role detected|Received OPTIONS request"
+         r"|At least one tool has 'strict' set to true|Client disconnected: Error|Failed to generate a tool call",
          "Developer role detected - replacing it with system role."),
     Rule("load", "app", "line", "App", r"Requested model \((?P<asked>.*)\) is not loaded\. Loading ",
          'Requested model (quillon/moraine-30b) is not loaded. Loading "quillon/moraine-30b" now...'),
     Rule("", "app", "line", "App", r"Just-in-time model loading (?:in)?active",
          "Just-in-time model loading active."),
     Rule("", "app", "line", "App",
-         r"Server started\.|Success! HTTP server listening|Logs are saved into |The server can be reached",
+         r"Server started\.|Success! HTTP server listening|Logs are saved into |The server can be reached"
+         r"|Server accepting connections from the local network",
          "Success! HTTP server listening on port 1234"),
-    Rule("", "app", "line", "App", r"Supported endpoints:|  OpenAI-compatible| *-> +[A-Z]+ +http",
+    Rule("", "app", "line", "App", r"Supported endpoints:|  OpenAI-compatible|  LM Studio API| *->\s+[A-Z]+ +http",
          "   ->  GET  http://localhost:1234/v1/models"),
-    # --- errors: the first line of an ERROR entry
+    # --- errors: the whole text of an ERROR entry, 02-2025 to 09-2026.  Most stream errors end in "Error Data".
+    Rule("", "error", "text", "App", r"Failed to generate a tool call",
+         "Failed to generate a tool call (this tool call will be omitted from the response):  no end"),
+    Rule("", "error", "text", "App", r"Model Output: ", "Model Output:  <tool_call>{, Additional Data: n/a"),
     Rule("render_error", "error", "text", "App", r"Error rendering prompt with jinja template",
          'Error rendering prompt with jinja template: "No user turn to render".'),
-    Rule("channel_error", "error", "text", "App", r"Error: Channel Error", "Error: Channel Error"),
-    Rule("crash", "error", "text", "App", r"(?:Error: )?The model has crashed",
+    Rule("crash", "error", "text", "App", r"(?:Error: )?The model has crashed(?!.*Error Data: )",
          "Error: The model has crashed without additional information. (Exit code: 18446744072635812000)"),
+    Rule("chat_error", "error", "text", "App", r"Error: (?:Channel Error|received prediction-error)|Engine protocol predict "
+         r"|The number of tokens to keep from the initial prompt", "Error: Channel Error"),
+    Rule("chat_error", "error", "text", "App", r"(?s:.*)Error Data: [^\n]*, Additional Data: [^\n]*\Z",
+         "Model unloaded.. Error Data: n/a, Additional Data: n/a"),
+    Rule("empty_error", "error", "text", "App", r"\Z", ""),
     # --- G3 (06-2026 on, every line with its clock) and G2 "LlamaV4" (03 to 06-2026)
     Rule("cached", "engine", "line", "G2 G3", r"(?:cached )?n_tokens = (?P<reused>\d+), memory_seq_rm",
          "1.02.003.004 I slot   operator(): id  3 | task 241 | cached n_tokens = 609, memory_seq_rm [609, "
@@ -568,7 +577,7 @@ RULES = (
          r"/ (?P<rate>[\d.]+))?",
          "1.02.003.004 I slot print_timing: id  2 | task 9 | prompt processing, n_tokens =   1024, "
          "progress = 0.39, t =   0.44 s / 2337.12 tokens per second"),
-    Rule("decoded", "engine", "line", "G3", r"n_decoded = +(?P<tokens>\d+), tg = +(?P<rate>[\d.]+) t/s",
+    Rule("decoded", "engine", "line", "G3", r"n_(?:decoded|gen) = +(?P<tokens>\d+), tg = +(?P<rate>[\d.]+) t/s",
          "1.02.003.004 I slot print_timing: id  2 | task 9 | n_decoded =    197, tg =  32.55 t/s, tg_3s = "
          " 32.18 t/s"),
     Rule("prompt_eval", "engine", "line", "G1 G2 G3",
@@ -603,18 +612,28 @@ RULES = (
          "srv          stop: cancel task, id_task = 21"),
     Rule("reset", "engine", "line", "G2 G3", r"forcing full prompt re-processing",
          "slot update_slots: id  1 | task 7 | forcing full prompt re-processing due to lack of cache data"),
+    Rule("", "engine", "text", "G3", r"common_chat_peg_parse: unparsed peg-native output:",
+         "0.55.924.848 W common_chat_peg_parse: unparsed peg-native output: <answer>"),
     Rule("", "engine", "line", "G2 G3",
          r"prompt processing done|selected slot by|sampler chain:|updating prompt cache|prompt cache "
-         r"update took|all slots are idle"
-         r"|cache reuse is not supported|n_past = |restored context|created context|erased invalidated"
-         r"|checking checkpoint"
-         r"|- cache state: |- prompt [0-9A-F]+:|saving idle slot|- saving prompt|clearing prompt|chat "
-         r"format: |graphs reused|loading model|initializing, n_slots|prompt_save: |statistics ",
+         r"update took|all slots are idle|cache reuse is not supported|n_past = |restored context|created context"
+         r"|erased invalidated|checking checkpoint|- cache state: |- prompt [0-9A-F]+:|saving idle slot"
+         r"|- saving prompt|clearing prompt|chat format: |graphs reused|loading model|initializing, n_slots"
+         r"|prompt_save: |statistics |- looking for better prompt|- skipping",
          "0.30.013.273 I slot get_availabl: id  3 | task -1 | selected slot by LRU, t_last = -1"),
     Rule("", "engine", "line", "G2 G3", r"LlamaV4(?:::|: server assigned slot \d+ to task)",
          "LlamaV4: server assigned slot 1 to task 3416"),
     Rule("", "engine", "half", "G2 G3", r"[IWED]?(?<=[\dIWED|])$",    # the rest is under the next header
          "0.30.015.244 I"),
+    # --- what a model load, the app's planning and errors told elsewhere write: whole classes, by their beginning
+    Rule("", "engine", "text", "App", r"\[LM Studio\]|1 Error predicting: |\[LLMProcess\]|\[SamplingSwitch\]"
+         r"|lmstudio-llama-cpp: failed to load model|SpeculativeDecodingNotSupportedError|CUDA error",
+         "1 Error predicting: Error: the prompt does not fit."),
+    Rule("", "engine", "line", "App", r"llama_model_load|llama_context|llama_kv_cache|llama_memory|print_info:|load_tensors:"
+         r"|load_hparams:|load:|validate_override:|ggml_|common_init|GgmlThreadpools:|Metal :|warning: failed to mlock"
+         r"|Try increasing RLIMIT_MEMLOCK|Prompt successfully formatted with Harmony|Failed to remove tokens from cache"
+         r"|\[(?:batched_model_kit|ModelKit|CacheWrapper|transformers)\]|\[\d+:\d{4}/\d{6}",
+         "llama_model_loader: loaded meta data with 33 key-value pairs"),
     # --- sampling parameters: G1 writes the first on the heading's line, G3 on lines of their own
     Rule("sampling", "engine", "line", "G1", r"[Ss]ampling params:" + PAIRS,
          "Sampling params:\trepeat_last_n = 64, repeat_penalty = 1.100"),
@@ -664,11 +683,16 @@ RULES = (
          r"cached (?P<reused>\d[\d,]{0,18})(?: · output (?P<output>\d[\d,]{0,18}))?"
          r"(?: · TTFT (?P<ttft>[\d.,]+)(?P<milli>m?)s)?(?: · (?P<rate>[\d.,]+) tok/s)?",
          "00:54:42 Done · input 26 · cached 0 · output 1,092 · TTFT 0.5s · 92.9 tok/s"),
+    # --- the last row: llama.cpp's server in any other wording
+    Rule("", "engine", "half", "G2 G3", r"(?(task)\S|(?(server)\S|(?!)))",
+         "slot   operator(): id  3 | task 202 | n_past was set to 1534"),
 )
 
+PLUGIN = re.compile(r"\[Plugin\(")
 STRANGER = re.compile(r"\[(?:Plugin\(|Client=|LMSAuthenticator)")  # entries of plugins and SDK clients
 TAG = re.compile(r"\[(?!\])([^\[\]\n]{0,200}(?:\[[^\[\]\n]*\][^\[\]\n]{0,200}){0,9})\] ?")
-SERVER_TAG = "LM STUDIO SERVER"  # stands where later versions name the model; never a model
+SERVER_TAG = "LM STUDIO SERVER"  # stands where later versions name the model, or before it; never a model
+SERVER_ERROR = "Server Error"  # its JSON may quote any other error; it ends no chat
 
 
 def compile_rules(where, prefix="", suffix=""):
@@ -688,13 +712,13 @@ def compile_rules(where, prefix="", suffix=""):
 def fields_of(pattern, name):
     """[(field, group index)] of one rule inside a compiled alternation: its own, and what the prefix has."""
     return [(group.rpartition(f"{name}_")[2], index) for group, index in pattern.groupindex.items()
-            if group.startswith(f"{name}_") or group in ("slot", "task")]
+            if group.startswith(f"{name}_") or group in ("slot", "task", "clock")]
 
 
 # G3 puts its clock (minutes.seconds.ms.us since the engine started) and a level before each line;
 # G2 and G3 say which slot and task a line is about; G1 says which printer wrote it.
 ENGINE_PREFIX = (r"(?P<clock>\d+\.\d\d\.\d{3}\.\d{3} ?)?(?:[IWED] )?"
-                 r"(?:slot +[^:\n]*: +id +(?P<slot>\d+) \| +task +(?P<task>-?\d+) \| *|srv +[^:\n]*: *"
+                 r"(?:slot +[^:\n]*: +id +(?P<slot>\d+) \| +task +(?P<task>-?\d+) \| *|(?P<server>srv) +[^:\n]*: *"
                  r"|(?P<printer>llama_perf\w*): *|[ \t]+)?")
 
 APP, APP_ROWS = compile_rules("app")
@@ -705,6 +729,7 @@ ENGINE, ENGINE_ROWS = compile_rules("engine", "^(?:" + ENGINE_PREFIX, r")[^\n]*|
 HALVES = frozenset(["unknown", *(group for group, (rule, _) in ENGINE_ROWS.items() if rule.shape == "half")])
 GROWING = frozenset(group for group, (rule, _) in ENGINE_ROWS.items()  # torn in a number, they are told again
                     if rule.fact == "params")
+ANY_WORDING = next(group for group, (rule, _) in ENGINE_ROWS.items() if rule is RULES[-1])
 
 
 def number(text):
@@ -720,7 +745,7 @@ def number(text):
     return int(value) if value == int(value) and "." not in text and "e" not in text else value
 
 
-def figures(**values):
+def without_none(**values):
     """values without those that the log never gave."""
     return {name: value for name, value in values.items() if value is not None}
 
@@ -775,7 +800,7 @@ class Entry:
 
     LIMIT = 256 * 1024  # characters; more is read and not kept
     TAGS = 32
-    NO_MODEL = frozenset((SERVER_TAG, "JIT", "Server Error", "INFO", "WARNING"))  # tags of other things
+    NO_MODEL = frozenset(("JIT", SERVER_ERROR, "INFO", "WARNING"))  # tags of other things
     CLOSED = ("\n}", "\n]")  # the end of pretty-printed JSON
     PANEL_GAP = re.compile(r"(?<=[^ \n])  (?=[{\[](?:\n|$))")  # the panel's second blank before JSON
 
@@ -783,14 +808,14 @@ class Entry:
     shape: str | None = None  # "line", "json", "text", "engine", "foreign"; None before its first text
     model = None
     row = fields = None  # the app rule that it fits, and that rule's fields
-    listener = None  # the method of Story that hears of it once it is whole
+    listener = None  # the method of the tracker that hears of it once it is whole
     sent = -1  # characters of text that events have carried; -1 before the first event
     cut = False  # lines were left out
-    chat = loads = None  # the chat that it surely means; the model whose loading it announces
+    told = loads = None  # the events of its first line; the model whose loading it announces
 
     def __init__(self, moment, level, panel):
         self.moment, self.level, self.panel = moment, level, panel
-        self.text, self.tags = "", []
+        self.text, self.tags, self.own_tags = "", [], []
 
     def add(self, lines):
         """Append lines as far as there is room.  Returns them; before its shape is known, all text so far."""
@@ -811,8 +836,9 @@ class Entry:
             tags.append(match[1])
             end = match.end()
         self.line = line[end:]
-        if len(tags) == 1 and self.level != "DEBUG" and tags[0] not in self.NO_MODEL:
-            self.model = tags[0]  # the only tag of an app line is its model
+        self.own_tags = [tag for tag in tags if tag != SERVER_TAG]
+        if len(self.own_tags) == 1 and self.level != "DEBUG" and self.own_tags[0] not in self.NO_MODEL:
+            self.model = self.own_tags[0]  # the only other tag of an app line is its model
 
     def take(self):
         """Return the data of an lmstudio_log event with the text that no event has carried yet."""
@@ -837,17 +863,20 @@ class Parser:
     # The file's header, or the one that the Developer Logs panel copies (both seen from 04-2025 to 09-2026).
     HEADER = re.compile(r"\n(\[)?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?(1)\]|  ?)\[(DEBUG|INFO|WARN|ERROR)\] ?"
                         r"(?(1)|(?=\n|\Z))", re.ASCII)
+    # The panel's header with its text on the same line; inside a log of another look it is a plugin's text.
+    ONE_LINE_HEADER = re.compile(r"\n()(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\S)", re.ASCII)
 
     def __init__(self):
         self._rest = b"\n"  # the unfinished last line, after the "\n" that ends the one before
         self._cut = False  # it was longer than a line may be
         self._first = True  # the next line is the first of its file
+        self._header = self.HEADER
         self._entry = None
         self._last_line = None  # (text, rule's group, epoch) of the engine's latest line
         self._engine = ""  # the generation that wrote it
         self._clock = UtcClock()
         self._events: list[Event] = []
-        self.story = Story(self._events)
+        self.story = ChatTracker(self._events)
         self.entries = self.lines = self.unknown = self.headless = self.faults = 0
         self.by_event: Counter[str] = Counter()
         self.by_engine: Counter[str] = Counter()
@@ -902,7 +931,7 @@ class Parser:
 
     def _taken(self):
         events, self._events[:] = self._events[:], []
-        self.by_event.update([event.name for event in events])
+        self.by_event.update([event.name for event in events if event.name])
         return events
 
     def _block(self, block):
@@ -912,18 +941,21 @@ class Parser:
         if b"\r" in block:
             block = block.replace(b"\r\n", b"\n").removesuffix(b"\r")
         self.lines += block.count(b"\n")
-        before, *pieces = self.HEADER.split(block.decode("utf-8", "replace"))
+        text = block.decode("utf-8", "replace")
+        if self.entries == 0 and self.ONE_LINE_HEADER.match(text):
+            self._header = self.ONE_LINE_HEADER
+        before, *pieces = self._header.split(text)
         if before:
             self._add(before)
         for bracket, stamp, level, lines in zip(*[iter(pieces)] * 4):
             if self._entry is not None:
                 self._conclude(self._entry)
-            self._open(stamp, level, not bracket)
+            self._open(stamp, level, not bracket and self._header is self.HEADER)
             if lines:
                 self._add(lines)
 
     def _tell(self, listener, *news):
-        """Tell Story something.  A fault there costs these events, is counted, and stops nothing else."""
+        """Tell the tracker something.  A fault there costs these events, is counted, and stops nothing else."""
         try:
             listener(*news)
         except Exception:  # lines that nobody foresaw; CORE has no log to say it in, the status shows it
@@ -958,12 +990,13 @@ class Parser:
         """The shape of an entry by its first line.  Entries of plugins and SDK clients are "foreign"."""
         entry.begin(line)
         text, entry.line = entry.line, entry.line.strip()
-        if entry.tags and STRANGER.match(line):
-            return "foreign"
-        if entry.level == "ERROR":
+        stranger = entry.tags and STRANGER.match(line)
+        if entry.level == "ERROR" and not PLUGIN.match(line):
             entry.listener = self.story.error
             return "text"
-        match = APP.match(text) if len(entry.tags) < 2 else None
+        if stranger:
+            return "foreign"
+        match = APP.match(text) if len(entry.own_tags) < 2 else None
         if match:
             row, fields = APP_ROWS[match.lastgroup]
             if entry.level != "DEBUG" or row.fact in ("", "received"):
@@ -978,7 +1011,7 @@ class Parser:
 
     def _engine_lines(self, lines, moment, torn):
         """Facts from lines of a DEBUG entry; torn is the line before its header, if they are its first."""
-        match = None
+        match, entry = None, self._entry
         for found in ENGINE.finditer(lines):
             match = self._mended(torn, found, moment) if torn else found
             torn = None
@@ -990,6 +1023,9 @@ class Parser:
             engine = self._engine = engine_of(rule, match, self._engine)
             if engine:
                 self.by_engine[engine] += 1
+            if rule.shape == "text":
+                entry.shape, self._last_line = "text", None
+                return
             if rule.fact:
                 facts = {name: match[index] for name, index in fields}
                 self._tell(self.story.engine, rule.fact, facts, engine, moment)
@@ -1008,8 +1044,10 @@ class Parser:
         blank = line.endswith(" ") or match[0].startswith(" ")
         for glue in ("",) if blank else (" ", ""):
             joined = ENGINE.match(line + glue + match[0])
-            if joined.lastgroup not in ("unknown", group) or group == joined.lastgroup in GROWING:
-                self.unknown -= group == "unknown"
+            if joined.lastgroup not in ("unknown", ANY_WORDING, group) or group == joined.lastgroup in GROWING or (
+                    group == ANY_WORDING and match.lastgroup == "unknown"):
+                if group == "unknown":
+                    self.unknown -= 1
                 return joined
         return match
 
@@ -1019,15 +1057,18 @@ class Parser:
 
     def _conclude(self, entry):
         """Tell what a whole entry states and send it, without waiting for the next header."""
+        if entry.level == "ERROR" and not entry.text.strip():
+            entry.listener = self.story.error
         if entry.listener:
-            listener, entry.listener = entry.listener, None
+            listener, entry.listener, before = entry.listener, None, len(self._events)
             self._tell(listener, entry)
+            entry.told = self._events[before:]
         self._send(entry)
 
     def _send(self, entry):
         if entry.sent < len(entry.text):
-            self._events.append(
-                Event("lmstudio_log", entry.take(), entry.chat, entry.chat is not None, entry.loads))
+            about = {"told": entry.told, "loads": entry.loads} if entry.told or entry.loads else None
+            self._events.append(Event("lmstudio_log", entry.take(), about=about))
 
 
 def engine_of(rule, match, before):
@@ -1050,169 +1091,113 @@ def redacted(line):
     return WORD.sub(lambda word: "0" if word[0].isdigit() else word[0][:3] + "~", line)[:100]
 
 
-# --- 3.3 story: facts to events ----------------------------------------------
+# --- 3.3 tracker: facts to events ---------------------------------------------
 # The app (INFO) writes of chats and names at best a model; an engine (DEBUG) writes of runs and names at
-# best a task.  So there are two kinds of things, Chat and Run, and Pairs, which says whose a run can be.
-
-CHATS_KEPT = 64  # running chats that are remembered; one that never ends is forgotten at last
-ENDED_KEPT = 8  # ended chats that late lines can still mean
-RECEIVED_KEPT = 8  # requests whose chat has not begun
-SETTLING_S = 120  # an abandoned chat can still write lines for so long
-HELD_S = 1  # the engine's timings and the app's last line come within this, in either order
-SWALLOW_S = 1  # a disconnect line this soon after an end says nothing new
-STARTS = frozenset(("lmstudio_processing_start", "lmstudio_generation_start"))
-UNTIMED = frozenset(("MLX", "Splash"))  # engines that write no timings of llama.cpp's
+# best a task.  No line says which run is which chat's.
+#
+#  1. A line that has a task is about that task's run.  Without a task it is about the engine's latest run
+#     that has not had such a line yet.
+#  2. A run that begins is taken for the oldest chat that has none; if no chat waits, for one inside the app.
+#  3. A percent that is n_tokens/total of one run alone is that run's, so the run is of the line's model.
+#  4. An app line means the chat of its model that fits best; each line is told once, whichever it was.
+#  5. Figures of a run and of its chat's answer are one event: when both have come, or a second after one.
+#
+# 2 and 4 are guesses as soon as two chats run.  They settle only what is told once or together, never whose
+# a request is: an event carries the number of its run if 1 or 3 says it, and the join (3.8) decides.
 
 
 class Run:
-    """What an engine's lines tell of one run of a model.  G2 and G3 number it, G1 begins one with its
-    sampling block, MLX has a cache line for each, Splash a line when it is over."""
+    """What an engine's lines tell of one prediction.  G2 and G3 number it, G1 begins one with its sampling
+    block, MLX has a cache line for each, Splash a line when it is over."""
 
-    def __init__(self, writer, meant):
-        self.writer = writer  # the engine
-        self.meant = meant  # the chats that it can be of
-        self.chat = None  # the one of them that it is taken for
-        self.task = self.slot = None  # G2 and G3: the engine's numbers for it
-        self.begun = self.read = False  # G1: its prompt has begun to be read, has been read
-        self.twins = []  # G1: the runs that its timings can be of, too
-        self.said = set()  # names of events that it gave and that come once
+    def __init__(self, number, engine, task, born):
+        self.number, self.engine, self.task, self.born = number, engine, task, born  # born: epoch of its first line
+        self.chat: Any = None  # the Chat that it is taken for
+        self.model = None  # once an app line has named it (3)
         self.tokens = {}  # of lmstudio_token_info
         self.total = self.cached = None  # tokens of the prompt; those of them that were cached
+        self.positions = {}  # tokens read after each of the latest batches, of which the app has not told: epoch
+        self.begun = self.read = False  # its prompt has begun to be read, has been read
+        self.waiting = None  # (Moment, percent) of the engine's progress while the app's own can follow
         self.stats = {}  # of lmstudio_prediction_stats
-        self.decoded = None  # tokens that it has generated so far
-        self.timed_at = None  # the Moment of its last timing, until the stats are told
+        self.told = self.claimed = False  # the app has written 100 % for it; a last line
+        self.over = None  # the Moment of its last figures
+        self.said = set()  # names of the events that it gave and that come once
 
-    @property
-    def certain(self):
-        """It can be no other chat's."""
-        return len(self.meant) < 2
+    def takes(self, percent, epoch):
+        """True if the app writes this percent for one of its latest positions, of which it tells once."""
+        for position, written in list(self.positions.items()) if self.total else ():
+            if epoch - written > TORN_S:
+                del self.positions[position]
+            elif abs(100 * position / self.total - percent) < 0.06:
+                return True
+        return False
 
-    @property
-    def model(self):
-        """The model that it surely ran, else None."""
-        return self.meant[0].model if len(self.meant) == 1 else shared_model(self.meant)
-
-    @property
-    def over(self):
-        """Its last figures are there."""
-        return "totalMs" in self.stats or self.writer == "Splash"
-
-    def has_read(self, total):
-        """True when its prompt had so many tokens.  MLX does not count the last one."""
-        return None not in (total, self.total) and abs(self.total - total) <= 1
-
-    def has_written(self, output):
-        """True when its timings tell of so many tokens.  G1 counts one more or less."""
-        written = self.stats.get("completionTokens")
-        return None not in (written, output) and abs(written - output) <= 1
-
-    def trade_progress(self, other):
-        """What was told of the progress of one was the other's."""
-        self.begun, other.begun, self.read, other.read = other.begun, self.begun, other.read, self.read
-        traded = (self.said ^ other.said) & STARTS
-        self.said ^= traded
-        other.said ^= traded
-
-    def tell_from_twins(self, output):
-        """Its answer says how many tokens it has written, and so which timings are its own."""
-        for other in self.twins:
-            told = "lmstudio_prediction_stats" in other.said
-            if other.has_written(output) and not (self.has_written(output) or told):
-                self.stats, other.stats = other.stats, self.stats
-                self.timed_at, other.timed_at = other.timed_at, self.timed_at
-            if self in other.twins:
-                other.twins.remove(self)
-        self.twins = []
-
-    def part(self):
-        """Let go of the chats.  How many they were stays known."""
-        self.chat, self.meant, self.twins = None, [None] * len(self.meant), []
+    def drop(self, percent):
+        self.positions = {position: epoch for position, epoch in self.positions.items()
+                          if abs(100 * position / self.total - percent) >= 0.06}
 
 
 class Chat:
-    """A chat as the app's lines tell it; one inside the app (api False) has none and is made by its run.
+    """A chat as the app's lines tell it; one inside the app (api False) has no line of its own."""
 
-    Only the parser's thread writes it.  Requests reads it in others, while its run can be taken away: what
-    asks for the run twice keeps it in a name."""
-
-    def __init__(self, number, moment, model=None, api=True, messages=None):
-        self.number, self.started, self.model = number, moment, model
-        self.api = api  # it has a line of the app's: it came over HTTP
-        self.messages = messages
-        self.stream = False     # None when we came in its middle
-        self.run = None  # the Run that is taken for its
-        self.said = set()  # names of events that its lines gave and that come once
-        self.app_progress = self.app_read = False  # the app has told of its progress, up to 100 %
+    def __init__(self, number, moment, model, api=True):
+        self.number, self.started, self.model, self.api = number, moment, model, api
+        self.messages: int | None = None
+        self.stream: bool | None = False  # None if we came in its middle or no line tells
+        self.run: Any = None  # the Run that is taken for its
+        self.percent = None  # of the app's latest progress line
         self.first_token = False
-        self.read_at = 0.0  # when its generation began
-        self.counts, self.speeds = {}, {}  # of its prediction
-        self.received = None  # the Received that it answers, where that is certain
-        self.answer_id, self.answer_sure = None, False  # of its prediction; no other chat's can be meant
-        self.record, self.met = None, False  # the Record that it is bound to; Requests has seen it
-        self.ended = None  # outcome
-        self.ended_at, self.latest = 0.0, 0  # when, and the number of the latest chat then
-        self.doubted = []  # the chats that can have been meant by the disconnect line that ended it
-        self.left = False  # a second line for its end has been taken for it
-        self.counted = set()  # what Figures has counted of it
-        self.predicted = False
-
-    total = property(lambda self: getattr(self.run, "total", None))
-    slot = property(lambda self: getattr(self.run, "slot", None))
-    decoded = property(lambda self: getattr(self.run, "decoded", None))
-    stats = property(lambda self: getattr(self.run, "stats", {}))
-    certain = property(lambda self: getattr(self.run, "certain", True))
-    run_over = property(lambda self: getattr(self.run, "over", False))
-
-    @property
-    def free(self):
-        """It has no run, or one that can be another's."""
-        return not getattr(self.run, "certain", False)
-
-    @property
-    def abandoned(self):
-        """Its client has left, and its last line can still come."""
-        return self.ended == "disconnected" and not self.predicted
+        self.counts, self.speeds = {}, {}  # of its answer
+        self.answered = False  # its last line has come
+        self.left = False  # a disconnect line after its end was its own
+        self.ended: Any = None  # the Moment of its end
+        self.outcome = None
+        self.said = set()  # names of the events that it gave and that come once
+        self.counted = False
 
     def has_said(self, name):
         return name in self.said or self.run is not None and name in self.run.said
 
-    def generates(self):
-        return self.has_said("lmstudio_generation_start")
+    @property
+    def works(self):
+        """The engine has taken it up."""
+        return self.run is not None or self.percent is not None
 
+    def began(self, created):
+        """True if an answer's "created" (UTC) is the second of its start; the log's zone can be another."""
+        apart = (created - self.started.epoch + 450) % 900 - 450 if isinstance(created, int) and self.started else None
+        return apart is not None and abs(apart) <= 1
 
-LOGGED_MODEL = re.compile(r'\n  "model": "([^"\\]+)"')  # pretty-printed with two blanks
-
-
-class Received:
-    """A request as the log has it, before its chat begins.  text holds the body, long strings cut."""
-
-    def __init__(self, moment, path, text):
-        self.moment, self.path, self.text = moment, path, text
-        self.doubted = False  # another one could have been meant when a chat began
-
-    @functools.cached_property
-    def body(self):
-        """The body, {} where it is hidden or cut."""
-        return prediction_of(self.text)
+    def may_be_answer_of(self, run):
+        """True if its answer has the counts of a run.  MLX counts one token less, G1 writes one more or less."""
+        slack = run.engine not in ("G2", "G3")
+        pairs = ((self.counts.get("promptTokens"), run.total),
+                 (self.counts.get("completionTokens"), run.stats.get("completionTokens")))
+        return not any(None not in pair and abs(pair[0] - pair[1]) > slack for pair in pairs)
 
     @property
-    def model(self):
-        """The model that was asked for, None where it does not stand there."""
-        found = LOGGED_MODEL.search(self.text)
-        return found and found[1]
-
-    def fits(self, chat):
-        """True when the chat has as many messages, or the body does not tell.  They are counted without
-        reading the JSON: inside a string the second quote of "role" has a backslash before it."""
-        messages = self.text.count('"role": ')
-        return not messages or messages == chat.messages
+    def abandoned(self):
+        """Its client has left, and its last line can still come."""
+        return self.outcome == "disconnected" and not self.answered
 
 
-def pick(chats, *preferences):
-    """The oldest of the chats that fit the most preferences, taken in order; None of none."""
-    for prefers in preferences if len(chats) > 1 else ():
-        chats = [chat for chat in chats if prefers(chat)] or chats
-    return chats[0] if chats else None
+CHATS_KEPT = 64  # running chats that are remembered; one that never ends is forgotten at last
+ENDED_KEPT = 8  # ended chats that late lines can still mean
+RUNS_KEPT = 64
+LOGGED_KEPT = 8  # requests whose chat has not begun
+SETTLING_S = 120  # an abandoned chat can still write lines for so long
+HELD_S = 1  # the engine's timings and the app's last line come within this, in either order
+SWALLOW_S = 1  # a disconnect line this soon after an end says nothing new
+LEFT_S = 2  # the app writes the last line of a client that left within this, unless the engine is busy
+UNTIMED = frozenset(("MLX", "Splash"))  # engines that write no timings of llama.cpp's
+
+
+def pick(rows, *preferences):
+    """The oldest of the rows that fit the most preferences, taken in order; None of none."""
+    for prefers in preferences if len(rows) > 1 else ():
+        rows = [row for row in rows if prefers(row)] or rows
+    return rows[0] if rows else None
 
 
 def shared_model(chats):
@@ -1221,419 +1206,118 @@ def shared_model(chats):
     return models.pop() if len(models) == 1 else None
 
 
-class Pairs:
-    """The chats and the runs, and which of them belong together.
+class LoggedRequest(NamedTuple):
+    """A request as the log has it, before its chat begins.  text holds the body, long strings cut."""
 
-    Each run is taken for the oldest chat that it can be of.  What comes later (a model's tag, the length
-    of a prompt, the order of ends) takes it for another, or settles it."""
+    moment: Moment
+    path: str
+    text: str
 
-    def __init__(self):
-        self.running = []  # the chats that have not ended, oldest first
-        self.ended: deque[Chat] = deque(maxlen=ENDED_KEPT)
-        self.runs = []  # those that a line can still mean
-        self.at = {}  # engine -> the run that its lines were about last
-        self.tasks = {}  # G2, G3: task -> run
-        self._slots = {}  # slot -> run whose sampler was set up and whose task is not known yet
-        self._past = []  # runs that have left self.runs and still know their chats
-        self._engines = {}  # model -> the engine that runs it, where that was certain
-        self._chats = 0  # how many there have been
-
-    # --- chats
-
-    def new(self, moment, model=None, **about):
-        self._chats += 1
-        chat = Chat(self._chats, moment, model, **about)
-        self.running.append(chat)
-        if len(self.running) > CHATS_KEPT:
-            self.close(self.running[0], "forgotten", moment)
-        return chat
-
-    def close(self, chat, outcome, moment):
-        if chat in self.running:  # else there was none: pair() took its run away
-            self.running.remove(chat)
-            if len(self.ended) == ENDED_KEPT:
-                self.ended[0].doubted = []
-            self.ended.append(chat)
-        chat.ended, chat.ended_at, chat.latest = outcome, moment.epoch, self._chats
-        run = chat.run
-        if outcome == "finished" and run and (run.over or run.writer in UNTIMED):  # what goes on was not its
-            for other in [other for other in self.runs if other is not run and not other.over]:
-                self._exclude(other, chat)
-
-    def of(self, entry, ended=False):
-        """The chats that an app line can mean: those of its model, or all if it names none."""
-        model = entry.model
-        return [chat for chat in ((*self.ended, *self.running) if ended else self.running)
-                if chat.api and (model is None or chat.model is None or chat.model == model)]
-
-    def alive(self, entry):
-        """The chats that can still write app lines: running ones, and abandoned ones that have not
-        settled."""
-        settling = [chat for chat in self.ended
-                    if chat.abandoned and entry.moment.epoch - chat.ended_at < SETTLING_S]
-        if not settling:
-            return self.of(entry)
-        return [chat for chat in self.of(entry, ended=True) if chat.ended is None or chat in settling]
-
-    def lives(self, chat):
-        """A chat goes on: if a client has left, it was another's."""
-        if chat.ended:
-            other = pick([other for other in chat.doubted if other.ended is None], lambda c: c.run,
-                         lambda c: c.app_progress)
-            if other:
-                self.change_ends(other, chat)
-        for other in self.ended:
-            if chat in other.doubted:
-                other.doubted.remove(chat)
-
-    def change_ends(self, chat, other):
-        """The line that ended the other one was the chat's."""
-        self.ended[self.ended.index(other)] = chat
-        self.running.remove(chat)
-        self.running = sorted([*self.running, other], key=lambda each: each.number)
-        for name in ("ended", "ended_at", "latest"):
-            mine, theirs = getattr(chat, name), getattr(other, name)
-            setattr(chat, name, theirs)
-            setattr(other, name, mine)
-        other.doubted = []
-
-    # --- runs
-
-    def attach(self, writer, moment, slot=None, task=None, chosen=None):
-        """The run that an engine now begins with."""
-        run = self._slots.pop(slot, None) or self.tasks.get(task)
-        if run is None:
-            run = self._begin(writer, moment, chosen)
-        self.at[writer], run.slot = run, slot
-        if task not in (None, "-1"):
-            self.tasks[task], run.task = run, task
-            while len(self.tasks) > CHATS_KEPT:
-                del self.tasks[next(iter(self.tasks))]
-        elif slot is not None:
-            self._slots[slot] = run
-        return run
-
-    def _begin(self, writer, moment, chosen):
-        """A new run, taken for the oldest chat that waits for one, else for one inside the app."""
-        meant = [chat for chat in (*self.ended, *self.running)
-                 if (chat.ended is None or chat.doubted and not chat.predicted or chat is chosen)
-                 and chat.api and chat.free]
-        if len(meant) > 1:
-            meant = [chat for chat in meant if self.suits(writer, chat)] or meant
-        chat = chosen or pick([chat for chat in meant if chat.run is None], lambda c: c.ended is None,
-                              lambda c: not c.app_progress)
-        if chat is None:
-            chat = self.new(moment, api=False)
-            meant.append(chat)
-        run = Run(writer, meant)
-        run.chat, chat.run = chat, run
-        former, self.runs = self.runs, [other for other in self.runs[-CHATS_KEPT:]
-                                        if not all(chat.ended for chat in other.meant)]
-        self._past += [other for other in former if other not in self.runs]
-        self.runs.append(run)
-        if writer == "G1":  # it has no tasks: its lines can be of any run that goes on
-            together = [other for other in self.runs if other.writer == writer and not other.over
-                        and other.chat.ended is None]
-            for other in together if len(together) > 1 else ():
-                other.meant = [chat for chat in (*self.ended, *self.running)
-                               if any(chat in each.meant for each in together)]
-        self._learn(run)
-        return run
-
-    def suits(self, writer, chat):
-        """False for a chat whose model is known to be run by another engine."""
-        return self._engines.get(chat.model, writer) == writer
-
-    def part(self):
-        """Part the runs and the chats that no line can mean any more: what holds each other waits for the
-        garbage collector, and thousands of them, as a backlog leaves them, for a pause that is felt."""
-        if not self._past:
-            return
-        runs = {*self.runs, *self.tasks.values(), *self._slots.values(), *self.at.values()}
-        chats = {*self.running, *self.ended, *(chat for run in runs for chat in run.meant)}
-        known, self._past = self._past, []
-        for run in known:
-            if run in runs or run.chat in chats or not chats.isdisjoint(run.meant):
-                self._past.append(run)
-            else:
-                run.part()
-
-    def _learn(self, run):
-        if run.certain and run.chat.model:
-            self._engines[run.chat.model] = run.writer
-
-    def at_work(self, writer, moment, fields=None, lacks=None):
-        """The run that an engine line is about: its task's, else the one whose lines came last.
-
-        lacks is True for a run of which such a line has not been seen: where the engine names no task
-        and has several, it is one of those."""
-        task = fields and fields["task"]
-        run = self.tasks.get(task) if task else self.at.get(writer)
-        if run and lacks and not task and not lacks(run):
-            others = [other for other in self.runs
-                      if other.writer == writer and other.chat.ended is None and lacks(other)]
-            run = self.at[writer] = others[0] if others else run
-        return run or self.attach(writer, moment, fields and fields["slot"], task)
-
-    def turn(self, writer, fits):
-        """The next lines of an engine are about the run that fits, if there is one that is not over."""
-        fitting = [run for run in self.runs if run.writer == writer and not run.over and fits(run)]
-        for run in fitting if len(fitting) > 1 else ():
-            run.twins = [other for other in fitting if other is not run]
-        if fitting and self.at.get(writer) not in fitting:
-            self.at[writer] = fitting[0]
-
-    # --- which belong together
-
-    def pair(self, run, chat):
-        """Take a run for a chat's; the chat's former one is taken for the other's."""
-        before, other = run.chat, chat.run
-        if before is chat:
-            return
-        run.chat, chat.run, before.run = chat, run, other
-        if other:
-            other.chat = before
-        elif not before.api and before in self.running:
-            self.running.remove(before)  # there was none inside the app
-        if before.model == chat.model:  # so were the lines of their progress
-            for name in ("app_progress", "app_read", "first_token", "said"):
-                mine, theirs = getattr(chat, name), getattr(before, name)
-                setattr(chat, name, theirs)
-                setattr(before, name, mine)
-        for one, another in (chat, before), (before, chat):
-            twice = one.said & one.run.said if one.run else ()  # one of them was told for the other
-            another.said.update(name for name in twice if not another.has_said(name))
-
-    def settle(self, run, chat):
-        """A run is a chat's for certain."""
-        if chat.run and run.task is None:
-            run.trade_progress(chat.run)
-        self.pair(run, chat)
-        run.meant = [chat]
-        self._learn(run)
-
-    def _exclude(self, run, chat):
-        """A run is not a chat's.  It can be its twin's: nobody could tell which of the two began first."""
-        if chat in run.meant and len(run.meant) > 1:
-            twins = [other for other in self.running if other is not chat and other.free
-                     and (other.model, other.stream) == (chat.model, chat.stream)]
-            run.meant = [other for other in run.meant if other is not chat and other not in twins] + twins
-            if run.chat not in run.meant:
-                self.pair(run, pick(run.meant, lambda c: c.free, lambda c: c.run is None))
-            self._learn(run)
-
-    def by_length(self, chat, counts):
-        """The length of the prompt that an answer tells says which run was its chat's."""
-        total, output = counts.get("promptTokens"), counts.get("completionTokens")
-        if not chat.free:
-            return
-        fitting = [run for run in self.runs if run.has_read(total) and chat in run.meant]
-        fitting = [run for run in fitting if run.has_written(output)] or fitting
-        run = pick(fitting, lambda r: r is chat.run)
-        if run:
-            run.tell_from_twins(output)
-            take = self.settle if len(fitting) == 1 else self.pair
-            take(run, chat)
-
-    def by_progress(self, chat, read):
-        """A chat's first and last progress lines follow its engine's: a run was taken for another chat's that
-        has had none of them."""
-        first = chat.run is None and not chat.app_progress
-        for run in self.runs if first or read and chat.free else ():
-            taken = (run.chat.app_progress if first
-                     else run.chat.app_read or not run.read or chat.run and chat.run.read)
-            if chat in run.meant and not (run.certain or taken or run.over) and run.chat.model != chat.model:
-                self.pair(run, chat)
-                return
-
-    def by_end(self, chat):
-        """A chat has ended, and so has its run.  If one run only has, that is it."""
-        if not chat.free:
-            return
-        total = chat.counts.get("promptTokens")
-        over = [run for run in self.runs if (run.over or run.writer == "MLX") and chat in run.meant
-                and (None in (total, run.total) or run.has_read(total))]
-        untaken = [run for run in over if not run.chat.predicted and run.chat.ended != "finished"]
-        if len(over) == 1:
-            self.settle(over[0], chat)
-        elif untaken and chat.run not in over:
-            self.pair(untaken[0], chat)
+    def fits(self, messages):
+        """True if the body has so many messages or does not tell.  They are counted without reading the
+        JSON: inside a string the second quote of "role" has a backslash before it."""
+        return self.text.count('"role": ') in (0, messages)
 
 
-class Telling:
-    """Events, each thing told once."""
+class Emitter:
+    """Puts events into a list, each thing of a chat once."""
 
-    def __init__(self, events, pairs):
-        self._events, self._pairs = events, pairs
-        self.sure = None  # of an app line: no other chat can be meant; None for engine lines
-        self.meant = None  # the chat of which the line at hand spoke, where that is sure
-        self._held = []  # (chat, moment, model) whose stats wait for the engine's timings
+    def __init__(self, news):
+        self._news = news
+        self.clock = None  # G3: the engine's own time of the line at hand
 
-    def say(self, name, chat, moment, model=None, **data):
+    def emit(self, name, moment, chat=None, run=None, model=None, about=None, **data):
+        """One event.  run is given if its line is surely about that run."""
         data = {"timestamp": moment.utc, **data}
         if model:
             data["model"] = model
-        sure = chat is not None and chat.certain if self.sure is None else self.sure and chat is not None
-        self.meant = chat if sure else None
-        self._events.append(Event(name, data, chat, sure))
+        self._news.append(Event(name, data, run and run.number, chat and chat.number, about))
 
-    def _once(self, name, teller, moment, model, **data):
-        """What a Run and its Chat tell once together."""
-        chat: Any = teller.chat if isinstance(teller, Run) else teller
-        if not chat.has_said(name):
-            teller.said.add(name)
-            self.say(name, chat, moment, model, **data)
+    def fact(self, name, run, **about):
+        """What the join needs to know of a run and no event tells."""
+        chat = run.chat
+        self._news.append(Event("", {}, run.number, chat and chat.number, {"fact": name, "clock": self.clock, **about}))
 
-    def processing(self, teller, moment, model):
-        self._once("lmstudio_processing_start", teller, moment, model, message="BeginProcessingPrompt")
+    def once(self, name, moment, chat, run=None, model=None, **data):
+        """An event that a run and its chat give once together."""
+        if not (chat and chat.has_said(name) or run and name in run.said):
+            (run or chat).said.add(name)
+            self.emit(name, moment, chat, run, model, **data)
 
-    def generation(self, teller, moment, model):
-        chat: Any = teller.chat if isinstance(teller, Run) else teller
-        chat.read_at = chat.read_at or moment.epoch
-        self._once("lmstudio_generation_start", teller, moment, model,
-                   message="The prompt is read, the first token is next")
+    def processing(self, moment, chat, run=None, model=None):
+        self.once("lmstudio_processing_start", moment, chat, run, model, message="BeginProcessingPrompt")
 
-    def progress(self, run, moment, percent):
-        self.processing(run, moment, run.model)
-        self.say("lmstudio_prompt_progress", run.chat, moment, run.model, progress=percent,
-                 message=f"Prompt processing progress: {percent:.1f}%")
+    def generation(self, moment, chat, run=None, model=None):
+        self.once("lmstudio_generation_start", moment, chat, run, model,
+                  message="The prompt is read, the first token is next")
 
-    def sampling(self, run, moment, values):
-        if values:
-            self._once("lmstudio_sampling_params", run, moment, run.model, **values)
+    def progress(self, moment, chat, run, model, percent, message=None):
+        self.emit("lmstudio_prompt_progress", moment, chat, run, model, progress=percent,
+                  message=message or f"Prompt processing progress: {percent:.1f}%")
 
-    def cache(self, run, moment, reused, prefix, other):
-        run.cached, total = reused, run.total
+    def cache(self, moment, run, model, reused, prefix, other):
+        total, run.cached = run.total, reused
         share = min(100.0, 100 * reused / total) if total else 0.0
-        self._once("lmstudio_cache_stats", run, moment, run.model, reused=reused, total=total,
-                   percentage=round(share, 2), prefix=prefix, nonPrefix=other,
-                   message=f"Cache reuse summary: {reused}/{total} of prompt ({share:g}%), "
-                   f"{prefix} prefix, {other} non-prefix")
+        self.once("lmstudio_cache_stats", moment, run.chat, run, model, reused=reused, total=total,
+                  percentage=round(share, 2), prefix=prefix, nonPrefix=other,
+                  message=f"Cache reuse summary: {reused}/{total} of prompt ({share:g}%), {prefix} prefix, "
+                          f"{other} non-prefix")
 
-    def tokens(self, run, moment):
+    def token_info(self, moment, run, model):
         if run.total is not None:
             run.tokens["totalPromptTokens"] = run.total
         if run.tokens:
-            self._once("lmstudio_token_info", run, moment, run.model, **run.tokens)
+            self.once("lmstudio_token_info", moment, run.chat, run, model, **run.tokens)
 
-    # --- stats
-
-    def run_over(self, run, moment):
-        """The figures of a run are whole: tell them, unless an answer with more is still to come."""
-        run.timed_at = None
-        awaited = [chat for chat in run.meant
-                   if chat.api and not (chat.stream or chat.predicted or chat.ended == "finished")]
-        if not awaited:
-            self._stats(run, run.chat, moment, None)
-        elif all(chat.ended for chat in awaited):  # its client has left: a prediction may come or not
-            self._held.append((run.chat, moment, None))
-
-    def chat_over(self, chat, moment, model):
-        """The app says that a chat is over: tell its stats, or wait for the engine's within that second.
-
-        The two write over channels of their own: within a second their order is open."""
-        self._pairs.by_end(chat)
-        run = chat.run
-        if run is None or run.writer in UNTIMED or run.over:
-            self._stats(run, chat, moment, model)
-        else:
-            self._held.append((chat, moment, model))
-
-    def rest(self, moment):
-        """Tell what the runs that are over have waited for in vain."""
-        for run in self._pairs.runs:
-            if run.over and "lmstudio_prediction_stats" not in run.said:
-                self.run_over(run, moment)
-
-    @property
-    def waits(self):
-        """Some stats are still to be told."""
-        return bool(self._held)
-
-    def release(self, moment=None):
-        """Tell the stats that have waited long enough, by default all."""
-        held, self._held = self._held, []
-        for row in held:
-            if moment is None or moment.epoch - row[1].epoch > HELD_S:
-                self._stats(row[0].run, *row)
-            else:
-                self._held.append(row)
-
-    def _stats(self, run, chat, moment, model):
-        """lmstudio_prediction_stats of a run with what its chat's answer adds, or of an answer alone."""
-        name, counts = "lmstudio_prediction_stats", chat.counts
-        stats: dict[str, Any] = {}
-        if run:
-            read = counts.get("promptTokens", run.total)
-            if counts and run.total and not run.certain and not run.has_read(read):
-                run.said.discard(name)
-                run = None
-            else:
-                stats = run.stats
-        stats = {**chat.speeds, **stats, **counts}
+    def stats(self, moment, chat, run, model):
+        """lmstudio_prediction_stats of a run with what its chat's answer adds, or of one of the two."""
+        run = run if run and (run.over or run.engine in UNTIMED) else None
+        mine = run is None or chat.may_be_answer_of(run)
+        stats = {**chat.speeds, **(run.stats if run else {}), **chat.counts} if mine else run.stats
         prompt = stats.get("promptTokens") or run and run.total or stats.get("evaluated")
-        known = figures(promptTokens=None if run and run.twins and not counts else prompt)
-        known.update((key, stats[key]) for key in STATS if stats.get(key) is not None)
-        told = run.said if run else chat.said
-        if known.keys() - {"promptTokens"} and name not in told and not (chat.certain and name in chat.said):
-            told.add(name)
-            certain = model if not run or run.certain else None
-            self.say(name, chat, moment, certain or run and run.model, **known)
-            if run:
-                self.close_in_app(run, moment)
+        known = without_none(promptTokens=prompt, **{name: stats.get(name) for name in STATS})
+        if known.keys() - {"promptTokens"}:
+            self.once("lmstudio_prediction_stats", moment, chat if mine else None, run if run and run.stats else None, model,
+                      about=countable(chat, known.get("promptTokens")), **known)
 
-    def close_in_app(self, run, moment):
-        """A chat inside the app has no line for its end: its last figures are it."""
-        if not run.chat.api and run.chat.ended is None:
-            self._pairs.close(run.chat, "finished", moment)
 
-    # --- ends
-
-    def end(self, chat, moment, outcome, message, model):
-        if chat:
-            if outcome == "finished":
-                self.chat_over(chat, moment, model)
-                self._finish_reading(chat)
-            if chat.run and "n_ctx" in chat.run.tokens:
-                self.tokens(chat.run, moment)
-            self._pairs.close(chat, outcome, moment)
-        self.say("lmstudio_chat_end", chat, moment, model, outcome=outcome, message=message)
-        if chat and outcome == "finished":
-            self.rest(moment)
-
-    def _finish_reading(self, chat):
-        """Of two chats that read at once on one model, the first to end has begun to generate: where it did
-        not seem so, what was taken for the other's start was its own."""
-        name = "lmstudio_generation_start"
-        for other in self._pairs.running if chat.run and not chat.generates() else ():
-            if other.model == chat.model and other.run and name in other.said:
-                chat.said.add(name)
-                other.said.discard(name)
-                other.app_read = False
-                return
+def countable(chat, prompt_tokens):
+    """What figures count of a chat at its stats or its end, whichever comes first."""
+    if chat is None or chat.counted:
+        return None
+    chat.counted = True
+    return without_none(requests=1, input=prompt_tokens)
 
 
 class EngineLines:
     """Facts of the engines' lines, on_<fact>."""
 
-    def __init__(self, events):
-        self._pairs = Pairs()
-        self._tell = Telling(events, self._pairs)
-        self._writer = None  # the engine of the line at hand
-        self._sampling = None  # (run, moment, parameters so far) while the block is open
-        self._timing = None  # G2: the task that bare timing lines belong to
-        self.resets: Counter[str] = Counter()  # prompts that were read wholly anew, by model
-        self._swallowed = None  # the latest disconnect line that seemed to say nothing new
+    def __init__(self, news):
+        self._emit = Emitter(news)
         self._facts = {rule.fact: getattr(self, "on_" + rule.fact) for rule in RULES if rule.fact}
+        self._numbers = itertools.count(1)  # of runs and chats
+        self.running: list[Chat] = []  # the chats that have not ended, oldest first
+        self._ended: deque[Chat] = deque(maxlen=ENDED_KEPT)  # late lines can still mean them
+        self._tasks: dict[str, Run] = {}  # task -> run
+        self._launching: dict[str, Run] = {}  # slot -> run whose task is not known yet
+        self._latest: dict[str, Run] = {}  # engine -> the run that its lines were about last
+        self._runs: deque[Run] = deque(maxlen=RUNS_KEPT)
+        self._engines: dict[str, str] = {}  # model -> the engine that runs it, once that was certain
+        self._sampling: Any = None  # (run, Moment, parameters so far) while the block is open
+        self._timing = None  # G2: the task that bare timing lines belong to
+        self._timed_run: Any = None  # G1: (run, Moment) whose figures are whole unless a timing line follows
+        self._early = None  # MLX: the model of a prompt whose first progress has come, its cache line has not
+        self._held: list[tuple] = []  # (Moment, chat) whose stats wait for their other half (5)
+        self._unmatched: deque[tuple] = deque(maxlen=8)  # (model, percent, epoch) of the app that no run was at
+        self._engine, self._now = "", 0.0  # engine and epoch of the line at hand
+        self.resets: Counter[str] = Counter()  # prompts that were read wholly anew, by model
 
     def engine(self, fact, fields, engine, moment):
         """A recognised line of an engine."""
-        self._writer = engine
+        self._engine, self._now, self._emit.clock = engine, moment.epoch, fields.get("clock")
         if fact not in TIMINGS:
             self._timing = None
-            run = self._pairs.at.get(engine)
-            if run and run.timed_at:
-                self._tell.run_over(run, run.timed_at)
+            self._close_timings()
         if fact != "params":
             self._close_sampling()
         self._facts[fact](fields, moment)
@@ -1641,23 +1325,117 @@ class EngineLines:
     def _close_sampling(self):
         if self._sampling:
             (run, moment, values), self._sampling = self._sampling, None
-            self._tell.sampling(run, moment, values)
+            if values:
+                self._emit.once("lmstudio_sampling_params", moment, run.chat, run, self._model(run), **values)
+
+    def _model(self, run):
+        """The model of a run, None unless it is certain."""
+        chats = [*self.running, *(chat for chat in self._ended if chat is run.chat or chat.abandoned)]
+        return run.model or (shared_model([chat for chat in chats if chat.api]) if run.chat.api else None)
+
+    # --- runs
+
+    def _begin(self, task=None, chat=None):
+        """A new run, taken for the oldest chat that can have it (2)."""
+        waiting = [other for other in self.running if other.api and other.run is None
+                   and self._engines.get(other.model, self._engine) == self._engine]
+        left = [other for other in self._ended if other.abandoned and other.run is None and other.percent is None]
+        run = Run(next(self._numbers), self._engine, task, self._now)
+        chat = chat or pick(waiting, lambda c: c.percent is None) or pick(left) or self._new_chat(None, None, api=False)
+        run.chat, chat.run = chat, run
+        if chat.model and sum(other.api for other in self.running) == 1:
+            self._engines[chat.model] = self._engine
+        self._runs.append(run)
+        self._latest[self._engine] = run
+        self._emit.fact("launch", run, engine=run.engine, epoch=run.born)
+        return run
+
+    def _launch(self, fields):
+        """The run that an engine's line begins with: a slot is set up before its task is known."""
+        slot, task = fields["slot"], fields["task"]
+        run = self._launching.pop(slot, None) or self._begin()
+        self._latest[self._engine] = run
+        if task in (None, "-1"):
+            if slot is not None:
+                self._launching[slot] = run
+            return run
+        if task in self._tasks:  # of another model's engine: no line with this number can be told apart
+            self._tasks[task].task = None
+        run.task, self._tasks[task] = task, run
+        while len(self._tasks) > RUNS_KEPT:
+            del self._tasks[next(iter(self._tasks))]
+        return run
+
+    def _run(self, fields=None, lacks=None):
+        """The run that a line is about (1)."""
+        task = fields and fields["task"]
+        if task and task != "-1":
+            run = self._tasks.get(task) or self._launch(fields)
+            if run.waiting:  # the next line of its task is no app line: it is a chat inside the app
+                (moment, percent), run.waiting = run.waiting, None
+                self._emit.progress(moment, run.chat, run, None, percent)
+            return run
+        run = self._latest.get(self._engine)
+        if run is None or lacks and not lacks(run):
+            others = [run for run in self._runs if run.engine == self._engine and not run.task and not run.over
+                      and lacks and lacks(run)]
+            run = self._latest[self._engine] = others[0] if others else self._begin()
+        return run
 
     def _close_timings(self):
-        for run in self._pairs.at.values():
-            if run.timed_at:
-                self._tell.run_over(run, run.timed_at)
+        if self._timed_run:
+            (run, moment), self._timed_run = self._timed_run, None
+            self._end_run(run, moment)
 
-    def _attach(self, moment, slot=None, task=None, chosen=None):
-        return self._pairs.attach(self._writer, moment, slot, task, chosen)
+    def _end_run(self, run, moment):
+        """No figures of it will follow."""
+        self._tasks.pop(run.task, None)
+        run.over = moment
+        self._emit.fact("over", run, total=run.total, written=run.stats.get("completionTokens"), api=run.chat.api)
+        self._settle(run.chat, moment)
+        if run.chat in self.running and not run.chat.api:
+            self._close(run.chat, moment, "finished")
 
-    def _at_work(self, moment, fields=None, lacks=None):
-        return self._pairs.at_work(self._writer, moment, fields, lacks)
+    def _new_chat(self, moment, model, api=True):
+        chat = Chat(next(self._numbers), moment, model, api)
+        self.running.append(chat)
+        if len(self.running) > CHATS_KEPT:
+            self._close(self.running[0], moment, "forgotten")
+        return chat
+
+    def _close(self, chat, moment, outcome):
+        self.running.remove(chat)
+        self._ended.append(chat)
+        chat.ended, chat.outcome = moment, outcome
+
+    # --- figures that come in two halves (5)
+
+    def _settle(self, chat, moment):
+        """Tell a chat's stats if both halves are there, else hold them once one is."""
+        run = chat.run
+        if (run is None or run.over or run.engine in UNTIMED) and (not chat.api or chat.stream is not False
+                                                                  or chat.answered):
+            self._tell_stats(chat, moment)
+        elif chat.ended or chat.answered or run and run.over:
+            self._held.append((moment, chat))
+
+    def _tell_stats(self, chat, moment):
+        self._emit.stats(moment, chat, chat.run, self._model(chat.run) if chat.run else chat.model)
+
+    def _release(self, moment=None, final=False):
+        """Tell the stats that have waited long enough, by default those whose answer cannot come any more."""
+        held, self._held = self._held, []
+        for since, chat in held:
+            if final or (moment.epoch - since.epoch > HELD_S if moment else chat.ended or chat.answered):
+                self._tell_stats(chat, since)
+            else:
+                self._held.append((since, chat))
 
     # --- G1
 
     def on_sampling(self, fields, moment):
-        self._sampling = (self._attach(moment, fields["slot"], fields["task"]), moment, {})
+        run = self._launch(fields) if fields["slot"] else self._begin()
+        self._sampling = (run, moment, {})
         if fields["pairs"]:
             self.on_params(fields, moment)
 
@@ -1665,104 +1443,112 @@ class EngineLines:
         if self._sampling is None:
             if "repeat_last_n" not in fields["pairs"]:
                 return
-            self._sampling = (self._attach(moment), moment, {})  # the heading was not seen
+            self._sampling = (self._begin(), moment, {})  # the heading was not seen
         pairs = fields["pairs"].strip()
         self._sampling[2].update(parameters(pairs))
         if "mirostat_ent" in pairs and not pairs.endswith(","):
             self._close_sampling()
 
     def on_generate(self, fields, moment):
-        run = self._at_work(moment, lacks=lambda r: "n_ctx" not in r.tokens)
-        run.tokens.update(figures(n_ctx=number(fields["n_ctx"]), n_batch=number(fields["n_batch"]),
-                                  n_predict=number(fields["n_predict"]), n_keep=number(fields["n_keep"])))
+        run = self._run(lacks=lambda r: "n_ctx" not in r.tokens)
+        run.tokens.update(without_none(**{name: number(fields[name]) for name in
+                                          ("n_ctx", "n_batch", "n_predict", "n_keep")}))
 
     def on_reuse(self, fields, moment):
-        run = self._at_work(moment, lacks=lambda r: r.cached is None)
+        run = self._run(lacks=lambda r: r.cached is None)
         run.total = int(fields["total"])
-        self._tell.cache(run, moment, int(fields["reused"]), int(fields["prefix"]), int(fields["other"]))
+        self._emit.fact("prompt", run, total=run.total)
+        self._emit.cache(moment, run, self._model(run), *(int(fields[name]) for name in ("reused", "prefix", "other")))
 
     def on_prompt_total(self, fields, moment):
-        run = self._at_work(moment, lacks=lambda r: "promptTokensToDecode" not in r.tokens)
-        run.total = int(fields["total"])
+        self._run(lacks=lambda r: "promptTokensToDecode" not in r.tokens).total = int(fields["total"])
 
     def on_to_decode(self, fields, moment):
-        run = self._at_work(moment, lacks=lambda r: "promptTokensToDecode" not in r.tokens)
-        decode = run.tokens["promptTokensToDecode"] = int(fields["tokens"])
-        self._tell.tokens(run, moment)
-        if run.total == decode:
-            self._tell.cache(run, moment, 0, 0, 0)
+        run = self._run(lacks=lambda r: "promptTokensToDecode" not in r.tokens)
+        run.tokens["promptTokensToDecode"] = int(fields["tokens"])
+        self._emit.token_info(moment, run, self._model(run))
+        if run.total == run.tokens["promptTokensToDecode"]:
+            self._emit.cache(moment, run, self._model(run), 0, 0, 0)
 
     def on_begin(self, fields, moment):
-        run = self._at_work(moment, lacks=lambda r: not r.begun)
-        if run.begun:
-            run = self._attach(moment)  # a run of its own: no sampling block came before it
+        run = self._run(lacks=lambda r: not r.begun)
         run.begun = True
-        self._tell.tokens(run, moment)
-        self._tell.processing(run, moment, run.model)
+        self._emit.token_info(moment, run, self._model(run))
+        self._emit.processing(moment, run.chat, run, self._model(run))
 
     def on_early_progress(self, fields, moment):
-        run = self._at_work(moment)
-        if not run.chat.app_progress:
-            self._tell.progress(run, moment, number(fields["percent"]))
+        run = self._run()
+        if run.chat.percent is None:
+            self._emit.progress(moment, run.chat, run, self._model(run), number(fields["percent"]))
 
     def on_finished_prompt(self, fields, moment):
-        run = self._at_work(moment, lacks=lambda r: r.begun and not r.read)
+        run = self._run(lacks=lambda r: r.begun and not r.read)
         run.read = True
-        self._tell.tokens(run, moment)
-        self._tell.generation(run, moment, run.model)
+        self._emit.token_info(moment, run, self._model(run))
+        self._emit.generation(moment, run.chat, run, self._model(run))
 
     # --- G2 and G3
 
     def on_launch(self, fields, moment):
-        self._attach(moment, fields["slot"], fields["task"])
+        if fields["task"] not in self._tasks or fields["slot"] in self._launching:
+            self._launch(fields)
 
     def on_prompt(self, fields, moment):
-        run = self._at_work(moment, fields)
-        if run.task is None:
-            run = self._attach(moment, fields["slot"], fields["task"])
+        run = self._run(fields)
         run.total = int(fields["total"])
         run.tokens.update(n_ctx=int(fields["n_ctx"]), n_keep=int(fields["n_keep"]))
-        self._tell.processing(run, moment, run.model)
+        self._emit.fact("prompt", run, total=run.total, slot=fields["slot"])
+        self._emit.processing(moment, run.chat, run, self._model(run))
 
     def on_cached(self, fields, moment):
-        run, reused = self._at_work(moment, fields), int(fields["reused"])
-        if run.total is None or run.cached is not None or "n_ctx" not in run.tokens:
-            return  # later lines of a task tell how far the prompt has been read
-        run.tokens["promptTokensToDecode"] = run.total - reused
-        self._tell.tokens(run, moment)
-        self._tell.cache(run, moment, reused, reused, 0)
+        run, reused = self._run(fields), int(fields["reused"])
+        if "n_ctx" in run.tokens and run.cached is None:  # later ones tell how far the prompt has been read
+            run.tokens["promptTokensToDecode"] = run.total - reused
+            self._emit.token_info(moment, run, self._model(run))
+            self._emit.cache(moment, run, self._model(run), reused, reused, 0)
+        else:
+            self._reach(run, reused)
+            self._emit.fact("reading", run)
+
+    def _reach(self, run, position):
+        """So many tokens are read.  The app's line about it can have come before."""
+        run.positions[position] = self._now
+        for row in [row for row in self._unmatched if run.takes(*row[1:])]:
+            run.model, run.positions = row[0], {}
+            self._emit.fact("model", run, model=row[0])
+            self._unmatched.remove(row)
 
     def on_read(self, fields, moment):
-        run = self._at_work(moment, fields)
+        run = self._run(fields)
+        percent = round(100 * float(fields["share"]), 4)
         if not run.chat.api:
-            self._tell.progress(run, moment, round(100 * float(fields["share"]), 4))
+            run.waiting = (moment, percent)
 
     def on_reset(self, fields, moment):
-        self.resets[self._at_work(moment, fields).chat.model or "unknown"] += 1
+        self.resets[self._model(self._run(fields)) or "unknown"] += 1
 
     def on_decoded(self, fields, moment):
-        self._at_work(moment, fields).decoded = int(fields["tokens"])
+        self._emit.fact("read", self._run(fields))
 
     def on_sampler(self, fields, moment):
-        self._at_work(moment, fields).total = int(fields["total"])
+        run = self._run(fields)
+        run.total = int(fields["total"])
+        self._emit.fact("read", run, total=run.total)
 
     def on_cancel(self, fields, moment):
-        """The engine stops a run whose client has left: it says whose disconnect line that was."""
-        run, entry = self._pairs.tasks.get(fields["cancelled"]), self._swallowed
-        if run is None or not run.certain:
-            return
-        doubted = [chat for chat in self._pairs.ended if run.chat in chat.doubted]
-        if run.chat.ended is None and doubted:
-            self._pairs.change_ends(run.chat, doubted[-1])
-        elif run.chat.ended is None and entry and moment.epoch - entry.moment.epoch <= SWALLOW_S:
-            self._tell.end(run.chat, entry.moment, "disconnected", entry.line, run.model)
-        run.chat.doubted = []
+        run = self._tasks.get(fields["cancelled"])
+        if run:
+            run.positions = {}
+            self._emit.fact("cancel", run)
 
     def on_release(self, fields, moment):
-        run = self._pairs.tasks.pop(fields["task"], None)
-        if run:
-            self._tell.run_over(run, moment)
-            self._tell.close_in_app(run, moment)
+        run = self._tasks.get(fields["task"])
+        if run is None:
+            return
+        written = run.stats.get("completionTokens")
+        if run.total is None and written and fields["truncated"] == "0":  # terse G3 tells the total nowhere else
+            run.total = int(fields["context"]) - written + 1
+        self._end_run(run, moment)
 
     # --- timings, in every generation of llama.cpp
 
@@ -1770,304 +1556,347 @@ class EngineLines:
         self._timing = fields["task"]
 
     def on_prompt_eval(self, fields, moment):
-        evaluated = int(fields["tokens"])
-        if self._writer == "G1":
-            self._pairs.turn("G1", lambda r: r.tokens.get("promptTokensToDecode") == evaluated)
-        self._timed(fields, moment).stats.update(evaluated=evaluated,
-                                                 promptMs=number(fields["ms"]),
-                                                 promptTokensPerSecond=rate(fields))
+        run, tokens = self._timed(fields), int(fields["tokens"])
+        if not run.task:  # G1: the one that had so many to decode
+            fitting = [other for other in self._runs if other.engine == self._engine and not other.over
+                       and other.tokens.get("promptTokensToDecode") == tokens]
+            if fitting and run not in fitting:
+                run = self._latest[self._engine] = fitting[0]
+        run.stats.update(evaluated=tokens, promptMs=number(fields["ms"]), promptTokensPerSecond=rate(fields))
 
     def on_eval(self, fields, moment):
-        self._timed(fields, moment).stats.update(completionTokens=int(fields["tokens"]),
-                                                 tokensPerSecond=rate(fields))
+        self._timed(fields).stats.update(completionTokens=int(fields["tokens"]), evalMs=number(fields["ms"]),
+                                         tokensPerSecond=rate(fields))
 
     def on_total(self, fields, moment):
-        run = self._timed(fields, moment)
-        run.stats["totalMs"], run.timed_at = number(fields["ms"]), moment
+        run = self._timed(fields)
+        run.stats["totalMs"] = number(fields["ms"])
+        if not run.task:
+            self._close_timings()
+            self._timed_run = run, moment
 
     def on_draft(self, fields, moment):
-        self._timed(fields, moment).stats.update(
-            draftTokens=int(fields["generated"]), acceptedDraftTokens=int(fields["accepted"]))
+        self._timed(fields).stats.update(draftTokens=int(fields["generated"]),
+                                         acceptedDraftTokens=int(fields["accepted"]))
 
-    def _timed(self, fields, moment):
+    def _timed(self, fields):
         """The run that a timing line is about.  G2's have their task on a line before them."""
-        task = fields["task"] or self._timing
-        run = self._pairs.at.get(self._writer)
-        if run and run.timed_at and task is None:
-            self._tell.run_over(run, run.timed_at)
-            del self._pairs.at[self._writer]  # G1: these are of a further run whose start was not seen
-        return self._at_work(moment, {"task": task, "slot": None}, lambda r: "totalMs" not in r.stats)
+        return self._run({"slot": None, "task": fields["task"] or self._timing}, lambda r: "totalMs" not in r.stats)
 
     # --- MLX and Splash
 
     def on_mlx_cache(self, fields, moment):
-        run, reused = self._attach(moment), int(fields["reused"])
+        run, reused = self._begin(), int(fields["reused"])
+        run.begun, run.model, self._early = bool(self._early), self._early, None
         run.total = int(fields["total"]) if "total" in fields else reused + int(fields["fresh"])
-        self._tell.cache(run, moment, reused, reused, 0)
-        run.tokens["promptTokensToDecode"] = run.total - reused
-        self._tell.tokens(run, moment)
-        self._tell.processing(run, moment, run.model)
+        self._emit.fact("prompt", run, total=run.total)
+        self._tell_prompt(moment, run, reused)
+        self._emit.processing(moment, run.chat, run, self._model(run))
 
     def on_splash(self, fields, moment):
-        waiting = [chat for chat in (*self._pairs.ended, *self._pairs.running) if chat.run is None
+        waiting = [chat for chat in (*self._ended, *self.running) if chat.api and chat.run is None
                    and (chat.ended is None or chat.abandoned)]
-        chat = pick(waiting, lambda c: self._pairs.suits("Splash", c), Chat.generates,
-                    lambda c: c.app_progress)
-        run = self._attach(moment, chosen=chat)
-        run.total, reused = number(fields["total"]), number(fields["reused"])
-        run.tokens["promptTokensToDecode"] = run.total - reused
-        self._tell.tokens(run, moment)
-        self._tell.cache(run, moment, reused, reused, 0)
-        ttft = number(fields["ttft"])
+        run = self._begin(chat=pick(waiting, lambda c: self._engines.get(c.model, "Splash") == "Splash",
+                                    lambda c: c.has_said("lmstudio_generation_start"), lambda c: c.percent is not None))
+        run.total = number(fields["total"])
+        self._tell_prompt(moment, run, number(fields["reused"]))
+        first = number(fields["ttft"])
         run.stats.update(completionTokens=number(fields["output"]), tokensPerSecond=number(fields["rate"]),
-                         timeToFirstTokenMs=ttft and round(ttft * (1 if fields["milli"] else 1000), 3))
-        self._tell.run_over(run, moment)
+                         timeToFirstTokenMs=first and round(first * (1 if fields["milli"] else 1000), 3))
+        self._end_run(run, moment)
+
+    def _tell_prompt(self, moment, run, reused):
+        self._emit.cache(moment, run, self._model(run), reused, reused, 0)
+        run.tokens["promptTokensToDecode"] = run.total - reused
+        self._emit.token_info(moment, run, self._model(run))
 
 
-class Story(EngineLines):
-    """What the log says about chats, told once each.  Facts come in as on_<fact>, events go to a list.
+class ChatTracker(EngineLines):
+    """What the log says about chats, told once each.  Facts come in as on_<fact>, events go to a list."""
 
-    A line belongs to the chats that it could mean, and to the first of them by the preferences given with
-    each fact; it carries a model only if all of them have it."""
-
-    def __init__(self, events):
-        super().__init__(events)
-        self._received: deque[Received] = deque(maxlen=RECEIVED_KEPT)
-        self._finished_unseen = -math.inf   # when a stream finished whose beginning we did not see
-
-    @property
-    def running(self):
-        """The chats that have not ended, oldest first."""
-        return self._pairs.running
+    def __init__(self, news):
+        super().__init__(news)
+        self._logged: deque[LoggedRequest] = deque(maxlen=LOGGED_KEPT)  # requests whose chat has not begun
+        self._unseen_end = -math.inf  # epoch at which a chat ended whose beginning we did not see
 
     def app(self, entry):
         """A recognised entry of the app."""
         if entry.row.fact in ("received", "start"):
-            self._tell.release()
-        alive = self._pairs.alive(entry)
-        if entry.row.fact in ENDINGS and entry.model:   # one engine runs a model: who has no line of it waits
-            alive = [chat for chat in alive if chat.run] or alive
-        self._tell.sure, self._tell.meant = len(alive) < 2, None
+            self._release()
         self._facts[entry.row.fact](entry)
-        entry.chat, self._tell.sure = self._tell.meant, None
 
     def error(self, entry):
         """An ERROR entry of LM Studio's own, complete."""
-        self._tell.sure = len(self._pairs.alive(entry)) < 2
-        self._tell.say("lmstudio_error", None, entry.moment, entry.model, message=entry.text.strip())
-        match = ERRORS.match(entry.line)
-        if match:
-            entry.row = ERROR_ROWS[match.lastgroup][0]
-            self._facts[entry.row.fact](entry)
-        self._tell.sure = None
+        self._emit.emit("lmstudio_error", entry.moment, model=entry.model, message=entry.text.strip())
+        match = ERRORS.match(entry.text[entry.text.find(entry.line):].rstrip())
+        if match and SERVER_ERROR not in entry.tags and ERROR_ROWS[match.lastgroup][0].fact:
+            self._facts[ERROR_ROWS[match.lastgroup][0].fact](entry)
 
     def later(self, moment):
         """The log's time has gone on, or (None) nothing will follow: what waited for a line is told."""
         if self._sampling and (moment is None or moment.epoch - self._sampling[1].epoch > TORN_S):
             self._close_sampling()
         self._close_timings()
-        self._tell.release(moment)
-        if not self._tell.waits:
-            self._pairs.part()
+        self._release(moment, final=moment is None)
+        for run in self._runs if moment is None else ():
+            if run.waiting:
+                self._emit.progress(run.waiting[0], run.chat, run, None, run.waiting[1])
+                run.waiting = None
 
     def quiet(self):
         """Nothing has come for a while.  A block that is torn can still go on."""
         self._close_timings()
-        self._tell.release()
+        self._release()
+
+    # --- which chat a line means (4)
+
+    def _of(self, entry, *more):
+        """The chats that an app line can mean: those of its model, or all if it names none."""
+        return [chat for chat in (*more, *self.running)
+                if chat.api and (None in (entry.model, chat.model) or chat.model == entry.model)]
+
+    def _left(self, entry):
+        """Chats of its model whose client has left and whose last line can still come."""
+        return [chat for chat in self._of(entry, *self._ended)
+                if chat.abandoned and entry.moment.epoch - chat.ended.epoch < SETTLING_S]
+
+    def _run_at(self, percent, model):
+        """The run that alone can be meant by a percent of its model (3)."""
+        if 0 < percent < 100:
+            runs = [run for run in self._runs if run.task and not run.over and run.takes(percent, self._now)]
+            if not runs:
+                self._unmatched.append((model, percent, self._now))
+        elif percent:
+            runs = [run for run in self._runs if run.task and not run.over and run.read and not run.told]
+        else:
+            runs = []
+        runs = [run for run in runs if run.model in (None, model)]
+        return runs[0] if len(runs) == 1 else self._mlx_run(percent, model)
+
+    def _mlx_run(self, percent, model):
+        """MLX reads one prompt of a model at a time, from its 0.0% on.  The cache line stands beside that, before or
+        after it."""
+        run = self._latest.get("MLX")
+        if self._engines.get(model, "MLX") != "MLX":
+            return None
+        if any(chat.api and chat.model not in (None, model) for chat in self.running):
+            for each in self._runs:
+                each.told = each.told or each.engine == "MLX"  # nobody can say any more what belongs to it
+            return None
+        if percent == 0:
+            mine = run and not run.begun and self._now - run.born <= TORN_S
+            self._early = None if mine else model
+        else:
+            mine = run and run.begun
+        if not mine or run.told or run.model not in (None, model):
+            return None
+        run.begun = True
+        return run
+
+    def _pair(self, run, chat):
+        """Take a run for a chat's; the chat's former one is taken for the other's."""
+        before, other = run.chat, chat.run
+        if before is not chat:
+            run.chat, chat.run, before.run = chat, run, other
+            if other:
+                other.chat = before
+            elif not before.api and before in self.running:
+                self.running.remove(before)  # there was none inside the app
+
+    # --- facts of the app's lines
 
     def on_received(self, entry):
-        self._received.append(Received(entry.moment, entry.fields["path"], entry.text))
+        self._logged.append(LoggedRequest(entry.moment, entry.fields["path"], entry.text))
 
     def on_load(self, entry):
         entry.loads = entry.fields["asked"]
 
     def on_start(self, entry):
-        chat = self._pairs.new(entry.moment, entry.model, messages=int(entry.fields["messages"]))
-        chat.received = self._request_of(chat)
-        self._tell.sure = True
-        self._tell.say("lmstudio_chat_start", chat, entry.moment, entry.model, message=entry.line,
-                       messages=chat.messages)
+        chat = self._new_chat(entry.moment, entry.model)
+        chat.messages = int(entry.fields["messages"])
+        fitting = [row for row in self._logged if entry.moment.epoch - row.moment.epoch < SETTLING_S
+                   and row.fits(chat.messages)]
+        for row in fitting:  # if there are several, nobody can say any more whose they are
+            self._logged.remove(row)
+        self._emit.emit("lmstudio_chat_start", entry.moment, chat, model=entry.model, message=entry.line,
+                        messages=chat.messages, about={"logged": fitting[0]} if len(fitting) == 1 else None)
 
-    def _request_of(self, chat):
-        """The Received that a new chat answers, None where several fit; it waits no longer."""
-        recent = [row for row in self._received if chat.started.epoch - row.moment.epoch < SETTLING_S]
-        fitting = [row for row in recent if len(recent) == 1 or row.fits(chat)]
-        if not fitting:
-            return None
-        if len(fitting) > 1:
-            fitting = [row for row in fitting if row.model and row.model == chat.model] or fitting
-        self._received.remove(fitting[0])
-        for row in fitting[1:]:     # which of them is the next chat's, nobody can say any more
-            row.doubted = True
-        return fitting[0] if len(fitting) == 1 and not fitting[0].doubted else None
+    def on_respond(self, entry):
+        self._new_chat(entry.moment, entry.model)
 
     def on_stream(self, entry):
-        found = self._pairs.of(entry)
-        found = [chat for chat in found if not (chat.stream or chat.run)] or found
-        if found:
-            found[-1].stream = True
+        found = self._of(entry)
+        chat = pick([chat for chat in found if not (chat.stream or chat.run)][-1:] or found[-1:])
+        if chat:
+            chat.stream = True
 
     def on_progress(self, entry):
-        percent = min(100.0, number(entry.fields["percent"].replace(",", ".")))
-        found = self._pairs.of(entry, ended=True)
-        chat = pick([chat for chat in found if chat.ended is None] or found, lambda c: not c.app_read,
-                    lambda c: c.run)
-        if chat is None:
-            chat = self._pairs.new(entry.moment, entry.model)
-            chat.stream = None      # we came in the middle
-            if percent:
-                chat.said.add("lmstudio_processing_start")
-        if len(found) == 1 and not chat.app_progress:
-            self._pairs.lives(chat)
-        self._pairs.by_progress(chat, percent >= 100)
-        chat.app_progress = True
-        self._tell.processing(chat, entry.moment, entry.model)
-        self._tell.say("lmstudio_prompt_progress", chat, entry.moment, entry.model, progress=percent,
-                       message=entry.line)
-        if percent >= 100:
-            chat.app_read = True
-            self._tell.generation(chat, entry.moment, entry.model)
+        percent, self._now = min(100.0, number(entry.fields["percent"].replace(",", "."))), entry.moment.epoch
+        run = self._run_at(percent, entry.model)
+        found = [chat for chat in self._of(entry) if chat.percent != 100]
+        chat = (run.chat if run and run.chat in found else
+                pick(found, lambda c: (c.percent or 0) <= percent, lambda c: (c.percent is None) == (percent == 0),
+                     lambda c: c.run)
+                or pick([chat for chat in self._left(entry) if chat.percent != 100]) or self._adopt(entry, percent))
+        if run:
+            self._pair(run, chat)
+            run.model, run.told = entry.model or run.model, percent == 100
+            run.drop(percent)
+        if chat.run:
+            chat.run.waiting = None
+        if chat.run is None or chat.run.engine in UNTIMED:  # else a line of the engine tells its start
+            self._emit.processing(entry.moment, chat, model=entry.model)
+        self._emit.progress(entry.moment, chat, run if percent else None, entry.model, percent, entry.line)
+        chat.percent = percent
+        if percent == 100:
+            self._emit.generation(entry.moment, chat, run, entry.model)
+
+    def _adopt(self, entry, percent):
+        """A chat whose start was not seen: /v1/responses writes none, or we came in its middle."""
+        runs = [run for run in self._runs if not (run.chat.api or run.over)]
+        chat = self._new_chat(entry.moment, entry.model)
+        chat.stream = None
+        if len(runs) == 1:
+            self._pair(runs[0], chat)
+        elif percent:
+            chat.said.add("lmstudio_processing_start")
+        return chat
 
     def on_first_token(self, entry):
-        chat = pick([c for c in self._pairs.of(entry) if not c.first_token], lambda c: c.stream,
-                    lambda c: c.run, lambda c: c.app_progress)
+        chat = pick([chat for chat in self._of(entry) if not chat.first_token], lambda c: c.stream, lambda c: c.works)
         if chat:
             chat.first_token = True
-            self._tell.generation(chat, entry.moment, entry.model)
+            self._emit.generation(entry.moment, chat, model=entry.model)
 
-    # --- the app's ends
+    # --- ends
 
-    def on_finish(self, entry):
-        found = self._pairs.of(entry)
-        found = [chat for chat in found if chat.stream] or [c for c in found if c.stream is None]
-        left = [chat for chat in self._pairs.of(entry, ended=True) if chat.abandoned]
-        chat = pick(found, lambda c: c.run_over, lambda c: c.run, Chat.generates)
-        if left and (chat is None or not (chat.run and chat.run.timed_at)
-                     and entry.moment.epoch - left[-1].ended_at <= 2):
-            if not self._stayed(left[-1], entry):
-                left[-1].predicted = True  # it finished because its client had left
-                if left[-1].run and left[-1].run.timed_at:
-                    self._tell.chat_over(left[-1], left[-1].run.timed_at, entry.model)
-                return
-            chat = left[-1]
-        elif chat and not chat.run_over:
-            for other in self._pairs.ended:
-                if chat in other.doubted and other.abandoned and entry.moment.epoch == other.ended_at:
-                    self._pairs.change_ends(chat, other)    # the disconnect line just before was its own
-                    chat.predicted = True
-                    return
-        if chat is None:
-            if self._has_ended(entry, "error"):
-                return
-            self._finished_unseen = entry.moment.epoch
-        self._tell.end(chat, entry.moment, "finished", entry.line, entry.model or shared_model(found))
+    def _end(self, chat, entry, outcome, model, message=None, answer=None):
+        if chat:
+            chat.answered = outcome == "finished"
+            run = chat.run
+            if run and "n_ctx" in run.tokens:
+                self._emit.token_info(entry.moment, run, self._model(run))
+            self._close(chat, entry.moment, outcome)
+            self._settle(chat, entry.moment)
+        about = {**(answer or {}), **(countable(chat, chat.run and chat.run.total) or {} if outcome == "finished" and chat
+                                      else {})}
+        self._emit.emit("lmstudio_chat_end", entry.moment, chat, model=model, about=about, outcome=outcome,
+                        message=message or entry.line)
 
     def _has_ended(self, entry, *outcomes):
-        """True where the end that a line tells of is that of a chat that has just ended in one of these ways.
-        Each chat is asked for once."""
-        for chat in self._pairs.of(entry, ended=True):
-            if (chat.ended in outcomes and not chat.left
-                    and entry.moment.epoch - chat.ended_at <= SWALLOW_S):
-                chat.left = True
+        """True if the line can be the last one of a chat that has just ended so.  Each chat is asked once."""
+        for chat in self._of(entry, *self._ended):
+            if chat.outcome in outcomes and not chat.answered and (
+                    entry.moment.epoch - chat.ended.epoch <= SWALLOW_S):
+                chat.answered = True
                 return True
         return False
 
-    def _stayed(self, chat, entry):
-        """True when the line that ended a chat was another's.  The engine stops for a client that has left as
-        soon as the prompt is read, and G2 and G3 have no timings for what they stop."""
-        stopped = entry.moment.epoch - max(chat.ended_at, chat.read_at) <= SWALLOW_S
-        if entry.model and chat.doubted and (not stopped or chat.run_over and chat.run.task):
-            self._pairs.lives(chat)
-        return chat.ended is None
+    def on_finish(self, entry):
+        running = self._of(entry)
+        found = [chat for chat in running if chat.stream] or [chat for chat in running if chat.stream is None]
+        left = [chat for chat in self._left(entry) if chat.stream is not False]
+        chat = pick(found, lambda c: c.run and c.run.over, lambda c: c.works,
+                    lambda c: c.has_said("lmstudio_generation_start"))
+        whole = [run for run in self._runs if run.over and not run.claimed and "totalMs" in run.stats
+                 and run.model in (None, entry.model) and (run.model or run.chat.api)]
+        if left and not whole and (chat is None or not (chat.run and chat.run.over)
+                                   and entry.moment.epoch - left[0].ended.epoch <= LEFT_S):
+            left[0].answered = True  # it finished because its client had left
+            return
+        for run in [run for run in whole if chat and run is chat.run][:1] or whole[:1]:
+            run.claimed = True
+        if chat is None:
+            if self._has_ended(entry, "error"):
+                return
+            self._unseen_end = entry.moment.epoch
+        self._end(chat, entry, "finished", entry.model or shared_model(found))
 
     def on_prediction(self, entry):
-        body = prediction_of(entry.text)
-        chat, model = self._answered(entry, body)
-        self._take_answer(chat or self._pairs.new(entry.moment, model), body, entry, model)
+        self._answer(entry, "Generated prediction")
 
     def on_response(self, entry):
+        self._answer(entry, entry.line)
+
+    def _answer(self, entry, message):
+        """A whole answer.  A client that has left gets one, too."""
         body = prediction_of(entry.text)
-        chat, model = self._answered(entry, body)
-        if chat:
-            self._take_answer(chat, body, entry, model)
-
-    def _answered(self, entry, body):
-        """(chat or None, model or None) of a whole answer.  A client that has left gets one, too."""
-        found = [chat for chat in self._pairs.of(entry, ended=True)
-                 if not (chat.predicted or chat.stream) and (chat.ended is None or chat.abandoned)]
-        total = prediction_figures(body)[0].get("promptTokens")
-        newest = max((chat.number for chat in found if chat.ended is None), default=0)
-        chat = pick(found, lambda c: c.run and c.run.has_read(total),
-                    lambda c: c.free or None in (total, c.run.total), lambda c: c.run_over,
-                    lambda c: c.ended is None and c.generates(),
-                    lambda c: c.ended is None or (c.run or c.app_progress) and c.latest >= newest,
-                    lambda c: c.run, lambda c: c.app_progress)
-        return chat, entry.model or body.get("model") or shared_model(found)
-
-    def _take_answer(self, chat, body, entry, model):
-        chat.counts, chat.speeds = prediction_figures(body)
-        self._pairs.by_length(chat, chat.counts)
-        chat.answer_id, chat.answer_sure = body.get("id"), bool(self._tell.sure)
-        if chat.ended is None or self._stayed(chat, entry):
-            chat.predicted = True
-            self._tell.end(chat, entry.moment, "finished", "Generated prediction", model)
+        counts, speeds = prediction_figures(body)
+        running = [chat for chat in self._of(entry) if not (chat.answered or chat.stream)]
+        left = [chat for chat in self._left(entry) if not chat.stream]
+        created = body.get("created", body.get("created_at")) if not body.get("runtime") else None
+        total, working = counts.get("promptTokens"), any(chat.works for chat in running)
+        chat = pick([*left, *running], lambda c: c.run and total and c.run.total == total,
+                    lambda c: (c in left) == ("usage" in body and total is None), lambda c: c.began(created),
+                    lambda c: c.ended is None or not working, lambda c: c.run and c.run.over, lambda c: c.works)
+        model = entry.model or body.get("model") or shared_model([*left, *running])
+        chat = chat or self._new_chat(entry.moment, model)
+        chat.counts, chat.speeds = counts, speeds
+        runs = [run for run in self._runs if run.over and "lmstudio_prediction_stats" not in run.said
+                and chat.may_be_answer_of(run)]
+        other = runs[0].chat if runs else chat
+        for run in runs[:1]:
+            run.claimed = True
+        if runs and chat.run not in runs:
+            self._pair(runs[0], chat)
+        if chat.ended is None:
+            answer = {"answer_id": body.get("id"), "counts": counts}
+            chat.answered = True
+            self._end(chat, entry, "finished", model, message, answer)
         else:
-            chat.predicted, chat.ended_at = True, entry.moment.epoch
-            self._tell.chat_over(chat, entry.moment, model)
+            chat.answered = True
+            self._settle(chat, entry.moment)
+        if other is not chat and other.run and other.run.over:
+            self._settle(other, entry.moment)
 
     def on_disconnect(self, entry):
-        now = entry.moment.epoch
-        found = self._pairs.of(entry)
-        for chat in self._pairs.ended:
-            began = any(other.number > chat.latest and (other.run or other.app_progress) for other in found)
-            if chat.ended == "finished" and not (chat.left or began) and now - chat.ended_at <= SWALLOW_S:
-                chat.left = True
-                self._swallowed = entry
+        now, found = entry.moment.epoch, self._of(entry)
+        for chat in self._ended:
+            began = any(other.works and other.started.epoch >= chat.ended.epoch for other in found)
+            if chat.outcome == "finished" and chat.api and not (chat.left or began) and now - chat.ended.epoch <= SWALLOW_S:
+                chat.left = True  # the connection of an answer that is whole
                 return
-        chat = pick(found, lambda c: not c.run_over, lambda c: c.run or c.app_progress)
-        gone = [other for other in self._pairs.ended if other.ended == "disconnected"]
-        if chat is None and any(other.abandoned or now - other.ended_at <= SWALLOW_S for other in gone):
-            return  # it has been told, when a line that was another's was taken for it
-        if chat is None and (self._has_ended(entry, "error") or now - self._finished_unseen <= SWALLOW_S):
-            self._finished_unseen = -math.inf
+        chat = pick(found, lambda c: not (c.run and c.run.over), lambda c: c.works)
+        if chat is None and (self._has_ended(entry, "error") or now - self._unseen_end <= SWALLOW_S):
+            self._unseen_end = -math.inf
             return
-        meant = found + [other for other in self._pairs.ended if other.doubted and other.abandoned]
-        if chat:
-            chat.doubted = [other for other in meant if other is not chat]
-        self._tell.end(chat, entry.moment, "disconnected", entry.line, meant and shared_model(meant)
-                       or None)
+        self._end(chat, entry, "disconnected", shared_model(found) if found else None)
 
     def on_stopped(self, entry):
         for chat in self.running[:]:
             if chat.api:
-                self._tell.end(chat, entry.moment, "error", entry.line, chat.model)
+                self._end(chat, entry, "error", chat.model)
             else:
-                self._pairs.close(chat, "stopped", entry.moment)
-        self._pairs.at.clear()
+                self._close(chat, entry.moment, "stopped")
 
     # --- errors that end chats
 
-    def on_render_error(self, entry):
-        found = self._pairs.of(entry)
-        if found or not self._has_ended(entry, "disconnected"):
-            self._tell.end(pick(found[::-1], lambda c: not c.run), entry.moment, "error", entry.line,
-                           entry.model or shared_model(found))
-
-    def on_channel_error(self, entry):
-        found = self._pairs.of(entry)
+    def on_chat_error(self, entry):
+        """Of two chats it is the one that the engine works on, not the one that waits."""
+        found = self._of(entry)
         if found or not self._has_ended(entry, "disconnected", "error"):
-            self._tell.end(pick(found), entry.moment, "error", entry.line, entry.model or shared_model(found))
+            self._end(pick(found, lambda c: c.works, lambda c: not (c.run and c.run.over)), entry, "error",
+                      entry.model or shared_model(found))
+
+    def on_render_error(self, entry):
+        """The engine has never heard of its chat."""
+        found = self._of(entry)
+        if found or not self._has_ended(entry, "disconnected"):
+            self._end(pick(found[::-1], lambda c: not c.run), entry, "error", entry.model or shared_model(found))
+
+    def on_empty_error(self, entry):
+        found = [chat for chat in self._of(entry) if chat.model is None]
+        if found:
+            self._end(pick(found, lambda c: c.works), entry, "error", None)
 
     def on_crash(self, entry):
-        for chat in self._pairs.of(entry):
-            self._tell.end(chat, entry.moment, "error", entry.line, chat.model)
-        self._pairs.at.clear()
+        for chat in self._of(entry):
+            self._end(chat, entry, "error", chat.model)
 
 
-ENDINGS = frozenset(("finish", "prediction", "response"))
 TIMINGS = frozenset(("timings", "prompt_eval", "eval", "total", "draft", "release"))
 STATS = ("completionTokens", "promptTokensPerSecond", "tokensPerSecond", "timeToFirstTokenMs", "promptMs",
-         "totalMs", "draftTokens", "acceptedDraftTokens", "reasoningTokens")
+         "evalMs", "totalMs", "draftTokens", "acceptedDraftTokens", "reasoningTokens")
 
 
 @functools.lru_cache(maxsize=64)
@@ -2075,7 +1904,7 @@ def parameters(pairs):
     """{name: number} of a line of a sampling block.  Most requests have the same ones as those before."""
     values = {name.strip(): number(text.strip()) for name, _, text in
               (pair.partition(" = ") for pair in pairs.split(","))}
-    return figures(**values)
+    return without_none(**values)
 
 
 def rate(fields):
@@ -2101,12 +1930,14 @@ def prediction_of(text):
 def prediction_figures(body):
     """(counts, speeds) of a prediction."""
     known = answer_figures(body)
+    if not (known.get("prompt", 1) or known.get("completion")):  # of a cancelled one: no figures
+        known = {"reasoning": known.get("reasoning")}
     first_s = known.get("first_s")
-    counts = figures(promptTokens=known.get("prompt"), completionTokens=known.get("completion"),
+    counts = without_none(promptTokens=known.get("prompt"), completionTokens=known.get("completion"),
                      timeToFirstTokenMs=None if first_s is None else round(first_s * 1000, 3),
                      reasoningTokens=known.get("reasoning"), draftTokens=known.get("drafted"),
                      acceptedDraftTokens=known.get("accepted"))
-    return counts, figures(tokensPerSecond=known.get("speed"))
+    return counts, without_none(tokensPerSecond=known.get("speed"))
 
 
 # --- 3.4 dialects: where each API of LM Studio puts model, tokens and usage ---
@@ -2233,7 +2064,7 @@ def answer_figures(body):
     both, read = {**stats, **usage}, member(usage, "prompt_tokens_details", "input_tokens_details")
     written = member(usage, "completion_tokens_details", "output_tokens_details")
     first_s = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
-    return figures(
+    return without_none(
         prompt=count(stats, "input_tokens") if prompt is None else prompt,
         completion=count(both, "completion_tokens", "total_output_tokens", "output_tokens", "outputTokens"),
         total=count(usage, "total_tokens", "totalTokens"),
@@ -2297,7 +2128,7 @@ class Usage:
             completion = 0
         if total is None and self.prompt is not None and completion is not None:
             total = self.prompt + completion
-        return figures(promptTokens=self.prompt, completionTokens=completion, totalTokens=total,
+        return without_none(promptTokens=self.prompt, completionTokens=completion, totalTokens=total,
                        cachedTokens=self.cached, reasoningTokens=self.reasoning)
 
 
@@ -2497,6 +2328,8 @@ def zlib_header(data):
 FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
 LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
 LOG_KEEPS = 50  # UTF-16 units before and after it
+PROMPT = ("messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")
+MEDIA = frozenset(("image_url", "source", "input_audio", "file", "data_url"))
 
 
 class ParsedBody(NamedTuple):
@@ -2507,6 +2340,8 @@ class ParsedBody(NamedTuple):
     stream: bool | None = None  # None when the body cannot be read: the answer will show it
     messages: int | None = None
     fingerprint: Fingerprint | None = None
+    size: int | None = None  # characters of its prompt; None if it has more than text
+    tools: bool = False
     asks_usage: bool = False  # on the client's behalf: the answer to it is taken out again
 
 
@@ -2522,7 +2357,19 @@ def parse_body(dialect, data):
     return ParsedBody(ask_usage(data, options) if asks else data,
                       bounded_text(model) if isinstance(model, str) else None, stream,
                       len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
-                      fingerprint(body) if dialect.joined and len(data) <= FINGERPRINT_LIMIT else None, asks)
+                      fingerprint(body) if dialect.joined and len(data) <= FINGERPRINT_LIMIT else None,
+                      text_size([body.get(name) for name in PROMPT]) if dialect.joined else None,
+                      bool(body.get("tools")), asks)
+
+
+def text_size(value):
+    """Characters of all texts in JSON, roles and types aside; None if there are pictures or files."""
+    sizes = [len(value)] if isinstance(value, str) and not value.startswith("data:") else []
+    if isinstance(value, dict):
+        sizes = [None if name in MEDIA else text_size(item) for name, item in value.items() if name not in ("role", "type")]
+    elif isinstance(value, list):
+        sizes = [text_size(item) for item in value]
+    return None if None in sizes else sum(sizes)
 
 
 def ask_usage(data, options):
@@ -2580,7 +2427,7 @@ def log_text(text):
 # --- 3.7 records: the life of a request --------------------------------------
 
 TIMELINE = 400  # events of one request that are kept
-SLOW_MS = 1000  # a phase longer than this is marked
+WAITING_SLOW_MS = 10_000  # a wait longer than this is marked; another phase if it takes twice its model's usual
 OWN_EVENTS = frozenset(("inference_start", "inference_complete", "error"))
 TELL_S = 0.25  # between two inference_progress of one request
 SPEED_S = 0.25  # before that nothing can be said of how fast an answer is written
@@ -2639,9 +2486,14 @@ class Record:
         self.output = 0  # tokens so far
         self.output_since = None  # clock of the first of them
         self.timeline = []  # (ms after the start, event name, data)
-        self.chat: Any = None  # the log's Chat that it caused, while there is something to learn from it
-        self.binding = "none"  # or "likely", "exact"
-        self.doubted = False  # two chats had as much right to it
+        self.sent, self.heard = clock, clock  # when it went to LM Studio; the latest event of the log for it
+        self.size, self.tools = None, False  # characters of its prompt; its answer can be a call of tools
+        self.run: Any = None  # the OpenRun that it caused
+        self.binding, self.bound_by = "none", None  # or "exact", and the numbers of the rules (3.8)
+        self.begun = self.told_end = False  # its first and last line of the app have been found
+        self.silent = False  # another prompt of its model has begun: if its client has left, it is read no further
+        self.passed = None  # a request that was sent later has had its run since this clock
+        self.usual = {}  # phase -> what it took lately on its model (ms)
         self.counted = {}  # tokens that the figures have, by kind
         self.tallied = None  # what the series has of it, as Series.take() gave it
         self._base = None  # (clock, percent) from which the prompt's speed is measured
@@ -2650,13 +2502,19 @@ class Record:
 
     # --- what happens to it
 
+    first = property(lambda self: self.output_since)  # clock of its first token
+
     def enter(self, state, clock):
-        """A phase begins, or is known later to have begun.  One that is over does not come back."""
-        if self.ended is not None and clock < self.ended:
-            self.entered.setdefault(state, clock)
-        elif self.ended is None and STATES.index(state) > STATES.index(self.state):
+        """A phase begins, or is known later to have begun.  True if its state is another now."""
+        later = STATES[STATES.index(state) + 1:]
+        if self.ended is not None and clock >= self.ended or any(
+                self.entered.get(name, math.inf) <= clock for name in later):
+            return False
+        self.entered[state] = min(clock, self.entered.get(state, clock))
+        if self.ended is None and self.state not in (state, *later):
             self.state = state
-            self.entered[state] = clock
+            return True
+        return False
 
     def note(self, event, clock):
         """One more event for its timeline."""
@@ -2666,6 +2524,7 @@ class Record:
     def take(self, event, clock):
         """An event of its chat.  True when listeners should hear of its progress."""
         self.note(event, clock)
+        self.heard = clock
         before, lesson = self.state, LESSONS.get(event.name)
         if lesson is None:
             return False
@@ -2695,7 +2554,7 @@ class Record:
                          if name not in ("timestamp", "model", "requestId")}
 
     def on_progress(self, data, clock):
-        self.enter("prompt", clock)
+        self.enter("generating" if data["progress"] == 100 else "prompt", clock)
         self.percent = data["progress"]
         if self._base is None:
             cached = self.cache["percentage"] if self.cache else 0
@@ -2714,6 +2573,7 @@ class Record:
     def on_stats(self, data, clock):
         """The engine's own figures; where no answer brought usage, they are what the request has cost."""
         self.read_speed = data.get("promptTokensPerSecond", self.read_speed)
+        self._split(data, clock)
         self.drafted, self.accepted = data.get("draftTokens"), data.get("acceptedDraftTokens")
         self.prompt_tokens = data.get("promptTokens", self.prompt_tokens)
         if self.speed is None or self.source == "lmstudio":
@@ -2727,6 +2587,17 @@ class Record:
             if completion is not None or "promptTokens" in data:
                 self.usage = {**known, "promptTokens": prompt, "completionTokens": completion or 0,
                               "totalTokens": (prompt or 0) + (completion or 0), **self.cached_usage()}
+
+    def _split(self, data, clock):
+        """The engine's own times say when the prompt was read and the answer written."""
+        if data.get("promptMs") is None or data.get("evalMs") is None:
+            return
+        over = min(clock, self.ended or clock)
+        written = self.first if self.stream and self.first else over - data["evalMs"] / 1000
+        read = max(written - data["promptMs"] / 1000, self.clock)
+        self.entered.update(prompt=read, generating=max(written, read))
+        if self.ended is None:
+            self.state = "generating"
 
     def on_chat_end(self, data, clock):
         if self.source == "lmstudio" and self.ended is None:
@@ -2769,20 +2640,6 @@ class Record:
             prompt = {"totalTokens": usage.prompt + meter.pieces} if usage.prompt is not None else {}
             self.usage = {**(self.usage or {}), "completionTokens": meter.pieces, **prompt, "estimated": True}
 
-    def unbind(self):
-        """Forget the chat and all that came from it."""
-        chat, self.chat, self.binding = self.chat, None, "none"
-        chat.record = None
-        self.percent = self._base = None
-        self.timeline = [row for row in self.timeline if row[1] in OWN_EVENTS]
-        self.forget_engine()
-
-    def forget_engine(self):
-        """Forget what the engine's lines said: they were another chat's."""
-        self.cache = self.sampling = self.read_speed = self.prompt_tokens = self.context_size = None
-        if self.usage and "cachedTokens" in self.usage:
-            self.usage = {name: value for name, value in self.usage.items() if name != "cachedTokens"}
-
     # --- what is shown of it
 
     def progress(self, clock):
@@ -2817,7 +2674,9 @@ class Record:
     def progress_event(self, now, clock):
         """inference_progress: the record as it is now."""
         self._told = clock
-        return Event("inference_progress", {"timestamp": now, **self.shown(clock)})
+        return Event("inference_progress", {
+            "timestamp": now, "requestId": self.id, **self.shown(clock), **self.progress(clock), **self.cached_usage(),
+            **without_none(contextSize=self.context_size, contextUsed=self.context_used())})
 
     def context_used(self):
         """Tokens in the context, None when the prompt's are unknown."""
@@ -2832,11 +2691,15 @@ class Record:
                 "percentage": round(100 * used / self.context_size, 1)}
 
     def phases(self, clock):
-        """[{name, ms, slow}] in the order in which they were entered."""
+        """[{name, ms, slow}] in the order in which they were entered.  What nobody saw the parts of is answering."""
         starts = sorted(self.entered.items(), key=lambda item: (item[1], STATES.index(item[0])))
         ends = [start for _, start in starts[1:]] + [clock if self.ended is None else self.ended]
         spans = [(name, round(1000 * max(0.0, end - start), 1)) for (name, start), end in zip(starts, ends)]
-        return [{"name": name, "ms": ms, "slow": ms > SLOW_MS} for name, ms in spans]
+        if self.ended is not None and "generating" not in self.entered and self.state == "done":
+            spans[-1] = ("answering", spans[-1][1])
+        return [{"name": name, "ms": ms, "slow": ms > (
+            WAITING_SLOW_MS if name in ("waiting", "queued") else 2 * self.usual.get(name, math.inf))}
+                for name, ms in spans]
 
     def used(self, field, otherwise=None):
         """A count of tokenUsage; where LM Studio gave none, what else is known."""
@@ -2873,19 +2736,19 @@ class Record:
                 "status": self.status, "totalTimeMs": self.total_ms, "timeToFirstTokenMs": self.first_ms,
                 "tokensPerSecond": self.speed, "promptTokensPerSecond": self.read_speed,
                 **self.token_usage(), "finishReason": self.finish, "error": self.error,
-                "operation": self.operation, "binding": self.binding,
+                "operation": self.operation, "binding": self.binding, "boundBy": self.bound_by,
                 "progress": self.progress(clock) if self.ended is None else {}, "cache": self.cache,
                 "context": self.context(), "phases": self.phases(clock),
-                **figures(draftTokens=self.drafted, acceptedDraftTokens=self.accepted)}
+                **without_none(draftTokens=self.drafted, acceptedDraftTokens=self.accepted)}
 
     def token_usage(self):
         """tokenUsage with its three counts, None where one is unknown; beside it those that only some answers
         and logs have."""
         if self.usage is None:
             return {"tokenUsage": None}
-        beside = figures(**{name: self.usage.get(name) for name in ("cachedTokens", "reasoningTokens")})
+        beside = without_none(**{name: self.usage.get(name) for name in ("cachedTokens", "reasoningTokens")})
         counts = {name: self.usage.get(name) for name in ("promptTokens", "completionTokens", "totalTokens")}
-        return {"tokenUsage": {**counts, **figures(estimated=self.usage.get("estimated"))}, **beside}
+        return {"tokenUsage": {**counts, **without_none(estimated=self.usage.get("estimated"))}, **beside}
 
     def start_event(self, now):
         return Event("inference_start", {
@@ -2915,84 +2778,207 @@ LESSONS = {  # what a record learns from the events of its chat
 }
 
 
-# --- 3.8 join: which request caused which chat -------------------------------
+# --- 3.8 join: whose run and whose line it is ---------------------------------
 
-ENGINE_EVENTS = frozenset((  # made of lines that name no model
-    "lmstudio_sampling_params", "lmstudio_token_info", "lmstudio_cache_stats", "lmstudio_processing_start",
-    "lmstudio_prediction_stats"))
+LAG_S = 0.6  # a line is read at most so long after what it tells of, and an HTTP moment noted
+FLUSH_S = 0.45  # a line is read at most so long after it was due
+AT_ONCE_S = 0.06  # two lines that tell of one moment are read so close to each other
+EXACT_S = 0.08  # how far a time can be off if the engine wrote it, and ...
+SURE_READS = 6  # ... one of so many reads of its lines was not late
+ITERATION_S = 0.003  # llama.cpp writes the lines of one batch within this
+DRIFT = 2e-4  # seconds a second between two clocks
+HTTP_S = 0.3  # what happens to an answer is noted here at most so much later
+CLEAR_S = 0.3  # of two requests sent so far apart the first reaches the engine first ...
+CLEAR_S_PER_CHARACTER = 1e-6  # ... and so much later if it is longer, for its template and its tokens
+LATE_S = 10.0  # a request that is over can still be bound, and learn from its run, for so long
+LEFT_LINE_S = 1.0  # LM Studio writes that a client has left within this
+TWINS_S = 0.01  # ends so close to each other can be written in either order
 OPEN_LIMIT = 512  # requests that are over and can still be bound
-NAMES_KEPT = 1000   # models by the names that clients gave them
-LATE_S = 10.0  # a request that is over can still be bound, and learn from its chat, for so long
-HELD_KEPT = 500
-LAG_S = 1.0  # a chat whose request is over must have turned up within this
-SKEW_S = 2  # between the clocks of this machine and of the log, which has whole seconds
-ARRIVAL_S = 2  # LM Studio logs a request's chat within this after the request came, unless it loads a model
+NAMES_KEPT = 1000  # models by the names that clients gave them
+RUNS_OPEN = 200  # runs that are not bound, and their events
+USUAL_KEPT = 50  # of each phase on a model, from which its usual time is known
+SAME_SIZE = 1.2  # prompts of one kind have as many tokens for a character up to this factor
+SIZES_KEPT = 20  # answers of a model from which its tokens for a character are learned
+FORGOTTEN_S = 3600.0  # LM Studio's own is taken for over when the log has said nothing of it for so long
+LINES_KEPT = 200  # last lines of chats that wait for their request's end
+RESPONSES = "/v1/responses"  # it writes no start
 
 
 class Logged(NamedTuple):
-    """What the log tells of the request that a chat answers; None where it does not."""
+    """What the log's copy of a request tells; None where it does not."""
 
     path: str | None = None
     model: str | None = None
     stream: bool | None = None
     fingerprint: Fingerprint | None = None
 
+    def may_be(self, record):
+        """False if the copy is of another request."""
+        prompts = [found and found.prompt for found in (self.fingerprint, record.fingerprint)]
+        return (self.path in (None, record.target) and self.model in (None, record.model_asked)
+                and self.stream in (None, record.stream) and (None in prompts or prompts[0] == prompts[1]))
 
-def logged_request(received):
-    """The Logged of a Received.  A body that is hidden or cut tells nothing beyond its path."""
-    if received is None:
+
+def logged_request(logged):
+    """The Logged of a LoggedRequest.  A body that is hidden or cut tells nothing beyond its path."""
+    if logged is None:
         return Logged()
-    body, model = received.body, received.model
-    return Logged(received.path, model if isinstance(model, str) else None,
+    body = prediction_of(logged.text)
+    model = body.get("model")
+    return Logged(logged.path.rstrip("/"), model if isinstance(model, str) else None,
                   body.get("stream") is True if body else None, fingerprint(body))
 
 
+class Process:
+    """An engine's process, known by its clock (G3).  offset turns that into ours; a line read late makes it too
+    large for a while, and clocks may drift apart."""
+
+    def __init__(self, offset, clock):
+        self.offset, self.reads, self._latest = offset, 0, clock
+        self.model: Any = None  # False once two were seen
+        self._unread = []  # runs whose last batch is being read
+
+    def see(self, run, fact, time):
+        """A line of one run shows that the last batch of others, which were written before it, has been read."""
+        for other in self._unread[:]:
+            if other is not run and time > other.sampled + ITERATION_S:
+                other.read_by = time
+                self._unread.remove(other)
+        if fact == "read" and run.read_by is None and run not in self._unread:
+            self._unread.append(run)
+
+    def takes(self, apart, clock):
+        """True if a line is its own, by how far its clock is apart from ours."""
+        if not -0.1 < apart - self.offset < 1.0:
+            return False
+        self.offset = min(apart, self.offset + DRIFT * (clock - self._latest))
+        self.reads, self._latest = self.reads + (clock > self._latest), clock
+        return True
+
+    def learn(self, model):
+        self.model = model if self.model in (None, model) else False
+
+
+class OpenRun:
+    """What the join knows of a run.  Its times are the process's if that is known, else those at which lines were
+    read."""
+
+    def __init__(self, number, chat):
+        self.number, self.chat = number, chat
+        self.process: Any = None
+        self.launched: Any = None  # its first line
+        self.active = self.reading = None  # the latest line that shows it at work, reading its prompt
+        self.began = self.read = None  # its prompt began to be read, was read
+        self.sampled = self.read_by = None  # its last batch is about to be read; it surely has been
+        self.over = self.cancelled = None
+        self.engine = self._model = self.total = self.written = self.epoch = self.slot = None
+        self.in_app = False
+        self.record: Any = None
+        self.held = []  # [(event, clock)] until it is bound
+
+    is_of_api = property(lambda self: self._model is not None)  # lines of the app are about it
+    base = property(lambda self: self.process.offset if self.process else 0.0)  # its time to ours
+    slack = property(lambda self: EXACT_S if self.process and self.process.reads >= SURE_READS else FLUSH_S)
+
+    @property
+    def model(self):
+        return self._model or self.process and self.process.model or None
+
+    @model.setter
+    def model(self, model):
+        self._model = model
+        if self.process:
+            self.process.learn(model)
+
+    def learn(self, fact, about, time):
+        """Take in one fact of its engine, of its own time."""
+        self.total, self.slot = about.get("total") or self.total, about.get("slot", self.slot)
+        if fact == "launch":
+            self.engine, self.epoch, self.launched = about["engine"], about["epoch"], time
+        elif fact == "over":
+            self.over, self.written, self.in_app = time, about["written"], not about["api"]
+        elif fact == "cancel":
+            self.cancelled = time
+        elif fact == "model":
+            self.model = about["model"]
+        if self.launched is None:
+            self.launched = time
+        if fact in ("launch", "prompt", "reading", "read"):
+            self.active = time
+        if fact == "prompt":
+            self.began = time
+        if fact in ("prompt", "reading") or fact == "read" and about.get("total"):  # before its last batch
+            self.reading = time
+        if fact == "read":
+            self.sampled = self.sampled or time
+        if self.process:
+            self.process.see(self, fact, time)
+
+    def phases(self, readings):
+        """(state, clock of ours) that its lines show; readings: those of its model, one of which can be its."""
+        same = next((end for begin, end in readings if self.engine == "MLX" and self.began is not None
+                     and -AT_ONCE_S < begin - self.began < FLUSH_S), None)
+        for state, at in (("prompt", self.began), ("generating", self.read or self.sampled or same)):
+            if at is not None:
+                yield state, at + self.base
+
+
 class Requests:
-    """Every request and every chat of the log, and which caused which.
+    """Every request, the runs and lines of the log, and which belong together.
 
-    No line of LM Studio's log names a request (seen up to 09-2026), so a request and a chat are bound only
-    where nothing else is left.  A chat is met at its first event; the requests that may have caused it are
-    those that
+    A run is bound to a request if it fits no other request and that request fits no other run.  These hard
+    facts rule a request out for a run:
 
-    1. were sent before its line was read, are not bound, and run or did so until just now (LAG_S): the log
-       is followed live, and LM Studio writes `Running chat completion` when a request arrives.  One that
-       was refused can only be the cause of a chat that ends in an error;
-    2. did not begin after the time in the chat's header, give or take SKEW_S: a backlog is no answer;
-    3. asked with as many messages, where the dialect says how many there will be;
-    4. asked for the chat's model, or for a name that LM Studio has never been seen to serve itself: it
-       answers an unknown name with the model that is loaded, and a known one never with another;
-    5. do not differ from the logged copy of the request, where the log shows one: path, model, stream and
-       a fingerprint of the prompt; of its other members, too, once a copy was the same in all of them.
+      1. It was sent after the run's first line was read.
+      2. The run was seen at work well after its answer had ended.
+      3. LM Studio serves its model under another name than the run's.
+      4. Its prompt is too long or too short for the run's tokens, by what answers of its model have shown.
+      5. Its first token came while the run still read its prompt, or not when the run had read it.
+      6. Its usage has other counts.
+      7. It goes on although the run is over, or the run is over well before or after it.
+      8. The run was cancelled and its client did not leave, nor did it fail.
+      9. A request of its model that was clearly sent before it has no run yet; or a later one has been bound.
 
-    One request whose fingerprint is the copy's: bound, exact.  One request left, which is no other chat's
-    only one: bound, likely.  More than one: not bound, and looked at again whenever another binding takes
-    a candidate away.  If a second chat turns up that a likely bound request may just as well have caused,
-    both are let go.  When an answer is over, its id, model and count of prompt tokens are held against the
-    chat's: agreement makes a likely binding exact and can still bind what was left, contradiction unbinds.
-    A chat that no request may have caused is LM Studio's own: a record of its own, source "lmstudio".
+    A run also is a request's if both counts of its usage and its end are the run's, and no other's (10).
+    A run that no request fits is LM Studio's own: a chat inside the app or of a client beside us.
 
-    Only events that surely mean one chat (Story) are joined; others carry no id.  What an engine's lines told
-    when several chats waited for it is held, and taken in when the answer's count of prompt tokens is theirs.
-    With guess, which serves sums, all is taken in: there it does not matter to which chat a figure goes."""
+    A line of the app that surely is a run's (3.3) goes with the run.  Other lines:
 
-    def __init__(self, epoch, keep, guess=False):
-        self._epoch, self._guess = epoch, guess
+     11. A chat's start: the one request with that fingerprint, else the one that has no start yet.
+     12. Progress: the one request of its model that can go on to this percent.
+     13. An end: the request that ended in that way then; of several the first, as LM Studio writes them in order.
+     14. An answer: the request whose answer has that id, or alone has these counts.
+
+    What is open is published without an id and held; once it is certain the request's record takes it in with
+    its own clocks.  Nothing that was published is taken back.  Hub's lock guards all of it."""
+
+    def __init__(self, epoch, keep):
+        self._epoch = epoch
         self.running = {}  # id -> Record, of both sources, oldest first
         self.finished: deque[Record] = deque(maxlen=keep)
         self.total = self.errors = self.abandoned = 0  # requests through us; failed ones; left or stopped ones
-        self.bindings: Counter[str] = Counter()  # of requests that are over for good: exact, likely, none
+        self.bindings: Counter[str] = Counter()  # of requests that are over for good: exact, none
         self.changed = []  # records that changed after their end, until somebody takes them
+        self.told = {}  # id -> Record of which listeners should hear
         self._open = {}  # id -> Record that can still be bound, or learn
-        self._loose = []  # [(chat, candidates, Logged)] not bound yet
+        self._runs: dict[int, OpenRun] = {}
+        self._own = {}  # chat number -> Record of LM Studio's own
+        self._lines: deque[tuple] = deque(maxlen=LINES_KEPT)  # (event, clock): ends that wait for their request's
         self._names = {}  # model asked for -> model that answered
-        self._held: deque[tuple] = deque(maxlen=HELD_KEPT)  # (event, clock) of an engine, not surely whose
-        self._copies_are_true = False  # a logged copy of a request was the same in all its members
+        self._sizes = {}  # model asked for -> tokens for a character, of its latest answers
+        self._usual = {}  # model -> phase -> deque of ms
+        self._processes: deque[Process] = deque(maxlen=8)
+        self._readings = {}  # model -> [[clock of 0 %, clock of 100 %]] of its latest prompts
         self._numbers = itertools.count(1)
         self._swept = 0.0  # clock of the last _expire
+
+    # --- the HTTP side
 
     def begin(self, record):
         """A request goes to LM Studio."""
         self.running[record.id] = record
+        record.usual = {name: median(times) for name, times in
+                        self._usual.get(record.model_asked, {}).items()}
         if record.dialect in JOINED:
             self._open[record.id] = record
         self.total += 1
@@ -3007,275 +2993,480 @@ class Requests:
         left = was_left(record.state, record.operation)
         self.abandoned += left
         self.errors += record.error is not None and not left
-        if record.model and record.model_asked:
-            self._learn_name(record.model_asked, record.model)
-        self._verify(record)
-        self._settle(clock)
-        if clock - self._swept > 1.0 or len(self._open) > 2 * OPEN_LIMIT:  # also where no log is followed
-            self._expire(clock)
+        self._learn(record)
+        self.settle(clock)
         return True
 
-    def see(self, events, clock):
-        """Take the log's events in, and write requestId into those that belong to a request of ours.
+    def _learn(self, record):
+        if record.model and record.model_asked and len(self._names) < NAMES_KEPT:
+            self._names.setdefault(record.model_asked, record.model)
+        if record.state == "done" and len(self._usual) < NAMES_KEPT:
+            usual = self._usual.setdefault(record.model_asked, {})
+            for phase in record.phases(0.0):
+                usual.setdefault(phase["name"], deque(maxlen=USUAL_KEPT)).append(phase["ms"])
+        if has_counts(record) and record.run is None:
+            self._learn_size(record, record.used("promptTokens"))
 
-        Gives the records of which listeners should hear; clock: monotonic seconds."""
-        self._expire(clock)
-        told = {}
-        for event in events:
-            if event.loads:
-                self._loading(event.loads, clock)
-            if event.chat is None:
-                continue
-            record = self._record_of(event.chat, clock)
-            if record is None or not (event.sure and speaks_of(event, record) or self._guess):
-                if record is not None and event.name in ENGINE_EVENTS:
-                    self._held.append((event, clock))
-                continue
-            if record.source == "gateway":
-                event.data["requestId"] = record.id
-            if record.take(event, clock):
-                told[record.id] = record
-            self._look_back(record, event, clock)
-        told.update((record.id, record) for record in self.changed if record.source == "lmstudio")
-        return list(told.values())  # a chat beside us has no other event that says its end
+    def _learn_size(self, record, total):
+        if total and record.size and len(self._sizes) < NAMES_KEPT:
+            for model in (record.model_asked, None):  # None: of all models
+                self._sizes.setdefault(model, deque(maxlen=SIZES_KEPT)).append(total / record.size)
 
     def bound(self):
         """How the requests that are over were bound, as far as is known by now."""
-        late = Counter(record.binding for record in self._open.values()
-                       if record.ended is not None and record.dialect in JOINED)
-        return {binding: self.bindings[binding] + late[binding] for binding in ("exact", "likely", "none")}
+        late = Counter(record.binding for record in self._open.values() if record.ended is not None)
+        return {binding: self.bindings[binding] + late[binding] for binding in ("exact", "none")}
 
     def find(self, request_id):
         """A record by its id, or None."""
         return self.running.get(request_id) or next(
             (record for record in self.finished if record.id == request_id), None)
 
-    # --- binding
+    # --- the log's side
 
-    def _record_of(self, chat, clock):
-        """The Record that a chat is bound to; None while that is open."""
-        if not chat.met:
-            chat.met = True
-            self._meet(chat, clock)
-        elif chat.record is None and (chat.stats or chat.counts or chat.ended):
-            self._settle(clock)
-        return chat.record
+    def see(self, events, clock):
+        """Take the log's events in, and write requestId into those that surely are a request's of ours.
 
-    def _meet(self, chat, clock):
-        logged = logged_request(chat.received)
-        if chat.model:
-            self._learn_name(chat.model, chat.model)
-        candidates = [record for record in self._open.values()
-                      if still_expected(record, clock) and self._may_cause(record, chat, logged)]
-        same = [record for record in candidates if logged.fingerprint
-                and record.fingerprint == logged.fingerprint]
-        self._copies_are_true = self._copies_are_true or bool(same)
-        if len(same) == 1 and fate_fits(same[0], chat):
-            self._bind(same[0], chat, "exact")
-        elif candidates:
-            self._loose.append((chat, candidates, logged))
-        elif not self._release_rival(chat, logged):
-            self._own(chat, clock)
-        self._settle(clock)
+        Gives the records of which listeners should hear; clock: monotonic seconds."""
+        for event in events:
+            if event.name == "lmstudio_prompt_progress":
+                self._see_reading(event.data, clock)
+            if event.name == "lmstudio_log":
+                self._see_entry(event, clock)
+            elif event.run is not None:
+                self._see_run(event, clock)
+            elif event.name in LINES:
+                self._give(LINES[event.name](self, event, clock), event, clock)
+        self.settle(clock)
+        told, self.told = list(self.told.values()), {}
+        return told
 
-    def _may_cause(self, record, chat, logged):
-        if record.chat or record.dialect not in JOINED or not chat.api or record.id not in self._open:
-            return False
-        asked, served = record.model_asked, self._names.get(record.model_asked)
-        return (record.started - SKEW_S <= chat.started.epoch
-                and (record.messages is None or chat.messages is None or record.messages == chat.messages)
-                and (chat.model is None or asked is None or served is None or served == chat.model)
-                and (record.model is None or chat.model is None or record.model == chat.model)
-                and (logged.path is None or logged.path.rstrip("/") == record.target)
-                and (logged.model is None or logged.model == asked)
-                and (logged.stream is None or logged.stream == record.stream)
-                and self._may_be_copy(record.fingerprint, logged.fingerprint))
+    def _see_entry(self, event, clock):
+        """An entry carries the id that an event of its line has, and may announce the loading of a model."""
+        about = event.about or {}
+        found = next((told.data["requestId"] for told in about.get("told") or ()
+                      if told.name in LINES_OF_ENTRIES and "requestId" in told.data), None)
+        if found:
+            event.data["requestId"] = found
+        for record in self._open.values() if about.get("loads") else ():
+            if record.model_asked == about["loads"]:
+                record.enter("loading", clock)
 
-    def _may_be_copy(self, ours, theirs):
-        """True unless the logged copy differs.  Of members beside the prompt it is believed once one
-        was the same."""
-        if ours is None or theirs is None:
-            return True
-        return ours == theirs if self._copies_are_true else ours.prompt == theirs.prompt
+    def _see_reading(self, data, clock):
+        if len(self._readings) < NAMES_KEPT:
+            readings = self._readings.setdefault(data.get("model"), deque(maxlen=SIZES_KEPT))
+            if data["progress"] == 0:
+                readings.append([clock, None])
+            elif data["progress"] == 100 and readings:
+                readings[-1][1] = clock
 
-    def _settle(self, clock):
-        """Bind what has become certain; what no request can have caused any more is LM Studio's own."""
-        if not self._loose:
+    def _see_run(self, event, clock):
+        run = self._runs.get(event.run) or self._runs.setdefault(event.run, OpenRun(event.run, event.chat))
+        run.chat = event.chat
+        if event.name == "":
+            run.learn(event.about["fact"], event.about, self._time_of(run, event.about["clock"], clock))
+            if run.record is None:
+                self.settle(clock)
+            else:
+                self._enter(run)
+            self._end_own(run, clock)
             return
-        self._loose = [(chat, [record for record in candidates if self._may_cause(record, chat, logged)
-                               and agrees(record, chat) is not False], logged)
-                       for chat, candidates, logged in self._loose if chat.record is None]
-        for chat, candidates, _ in self._loose:
-            if not candidates and chat.ended is None:
-                self._own(chat, clock)
-        self._loose = [row for row in self._loose if row[1]]
-        only = Counter(candidates[0].id for _, candidates, _ in self._loose if len(candidates) == 1)
-        for chat, all_candidates, _ in self._loose:
-            candidates = [record for record in all_candidates if fate_fits(record, chat)]
-            proven = [record for record in candidates if agrees(record, chat)]
-            if len(proven) == 1 and not any(agrees(proven[0], other) for other, *_ in self._loose
-                                            if other != chat):
-                self._bind(proven[0], chat, "exact")
-                break
-            if len(candidates) == 1 and only[candidates[0].id] == 1 and not candidates[0].doubted:
-                self._bind(candidates[0], chat, "likely")
-                break
+        if event.name == "lmstudio_generation_start":
+            run.read = run.read or clock - run.base
+        elif event.name == "lmstudio_prompt_progress" and event.data["progress"] < 100:
+            run.reading = run.active = clock - run.base
+        if "model" in event.data:
+            run.model = event.data["model"]
+        if run.record:
+            self._give(run.record, event, clock)
         else:
+            run.held.append((event, clock))
+
+    def _time_of(self, run, stamp, clock):
+        """The time of an engine's line: by the engine's own clock (minutes.seconds.ms.us) if it wrote one."""
+        if not stamp:
+            return clock - run.base
+        minutes, *parts = map(int, stamp.split("."))
+        at = 60 * minutes + parts[0] + parts[1] / 1e3 + parts[2] / 1e6
+        if run.process is None or not run.process.takes(clock - at, clock):
+            run.process = next((known for known in self._processes if known.takes(clock - at, clock)), None)
+            if run.process is None:
+                run.process = Process(clock - at, clock)
+                self._processes.append(run.process)
+        return at
+
+    def _enter(self, run):
+        """The phases of a request that its run's lines show; a stream's first token is seen better here."""
+        for state, clock in run.phases(self._readings.get(run.record.model, ())):
+            if state == "prompt" or not run.record.stream:
+                self._show(run.record, run.record.enter(state, clock))
+
+    def _give(self, record, event, clock):
+        """An event is a record's."""
+        if record is None:
             return
-        self._settle(clock)     # what is bound makes others certain
+        if record.source == "gateway":
+            event.data["requestId"] = record.id
+        self._show(record, record.take(event, clock))
+        if record.ended is not None:
+            self.changed.append(record)
+            if record.id in self.running:  # LM Studio's own, and over
+                self._own_over(record)
 
-    def _bind(self, record, chat, binding):
-        record.chat, record.binding, chat.record = chat, binding, record
-        record.model = record.model or chat.model
-        self._verify(record)
+    def _show(self, record, news):
+        if news and record.ended is None:
+            self.told[record.id] = record
 
-    def _release_rival(self, chat, logged):
-        """Let go of a likely binding that this chat has as much right to.  True when there was one."""
-        for record in self._open.values():
-            rival = record.chat
-            if rival is None or record.binding != "likely" or chat.started.epoch > record.started + ARRIVAL_S:
-                continue
-            record.chat = None
-            matches = self._may_cause(record, chat, logged)
-            record.chat = rival
-            if matches:
-                record.unbind()
-                record.doubted = True
-                self._loose += [(rival, [record], Logged()), (chat, [record], logged)]
+    # --- runs
+
+    def settle(self, clock):
+        """Bind what has become certain by now."""
+        again = True
+        while again:
+            again = False
+            open_runs = [run for run in self._runs.values() if run.record is None and (
+                run.total or run.over is not None or run.cancelled is not None)]
+            free = [record for record in self._open.values() if record.run is None]
+            fits = {run: [record for record in free if not self._ruled_out(run, record, clock)] for run in open_runs}
+            self._compare_sizes(fits)
+            wanted = Counter(record.id for records in fits.values() for record in records)
+            for run, records in fits.items():
+                records = [record for record in records if not self._overtakes(run, record, clock)]
+                record = self._proven(run, records, fits) or only([
+                    record for record in records if self._is_certain(run, record, len(records), wanted[record.id])])
+                if record:
+                    self._bind(run, record, free, clock)
+                    again = True
+                    break
+                if not fits[run]:
+                    self._take_as_own(run, clock)
+        self._match_lines(clock)
+        if clock - self._swept > 1.0 or len(self._open) > 2 * OPEN_LIMIT:  # also when no log is followed
+            self._expire(clock)
+
+    @staticmethod
+    def _is_certain(run, record, records, runs):
+        """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
+        known a line of the app has to be about the run, which it can't be for a chat inside the app."""
+        if runs == 1 and has_counts(record):
+            return True
+        near = run.cancelled is not None and abs(run.cancelled + run.base - (record.ended or 0)) < FLUSH_S
+        return records == 1 and (near or runs == 1 and run.is_of_api)
+
+    def _ruled_out(self, run, record, clock):
+        """The number of the rule by which a run is not a request's; 0 if it can be."""
+        done, left = record.state == "done", record.state in LEFT
+        now, slack = clock - run.base, run.slack
+        ended = None if record.ended is None else record.ended - run.base
+        if record.sent - run.base > run.launched:
+            return 1
+        if ended is not None and not left and ended < run.active - slack:
+            return 2
+        served = record.model or self._names.get(record.model_asked)
+        if run.model and served and run.model != served:
+            return 3
+        if self._other_size(run, record):
+            return 4
+        if record.stream and self._other_first(run, record, now):
+            return 5
+        if self._other_usage(run, record):
+            return 6
+        if run.cancelled:
+            before = run.cancelled - (now if ended is None else ended)
+            return 8 if done or before < (-0.3 if ended is None else -0.1) or not left and before > slack else 0
+        if run.over and (now > run.over + LAG_S if ended is None else
+                         ended > run.over + HTTP_S or not left and ended < run.over - slack - AT_ONCE_S):
+            return 7
+        if run.over is None and done and run.engine not in UNTIMED and now > ended + LAG_S:
+            return 7
+        return 9 if record.passed is not None and run.launched + run.base > record.passed else 0
+
+    def _other_size(self, run, record):
+        """4: learned from answers; how far they lie apart says how far a run's tokens may."""
+        known, slack = self._sizes.get(record.model_asked), 1.05
+        if not known:  # by those of other models, whose tokens can be longer or shorter
+            known, slack = self._sizes.get(None), 1.3
+        if not known or not run.total or not record.size:
+            return False
+        usual = median(known)
+        slack *= max(1.07, max(known) / usual, usual / min(known)) * (1 + 0.1 / len(known))
+        return not 1 / slack < run.total / (usual * record.size) < slack
+
+    def _compare_sizes(self, fits):
+        """4, if nothing has been learned yet: by the ratio of a pair each other prompt has a request, too."""
+        runs = [run for run in fits if run.total and run.is_of_api]
+        if self._sizes or not 1 < len(runs) <= 8:
+            return
+
+        def is_possible(ratio, rest, taken):
+            return not rest or any(
+                1 / SAME_SIZE < rest[0].total / (ratio * record.size) < SAME_SIZE and
+                is_possible(ratio, rest[1:], {*taken, record.id})
+                for record in fits[rest[0]] if record.size and record.id not in taken)
+
+        kept = {run: [record for record in fits[run] if record.size and is_possible(
+            run.total / record.size, [other for other in runs if other is not run], {record.id})] for run in runs}
+        if all(kept.values()):
+            fits.update(kept)
+
+    @staticmethod
+    def _other_first(run, record, now):
+        """5: an answer of tool calls begins late, so its first token says less."""
+        slack = run.slack
+        read_by = [time + HTTP_S for time in (run.read, run.read_by) if time is not None]
+        if record.first is None:
+            return read_by and not record.tools and now > min(read_by) + LAG_S
+        first = record.first - run.base
+        return (first < max(run.launched, run.reading or 0, (run.sampled or 0)) - slack
+                or run.read is not None and first < run.read - FLUSH_S
+                or read_by and not record.tools and first > min(read_by))
+
+    @staticmethod
+    def _other_usage(run, record):
+        """MLX counts one token of the prompt less, G1 one of the answer more or less."""
+        if not has_counts(record):
+            return False
+        counts = ((run.total, record.used("promptTokens"), run.engine not in ("G2", "G3")),
+                  (run.written, record.used("completionTokens"), run.engine == "G1"))
+        return any(None not in (told, used) and abs(told - used) > slack for told, used, slack in counts)
+
+    def _overtakes(self, run, record, clock):
+        """9: a request that was clearly sent before this one has no run yet."""
+        for other in self._open.values():
+            if (other is not record and other.run is None and other.ended is None
+                    and other.model_asked == record.model_asked and self._is_clearly_before(other, record)
+                    and not any(earlier.record is None and earlier.number < run.number
+                                and not self._ruled_out(earlier, other, clock) for earlier in self._runs.values())):
                 return True
         return False
 
-    def _verify(self, record):
-        """Hold a bound request's answer against its chat."""
-        if record.chat is None or record.ended is None:
-            return
-        agreed = agrees(record, record.chat)
-        if agreed:
-            record.binding = "exact"
-            self._take_held(record)
-        elif agreed is False and record.binding == "likely":
-            record.unbind()
-        elif agreed is False:
-            record.forget_engine()  # its chat is right, the engine's lines were another's
+    @staticmethod
+    def _is_clearly_before(one, other):
+        longer = max(0, (one.size or 0) - (other.size or 0))
+        return one.sent < other.sent - CLEAR_S - CLEAR_S_PER_CHARACTER * longer
 
-    def _take_held(self, record):
-        """Take in what the engine told of a prompt with as many tokens as this request's, where only
-        one was."""
-        prompt = record.used("promptTokens")
-        mine = [(event, clock) for event, clock in self._held if prompt_of(event) == prompt]
-        if not mine or len({event.name for event, _ in mine}) < len(mine):
-            return
-        runs = {event.chat for event, _ in mine if event.name != "lmstudio_prediction_stats"}
-        runs -= {event.chat for event, _ in self._held if prompt_of(event) not in (None, prompt)}
-        taken = [row for row in self._held if row in mine or row[0].chat in runs]
-        self._held = deque((row for row in self._held if row not in taken), self._held.maxlen)
-        for event, clock in taken:
-            record.take(event, clock)
+    @staticmethod
+    def _proven(run, records, fits):
+        """10: both counts and the end are the request's, and no other's."""
+        def same(one, record):
+            return one.over and has_counts(record) and (one.total, one.written) == (record.used("promptTokens"), record.used("completionTokens"))
+        mine = [record for record in records if same(run, record)]
+        if len(mine) != 1 or sum(bool(same(other, mine[0])) for other in fits if mine[0] in fits[other]) != 1:
+            return None
+        return mine[0]
+
+    def _bind(self, run, record, free, clock):
+        others = [other for other in self._open.values() if other is not record]
+        rules = {self._ruled_out(run, other, clock) or 9 for other in others if other in free}
+        run.record, record.run, record.binding = record, run, "exact"
+        record.bound_by = ", ".join(map(str, sorted(rules))) or "alone"
+        for other in others:
+            if other.run is None and other.ended is not None and self._is_clearly_before(other, record):
+                other.passed = run.launched + run.base
+        if run.model:
+            record.model = record.model or run.model
+        self._learn_size(record, run.total)
+        self._enter(run)
+        before = record.state
+        for event, seen in run.held:
+            self._show(record, record.take(event, seen))
+        run.held = []
         record.timeline.sort(key=lambda row: row[0])
-
-    def _own(self, chat, clock):
-        """A record for a chat that did not come through us."""
-        record = Record(f"log_{self._epoch}{next(self._numbers):06x}", chat.started.epoch, clock,
-                        source="lmstudio", stream=bool(chat.stream), messages=chat.messages, model=chat.model,
-                        chat=chat)
-        chat.record = self.running[record.id] = record
-
-    # --- afterwards
-
-    def _look_back(self, record, event, clock):
-        """What an event means for a record that is over, or for a chat that has no line for its end."""
-        if record.ended is not None and record.source == "gateway":
-            self._verify(record)
+        self._show(record, record.state != before)
+        if record.ended is not None:
             self.changed.append(record)
-        elif record.id not in self.running:
-            self.changed.append(record)
-        elif record.source == "lmstudio":
-            record.model = record.model or event.data.get("model")
-            if record.ended is None and record.chat.ended is not None:
-                record.end(clock, Outcome(OUTCOMES.get(record.chat.ended, "done")))
-            if record.ended is not None:
-                self._own_over(record)
+
+    # --- LM Studio's own
+
+    def _take_as_own(self, run, clock):
+        chat = run.chat if run.chat in self._own else -run.number
+        run.record = self._own_record(chat, run.launched + run.base, run.epoch)
+        if run.record.run is None:
+            run.record.run = run
+        for event, seen in run.held:
+            self._give(run.record, event, seen)
+        run.held = []
+        self._end_own(run, clock)
+
+    def _own_record(self, chat, clock, started, **about):
+        record = self._own.get(chat)
+        if record is None:
+            record = self._own[chat] = Record(f"log_{self._epoch}{next(self._numbers):06x}", started, clock,
+                                              source="lmstudio", **about)
+            self.running[record.id] = record
+        return record
+
+    def _end_own(self, run, clock):
+        """A chat inside the app has no line for its end."""
+        record = run.record
+        if record and record.source == "lmstudio" and record.ended is None and (run.in_app and run.over or run.cancelled):
+            record.end(clock, Outcome("abandoned" if run.cancelled else "done"))
+            self._own_over(record)
 
     def _own_over(self, record):
-        self.finished.append(self.running.pop(record.id))
-        record.chat = None
+        if self.running.pop(record.id, None):
+            self.finished.append(record)
+            self.told[record.id] = record  # it has no other event that says its end
         self.changed.append(record)
 
-    def _loading(self, model, clock):
+    # --- lines of the app that name no run
+
+    def _of_model(self, event):
+        """The requests that a line of its model can mean, as far as the model tells."""
+        model = event.data.get("model")
         for record in self._open.values():
-            if record.model_asked == model:
-                record.enter("loading", clock)
+            served = record.model or self._names.get(record.model_asked)
+            if None in (model, served) or model == served:
+                yield record
+
+    def _line_of_start(self, event, clock):
+        """11."""
+        data, logged = event.data, (event.about or {}).get("logged")
+        copy = logged_request(logged)
+        if data.get("model"):
+            self._names.setdefault(data["model"], data["model"])
+        found = [record for record in self._of_model(event) if not record.begun and record.target != RESPONSES
+                 and record.messages in (None, data["messages"])
+                 and (record.ended is None or clock - record.ended < LAG_S) and copy.may_be(record)]
+        same = [record for record in found if copy.fingerprint and record.fingerprint == copy.fingerprint]
+        record = same[0] if len(same) == 1 else found[0] if len(found) == 1 else None
+        if record:
+            record.begun = True
+            record.model = record.model or data.get("model")
+        elif not found:
+            record = self._own_record(event.chat, clock, epoch_of(data["timestamp"]), messages=data["messages"],
+                                      model=data.get("model"))
+        return record
+
+    def _line_of_progress(self, event, clock):
+        """12."""
+        percent = event.data.get("progress", 0 if event.name == "lmstudio_processing_start" else 100)
+        own = self._own.get(event.chat)
+        found = [record for record in self._of_model(event) if not (record.silent and record.state in LEFT)
+                 and (record.percent is None or record.percent < percent or record.percent == percent < 100
+                      or event.name == "lmstudio_generation_start" and record.heard == clock)
+                 and (record.ended is None or record.state == "abandoned" or clock - record.ended < LAG_S)
+                 and not (record.first and percent < 100 and record.first < clock - LAG_S)
+                 and not (record.run and (record.run.over or record.run.cancelled))]
+        model = event.data.get("model")
+        if own or any(record.model == model and record.ended is None and clock - record.heard < LATE_S
+                      for record in self._own.values()):
+            return own if own and not found else None
+        if model and not any(self._of_model(event)):
+            return self._own_record(event.chat, clock, epoch_of(event.data["timestamp"]), model=model)
+        others = [run for run in self._runs.values() if run.over is None and run.cancelled is None
+                  and run.engine not in UNTIMED and (len(found) != 1 or run is not found[0].run)]
+        if len(found) != 1 or model is None or len(others) > (found[0].run is None):
+            return None  # a percent of its own names its run (3.3)
+        for record in self._of_model(event) if percent == 0 else ():
+            record.silent = record is not found[0]  # another prompt begins
+        self._mark(found[0], "12")
+        return found[0]
+
+    def _line_of_end(self, event, clock):
+        """13 and 14, when the request's own end is known."""
+        if event.chat in self._own:
+            return self._own[event.chat]
+        self._lines.append((event, clock))
+        self._match_lines(clock)
+        return None
+
+    def _match_lines(self, clock):
+        lines, self._lines = self._lines, deque(maxlen=LINES_KEPT)
+        while lines:
+            event, seen = lines.popleft()
+            alike = 1 + sum(other.data == event.data for other, _ in (*lines, *self._lines))
+            record = self._match_line(event, seen, clock, alike)
+            if record:
+                record.told_end = record.told_end or event.name == "lmstudio_chat_end"
+                self._mark(record, "13" if event.name == "lmstudio_chat_end" and "counts" not in event.about else "14")
+                self._give(record, event, seen)
+            elif clock - seen < LAG_S:
+                self._lines.append((event, seen))
+
+    def _match_line(self, event, seen, clock, alike):
+        """The request that a last line is of, None while that is open.  Of requests that ended at once each can have
+        any of as many lines that are alike."""
+        about, data = event.about or {}, event.data
+        if event.name == "lmstudio_prediction_stats":  # 14, of an answer without a run
+            counts = data.get("promptTokens"), data.get("completionTokens")
+            return only([record for record in self._of_model(event) if record.state == "done" and record.run is None
+                         and counts == (record.used("promptTokens"), record.used("completionTokens"))
+                         and abs(record.ended - seen) < LAG_S])
+        answer, wanted = "counts" in about, ENDS[data["outcome"]]
+        found = [record for record in self._of_model(event) if not record.told_end
+                 and (record.state in wanted or record.ended is None)
+                 and (record.ended is None or seen - max(LAG_S, LEFT_LINE_S * (wanted is LEFT)) < record.ended < seen + 0.1)
+                 and (data["outcome"] != "finished" or record.stream != answer)]
+        if answer:
+            same = [record for record in self._open.values()
+                    if about["answer_id"] and record.answer_id == about["answer_id"]]
+            counts = about["counts"].get("promptTokens"), about["counts"].get("completionTokens")
+            found = same or [record for record in found if record.ended is None or counts == (None, None)
+                             or counts == (record.used("promptTokens"), record.used("completionTokens"))]
+        ended = sorted((record for record in found if record.ended is not None), key=lambda record: record.ended)
+        if len(found) == 1 and (ended or clock - seen < 0.1):
+            return ended[0] if ended else None
+        twins = [record for record in ended if record.ended - ended[0].ended < TWINS_S]
+        return ended[0] if clock - seen > 0.15 and 0 < len(twins) <= alike else None
+
+    def _mark(self, record, rule):
+        if record.binding == "none":
+            record.binding, record.bound_by = "exact", rule
+
+    # --- afterwards
 
     def served(self, asked):
         """The model that has answered to a name, else the name."""
         return self._names.get(asked, asked)
 
-    def _learn_name(self, asked, served):
-        if asked in self._names or len(self._names) < NAMES_KEPT:
-            self._names[asked] = served
-
     def _expire(self, clock):
-        """Requests that are over for good are counted and forgotten here; so are chats that ended unseen."""
+        """Requests that are over for good are counted and forgotten, and runs with them."""
         self._swept = clock
         surplus = len(self._open) - OPEN_LIMIT
-        over = [record for number, record in enumerate(self._open.values()) if record.ended is not None
-                and (clock - record.ended > LATE_S or number < surplus)]
-        for record in over:
-            del self._open[record.id]
-            record.chat = None
-            self.bindings[record.binding] += record.dialect in JOINED
-        if over:
-            self._settle(clock)
-        for record in list(self.running.values()):
-            if record.source == "lmstudio" and record.chat.ended is not None:
-                record.end(clock, Outcome(OUTCOMES.get(record.chat.ended, "done")))
+        for number, record in enumerate(list(self._open.values())):
+            if record.ended is not None and (clock - record.ended > LATE_S or number < surplus):
+                del self._open[record.id]
+                self.bindings[record.binding] += 1
+                record.run = None
+        for number, run in list(self._runs.items()):
+            if (run.over or run.cancelled) and clock - run.base - max(run.over or 0, run.cancelled or 0) > LATE_S or (
+                    len(self._runs) > RUNS_OPEN):
+                del self._runs[number]
+        for chat, record in list(self._own.items()):
+            if record.ended is None and clock - record.heard > FORGOTTEN_S:
+                record.end(clock, Outcome("done"))
                 self._own_over(record)
+            if record.ended is not None and clock - record.ended > LATE_S:
+                del self._own[chat]
 
 
-def prompt_of(event):
-    """Tokens of the whole prompt of which an engine's event speaks; None where it does not tell."""
-    data = event.data
-    return data.get("total", data.get("totalPromptTokens", data.get("promptTokens")))
+def epoch_of(text):
+    """Epoch seconds of a time such as 2025-11-17T10:59:23Z."""
+    return datetime.datetime.fromisoformat(text[:-1] + "+00:00").timestamp()
 
 
-def speaks_of(event, record):
-    """False where an answer's counts show that an engine's event is about another request."""
-    if record.ended is None or record.source != "gateway":
-        return True
-    pairs = ((prompt_of(event), record.used("promptTokens")),
-             (event.data.get("completionTokens"), record.used("completionTokens")))
-    return record.state == "abandoned" or not any(told is not None and used and abs(told - used) > 1
-                                                  for told, used in pairs)
+def has_counts(record):
+    """True for an answer whose usage LM Studio has told."""
+    return record.state == "done" and record.usage is not None and not record.usage.get("estimated")
 
 
-def still_expected(record, clock):
-    """True when a request's chat may still turn up: it runs, or has ended so lately that the log may lag."""
-    return record.ended is None or clock - record.ended < LAG_S
+def median(values):
+    """The value in the middle, of an even number the larger one."""
+    return sorted(values)[len(values) // 2]
 
 
-def fate_fits(record, chat):
-    """False for a request that LM Studio refused and a chat that went on."""
-    said_no = record.ended is not None and record.status is not None and record.status >= 400
-    return not said_no or chat.ended == "error"
+def only(rows):
+    """The one row, None of none or several."""
+    return rows[0] if len(rows) == 1 else None
 
 
-def agrees(record, chat):
-    """True when an answer's id or count of prompt tokens is the chat's, False when one of them or the model
-    surely is another, None when nothing is known.  MLX's log counts one token less than the answer."""
-    if record.ended is None:
-        return None
-    if record.answer_id and chat.answer_id == record.answer_id:
-        return True
-    prompt = record.used("promptTokens")
-    logged, sure = chat.counts.get("promptTokens"), chat.answer_sure
-    if not logged:
-        logged, sure = chat.total, chat.certain
-    if prompt and prompt == logged:
-        return True
-    other_id = chat.answer_sure and record.answer_id and chat.answer_id
-    other_model = record.model and chat.model and record.model != chat.model
-    other_prompt = sure and prompt and logged and abs(prompt - logged) > 1
-    return False if other_id or other_model or other_prompt else None
+LEFT = ("abandoned", "stopped")
+ENDS = {"finished": ("done",), "disconnected": LEFT, "error": ("failed",)}  # of a chat -> states of its request
+LINES_OF_ENTRIES = frozenset(("lmstudio_chat_start", "lmstudio_prompt_progress"))
+LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progress": Requests._line_of_progress,
+         "lmstudio_processing_start": Requests._line_of_progress, "lmstudio_generation_start": Requests._line_of_progress,
+         "lmstudio_chat_end": Requests._line_of_end, "lmstudio_prediction_stats": Requests._line_of_end}
 
 
 # --- 3.9 figures: what is counted --------------------------------------------
@@ -3467,7 +3658,7 @@ class Figures:
             flight[labels] += record.source == "gateway"
             queued[labels] += record.state == "queued"
             if record.state == "prompt" and record.percent is not None:
-                prompts[(*labels, record.chat.slot or "")] = round(record.percent / 100, 4)
+                prompts[(*labels, record.run and record.run.slot or "")] = round(record.percent / 100, 4)
         return {"lmstudio_gateway_requests_in_flight": flight, "lmstudio_gateway_requests_queued": queued,
                 "lmstudio_gateway_errors_total": {(): requests.errors},
                 "lmstudio_gateway_abandoned_total": {(): requests.abandoned},
@@ -3478,25 +3669,15 @@ class Figures:
         """An event of the log."""
         data, lesson = event.data, COUNTED.get(event.name)
         if lesson:
-            lesson(self, data, self.model(data.get("model")), event.chat)
+            lesson(self, data, self.model(data.get("model")))
+        for name, amount in (event.about or {}).items() if lesson else ():
+            if name in CHAT_COUNTS:
+                self.add(CHAT_COUNTS[name], self.model(data.get("model")), amount=amount)
 
-    def _once(self, chat, name, model, amount=1):
-        """Count what a chat's stats and its end can both tell."""
-        if chat is None or name not in chat.counted:
-            self.add(name, model, amount=amount)
-            if chat is not None:
-                chat.counted.add(name)
+    def on_chat_end(self, data, model):
+        """Its request and its prompt are counted by what the event says about itself."""
 
-    def on_chat_end(self, data, model, chat):
-        if data["outcome"] == "finished" and chat is not None:
-            self._once(chat, "lmstudio_requests_total", model)
-            if chat.total:      # of a stream, which MLX writes no stats of
-                self._once(chat, "lmstudio_input_tokens_total", model, chat.total)
-
-    def on_stats(self, data, model, chat):
-        self._once(chat, "lmstudio_requests_total", model)
-        if data.get("promptTokens"):
-            self._once(chat, "lmstudio_input_tokens_total", model, data["promptTokens"])
+    def on_stats(self, data, model):
         for name, field in (("output", "completionTokens"), ("reasoning", "reasoningTokens"),
                             ("accepted_draft", "acceptedDraftTokens")):
             if data.get(field):
@@ -3510,7 +3691,7 @@ class Figures:
         read = data.get("promptMs")
         self.observe("lmstudio_prompt_eval_seconds", read and read / 1000, model)
 
-    def on_cache(self, data, model, chat):
+    def on_cache(self, data, model):
         self.add("lmstudio_cached_input_tokens_total", model, amount=data["reused"])
 
     def exposition(self, gauges):
@@ -3528,6 +3709,7 @@ class Figures:
         return "\n".join(lines) + "\n"
 
 
+CHAT_COUNTS = {"requests": "lmstudio_requests_total", "input": "lmstudio_input_tokens_total"}  # of Event.about
 COUNTED = {"lmstudio_prediction_stats": Figures.on_stats, "lmstudio_cache_stats": Figures.on_cache,
            "lmstudio_chat_end": Figures.on_chat_end}
 
@@ -3821,7 +4003,7 @@ class Hub:
 
     def publish(self, events):
         """Any thread.  Appends the events in order and wakes the listeners.  Never blocks."""
-        encoded = [(event.name, to_json(event.data)) for event in events]
+        encoded = [(event.name, to_json(event.data)) for event in events if event.name]
         with self._lock:
             bells = self._append(encoded)
         wake(bells)
@@ -4673,8 +4855,7 @@ class Monitor:
         while not over:
             began = time.thread_time()
             events, pause = self.step()
-            if events:
-                publish(events)
+            publish(events)  # none, too: the join looks again
             self.follower.pace(time.thread_time() - began)
             over = wait(pause)
         last = [*self.step()[0], *self.parser.end(torn=False)]
@@ -5377,7 +5558,7 @@ def model_of_v0(model):
 def model_row(model, name, state, quantization, loaded):
     """loaded: the context length and the names of the loaded instances."""
     context, *instances = loaded
-    shown = {"id": text_of(name), "state": state, **figures(
+    shown = {"id": text_of(name), "state": state, **without_none(
         type=text_of(model.get("type")), quantization=text_of(quantization),
         contextLength=context if state == "loaded" else None,
         maxContextLength=count(model, "max_context_length"), sizeBytes=count(model, "size_bytes"))}
@@ -6319,7 +6500,8 @@ class Forward:
                       path=request.path, target=self._call.target.partition("?")[0].rstrip("/"),
                       dialect=self._dialect.name, client=request.client, key=request.identity.name,
                       agent=request.header("user-agent")[:200] or None, model_asked=asked.model,
-                      messages=asked.messages, fingerprint=asked.fingerprint, stream=bool(asked.stream))
+                      messages=asked.messages, fingerprint=asked.fingerprint, stream=bool(asked.stream),
+                      size=asked.size, tools=asked.tools)
 
     def _choose_timeout(self, stream):
         self._timeout_option = "PROXY_STREAM_TIMEOUT" if stream else "PROXY_TIMEOUT"
@@ -8274,7 +8456,7 @@ class LogRecords:
     """The records of the requests that a log tells of, without a gateway.  A call takes events in."""
 
     def __init__(self):
-        self._requests = Requests("", keep=0, guess=True)
+        self._requests = Requests("", keep=0)
 
     def __call__(self, events, clock=0.0):
         """The Records that have changed, those that are over included."""
