@@ -1169,9 +1169,8 @@ class Chat:
         apart = (created - self.started.epoch + 450) % 900 - 450 if isinstance(created, int) and self.started else None
         return apart is not None and abs(apart) <= 1
 
-    def may_be_answer_of(self, run):
+    def may_be_answer_of(self, run, slack=1):
         """True if its answer has the counts of a run.  MLX counts one token less, G1 writes one more or less."""
-        slack = run.engine not in ("G2", "G3")
         pairs = ((self.counts.get("promptTokens"), run.total),
                  (self.counts.get("completionTokens"), run.stats.get("completionTokens")))
         return not any(None not in pair and abs(pair[0] - pair[1]) > slack for pair in pairs)
@@ -1347,7 +1346,7 @@ class EngineLines:
             self._engines[chat.model] = self._engine
         self._runs.append(run)
         self._latest[self._engine] = run
-        self._emit.fact("launch", run, engine=run.engine, epoch=run.born)
+        self._emit.fact("launch", run, engine=run.engine, epoch=run.born, api=chat.api)
         return run
 
     def _launch(self, fields):
@@ -1621,6 +1620,7 @@ class ChatTracker(EngineLines):
 
     def app(self, entry):
         """A recognised entry of the app."""
+        self._close_timings()
         if entry.row.fact in ("received", "start"):
             self._release()
         self._facts[entry.row.fact](entry)
@@ -1834,6 +1834,7 @@ class ChatTracker(EngineLines):
         chat.counts, chat.speeds = counts, speeds
         runs = [run for run in self._runs if run.over and "lmstudio_prediction_stats" not in run.said
                 and chat.may_be_answer_of(run)]
+        runs = [run for run in runs if chat.may_be_answer_of(run, slack=0)] or runs
         other = runs[0].chat if runs else chat
         for run in runs[:1]:
             run.claimed = True
@@ -2783,11 +2784,11 @@ LESSONS = {  # what a record learns from the events of its chat
 LAG_S = 0.6  # a line is read at most so long after what it tells of, and an HTTP moment noted
 FLUSH_S = 0.45  # a line is read at most so long after it was due
 AT_ONCE_S = 0.06  # two lines that tell of one moment are read so close to each other
-EXACT_S = 0.08  # how far a time can be off if the engine wrote it, and ...
-SURE_READS = 6  # ... one of so many reads of its lines was not late
+EXACT_S = 0.12  # how far a time can be off if the engine wrote it, and ...
+SURE_READS = 15  # ... one of so many reads of its lines was not late
 ITERATION_S = 0.003  # llama.cpp writes the lines of one batch within this
 DRIFT = 2e-4  # seconds a second between two clocks
-HTTP_S = 0.3  # what happens to an answer is noted here at most so much later
+HTTP_S = 0.5  # what happens to an answer is noted here at most so much later
 CLEAR_S = 0.3  # of two requests sent so far apart the first reaches the engine first ...
 CLEAR_S_PER_CHARACTER = 1e-6  # ... and so much later if it is longer, for its template and its tokens
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its run, for so long
@@ -2876,7 +2877,8 @@ class OpenRun:
         self.record: Any = None
         self.held = []  # [(event, clock)] until it is bound
 
-    is_of_api = property(lambda self: self._model is not None)  # lines of the app are about it
+    # Lines of the app are about it; G1, which has no tasks, works on one chat after the other.
+    is_of_api = property(lambda self: self._model is not None or self.engine == "G1" and not self.in_app)
     base = property(lambda self: self.process.offset if self.process else 0.0)  # its time to ours
     slack = property(lambda self: EXACT_S if self.process and self.process.reads >= SURE_READS else FLUSH_S)
 
@@ -2894,7 +2896,7 @@ class OpenRun:
         """Take in one fact of its engine, of its own time."""
         self.total, self.slot = about.get("total") or self.total, about.get("slot", self.slot)
         if fact == "launch":
-            self.engine, self.epoch, self.launched = about["engine"], about["epoch"], time
+            self.engine, self.epoch, self.launched, self.in_app = about["engine"], about["epoch"], time, not about["api"]
         elif fact == "over":
             self.over, self.written, self.in_app = time, about["written"], not about["api"]
         elif fact == "cancel":
@@ -3065,9 +3067,9 @@ class Requests:
         run.chat = event.chat
         if event.name == "":
             run.learn(event.about["fact"], event.about, self._time_of(run, event.about["clock"], clock))
-            if run.record is None:
+            if run.record is None and event.about["fact"] in SETTLING:
                 self.settle(clock)
-            else:
+            elif run.record:
                 self._enter(run)
             self._end_own(run, clock)
             return
@@ -3075,8 +3077,10 @@ class Requests:
             run.read = run.read or clock - run.base
         elif event.name == "lmstudio_prompt_progress" and event.data["progress"] < 100:
             run.reading = run.active = clock - run.base
-        if "model" in event.data:
-            run.model = event.data["model"]
+        if "model" in event.data and event.name in LINES_OF_ENTRIES:  # else it is the tracker's guess
+            run.model, proven = event.data["model"], run.is_of_api
+            if not proven and run.record is None:
+                self.settle(clock)
         if run.record:
             self._give(run.record, event, clock)
         else:
@@ -3155,7 +3159,7 @@ class Requests:
 
     def _ruled_out(self, run, record, clock):
         """The number of the rule by which a run is not a request's; 0 if it can be."""
-        done, left = record.state == "done", record.state in LEFT
+        done, left = record.state == "done", record.state in LEFT_STATES
         now, slack = clock - run.base, run.slack
         ended = None if record.ended is None else record.ended - run.base
         if record.sent - run.base > run.launched:
@@ -3342,7 +3346,7 @@ class Requests:
         """12."""
         percent = event.data.get("progress", 0 if event.name == "lmstudio_processing_start" else 100)
         own = self._own.get(event.chat)
-        found = [record for record in self._of_model(event) if not (record.silent and record.state in LEFT)
+        found = [record for record in self._of_model(event) if not (record.silent and record.state in LEFT_STATES)
                  and (record.percent is None or record.percent < percent or record.percent == percent < 100
                       or event.name == "lmstudio_generation_start" and record.heard == clock)
                  and (record.ended is None or record.state == "abandoned" or clock - record.ended < LAG_S)
@@ -3396,7 +3400,7 @@ class Requests:
         answer, wanted = "counts" in about, ENDS[data["outcome"]]
         found = [record for record in self._of_model(event) if not record.told_end
                  and (record.state in wanted or record.ended is None)
-                 and (record.ended is None or seen - max(LAG_S, LEFT_LINE_S * (wanted is LEFT)) < record.ended < seen + 0.1)
+                 and (record.ended is None or seen - max(LAG_S, LEFT_LINE_S * (wanted is LEFT_STATES)) < record.ended < seen + 0.1)
                  and (data["outcome"] != "finished" or record.stream != answer)]
         if answer:
             same = [record for record in self._open.values()
@@ -3461,8 +3465,9 @@ def only(rows):
     return rows[0] if len(rows) == 1 else None
 
 
-LEFT = ("abandoned", "stopped")
-ENDS = {"finished": ("done",), "disconnected": LEFT, "error": ("failed",)}  # of a chat -> states of its request
+SETTLING = frozenset(("prompt", "model", "over", "cancel"))  # facts that can make a run's request certain
+LEFT_STATES = ("abandoned", "stopped")
+ENDS = {"finished": ("done",), "disconnected": LEFT_STATES, "error": ("failed",)}  # of a chat -> states of its request
 LINES_OF_ENTRIES = frozenset(("lmstudio_chat_start", "lmstudio_prompt_progress"))
 LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progress": Requests._line_of_progress,
          "lmstudio_processing_start": Requests._line_of_progress, "lmstudio_generation_start": Requests._line_of_progress,
@@ -8115,6 +8120,7 @@ class Printer:
         self._ticked = 0.0
 
     def __call__(self, events):
+        events = [event for event in events if event.name]
         numbers = range(self._seq + 1, self._seq + 1 + len(events))
         self._seq += len(events)
         self.write([(f"{self._epoch}-{number}", event) for number, event in zip(numbers, events)])
