@@ -1021,7 +1021,7 @@ class Parser:
                 continue
             rule, fields = ENGINE_ROWS[group]
             engine = self._engine = engine_of(rule, match, self._engine)
-            if engine:
+            if engine and engine != "App":
                 self.by_engine[engine] += 1
             if rule.shape == "text":
                 entry.shape, self._last_line = "text", None
@@ -1342,6 +1342,8 @@ class EngineLines:
         run = Run(next(self._numbers), self._engine, task, self._now)
         chat = chat or pick(waiting, lambda c: c.percent is None) or pick(left) or self._new_chat(None, None, api=False)
         run.chat, chat.run = chat, run
+        if chat.model == self._early and self._engine != "MLX":
+            self._early = None
         if chat.model and sum(other.api for other in self.running) == 1:
             self._engines[chat.model] = self._engine
         self._runs.append(run)
@@ -1585,11 +1587,14 @@ class EngineLines:
     # --- MLX and Splash
 
     def on_mlx_cache(self, fields, moment):
-        run, reused = self._begin(), int(fields["reused"])
+        begun = [chat for chat in self.running if chat.api and chat.run is None and chat.model == self._early]
+        run, reused = self._begin(chat=pick(begun) if self._early else None), int(fields["reused"])
         run.begun, run.model, self._early = bool(self._early), self._early, None
         run.total = int(fields["total"]) if "total" in fields else reused + int(fields["fresh"])
         self._emit.fact("prompt", run, total=run.total)
-        self._tell_prompt(moment, run, reused)
+        self._emit.cache(moment, run, self._model(run), reused, reused, 0)
+        run.tokens["promptTokensToDecode"] = run.total - reused
+        self._emit.token_info(moment, run, self._model(run))
         self._emit.processing(moment, run.chat, run, self._model(run))
 
     def on_splash(self, fields, moment):
@@ -1598,16 +1603,14 @@ class EngineLines:
         run = self._begin(chat=pick(waiting, lambda c: self._engines.get(c.model, "Splash") == "Splash",
                                     lambda c: c.has_said("lmstudio_generation_start"), lambda c: c.percent is not None))
         run.total = number(fields["total"])
-        self._tell_prompt(moment, run, number(fields["reused"]))
+        run.tokens["promptTokensToDecode"] = run.total - number(fields["reused"])
+        self._emit.token_info(moment, run, self._model(run))
+        self._emit.cache(moment, run, self._model(run), number(fields["reused"]), number(fields["reused"]), 0)
         first = number(fields["ttft"])
         run.stats.update(completionTokens=number(fields["output"]), tokensPerSecond=number(fields["rate"]),
                          timeToFirstTokenMs=first and round(first * (1 if fields["milli"] else 1000), 3))
         self._end_run(run, moment)
 
-    def _tell_prompt(self, moment, run, reused):
-        self._emit.cache(moment, run, self._model(run), reused, reused, 0)
-        run.tokens["promptTokensToDecode"] = run.total - reused
-        self._emit.token_info(moment, run, self._model(run))
 
 
 class ChatTracker(EngineLines):
@@ -2693,7 +2696,10 @@ class Record:
 
     def phases(self, clock):
         """[{name, ms, slow}] in the order in which they were entered.  What nobody saw the parts of is answering."""
-        starts = sorted(self.entered.items(), key=lambda item: (item[1], STATES.index(item[0])))
+        starts, latest = [], math.inf
+        for name in reversed([name for name in STATES if name in self.entered]):
+            latest = min(latest, self.entered[name])    # a line of an earlier one can be read later
+            starts.insert(0, (name, latest))
         ends = [start for _, start in starts[1:]] + [clock if self.ended is None else self.ended]
         spans = [(name, round(1000 * max(0.0, end - start), 1)) for (name, start), end in zip(starts, ends)]
         if self.ended is not None and "generating" not in self.entered and self.state == "done":
@@ -3012,7 +3018,7 @@ class Requests:
     def _learn_size(self, record, total):
         if total and record.size and len(self._sizes) < NAMES_KEPT:
             for model in (record.model_asked, None):  # None: of all models
-                self._sizes.setdefault(model, deque(maxlen=SIZES_KEPT)).append(total / record.size)
+                self._sizes.setdefault(model, deque(maxlen=SIZES_KEPT)).append((record.size, total))
 
     def bound(self):
         """How the requests that are over were bound, as far as is known by now."""
@@ -3111,6 +3117,7 @@ class Requests:
             return
         if record.source == "gateway":
             event.data["requestId"] = record.id
+        record.model = record.model or event.data.get("model")
         self._show(record, record.take(event, clock))
         if record.ended is not None:
             self.changed.append(record)
@@ -3142,20 +3149,26 @@ class Requests:
                     self._bind(run, record, free, clock)
                     again = True
                     break
-                if not fits[run]:
+                if not fits[run] and all(self._ruled_out(run, other, clock) not in (4, 5) for other in free):
                     self._take_as_own(run, clock)
         self._match_lines(clock)
         if clock - self._swept > 1.0 or len(self._open) > 2 * OPEN_LIMIT:  # also when no log is followed
             self._expire(clock)
 
-    @staticmethod
-    def _is_certain(run, record, records, runs):
+    def _is_certain(self, run, record, records, runs):
         """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
-        known a line of the app has to be about the run, which it can't be for a chat inside the app."""
+        known a line of the app has to be about the run, which it can't be for a chat inside the app, or nothing
+        else may be at work."""
         if runs == 1 and has_counts(record):
             return True
         near = run.cancelled is not None and abs(run.cancelled + run.base - (record.ended or 0)) < FLUSH_S
-        return records == 1 and (near or runs == 1 and run.is_of_api)
+        return records == 1 and (near or runs == 1 and (run.is_of_api or self._is_alone(run, record)))
+
+    def _is_alone(self, run, record):
+        return record.state != "loading" and not any(
+            other is not record and other.run is None and other.ended is None for other in self._open.values()) and not any(
+            other is not run and other.over is None and other.cancelled is None
+            and not (other.record and other.record.ended is not None) for other in self._runs.values())
 
     def _ruled_out(self, run, record, clock):
         """The number of the rule by which a run is not a request's; 0 if it can be."""
@@ -3191,6 +3204,9 @@ class Requests:
         if not known:  # by those of other models, whose tokens can be longer or shorter
             known, slack = self._sizes.get(None), 1.3
         if not known or not run.total or not record.size:
+            return False
+        known = [total / size for size, total in known if 1 / 3 < record.size / size < 3]  # of another length the
+        if not known:  # template weighs more or less
             return False
         usual = median(known)
         slack *= max(1.07, max(known) / usual, usual / min(known)) * (1 + 0.1 / len(known))
@@ -3436,6 +3452,8 @@ class Requests:
         for number, run in list(self._runs.items()):
             if (run.over or run.cancelled) and clock - run.base - max(run.over or 0, run.cancelled or 0) > LATE_S or (
                     len(self._runs) > RUNS_OPEN):
+                if run.record is None:
+                    self._take_as_own(run, clock)
                 del self._runs[number]
         for chat, record in list(self._own.items()):
             if record.ended is None and clock - record.heard > FORGOTTEN_S:
