@@ -3930,6 +3930,207 @@ def json_line(event_id, event):
     return f'{{"id": "{event_id}", "event": "{event.name}", "data": {to_json(event.data)}}}\n'
 
 
+# --- 3.11 WebSocket: what LM Studio's own SDKs speak --------------------------
+
+NAMESPACES = ("llm", "embedding", "system", "files", "diagnostics", "repository", "plugins", "runtime")
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes (RFC 6455, 5.2)
+LONGEST_CONTROL = 125  # bytes of a control frame's payload (RFC 6455, 5.5)
+CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))  # RFC 6455, 7.4; IANA
+
+
+class FrameError(GatewayError):
+    """Bytes that are no WebSocket frames.  code: of the close frame that ends the connection."""
+
+    def __init__(self, code, message):
+        super().__init__(message)
+        self.code = code
+
+
+class Message(NamedTuple):
+    """A message, or a control frame: its payload without mask, and its frames as they came."""
+
+    opcode: int
+    payload: bytes
+    raw: bytes
+
+
+class Frames:
+    """Cuts the bytes of one direction into messages (RFC 6455, section 5), strictly.
+
+    masked: as a client's frames are.  limit: bytes of a message; beyond them it is an error of a client, and
+    what LM Studio sends is given without its payload."""
+
+    def __init__(self, masked, limit):
+        self._masked, self.limit = masked, limit
+        self._rest = bytearray()  # of a frame that has not ended
+        self._need = 2  # bytes that rest must have before another look is worth it
+        self._skip = 0  # bytes of a frame too long to be kept that are still to come
+        self._opcode, self._parts, self._size = 0, [], 0  # of the message whose pieces are coming
+        self._raw = []
+
+    @property
+    def between(self):
+        """True where neither a frame nor a message is under way."""
+        return not (self._rest or self._skip or self._opcode)
+
+    @property
+    def in_frame(self):
+        return bool(self._rest or self._skip)
+
+    @property
+    def held(self):
+        """Bytes of a message that is not whole."""
+        return len(self._rest) + self._size
+
+    def feed(self, data):
+        """The Messages that data completes.  Raises FrameError, at the first fault."""
+        size = len(data)
+        if (not self._masked and self.between and size > 4 and data[0] == 0x81  # one whole small text, as
+                and (size == data[1] + 2 < 128                                  # most of an answer's are
+                     or data[1] == 126 and size == (data[2] << 8 | data[3]) + 4 >= 130)):
+            return [Message(TEXT, data[2 if size < 128 else 4:], data)]
+        if self._skip:
+            passed = min(self._skip, size)
+            self._skip -= passed
+            data = data[passed:]
+        self._rest += data
+        found: list[Message] = []
+        while len(self._rest) >= self._need and self._frame(found):
+            pass
+        return found
+
+    def _frame(self, found):
+        """Take one frame off rest.  False when that has no whole one."""
+        rest = self._rest
+        final, opcode, start, size = self._head()
+        if size is None:
+            return False
+        whole = start + size
+        if not self._masked and self._size + size > self.limit:
+            self._skip, taken = max(0, whole - len(rest)), min(whole, len(rest))
+            frame, payload, self._size = b"", b"", self.limit
+        elif len(rest) < whole:
+            self._need = whole
+            return False
+        else:
+            frame, taken = bytes(rest[:whole]), whole
+            payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
+        del rest[:taken]
+        self._need = 2
+        if opcode >= CLOSE:
+            check_close(opcode, payload)
+            found.append(Message(opcode, payload, frame))
+            return True
+        self._opcode = opcode or self._opcode
+        self._parts.append(payload)
+        self._raw.append(frame)
+        self._size += size
+        if final:
+            found.append(self._message())
+        return True
+
+    def _head(self):
+        """(final, opcode, where the payload starts, its size) of the frame that rest begins with; the size is
+        None where the head is not whole.  Raises FrameError."""
+        rest = self._rest
+        final, opcode, size = rest[0] >> 7, rest[0] & 15, rest[1] & 127
+        if rest[0] & 0x70 or CONTINUATION < opcode > BINARY and opcode not in (CLOSE, PING, PONG):
+            raise FrameError(1002, "reserved bits or a reserved opcode")
+        if rest[1] >> 7 != self._masked:
+            raise FrameError(1002, "a frame without a mask" if self._masked else "a frame with a mask")
+        if opcode >= CLOSE and (not final or size > LONGEST_CONTROL):
+            raise FrameError(1002, "a control frame in pieces, or too long")
+        if opcode < CLOSE and bool(opcode) == bool(self._opcode):
+            raise FrameError(1002, "a message that begins inside another, or a piece of none")
+        extra = {126: 2, 127: 8}.get(size, 0)
+        start = 2 + extra + 4 * self._masked
+        if len(rest) < start:
+            self._need = start
+            return final, opcode, start, None
+        if extra:
+            size = int.from_bytes(rest[2:2 + extra], "big")
+            if size < (126 if extra == 2 else 1 << 16) or size >> 63:
+                raise FrameError(1002, "a length that is not written in its shortest form")
+        if self._masked and self._size + size > self.limit:
+            raise FrameError(1009, f"a message of more than {self.limit} bytes")
+        return final, opcode, start, size
+
+    def _message(self):
+        message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
+        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
+        if self._masked and message.opcode == TEXT:
+            check_text_frame(message.payload)
+        return message
+
+
+def unmasked(data, mask):
+    """Bytes masked or unmasked (RFC 6455, 5.3)."""
+    size = len(data)
+    key = int.from_bytes((mask * (size // 4 + 1))[:size], "little")
+    return (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
+
+
+def check_text_frame(data):
+    """Raises FrameError for bytes that are not UTF-8."""
+    try:
+        str(data, "utf-8")
+    except UnicodeDecodeError:
+        raise FrameError(1007, "a text that is not UTF-8") from None
+
+
+def check_close(opcode, payload):
+    """Raises FrameError for a close frame that may not be sent (RFC 6455, 5.5.1 and 7.4)."""
+    if opcode == CLOSE and payload:
+        if len(payload) == 1 or int.from_bytes(payload[:2], "big") not in CLOSE_CODES:
+            raise FrameError(1002, "a close code that nobody may send")
+        check_text_frame(payload[2:])
+
+
+def frame(opcode, payload, mask=b""):
+    """One whole frame; with a mask of 4 bytes it is a client's."""
+    size, masked = len(payload), 0x80 if mask else 0
+    mark, width = (size, 0) if size < 126 else (126, 2) if size < 1 << 16 else (127, 8)
+    head = bytes((0x80 | opcode, masked | mark)) + (size.to_bytes(width, "big") if width else b"")
+    return head + mask + (unmasked(payload, mask) if mask else payload)
+
+
+def packet(mask=b"", **members):
+    """A text frame of the gateway's own: for a client, with a mask for LM Studio."""
+    return frame(TEXT, json.dumps(members, separators=(",", ":")).encode(), mask)
+
+
+# What each endpoint needs; one that stands in no row, or in another namespace than here, is admin.
+ANY_MODEL = ("listLoaded getModelInfo getLoadConfig getBasePredictionConfig getInstanceProcessingState "
+             "estimateModelUsage tokenize countTokens getOrLoad ")
+ENDPOINTS = (
+    ("llm", "infer", ANY_MODEL + "predict completeRawText applyPromptTemplate preloadDraftModel"),
+    ("embedding", "infer", ANY_MODEL + "embedString"),
+    ("system", "infer", "listDownloadedModels listDownloadedModelVariants version alive"),
+    ("files", "infer", "uploadFileBase64 getDocumentParsingLibrary retrieve parseDocument"),
+    ("diagnostics", "view", "streamLogs"),  # everybody's prompts and answers
+)
+RIGHT_OF = {(space, endpoint): right for space, right, names in ENDPOINTS for endpoint in names.split()}
+OPENERS = {  # a client's message that begins something -> its id, the message that refuses it
+    "rpcCall": ("callId", "rpcError"), "channelCreate": ("channelId", "channelError"),
+    "signalSubscribe": ("subscribeId", "signalError"),
+    "writableSignalSubscribe": ("subscribeId", "writableSignalError")}
+FOLLOWERS = {  # what only makes sense after one of these -> its id
+    "channelSend": "channelId", "channelAck": "channelId", "signalUnsubscribe": "subscribeId",
+    "writableSignalUpdate": "subscribeId", "writableSignalUnsubscribe": "subscribeId"}
+METERED = {("llm", "channelCreate", "predict"), ("llm", "channelCreate", "completeRawText"),
+              ("embedding", "rpcCall", "embedString")}
+FRAGMENT = re.compile(rb'\{"type":"channelSend",.*"message":\{"type":"fragment"')  # as Node writes it
+
+
+def id_of(message, name):
+    """A message's id under that name; None for what is no whole number that Node keeps exact.  LM Studio
+    takes 5.0 for 5."""
+    value = message.get(name)
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and abs(value) < UNSAFE else None
+
+
 # === 4. HUB: the shared state ================================================
 
 # How the log begins to tell of a model that is loaded or unloaded (10-2025 to 09-2026).

@@ -1245,6 +1245,76 @@ def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_rea
     assert len(fox) < 4100      # not 12 bytes a character
 
 
+# --- 3.11 WebSocket
+
+MASK = b"\x01\x7f\x80\xfe"
+
+
+def fed(frames, data, size):
+    """What Frames gives for the bytes in pieces of that size."""
+    return [message for at in range(0, len(data), size) for message in frames.feed(data[at:at + size])]
+
+
+@pytest.mark.parametrize("mask", [b"", MASK])
+@pytest.mark.parametrize("length", [0, 1, 125, 126, 300, 65535, 65536])
+def test_a_frame_is_read_as_it_was_written(mask, length):
+    payload = (b"\xc3\xa9x" * length)[:length // 3 * 3] + b"a" * (length % 3)
+    data = lmgateway.frame(lmgateway.TEXT, payload, mask)
+    whole = lmgateway.Message(lmgateway.TEXT, payload, data)
+    for size in (1, 2, 7, 1000) if length < 1000 else (7777, 200_000):
+        frames = lmgateway.Frames(bool(mask), 100_000)
+        assert fed(frames, data + data[:1], size) == [whole] and not frames.between
+
+
+def test_rfc_6455s_own_examples():
+    hello, ping = bytes.fromhex("818537fa213d7f9f4d5158"), bytes.fromhex("898537fa213d7f9f4d5158")
+    assert [message[:2] for message in lmgateway.Frames(True, 99).feed(hello + ping)] == [(1, b"Hello"), (9, b"Hello")]
+    pieces = bytes.fromhex("010348656c") + bytes.fromhex("80026c6f")
+    assert lmgateway.Frames(False, 99).feed(pieces) == [(1, b"Hello", pieces)]
+
+
+def test_a_control_frame_may_stand_between_the_pieces_of_a_message():
+    first, ping, last = (lmgateway.frame(op, text, MASK) for op, text in ((1, b"a"), (9, b"p"), (0, b"b")))
+    first = bytes([first[0] & 0x7F]) + first[1:]
+    for size in (1, 3, 100):
+        frames = lmgateway.Frames(True, 99)
+        assert fed(frames, first + ping + last, size) == [(9, b"p", ping), (1, b"ab", first + last)]
+
+
+@pytest.mark.parametrize(("code", "faulty"), [
+    (1002, "8100"), (1002, "c180 00000000"), (1002, "9180 00000000"), (1002, "8380 00000000"), (1002, "8b80 00000000"),
+    (1002, "0980 00000000"), (1002, "89fe 0080 00000000"), (1002, "8080 00000000"),
+    (1002, "0180 00000000 8180 00000000"), (1002, "81fe 007d 00000000"), (1002, "81ff 000000000000ffff 00000000"),
+    (1002, "81ff 8000000000000000 00000000"), (1002, "8881 00000000 03"), (1002, "8882 00000000 03ee"),
+    (1002, "8882 00000000 0000"), (1002, "8882 00000000 0bb7"), (1002, "8882 00000000 1388"),
+    (1007, "8181 00000000 ff"), (1007, "8883 00000000 03e8 ff"), (1007, "0181 00000000 c3 8081 00000000 41"),
+    (1009, "82fe 0400 00000000"), (1009, "0281 00000000 41 80fe 03e8 00000000"),
+    (1009, "82ff 7fffffffffffffff 00000000")])
+def test_faulty_frames_have_their_close_code(code, faulty):
+    data = bytes.fromhex(faulty)
+    for size in (1, 2, 100):
+        with pytest.raises(lmgateway.FrameError) as fault:
+            fed(lmgateway.Frames(True, 1000), data, size)
+        assert fault.value.code == code
+
+
+def test_a_servers_frame_has_no_mask_and_one_too_long_to_keep_is_passed_over():
+    with pytest.raises(lmgateway.FrameError):
+        lmgateway.Frames(False, 99).feed(lmgateway.frame(1, b"x", MASK))
+    long, small = lmgateway.frame(1, b"x" * 70_000), lmgateway.frame(1, b"{}")
+    for size in (1, 1000, 100_000):
+        frames = lmgateway.Frames(False, 99)
+        assert [message.payload for message in fed(frames, long + small, size)] == [b"", b"{}"]
+        assert frames.between
+
+
+@pytest.mark.parametrize(("value", "found"), [
+    (1, 1), (5.0, 5), (0, 0), (-3, -3), (2**53 - 1, 2**53 - 1), (2**53, None), (True, None), (1.5, None),
+    ("1", None), (None, None), ([], None), ({}, None), (float("inf"), None)])
+def test_ids_are_whole_numbers(value, found):
+    assert lmgateway.id_of({"callId": value}, "callId") == found
+
+
 # --- 3.4 to 3.6: dialects, meter, request bodies
 
 def event(data, name=None):
