@@ -211,6 +211,12 @@ def level(value):
     return value.strip().lower()
 
 
+def log_source(value):
+    if value.strip().lower() not in ("files", "stream", "auto"):
+        raise ValueError("use files, stream or auto")
+    return value.strip().lower()
+
+
 def networks(value):
     """A tuple of networks from addresses and CIDR ranges; None for `*`, which is every address."""
     parts = [part.strip() for part in value.split(",") if part.strip()]
@@ -323,6 +329,8 @@ OPTIONS = (
            "DIR"),
     Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", None, True, boolean, "follow LM Studio's logs",
            "Logs"),
+    Option("log_source", "LOG_SOURCE", None, "files", log_source,
+           "where the log comes from: files, stream (from LM Studio itself; experimental) or auto", "Logs"),
     Option("log_dir_warn", "LOG_DIR_WARN_BYTES", None, 5_000_000_000,
            whole(0, 10**15, "use a number of bytes"),
            "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
@@ -5794,6 +5802,100 @@ def first_message(sock, frames, data=b""):
             raise ClientLeft
 
 
+class LogStream:
+    """A Follower whose log comes from LM Studio itself: diagnostics.streamLogs, which `lms log stream` reads
+    (lmstudio-js, diagnosticsBackendInterface.ts), in the bytes of a log file.
+
+    files: the Follower of this machine's log.  With both, files go first: as soon as they grow they are the
+    log for good; what comes by the stream alone for DOUBT_S makes it that."""
+
+    RETRY_S, DOUBT_S = 5.0, 2.0
+    LINES = {"server.log": "content", "runtime.log": "message"}  # data.type -> where its text stands
+    LEVELS = ("DEBUG", "INFO", "WARN", "ERROR")
+
+    def __init__(self, upstream, files, both):
+        self._upstream, self._files = upstream, files
+        self._by = "" if both else "stream"     # or "files", once that is known
+        self._sock, self._retry_at = None, -math.inf
+        self._frames: Any = None
+        self._held, self._since = b"", math.inf     # what came while _by is open, and its clock
+        self._trouble = ""
+
+    def __getattr__(self, name):
+        """Which file is read, and where, is the Follower's to say."""
+        return getattr(self._files, name)
+
+    @property
+    def problem(self):
+        return self._trouble if self._by == "stream" else self._files.problem
+
+    def next_news(self, now):
+        """As Follower.next_news()."""
+        news = self._files.next_news(now) if self._by != "stream" else b""
+        if self._by == "files" or news:
+            if isinstance(news, bytes):
+                self._by = "files"
+                self._leave()
+            return news
+        data = self._receive(now)
+        if self._by == "stream":
+            return data
+        self._held += data
+        self._since = now if self._held and self._since == math.inf else self._since
+        if now - self._since > self.DOUBT_S:
+            self._by = "stream"
+            return self._held
+        return news
+
+    def _receive(self, now):
+        """The lines that have come; b"" for none."""
+        try:
+            if self._sock is None and now >= self._retry_at:
+                self._retry_at = now + self.RETRY_S
+                self._connect()
+            data = self._sock.recv(PIECE) if self._sock else b""
+            if self._sock and not data:
+                raise ConnectionError("LM Studio closed the stream")
+            return b"".join(map(self._line, self._frames.feed(data))) if data else b""
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return b""
+        except (GatewayError, OSError) as error:
+            self._trouble = f"LM Studio's log stream: {error_text(error)}"
+            self._leave()
+            return b""
+
+    def _leave(self):
+        close_quietly(self._sock)
+        self._sock = None
+
+    def _connect(self):
+        """Raises OSError, GatewayError."""
+        self._sock, early = self._upstream.upgrade("/diagnostics")
+        self._frames = Frames(False, WHOLE_LIMIT)
+        self._sock.sendall(self._upstream.introduction("lmgateway"))
+        said = json_object(first_message(self._sock, self._frames, early)[0].payload) or {}
+        if said.get("success") is not True:
+            raise ConnectionError(f"LM Studio lets no guest read it ({error_message(said.get('error'))})")
+        self._sock.sendall(packet(secrets.token_bytes(4), type="channelCreate", endpoint="streamLogs",
+                                  channelId=0))
+        self._sock.setblocking(False)
+        self._trouble = ""
+
+    @classmethod
+    def _line(cls, message):
+        """What a packet of the stream would be in a log file."""
+        entry = member(member(json_object(message.payload) or {}, "message"), "log")
+        data = member(entry, "data")
+        text, level = data.get(cls.LINES.get(str(data.get("type")))), str(data.get("level")).upper()
+        if not isinstance(text, str):
+            return b""
+        if not re.match(r"\[\d{4}-\d\d-\d\d ", text):
+            stamp = time.localtime(min(usable(entry.get("timestamp")) or 0, 4e12) / 1000)
+            level = level if level in cls.LEVELS else "INFO"
+            text = f"[{time.strftime('%Y-%m-%d %H:%M:%S', stamp)}][{level}] {text}"
+        return text.rstrip("\n").encode("utf-8", "replace") + b"\n"
+
+
 def leads_to(base, host, port):
     """True when the address base is that of a server of this machine that listens on host and port."""
     parts = urllib.parse.urlsplit(base)
@@ -9818,7 +9920,7 @@ def serve(args, config):
         history = open_history_file(config, cleanup)
         hub = Hub(config.requests_kept, history and history.keep)
         upstream = Upstream(config.upstream, config.upstream_token)
-        monitor = open_monitor(config)
+        monitor = open_monitor(config, upstream)
         gateway = Gateway(config, hub, upstream, monitor, history)
         gateway.demo = bool(args.demo)
         server = gateway.server = open_server(gateway, context)
@@ -9905,11 +10007,13 @@ def check_upstream(config):
                           "as http://127.0.0.1:1234")
 
 
-def open_monitor(config):
-    """The Monitor of LM Studio's log directory; None when it is switched off."""
+def open_monitor(config, upstream=None):
+    """The Monitor of LM Studio's log; None when it is switched off."""
     if not config.enable_log_monitoring:
         return None
-    return Monitor(Follower(log_dir_of(config), started=time.time()))
+    files = Follower(log_dir_of(config), started=time.time())
+    return Monitor(files if config.log_source == "files" else
+                   LogStream(upstream, files, config.log_source == "auto"))
 
 
 def run_monitor(monitor, hub, stop):
@@ -10290,6 +10394,12 @@ def check_logs(found):
                     "let this user read it, or run as the user who runs LM Studio")
     else:
         yield from check_newest_log(newest.path, found.parser)
+    if found.config.log_source != "files":
+        upstream = Upstream(find_upstream(found.config).upstream, found.config.upstream_token)
+        stream = LogStream(upstream, None, False)
+        stream.next_news(time.monotonic())
+        yield concern(stream.problem, "LOG_SOURCE=files, or look at LM Studio") if stream.problem else fine(
+            "LM Studio gives its log as a stream, too")
     for other in other_log_dirs(found.home, directory):
         yield concern(f"{other} holds a newer log than {directory}", f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
 

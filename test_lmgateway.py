@@ -7483,6 +7483,71 @@ def test_many_sockets_at_once_each_have_their_own(front, joined):
     assert [studio.hear()["x"] for _, studio in pairs] == list(range(30))
 
 
+# --- LOG_SOURCE
+
+def logged_line(kind, stamp=1_700_000_000_000, **data):
+    return {"type": "channelSend", "channelId": 0, "message": {"type": "log", "log": {
+        "timestamp": stamp, "data": {"type": kind, **data}}}}
+
+
+def until_news(stream):
+    """The next bytes that the stream brings."""
+    news = []
+    until(lambda: news.append(stream.next_news(time.monotonic())) or news[-1])
+    return news[-1]
+
+
+@pytest.fixture
+def diagnostics(studio, scripted, tmp_path):
+    """(LogStream, LM Studio's side) without files here."""
+    made = lmgateway.LogStream(lmgateway.Upstream(studio.url), lmgateway.Follower(str(tmp_path / "logs")), False)
+    assert made.next_news(time.monotonic()) == b""
+    side = scripted.met.get(timeout=PATIENCE_S)
+    assert side.hear() == {"type": "channelCreate", "endpoint": "streamLogs", "channelId": 0}
+    yield made, side
+    made._leave()
+    side.over.set()
+
+
+@pytest.mark.parametrize(("line", "text"), [
+    (logged_line("server.log", level="info", content="[2026-05-01 10:00:00][INFO] x\n"), b"[2026-05-01 10:00:00][INFO] x\n"),
+    (logged_line("server.log", level="warn", content="plain"), b"[2023-11-14 22:13:20][WARN] plain\n"),
+    (logged_line("runtime.log", level="debug", message="slot x\nsrv y"), b"[2023-11-14 22:13:20][DEBUG] slot x\nsrv y\n"),
+    (logged_line("runtime.log", level=7, message="odd"), b"[2023-11-14 22:13:20][INFO] odd\n")])
+def test_the_stream_gives_the_lines_of_a_log_file(diagnostics, utc, line, text):
+    stream, side = diagnostics
+    for other in ({"success": True}, logged_line("llm.prediction.input", input="secret"), logged_line("server.log"), []):
+        side.say(other)
+    side.say(line)
+    assert until_news(stream) == text and stream.problem == ""
+
+
+def test_a_stream_that_breaks_is_said_and_comes_back(diagnostics, scripted):
+    stream, side = diagnostics
+    side.sock.shutdown(socket.SHUT_RDWR)
+    until(lambda: stream.next_news(time.monotonic()) or stream.problem)
+    assert "closed the stream" in stream.problem
+    assert stream.next_news(time.monotonic() + 6) == b"" and stream.problem == ""
+    scripted.met.get(timeout=PATIENCE_S).over.set()
+
+
+def test_files_that_grow_go_before_the_stream(studio, scripted, tmp_path):
+    files = types.SimpleNamespace(next_news=lambda now: next(news), problem=None)
+    for brought, by in (([b"", b"", b"line\n", b"more\n"], b"line\nmore\n"), ([b""] * 4, b"[2026-05-01 10:00:00][INFO] s\n")):
+        news = iter(brought)
+        stream = lmgateway.LogStream(lmgateway.Upstream(studio.url), files, True)
+        assert stream.next_news(0.0) == b""
+        side = scripted.met.get(timeout=PATIENCE_S)
+        side.hear()
+        side.say(logged_line("server.log", level="info", content="[2026-05-01 10:00:00][INFO] s"))
+        assert lmgateway.readable(stream._sock, PATIENCE_S)
+        found = stream.next_news(0.1)
+        assert found == b""
+        assert stream.next_news(1.0) + stream.next_news(3.0) == by
+        stream._leave()
+        side.over.set()
+
+
 # --- TLS
 
 @pytest.fixture(scope="module")
