@@ -211,6 +211,12 @@ def level(value):
     return value.strip().lower()
 
 
+def log_source(value):
+    if value.strip().lower() not in ("files", "stream", "auto"):
+        raise ValueError("use files, stream or auto")
+    return value.strip().lower()
+
+
 def networks(value):
     """A tuple of networks from addresses and CIDR ranges; None for `*`, which is every address."""
     parts = [part.strip() for part in value.split(",") if part.strip()]
@@ -323,6 +329,8 @@ OPTIONS = (
            "DIR"),
     Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", None, True, boolean, "follow LM Studio's logs",
            "Logs"),
+    Option("log_source", "LOG_SOURCE", None, "files", log_source,
+           "where the log comes from: files, stream (from LM Studio itself; experimental) or auto", "Logs"),
     Option("log_dir_warn", "LOG_DIR_WARN_BYTES", None, 5_000_000_000,
            whole(0, 10**15, "use a number of bytes"),
            "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
@@ -1971,6 +1979,7 @@ RESPONSES = Dialect("responses", False, RESPONSES_TOKEN, joined=True)
 MESSAGES = Dialect("messages", False, MESSAGES_TOKEN, joined=True)
 NATIVE = Dialect("native", False, NATIVE_TOKEN, joined=True)
 OTHER = Dialect("other", False, OPENAI_TOKEN)
+SOCKET = Dialect("socket", False, OPENAI_TOKEN)  # of LM Studio's own SDKs: 3.11
 
 DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.1)
     "/v1/chat/completions": CHAT,
@@ -2462,7 +2471,7 @@ class Outcome(NamedTuple):
     status: int | None = None
     error: str | None = None
     operation: str | None = None
-    meter: Meter | None = None
+    meter: Any = None
 
 
 class Record:
@@ -3953,6 +3962,208 @@ def json_line(event_id, event):
     return f'{{"id": "{event_id}", "event": "{event.name}", "data": {to_json(event.data)}}}\n'
 
 
+
+# --- 3.11 WebSocket: what LM Studio's own SDKs speak --------------------------
+
+NAMESPACES = ("llm", "embedding", "system", "files", "diagnostics", "repository", "plugins", "runtime")
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes (RFC 6455, 5.2)
+LONGEST_CONTROL = 125  # bytes of a control frame's payload (RFC 6455, 5.5)
+CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))  # RFC 6455, 7.4; IANA
+
+
+class FrameError(GatewayError):
+    """Bytes that are no WebSocket frames.  code: of the close frame that ends the connection."""
+
+    def __init__(self, code, message):
+        super().__init__(message)
+        self.code = code
+
+
+class Message(NamedTuple):
+    """A message, or a control frame: its payload without mask, and its frames as they came."""
+
+    opcode: int
+    payload: bytes
+    raw: bytes
+
+
+class Frames:
+    """Cuts the bytes of one direction into messages (RFC 6455, section 5), strictly.
+
+    masked: as a client's frames are.  limit: bytes of a message; beyond them it is an error of a client, and
+    what LM Studio sends is given without its payload."""
+
+    def __init__(self, masked, limit):
+        self._masked, self.limit = masked, limit
+        self._rest = bytearray()  # of a frame that has not ended
+        self._need = 2  # bytes that rest must have before another look is worth it
+        self._skip = 0  # bytes of a frame too long to be kept that are still to come
+        self._opcode, self._parts, self._size = 0, [], 0  # of the message whose pieces are coming
+        self._raw = []
+
+    @property
+    def between(self):
+        """True where neither a frame nor a message is under way."""
+        return not (self._rest or self._skip or self._opcode)
+
+    @property
+    def in_frame(self):
+        return bool(self._rest or self._skip)
+
+    @property
+    def held(self):
+        """Bytes of a message that is not whole."""
+        return len(self._rest) + self._size
+
+    def feed(self, data):
+        """The Messages that data completes.  Raises FrameError, at the first fault."""
+        size = len(data)
+        if (not self._masked and self.between and size > 4 and data[0] == 0x81  # one whole small text, as
+                and (size == data[1] + 2 < 128                                  # most of an answer's are
+                     or data[1] == 126 and size == (data[2] << 8 | data[3]) + 4 >= 130)):
+            return [Message(TEXT, data[2 if size < 128 else 4:], data)]
+        if self._skip:
+            passed = min(self._skip, size)
+            self._skip -= passed
+            data = data[passed:]
+        self._rest += data
+        found: list[Message] = []
+        while len(self._rest) >= self._need and self._frame(found):
+            pass
+        return found
+
+    def _frame(self, found):
+        """Take one frame off rest.  False when that has no whole one."""
+        rest = self._rest
+        final, opcode, start, size = self._head()
+        if size is None:
+            return False
+        whole = start + size
+        if not self._masked and self._size + size > self.limit:
+            self._skip, taken = max(0, whole - len(rest)), min(whole, len(rest))
+            frame, payload, self._size = b"", b"", self.limit
+        elif len(rest) < whole:
+            self._need = whole
+            return False
+        else:
+            frame, taken = bytes(rest[:whole]), whole
+            payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
+        del rest[:taken]
+        self._need = 2
+        if opcode >= CLOSE:
+            check_close(opcode, payload)
+            found.append(Message(opcode, payload, frame))
+            return True
+        self._opcode = opcode or self._opcode
+        self._parts.append(payload)
+        self._raw.append(frame)
+        self._size += size
+        if final:
+            found.append(self._message())
+        return True
+
+    def _head(self):
+        """(final, opcode, where the payload starts, its size) of the frame that rest begins with; the size is
+        None where the head is not whole.  Raises FrameError."""
+        rest = self._rest
+        final, opcode, size = rest[0] >> 7, rest[0] & 15, rest[1] & 127
+        if rest[0] & 0x70 or CONTINUATION < opcode > BINARY and opcode not in (CLOSE, PING, PONG):
+            raise FrameError(1002, "reserved bits or a reserved opcode")
+        if rest[1] >> 7 != self._masked:
+            raise FrameError(1002, "a frame without a mask" if self._masked else "a frame with a mask")
+        if opcode >= CLOSE and (not final or size > LONGEST_CONTROL):
+            raise FrameError(1002, "a control frame in pieces, or too long")
+        if opcode < CLOSE and bool(opcode) == bool(self._opcode):
+            raise FrameError(1002, "a message that begins inside another, or a piece of none")
+        extra = {126: 2, 127: 8}.get(size, 0)
+        start = 2 + extra + 4 * self._masked
+        if len(rest) < start:
+            self._need = start
+            return final, opcode, start, None
+        if extra:
+            size = int.from_bytes(rest[2:2 + extra], "big")
+            if size < (126 if extra == 2 else 1 << 16) or size >> 63:
+                raise FrameError(1002, "a length that is not written in its shortest form")
+        if self._masked and self._size + size > self.limit:
+            raise FrameError(1009, f"a message of more than {self.limit} bytes")
+        return final, opcode, start, size
+
+    def _message(self):
+        message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
+        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
+        if self._masked and message.opcode == TEXT:
+            check_text_frame(message.payload)
+        return message
+
+
+def unmasked(data, mask):
+    """Bytes masked or unmasked (RFC 6455, 5.3)."""
+    size = len(data)
+    key = int.from_bytes((mask * (size // 4 + 1))[:size], "little")
+    return (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
+
+
+def check_text_frame(data):
+    """Raises FrameError for bytes that are not UTF-8."""
+    try:
+        str(data, "utf-8")
+    except UnicodeDecodeError:
+        raise FrameError(1007, "a text that is not UTF-8") from None
+
+
+def check_close(opcode, payload):
+    """Raises FrameError for a close frame that may not be sent (RFC 6455, 5.5.1 and 7.4)."""
+    if opcode == CLOSE and payload:
+        if len(payload) == 1 or int.from_bytes(payload[:2], "big") not in CLOSE_CODES:
+            raise FrameError(1002, "a close code that nobody may send")
+        check_text_frame(payload[2:])
+
+
+def frame(opcode, payload, mask=b""):
+    """One whole frame; with a mask of 4 bytes it is a client's."""
+    size, masked = len(payload), 0x80 if mask else 0
+    mark, width = (size, 0) if size < 126 else (126, 2) if size < 1 << 16 else (127, 8)
+    head = bytes((0x80 | opcode, masked | mark)) + (size.to_bytes(width, "big") if width else b"")
+    return head + mask + (unmasked(payload, mask) if mask else payload)
+
+
+def packet(mask=b"", **members):
+    """A text frame of the gateway's own: for a client, with a mask for LM Studio."""
+    return frame(TEXT, json.dumps(members, separators=(",", ":")).encode(), mask)
+
+
+# What each endpoint needs; one that stands in no row, or in another namespace than here, is admin.
+ANY_MODEL = ("listLoaded getModelInfo getLoadConfig getBasePredictionConfig getInstanceProcessingState "
+             "estimateModelUsage tokenize countTokens getOrLoad ")
+ENDPOINTS = (
+    ("llm", "infer", ANY_MODEL + "predict completeRawText applyPromptTemplate preloadDraftModel"),
+    ("embedding", "infer", ANY_MODEL + "embedString"),
+    ("system", "infer", "listDownloadedModels listDownloadedModelVariants version alive"),
+    ("files", "infer", "uploadFileBase64 getDocumentParsingLibrary retrieve parseDocument"),
+    ("diagnostics", "view", "streamLogs"),  # everybody's prompts and answers
+)
+RIGHT_OF = {(space, endpoint): right for space, right, names in ENDPOINTS for endpoint in names.split()}
+OPENERS = {  # a client's message that begins something -> its id, the message that refuses it
+    "rpcCall": ("callId", "rpcError"), "channelCreate": ("channelId", "channelError"),
+    "signalSubscribe": ("subscribeId", "signalError"),
+    "writableSignalSubscribe": ("subscribeId", "writableSignalError")}
+FOLLOWERS = {  # what only makes sense after one of these -> its id
+    "channelSend": "channelId", "channelAck": "channelId", "signalUnsubscribe": "subscribeId",
+    "writableSignalUpdate": "subscribeId", "writableSignalUnsubscribe": "subscribeId"}
+METERED = {("llm", "channelCreate", "predict"), ("llm", "channelCreate", "completeRawText"),
+              ("embedding", "rpcCall", "embedString")}
+FRAGMENT = re.compile(rb'\{"type":"channelSend",.*"message":\{"type":"fragment"')  # as Node writes it
+
+
+def id_of(message, name):
+    """A message's id under that name; None for what is no whole number that Node keeps exact.  LM Studio
+    takes 5.0 for 5."""
+    value = message.get(name)
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and abs(value) < UNSAFE else None
+
+
 # === 4. HUB: the shared state ================================================
 
 # How the log begins to tell of a model that is loaded or unloaded (10-2025 to 09-2026).
@@ -4075,6 +4286,14 @@ class Hub:
             clock = self._clock()
             record.generated(tokens, first)
             bells = self._append_event(record.progress_event(self.now(), clock)) if record.due(clock) else ()
+        wake(bells)
+
+    def learned(self, record, events):
+        """Any thread.  LM Studio told a running request's client how far its prompt is, as events."""
+        with self._lock:
+            clock = self._clock()
+            due = [record.take(event, clock) for event in events]   # each is taken
+            bells = self._append_event(record.progress_event(self.now(), clock)) if any(due) else ()
         wake(bells)
 
     def comment(self, record):
@@ -4998,6 +5217,8 @@ MATURE_S = 0.01  # a server that closes after each answer has closed by then
 IDLE_KEPT = 64
 REPEATABLE = ("GET", "HEAD", "OPTIONS", "PUT", "DELETE")  # idempotent methods (RFC 9110, 9.2.2)
 CONNECT_S = 10.0
+UPGRADE_S = 5.0  # for LM Studio to take a WebSocket
+INTRODUCTION_S = 10.0  # for its client's first message, as LM Studio has it; the same for the answer
 QUESTION_S = 3.0  # for a question of our own, all in all: reading a prompt on the CPU makes LM Studio slow
 GREETING_S = 0.3  # `lms` waits 500 ms in all
 ANSWER_HEAD_LIMIT = 256 * 1024  # bytes, with all that is said before it
@@ -5427,6 +5648,7 @@ class Upstream:
         self._name = parts.hostname
         host = "127.0.0.1" if self._name == "localhost" else self._name     # LM Studio listens on IPv4 only
         self._address = host, parts.port or (443 if self._tls else 80)
+        self._secret = secrets.token_bytes(32)  # makes the names under which it knows clients of sockets
         self._idle = IdleConnections()
         self._silent = f"LM Studio at {base} does not answer. Look at its log"
         self._health = Remembered(self._ask_health, QUESTION_S + 1.0, self._silent)
@@ -5482,6 +5704,43 @@ class Upstream:
                                 f"LM Studio is not reachable at {self.base} ({why}). Start its server "
                                 "(Developer > Start server, or: lms server start), or give its address with "
                                 "--upstream") from None
+
+    def upgrade(self, path):
+        """(socket, bytes that came with its 101) of a new WebSocket.  Raises HttpError.
+
+        LM Studio never answers for a namespace that it does not know (lmstudio-js, WsServer.ts)."""
+        key = base64.b64encode(secrets.token_bytes(16)).decode()
+        call = Call("GET", path, [("Host", self.host), ("Connection", "Upgrade"), ("Upgrade", "websocket"),
+                                  ("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", key)])
+        call.deadline, data = time.monotonic() + UPGRADE_S, b""
+        call.use(self._connect(UPGRADE_S))
+        try:
+            call.send()
+            while (end := data.find(b"\r\n\r\n")) < 0:
+                piece = call.receive()
+                if not piece or len(data) > ANSWER_HEAD_LIMIT:
+                    raise http.client.RemoteDisconnected("without a word")
+                data += piece
+        except BROKEN as error:
+            self.done(call)
+            raise UpstreamError(502, "timeout" if isinstance(error, TIMEOUTS) else "reset",
+                                f"LM Studio took no WebSocket on {path} ({error_text(error)}): "
+                                "this version may not know it") from None
+        head = data[:end].decode("latin-1")
+        if not re.match(r"HTTP/1\.1 101\b", head) or accept_key(key) not in head:
+            self.done(call)
+            raise UpstreamError(502, "reset",
+                                f"LM Studio took no WebSocket on {path}: {bounded_text(head, 60)!r}")
+        return call.use(None), data[end + 4:]
+
+    def introduction(self, who):
+        """The first message over a new WebSocket: the halves of LM Studio's own token, else a guest's pair.
+        Uploaded files belong to such a pair: one text who has always the same one, and no other has it."""
+        token = re.fullmatch(r"sk-lm-(\w{8}):(\w{20})", self.token or "")
+        name = hmac.new(self._secret, who.encode(), hashlib.sha256).hexdigest()
+        identifier, passkey = token.groups() if token else (f"guest:{name[:32]}", name[32:])
+        return packet(secrets.token_bytes(4), authVersion=1, clientIdentifier=identifier,
+                      clientPasskey=passkey)
 
     def done(self, call, answer=None):
         """An exchange is over: keep its connection if its answer was read to the end and allows that."""
@@ -5540,6 +5799,139 @@ class Upstream:
 
 
 MODEL_STATES = ("loaded", "loading", "not-loaded")
+
+
+def accept_key(key):
+    """Sec-WebSocket-Accept for a Sec-WebSocket-Key (RFC 6455, 4.2.2)."""
+    salted = f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode("latin-1")
+    return base64.b64encode(hashlib.sha1(salted).digest()).decode()
+
+
+def first_message(sock, frames, data=b""):
+    """(the first Message that comes and is no control frame, those that came with it); data: bytes that are
+    there.  Raises FrameError, ClientLeft at the end of the connection, TimeoutError after INTRODUCTION_S."""
+    deadline = time.monotonic() + INTRODUCTION_S
+    while True:
+        found = frames.feed(data)
+        while found:
+            message = found.pop(0)
+            if message.opcode in (TEXT, BINARY):
+                return message, found
+            if message.opcode == CLOSE:
+                raise ClientLeft
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        data = sock.recv(PIECE)
+        if not data:
+            raise ClientLeft
+
+
+class LogStream:
+    """A Follower whose log comes from LM Studio itself: diagnostics.streamLogs, which `lms log stream` reads
+    (lmstudio-js, diagnosticsBackendInterface.ts), in the bytes of a log file.
+
+    files: the Follower of this machine's log.  With both, files go first: as soon as they grow they are the
+    log for good; what comes by the stream alone for DOUBT_S makes it that."""
+
+    RETRY_S, DOUBT_S = 5.0, 2.0
+    LINES = {"server.log": "content", "runtime.log": "message"}  # data.type -> where its text stands
+    LEVELS = ("DEBUG", "INFO", "WARN", "ERROR")
+
+    def __init__(self, upstream, files, both):
+        self._upstream, self._files = upstream, files
+        self._by = "" if both else "stream"     # or "files", once that is known
+        self._sock, self._retry_at = None, -math.inf
+        self._frames: Any = None
+        self._held, self._since = b"", math.inf     # what came while _by is open, and its clock
+        self._trouble = ""
+
+    def __getattr__(self, name):
+        """Which file is read, and where, is the Follower's to say."""
+        return getattr(self._files, name)
+
+    @property
+    def problem(self):
+        return self._trouble if self._by == "stream" else self._files.problem
+
+    def next_news(self, now):
+        """As Follower.next_news()."""
+        news = self._files.next_news(now) if self._by != "stream" else b""
+        if self._by == "files" or news:
+            if isinstance(news, bytes):
+                self._by = "files"
+                self._leave()
+            return news
+        data = self._receive(now)
+        if self._by == "stream":
+            return data
+        self._held += data
+        self._since = now if self._held and self._since == math.inf else self._since
+        if now - self._since > self.DOUBT_S:
+            self._by = "stream"
+            return self._held
+        return news
+
+    def _receive(self, now):
+        """The lines that have come; b"" for none."""
+        try:
+            if self._sock is None and now >= self._retry_at:
+                self._retry_at = now + self.RETRY_S
+                self._connect()
+            data = self._sock.recv(PIECE) if self._sock else b""
+            if self._sock and not data:
+                raise ConnectionError("LM Studio closed the stream")
+            return b"".join(map(self._line, self._frames.feed(data))) if data else b""
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return b""
+        except (GatewayError, OSError) as error:
+            self._trouble = f"LM Studio's log stream: {error_text(error)}"
+            self._leave()
+            return b""
+
+    def _leave(self):
+        close_quietly(self._sock)
+        self._sock = None
+
+    def _connect(self):
+        """Raises OSError, GatewayError."""
+        self._sock, early = self._upstream.upgrade("/diagnostics")
+        self._frames = Frames(False, WHOLE_LIMIT)
+        self._sock.sendall(self._upstream.introduction("lmgateway"))
+        said = json_object(first_message(self._sock, self._frames, early)[0].payload) or {}
+        if said.get("success") is not True:
+            raise ConnectionError(f"LM Studio lets no guest read it ({error_message(said.get('error'))})")
+        self._sock.sendall(packet(secrets.token_bytes(4), type="channelCreate", endpoint="streamLogs",
+                                  channelId=0))
+        self._sock.setblocking(False)
+        self._trouble = ""
+
+    @classmethod
+    def _line(cls, message):
+        """What a packet of the stream would be in a log file."""
+        entry = member(member(json_object(message.payload) or {}, "message"), "log")
+        data = member(entry, "data")
+        text, level = data.get(cls.LINES.get(str(data.get("type")))), str(data.get("level")).upper()
+        if not isinstance(text, str):
+            return b""
+        if not re.match(r"\[\d{4}-\d\d-\d\d ", text):
+            stamp = time.localtime(min(usable(entry.get("timestamp")) or 0, 4e12) / 1000)
+            level = level if level in cls.LEVELS else "INFO"
+            text = f"[{time.strftime('%Y-%m-%d %H:%M:%S', stamp)}][{level}] {text}"
+        return text.rstrip("\n").encode("utf-8", "replace") + b"\n"
+
+
+def leads_to(base, host, port):
+    """True when the address base is that of a server of this machine that listens on host and port."""
+    parts = urllib.parse.urlsplit(base)
+    if (parts.port or (443 if parts.scheme == "https" else 80)) != port:
+        return False
+    with contextlib.suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+                probe.connect(address)  # sends nothing: it asks the system for the way
+                if (probe.getsockname()[0] == address[0]    # it is on this machine
+                        and host in ("", "0.0.0.0", "::", "localhost", address[0], parts.hostname)):
+                    return True
+    return False
 
 
 class ModelRow(NamedTuple):
@@ -5618,6 +6010,7 @@ class Request:
     """One request as it stood on the wire.  The fields below the line are filled in on its way to a view."""
 
     def __init__(self, method, target, version, headers):
+        self.key, target = key_before(target)   # which may lead the path, or come by a socket's first message
         self.method, self.target = method, target  # the target in origin form, as sent
         self.version = version  # (1, 0) or (1, 1)
         self.headers = headers  # [(name, value)], order, case and repeats kept
@@ -5650,6 +6043,16 @@ class Request:
     @property
     def has_body(self):
         return bool(self.length or self.chunked)
+
+
+def key_before(target):
+    """(the key that leads a target, or "", the target without it): a client that can send a key in no other
+    way has it in its base URL."""
+    found = re.match(r"/key/([^/?]*)", target)
+    if not found:
+        return "", target
+    rest = target[found.end():]
+    return urllib.parse.unquote(found[1]), rest if rest[:1] == "/" else "/" + rest
 
 
 class Response(NamedTuple):
@@ -6305,8 +6708,8 @@ class AccessControl:
         local_only = not self.need_key and (loopback(config.host) or not config.no_auth)
         if local_only and not loopback(host) and (host or request.version >= (1, 1)):
             raise HttpError(403, "host_not_local", LOCAL_ONLY)
-        origin = request.header("origin")
-        if request.method in ("GET", "HEAD") or not origin:
+        origin, opens = request.header("origin"), asks_websocket(request)
+        if request.method in ("GET", "HEAD") and not opens or not origin:
             return
         if origin.partition("://")[2] != request.header("host") and not self.allows_origin(origin):
             raise HttpError(403, "origin_not_allowed",
@@ -6379,13 +6782,17 @@ def credentials(request):
     offered.append(request.header("x-api-key"))
     if request.query_text and request.path.startswith("/debug/") and request.method in ("GET", "HEAD"):
         offered.append(request.query.get("api_key", ""))
-    return [key for key in offered if key]
+    return [key for key in offered if key] or [request.key] * bool(request.key)
 
 
 def host_of(request):
     """The host name of the Host header, without its port."""
     host = request.header("host")
     return host.partition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
+
+
+def asks_websocket(request):
+    return "websocket" in listing(request.header("upgrade"))
 
 
 def cookies(value):
@@ -6428,7 +6835,8 @@ class Gateway:
         self.address = ""
         self.lan_urls = []
         self.volume = LogVolume(monitor.follower.directory, config.log_dir_warn) if monitor else None
-        self.inferences: dict[str, Forward] = {}    # by requestId, while they run; each step is atomic
+        self.inferences: dict[str, Any] = {}    # by requestId, while they run; each step is atomic
+        self.instances: dict[str, str] = {}     # the models that LM Studio named to them, by their references
         self.demo = False  # LM Studio is the imitation
         self.stopping = False  # the end has come: connections are not kept
         self.cutting_off = False    # running requests are cut: they had their time
@@ -6700,25 +7108,33 @@ class Forward:
         if self._record:
             self._end_record(error, operation)
         elif error:
-            self._log(error, operation, f"{self._request.method} {self._request.path}: {error}")
+            self._request.told = True
+            log.log(logging.INFO if operation == "client_disconnected" else logging.WARNING, "%s %s: %s",
+                    self._request.method, self._request.path, error)
 
     def _end_record(self, error, operation):
-        gateway, record, status = self._gateway, self._record, self._answer and self._answer.status
-        gateway.inferences.pop(record.id, None)
-        state = ("done" if error is None else
-                 "abandoned" if operation in ("client_disconnected", "stopped") else "failed")
-        gateway.hub.end(record, Outcome(state, status, error, operation, self._meter))
-        usage, model = record.usage or {}, record.model or record.model_asked
-        told = operation if operation == "upstream_error" else error    # LM Studio's words can quote a prompt
-        self._log(error, operation, f"{record.client} {record.key or '-'} {record.path} {model or '-'}: "
-                                    f"{record.status or '-'}, {record.total_ms:.0f} ms, "
-                                    f"{usage.get('promptTokens', '?')} + {usage.get('completionTokens', '?')} "
-                                    f"tokens{f': {told}' if told else ''}")
-
-    def _log(self, error, operation, line):
-        left = operation == "client_disconnected" and not self._record
-        log.log(logging.WARNING if error and not left else logging.INFO, "%s", line)
         self._request.told = True
+        end_record(self._gateway, self._record,
+                   Outcome(state_after(error, operation), self._answer and self._answer.status, error,
+                           operation, self._meter))
+
+
+def state_after(error, operation):
+    if error is None:
+        return "done"
+    return "abandoned" if operation in ("client_disconnected", "stopped") else "failed"
+
+
+def end_record(gateway, record, outcome):
+    """An inference is over: the hub and the log are told."""
+    gateway.inferences.pop(record.id, None)
+    gateway.hub.end(record, outcome)
+    usage, error = record.usage or {}, outcome.error
+    told = "upstream_error" if outcome.operation == "upstream_error" else error    # that can quote a prompt
+    log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
+            record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
+            record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
+            usage.get("completionTokens", "?"), f": {told}" if told else "")
 
 
 def stream_event(body, anthropic):
@@ -7135,7 +7551,529 @@ def error_response(error, anthropic=False):
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
                413: "request_too_large", 429: "rate_limit_error"}
 
-# --- 7.6 server: connections to views ----------------------------------------
+# --- 7.6 sockets: LM Studio's own SDKs, message by message --------------------
+
+FIRST_LIMIT = 4096  # bytes of a client's first message
+PARTING_S = 0.5  # for the other side's close frame once one side has sent its own
+SETTLE_S = 0.25  # fragments wait at most so long to be read, and a stop to be noticed
+SETTLE_COUNT = 64  # fragments that wait at most
+UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read,
+UNSAID_LIMIT = 64  # and beyond so many packets of ours that wait for the end of a message of LM Studio's
+REFUSALS_KEPT = 1000  # of calls whose later messages must not go on either
+READ, WRITE, GONE = 1, 4, 8 | 16 | getattr(select, "POLLRDHUP", 0)  # of poll(2)
+NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+OPERATIONS = {1001: "gateway_stopped", 1008: "key_revoked", 1011: "upstream_reset"}  # by close code
+KEY_REMEDY = ("this gateway asks for a key: give a client that takes a token (apiToken, LM_API_TOKEN) one of "
+              "its sk-lm- keys, or let the key lead the path, as in HOST:PORT/key/KEY")
+
+
+def check_upgrade(access, request):
+    """Raises HttpError for anything but an opening handshake (RFC 6455, 4.2.1), and for a page of another
+    origin: a browser asks nobody before it opens a WebSocket."""
+    if request.path[1:] not in NAMESPACES:
+        raise HttpError(404, "namespace_unknown", "a WebSocket leads to /" + ", /".join(NAMESPACES))
+    if request.method != "GET" or request.version < (1, 1) or "upgrade" not in listing(
+            request.header("connection")):
+        raise bad("an upgrade is a GET of HTTP/1.1 with Connection: upgrade")
+    if request.header("sec-websocket-version") != "13":
+        raise HttpError(426, "version_unknown", "use version 13 of WebSocket",
+                        [("Sec-WebSocket-Version", "13")])
+    if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", request.header("sec-websocket-key")):
+        raise bad("Sec-WebSocket-Key must be 16 bytes of base64")
+    access.check_origin(request)
+
+
+def open_tunnel(gateway, request):
+    """The Response 101 whose body is a Tunnel.  Raises HttpError."""
+    check_upgrade(gateway.access, request)
+    request.forwarded = True
+    tunnel = Tunnel(gateway, request, *gateway.upstream.upgrade(request.path))
+    return Response(101, [("Upgrade", "websocket"), ("Connection", "Upgrade"),
+                          ("Sec-WebSocket-Accept", accept_key(request.header("sec-websocket-key")))], tunnel)
+
+
+def key_in(first):
+    """The key whose halves a client's first message has; "" for none."""
+    identifier, passkey = first.get("clientIdentifier"), first.get("clientPasskey")
+    both = isinstance(identifier, str) and isinstance(passkey, str)
+    return f"sk-lm-{identifier}:{passkey}" if both and len(identifier) == 8 and len(passkey) == 20 else ""
+
+
+class Prediction:
+    """One inference over a socket, from its call to its end: a record, and the meter that its end asks.
+
+    LM Studio's own figures come with the result: what was measured here is for an end without one."""
+
+    dialect, first, last = SOCKET, None, None
+
+    def __init__(self, gateway, **about):
+        self._gateway = gateway
+        self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), **about)
+        self.usage, self.pieces = Usage(), 0
+        self._begun = None  # clock of the first token
+        self._told = -math.inf  # clock when listeners heard of its tokens
+        self.cancelled = self.over = False  # cancelled: by the client
+        self.cause: Any = None  # the HttpError with which it was stopped
+        gateway.inferences[self.record.id] = self
+        gateway.hub.begin(self.record)
+
+    def stop(self, cause):
+        """Any thread.  Ends it, unless it is over, with an HttpError of which the client is told."""
+        self.cause = self.cause or cause
+
+    def take(self, kind, body, now):
+        """Learn from a message of LM Studio's that answers it."""
+        content = member(body, "message")
+        if kind == "channelSend":
+            learn = PACKETS.get(str(content.get("type")))
+            if learn:
+                learn(self, content, now)
+        elif kind == "rpcResult":
+            self.end()
+        elif kind in ("rpcError", "channelError"):
+            title = member(body, "error").get("title") or body.get("error") or "LM Studio reported an error"
+            self.end(bounded_text(str(title), LONGEST_ERROR), "upstream_error")
+        elif kind == "channelClose":
+            self.end("LM Studio closed the channel without a result", "upstream_error")
+
+    def on_fragment(self, content, now):
+        self.pieces += count(member(content, "fragment"), "tokensCount", default=1)
+        self.on_token(content, now)
+
+    def on_token(self, content, now):
+        self._begun = self._begun or now
+        if now - self._told >= COUNT_S:
+            self._told = now
+            self._gateway.hub.generated(self.record, self.pieces, self._begun)
+
+    def on_progress(self, content, now):
+        """How much of the prompt has been read; what of it came from the cache is said nowhere else."""
+        read, details = usable(content.get("progress")), member(content, "details")
+        cached, total = count(details, "cachedTokenCount"), count(details, "totalPromptTokenCount")
+        events = []
+        if cached is not None and total:
+            self.usage.cached = cached
+            events.append(Event("lmstudio_cache_stats", {
+                "reused": cached, "total": total, "percentage": round(100 * cached / total, 2)}))
+        if read is not None:
+            events.append(Event("lmstudio_prompt_progress", {"progress": round(100 * min(read, 1), 2)}))
+        self._gateway.hub.learned(self.record, events)
+
+    def on_success(self, content, now):
+        stats, usage = member(content, "stats"), self.usage
+        usage.prompt, usage.completion, usage.total = (count(stats, name) for name in (
+            "promptTokensCount", "predictedTokensCount", "totalTokensCount"))
+        speed, first_s = usable(stats.get("tokensPerSecond")), usable(stats.get("timeToFirstTokenSec"))
+        usage.speed, usage.first_ms = speed and round(speed, 2), first_s and round(1000 * first_s, 1)
+        usage.finish = name_of(stats.get("stopReason"))
+        usage.model = name_of(member(content, "modelInfo").get("identifier"))
+        self.pieces = 0  # estimates are for what has no figures
+        if usage.finish == "userStopped":
+            self.cancelled = True
+            self.end("the client cancelled it", "client_disconnected")
+        else:
+            self.end()
+
+    def end(self, error=None, operation=None):
+        """It is over, in whatever way.  Later calls do nothing."""
+        if self.over:
+            return
+        self.over = True
+        self._gateway.inferences.pop(self.record.id, None)
+        if self.cause:
+            error, operation = str(self.cause), self.cause.code
+        elif error and self.cancelled:
+            error, operation = "the client cancelled it", "client_disconnected"
+        end_record(self._gateway, self.record, Outcome(state_after(error, operation), None if error else 200,
+                                                       error, operation, self))
+
+
+PACKETS: dict[str, Callable] = {  # of a prediction's channel
+    "fragment": Prediction.on_fragment, "promptProcessingProgress": Prediction.on_progress,
+    "success": Prediction.on_success, "toolCallGenerationStart": Prediction.on_token,
+    "toolCallGenerationArgumentFragmentGenerated": Prediction.on_token}
+
+
+class Conversation:
+    """What is said over one socket: which calls may go on, and what they cost."""
+
+    def __init__(self, gateway, request):
+        self._gateway, self._request, self._namespace = gateway, request, request.path[1:]
+        self.running = {}  # (name of the id, id) -> Prediction
+        self._refused: dict = {}  # ids of calls that LM Studio never heard of, in the same form
+        self._later: list[bytes] = []  # fragments that the client has and that are not read yet
+        self._settled = -math.inf  # clock when they were read last
+        self.words: list[bytes] = []  # packets of ours for the client
+
+    def check_key(self):
+        """Raises FrameError when the client's key is no longer what it was."""
+        if self._gateway.access.recognize(self._request) != self._request.identity:
+            raise FrameError(1008, "the key was revoked or has other rights now")
+
+    def admits(self, message):
+        """True when a client's message may go on to LM Studio.  Raises FrameError for one that cannot be
+        judged: what this program cannot read LM Studio may."""
+        self.check_key()
+        text, rights = message.payload, self._request.identity.rights
+        if message.opcode == BINARY:    # LM Studio reads it as text
+            text = str(text, "utf-8", "replace").encode()
+        body = json_object(text)
+        if body is None and "admin" not in rights:
+            raise FrameError(1008, "a message that is no JSON object")
+        kind = str((body or {}).get("type"))
+        if kind in OPENERS:
+            return self._opens(kind, body, rights)
+        return kind not in FOLLOWERS or self._follows(kind, body)
+
+    def _opens(self, kind, body, rights):
+        (name, refusal), endpoint = OPENERS[kind], str(body.get("endpoint"))
+        number = id_of(body, name)
+        if number is None or kind == "rpcCall" and (name, number) in self.running:
+            return False    # LM Studio drops such a call, too
+        right = RIGHT_OF.get((self._namespace, endpoint), "admin")
+        if not rights & {right, "admin"}:
+            remember(self._refused, (name, number), True, REFUSALS_KEPT)
+            title = f"{bounded_text(endpoint, 60)}: {right_missing(self._request.identity, right)}"
+            self.words.append(packet(type=refusal, **{name: number}, error={"title": title}))
+            return False
+        self._refused.pop((name, number), None)
+        if (self._namespace, kind, endpoint) in METERED and (name, number) not in self.running:
+            self.running[name, number] = self._prediction(kind, endpoint, body)
+        return True
+
+    def _prediction(self, kind, endpoint, body):
+        asked = member(body, "parameter" if kind == "rpcCall" else "creationParameter")
+        request = self._request
+        messages = member(asked, "history").get("messages")
+        path = f"/{self._namespace}/{endpoint}"
+        return Prediction(self._gateway, method="GET", path=path, target=path, dialect=SOCKET.name,
+                          client=request.client, key=request.identity.name,
+                          agent=request.header("user-agent")[:200] or None, stream=kind == "channelCreate",
+                          model_asked=model_named(member(asked, "modelSpecifier"), self._gateway.instances),
+                          messages=len(messages) if isinstance(messages, list) else None)
+
+    def _follows(self, kind, body):
+        key = FOLLOWERS[kind], id_of(body, FOLLOWERS[kind])
+        prediction = self.running.get(key)
+        if prediction and member(body, "message").get("type") == "cancel":
+            prediction.cancelled = True
+        return key not in self._refused
+
+    def heard(self, messages, now):
+        """LM Studio's messages, before the client has them: a client may leave the moment it has the last."""
+        for message in messages:
+            if FRAGMENT.match(message.payload):
+                self._later.append(message.payload)
+            elif message.opcode in (TEXT, BINARY):
+                self.settle(now)
+                self._take(json_object(message.payload) or {}, now)
+        if self._later and (now - self._settled >= SETTLE_S or len(self._later) >= SETTLE_COUNT):
+            self.settle(now)
+
+    def settle(self, now):
+        """Read the fragments that wait, at once: one by one they cost twice as much."""
+        later, self._later, self._settled = self._later, [], now
+        if later and self.running:
+            whole = json_object(b'{"all":[' + b",".join(later) + b"]}")
+            for body in listed(whole["all"]) if whole else [json_object(text) or {} for text in later]:
+                self._take(body, now)
+
+    def _take(self, body, now):
+        kind = body.get("type")
+        name = "callId" if "callId" in body else "channelId"
+        key = name, id_of(body, name)
+        prediction = self.running.get(key)
+        if prediction:
+            prediction.take(kind, body, now)
+            if prediction.over:
+                del self.running[key]
+        for reference, model in named_instances(body):
+            remember(self._gateway.instances, reference, model)
+
+    def stop(self):
+        """What somebody has stopped ends: packets for LM Studio that cancel it; its client hears in words."""
+        cancels = []
+        for (name, number), prediction in list(self.running.items()):
+            if prediction.cause:
+                prediction.end()
+                del self.running[name, number]
+                self.words.append(packet(type="rpcError" if name == "callId" else "channelError",
+                                         **{name: number}, error={"title": str(prediction.cause)}))
+                if name == "channelId":
+                    cancels.append(packet(secrets.token_bytes(4), type="channelSend", channelId=number,
+                                          message={"type": "cancel"}))
+        return cancels
+
+    def end(self, error, operation):
+        """The socket is over, and with it all that runs."""
+        self.settle(time.monotonic())
+        for prediction in self.running.values():
+            prediction.end(error, operation)
+        self.running.clear()
+
+
+def name_of(value):
+    """A name in a message, as it is kept; None for none."""
+    return bounded_text(value) if value and isinstance(value, str) else None
+
+
+def model_named(specifier, instances):
+    """The model that a specifier means, as it was asked for; None for any."""
+    reference, query = name_of(specifier.get("instanceReference")), member(specifier, "query")
+    return instances.get(reference) or name_of(query.get("identifier")) or name_of(query.get("path"))
+
+
+def named_instances(body):
+    """[(instance reference, identifier)] of the models that a message of LM Studio's describes."""
+    result, content = body.get("result"), member(body, "message")
+    rows = [*(result if isinstance(result, list) else [result]), content.get("info"),
+            content.get("modelInfo")]
+    found = [(name_of(row.get("instanceReference")), name_of(row.get("identifier"))) for row in listed(rows)]
+    return [(reference, model) for reference, model in found if reference and model]
+
+
+class Side:
+    """One of a tunnel's two connections, read and written without waiting."""
+
+    def __init__(self, sock):
+        self.sock, self.pending = sock, bytearray()     # pending: what it has not taken
+
+    def receive(self):
+        """What has come: None for nothing, b"" for the end."""
+        try:
+            return self.sock.recv(PIECE)
+        except NOT_NOW:
+            return None
+        except OSError:
+            return b""
+
+    def send(self, data=b""):
+        """Send what there is room for, and keep the rest.  Raises OSError."""
+        if self.pending:
+            self.pending += data
+            data = self.pending
+        try:
+            sent = self.sock.send(data) if data else 0
+        except NOT_NOW:
+            sent = 0
+        if data is self.pending:
+            del data[:sent]
+        elif sent < len(data):
+            self.pending += data[sent:]
+
+
+class Poll:
+    """Waits for several sockets: poll(2), select(2) where there is none."""
+
+    def __init__(self):
+        self._poll = select.poll() if hasattr(select, "poll") else None
+        self._wanted: dict = {}
+        self._socks: dict = {}
+
+    def wait(self, wanted, timeout_s):
+        """{socket: what happened} within timeout_s, None for ever; wanted: {socket: READ, WRITE, GONE}."""
+        if self._poll is None:
+            reads, writes, _ = select.select([sock for sock in wanted if wanted[sock] & READ],
+                                             [sock for sock in wanted if wanted[sock] & WRITE], [], timeout_s)
+            return {sock: (sock in reads) * READ | (sock in writes) * WRITE for sock in {*reads, *writes}}
+        if wanted != self._wanted:
+            for sock in self._wanted:
+                self._poll.unregister(sock)
+            for sock, mask in wanted.items():
+                self._poll.register(sock, mask)
+            self._wanted, self._socks = wanted, {sock.fileno(): sock for sock in wanted}
+        found = self._poll.poll(None if timeout_s is None else math.ceil(1000 * max(0.0, timeout_s)))
+        return {self._socks[number]: mask for number, mask in found}
+
+
+class Tunnel:
+    """Both connections of a socket, served by one thread that waits for none of them alone: what one side has
+    not taken holds up the other.  TLS would not bear two threads (SSL_read(3) beside SSL_write(3))."""
+
+    def __init__(self, gateway, request, studio, early):
+        self._gateway, self._request = gateway, request
+        self.client, self.studio = Side(request.connection), Side(studio)
+        self._up, self._down = Frames(True, FIRST_LIMIT), Frames(False, WHOLE_LIMIT)
+        self._early = early  # bytes of LM Studio's that came with its 101
+        self.talk = Conversation(gateway, request)
+        self._poll = Poll()
+        self._memory, self._held = BodyMemory(0), 0     # held: bytes of a message that it counts
+        self._deaf = False  # the client is read no more
+        self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
+
+    # --- who is there
+
+    def admit(self, early):
+        """Take the client's first message, early the bytes of it that are there, and give LM Studio one of
+        ours.  True once LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
+        request = self._request
+        try:
+            first, calls = first_message(self.client.sock, self._up, early)
+        except TIMEOUTS:
+            raise HttpError(408, "authentication_timeout", "authentication timed out") from None
+        said = json_object(first.payload) or {}
+        request.key = request.key or key_in(said)
+        try:
+            request.identity = self._gateway.access.identify(request, credentials(request))
+        except HttpError as error:
+            text = KEY_REMEDY if error.code in ("key_wrong", "key_needed") else str(error)
+            raise HttpError(error.status, error.code, text) from None
+        who = [request.identity.name, said.get("clientIdentifier"), said.get("clientPasskey")]
+        try:
+            self.studio.sock.sendall(self._gateway.upstream.introduction(json.dumps(who)))
+            answer, news = first_message(self.studio.sock, self._down, self._early)
+        except (ClientLeft, FrameError, OSError):
+            raise FrameError(1011, "LM Studio let nobody in") from None
+        said = json_object(answer.payload) or {}
+        if said.get("success") is not True:
+            raise HttpError(403, "upstream_refused", str(said.get("error") or "LM Studio let nobody in"))
+        self.client.sock.sendall(b"".join(message.raw for message in (answer, *news)))
+        self._up.limit = self._gateway.config.max_body
+        for side in (self.client, self.studio):
+            side.sock.setblocking(False)
+        self._pass_on(calls)
+
+    def refuse(self, text):
+        """Say why nobody is let in, as LM Studio does: in a string, but in an object to its Python SDK."""
+        plain = not self._request.header("user-agent").startswith("python-httpx")
+        self.client.sock.sendall(packet(success=False, error=text if plain else {"title": text})
+                                 + frame(CLOSE, b""))
+
+    # --- what passes
+
+    def run(self, connection, memory):
+        """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
+        self._memory = memory
+        self._gateway.watcher.watch(self.client.sock, self.dismiss)
+        self._say()
+        while time.monotonic() < self._parting:
+            connection.state = WORKING if self.talk.running else TUNNELLING
+            if self._gateway.stopping and not self.talk.running:
+                raise FrameError(1001, "lmgateway stops")
+            self._step()
+
+    def dismiss(self):
+        """Any thread.  The client has left, or is to go."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.client.sock, socket.SHUT_RD)
+
+    def _step(self):
+        client, studio, talk = self.client, self.studio, self.talk
+        reads = not (self._deaf or studio.pending or len(client.pending) > UNREAD_LIMIT
+                     or len(talk.words) > UNSAID_LIMIT)
+        wanted = {client.sock: (0 if self._deaf else GONE) | READ * reads | WRITE * bool(client.pending),
+                  studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)}
+        left_s = SETTLE_S if talk.running else None
+        if self._parting < math.inf:
+            left_s = self._parting - time.monotonic()
+        happened = self._poll.wait({sock: mask for sock, mask in wanted.items() if mask}, left_s)
+        now = time.monotonic()
+        client.send()
+        self._to_studio()
+        if happened.get(studio.sock, 0) & ~WRITE:
+            self._from_studio(now)
+        elif talk.running and not happened:
+            talk.settle(now)
+        if happened.get(client.sock, 0) & ~WRITE and not self._deaf:
+            self._from_client(reads)
+        for cancel in talk.stop():
+            self._to_studio(cancel)
+        self._say()
+
+    def _from_studio(self, now):
+        data = self.studio.receive()
+        if data is None:
+            return
+        try:
+            messages = self._down.feed(data)
+        except FrameError as fault:
+            raise FrameError(1011, f"LM Studio sent {fault}") from None
+        if not data:
+            self._end_of_studio()
+        self.talk.heard(messages, now)
+        self.client.send(data)
+        if messages and messages[-1].opcode == CLOSE:
+            self._closes()
+
+    def _end_of_studio(self):
+        if self._parting == math.inf:
+            raise FrameError(1011, "LM Studio closed the connection")
+        self._parting = 0.0
+
+    def _from_client(self, reads):
+        data = self.client.receive() if reads else b""
+        if data:
+            messages = self._up.feed(data)
+            self._weigh(self._up.held)
+            self._pass_on(messages)
+        elif data is not None:
+            self.talk.check_key()
+            if not self._gateway.stopping:
+                raise ClientLeft
+            self._deaf = True
+
+    def _weigh(self, held):
+        """What has come of a message counts in the budget of all bodies."""
+        more, self._held = held - self._held, held
+        try:
+            self._memory.take(more)
+        except HttpError as error:
+            self._held -= more
+            raise FrameError(1009, str(error)) from None
+
+    def _pass_on(self, messages):
+        """A client's messages, to LM Studio or not."""
+        for message in messages:
+            if message.opcode >= CLOSE or self.talk.admits(message):
+                self._to_studio(message.raw)
+            if message.opcode == CLOSE:
+                self._deaf = True
+                self.talk.end("the client closed the socket", "client_disconnected")
+                return self._closes()
+
+    def _to_studio(self, data=b""):
+        try:
+            self.studio.send(data)
+        except OSError:     # not the client's fault, whose connection is written to in the same way
+            raise FrameError(1011, "LM Studio closed the connection") from None
+
+    def _closes(self):
+        """One side has sent its close frame; after both, or soon, all is over."""
+        both = self._parting < math.inf
+        self._parting = 0.0 if both else time.monotonic() + PARTING_S
+
+    def _say(self):
+        """Words of ours, between two messages of LM Studio's."""
+        words = self.talk.words
+        while words and self._down.between:
+            self.client.send(words.pop(0))
+
+    # --- the end
+
+    def part(self, fault):
+        """It is over, for the FrameError, HttpError or ClientLeft given, or because a side has closed."""
+        self._gateway.watcher.forget(self.client.sock)
+        self._memory.give_back(self._held)
+        if isinstance(fault, FrameError):
+            log.debug("%s %s: closed with %d: %s", self._request.client, self._request.path, fault.code,
+                      fault)
+            self.talk.end(str(fault), OPERATIONS.get(fault.code, "protocol_error"))
+            if not self._down.in_frame:
+                self.client.pending += frame(CLOSE, fault.code.to_bytes(2, "big")
+                                             + str(fault).encode()[:LONGEST_CONTROL - 2])
+        elif self._gateway.cutting_off:
+            self.talk.end("lmgateway stopped during the answer", "gateway_stopped")
+        elif fault:
+            self.talk.end("the client left", "client_disconnected")
+        else:
+            self.talk.end("LM Studio closed the socket", "upstream_reset")
+        close_quietly(self.studio.sock)
+        with contextlib.suppress(OSError):
+            self.client.sock.settimeout(PARTING_S)
+            self.client.sock.sendall(self.client.pending)
+
+
+# --- 7.7 server: connections to views ----------------------------------------
 
 GRACE_S = 10.0  # for running requests at the end
 OWN_BODY = 4 * 1024  # bytes of a body for our own pages, some of which come before any key
@@ -7190,7 +8128,7 @@ class Handler(socketserver.BaseRequestHandler):
         try:
             lines = self.wire.head()
             self.came = time.monotonic()
-            self.target = (lines[0].split(" ") + [""])[1]
+            self.target = key_before((lines[0].split(" ") + [""])[1])[1]
             self.connection.reads(self.came)
             self.seen = parse_head(lines)
             alive = self._write(self._respond(self.server.gateway, self.seen), self.seen)
@@ -7235,10 +8173,8 @@ class Handler(socketserver.BaseRequestHandler):
         access.admit_address(request.client)
         if request.method == "OPTIONS" and request.header("access-control-request-method"):
             return preflight(access, request)
-        if "websocket" in listing(request.header("upgrade")):   # before any key: those SDKs cannot send one
-            raise HttpError(501, "upgrade_unsupported",
-                            "WebSocket connections (LM Studio's SDKs and lms) are not passed on: "
-                            "use the REST API, or connect to LM Studio itself")
+        if asks_websocket(request):     # a key may come later
+            return open_tunnel(gateway, request)
         route = find_route(request)
         request.forwarded = route is FORWARD
         offered = credentials(request) if access.need_key else []
@@ -7278,6 +8214,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _write(self, response, request, close=False):
         """Send a response.  True when the connection can take another request."""
+        if response.status == 101:
+            return self._tunnel(response, request)
         body, headers = response.body, list(response.headers)
         alive = bool(request) and keeps_alive(request) and not close and not self.server.gateway.stopping
         whole, no_body = isinstance(body, (bytes, bytearray)), bool(request) and request.method == "HEAD"
@@ -7309,6 +8247,29 @@ class Handler(socketserver.BaseRequestHandler):
                 body.close()
             self._note(request, response.status)
         return alive
+
+    def _tunnel(self, response, request):
+        """HTTP is over: both connections pass on WebSocket frames until one side ends them.  False."""
+        tunnel, self.begun = response.body, True
+        fault: Any = None
+        try:
+            self.request.sendall(head_bytes(101, reason_of(101), response.headers))
+            tunnel.admit(bytes(self.wire.buffer))
+            self.server.prove(self.connection)
+            self.connection.tunnels(request)
+            tunnel.run(self.connection, self.server.memory)
+        except HttpError as error:
+            fault = error
+            self.server.gateway.hub.reject(error.code)
+            tunnel.refuse(str(error))
+        except (FrameError, ClientLeft, OSError) as error:  # an OSError is the client's
+            fault = error
+        finally:
+            tunnel.part(fault)
+            self._note(request, 101)
+        if not isinstance(fault, (ClientLeft, OSError)):
+            self.wire.linger()
+        return False
 
     def _note(self, request, status):
         """One line a request: at info if it was forwarded or refused, else at debug."""
@@ -7349,7 +8310,7 @@ def http_date():
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
-RESTING, READING, WORKING, STREAMING = "resting", "reading", "working", "streaming"
+RESTING, READING, WORKING, STREAMING, TUNNELLING = "resting", "reading", "working", "streaming", "tunnelling"
 
 
 class Connection:
@@ -7378,6 +8339,10 @@ class Connection:
         """Its request has been read whole."""
         self.request = request if streams else None
         self.state = STREAMING if streams else WORKING
+
+    def tunnels(self, request):
+        """It is a WebSocket from now on: TUNNELLING, or WORKING while it has an inference."""
+        self.request, self.state, self.deadline = request, TUNNELLING, math.inf
 
     def rests(self):
         """Its request has been answered."""
@@ -7456,7 +8421,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def connections(self):
-        return len(self._all(RESTING, READING, WORKING))
+        return len(self._all(RESTING, READING, WORKING, TUNNELLING))
 
     def connection_of(self, sock):
         return self._connections[sock]
@@ -7517,7 +8482,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()     # the port is free for the next one
         for connection in self._all(RESTING):
             connection.end()
-        wait_until(lambda: not self.working, seconds)
+        for connection in self._all(TUNNELLING):
+            self.gateway.watcher.dismiss(connection.sock)
+        wait_until(lambda: not self._all(READING, WORKING, TUNNELLING), seconds)
         self.gateway.cutting_off = True
         for connection in self._all(READING, WORKING):
             shut(connection.sock)   # it counts until its handler has told of its end
@@ -7564,6 +8531,7 @@ def shut(sock):
 # newest llama.cpp engine writes.  It serves --demo and the tests, and nothing beside the real LM Studio.
 
 DEMO_MODELS = ("demo/kestrel-8b", "demo/wren-2b")
+DEMO_EMBEDDING = "demo/lark-embed"
 DEMO_TEXT = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
              "upstairs reads aloud from a letter about copper, rivers and the price of bread. ")
 DEMO_WORDS = re.findall(r"\S+ ", DEMO_TEXT)
@@ -7574,6 +8542,7 @@ class DemoLog:
 
     def __init__(self, directory):
         self.directory = directory
+        self.listeners: list[queue.Queue] = []  # of streamLogs
         self._lock = threading.Lock()  # entries do not mix
         self._started = time.monotonic()
 
@@ -7587,6 +8556,8 @@ class DemoLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(entry)
+        for news in list(self.listeners):
+            news.put({"type": "server.log", "level": level.lower(), "content": entry})
 
     def engine(self, *lines):
         """One entry of engine lines, each after the engine's clock."""
@@ -7736,6 +8707,192 @@ DEMO_SPEECH = {  # path -> (body, events)
 }
 
 
+class DemoPrediction(DemoRun):
+    """One answer over a socket: it tells its progress to a channel, and LM Studio's log does not name it."""
+
+    def __init__(self, socket, asked, cancelled):
+        self.own = socket.model_of(asked)
+        super().__init__(socket.server, "", {"model": socket.server.loaded.get(self.own), "messages": member(
+            asked, "history").get("messages") or [{"content": asked.get("rawPrompt", "")}]},
+            lambda: not cancelled.is_set())
+        self.cancelled = cancelled
+        for layer in listed(member(asked, "predictionConfigStack").get("layers")):
+            for field in listed(member(layer, "config").get("fields")):
+                limit = field.get("value")
+                if field.get("key") == "llm.prediction.maxPredictedTokens" and isinstance(limit, dict):
+                    self.completion = count(limit, "value", default=self.completion) or self.completion
+
+    def packets(self):
+        """What the channel says, packet by packet."""
+        server, started, first, written = self.server, time.monotonic(), None, 0
+        self.cached = server.cached(self.model, "".join(self.texts), self.prompt)
+        for read in (*range(self.cached + server.batch, self.prompt, server.batch), self.prompt):
+            if server.stopping.wait(server.batch_s) or not self._alive():
+                break
+            yield {"type": "promptProcessingProgress", "progress": read / self.prompt, "details": {
+                "cachedTokenCount": self.cached, "totalPromptTokenCount": self.prompt,
+                "processedPromptTokenCount": read - self.cached,
+                "unprocessedPromptTokenCount": self.prompt - read}}
+        for word in self.words():
+            first, written = first or time.monotonic(), written + 1
+            yield {"type": "fragment", "fragment": {
+                "content": word, "tokensCount": 1, "containsDrafted": False, "reasoningType": "none",
+                "isStructural": False}}
+        now = time.monotonic()
+        yield {"type": "success", "modelInfo": demo_model(self.model, True, self.own),
+               "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
+                   "stopReason": "eosFound" if self._alive() else "userStopped",
+                   "promptTokensCount": self.prompt, "predictedTokensCount": written,
+                   "totalTokensCount": self.prompt + written, "timeToFirstTokenSec": (first or now) - started,
+                   "tokensPerSecond": written / max(0.001, now - (first or now)),
+                   "totalTimeSec": now - started}}
+
+
+def demo_model(name, loaded=True, identifier=None):
+    """LM Studio's description of a model, and of the instance of it that is loaded."""
+    kind = "embedding" if name == DEMO_EMBEDDING else "llm"
+    model = {"type": kind, "modelKey": name, "path": name, "format": "gguf", "displayName": name,
+             "publisher": "demo", "sizeBytes": 5_000_000_000, "indexedModelIdentifier": name,
+             "deviceIdentifier": None, "maxContextLength": 32768,
+             **({"vision": False, "trainedForToolUse": False} if kind == "llm" else {})}
+    name = identifier or name
+    return {**model, "identifier": name, "instanceReference": f"instance of {name}", "ttlMs": None,
+            "lastUsedTime": None, "contextLength": 32768} if loaded else model
+
+
+class DemoSocket:
+    """One WebSocket of LM Studio's: calls are answered at once, each channel has a thread."""
+
+    def __init__(self, handler, namespace):
+        self.server, self._sock, self._kind = handler.server, handler.connection, namespace
+        self._lock = threading.Lock()   # held to send
+        self._open: dict = {}   # channelId -> Event that is set when the client cancels
+
+    def serve(self):
+        """Until the client goes."""
+        frames, met = Frames(True, 2**28), False
+        while data := self._sock.recv(PIECE):
+            for message in frames.feed(data):
+                if message.opcode == PING:
+                    self._send(frame(PONG, message.payload))
+                elif message.opcode == CLOSE:
+                    return self._send(frame(CLOSE, message.payload[:2]))
+                elif not met:
+                    met = True
+                    self._say(success=True)
+                elif message.opcode in (TEXT, BINARY):
+                    self._take(json_object(message.payload) or {})
+        return None
+
+    def close(self):
+        """The client has gone."""
+        for cancelled in list(self._open.values()):
+            cancelled.set()
+
+    def _take(self, body):
+        kind, name, endpoint = body.get("type"), body.get("channelId"), body.get("endpoint")
+        call = DEMO_CALLS.get(endpoint) if kind == "rpcCall" else None
+        if call:
+            result = call(self, member(body, "parameter"))
+            self._say(type="rpcResult", callId=body.get("callId"), **without_none(result=result))
+        elif kind == "channelCreate" and endpoint in DEMO_CHANNELS and name not in self._open:
+            self._open[name] = threading.Event()
+            start_thread(self._run, name, endpoint, member(body, "creationParameter"), name="demo-channel")
+        elif kind == "channelSend" and name in self._open:
+            self._open[name].set()  # whatever is said to it here: cancel, or stop
+        else:
+            self._say(type="communicationWarning", warning=f"nothing is known of {kind} {endpoint}")
+
+    def _run(self, name, endpoint, asked):
+        """Body of a channel's thread."""
+        with contextlib.suppress(OSError):
+            for item in DEMO_CHANNELS[endpoint](self, asked, self._open[name]):
+                self._say(type="channelSend", channelId=name, message=item)
+            del self._open[name]
+            self._say(type="channelClose", channelId=name)
+
+    def _say(self, **members):
+        self._send(packet(**members))
+
+    def _send(self, data):
+        with self._lock:
+            self._sock.sendall(data)
+
+    def model_of(self, asked):
+        """The model that a call means: by its name, or the reference of its instance; else any."""
+        specifier = member(asked, "modelSpecifier", "specifier")
+        name = member(specifier, "query").get("identifier") or str(
+            specifier.get("instanceReference", "")).rpartition(" ")[2]
+        return name or DEMO_MODELS[0]
+
+    def loaded(self, asked):
+        return [demo_model(name, True, own) for own, name in self.server.loaded.items()
+                if (name == DEMO_EMBEDDING) == (self._kind == "embedding")]
+
+    def downloaded(self, asked):
+        return [demo_model(name, loaded=False) for name in (*DEMO_MODELS, DEMO_EMBEDDING)]
+
+    def unload(self, asked):
+        self.server.loaded.pop(asked.get("identifier"), None)
+
+    def load(self, asked, cancelled):
+        """getOrLoad and loadModel, whose packets have other names."""
+        name, get = asked.get("modelKey") or asked.get("identifier"), "modelKey" not in asked
+        own = asked.get("identifier") or name
+        info = demo_model(name, True, own)
+        if get and name in self.server.loaded:
+            yield {"type": "alreadyLoaded", "info": info}
+            return
+        yield {"type": "startLoading", "identifier": name, "info": info} if get else {
+            "type": "resolved", "info": demo_model(name, loaded=False)}
+        for step in range(1, 6):
+            if cancelled.wait(self.server.token_s):
+                return
+            yield {"type": "loadProgress" if get else "progress", "progress": step / 5}
+        self.server.loaded[own] = name
+        yield {"type": "loadSuccess" if get else "success", "info": info}
+
+    def predict(self, asked, cancelled):
+        with self.server.engine:
+            yield from DemoPrediction(self, asked, cancelled).packets()
+
+    def logs(self, asked, cancelled):
+        """What the log says from now on."""
+        news: queue.Queue = queue.Queue()
+        self.server.log.listeners.append(news)
+        while not cancelled.is_set():
+            with contextlib.suppress(queue.Empty):
+                data = news.get(timeout=0.1)
+                yield {"type": "log", "log": {"timestamp": int(time.time() * 1000), "data": data}}
+        self.server.log.listeners.remove(news)
+
+
+def demo_vector(socket, asked):
+    """The same for the same text."""
+    source = random.Random(str(asked.get("inputString")))
+    return {"embedding": [source.uniform(-0.1, 0.1) for _ in range(128)]}
+
+
+DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
+    "listLoaded": DemoSocket.loaded, "unloadModel": DemoSocket.unload, "embedString": demo_vector,
+    "getModelInfo": lambda socket, asked: demo_model(socket.model_of(asked)),
+    "getLoadConfig": lambda socket, asked: {"fields": [
+        {"key": "llm.load.contextLength", "value": 32768}]},
+    "listDownloadedModels": DemoSocket.downloaded,
+    "version": lambda socket, asked: {"version": VERSION, "build": 1},
+    "tokenize": lambda socket, asked: {"tokens": list(range(len(str(asked.get("inputString"))) // 4 + 1))},
+    "countTokens": lambda socket, asked: {"tokenCount": len(str(asked.get("inputString"))) // 4 + 1},
+    "applyPromptTemplate": lambda socket, asked: {
+        "formatted": " ".join(demo_texts(member(asked, "history")))},
+    "uploadFileBase64": lambda socket, asked: {
+        "identifier": f"file-{secrets.token_hex(4)}", "fileType": "image",
+        "sizeBytes": len(str(asked.get("contentBase64"))) * 3 // 4},
+}
+DEMO_CHANNELS = {  # endpoint -> (socket, parameter, Event of its cancelling) to packets
+    "predict": DemoSocket.predict, "completeRawText": DemoSocket.predict, "getOrLoad": DemoSocket.load,
+    "loadModel": DemoSocket.load, "streamLogs": DemoSocket.logs}
+
+
 class DemoHandler(http.server.BaseHTTPRequestHandler):
     """The imitation's answers."""
 
@@ -7744,6 +8901,9 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     server: DemoServer
 
     def do_GET(self):
+        namespace = self.path.partition("?")[0][1:]
+        if self.headers.get("Upgrade") and namespace in NAMESPACES:
+            return self._switch(namespace)
         if self.path == "/lmstudio-greeting":
             return self._json({"lmstudio": True})
         if self.path in ("/v1/models", "/api/v0/models"):
@@ -7803,6 +8963,16 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
             self.send_header(*header)
         self.end_headers()
 
+    def _switch(self, namespace):
+        self.send_response(101)
+        self.send_header("Upgrade", "websocket")
+        self.send_header("Connection", "Upgrade")
+        self.send_header("Sec-WebSocket-Accept", accept_key(self.headers.get("Sec-WebSocket-Key", "")))
+        self.end_headers()
+        self.close_connection = True
+        with contextlib.closing(DemoSocket(self, namespace)) as connection, contextlib.suppress(OSError):
+            connection.serve()
+
     def _json(self, value, status=200):
         data = json.dumps(value, indent=2).encode()
         self._head(status, "application/json; charset=utf-8", "Content-Length", str(len(data)))
@@ -7835,6 +9005,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), DemoHandler)
         self.log, self.tasks = DemoLog(directory), itertools.count(1)
         self.engine = threading.Semaphore(1)
+        self.loaded = {name: name for name in (*DEMO_MODELS, DEMO_EMBEDDING)}    # by identifier
         self.stopping = threading.Event()
         self.batch_s, self.token_s = batch_s, token_s
         self._prompts: dict[str, str] = {}   # model -> its last prompt
@@ -8773,7 +9944,7 @@ def serve(args, config):
         history = open_history_file(config, cleanup)
         hub = Hub(config.requests_kept, history and history.keep)
         upstream = Upstream(config.upstream, config.upstream_token)
-        monitor = open_monitor(config)
+        monitor = open_monitor(config, upstream)
         gateway = Gateway(config, hub, upstream, monitor, history)
         gateway.demo = bool(args.demo)
         server = gateway.server = open_server(gateway, context)
@@ -8860,11 +10031,13 @@ def check_upstream(config):
                           "as http://127.0.0.1:1234")
 
 
-def open_monitor(config):
-    """The Monitor of LM Studio's log directory; None when it is switched off."""
+def open_monitor(config, upstream=None):
+    """The Monitor of LM Studio's log; None when it is switched off."""
     if not config.enable_log_monitoring:
         return None
-    return Monitor(Follower(log_dir_of(config), started=time.time()))
+    files = Follower(log_dir_of(config), started=time.time())
+    return Monitor(files if config.log_source == "files" else
+                   LogStream(upstream, files, config.log_source == "auto"))
 
 
 def run_monitor(monitor, hub, stop):
@@ -9245,6 +10418,12 @@ def check_logs(found):
                     "let this user read it, or run as the user who runs LM Studio")
     else:
         yield from check_newest_log(newest.path, found.parser)
+    if found.config.log_source != "files":
+        upstream = Upstream(find_upstream(found.config).upstream, found.config.upstream_token)
+        stream = LogStream(upstream, None, False)
+        stream.next_news(time.monotonic())
+        yield concern(stream.problem, "LOG_SOURCE=files, or look at LM Studio") if stream.problem else fine(
+            "LM Studio gives its log as a stream, too")
     for other in other_log_dirs(found.home, directory):
         yield concern(f"{other} holds a newer log than {directory}", f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
 

@@ -1118,6 +1118,77 @@ def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_rea
     assert len(fox) < 4100      # not 12 bytes a character
 
 
+# --- 3.11 WebSocket
+
+MASK = b"\x01\x7f\x80\xfe"
+
+
+def fed(frames, data, size):
+    """What Frames gives for the bytes in pieces of that size."""
+    return [message for at in range(0, len(data), size) for message in frames.feed(data[at:at + size])]
+
+
+@pytest.mark.parametrize("mask", [b"", MASK])
+@pytest.mark.parametrize("length", [0, 1, 125, 126, 300, 65535, 65536])
+def test_a_frame_is_read_as_it_was_written(mask, length):
+    payload = (b"\xc3\xa9x" * length)[:length // 3 * 3] + b"a" * (length % 3)
+    data = lmgateway.frame(lmgateway.TEXT, payload, mask)
+    whole = lmgateway.Message(lmgateway.TEXT, payload, data)
+    for size in (1, 2, 7, 1000) if length < 1000 else (7777, 200_000):
+        frames = lmgateway.Frames(bool(mask), 100_000)
+        assert fed(frames, data + data[:1], size) == [whole] and not frames.between
+
+
+def test_rfc_6455s_own_examples():
+    hello, ping = bytes.fromhex("818537fa213d7f9f4d5158"), bytes.fromhex("898537fa213d7f9f4d5158")
+    assert [message[:2] for message in lmgateway.Frames(True, 99).feed(hello + ping)] == [(1, b"Hello"), (9, b"Hello")]
+    pieces = bytes.fromhex("010348656c") + bytes.fromhex("80026c6f")
+    assert lmgateway.Frames(False, 99).feed(pieces) == [(1, b"Hello", pieces)]
+    assert lmgateway.accept_key("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+
+def test_a_control_frame_may_stand_between_the_pieces_of_a_message():
+    first, ping, last = (lmgateway.frame(op, text, MASK) for op, text in ((1, b"a"), (9, b"p"), (0, b"b")))
+    first = bytes([first[0] & 0x7F]) + first[1:]
+    for size in (1, 3, 100):
+        frames = lmgateway.Frames(True, 99)
+        assert fed(frames, first + ping + last, size) == [(9, b"p", ping), (1, b"ab", first + last)]
+
+
+@pytest.mark.parametrize(("code", "faulty"), [
+    (1002, "8100"), (1002, "c180 00000000"), (1002, "9180 00000000"), (1002, "8380 00000000"), (1002, "8b80 00000000"),
+    (1002, "0980 00000000"), (1002, "89fe 0080 00000000"), (1002, "8080 00000000"),
+    (1002, "0180 00000000 8180 00000000"), (1002, "81fe 007d 00000000"), (1002, "81ff 000000000000ffff 00000000"),
+    (1002, "81ff 8000000000000000 00000000"), (1002, "8881 00000000 03"), (1002, "8882 00000000 03ee"),
+    (1002, "8882 00000000 0000"), (1002, "8882 00000000 0bb7"), (1002, "8882 00000000 1388"),
+    (1007, "8181 00000000 ff"), (1007, "8883 00000000 03e8 ff"), (1007, "0181 00000000 c3 8081 00000000 41"),
+    (1009, "82fe 0400 00000000"), (1009, "0281 00000000 41 80fe 03e8 00000000"),
+    (1009, "82ff 7fffffffffffffff 00000000")])
+def test_faulty_frames_have_their_close_code(code, faulty):
+    data = bytes.fromhex(faulty)
+    for size in (1, 2, 100):
+        with pytest.raises(lmgateway.FrameError) as fault:
+            fed(lmgateway.Frames(True, 1000), data, size)
+        assert fault.value.code == code
+
+
+def test_a_servers_frame_has_no_mask_and_one_too_long_to_keep_is_passed_over():
+    with pytest.raises(lmgateway.FrameError):
+        lmgateway.Frames(False, 99).feed(lmgateway.frame(1, b"x", MASK))
+    long, small = lmgateway.frame(1, b"x" * 70_000), lmgateway.frame(1, b"{}")
+    for size in (1, 1000, 100_000):
+        frames = lmgateway.Frames(False, 99)
+        assert [message.payload for message in fed(frames, long + small, size)] == [b"", b"{}"]
+        assert frames.between
+
+
+@pytest.mark.parametrize(("value", "found"), [
+    (1, 1), (5.0, 5), (0, 0), (-3, -3), (2**53 - 1, 2**53 - 1), (2**53, None), (True, None), (1.5, None),
+    ("1", None), (None, None), ([], None), ({}, None), (float("inf"), None)])
+def test_ids_are_whole_numbers(value, found):
+    assert lmgateway.id_of({"callId": value}, "callId") == found
+
+
 # --- 3.4 to 3.6: dialects, meter, request bodies
 
 def event(data, name=None):
@@ -5516,8 +5587,8 @@ def test_names_are_kept_short_whatever_a_request_brings(front, studio):
 def test_errors_have_the_shape_of_the_api_that_was_called(front):
     openai = json_of(talk(front.port, request("POST /v1/chat/completions", b"{}", "Upgrade: WebSocket")))
     anthropic = json_of(talk(front.port, request("POST /v1/messages?beta=true", b"{}", "Upgrade: websocket")))
-    assert openai == {"error": {"message": openai["error"]["message"], "type": "api_error",
-                                "code": "upgrade_unsupported"}}
+    assert openai == {"error": {"message": openai["error"]["message"], "type": "not_found_error",
+                                "code": "namespace_unknown"}}
     assert anthropic == {"type": "error", "error": openai["error"]}
 
 
@@ -5529,17 +5600,7 @@ def test_heads_that_are_refused_are_told_in_the_shape_of_the_api_too(front, head
     assert [list(answer) for answer in wrong.values()] == [["type", "error"]] * 2 + [["error"]]
 
 
-def test_a_websocket_upgrade_is_refused_before_a_key_is_asked_for(fronts):
-    """LM Studio's SDKs cannot send one over HTTP: "401" would send their users looking for a key."""
-    status, _, body = ask(fronts(api_key=KEYS), "GET /llm", "Connection: Upgrade", "Upgrade: websocket")
-    assert status == 501 and "connect to LM Studio itself" in json.loads(body)["error"]["message"]
-
-
-def test_websocket_upgrades_are_refused_and_others_ignored(front, studio):
-    for path in ("/llm", "/", "/debug/stream"):
-        status, _, body = ask(front, f"GET {path}", "Connection: Upgrade", "Upgrade: websocket",
-                              "Sec-WebSocket-Version: 13")
-        assert status == 501 and "REST API" in json.loads(body)["error"]["message"] and not studio.peers
+def test_other_upgrades_are_ignored(front, studio):
     assert ask(front, "GET /v1/models", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c",
                "HTTP2-Settings: x")[0] == 200
 
@@ -6424,6 +6485,632 @@ def test_pages_that_are_let_in_can_read_answers_and_errors_and_get_no_header_twi
         assert not [name for name, _ in ask(front, f"GET {path}")[1] if "Access-Control" in name]
 
 
+# --- 7.6 sockets
+
+class Speaker:
+    """One end of a WebSocket: a client's, whose frames are masked, or LM Studio's."""
+
+    def __init__(self, sock, masks, data=b""):
+        self.sock, self.mask = sock, MASK if masks else b""
+        self.frames = lmgateway.Frames(not masks, 2**28)
+        self.came = self.frames.feed(data)
+
+    def say(self, value, opcode=1):
+        spaces = None if self.mask else (",", ":")     # as Python's SDK and Node write JSON
+        text = value if isinstance(value, bytes) else json.dumps(value, separators=spaces).encode()
+        self.sock.sendall(lmgateway.frame(opcode, text, self.mask))
+
+    def next(self):
+        """The next Message; None at the end of the connection."""
+        while not self.came:
+            data = self.sock.recv(65536)
+            if not data:
+                return None
+            self.came = self.frames.feed(data)
+        return self.came.pop(0)
+
+    def hear(self):
+        """The next message as JSON."""
+        message = self.next()
+        assert message and message.opcode == 1, message
+        return json.loads(message.payload)
+
+    def closed(self):
+        """The code of the close frame that comes next, None of an empty one; "end" for the bare end."""
+        try:
+            message = self.next()
+        except ConnectionResetError:
+            return "end"
+        if message is None:
+            return "end"
+        assert message.opcode == 8, message
+        return int.from_bytes(message.payload[:2], "big") if message.payload else None
+
+
+HELLO = {"authVersion": 1, "clientIdentifier": "some-client", "clientPasskey": "its own"}
+
+
+class Scripted:
+    """LM Studio's side of the sockets that are opened: each Speaker, once it has let its client in."""
+
+    def __init__(self, studio, answer=None):
+        self.answer, self.paths, self.hellos = answer or {"success": True}, [], []
+        self.met: queue.Queue = queue.Queue()
+        studio.script = self.script
+
+    def script(self, peer):
+        self.paths.append(peer.line)
+        peer.send((f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                   f"Sec-WebSocket-Accept: {lmgateway.accept_key(peer.header('sec-websocket-key'))}\r\n\r\n").encode())
+        peer.sock.settimeout(PATIENCE_S)
+        speaker = Speaker(peer.sock, masks=False)
+        hello = speaker.next()
+        if hello is None:
+            return
+        self.hellos.append(json.loads(hello.payload))
+        speaker.say(self.answer)
+        speaker.over = threading.Event()
+        self.met.put(speaker)
+        speaker.over.wait(PATIENCE_S)
+        raise OSError   # the connection is the test's: nothing is read here any more
+
+
+def upgrade(path="/llm", *headers, **changed):
+    fields = {"Host": "localhost", "Connection": "keep-alive, Upgrade", "Upgrade": "websocket",
+              "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+              **{name.replace("_", "-"): value for name, value in changed.items()}}
+    lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
+    return "\r\n".join([f"GET {path} HTTP/1.1", *lines, *headers, "", ""]).encode("latin-1")
+
+
+def enter(front, path="/llm", hello=HELLO, *headers):
+    """A client's Speaker whose first message has been sent."""
+    sock = dial(front.port)
+    sock.sendall(upgrade(path, *headers))
+    head, rest = read_until(sock, b"\r\n\r\n").split(b"\r\n\r\n", 1)
+    assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n"), head
+    assert b"\r\nsec-websocket-accept: s3ppLMBiTxaQ9kYGzzhZRbK+xOo=".lower() in head.lower()
+    assert b"extensions" not in head.lower()
+    speaker = Speaker(sock, masks=True, data=rest)
+    speaker.say(hello)
+    return speaker
+
+
+@pytest.fixture
+def scripted(studio):
+    made = Scripted(studio)
+    yield made
+    while not made.met.empty():
+        made.met.get().over.set()
+
+
+@pytest.fixture
+def joined(front, scripted):
+    """Gives (client, LM Studio's side) of a new socket without keys."""
+    ends = []
+
+    def join(path="/llm", where=front, hello=HELLO):
+        client = enter(where, path, hello)
+        assert client.hear() == {"success": True}
+        ends.extend([client, scripted.met.get(timeout=PATIENCE_S)])
+        return ends[-2:]
+
+    yield join
+    for end in ends:
+        end.sock.close()
+        getattr(end, "over", threading.Event()).set()
+    until(lambda: not front.gateway.inferences)
+
+
+@pytest.mark.parametrize(("head", "status"), [
+    (upgrade("/unknown"), 404), (upgrade("/LLM"), 404), (upgrade("/llm/"), 404), (upgrade("/v1/chat/completions"), 404),
+    (upgrade("/"), 404), (upgrade(Sec_WebSocket_Version="8"), 426), (upgrade(Sec_WebSocket_Version=None), 426),
+    (upgrade(Sec_WebSocket_Key="short"), 400), (upgrade(Sec_WebSocket_Key=None), 400),
+    (upgrade(Connection="keep-alive"), 400), (upgrade().replace(b"HTTP/1.1", b"HTTP/1.0"), 400),
+    (upgrade().replace(b"GET", b"POST"), 400), (upgrade(Origin="https://evil.example"), 403),
+    (upgrade(Origin="null"), 403), (upgrade(Host="lan-name"), 403)])
+def test_what_is_no_opening_handshake_never_reaches_lm_studio(front, studio, head, status):
+    with dial(front.port) as sock:
+        sock.sendall(head)
+        answer = read_until(sock, b"\r\n\r\n")
+    assert status_of(answer) == status and studio.peers == []
+    assert (b"Sec-WebSocket-Version: 13" in answer) == (status == 426)
+
+
+def test_a_page_of_an_allowed_origin_may_connect(fronts, scripted):
+    client = enter(fronts(cors_origins=("https://chat.example",)), "/llm", HELLO, "Origin: https://chat.example")
+    assert client.hear() == {"success": True}
+
+
+def test_an_lm_studio_that_takes_no_socket_is_502(front, studio, monkeypatch):
+    monkeypatch.setattr(lmgateway, "UPGRADE_S", 0.2)
+    for script in (lambda peer: peer.send(plain(b"{}")), lambda peer: peer.sock.recv(1), lambda peer: peer.reset()):
+        studio.script = script
+        with dial(front.port) as sock:
+            sock.sendall(upgrade())
+            assert status_of(read_until(sock, b"\r\n\r\n")) == 502
+
+
+def test_everything_else_passes_unchanged_both_ways(joined, scripted):
+    client, studio = joined("/system?x=1")
+    assert scripted.paths == ["GET /system HTTP/1.1"]
+    pieces = [bytes.fromhex("01") + lmgateway.frame(1, b'{"type"', MASK)[1:], lmgateway.frame(9, b"in between", MASK),
+              lmgateway.frame(0, b':"keepAlive"}', MASK)]
+    for data in (lmgateway.frame(2, b'{"type":"keepAlive"}', MASK), lmgateway.frame(10, b"pong", MASK),
+                 lmgateway.frame(1, b'{ "type": "who knows", "x": [1.0, "\xc3\xa9"] }', MASK)):
+        client.sock.sendall(data)
+        assert studio.next().raw == data
+    for piece in pieces:
+        client.sock.sendall(piece)
+    assert [studio.next().raw, studio.next().raw] == [pieces[1], pieces[0] + pieces[2]]
+    for data in (lmgateway.frame(1, b"no JSON"), lmgateway.frame(2, b"\xff"), lmgateway.frame(9, b"ping"),
+                 b"\x01\x03abc", b"\x80\x00"):
+        studio.sock.sendall(data)
+        assert client.sock.recv(100) == data
+    client.say((4000).to_bytes(2, "big") + b"bye", 8)
+    assert studio.closed() == 4000
+    studio.say((4000).to_bytes(2, "big"), 8)
+    assert client.closed() == 4000 and client.closed() == "end"
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_megabytes_pass_in_one_frame(joined, way):
+    ends = joined("/files")
+    value = {"type": "keepAlive", "x": "a" * 6_000_000}
+    sender = threading.Thread(target=ends[way].say, args=(value,))
+    sender.start()
+    assert ends[1 - way].hear() == value
+    sender.join(PATIENCE_S)
+
+
+def test_a_piece_of_a_frame_of_lm_studios_waits_for_nothing(joined):
+    client, studio = joined()
+    data = lmgateway.frame(1, b"x" * 1000)
+    studio.sock.sendall(data[:500])
+    assert len(client.sock.recv(1000)) == 500
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_who_does_not_read_holds_up_the_other_side(joined, way):
+    ends = joined("/files")
+    sender = ends[way]
+    sender.sock.settimeout(1.0)
+    data, sent = lmgateway.frame(2, b'{"x":"' + b"a" * 60_000 + b'"}', sender.mask), 0
+    with pytest.raises(lmgateway.TIMEOUTS):
+        while sent < 200_000_000:
+            sent += sender.sock.send(data)
+    assert sent < 60_000_000
+
+
+def test_lm_studio_is_shown_a_guest_and_never_the_client(fronts, scripted):
+    plain_front, keyed = fronts(), fronts(api_key={**KEYS, "carl": "sk-lm-12345678:12345678901234567890"})
+    other = {**HELLO, "clientIdentifier": "another"}
+    carl = {**HELLO, "clientIdentifier": "12345678", "clientPasskey": "12345678901234567890"}
+    for front, path, hello in ((plain_front, "/llm", HELLO), (plain_front, "/files", HELLO),
+                               (plain_front, "/llm", other), (keyed, f"/key/{ANNA}/llm", HELLO),
+                               (keyed, "/key/other=/llm", HELLO), (keyed, "/llm", carl)):
+        assert enter(front, path, hello).hear() == {"success": True}
+    names = [hello["clientIdentifier"] for hello in scripted.hellos]
+    assert names[0] == names[1] and len(set(names)) == 5
+    assert all(name.startswith("guest:") for name in names) and len({str(h) for h in scripted.hellos}) == 5
+    assert set(scripted.paths) == {"GET /llm HTTP/1.1", "GET /files HTTP/1.1"}
+    assert "some-client" not in str(scripted.hellos) and "abcdefgh" not in str(scripted.hellos)
+
+
+def test_lm_studio_is_shown_the_upstream_tokens_halves(fronts, scripted):
+    enter(fronts(upstream_token="sk-lm-ABCDEFGH:ABCDEFGHIJKLMNOPQRST")).hear()
+    assert scripted.hellos == [{"authVersion": 1, "clientIdentifier": "ABCDEFGH",
+                                "clientPasskey": "ABCDEFGHIJKLMNOPQRST"}]
+
+
+@pytest.mark.parametrize("python", [False, True])
+@pytest.mark.parametrize(("path", "hello"), [
+    ("/llm", HELLO), ("/key/wrong/llm", HELLO), ("/llm", {"clientIdentifier": [], "clientPasskey": {}}), ("/llm", b"x"),
+    ("/llm", {**HELLO, "clientIdentifier": "abcdefgh", "clientPasskey": "abcdefghijklmnopqrsT"})])
+def test_without_a_right_key_nobody_is_let_in(guarded, scripted, path, hello, python, caplog):
+    agent = ["User-Agent: python-httpx/0.28"] if python else []
+    client = enter(guarded, path, hello, *agent)
+    said = client.hear()
+    text = said["error"]["title"] if python else said["error"]
+    assert said["success"] is False and "/key/KEY" in text and "wrong" not in text
+    assert client.closed() is None and scripted.hellos == []
+    assert "wrong" not in caplog.text
+
+
+def test_a_client_that_does_not_say_who_it_is_is_let_go(front, scripted, monkeypatch):
+    monkeypatch.setattr(lmgateway, "INTRODUCTION_S", 0.2)
+    with dial(front.port) as sock:
+        sock.sendall(upgrade())
+        speaker = Speaker(sock, True, read_until(sock, b"\r\n\r\n").split(b"\r\n\r\n", 1)[1])
+        assert speaker.hear()["success"] is False and speaker.closed() is None
+
+
+def test_lm_studios_own_refusal_reaches_the_client(front, scripted):
+    scripted.answer = {"success": False, "error": "no guests today"}
+    client = enter(front)
+    assert client.hear() == {"success": False, "error": "no guests today"} and client.closed() is None
+
+
+def test_a_key_may_lead_the_path_over_http_too(guarded, studio, caplog):
+    with caplog.at_level(logging.DEBUG):
+        for path, status in ((f"/key/{ANNA}/v1/models?x=1", 200), ("/key/wr%6fng/v1/models", 401), ("/key/wrong", 200),
+                             (f"/key/{urllib.parse.quote(ANNA)}/v1/models", 200), ("/key//v1/models", 401)):
+            assert ask(guarded, f"GET {path}")[0] == status, path
+        assert ask(guarded, f"GET /key/{ANNA}/v1/models", "X-API-Key: wrong")[0] == 401
+    assert [peer.line for peer in studio.peers] == ["GET /v1/models?x=1 HTTP/1.1", "GET /v1/models HTTP/1.1"]
+    assert ANNA not in caplog.text and "wrong" not in caplog.text
+
+
+def call(endpoint, number=1, **parameter):
+    return {"type": "rpcCall", "endpoint": endpoint, "callId": number, "parameter": parameter}
+
+
+def channel(endpoint, number=1, **parameter):
+    return {"type": "channelCreate", "endpoint": endpoint, "channelId": number, "creationParameter": parameter}
+
+
+@pytest.fixture
+def limited(fronts, tmp_path):
+    """A gateway with the key of somebody who may infer, and a function that takes it back."""
+    path = tmp_path / "keys.json"
+    key = lmgateway.Key("kid", lmgateway.digest(ANNA), frozenset(("infer",)), "")
+    path.write_text(json.dumps({"keys": [lmgateway.key_row(key)]}), encoding="utf-8")
+    front = fronts(keys_file=str(path))
+    front.revoke = lambda: path.write_text('{"keys": []}', encoding="utf-8")
+    return front
+
+
+OPENED = {  # kind -> (id, refusal)
+    "rpcCall": ("callId", "rpcError"), "channelCreate": ("channelId", "channelError"),
+    "signalSubscribe": ("subscribeId", "signalError"), "writableSignalSubscribe": ("subscribeId", "writableSignalError")}
+
+
+@pytest.mark.parametrize("kind", OPENED)
+@pytest.mark.parametrize(("namespace", "endpoint", "right"), [
+    ("llm", "unloadModel", "admin"), ("llm", "loadModel", "admin"), ("llm", "not yet known", "admin"),
+    ("embedding", "predict", "admin"), ("system", "startHttpServer", "admin"), ("files", "getLocalFileAbsolutePath", "admin"),
+    ("diagnostics", "streamLogs", "view"), ("repository", "searchModels", "admin"), ("plugins", "reportError", "admin"),
+    ("runtime", "listEngines", "admin"), ("llm", ["predict"], "admin"), ("llm", None, "admin")])
+def test_a_call_without_its_right_is_refused_alone(joined, limited, kind, namespace, endpoint, right):
+    client, studio = joined(f"/key/{ANNA}/{namespace}", limited)
+    name, refusal = OPENED[kind]
+    client.say({"type": kind, "endpoint": endpoint, name: 7})
+    said = client.hear()
+    assert (said["type"], said[name], list(said["error"])) == (refusal, 7, ["title"])
+    assert f"no right to {right}" in said["error"]["title"]
+    client.say({"type": "channelSend", "channelId": 7, "message": {}} if name == "channelId" else {"type": "keepAlive"})
+    client.say({"type": "keepAlive"})
+    assert studio.hear() == {"type": "keepAlive"}
+
+
+def test_words_of_the_gateway_stand_between_two_messages_of_lm_studios(joined, limited):
+    client, studio = joined(f"/key/{ANNA}/llm", limited)
+    pieces = [b"\x01" + lmgateway.frame(1, b"[1")[1:], lmgateway.frame(0, b",2]")]
+    for part in (pieces[0][:2], pieces[0][2:]):
+        studio.sock.sendall(part)
+        assert client.sock.recv(100) == part
+        client.say(call("unloadModel"))
+        client.say({"type": "keepAlive"})
+        studio.hear()
+    studio.sock.sendall(pieces[1])
+    assert client.sock.recv(len(pieces[1])) == pieces[1]
+    assert [client.hear()["type"] for _ in range(2)] == ["rpcError"] * 2
+
+
+@pytest.mark.parametrize(("namespace", "endpoint"), [
+    ("llm", "listLoaded"), ("llm", "getOrLoad"), ("embedding", "countTokens"), ("system", "listDownloadedModels"),
+    ("files", "uploadFileBase64")])
+def test_a_call_with_its_right_goes_on(joined, limited, namespace, endpoint):
+    client, studio = joined(f"/key/{ANNA}/{namespace}", limited)
+    client.say(call(endpoint))
+    assert studio.hear() == call(endpoint)
+
+
+@pytest.mark.parametrize("number", [True, "1", None, 1.5, 2**53, [1], {"a": 1}])
+def test_a_call_without_a_proper_id_goes_nowhere(joined, limited, number):
+    client, studio = joined(f"/key/{ANNA}/llm", limited)
+    client.say(call("listLoaded", number))
+    client.say(call("listLoaded", 5.0))
+    assert studio.hear()["callId"] == 5
+
+
+@pytest.mark.parametrize("text", [b"x", b"[1]", b'{"a":' + b"9" * 5000 + b"}", b'{"a":' * 5000, b'{"a":NaN}'],
+                         ids=["word", "list", "number", "nesting", "NaN"])
+def test_what_cannot_be_read_is_not_passed_on_for_a_key_without_every_right(joined, limited, text):
+    client, studio = joined(f"/key/{ANNA}/llm", limited)
+    client.say(text)
+    assert client.closed() == 1008 and studio.closed() == "end"
+    client.sock.close()
+
+
+def test_bytes_in_a_call_are_judged_as_lm_studio_reads_them(joined, limited):
+    client, studio = joined(f"/key/{ANNA}/llm", limited)
+    client.say(b'{"type":"rpcCall","endpoint":"unloadModel","callId":1,"x":"\xff"}', 2)
+    assert client.hear()["type"] == "rpcError"
+
+
+def test_a_revoked_keys_socket_ends(joined, limited):
+    client, studio = joined(f"/key/{ANNA}/llm", limited)
+    client.say(channel("predict"))
+    studio.hear()
+    limited.revoke()
+    assert client.closed() == 1008 and studio.closed() == "end"
+    assert limited.events(0, "error")[0]["operation"] == "key_revoked"
+
+
+SOCKET_STATS = {"stopReason": "eosFound", "promptTokensCount": 30, "predictedTokensCount": 5, "totalTokensCount": 35,
+         "tokensPerSecond": 12.345, "timeToFirstTokenSec": 0.25}
+
+
+def sent(number=1, **message):
+    return {"type": "channelSend", "channelId": number, "message": message}
+
+
+def fragment(number=1, tokens=1):
+    return sent(number, type="fragment", fragment={"content": "a", "tokensCount": tokens})
+
+
+def success(number=1, **stats):
+    return sent(number, type="success", stats={**SOCKET_STATS, **stats}, modelInfo={"identifier": "m/one"},
+                loadModelConfig={}, predictionConfig={})
+
+
+BY_NAME = {"modelSpecifier": {"type": "query", "query": {"identifier": "m/one"}}}
+
+
+def test_a_prediction_is_a_request_like_any_other(front, joined):
+    client, studio = joined()
+    mark = front.hub.last
+    client.say(channel("predict", history={"messages": [{}, {}]}, **BY_NAME))
+    studio.hear()
+    (start,) = front.events(mark, "inference_start")
+    assert (start["path"], start["model"], start["stream"], start["client"]) == ("/llm/predict", "m/one", True, "127.0.0.1")
+    studio.say(sent(type="promptProcessingProgress", progress=0.41, details={
+        "cachedTokenCount": 3, "totalPromptTokenCount": 30}))
+    assert front.events(mark, "inference_progress")[0]["percent"] == 41
+    for _ in range(5):
+        studio.say(fragment())
+    assert [client.hear()["message"]["type"] for _ in range(6)] == ["promptProcessingProgress"] + ["fragment"] * 5
+    studio.say(success())
+    assert client.hear() == success() and not front.gateway.inferences
+    (over,) = front.events(mark, "inference_complete")
+    assert over["tokenUsage"] == {"promptTokens": 30, "completionTokens": 5, "totalTokens": 35}
+    assert (over["timeToFirstTokenMs"], over["tokensPerSecond"], over["finishReason"], over["model"]) == (
+        250.0, 12.35, "eosFound", "m/one")
+    assert over["cachedTokens"] == 3
+    studio.say({"type": "channelClose", "channelId": 1})
+    client.hear()
+    assert front.events(mark, "error", count=0) == []
+
+
+def test_a_result_without_figures_has_none(front, joined):
+    client, studio = joined()
+    mark = front.hub.last
+    client.say(channel("completeRawText", rawPrompt="x"))
+    studio.hear()
+    studio.say(fragment())
+    studio.say(sent(type="success", stats={"stopReason": "eosFound"}))
+    (over,) = front.events(mark, "inference_complete")
+    assert (over["tokenUsage"], over["timeToFirstTokenMs"], over["tokensPerSecond"]) == (None, None, None)
+
+
+def test_an_instance_is_known_by_its_name(front, joined):
+    client, studio = joined()
+    mark = front.hub.last
+    client.say(channel("getOrLoad", 0, identifier="x"))
+    studio.hear()
+    studio.say(sent(0, type="alreadyLoaded", info={"identifier": "my-model", "instanceReference": "ref1"}))
+    client.hear()
+    client.say(channel("predict", 1, modelSpecifier={"type": "instanceReference", "instanceReference": "ref1"}))
+    studio.hear()
+    assert front.events(mark, "inference_start")[0]["model"] == "my-model"
+
+
+def test_an_embedding_is_one_too(front, joined):
+    client, studio = joined("/embedding")
+    mark = front.hub.last
+    client.say(call("embedString", inputString="x", **BY_NAME))
+    client.say(call("embedString", inputString="the same id", **BY_NAME))
+    client.say(call("listLoaded", 2))
+    assert [studio.hear()["callId"] for _ in range(2)] == [1, 2]
+    studio.say({"type": "rpcResult", "callId": 1, "result": {"embedding": [0.5] * 1000}})
+    assert len(client.hear()["result"]["embedding"]) == 1000
+    (over,) = front.events(mark, "inference_complete")
+    assert over["tokenUsage"] is None
+    assert [(e["path"], e["stream"]) for e in front.events(mark, "inference_start")] == [("/embedding/embedString", False)]
+
+
+def leaves(client, studio):
+    client.sock.close()
+
+
+def says_goodbye(client, studio):
+    client.say(b"", 8)
+
+
+def cancels(client, studio):
+    client.say(sent(type="cancel"))
+    assert studio.hear() == sent(type="cancel")
+    studio.say(success(stopReason="userStopped"))
+
+
+@pytest.mark.parametrize(("ends", "operation"), [
+    (leaves, "client_disconnected"), (says_goodbye, "client_disconnected"), (cancels, "client_disconnected"),
+    (lambda client, studio: studio.say({"type": "channelError", "channelId": 1, "error": {"title": "no memory"}}),
+     "upstream_error"),
+    (lambda client, studio: studio.say({"type": "channelClose", "channelId": 1}), "upstream_error"),
+    (lambda client, studio: studio.sock.shutdown(socket.SHUT_RDWR), "upstream_reset"),
+    (lambda client, studio: studio.say(b"\x03\xe8", 8), "upstream_reset"),
+    (lambda client, studio: client.sock.sendall(b"\x81\x00"), "protocol_error")])
+def test_each_end_of_a_prediction_is_told_once(front, joined, ends, operation):
+    client, studio = joined()
+    mark = front.hub.last
+    client.say(channel("predict", **BY_NAME))
+    studio.hear()
+    for _ in range(3):
+        studio.say(fragment())
+        client.hear()
+    ends(client, studio)
+    (error,) = front.events(mark, "error")
+    assert error["tokenUsage"]["completionTokens"] == (5 if ends is cancels else 3)
+    assert error["operation"] == operation and front.events(mark, "inference_complete", count=0) == []
+    assert operation != "upstream_error" or error["error"] in (
+        "no memory", "LM Studio closed the channel without a result")
+
+
+def test_an_lm_studio_that_dies_is_told_by_1011(joined):
+    client, studio = joined()
+    studio.sock.shutdown(socket.SHUT_RDWR)
+    assert client.closed() == 1011
+
+
+@pytest.mark.parametrize("goes", [lambda sock: sock.close(), lambda sock: resets(sock)])
+def test_a_client_that_leaves_is_noticed_while_lm_studio_reads_nothing(front, joined, goes):
+    client, studio = joined("/files")
+    client.sock.sendall(lmgateway.frame(1, b'{"x":"' + b"a" * 20_000_000 + b'"}', MASK))
+    goes(client.sock)
+    began = time.monotonic()
+    until(lambda: not front.server._all(lmgateway.TUNNELLING))  # nothing was read of LM Studio's side
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(("data", "code"), [(b"\x81\x00", 1002), (lmgateway.frame(1, b"\xff", MASK), 1007),
+                                            (b"\x81\xff" + (2**40).to_bytes(8, "big") + MASK, 1009)])
+def test_faulty_frames_end_their_connection_alone(joined, data, code):
+    client, studio = joined()
+    other, others_studio = joined()
+    client.sock.sendall(data)
+    assert client.closed() == code and studio.closed() == "end"
+    other.say({"type": "keepAlive"})
+    assert others_studio.hear() == {"type": "keepAlive"}
+
+
+def test_a_message_that_is_coming_counts_in_the_budget_of_all_bodies(fronts, joined):
+    front = fronts(max_body_memory=1_000_000)
+    client, studio = joined("/files", front)
+    data = lmgateway.frame(1, b'{"x":"' + b"a" * 900_000 + b'"}', MASK)
+    client.sock.sendall(data[:800_000])
+    until(lambda: front.server.memory.used == 800_000)
+    client.sock.sendall(data[800_000:])
+    assert studio.hear() and front.server.memory.used == 0
+    client.sock.sendall(lmgateway.frame(1, b'{"x":"' + b"a" * 1_100_000 + b'"}', MASK)[:1_050_000])
+    assert client.closed() == 1009
+    client.sock.close()
+    until(lambda: front.server.memory.used == 0)
+
+
+def test_a_prediction_can_be_stopped_by_somebody_else(front, joined):
+    client, studio = joined()
+    mark = front.hub.last
+    client.say(channel("predict", 3, **BY_NAME))
+    studio.hear()
+    (prediction,) = front.gateway.inferences.values()
+    prediction.stop(lmgateway.HttpError(503, "stopped", "stopped by ben"))
+    assert client.hear() == {"type": "channelError", "channelId": 3, "error": {"title": "stopped by ben"}}
+    assert studio.hear() == sent(3, type="cancel")
+    assert front.events(mark, "error")[0]["operation"] == "stopped"
+
+
+def test_at_the_end_idle_sockets_are_told_and_predictions_may_finish(fronts, joined):
+    front = fronts()
+    idle, _ = joined("/llm", front)
+    busy, studio = joined("/llm", front)
+    busy.say(channel("predict"))
+    studio.hear()
+    assert front.server.connections == 2
+    ending = threading.Thread(target=front.server.finish_requests, args=(PATIENCE_S,))
+    ending.start()
+    assert idle.closed() == 1001
+    studio.say(success())
+    assert busy.hear() == success() and busy.closed() == 1001
+    idle.sock.close()
+    busy.sock.close()
+    ending.join(PATIENCE_S)
+
+
+def test_a_system_without_poll_serves_sockets_too(joined, monkeypatch):
+    monkeypatch.delattr(lmgateway.select, "POLLRDHUP", raising=False)
+    monkeypatch.delattr(lmgateway.select, "poll")
+    test_megabytes_pass_in_one_frame(joined, 0)
+    client, studio = joined()
+    studio.say({"a": 1})
+    assert client.hear() == {"a": 1}
+    client.sock.close()
+    assert studio.closed() == "end"
+
+
+def test_many_sockets_at_once_each_have_their_own(front, joined):
+    pairs = [joined() for _ in range(30)]
+    for number, (client, _) in enumerate(pairs):
+        client.say({"type": "keepAlive", "x": number})
+    assert [studio.hear()["x"] for _, studio in pairs] == list(range(30))
+
+
+# --- LOG_SOURCE
+
+def logged_line(kind, stamp=1_700_000_000_000, **data):
+    return {"type": "channelSend", "channelId": 0, "message": {"type": "log", "log": {
+        "timestamp": stamp, "data": {"type": kind, **data}}}}
+
+
+def until_news(stream):
+    """The next bytes that the stream brings."""
+    news = []
+    until(lambda: news.append(stream.next_news(time.monotonic())) or news[-1])
+    return news[-1]
+
+
+@pytest.fixture
+def diagnostics(studio, scripted, tmp_path):
+    """(LogStream, LM Studio's side) without files here."""
+    made = lmgateway.LogStream(lmgateway.Upstream(studio.url), lmgateway.Follower(str(tmp_path / "logs")), False)
+    assert made.next_news(time.monotonic()) == b""
+    side = scripted.met.get(timeout=PATIENCE_S)
+    assert side.hear() == {"type": "channelCreate", "endpoint": "streamLogs", "channelId": 0}
+    yield made, side
+    made._leave()
+    side.over.set()
+
+
+@pytest.mark.parametrize(("line", "text"), [
+    (logged_line("server.log", level="info", content="[2026-05-01 10:00:00][INFO] x\n"), b"[2026-05-01 10:00:00][INFO] x\n"),
+    (logged_line("server.log", level="warn", content="plain"), b"[2023-11-14 22:13:20][WARN] plain\n"),
+    (logged_line("runtime.log", level="debug", message="slot x\nsrv y"), b"[2023-11-14 22:13:20][DEBUG] slot x\nsrv y\n"),
+    (logged_line("runtime.log", level=7, message="odd"), b"[2023-11-14 22:13:20][INFO] odd\n")])
+def test_the_stream_gives_the_lines_of_a_log_file(diagnostics, utc, line, text):
+    stream, side = diagnostics
+    for other in ({"success": True}, logged_line("llm.prediction.input", input="secret"), logged_line("server.log"), []):
+        side.say(other)
+    side.say(line)
+    assert until_news(stream) == text and stream.problem == ""
+
+
+def test_a_stream_that_breaks_is_said_and_comes_back(diagnostics, scripted):
+    stream, side = diagnostics
+    side.sock.shutdown(socket.SHUT_RDWR)
+    until(lambda: stream.next_news(time.monotonic()) or stream.problem)
+    assert "closed the stream" in stream.problem
+    assert stream.next_news(time.monotonic() + 6) == b"" and stream.problem == ""
+    scripted.met.get(timeout=PATIENCE_S).over.set()
+
+
+def test_files_that_grow_go_before_the_stream(studio, scripted, tmp_path):
+    files = types.SimpleNamespace(next_news=lambda now: next(news), problem=None)
+    for brought, by in (([b"", b"", b"line\n", b"more\n"], b"line\nmore\n"), ([b""] * 4, b"[2026-05-01 10:00:00][INFO] s\n")):
+        news = iter(brought)
+        stream = lmgateway.LogStream(lmgateway.Upstream(studio.url), files, True)
+        assert stream.next_news(0.0) == b""
+        side = scripted.met.get(timeout=PATIENCE_S)
+        side.hear()
+        side.say(logged_line("server.log", level="info", content="[2026-05-01 10:00:00][INFO] s"))
+        assert lmgateway.readable(stream._sock, PATIENCE_S)
+        found = stream.next_news(0.1)
+        assert found == b""
+        assert stream.next_news(1.0) + stream.next_news(3.0) == by
+        stream._leave()
+        side.over.set()
+
+
 # --- TLS
 
 @pytest.fixture(scope="module")
@@ -7293,6 +7980,48 @@ def test_the_imitation_answers_as_lm_studio_does(tmp_path):
     assert time.monotonic() - started < PATIENCE_S / 2      # a stop cuts what is running
 
 
+def packets_until(client, kind):
+    """The packets of a channel up to the one of that type."""
+    found = []
+    while not found or found[-1]["message"]["type"] != kind:
+        found.append(client.hear())
+    return [body["message"] for body in found]
+
+
+def test_it_does_what_lm_studios_own_sdks_ask(demo):
+    front = demo[0]
+    client = enter(front)
+    assert client.hear() == {"success": True}
+    client.say(call("listLoaded"))
+    names = [row["identifier"] for row in client.hear()["result"]]
+    assert names == list(lmgateway.DEMO_MODELS)
+    client.say(channel("loadModel", 1, modelKey=names[1], identifier="mine"))
+    assert [row["type"] for row in packets_until(client, "success")] == ["resolved"] + ["progress"] * 5 + ["success"]
+    assert client.hear()["type"] == "channelClose"
+    client.say(call("unloadModel", 2, identifier="mine"))
+    assert client.hear() == {"type": "rpcResult", "callId": 2}
+    mark = front.hub.last
+    limit = {"layers": [{"config": {"fields": [{"key": "llm.prediction.maxPredictedTokens",
+                                                "value": {"checked": True, "value": 3}}]}}]}
+    client.say(channel("predict", 3, predictionConfigStack=limit, modelSpecifier={
+        "type": "instanceReference", "instanceReference": "instance of mine"}))
+    assert [row["type"] for row in packets_until(client, "success")][-4:] == ["fragment"] * 3 + ["success"]
+    (over,) = front.events(mark, "inference_complete")
+    assert (over["model"], over["tokenUsage"]["completionTokens"], over["finishReason"]) == ("mine", 3, "eosFound")
+    assert client.hear() == {"type": "channelClose", "channelId": 3}
+    client.say(channel("completeRawText", 4, rawPrompt="x"))
+    packets_until(client, "fragment")
+    client.say(sent(4, type="cancel"))
+    assert packets_until(client, "success")[-1]["stats"]["stopReason"] == "userStopped"
+    client.hear()
+    client.say(call("notKnown", 5))
+    assert client.hear()["type"] == "communicationWarning"
+    other = enter(front, "/embedding")
+    other.hear()
+    other.say(call("embedString", inputString="x"))
+    assert len(other.hear()["result"]["embedding"]) == 128
+
+
 # === 9. COMMAND ==============================================================
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -7306,7 +8035,7 @@ def test_readme_has_the_tables_of_the_code(table):
 def test_readme_has_the_two_commands_that_set_everything_up():
     assert "python3 lmgateway.py --demo" in README
     assert "python3 test_lmgateway.py" in README
-    assert len(README.splitlines()) < 450
+    assert len(README.splitlines()) < 480
 
 
 def test_readme_names_only_flags_and_variables_that_there_are():
@@ -7314,7 +8043,7 @@ def test_readme_names_only_flags_and_variables_that_there_are():
     ours = re.findall(r"lmgateway\.py((?: [^\s`|>]+)*)", README)
     assert {flag for line in ours for flag in re.findall(r"--[a-z][a-z-]+", line)} <= flags
     named = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", README))
-    others = {"SSL_CERT_FILE", "OPENAI_API_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_MODEL"}
+    others = {"SSL_CERT_FILE", "LM_API_TOKEN", "OPENAI_API_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_MODEL"}
     assert named - others <= {row.variable for row in lmgateway.OPTIONS}
 
 
