@@ -12,7 +12,6 @@ import base64
 import contextlib
 import datetime
 import errno
-import gc
 import gzip
 import hashlib
 import http.client
