@@ -1019,7 +1019,8 @@ class Parser:
 
     def _engine_lines(self, lines, moment, torn):
         """Facts from lines of a DEBUG entry; torn is the line before its header, if they are its first."""
-        match, entry = None, self._entry
+        match: Any = None
+        entry: Any = self._entry
         for found in ENGINE.finditer(lines):
             match = self._mended(torn, found, moment) if torn else found
             torn = None
@@ -1687,7 +1688,7 @@ class ChatTracker(EngineLines):
     def _mlx_run(self, percent, model):
         """MLX reads one prompt of a model at a time, from its 0.0% on.  The cache line stands beside that, before or
         after it."""
-        run = self._latest.get("MLX")
+        run: Any = self._latest.get("MLX")
         if self._engines.get(model, "MLX") != "MLX":
             return None
         if any(chat.api and chat.model not in (None, model) for chat in self.running):
@@ -2377,9 +2378,10 @@ def parse_body(dialect, data):
 
 def text_size(value):
     """Characters of all texts in JSON, roles and types aside; None if there are pictures or files."""
-    sizes = [len(value)] if isinstance(value, str) and not value.startswith("data:") else []
+    sizes: list[Any] = [len(value)] if isinstance(value, str) and not value.startswith("data:") else []
     if isinstance(value, dict):
-        sizes = [None if name in MEDIA else text_size(item) for name, item in value.items() if name not in ("role", "type")]
+        sizes = [None if name in MEDIA else text_size(item)
+                 for name, item in value.items() if name not in ("role", "type")]
     elif isinstance(value, list):
         sizes = [text_size(item) for item in value]
     return None if None in sizes else sum(sizes)
@@ -2705,7 +2707,8 @@ class Record:
 
     def phases(self, clock):
         """[{name, ms, slow}] in the order in which they were entered.  What nobody saw the parts of is answering."""
-        starts, latest = [], math.inf
+        starts: list[tuple] = []
+        latest = math.inf
         for name in reversed([name for name in STATES if name in self.entered]):
             latest = min(latest, self.entered[name])    # a line of an earlier one can be read later
             starts.insert(0, (name, latest))
@@ -2808,6 +2811,7 @@ CLEAR_S = 0.3  # of two requests sent so far apart the first reaches the engine 
 CLEAR_S_PER_CHARACTER = 1e-6  # ... and so much later if it is longer, for its template and its tokens
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its run, for so long
 LEFT_LINE_S = 1.0  # LM Studio writes that a client has left within this
+LATE_END_S = 2.0  # and ends its stream within this
 TWINS_S = 0.01  # ends so close to each other can be written in either order
 OPEN_LIMIT = 512  # requests that are over and can still be bound
 NAMES_KEPT = 1000  # models by the names that clients gave them
@@ -2817,7 +2821,7 @@ SAME_SIZE = 1.2  # prompts of one kind have as many tokens for a character up to
 SIZES_KEPT = 20  # answers of a model from which its tokens for a character are learned
 FORGOTTEN_S = 3600.0  # LM Studio's own is taken for over when the log has said nothing of it for so long
 LINES_KEPT = 200  # last lines of chats that wait for their request's end
-RESPONSES = "/v1/responses"  # it writes no start
+NO_START = "/v1/responses"  # the path whose chats write no start
 
 
 class Logged(NamedTuple):
@@ -3183,7 +3187,7 @@ class Requests:
         """The number of the rule by which a run is not a request's; 0 if it can be."""
         done, left = record.state == "done", record.state in LEFT_STATES
         now, slack = clock - run.base, run.slack
-        ended = None if record.ended is None else record.ended - run.base
+        ended: Any = None if record.ended is None else record.ended - run.base
         if record.sent - run.base > run.launched:
             return 1
         if ended is not None and not left and ended < run.active - slack:
@@ -3223,7 +3227,10 @@ class Requests:
 
     def _compare_sizes(self, fits):
         """4, if nothing has been learned yet: by the ratio of a pair each other prompt has a request, too."""
-        runs = [run for run in fits if run.total and run.is_of_api]
+        runs = [run for run in fits if run.total]
+        records = {record.id for records in fits.values() for record in records if record.ended is None}
+        if len(runs) != len(records):
+            runs = [run for run in runs if run.is_of_api]
         if self._sizes or not 1 < len(runs) <= 8:
             return
 
@@ -3354,7 +3361,7 @@ class Requests:
         copy = logged_request(logged)
         if data.get("model"):
             self._names.setdefault(data["model"], data["model"])
-        found = [record for record in self._of_model(event) if not record.begun and record.target != RESPONSES
+        found = [record for record in self._of_model(event) if not record.begun and record.target != NO_START
                  and record.messages in (None, data["messages"])
                  and (record.ended is None or clock - record.ended < LAG_S) and copy.may_be(record)]
         same = [record for record in found if copy.fingerprint and record.fingerprint == copy.fingerprint]
@@ -3423,6 +3430,10 @@ class Requests:
                          and counts == (record.used("promptTokens"), record.used("completionTokens"))
                          and abs(record.ended - seen) < LAG_S])
         answer, wanted = "counts" in about, ENDS[data["outcome"]]
+        if data["outcome"] == "finished" and not answer and any(
+                record.stream and record.state in LEFT_STATES and 0 < seen - record.ended < LATE_END_S
+                for record in self._of_model(event)):
+            return None  # it can be the late one of a stream whose client left
         found = [record for record in self._of_model(event) if not record.told_end
                  and (record.state in wanted or record.ended is None)
                  and (record.ended is None or seen - max(LAG_S, LEFT_LINE_S * (wanted is LEFT_STATES)) < record.ended < seen + 0.1)
@@ -3894,7 +3905,7 @@ class Series:
     def _fold(self):
         """Make one cell of the oldest minute that has several."""
         cells = next(self._minutes[one] for one in sorted(self._minutes) if len(self._minutes[one]) > 1)
-        whole = Counter()
+        whole: Counter[Any] = Counter()
         for amounts in cells.values():
             whole.update(amounts)
         self._size -= len(cells) - 1
