@@ -11,7 +11,8 @@ Words used throughout:
     entry      one log record: a header line and the lines that continue it
     rule       one wording of LM Studio's log, and the fact that it states
     fact       what a line states, in words that no engine owns ("prompt is read", "client left")
-    chat       one run of a model as the log shows it
+    run        one prediction of an engine, as its DEBUG lines tell it
+    chat       one prediction, as the app's INFO lines tell it
     event      a name and JSON, as listeners receive them
     request    one HTTP request of a client; a record is what is kept of it
     dialect    one of the APIs that LM Studio speaks: its places for usage, tokens and errors
@@ -3597,7 +3598,7 @@ METRICS = (
     Metric("lmstudio_gateway_sse_replays_total", "counter", ("result",),
            "Listeners that came back: full, gap"),
     Metric("lmstudio_gateway_correlated_total", "counter", ("result",),
-           "Requests joined with the log: exact, likely, none"),
+           "Requests joined with the log: exact, none"),
     Metric("lmstudio_gateway_build_info", "gauge", ("version", "python"), "1"),
     Metric("process_start_time_seconds", "gauge", (), "When this gateway started"),
 )
@@ -12509,7 +12510,7 @@ function summaryOf(r) {
     ["Written", listed([known(outputOf(r)) && outputText(r) + " tokens", known(decodeOf(r)) && speed(decodeOf(r)),
       r.reasoningTokens && tokens(r.reasoningTokens) + " of them reasoning"])],
     ["Held up by", r.boundBy], ["Context", known(size) && `${tokens(used)} of ${tokens(size)} tokens`],
-    ["Log", {exact: "matched to the log: exact", likely: "matched to the log: likely"}[r.binding] ?? "not matched to the log"],
+    ["Log", r.binding === "exact" ? "matched to the log: exact" : "not matched to the log"],
     ["Id", r.requestId],
   ];
   return el("dl.facts", ...r.error ? [fact("Reason", r.error)] : [],
