@@ -4032,7 +4032,8 @@ class Account:
 
     def __init__(self, day=""):
         self.requests, self.tokens = Window(), Window()
-        self._day, self.today = day, Counter()
+        self._day = day
+        self.today: Counter[str] = Counter()
 
     def turn(self, day):
         """Another day has begun, or the clock was set."""
@@ -4101,7 +4102,8 @@ class Scheduler:
         self._slots = slots or math.inf
         self._queues: dict = {}  # model -> who -> deque of Turns that wait, in order of arrival
         self._running: dict = {}  # model -> set of Turns
-        self._of_who, self._of_key = Counter(), Counter()  # how many run
+        self._of_who: Counter[Any] = Counter()  # how many run
+        self._of_key: Counter[Any] = Counter()
         self._served: dict = {}  # who -> number of the latest start, longest ago first
         self._times: dict = {}  # model -> deque of s that its latest requests ran
         self._numbers = itertools.count(1)
@@ -6582,7 +6584,7 @@ class AccessControl:
             cookie = session_of(request)
             session = self._sessions.get(digest(cookie)) if cookie else None
             key = next((key for key in self._keys() if key.digest == session), None)    # as it is now
-        if key and key.terms.expires and today()[0] > key.terms.expires:
+        if key and key.terms.expires and this_day()[0] > key.terms.expires:
             raise HttpError(401, "key_expired", f"the last day of the key {key.name} was {key.terms.expires}; "
                             f"--set-key {key.name} --expires 30d gives it more time")
         return key and Identity(key.name, frozenset(RIGHTS) if "admin" in key.rights else key.rights, by_cookie)
@@ -6660,7 +6662,7 @@ class AccessControl:
         return bool(origin) and origin != "null" and (origin in allowed or "*" in allowed)
 
 
-def today():
+def this_day():
     """(this day, here: 2026-12-31, the seconds that are left of it)."""
     now = time.localtime()
     return time.strftime("%Y-%m-%d", now), max(1, 86400 - 3600 * now.tm_hour - 60 * now.tm_min - now.tm_sec)
@@ -6792,7 +6794,7 @@ class Turns:
 
     def _restore(self, history):
         """This day's counts go on."""
-        day, left_s = today()
+        day, left_s = this_day()
         try:
             for key, (requests, prompt, completion, _) in requests_by_key(
                     history.path, time.time() - 86400 + left_s).items():
@@ -6815,16 +6817,16 @@ class Turns:
                             f"{model or 'a request that names no model'} is not among them")
         turn = Turn(self._hub.served(model), name, (name, user) if name is not None else request.client,
                     terms.priority, clock)
-        day, left_s = today()
+        day, left_s = this_day()
         with self._lock:
             account = self._account(name, day)
-            refused = account.refusal(terms.limits, clock, left_s)
-            if not refused:
+            reached = account.refusal(terms.limits, clock, left_s)
+            if not reached:
                 self._join(turn, terms)
                 account.let_in(clock)
             request.ratelimit = account.headers(terms.limits, clock)
-        if refused:
-            raise limit_reached(terms.limits, *refused)
+        if reached:
+            raise limit_reached(terms.limits, *reached)
         return turn
 
     def _join(self, turn, terms):  # lock held
@@ -6849,7 +6851,7 @@ class Turns:
         if turn is None or turn.over:
             return
         usage, served = record and record.usage or {}, self._hub.served(turn.model)
-        clock, (day, _) = time.monotonic(), today()
+        clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
             if turn.over:
                 return
@@ -6885,7 +6887,7 @@ class Turns:
 
     def used(self, name):
         """What GET /me tells of a key's use."""
-        clock, (day, _) = time.monotonic(), today()
+        clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
             account, (running, waiting) = self._account(name, day), self._scheduler.counts(name)
             return {"running": running, "waiting": waiting,
