@@ -30,6 +30,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import sqlite3
 import ssl
 import struct
 import subprocess
@@ -7195,6 +7196,22 @@ def test_a_days_count_survives_a_restart(keys, fronts, studio, tmp_path):
     keys("--new-key", "anna", "--limits", "tpd=9,running=2", "--priority", "low", "--models", "q*", "--expires", "2099-01-31")
     listed = keys("--list-keys", "--history", history.path)[1]
     assert re.search(r"anna +infer .*tpd=9.*priority low  models q\*  until 2099-01-31  last used \d{4}", listed), listed
+
+
+def test_a_history_of_an_earlier_version_gets_the_new_columns(tmp_path):
+    path, kept = str(tmp_path / "h.db"), [row[:2] for row in lmgateway.HISTORY if row[0] not in ("user", "queued_ms")]
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(f"CREATE TABLE requests ({', '.join(map(' '.join, kept))})")
+        connection.execute("INSERT INTO requests (id, source, started, key) VALUES ('r0', 'gateway', 1.0, 'anna')")
+    history, record = lmgateway.History(path), lmgateway.Record("r1", 2.0, 0.0, key="anna", user="eva")
+    record.wait({"position": 1, "waiting": 1}, 0.0)
+    record.send(1.5)
+    record.end(2.0, lmgateway.Outcome("done", 200))
+    history.keep([lmgateway.history_row(record)])
+    history.close()
+    assert {row["user"]: row["requests"] for row in history.usage("user")} == {"anna": 1, "eva": 1}
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT queued_ms FROM requests ORDER BY id").fetchall() == [(None,), (1500.0,)]
 
 
 @pytest.mark.parametrize("flags", ["--limits rpm", "--limits rpm=0", "--limits rpm=1,rpm=2", "--limits x=1", "--priority top",
