@@ -4596,6 +4596,7 @@ HISTORY = (  # column, type, what it holds; no prompt and no answer
     ("queued_ms", "REAL", lambda record: record.queued_ms()),
 )
 HISTORY_NAMES = next(zip(*HISTORY))
+ADDED = {"user", "queued_ms"}  # columns that files of an earlier version lack
 GROUPS = {  # what usage can be summed by
     "key": "COALESCE(key, CASE source WHEN 'lmstudio' THEN 'not via gateway' ELSE 'no key' END)",
     "model": "COALESCE(model, model_asked, 'unknown')",
@@ -4779,9 +4780,9 @@ def open_history(path):
         with connection:
             connection.execute(f"CREATE TABLE IF NOT EXISTS requests ({columns})")
             have = {row[1] for row in connection.execute("PRAGMA table_info(requests)")}
-            for name, kind, _ in HISTORY:   # a file of an earlier version
-                if name not in have:
-                    connection.execute(f"ALTER TABLE requests ADD COLUMN {name} {kind}")
+            lacks = [(name, kind) for name, kind, _ in HISTORY if name not in have]
+            for name, kind in lacks if {name for name, _ in lacks} <= ADDED else ():    # else another program's
+                connection.execute(f"ALTER TABLE requests ADD COLUMN {name} {kind}")
             connection.execute("CREATE INDEX IF NOT EXISTS requests_started ON requests (started)")
         stack.pop_all()     # it stays open
     return connection
