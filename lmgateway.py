@@ -56,6 +56,7 @@ import csv
 import datetime
 import difflib
 import errno
+import fnmatch
 import functools
 import gc
 import gzip
@@ -294,6 +295,10 @@ OPTIONS = (
     Option("max_body_memory", "MAX_BODY_MEMORY", None, 512 * 1024 * 1024,
            whole(1, 10**12, "use a number of bytes"),
            "bytes that the bodies of all running requests may take together; 503 beyond them"),
+    Option("max_running", "MAX_RUNNING", "--max-running", 0, whole(0, 10000, "use a number from 0 to 10000"),
+           "inferences at once for each model, others wait here; 0: all", value="N"),
+    Option("max_waiting", "MAX_WAITING", None, 100, whole(0, 10000, "use a number from 0 to 10000"),
+           "inferences that may wait for their turn; 429 beyond them"),
     Option("max_connections", "MAX_CONNECTIONS", None, 512,
            whole(8, 100000, "use a number from 8 to 100000"),
            "connections at once; beyond them one that has shown no right key is closed"),
@@ -304,11 +309,13 @@ OPTIONS = (
     Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", None, 0, MILLISECONDS,
            "the same for a streaming request"),
     Option("api_key", "GATEWAY_API_KEY", "--api-key", {}, api_keys,
-           "one key, or several as name=key,name=key; a process list shows it, a variable or a file does not",
+           "one key, or several as name=key,name=key; a process list shows it",
            "Access", "KEY"),
     Option("keys_file", "KEYS_FILE", "--keys-file", None, text,
            "minted keys, hashed; in the user's configuration directory if not given",
            "Access", "FILE"),
+    Option("users_from", "USERS_FROM", "--users-from", (), words,
+           "keys behind which others stand, whom Open WebUI's headers name", "Access", "LIST"),
     Option("no_auth", "NO_AUTH", "--no-auth", False, boolean, "listen beyond loopback without a key",
            "Access"),
     Option("allow", "IP_ALLOWLIST", "--allow", None, networks,
@@ -339,7 +346,7 @@ OPTIONS = (
     Option("log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs",
            "LEVEL"),
     Option("log_file", "LOG_FILE", "--log-file", None, text,
-           "write our own log there, not to stderr; turned over at 5 MB, opened anew on SIGHUP", "Logs",
+           "write our own log there; turned over at 5 MB, opened anew on SIGHUP", "Logs",
            "FILE"),
 )
 
@@ -2358,6 +2365,7 @@ class ParsedBody(NamedTuple):
     size: int | None = None  # characters of its prompt; None if it has more than text
     tools: bool = False
     asks_usage: bool = False  # on the client's behalf: the answer to it is taken out again
+    user: str | None = None  # that it names
 
 
 def parse_body(dialect, data):
@@ -2366,7 +2374,7 @@ def parse_body(dialect, data):
     if body is None:
         return ParsedBody(data)
     model, stream = body.get("model"), body.get("stream") is True
-    options, messages = body.get("stream_options"), body.get("messages")
+    options, messages, user = body.get("stream_options"), body.get("messages"), body.get("user")
     asks = (stream and dialect.asks_usage
             and (options is None or isinstance(options, dict) and options.get("include_usage") is not True))
     return ParsedBody(ask_usage(data, options) if asks else data,
@@ -2374,7 +2382,7 @@ def parse_body(dialect, data):
                       len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
                       fingerprint(body) if dialect.joined and len(data) <= FINGERPRINT_LIMIT else None,
                       text_size([body.get(name) for name in PROMPT]) if dialect.joined else None,
-                      bool(body.get("tools")), asks)
+                      bool(body.get("tools")), asks, bounded_text(user) if isinstance(user, str) else None)
 
 
 def text_size(value):
@@ -2445,6 +2453,7 @@ def log_text(text):
 TIMELINE = 400  # events of one request that are kept
 WAITING_SLOW_MS = 10_000  # a wait longer than this is marked; another phase if it takes twice its model's usual
 OWN_EVENTS = frozenset(("inference_start", "inference_complete", "error"))
+PLACE_S = 1.0  # between two that say where it is in the queue
 TELL_S = 0.25  # between two inference_progress of one request
 SPEED_S = 0.25  # before that nothing can be said of how fast an answer is written
 COUNT_S = 1.0  # between two that say how many tokens its answer has: each costs as much as ten pieces of it
@@ -2475,6 +2484,7 @@ class Outcome(NamedTuple):
     error: str | None = None
     operation: str | None = None
     meter: Any = None
+    by: str | None = None  # the name of the key that stopped it
 
 
 class Record:
@@ -2504,6 +2514,10 @@ class Record:
         self.timeline = []  # (ms after the start, event name, data)
         self.sent, self.heard = clock, clock  # when it went to LM Studio; the latest event of the log for it
         self.size, self.tools = None, False  # characters of its prompt; its answer can be a call of tools
+        self.place: Any = None  # while it waits here: position, waiting, etaMs if known
+        self.waited_ms = None  # for its turn
+        self.priority, self.by = "normal", None  # its key's; the name of the key that stopped it
+        self._told_place: Any = None
         self.run: Any = None  # the OpenRun that it caused
         self.binding, self.bound_by = "none", None  # or "exact", and the numbers of the rules (3.8)
         self.begun = self.told_end = False  # its first and last line of the app have been found
@@ -2555,6 +2569,27 @@ class Record:
         """The answer has so many tokens now; the first came at the clock reading first."""
         self.enter("generating", first)
         self.output, self.output_since = tokens, first
+
+    def wait(self, place, clock):
+        """It waits here for its turn.  True when listeners should hear of its place."""
+        if self.ended is not None or self.waited_ms is not None:
+            return False
+        self.place, self.state, self.sent, self.entered = place, "queued", math.inf, {"queued": self.clock}
+        if place == self._told_place or clock - self._told < PLACE_S:
+            return False
+        self._told_place = place
+        return True
+
+    def send(self, clock):
+        """It goes to LM Studio now."""
+        if self.place:
+            self.state, self.entered["waiting"] = "waiting", clock
+        self._stop_waiting(clock)
+        self.sent = clock
+
+    def _stop_waiting(self, clock):
+        if self.place:
+            self.place, self.waited_ms = None, round(1000 * (clock - self.clock), 1)
 
     def on_start(self, data, clock):
         self.enter("queued", clock)
@@ -2628,7 +2663,8 @@ class Record:
 
     def end(self, clock, outcome):
         """It is over."""
-        self.total_ms = round(1000 * (clock - self.clock), 1)
+        self._stop_waiting(clock)
+        self.total_ms, self.by = round(1000 * (clock - self.clock), 1), outcome.by
         self.status, self.error, self.operation = outcome.status, outcome.error, outcome.operation
         if outcome.meter:
             self._take_answer(outcome.meter, outcome.state == "done")
@@ -2682,10 +2718,11 @@ class Record:
 
     def told(self, clock):
         """Where it is, in words: `prompt 41% eta 87s`."""
-        known = self.progress(clock)
+        known = self.place or self.progress(clock)
+        place = f" {known['position']} of {known['waiting']}" if self.place else ""
         percent = f" {known['percent']:.0f}%" if "percent" in known else ""
         left = f" eta {known['etaMs'] / 1000:.0f}s" if "etaMs" in known else ""
-        return f"{self.state}{percent}{left}"
+        return f"{self.state}{place}{percent}{left}"
 
     def progress_event(self, now, clock):
         """inference_progress: the record as it is now."""
@@ -2737,8 +2774,8 @@ class Record:
         return round(1000 * tokens / self.speed, 1) if self.speed and tokens else self._phase_ms("generating")
 
     def queued_ms(self):
-        """How long it waited in LM Studio's queue; None where the log did not show that."""
-        return self._phase_ms("queued")
+        """How long it waited here for its turn; if it did not, in LM Studio's queue as far as the log shows."""
+        return self._phase_ms("queued") if self.waited_ms is None else self.waited_ms
 
     def _phase_ms(self, name):
         if name not in self.entered:
@@ -2750,7 +2787,8 @@ class Record:
         elapsed = round(1000 * (clock - self.clock), 1) if self.total_ms is None else self.total_ms
         return {"requestId": self.id, "source": self.source, "method": self.method, "path": self.path,
                 "model": self.model or self.model_asked, "modelAsked": self.model_asked,
-                "stream": self.stream, "client": self.client, "key": self.key, "userAgent": self.agent,
+                "stream": self.stream, "client": self.client, "key": self.key, "user": self.user,
+                "userAgent": self.agent,
                 "who": who(self.source, self.user, self.key, self.agent, self.client),
                 "state": self.state, "startedAt": utc_text(self.started), "elapsedMs": elapsed,
                 "status": self.status, "totalTimeMs": self.total_ms, "timeToFirstTokenMs": self.first_ms,
@@ -2759,7 +2797,8 @@ class Record:
                 "operation": self.operation, "binding": self.binding, "boundBy": self.bound_by,
                 "progress": self.progress(clock) if self.ended is None else {}, "cache": self.cache,
                 "context": self.context(), "phases": self.phases(clock),
-                **without_none(draftTokens=self.drafted, acceptedDraftTokens=self.accepted)}
+                **(self.place or {}), **without_none(queuedMs=self.waited_ms, by=self.by, draftTokens=self.drafted,
+                                                     acceptedDraftTokens=self.accepted)}
 
     def token_usage(self):
         """tokenUsage with its three counts, None where one is unknown; beside it those that only some answers
@@ -2773,14 +2812,17 @@ class Record:
     def start_event(self, now):
         return Event("inference_start", {
             "timestamp": now, "requestId": self.id, "method": self.method, "path": self.path,
-            "model": self.model_asked, "stream": self.stream, "client": self.client, "key": self.key})
+            "model": self.model_asked, "stream": self.stream, "client": self.client, "key": self.key,
+            **without_none(user=self.user)})
 
     def end_event(self, now):
         """The one event that ends it."""
         common = {"timestamp": now, "requestId": self.id, "status": self.status, "totalTimeMs": self.total_ms,
-                  **self.token_usage(), "model": self.model or self.model_asked}
+                  **self.token_usage(), "model": self.model or self.model_asked,
+                  **without_none(user=self.user, queuedMs=self.waited_ms)}
         if self.error is not None:
-            return Event("error", {**common, "error": self.error, "operation": self.operation})
+            by = {"by": self.by} if self.operation == "stopped" else {}
+            return Event("error", {**common, "error": self.error, "operation": self.operation, **by})
         return Event("inference_complete", {**common, "timeToFirstTokenMs": self.first_ms,
                                             "tokensPerSecond": self.speed, "finishReason": self.finish})
 
@@ -3353,7 +3395,7 @@ class Requests:
         model = event.data.get("model")
         for record in self._open.values():
             served = record.model or self._names.get(record.model_asked)
-            if None in (model, served) or model == served:
+            if record.sent < math.inf and (None in (model, served) or model == served):
                 yield record
 
     def _line_of_start(self, event, clock):
@@ -3578,8 +3620,10 @@ METRICS = (
            "From arrival to the first content, reasoning or tool call", DURATION_S),
     Metric("lmstudio_gateway_time_per_output_token_seconds", "histogram", ("model",),
            "Between tokens of a stream, at the mean", A_TOKEN_S),
-    Metric("lmstudio_gateway_queue_seconds", "histogram", ("key_priority",),
-           "Time in LM Studio's queue, where the log shows it; keys have one priority", DURATION_S),
+    Metric("lmstudio_gateway_queue_seconds", "histogram", ("key_priority", "outcome"),
+           "Time in the queue, here or, where the log shows it, in LM Studio; outcome: done, failed, abandoned",
+           DURATION_S),
+    Metric("lmstudio_gateway_queue_waiting", "gauge", ("model",), "Requests that wait here for their turn"),
     Metric("lmstudio_gateway_overhead_seconds", "histogram", (),
            "From a request's last byte to its first byte to LM Studio", OVERHEAD_S),
     Metric("lmstudio_gateway_requests_in_flight", "gauge", ("model",), "Requests that are running"),
@@ -3610,6 +3654,7 @@ TOKEN_KINDS = {"input": "promptTokens", "output": "completionTokens", "cached_in
                "reasoning": "reasoningTokens"}
 REJECTIONS = {  # code of our own error -> reason
     "key_needed": "no_key", "key_wrong": "bad_key", "right_missing": "scope", "address_not_allowed": "host",
+    "model_not_allowed": "model", "key_expired": "bad_key", "queue_full": "concurrency",
     "host_not_local": "host", "origin_not_allowed": "host", "body_too_large": "body_size"}
 
 
@@ -3659,7 +3704,7 @@ class Figures:
         self.add("lmstudio_gateway_requests_total", key, model, endpoint, str(record.status or 0))
         self.observe("lmstudio_gateway_overhead_seconds", record.overhead_s)
         queued = record.queued_ms()
-        self.observe("lmstudio_gateway_queue_seconds", queued and queued / 1000, "default")
+        self.observe("lmstudio_gateway_queue_seconds", queued and queued / 1000, record.priority, record.state)
         stream = "true" if record.stream else "false"
         self.observe("lmstudio_gateway_request_duration_seconds", record.total_ms / 1000, endpoint, model,
                      stream)
@@ -3696,14 +3741,17 @@ class Figures:
         """{metric: {labels: value}} of what is running now, and of the join."""
         flight: Counter[tuple] = Counter()
         queued: Counter[tuple] = Counter()
+        waiting: Counter[tuple] = Counter()
         prompts = {}
         for record in requests.running.values():
             labels = (self.model_of(record),)
             flight[labels] += record.source == "gateway"
+            waiting[labels] += record.place is not None
             queued[labels] += record.state == "queued"
             if record.state == "prompt" and record.percent is not None:
                 prompts[(*labels, record.run and record.run.slot or "")] = round(record.percent / 100, 4)
         return {"lmstudio_gateway_requests_in_flight": flight, "lmstudio_gateway_requests_queued": queued,
+                "lmstudio_gateway_queue_waiting": waiting,
                 "lmstudio_gateway_errors_total": {(): requests.errors},
                 "lmstudio_gateway_abandoned_total": {(): requests.abandoned},
                 "lmstudio_prompt_progress_ratio": prompts,
@@ -4174,6 +4222,242 @@ def id_of(message, name):
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and abs(value) < UNSAFE else None
+# --- 3.12 sharing: what a key may use, and whose turn it is -------------------
+
+PRIORITIES = ("high", "normal", "low")
+RISE_S = 30.0  # of waiting raise a request by one priority
+MINUTE_S, GRAIN_S = 60.0, 0.1  # what comes within GRAIN_S counts as one
+TIMES_KEPT, TIMES_NEEDED = 50, 3  # of a model's latest requests; before that nothing is foretold
+LIMITS = {"running": "requests at once", "rpm": "requests in the last minute", "tpm": "tokens in the last minute",
+          "tpd": "tokens today"}
+
+
+class Terms(NamedTuple):
+    """What a key may use."""
+
+    limits: dict = {}  # name in LIMITS -> number
+    priority: str = "normal"
+    models: tuple = ()  # globs; without any, every model
+    expires: str = ""  # its last day (2026-12-31), if it has one
+
+
+class Window:
+    """Amounts of the last minute.  Clock readings are monotonic seconds."""
+
+    def __init__(self):
+        self._parts: deque[list] = deque()  # [clock, amount], oldest first
+        self.total = 0
+
+    def add(self, clock, amount):
+        if self._parts and clock - self._parts[-1][0] < GRAIN_S:
+            self._parts[-1][1] += amount
+        else:
+            self._parts.append([clock, amount])
+        self.total += amount
+
+    def used(self, clock):
+        while self._parts and clock - self._parts[0][0] >= MINUTE_S:
+            self.total -= self._parts.popleft()[1]
+        return self.total
+
+    def free_s(self, clock, limit):
+        """Seconds until less than the limit is used."""
+        left = self.used(clock)
+        for since, amount in self._parts:
+            if left < limit:
+                break
+            left -= amount
+            free = since + MINUTE_S - clock
+        return free if self.total >= limit else 0.0
+
+
+class Account:
+    """What a key has used: in the last minute, and on this day, which has a name and so many s left."""
+
+    def __init__(self, day=""):
+        self.requests, self.tokens = Window(), Window()
+        self._day = day
+        self.today: Counter[str] = Counter()
+
+    def turn(self, day):
+        """Another day has begun, or the clock was set."""
+        if day != self._day:
+            self._day, self.today = day, Counter()
+
+    def refusal(self, limits, clock, left_s):
+        """(name of a limit that is reached, what is used, seconds until it is free), None if it may ask."""
+        today = self.today["promptTokens"] + self.today["completionTokens"]
+        for name, used, free_s in (("rpm", self.requests.used(clock), self.requests.free_s),
+                                   ("tpm", self.tokens.used(clock), self.tokens.free_s),
+                                   ("tpd", today, lambda *_: left_s)):
+            if name in limits and used >= limits[name]:
+                return name, used, free_s(clock, limits[name])
+        return None
+
+    def let_in(self, clock):
+        self.requests.add(clock, 1)
+        self.today["requests"] += 1
+
+    def spend(self, clock, prompt, completion):
+        """A request has ended."""
+        self.tokens.add(clock, prompt + completion)
+        self.today.update(promptTokens=prompt, completionTokens=completion)
+
+    def headers(self, limits, clock):
+        """x-ratelimit-*, as OpenAI's API has them, for the limits by the minute."""
+        found = []
+        for kind, name, window in (("requests", "rpm", self.requests), ("tokens", "tpm", self.tokens)):
+            if name in limits:
+                used = window.used(clock)
+                found += [(f"x-ratelimit-limit-{kind}", str(limits[name])),
+                          (f"x-ratelimit-remaining-{kind}", str(max(0, limits[name] - used))),
+                          (f"x-ratelimit-reset-{kind}", span(window.free_s(clock, 1)))]
+        return found
+
+
+def span(seconds):
+    """250ms, 1s, 6m0s: as OpenAI's x-ratelimit-reset-* have it."""
+    if seconds < 1:
+        return f"{math.ceil(1000 * seconds)}ms" if seconds else "0s"
+    minutes, rest_s = divmod(math.ceil(seconds), 60)
+    return f"{minutes}m{rest_s}s" if minutes else f"{rest_s}s"
+
+
+class Turn:
+    """A request's place: it waits, then runs, then is over.  who: whose turn it is; about: the caller's."""
+
+    def __init__(self, model, key, who, priority, clock):
+        self.model, self.key, self.who, self.since = model, key, who, clock
+        self.level = PRIORITIES.index(priority)
+        self.number = 0  # in order of arrival
+        self.began = None  # clock when its turn came
+        self.over = False
+        self.bell: Any = None
+        self.about: Any = None
+
+
+class Scheduler:
+    """Whose turn it is.  Pure: every caller brings the clock, and one lock guards all calls.
+
+    Each model has so many slots.  A free one goes to the higher priority, then to whoever has the fewest
+    running, then to whoever was served longest ago, then to the first.  A key may have a limit of its own."""
+
+    def __init__(self, slots=0):
+        self._slots = slots or math.inf
+        self._queues: dict = {}  # model -> who -> deque of Turns that wait, in order of arrival
+        self._running: dict = {}  # model -> set of Turns
+        self._of_who: Counter[Any] = Counter()  # how many run
+        self._of_key: Counter[Any] = Counter()
+        self._served: dict = {}  # who -> number of the latest start, longest ago first
+        self._times: dict = {}  # model -> deque of s that its latest requests ran
+        self._numbers = itertools.count(1)
+        self.limits: dict = {}  # key -> requests at once
+        self.waiting: dict = {}  # Turn -> None, in order of arrival
+
+    def join(self, turn, clock):
+        """A request has come.  Gives the Turns that begin now, among them maybe this one."""
+        turn.number = next(self._numbers)
+        self._queues.setdefault(turn.model, {}).setdefault(turn.who, deque()).append(turn)
+        self.waiting[turn] = None
+        return self.start(clock)
+
+    def leave(self, turn, clock, done=False):
+        """A request is over, wherever it was.  Gives the Turns that begin now."""
+        if turn.over:
+            return []
+        turn.over = True
+        if turn.began is None:
+            self._dequeue(turn)
+            return []
+        self._running[turn.model].discard(turn)
+        for counter, name in ((self._of_who, turn.who), (self._of_key, turn.key)):
+            counter[name] -= 1
+            if not counter[name]:
+                del counter[name]
+        if done and (turn.model in self._times or len(self._times) < NAMES_KEPT):
+            self._times.setdefault(turn.model, deque(maxlen=TIMES_KEPT)).append(clock - turn.began)
+        if not self._running[turn.model]:
+            del self._running[turn.model]
+        return self.start(clock)
+
+    def start(self, clock):
+        """Gives the Turns that begin now: as many as there is room for."""
+        begun = []
+        while self.waiting:
+            first = min((queue[0] for model, queues in self._queues.items()
+                         if len(self._running.get(model, ())) < self._slots for queue in queues.values()
+                         if self._of_key[queue[0].key] < self.limits.get(queue[0].key, math.inf)),
+                        key=lambda turn: self._rank(turn, clock), default=None)
+            if first is None:
+                break
+            self._dequeue(first)
+            first.began = clock
+            self._running.setdefault(first.model, set()).add(first)
+            self._of_who[first.who] += 1
+            self._of_key[first.key] += 1
+            self._served.pop(first.who, None)
+            self._served[first.who] = next(self._numbers)
+            if len(self._served) > NAMES_KEPT:
+                del self._served[next(iter(self._served))]
+            begun.append(first)
+        return begun
+
+    def _rank(self, turn, clock, ahead=0):
+        """Less is sooner; ahead: how many of the same wait before it."""
+        return (max(0, turn.level - int((clock - turn.since) / RISE_S)), self._of_who[turn.who] + ahead,
+                self._served.get(turn.who, 0), turn.number)
+
+    def _dequeue(self, turn):
+        queues = self._queues[turn.model]
+        queues[turn.who].remove(turn)
+        del self.waiting[turn]
+        if not queues[turn.who]:
+            del queues[turn.who]
+        if not queues:
+            del self._queues[turn.model]
+
+    def rename(self, old, new):
+        """Two names are one model's, as an answer has shown."""
+        for turn in self._running.pop(old, ()):
+            turn.model = new
+            self._running.setdefault(new, set()).add(turn)
+        for who, queue in self._queues.pop(old, {}).items():
+            for turn in queue:
+                turn.model = new
+            queues = self._queues.setdefault(new, {})
+            queues[who] = deque(sorted([*queues.get(who, ()), *queue], key=lambda turn: turn.number))
+        self._times.setdefault(new, deque(maxlen=TIMES_KEPT)).extend(self._times.pop(old, ()))
+
+    def counts(self, key):
+        """(how many of a key's requests run, how many wait)."""
+        return self._of_key.get(key, 0), sum(turn.key == key for turn in self.waiting)
+
+    def places(self, clock, left_s=lambda turn: 0.0):
+        """[(Turn, {position, waiting, etaMs})] of those that wait; left_s(turn): what one that runs still
+        needs at least."""
+        found = []
+        for model, queues in self._queues.items():
+            order = [turn for _, turn in sorted((self._rank(turn, clock, ahead), turn) for queue in queues.values()
+                                                for ahead, turn in enumerate(queue))]
+            for position, (turn, eta_s) in enumerate(zip(order, self._etas(model, clock, left_s)), 1):
+                eta = {} if eta_s is None else {"etaMs": 1000 * math.ceil(eta_s)}
+                found.append((turn, {"position": position, "waiting": len(order), **eta}))
+        return found
+
+    def _etas(self, model, clock, left_s):
+        """Seconds until the first, the second ... of those that wait has a slot; None if nothing tells."""
+        times, running = sorted(self._times.get(model, ())), self._running.get(model, ())
+        ends = []
+        for turn in running if len(times) >= TIMES_NEEDED and len(running) >= self._slots else ():
+            ran = clock - turn.began
+            longer = times[bisect.bisect(times, ran):]  # it is one of the longer ones, if there were any
+            ends += [max(median(longer) - ran, left_s(turn))] if longer else []
+        if not ends or len(ends) < len(running):
+            yield from itertools.repeat(None)
+        ends.sort()
+        while True:
+            yield ends[0]
+            bisect.insort(ends, ends.pop(0) + median(times))
 
 
 # === 4. HUB: the shared state ================================================
@@ -4185,8 +4469,9 @@ LOADS = re.compile(r"(?:\[[^]\n]*\])*:? ?(?:Requested model .* is not loaded|(?:
 class Listener:
     """One client's place in the ring."""
 
-    def __init__(self, seq):
+    def __init__(self, seq, owner=None):
         self.seq = self.sent = seq  # of the latest event that it has passed; that it was given
+        self.owner = owner  # the key whose events it may have; None: every event
         self.gap = None  # the data of a gap event that stands before the next ones
         self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Hub.wait()
 
@@ -4207,7 +4492,8 @@ class Hub:
         # never across I/O.
         self._lock = threading.Lock()
         self.epoch = secrets.token_hex(4)
-        self._frames = []  # (event name, frame) of the events _first.. _first + len - 1
+        self._owners: dict[str, str] = {}  # requestId -> name of its key
+        self._frames = []  # (event name, name of the key that it is about, frame) of the events _first.. _first + len - 1
         self._first = 1  # SEQ of _frames[0]
         self._bytes = 0  # of the frames
         self._waiting = set()  # bells of the listeners that have all there is
@@ -4249,7 +4535,7 @@ class Hub:
 
     def publish(self, events):
         """Any thread.  Appends the events in order and wakes the listeners.  Never blocks."""
-        encoded = [(event.name, to_json(event.data)) for event in events if event.name]
+        encoded = [self._encoded(event) for event in events if event.name]
         with self._lock:
             bells = self._append(encoded)
         wake(bells)
@@ -4257,10 +4543,10 @@ class Hub:
     def _append(self, encoded):  # lock held
         """Puts frames into the ring.  Gives the bells that are to be rung once the lock is free."""
         seq = self.last
-        for name, data in encoded:
+        for name, owner, data in encoded:
             seq += 1
             frame = sse_frame(f"{self.epoch}-{seq}", name, data)
-            self._frames.append((name, frame))
+            self._frames.append((name, owner, frame))
             self._bytes += len(frame)
             self.counts[name] += 1
         self._trim()
@@ -4270,7 +4556,7 @@ class Hub:
     def _trim(self):  # lock held
         """Forget the oldest frames that are too many or too large."""
         dropped, surplus = 0, len(self._frames) - self.EVENTS
-        for _, frame in self._frames:
+        for _, _, frame in self._frames:
             if dropped >= surplus and self._bytes - len(frame) < self.BYTES:
                 break
             self._bytes -= len(frame)
@@ -4279,7 +4565,12 @@ class Hub:
         self._first += dropped
 
     def _append_event(self, event):  # lock held
-        return self._append([(event.name, to_json(event.data))])
+        return self._append([self._encoded(event)])
+
+    def _encoded(self, event):
+        """Any thread.  An event's name, the key whose own it is, and its data as JSON."""
+        owner = self._owners.get(event.data.get("requestId", "")) if event.name != "lmstudio_log" else None
+        return event.name, owner, to_json(event.data)
 
     # --- requests
 
@@ -4287,6 +4578,10 @@ class Hub:
         """Any thread.  A request goes to LM Studio."""
         start = record.start_event(self.now())
         with self._lock:
+            if record.key is not None:
+                self._owners[record.id] = record.key
+                if len(self._owners) > self.EVENTS:
+                    del self._owners[next(iter(self._owners))]
             self._requests.begin(record)
             record.note(start, record.clock)
             bells = self._append_event(start)
@@ -4307,6 +4602,23 @@ class Hub:
             due = [record.take(event, clock) for event in events]   # each is taken
             bells = self._append_event(record.progress_event(self.now(), clock)) if any(due) else ()
         wake(bells)
+    def place(self, placed):
+        """Any thread.  These (Record, place) wait for their turn."""
+        with self._lock:
+            clock = self._clock()
+            bells = [self._append_event(record.progress_event(self.now(), clock)) for record, place in placed
+                     if record.wait(place, clock)]
+        wake(set().union(*bells))
+
+    def send(self, record):
+        """Any thread.  A request's turn has come."""
+        with self._lock:
+            record.send(self._clock())
+
+    def served(self, asked):
+        """Any thread.  The model that has answered to a name, else the name."""
+        with self._lock:
+            return self._requests.served(asked)
 
     def comment(self, record):
         """Any thread.  Where a running request is, as an SSE comment."""
@@ -4353,8 +4665,7 @@ class Hub:
         for record in {record.id: record for record in changed}.values():
             if record.source == "gateway":
                 self._figures.count_tokens(record)
-            about = {**dict(zip(HISTORY_NAMES, rows[record.id])), "agent": record.agent, "user": record.user,
-                     "queued_ms": record.queued_ms()}
+            about = {**dict(zip(HISTORY_NAMES, rows[record.id])), "agent": record.agent}
             record.tallied = self._series.take(about, record.tallied)
         return rows if self._keep else {}
 
@@ -4362,12 +4673,14 @@ class Hub:
         if rows:
             self._keep(list(rows.values()))
 
-    def shown(self, limit=None):
-        """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first."""
+    def shown(self, limit=None, owner=None):
+        """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first; with
+        an owner, those of that key."""
         with self._lock:
             clock = self._clock()
-            records = [*reversed(self._requests.running.values()), *reversed(self._requests.finished)]
-            return [record.shown(clock) for record in records[:limit]]
+            records = itertools.chain(reversed(self._requests.running.values()), reversed(self._requests.finished))
+            return [record.shown(clock) for record in itertools.islice(
+                (record for record in records if owner in (None, record.key)), limit)]
 
     def overview(self, count):
         """Any thread.  (running requests, the latest count that are over, the model of the newest request
@@ -4434,11 +4747,12 @@ class Hub:
     # --- listeners
 
     @contextlib.contextmanager
-    def listening(self, since=""):
-        """Any thread.  Yields the Listener for a client that saw the event with the id since last."""
+    def listening(self, since="", owner=None):
+        """Any thread.  Yields the Listener for a client that saw the event with the id since last; with an
+        owner it gets the events of that key's requests alone."""
         match = re.fullmatch(r"(?:([!-~]{1,64})-)?(\d{1,18})", since or "", re.ASCII)
         with self._lock:
-            listener = Listener(self.last)
+            listener = Listener(self.last, owner)
             if match:
                 self._resume(listener, match[1] or self.epoch, int(match[2]))
             self.listeners += 1
@@ -4473,11 +4787,11 @@ class Hub:
             start = listener.seq + 1 - self._first
             batch = self._frames[start:start + self.BATCH]
         frames, size = [], 0  # batch must not outlive this call: it keeps frames that the ring forgets
-        for name, frame in batch:
+        for name, owner, frame in batch:
             if size >= most:
                 break
             listener.seq += 1
-            if not names or name in names:
+            if (not names or name in names) and listener.owner in (None, owner):
                 frames.append(frame)
                 listener.sent, size = listener.seq, size + len(frame)
         return frames, gap
@@ -4529,12 +4843,16 @@ HISTORY = (  # column, type, what it holds; no prompt and no answer
     ("prompt_ms", "REAL", lambda record: record.prompt_ms()),
     ("generation_ms", "REAL", lambda record: record.generation_ms()),
     ("binding", "TEXT", lambda record: record.binding),
+    ("user", "TEXT", lambda record: record.user),
+    ("queued_ms", "REAL", lambda record: record.queued_ms()),
 )
 HISTORY_NAMES = next(zip(*HISTORY))
+ADDED = {"user", "queued_ms"}  # columns that files of an earlier version lack
 GROUPS = {  # what usage can be summed by
     "key": "COALESCE(key, CASE source WHEN 'lmstudio' THEN 'not via gateway' ELSE 'no key' END)",
     "model": "COALESCE(model, model_asked, 'unknown')",
     "day": "date(started, 'unixepoch', 'localtime')",
+    "user": "COALESCE(user, key, 'no user')",
 }
 LEFT_SQL = f"(outcome = 'abandoned' OR COALESCE(operation, '') IN {LEFT})"  # as was_left() has it
 SUMS = (  # name in the answer, SQL
@@ -4629,7 +4947,7 @@ class History:
         self._thread.join(5.0)
 
     def usage(self, group, since=0.0):
-        """Sums by key, model or day.  Raises HistoryError."""
+        """Sums by one of GROUPS.  Raises HistoryError."""
         with contextlib.closing(open_history(self.path)) as connection, history_errors():
             return usage_rows(connection, [group], since)
 
@@ -4678,6 +4996,15 @@ class History:
                 remove_rows(connection, time.time() - 86400 * self._days)
 
 
+def requests_by_key(path, since=0.0):
+    """{key or None: (requests, prompt tokens, completion tokens, epoch of the latest)} of what went through us.
+    Raises HistoryError."""
+    with contextlib.closing(open_history(path)) as connection, history_errors():
+        return {key: row for key, *row in connection.execute(
+            "SELECT key, COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0), "
+            "MAX(started) FROM requests WHERE source = 'gateway' AND started >= ? GROUP BY key", (since,))}
+
+
 @contextlib.contextmanager
 def history_errors():
     """Errors of SQLite and of the file as HistoryError."""
@@ -4703,6 +5030,10 @@ def open_history(path):
         columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
         with connection:
             connection.execute(f"CREATE TABLE IF NOT EXISTS requests ({columns})")
+            have = {row[1] for row in connection.execute("PRAGMA table_info(requests)")}
+            lacks = [(name, kind) for name, kind, _ in HISTORY if name not in have]
+            for name, kind in lacks if {name for name, _ in lacks} <= ADDED else ():    # else another program's
+                connection.execute(f"ALTER TABLE requests ADD COLUMN {name} {kind}")
             connection.execute("CREATE INDEX IF NOT EXISTS requests_started ON requests (started)")
         stack.pop_all()     # it stays open
     return connection
@@ -6041,6 +6372,8 @@ class Request:
         self.identity: Any = None  # whose key it carried, once it has been checked
         self.forwarded = False  # it goes on to LM Studio
         self.told = False  # the log has its line
+        self.turn: Any = None  # of an inference
+        self.ratelimit: list = []  # headers for its answer that tell of its key's limits
         self.connection: Any = None  # the client's socket
         self.pause: Callable[[float], Any] = time.sleep  # for so many s, or until the connection ends
 
@@ -6453,6 +6786,11 @@ class Identity(NamedTuple):
     rights: frozenset = frozenset(("infer", "view", "admin"))
     by_cookie: bool = False
 
+    @property
+    def owner(self):
+        """The key whose requests it may see; None: everybody's."""
+        return None if "view" in self.rights else self.name
+
 
 class Key(NamedTuple):
     """A key that is accepted.  Only its digest is kept."""
@@ -6461,10 +6799,11 @@ class Key(NamedTuple):
     digest: bytes
     rights: frozenset
     created: str = ""
+    terms: Terms = Terms()
 
 
 class KeyFile:
-    """Minted keys: JSON of names, SHA-256 digests, rights and dates, readable by its owner only.
+    """Minted keys: JSON of names, SHA-256 digests, rights, terms and dates, readable by its owner only.
 
     A minted key has 160 random bits, so that a plain hash does not give it away.  Changes are made under a
     lock on a file beside it; reading needs none, because a new file takes the old one's place in one step."""
@@ -6514,7 +6853,7 @@ class KeyFile:
             with open(self.path, encoding="utf-8", opener=open_without_waiting) as file:
                 content: Any = json.load(file) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
             return content, [Key(str(row["name"]), bytes.fromhex(row["sha256"]), frozenset(row["rights"]),
-                                 row.get("created", "")) for row in content["keys"]]
+                                 row.get("created", ""), terms_of(row)) for row in content["keys"]]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ConfigError(f"--keys-file {self.path}: damaged; mend it, or move it away and mint keys "
                               "anew") from None
@@ -6546,9 +6885,25 @@ class KeyFile:
 
 
 def key_row(key):
-    """A Key as the file has it."""
+    """A new Key, without terms, as the file has it."""
     return {"name": key.name, "sha256": key.digest.hex(), "rights": sorted(key.rights),
             "created": key.created}
+
+
+def terms_of(row):
+    """The Terms in a row of the file.  Raises ValueError, TypeError or AttributeError if it is damaged."""
+    limits, found = row.get("limits", {}), Terms(**{name: row[name] for name in Terms._fields if name in row})
+    found = found._replace(limits={name: int(limits[name]) for name in LIMITS if name in limits},
+                           models=tuple(map(str.lower, found.models)))
+    if found.priority not in PRIORITIES or found.expires and not last_day(found.expires):
+        raise ValueError
+    return found
+
+
+def last_day(text):
+    """A date such as 2026-12-31, None if it is none."""
+    with contextlib.suppress(ValueError):
+        return datetime.datetime.strptime(text, "%Y-%m-%d").strftime("%Y-%m-%d")
 
 
 def open_without_waiting(path, flags):
@@ -6615,6 +6970,10 @@ class AccessControl:
     def _keys(self):
         return [*self._fixed, *(self._file.keys() or ())]
 
+    def terms(self, name):
+        """The Terms that the key of this name has at this moment."""
+        return next((key.terms for key in self._keys() if key.name == name), Terms())
+
     def client_of(self, request):
         """The client's address; behind trusted proxies, the last that they name and that is not one of
         them."""
@@ -6638,7 +6997,9 @@ class AccessControl:
         It changes nothing, so that a right that is used for long can be asked for again."""
         if not self.need_key:
             return Identity(None)
-        return self._identity(request, self._find(credentials(request)))
+        with contextlib.suppress(HttpError):
+            return self._identity(request, self._find(credentials(request)))
+        return None
 
     def identify(self, request, offered):
         """The Identity of a request that offers these keys.  Raises HttpError 401, at a guesser's pace."""
@@ -6652,13 +7013,17 @@ class AccessControl:
         return identity
 
     def _identity(self, request, key):
-        """The Identity by the Key, else by the cookie; None without either."""
-        if key:
-            return Identity(key.name, key.rights)
-        cookie = session_of(request)
-        session = self._sessions.get(digest(cookie)) if cookie else None
-        key = next((key for key in self._keys() if key.digest == session), None)    # as it is now
-        return key and Identity(key.name, key.rights, by_cookie=True)
+        """The Identity by the Key, else by the cookie; None without either.  Raises HttpError 401 if the key's
+        last day is over."""
+        by_cookie = key is None
+        if by_cookie:
+            cookie = session_of(request)
+            session = self._sessions.get(digest(cookie)) if cookie else None
+            key = next((key for key in self._keys() if key.digest == session), None)    # as it is now
+        if key and key.terms.expires and this_day()[0] > key.terms.expires:
+            raise HttpError(401, "key_expired", f"the last day of the key {key.name} was {key.terms.expires}; "
+                            f"--set-key {key.name} --expires 30d gives it more time")
+        return key and Identity(key.name, frozenset(RIGHTS) if "admin" in key.rights else key.rights, by_cookie)
 
     def _find(self, offered):
         """The Key that is among those offered, or None.  Every key is compared, in constant time."""
@@ -6731,6 +7096,12 @@ class AccessControl:
         """True when pages of this origin may call."""
         allowed = self._config.cors_origins
         return bool(origin) and origin != "null" and (origin in allowed or "*" in allowed)
+
+
+def this_day():
+    """(this day, here: 2026-12-31, the seconds that are left of it)."""
+    now = time.localtime()
+    return time.strftime("%Y-%m-%d", now), max(1, 86400 - 3600 * now.tm_hour - 60 * now.tm_min - now.tm_sec)
 
 
 def remember(table, name, value, limit=10_000):
@@ -6828,11 +7199,147 @@ def session_of(request):
 
 ALIASES = re.compile(r"/(?:(?:chat/completions|completions|embeddings)/?"
                      r"|(?:models|responses|messages)(?:/.*)?)")
+USER_HEADERS = ("x-openwebui-user-email", "x-openwebui-user-name", "x-openwebui-user-id")    # the first counts
 WITHHELD = HOP_BY_HOP | {"authorization", "x-api-key", "expect"}  # these stop here, credentials included
 
 
 class Unfinished(GatewayError):
     """An answer broke off: the client's connection is closed so that it cannot look complete."""
+
+
+class Stopped(HttpError):
+    """Somebody stopped a request.  by: the name of the key.  The header keeps the SDKs of OpenAI and Anthropic
+    from trying again."""
+
+    def __init__(self, by):
+        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was not you",
+                         [("x-should-retry", "false")])
+        self.by = by
+
+
+class Turns:
+    """Lets inferences in, as far as the limits of their keys reach, and one after the other to LM Studio.
+
+    Any thread may call.  One that waits sleeps on its Turn's bell; a slot that becomes free rings one."""
+
+    RETRY_S = 10  # after which one that found the queue full may try again
+
+    def __init__(self, config, access, hub, history):
+        self._config, self._access, self._hub = config, access, hub
+        self._lock = threading.Lock()  # guards the next two; held for memory work only
+        self._scheduler = Scheduler(config.max_running)
+        self._accounts: dict = {}  # name of a key -> Account
+        if history:
+            self._restore(history)
+
+    def _restore(self, history):
+        """This day's counts go on."""
+        day, left_s = this_day()
+        try:
+            for key, (requests, prompt, completion, _) in requests_by_key(
+                    history.path, time.time() - 86400 + left_s).items():
+                self._account(key, day).today.update(requests=requests, promptTokens=prompt,
+                                                     completionTokens=completion)
+        except HistoryError as error:
+            log.error("history %s: %s; limits by the day begin anew", history.path, error)
+
+    def _account(self, name, day):
+        account = self._accounts.setdefault(name, Account(day))
+        account.turn(day)
+        return account
+
+    def enter(self, request, model, user):
+        """The Turn of an inference that is let in; it has a bell if it has to wait.  Raises HttpError."""
+        name, clock = request.identity.name, time.monotonic()
+        terms = self._access.terms(name)
+        if terms.models and not (model and any(fnmatch.fnmatchcase(model.lower(), glob) for glob in terms.models)):
+            raise HttpError(403, "model_not_allowed", f"the key {name} may ask {', '.join(terms.models)}; "
+                            f"{model or 'a request that names no model'} is not among them")
+        turn = Turn(self._hub.served(model), name, (name, user) if name is not None else request.client,
+                    terms.priority, clock)
+        day, left_s = this_day()
+        with self._lock:
+            account = self._account(name, day)
+            reached = account.refusal(terms.limits, clock, left_s)
+            if not reached:
+                self._join(turn, terms)
+                account.let_in(clock)
+            request.ratelimit = account.headers(terms.limits, clock)
+        if reached:
+            raise limit_reached(terms.limits, *reached)
+        return turn
+
+    def _join(self, turn, terms):  # lock held
+        scheduler = self._scheduler
+        scheduler.limits[turn.key] = terms.limits.get("running", math.inf)
+        self._ring(scheduler.join(turn, turn.since))
+        if turn.began is None:
+            if len(scheduler.waiting) > self._config.max_waiting:
+                scheduler.leave(turn, turn.since)
+                raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, as many "
+                                "as MAX_WAITING allows; try again later", [("Retry-After", str(self.RETRY_S))])
+            turn.bell = threading.Event()
+
+    @staticmethod
+    def _ring(turns):
+        for turn in turns:
+            if turn.bell:
+                turn.bell.set()
+
+    def leave(self, turn, record=None):
+        """A request is over, in whatever way: its slot is another's."""
+        if turn is None or turn.over:
+            return
+        usage, served = record and record.usage or {}, self._hub.served(turn.model)
+        clock, (day, _) = time.monotonic(), this_day()
+        with self._lock:
+            if turn.over:
+                return
+            if usage:
+                self._account(turn.key, day).spend(clock, usage.get("promptTokens") or 0,
+                                                   usage.get("completionTokens") or 0)
+            if served != turn.model:
+                self._scheduler.rename(turn.model, served)
+            self._ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
+
+    def tell(self):
+        """Those that wait hear of their places."""
+        clock = time.monotonic()
+        with self._lock:
+            places = self._scheduler.places(clock, lambda turn: (
+                turn.about.progress(clock).get("etaMs", 0) / 1000 if turn.about else 0.0))
+        self._hub.place([(turn.about.record, place) for turn, place in places if turn.about])
+
+    def look(self):
+        """Now and then: what has changed about the keys of those that wait counts."""
+        waiting = list(self._scheduler.waiting)
+        if not waiting:
+            return
+        limits = {name: self._access.terms(name).limits.get("running", math.inf)
+                  for name in {turn.key for turn in waiting}}
+        with self._lock:
+            self._scheduler.limits.update(limits)
+            self._ring(self._scheduler.start(time.monotonic()))
+        for turn in waiting:
+            if turn.about and self._access.recognize(turn.about.request) is None:
+                turn.about.stop(HttpError(401, "key_wrong", f"the key {turn.key} is no longer valid"))
+        self.tell()
+
+    def used(self, name):
+        """What GET /me tells of a key's use."""
+        clock, (day, _) = time.monotonic(), this_day()
+        with self._lock:
+            account, (running, waiting) = self._account(name, day), self._scheduler.counts(name)
+            return {"running": running, "waiting": waiting,
+                    "minute": {"requests": account.requests.used(clock), "tokens": account.tokens.used(clock)},
+                    "day": {kind: account.today[kind] for kind in ("requests", "promptTokens", "completionTokens")}}
+
+
+def limit_reached(limits, name, used, free_s):
+    """The HttpError for a request beyond its key's limit."""
+    wait_s = max(1, math.ceil(free_s))
+    return HttpError(429, "rate_limit_exceeded", f"{name}: {used:,} of {limits[name]:,} {LIMITS[name]} are used; "
+                     f"try again in {span(wait_s)}", [("Retry-After", str(wait_s))])
 
 
 class Gateway:
@@ -6842,6 +7349,7 @@ class Gateway:
         self.config, self.hub, self.upstream, self.monitor = config, hub, upstream, monitor
         self.history, self.server = history, None
         self.access = AccessControl(config)
+        self.turns = Turns(config, self.access, hub, history)
         self.watcher = Watcher()
         self.started, self._started = time.time(), time.monotonic()
         self.address = ""
@@ -6871,10 +7379,10 @@ def upstream_target(target, keys_are_set):
     return path + mark + query
 
 
-def upstream_headers(request, length, upstream, uncompressed):
+def upstream_headers(request, length, upstream, uncompressed, withheld=()):
     """The end-to-end headers of a request in their order, without the client's credentials; length is that of
     the body.  uncompressed: an answer is wanted that can be changed on its way."""
-    dropped = WITHHELD.union(listing(request.header("connection")))
+    dropped = WITHHELD.union(listing(request.header("connection")), withheld)
     headers = [] if request.header("host", None) is not None else [("Host", upstream.host)]
     for name, value in request.headers:
         key = name.lower()
@@ -6890,6 +7398,12 @@ def upstream_headers(request, length, upstream, uncompressed):
         elif key not in dropped:
             headers.append((name, value))
     return [*headers, ("Authorization", f"Bearer {upstream.token}")] if upstream.token else headers
+
+
+def user_of(request, asked):
+    """The person behind a shared key, by Open WebUI's headers or the body; None of nobody."""
+    named = [urllib.parse.unquote(request.header(name)).strip() for name in USER_HEADERS]
+    return bounded_text(next(filter(None, [*named, (asked.user or "").strip()]), "")) or None
 
 
 def client_headers(answer, cut):
@@ -6919,29 +7433,32 @@ class Forward:
     SILENCE_S = 5.0  # before each comment
 
     def __init__(self, gateway, request):
-        self._gateway, self._request, upstream = gateway, request, gateway.upstream
+        self._gateway, self.request, upstream = gateway, request, gateway.upstream
         target = upstream_target(request.target, gateway.access.need_key)
         path = target.partition("?")[0].rstrip("/").lower()     # as Express compares paths
         self._dialect: Any = DIALECTS.get(path) if request.method == "POST" else None
         self._anthropic = path == "/v1/messages"
         self._asked = parse_body(self._dialect, request.body) if self._dialect else ParsedBody(request.body)
         self._comments = bool(self._asked.stream and gateway.config.prefill_comments)
+        shared = request.identity.name in gateway.config.users_from
         headers = upstream_headers(request, len(self._asked.data), upstream,
-                                   self._asked.asks_usage or self._comments)
+                                   self._asked.asks_usage or self._comments, USER_HEADERS if shared else ())
         self._call = Call(request.method, target, headers, self._asked.data)
         self._choose_timeout(self._asked.stream)
-        self._record: Any = self._new_record() if self._dialect else None
+        self.record: Any = self._new_record(user_of(request, self._asked) if shared else None) if self._dialect else None
+        self._turn: Any = None
+        self._sent = False
         self._answer: Any = None
         self._meter: Any = None
         self._cause: Any = None     # the GatewayError for which it was stopped
-        self._over = False
+        self.over = False
         self._silent_s = 0.0    # for how long LM Studio has said nothing
 
-    def _new_record(self):
-        hub, request, asked = self._gateway.hub, self._request, self._asked
+    def _new_record(self, user):
+        hub, request, asked = self._gateway.hub, self.request, self._asked
         return Record(hub.request_id(), time.time(), time.monotonic(), method=request.method,
                       path=request.path, target=self._call.target.partition("?")[0].rstrip("/"),
-                      dialect=self._dialect.name, client=request.client, key=request.identity.name,
+                      dialect=self._dialect.name, client=request.client, key=request.identity.name, user=user,
                       agent=request.header("user-agent")[:200] or None, model_asked=asked.model,
                       messages=asked.messages, fingerprint=asked.fingerprint, stream=bool(asked.stream),
                       size=asked.size, tools=asked.tools)
@@ -6954,16 +7471,20 @@ class Forward:
 
     def response(self):
         """LM Studio's own head if it comes in time, else one of ours.  Raises HttpError, ClientLeft."""
+        if self.record:
+            request = self.request
+            self._turn = request.turn = self._gateway.turns.enter(request, self._asked.model, self.record.user)
         try:
             self._begin()
-            if self._comments:
-                self._gateway.upstream.send(self._call)
+            if not self._comments:
+                self._take_turn()
+            else:
                 if self._is_silent():
                     headers = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")]
                     return Response(200, headers, self)
             answer = self._take_head()
             headers = client_headers(answer, self._comments or self._cuts)
-            if self._request.method != "HEAD" and answer.status not in (204, 304):
+            if self.request.method != "HEAD" and answer.status not in (204, 304):
                 return Response(answer.status, headers, self, answer.reason, date=False)
             self._finish()
             return Response(answer.status, headers, None, answer.reason, date=False)
@@ -6972,17 +7493,40 @@ class Forward:
             raise self._cause from None
 
     def _begin(self):
-        if self._record:
-            self._gateway.inferences[self._record.id] = self
-            self._gateway.hub.begin(self._record)
-            self._record.overhead_s = time.monotonic() - self._request.arrived
-        self._gateway.watcher.watch(self._request.connection, lambda: self.stop(ClientLeft()))
+        if self.record:
+            self.record.priority = PRIORITIES[self._turn.level]
+            self._gateway.inferences[self.record.id] = self
+            self._gateway.hub.begin(self.record)
+            self.record.overhead_s = time.monotonic() - self.request.arrived
+        self._gateway.watcher.watch(self.request.connection, lambda: self.stop(ClientLeft()))
 
     def stop(self, cause):
         """Any thread.  Ends it, unless it is over: with an HttpError, which the client is told, or
         ClientLeft."""
         self._cause = self._cause or cause
         self._call.cancel()
+        bell = self._turn and self._turn.bell
+        if bell:
+            bell.set()
+
+    def progress(self, clock):
+        """What is known of how far it is."""
+        return self.record.progress(clock)
+
+    def _take_turn(self, wait_s=None):
+        """True once it may be sent, False after so many s.  Raises what it was stopped for."""
+        turn = self._turn
+        if turn and turn.bell:
+            if turn.about is None:
+                turn.about = self
+                self._gateway.turns.tell()
+            if not turn.bell.wait(wait_s):
+                return False
+            if self._cause:
+                raise self._cause
+            turn.bell = None
+            self._gateway.hub.send(self.record)
+        return True
 
     def _take_head(self):
         """LM Studio's Answer.  If we could not read the request, it shows whether a stream was asked for."""
@@ -6990,8 +7534,8 @@ class Forward:
         self._answer = answer
         if self._asked.stream is None:
             self._choose_timeout(answer.streams)
-        if self._record:
-            self._record.stream = self._record.stream if self._asked.stream is not None else answer.streams
+        if self.record:
+            self.record.stream = self.record.stream if self._asked.stream is not None else answer.streams
             self._meter = Meter(self._dialect, answer.streams, self._cuts, answer.header("content-encoding"))
         return answer
 
@@ -7038,22 +7582,22 @@ class Forward:
                 out = meter.feed(piece, now)
                 if now >= due and meter.first is not None:
                     due = now + COUNT_S
-                    self._gateway.hub.generated(self._record, meter.pieces, meter.first)
+                    self._gateway.hub.generated(self.record, meter.pieces, meter.first)
             yield out + self._finish() if answer.over else out
         if self._cause:     # an answer that ends with its connection cannot tell
             raise self._cause
-        if not self._over:
+        if not self.over:
             yield self._finish()
 
     def _commented(self):
         """Comments until LM Studio speaks, then its answer; if the client has a head of ours, as a stream."""
         late = self._answer is None
         while late and self._is_silent():
-            yield self._gateway.hub.comment(self._record)
+            yield self._gateway.hub.comment(self.record)
         if late:
             self._take_head()
         while self._is_silent():
-            yield self._gateway.hub.comment(self._record)
+            yield self._gateway.hub.comment(self.record)
         if not late or self._answer.streams:
             return (yield from self._relay())
         body = b""
@@ -7062,7 +7606,12 @@ class Forward:
         yield stream_event(body, self._anthropic)
 
     def _is_silent(self):
-        """True after SILENCE_S without a byte of LM Studio's.  Raises TimeoutError."""
+        """True after SILENCE_S without its turn or a byte of LM Studio's.  Raises TimeoutError."""
+        if not self._sent:
+            if not self._take_turn(self.SILENCE_S):
+                return True
+            self._gateway.upstream.send(self._call)
+            self._sent = True
         limit_s = self._call.timeout_s or math.inf
         wait_s = min(self.SILENCE_S, limit_s - self._silent_s)
         if self._answer and self._answer.ready or self._call.wait(wait_s):
@@ -7077,7 +7626,7 @@ class Forward:
 
     def close(self):
         """The client has all, or wants no more."""
-        if not self._over:
+        if not self.over:
             self._fail(ClientLeft())
 
     def _finish(self):
@@ -7112,23 +7661,29 @@ class Forward:
 
     def _end(self, error, operation):
         """It is over, once: LM Studio's connection is free, the hub and the log are told."""
-        if self._over:
+        if self.over:
             return
-        self._over = True
-        self._gateway.watcher.forget(self._request.connection)
-        self._gateway.upstream.done(self._call, self._answer)
-        if self._record:
-            self._end_record(error, operation)
-        elif error:
-            self._request.told = True
-            log.log(logging.INFO if operation == "client_disconnected" else logging.WARNING, "%s %s: %s",
-                    self._request.method, self._request.path, error)
+        self.over = True
+        try:
+            self._gateway.watcher.forget(self.request.connection)
+            self._gateway.upstream.done(self._call, self._answer)
+            if self.record:
+                self._end_record(error, operation)
+            elif error:
+                self._log(error, operation, f"{self.request.method} {self.request.path}: {error}")
+        finally:
+            self._gateway.turns.leave(self._turn, self.record)
 
     def _end_record(self, error, operation):
-        self._request.told = True
-        end_record(self._gateway, self._record,
+        self.request.told = True
+        end_record(self._gateway, self.record,
                    Outcome(state_after(error, operation), self._answer and self._answer.status, error,
-                           operation, self._meter))
+                           operation, self._meter, getattr(self._cause, "by", None)))
+
+    def _log(self, error, operation, line):
+        left = operation == "client_disconnected" and not self.record
+        log.log(logging.WARNING if error and not left else logging.INFO, "%s", line)
+        self.request.told = True
 
 
 def state_after(error, operation):
@@ -7222,7 +7777,7 @@ def stream_frames(hub, since, names, watcher, request):
     """Bytes for one listener until the hub closes: connected, what it missed, what comes, pings.
 
     No piece is longer than PIECE: so much does a client cost that does not read."""
-    with hub.listening(since) as listener, watching(watcher, request, listener.bell) as left:
+    with hub.listening(since, request.identity.owner) as listener, watching(watcher, request, listener.bell) as left:
         held = hub.event_id(listener.sent)  # the client's latest id: repeated by frames that are no event
         yield own_frame(hub, held, "connected", {"message": "Connected to lmgateway"}, f"retry: {RETRY_MS}\n")
         heard = time.monotonic()    # when the client last had a byte
@@ -7316,17 +7871,46 @@ def log_status(monitor):
 
 def requests_list(gateway, request):
     """`?client=` keeps the requests whose address, key, user or program has this text in it."""
-    sought, rows = request.query.get("client", "").lower(), gateway.hub.shown(gateway.config.requests_kept)
+    sought = request.query.get("client", "").lower()
+    rows = gateway.hub.shown(gateway.config.requests_kept, request.identity.owner)
     who = ("client", "key", "user", "userAgent")
     return json_response({"requests": [
         row for row in rows if any(sought in str(row.get(name) or "").lower() for name in who)]})
 
 
-def request_detail(gateway, request):
+def known_request(gateway, request, owner=None):
+    """The request that the path names; with an owner, if it is that key's.  Raises HttpError 404."""
     found = gateway.hub.detail(request.path.rpartition("/")[2])
-    if found is None:
+    if found is None or owner not in (None, found["key"]):
         raise HttpError(404, "request_unknown", "no such request among the latest; see /debug/requests")
-    return json_response(found)
+    return found
+
+
+def request_detail(gateway, request):
+    return json_response(known_request(gateway, request, request.identity.owner))
+
+
+def stop_request(gateway, request):
+    """End a request.  The answer waits until it is over, for a second at most."""
+    found, identity = known_request(gateway, request), request.identity
+    if "admin" not in identity.rights and found["key"] != identity.name:
+        raise HttpError(403, "not_yours", "that is another's request; a key with the right admin can stop it")
+    running = gateway.inferences.get(found["requestId"])
+    if running is None:
+        raise HttpError(409, "request_over", "it is over already" if found["totalTimeMs"] is not None else
+                        "it did not come through this gateway, which therefore cannot stop it")
+    running.stop(Stopped(identity.name))
+    wait_until(lambda: running.over, 1.0)
+    return json_response(known_request(gateway, request))
+
+
+def me(gateway, request):
+    """The key that asks: what it may, and what it has used."""
+    identity = request.identity
+    terms = gateway.access.terms(identity.name)
+    return json_response({"name": identity.name, "rights": [name for name in RIGHTS if name in identity.rights],
+                          "priority": terms.priority, "limits": terms.limits, "models": terms.models,
+                          "expires": terms.expires or None, **gateway.turns.used(identity.name)})
 
 
 def series_page(gateway, request):
@@ -7445,7 +8029,7 @@ def log_gauges(monitor):
 
 
 def usage_page(gateway, request):
-    """Usage by key, model or day, from the history; ?since=, ?format=csv."""
+    """Usage by one of GROUPS, from the history; ?since=, ?format=csv."""
     if gateway.history is None:
         raise HttpError(404, "no_history", "no history is kept; start with --history FILE (HISTORY_FILE)")
     group = request.query.get("by", "key")
@@ -7504,7 +8088,7 @@ class Route(NamedTuple):
     method: str
     path: str  # ending in /*: one more part
     view: Callable[[Gateway, Request], Response]
-    access: str  # "open", "health", or the right that it needs
+    access: str  # "open", "health", the right that it needs, or "own": any key, for what is its own
     about: str
 
 
@@ -7514,14 +8098,16 @@ ROUTES = (
     Route("GET", "/ready", ready, "health", "LM Studio answers, else 503 with the reason"),
     Route("GET", "/lmstudio-greeting", greeting_page, "open",
           "LM Studio's own sign of life, while it answers"),
-    Route("GET", "/debug/stream", event_stream, "view", "events as Server-Sent Events"),
+    Route("GET", "/debug/stream", event_stream, "own", "events as Server-Sent Events"),
     Route("GET", "/debug/status", status_page, "view", "what is going on, and how the log monitor does"),
-    Route("GET", "/debug/requests", requests_list, "view", "the latest requests, newest first"),
-    Route("GET", "/debug/requests/*", request_detail, "view", "one request with its timeline"),
+    Route("GET", "/debug/requests", requests_list, "own", "the latest requests, newest first"),
+    Route("GET", "/debug/requests/*", request_detail, "own", "one request with its timeline"),
+    Route("DELETE", "/debug/requests/*", stop_request, "own", "stop a request: one's own, with admin any"),
+    Route("GET", "/me", me, "own", "the key that asks: rights, limits, what it has used"),
     Route("GET", "/debug/series", series_page, "view", "figures by minute: ?minutes=60, ?by=model, key or user"),
     Route("GET", "/debug/models", models_page, "view", "LM Studio's models: state, context, running, waiting"),
     Route("GET", "/debug/metrics", metrics_json, "view", "figures as JSON: performance and system"),
-    Route("GET", "/debug/usage", usage_page, "view", "what was used, by key, model or day (with --history)"),
+    Route("GET", "/debug/usage", usage_page, "view", "what was used, by key, user, model or day (with --history)"),
     Route("GET", "/metrics", prometheus, "view", "figures for Prometheus"),
     Route("POST", "/login", login, "open", "a session cookie for a key"),
     Route("POST", "/logout", logout, "open", "ends the session"),
@@ -8154,6 +8740,8 @@ class Handler(socketserver.BaseRequestHandler):
             return self._refuse(HttpError(500, "internal_error", "a fault in lmgateway; its log says more",
                                           close=True))
         finally:
+            if self.seen:
+                self.server.gateway.turns.leave(self.seen.turn)
             self.seen = None    # its body can be large
             self.wire.release()
             self.connection.rests()
@@ -8199,7 +8787,7 @@ class Handler(socketserver.BaseRequestHandler):
         limit = min(config.max_body, config.max_body_memory) if request.forwarded else OWN_BODY
         request.body, request.arrived = self.wire.body(request, limit), time.monotonic()
         self.unread = False
-        if not self.connection.proven and route.access in RIGHTS:   # without keys, a whole request proves it
+        if not self.connection.proven and route.access in (*RIGHTS, "own"):   # without keys, a whole request proves it
             self.server.prove(self.connection)
         if request.forwarded and "admin" not in request.identity.rights and runs_tools(request):
             raise right_missing(request.identity, "admin")
@@ -8228,7 +8816,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Send a response.  True when the connection can take another request."""
         if response.status == 101:
             return self._tunnel(response, request)
-        body, headers = response.body, list(response.headers)
+        body, headers = response.body, [*response.headers, *(request.ratelimit if request else ())]
         alive = bool(request) and keeps_alive(request) and not close and not self.server.gateway.stopping
         whole, no_body = isinstance(body, (bytes, bytearray)), bool(request) and request.method == "HEAD"
         chunked = False
@@ -8396,6 +8984,8 @@ class Server(http.server.ThreadingHTTPServer):
         if now - self._looked >= self.LOOK_S:
             self._looked = now
             self._look(now)
+            if self.gateway:
+                self.gateway.turns.look()
 
     def _look(self, now):
         """End connections that are over their time, and streams whose listener's right has changed: in order
@@ -9211,33 +9801,130 @@ def set_up_logging(config):
 # --- 9.2 keys ----------------------------------------------------------------
 
 
+def limits_of(text):
+    """{name of a limit: number}; none takes them away."""
+    pairs = [part.strip().partition("=") for part in text.split(",")] if text.strip() != "none" else []
+    names = [name for name, _, _ in pairs]
+    if any(name not in LIMITS or not re.fullmatch(r"[1-9]\d{0,11}", number, re.ASCII) for name, _, number in pairs) or (
+            len(names) > len(set(names))):
+        raise ValueError("use running=2,rpm=30,tpm=20000,tpd=500000, or some of them, or none")
+    return {name: int(number) for name, _, number in pairs}
+
+
+def priority_of(text):
+    if text not in PRIORITIES:
+        raise ValueError(f"choose from {', '.join(PRIORITIES)}")
+    return text
+
+
+def globs_of(text):
+    """Patterns of models as a list; * takes them away."""
+    globs = [part.strip() for part in text.split(",")]
+    if any(not re.fullmatch(r"[!-~]+", glob) or glob.count("[") != glob.count("]") for glob in globs):
+        raise ValueError("use names and patterns such as qwen*,openai/gpt-oss-20b, or * for all")
+    return [] if "*" in globs else globs
+
+
+def expiry_of(text):
+    """The last day, from a date or from a number of days; never takes it away."""
+    days = re.fullmatch(r"([1-9]\d{0,4})d", text, re.ASCII)
+    day = last_day(text) if not days else str(datetime.date.today() + datetime.timedelta(int(days[1])))
+    if text != "never" and day is None:
+        raise ValueError("use 30d, a date such as 2026-12-31 for the last day, or never")
+    return day or ""
+
+
+def rights_of(text):
+    rights = words(text)
+    if not rights or any(right not in RIGHTS for right in rights):
+        raise ValueError(f"choose from {', '.join(RIGHTS)}")
+    return sorted(set(rights))
+
+
+TERMS = {"rights": rights_of, "limits": limits_of, "priority": priority_of, "models": globs_of, "expires": expiry_of}
+MAY = {"infer": "ask models and see its own requests", "view": "see everybody's requests and the log",
+       "admin": "do everything"}
+
+
+def chosen_terms(args):
+    """What the flags set of a key's row.  Raises ConfigError."""
+    found = {}
+    for name, parse in TERMS.items():
+        text = getattr(args, name)
+        try:
+            found.update({name: parse(text)} if text is not None else {})
+        except ValueError as error:
+            raise ConfigError(f"--{name} {text}: {error}") from None
+    return found
+
+
+def change_row(row, changes):
+    """Set these in a key's row; what is empty or usual does not stand there."""
+    row.update(changes)
+    for name in changes:
+        if row[name] in ({}, [], "", "normal"):
+            del row[name]
+
+
+def terms_text(terms):
+    """What a key is bound to, in words; empty if to nothing."""
+    return "  ".join(filter(None, (
+        ",".join(f"{name}={number}" for name, number in terms.limits.items()),
+        f"priority {terms.priority}" if terms.priority != "normal" else "",
+        f"models {','.join(terms.models)}" if terms.models else "", f"until {terms.expires}" if terms.expires else "")))
+
+
+def say_what_it_may(row):
+    rights = ["admin"] if "admin" in row["rights"] else row["rights"]
+    may = " and ".join(MAY[right] for right in rights if right in MAY)
+    print(printable(f"lmgateway: {row['name']} may {may}; " + (terms_text(terms_of(row)) or "without limits")),
+          file=sys.stderr)
+
+
 def new_key(args, config):
     """--new-key NAME: mint a key, keep its hash, print it once."""
-    name, rights = args.new_key.strip(), words("infer,view" if args.rights is None else args.rights)
-    wrong = [right for right in rights if right not in RIGHTS]
-    if wrong or not rights:
-        raise ConfigError(f"--rights {args.rights}: choose from {', '.join(RIGHTS)}")
+    name, chosen = args.new_key.strip(), {"rights": ["infer"], **chosen_terms(args)}
     if not re.fullmatch(r"[\w.@-]{1,64}", name):
         raise ConfigError("--new-key: a name is made of up to 64 letters, digits and . _ - @")
     key = mint_key()
+    row = key_row(Key(name, digest(key), frozenset(), time.strftime("%Y-%m-%d")))
+    change_row(row, chosen)
     with changing_keys(config) as (file, rows):
         if any(row["name"] == name for row in rows) or name in config.api_key:
             raise ConfigError(f"--new-key {name}: there is a key of that name; choose another, or "
                               f"--revoke-key {name} first")
-        rows.append(key_row(Key(name, digest(key), frozenset(rights), time.strftime("%Y-%m-%d"))))
+        rows.append(row)
     print(key)
     print(f"lmgateway: this is the only time the key of {name} is shown; its hash is in {file.path}",
           file=sys.stderr)
+    say_what_it_may(row)
+    return 0
+
+
+def set_key(args, config):
+    """--set-key NAME: change what a key may; a running gateway notices within a second."""
+    chosen = chosen_terms(args)
+    if not chosen:
+        raise ConfigError(f"--set-key {args.set_key}: say what to change, with {', '.join(map(flag_of, TERMS))}")
+    with changing_keys(config) as (file, rows):
+        found = [row for row in rows if row["name"] == args.set_key]
+        if not found:
+            raise ConfigError(f"--set-key {args.set_key}: no such key in {file.path}; --list-keys shows them")
+        change_row(found[0], chosen)
+    say_what_it_may(found[0])
     return 0
 
 
 def list_keys(args, config):
-    """--list-keys: names, rights and dates."""
+    """--list-keys: names, rights, dates, what each key is bound to and, from the history, its last use."""
     file, keys = open_key_file(config)
-    rows = [(key.name, ",".join(sorted(key.rights)), key.created) for key in keys]
-    rows += [(name, ",".join(sorted(RIGHTS)), "GATEWAY_API_KEY") for name in config.api_key]
-    for name, rights, created in rows:
-        print(f"{name:24}  {rights:18}  {created}")
+    used = requests_by_key(config.history) if config.history and os.path.exists(config.history) else {}
+    rows = [(key.name, ",".join(sorted(key.rights)), key.created, terms_text(key.terms)) for key in keys]
+    rows += [(name, ",".join(sorted(RIGHTS)), "GATEWAY_API_KEY", "") for name in config.api_key]
+    for name, rights, created, terms in rows:
+        last = used[name][-1] if name in used else None
+        last_use = last and time.strftime("last used %Y-%m-%d %H:%M", time.localtime(last))
+        print(printable("  ".join(filter(None, (f"{name:24}", f"{rights:18}", created, terms, last_use)))))
     if not rows:
         print(f"lmgateway: no keys in {file.path}; --new-key NAME mints one", file=sys.stderr)
     return 0
@@ -10647,8 +11334,9 @@ COMMANDS = (
     Command("check", run_checks, "look for what commonly goes wrong, and say the remedy",
             companions=("json",)),
     Command("prune", prune, "show which of LM Studio's logs are older; --yes removes them", "DAYS", ("yes",)),
-    Command("new_key", new_key, "mint a key; --rights infer,view,admin [infer,view]", "NAME", ("rights",)),
-    Command("list_keys", list_keys, "names, rights and dates of minted keys"),
+    Command("new_key", new_key, "mint a key; --rights [infer], --limits, --priority, --models, --expires", "NAME", tuple(TERMS)),
+    Command("set_key", set_key, "change what it may, by the same flags", "NAME", tuple(TERMS)),
+    Command("list_keys", list_keys, "minted keys: rights, limits, dates; with --history the last use"),
     Command("revoke_key", revoke_key, "take a minted key away", "NAME"),
     Command("print_launchd", print_launchd, "a launchd agent for macOS; see the README"),
 )
@@ -10671,7 +11359,8 @@ def build_parser():
         kind: dict[str, Any] = {"metavar": command.value} if command.value else {"action": "store_true"}
         commands.add_argument(flag_of(command.name), help=command.about, **kind)
     commands.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)
-    commands.add_argument("--rights", metavar="LIST", help=argparse.SUPPRESS)
+    for name in TERMS:
+        commands.add_argument(flag_of(name), help=argparse.SUPPRESS)
     commands.add_argument("--help", "-h", action="help", help="show this and exit")
     commands.add_argument("--version", action="version", version=f"lmgateway {VERSION}",
                           help="show the version and exit")
@@ -10737,7 +11426,7 @@ def chosen_command(args):
                           "choose one")
     for name in COMPANIONS:
         hosts = [command for command in COMMANDS if name in command.companions]
-        if getattr(args, name) and not set(hosts) & set(chosen) and (chosen or name != "open"):
+        if getattr(args, name) not in (None, False) and not set(hosts) & set(chosen) and (chosen or name != "open"):
             raise ConfigError(f"{flag_of(name)} goes with "
                               f"{' or '.join(flag_of(command.name) for command in hosts)}")
     return chosen[0] if chosen else None

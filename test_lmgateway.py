@@ -29,6 +29,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import sqlite3
 import ssl
 import struct
 import subprocess
@@ -2145,8 +2146,8 @@ def test_time_in_lm_studios_queue_is_counted_where_the_log_shows_it(utc):
     for record in (shown, unseen):
         office.over(record)
         figures.count_request(record)
-    assert 'lmstudio_gateway_queue_seconds_count{key_priority="default"} 1' in exposition(figures)
-    assert 'lmstudio_gateway_queue_seconds_sum{key_priority="default"} 3.0' in exposition(figures)
+    assert 'lmstudio_gateway_queue_seconds_count{key_priority="normal",outcome="done"} 1' in exposition(figures)
+    assert 'lmstudio_gateway_queue_seconds_sum{key_priority="normal",outcome="done"} 3.0' in exposition(figures)
 
 
 @pytest.mark.parametrize(("state", "outcome", "line"), [
@@ -5495,12 +5496,13 @@ def test_health_says_that_the_gateway_is_up(front):
 @pytest.mark.parametrize("route", lmgateway.ROUTES, ids=lambda route: route.path)
 def test_each_route_knows_its_methods_and_head(front, studio, route):
     path = route.path.replace("/*", "/req_1")
-    for method in set(lmgateway.METHODS) - {"HEAD", "OPTIONS", route.method}:
+    methods = [other.method for other in lmgateway.ROUTES if other.path == route.path]
+    for method in set(lmgateway.METHODS) - {"HEAD", "OPTIONS", *methods}:
         status, headers, body = ask(front, f"{method} {path}")
         assert (status, json.loads(body)["error"]["code"]) == (405, "method_not_allowed")
-        assert dict(headers)["Allow"] == ("GET, HEAD" if route.method == "GET" else "POST")
+        assert dict(headers)["Allow"] == ", ".join(methods).replace("GET", "GET, HEAD")
     status, _, body = ask(front, f"HEAD {path}")
-    assert body == b"" and (status == 405) == (route.method == "POST")
+    assert body == b"" and (status == 405) == ("GET" not in methods)
     assert not [peer for peer in studio.peers if "greeting" not in peer.line
                 and "/models" not in peer.line]   # our own
     assert ask(front, f"OPTIONS {path}")[0] == 200 and studio.peers[-1].line.startswith("OPTIONS")
@@ -5611,8 +5613,7 @@ def test_nothing_of_ours_is_stored_or_sniffed(fronts, path, key):
     with dial(fronts(api_key={"anna": "k" * 8}).port) as sock:
         sock.sendall(request(f"HEAD {path}", b"", *key))
         head = rest_of(sock)
-    ours = path != "/me" or not key     # which is LM Studio's to answer
-    assert (b"\r\nCache-Control: no-store\r\n" in head, b"\r\nX-Content-Type-Options: nosniff\r\n" in head) == (ours, ours)
+    assert b"\r\nCache-Control: no-store\r\n" in head and b"\r\nX-Content-Type-Options: nosniff\r\n" in head
 
 
 # --- /debug/stream
@@ -5732,7 +5733,7 @@ def frames_for(hub, *names):
     """stream_frames() without a socket."""
     watcher = types.SimpleNamespace(watch=lambda *args: None, forget=lambda sock: None)
     return contextlib.closing(
-        lmgateway.stream_frames(hub, "", names, watcher, types.SimpleNamespace(connection=None)))
+        lmgateway.stream_frames(hub, "", names, watcher, types.SimpleNamespace(connection=None, identity=lmgateway.Identity(None))))
 
 
 def test_what_is_published_while_a_listener_connects_is_not_lost():
@@ -6066,10 +6067,10 @@ def test_minted_keys_work_at_once_with_their_rights_and_until_they_are_revoked(k
                          "view")[1].strip(), keys("--new-key", "root", "--rights", "admin,infer")[1].strip()
     assert key not in keys.path.read_text() and os.stat(keys.path).st_mode & 0o777 == 0o600
     assert re.findall(r"(?m)^(\w+) +([\w,]+) +\d{4}-\d\d-\d\d$", keys("--list-keys")[1]) == [
-        ("anna", "infer,view"), ("eve", "view"), ("root", "admin,infer")]
+        ("anna", "infer"), ("eve", "view"), ("root", "admin,infer")]
     until(lambda: ask(front, "GET /v1/models")[0] == 401)
-    table = {(key, "GET /v1/models"): 200, (key, "GET /debug/status"): 200, (viewer, "GET /v1/models"): 403,
-             (viewer, "GET /debug/status"): 200, (admin, "GET /debug/status"): 403}
+    table = {(key, "GET /v1/models"): 200, (key, "GET /debug/status"): 403, (viewer, "GET /v1/models"): 403,
+             (viewer, "GET /debug/status"): 200, (admin, "GET /debug/status"): 200}
     line = "POST /api/v1/models/load"
     table.update({(key, line): 403, (admin, line): 200})
     for (offered, line), status in table.items():
@@ -6217,7 +6218,7 @@ def until(holds):
 
 
 def test_a_session_ends_with_its_key(keys, fronts):
-    key = keys("--new-key", "anna")[1].strip()
+    key = keys("--new-key", "anna", "--rights", "view")[1].strip()
     front = fronts(keys_file=str(keys.path))
     cookie = session(front, key)
     assert ask(front, "GET /debug/status", f"Cookie: {cookie}")[0] == 200
@@ -7108,6 +7109,376 @@ def test_files_that_grow_go_before_the_stream(studio, scripted, tmp_path):
         assert stream.next_news(1.0) + stream.next_news(3.0) == by
         stream._leave()
         side.over.set()
+# --- sharing one machine
+
+
+def turn(name, clock=0.0, model="m", priority="normal", key=None):
+    return lmgateway.Turn(model, key or name, name, priority, clock)
+
+
+def order_of(slots, turns, clock=0.0, scheduler=None):
+    """The names of turns in the order in which they run, each for no time."""
+    scheduler, found = scheduler or lmgateway.Scheduler(slots), []
+    begun = [one for each in turns for one in scheduler.join(each, each.since)]
+    while begun:
+        found.append(begun[0].who)
+        begun = begun[1:] + scheduler.leave(begun[0], clock)
+    assert not scheduler.waiting and not scheduler._running and not scheduler._queues and not scheduler._of_key
+    return found
+
+
+@pytest.mark.parametrize(("turns", "clock", "order"), [
+    ([turn("a"), turn("b"), turn("c")], 0, "abc"),
+    ([turn("x"), turn("l", priority="low"), turn("n"), turn("h", priority="high")], 0, "xhnl"),
+    ([turn("x"), turn("l", priority="low"), turn("n", 59)], 59, "xln"),   # it was raised by one, and came first
+    ([turn("x"), turn("l", priority="low"), turn("n", 61), turn("h", 61, priority="high")], 61, "xlhn"),
+    ([turn("x"), turn("a"), turn("a"), turn("a"), turn("b"), turn("x")], 0, "xabxaa"),   # a flood has its turn
+    ([turn("x", 100), turn("l", 100, priority="low"), turn("n", 100)], 0, "xnl")])  # no negative wait
+def test_whose_turn_it_is(turns, clock, order):
+    assert "".join(order_of(1, turns, clock)) == order
+
+
+def test_slots_count_for_each_model_and_a_keys_own_limit_holds_nobody_up():
+    scheduler = lmgateway.Scheduler(2)
+    scheduler.limits["a"] = 1
+    first, second, third, other = turn("a"), turn("a"), turn("b"), turn("c", model="n")
+    assert [scheduler.join(each, 0) for each in (first, second, third, other)] == [[first], [], [third], [other]]
+    fourth = turn("d")
+    assert scheduler.join(fourth, 0) == [] and scheduler.counts("a") == (1, 1)
+    assert scheduler.leave(third, 1) == [fourth]    # the one of a may not run yet
+    assert scheduler.leave(first, 1) == [second] and scheduler.leave(first, 1) == []
+
+
+def test_two_names_of_one_model_share_its_slots_once_that_is_known():
+    scheduler = lmgateway.Scheduler(1)
+    one, two, three, four = turn("a", model="x"), turn("b", model="y"), turn("c", model="x"), turn("d", model="y")
+    assert [scheduler.join(each, 0) for each in (one, two, three, four)] == [[one], [two], [], []]
+    scheduler.rename("x", "y")
+    assert scheduler.leave(one, 1) == [] and scheduler.leave(two, 1) == [three]     # the name has one slot now
+    assert [each["position"] for _, each in scheduler.places(1)] == [1]
+
+
+def test_places_and_what_is_foretold():
+    scheduler = lmgateway.Scheduler(1)
+    assert order_of(1, [turn("a")] , 9.0, scheduler) == ["a"]
+    running, waiting = turn("a", 10), [turn("b", 10), turn("c", 10)]
+    for each in (running, *waiting):
+        scheduler.join(each, 10)
+    assert [place for _, place in scheduler.places(12)] == [{"position": 1, "waiting": 2}, {"position": 2, "waiting": 2}]
+    scheduler._times["m"] = [10.0, 10.0, 20.0]
+    assert [place["etaMs"] for _, place in scheduler.places(12)] == [8000, 18000]
+    assert [place["etaMs"] for _, place in scheduler.places(22)] == [8000, 18000]   # it is one of the long ones
+    assert [place["etaMs"] for _, place in scheduler.places(12, lambda turn: 30.0)] == [30000, 40000]
+    assert "etaMs" not in scheduler.places(40)[0][1]    # it is longer than any
+
+
+def test_a_choice_is_quick():
+    scheduler = lmgateway.Scheduler(4)
+    turns = [turn(f"k{number % 10}") for number in range(504)]
+    for each in turns:
+        scheduler.join(each, 0)
+    began = time.perf_counter()
+    running = turns[:4]
+    for _ in range(200):
+        running += scheduler.leave(running.pop(0), 1)
+    assert (time.perf_counter() - began) / 200 < 200e-6     # a tenth of that on a machine with nothing else to do
+
+
+def test_a_minute_slides_and_a_day_ends():
+    account, limits = lmgateway.Account("mon"), {"rpm": 2, "tpm": 100, "tpd": 150}
+    account.let_in(0.0)
+    account.let_in(30.0)
+    assert account.refusal(limits, 40.0, 500) == ("rpm", 2, 20.0) and account.refusal(limits, 60.0, 500) is None
+    account.spend(60.0, 60, 40)
+    assert account.refusal(limits, 61.0, 500) == ("tpm", 100, 59.0) and account.refusal({"rpm": 2}, 61.0, 500) is None
+    assert dict(account.headers(limits, 61.0)) == {
+        "x-ratelimit-limit-requests": "2", "x-ratelimit-remaining-requests": "1", "x-ratelimit-reset-requests": "29s",
+        "x-ratelimit-limit-tokens": "100", "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "59s"}
+    account.spend(120.0, 0, 50)
+    assert account.refusal(limits, 200.0, 500) == ("tpd", 150, 500)
+    account.turn("tue")
+    assert account.refusal(limits, 200.0, 500) is None and account.headers({"tpd": 1}, 0.0) == []
+    assert [lmgateway.span(seconds) for seconds in (0, 0.25, 1, 59.2, 360)] == ["0s", "250ms", "1s", "1m0s", "6m0s"]
+
+
+class Household:
+    """A gateway before a scripted LM Studio that answers when it is told to, and keys that were minted."""
+
+    def __init__(self, front, studio, keys, tickets):
+        self.front, self.studio, self.keys = front, studio, tickets
+        self.command, self.go = keys, threading.Semaphore(0)
+        studio.script = lambda peer: (peer.line.startswith("POST") and self.go.acquire(timeout=PATIENCE_S),
+                                      peer.send(plain(CHAT_WHOLE)))
+
+    def ask(self, line, who, body=b"", *headers):
+        status, found, data = ask(self.front, line, f"X-API-Key: {self.keys[who]}", *headers, body=body)
+        return status, dict(found), json.loads(data)
+
+    def chat(self, who, body=b'{"model":"m"}', path="/v1/chat/completions", *headers):
+        """Ask in a thread; gives a queue for the answer."""
+        def run():
+            with contextlib.suppress(OSError, ValueError):  # it may be cut off
+                answer.put(self.ask(f"POST {path}", who, body, *headers))
+
+        answer = queue.Queue()
+        threading.Thread(target=run, daemon=True).start()
+        return answer
+
+    def rows(self, who="root", **wanted):
+        return [row for row in self.ask("GET /debug/requests", who)[2]["requests"]
+                if all(row.get(name) == value for name, value in wanted.items())]
+
+    def me(self, who):
+        return self.ask("GET /me", who)[2]
+
+
+@pytest.fixture
+def household(keys, fronts, studio):
+    def make(*flags, **options):
+        tickets = {name: keys("--new-key", name, *flags)[1].strip() for name in ("anna", "ben")}
+        tickets["root"] = keys("--new-key", "root", "--rights", "admin")[1].strip()
+        front = fronts(keys_file=str(keys.path), **options)
+        front.server.LOOK_S = 0.05
+        return Household(front, studio, keys, tickets)
+    return make
+
+
+def test_one_waits_for_its_turn_is_told_and_then_answered(household):
+    home = household(max_running=1)
+    answers = [home.chat("anna")]
+    until(lambda: len(home.studio.peers) == 1)
+    for who, place in (("ben", 1), ("anna", 2)):
+        answers.append(home.chat(who))
+        until(lambda: [row["position"] for row in home.rows(state="queued", key=who)] == [place])
+    assert home.rows("ben", state="queued")[0]["waiting"] == 2 and home.me("ben")["waiting"] == 1
+    assert home.me("anna")["running"] == 1 and len(home.studio.peers) == 1
+    (told, *_) = home.front.events(0, "inference_progress", count=2)
+    assert (told["state"], told["position"], told["key"]) == ("queued", 1, "ben")
+    text = ask(home.front, "GET /metrics", f"X-API-Key: {home.keys['root']}")[2].decode()
+    assert 'lmstudio_gateway_queue_waiting{model="other"} 2' in text
+    for _ in answers:
+        home.go.release()
+    assert [answer.get(timeout=PATIENCE_S)[0] for answer in answers] == [200] * 3
+    assert len([row for row in home.rows() if row.get("queuedMs", 0) > 0]) == 2 and home.me("anna")["running"] == 0
+    assert not home.front.gateway.turns._scheduler.waiting
+
+
+def test_the_queue_has_an_end_and_a_client_that_leaves_it_never_reached_lm_studio(household):
+    home = household(max_running=1, max_waiting=1)
+    first = home.chat("anna")
+    until(lambda: len(home.studio.peers) == 1)
+    with dial(home.front.port) as sock:
+        sock.sendall(request(POST_CHAT, b'{"model":"m"}', f"X-API-Key: {home.keys['ben']}"))
+        until(lambda: home.rows(state="queued"))
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            status, headers, body = home.ask(f"POST {path}", "anna", b'{"model":"m"}')
+            assert (status, body["error"]["code"]) == (429, "queue_full") and int(headers["Retry-After"]) > 0
+            assert ("type" in body) == ("messages" in path)
+    until(lambda: home.rows(operation="client_disconnected"))
+    home.go.release()
+    assert first.get(timeout=PATIENCE_S)[0] == 200 and len(home.studio.peers) == 1
+    assert not home.front.gateway.turns._scheduler._running
+
+
+ENDINGS = {     # how a request that runs ends -> what does it
+    "answered": lambda home, row: home.go.release(),
+    "stopped": lambda home, row: home.ask(f"DELETE /debug/requests/{row['requestId']}", "anna"),
+    "reset": lambda home, row: home.studio.peers[0].reset(),
+    "fault": lambda home, row: (setattr(home.front.gateway.hub, "end", lambda *args: 1 / 0),
+                                home.studio.peers[0].send(plain(b"{}"))),
+}
+
+
+@pytest.mark.parametrize("end", ENDINGS.values(), ids=ENDINGS)
+def test_a_slot_is_free_whatever_way_a_request_ends(household, end):
+    home = household(max_running=1)
+    home.chat("anna")
+    until(lambda: len(home.studio.peers) == 1)
+    home.chat("ben")
+    until(lambda: home.rows(state="queued"))
+    end(home, home.rows(key="anna")[0])
+    until(lambda: len(home.studio.peers) == 2)
+    home.front.gateway.hub.__dict__.pop("end", None)
+    home.go.release()
+    home.go.release()
+    until(lambda: not home.front.gateway.turns._scheduler._running)
+    home.front.hub._requests.running.clear()
+
+
+def test_limits_are_told_as_openai_tells_them(household):
+    home = household("--limits", "rpm=2")
+    home.go.release(9)
+    status, headers, _ = home.ask(POST_CHAT, "anna", b"{}")
+    assert (status, headers["x-ratelimit-remaining-requests"]) == (200, "1")
+    assert home.ask("GET /v1/models", "anna")[0] == 200     # is none of them
+    home.ask(POST_CHAT, "anna", b"{}")
+    for _ in range(3):  # a refused one counts nowhere
+        status, headers, body = home.ask(POST_CHAT, "anna", b"{}")
+        assert (status, body["error"]["code"], body["error"]["type"]) == (429, "rate_limit_exceeded", "rate_limit_error")
+        assert 0 < int(headers["Retry-After"]) <= 60 and headers["x-ratelimit-remaining-requests"] == "0"
+        assert body["error"]["message"].startswith("rpm: 2 of 2 requests")
+    assert home.ask("POST /v1/messages", "anna", b"{}")[2]["type"] == "error"
+    assert home.me("anna") == {
+        "name": "anna", "rights": ["infer"], "priority": "normal", "limits": {"rpm": 2}, "models": [], "expires": None,
+        "running": 0, "waiting": 0, "minute": {"requests": 2, "tokens": home.me("anna")["minute"]["tokens"]},
+        "day": {"requests": 2, **{name: home.me("anna")["day"][name] for name in ("promptTokens", "completionTokens")}}}
+    assert home.me("anna")["minute"]["tokens"] > 0 and len(home.rows(key="anna")) == 2
+    home.command("--set-key", "anna", "--limits", "none")
+    until(lambda: home.ask(POST_CHAT, "anna", b"{}")[0] == 200)
+    assert "x-ratelimit-limit-requests" not in home.ask(POST_CHAT, "anna", b"{}")[1]
+
+
+def test_a_key_is_bound_to_models_and_ends_with_its_last_day(household):
+    home = household("--models", "Qwen*,b")
+    home.go.release(9)
+    for model, status in (("qwen3-8b", 200), ("b", 200), ("bb", 403), (None, 403)):
+        found, _, body = home.ask(POST_CHAT, "anna", json.dumps({"model": model}).encode())
+        assert found == status and (found == 200 or body["error"]["code"] == "model_not_allowed")
+    home.command("--set-key", "anna", "--expires", time.strftime("%Y-%m-%d"), "--models", "*")
+    until(lambda: home.ask(POST_CHAT, "anna", b"{}")[0] == 200 and home.me("anna")["expires"])
+    home.command("--set-key", "anna", "--expires", "2020-01-01")
+    until(lambda: home.ask(POST_CHAT, "anna", b"{}")[0] == 401)
+    assert home.ask(POST_CHAT, "anna", b"{}")[2]["error"]["code"] == "key_expired"
+
+
+def test_a_keys_own_limit_makes_wait_and_a_new_one_or_none_counts_for_those_that_wait(household):
+    home = household("--limits", "running=1")
+    for who in ("anna", "ben"):
+        home.chat(who)
+        until(lambda: home.rows(key=who))
+        answer = home.chat(who)
+        until(lambda: home.rows(key=who, state="queued"))
+    home.command("--set-key", "anna", "--limits", "running=2")
+    until(lambda: not home.rows(key="anna", state="queued"))
+    home.command("--revoke-key", "ben")
+    assert answer.get(timeout=PATIENCE_S)[0] == 401
+    home.go.release(9)
+    until(lambda: not home.front.gateway.inferences)
+
+
+def test_a_key_that_may_infer_sees_its_own_and_nothing_else(household):
+    home = household()
+    home.chat("ben"), home.chat("anna")
+    until(lambda: len(home.rows(state="waiting")) == 2)
+    theirs, own = home.rows(key="ben")[0]["requestId"], home.rows("anna")[0]["requestId"]
+    assert [row["key"] for row in home.rows("anna")] == ["anna"]
+    assert [home.ask(f"GET /debug/requests/{one}", "anna")[0] for one in (own, theirs, "req_x")] == [200, 404, 404]
+    assert [home.ask(f"DELETE /debug/requests/{one}", "anna")[0] for one in (theirs, "req_x")] == [403, 404]
+    for path in ("status", "metrics", "series", "models", "usage"):
+        assert home.ask(f"GET /debug/{path}", "anna")[0] == 403
+    tell = lambda name, one: home.front.hub.publish([lmgateway.Event(name, {"requestId": one, "message": "x"})])
+    tell("lmstudio_log", own), tell("lmstudio_chat_end", theirs), tell("lmstudio_chat_end", own)
+    for query in ("?since=1", "?since=0&events=inference_start,lmstudio_log,lmstudio_chat_end"):
+        with dial(home.front.port) as sock:
+            sock.sendall(request(f"GET /debug/stream{query}", b"", f"X-API-Key: {home.keys['anna']}"))
+            seen = read_until(sock, b"event: lmstudio_chat_end")
+            home.front.hub.publish([lmgateway.Event("lmstudio_chat_start", {"requestId": own})])
+        assert theirs.encode() not in seen and b"lmstudio_log" not in seen
+    home.go.release(2)
+    until(lambda: not home.front.gateway.inferences)
+
+
+def test_a_request_is_stopped_by_its_owner_or_an_admin(household):
+    home = household(max_running=1)
+    running = home.chat("anna")
+    until(lambda: len(home.studio.peers) == 1)
+    waiting = home.chat("ben", b'{"model":"m"}', "/v1/messages")
+    until(lambda: home.rows(key="ben"))
+    (row,) = home.rows(key="ben")
+    status, _, record = home.ask(f"DELETE /debug/requests/{row['requestId']}", "root")
+    assert (status, record["operation"], record["by"]) == (200, "stopped", "root")
+    status, headers, body = waiting.get(timeout=PATIENCE_S)
+    assert (status, body["type"], body["error"]["code"], headers["x-should-retry"]) == (503, "error", "stopped", "false")
+    assert home.ask(f"DELETE /debug/requests/{row['requestId']}", "ben")[0] == 409
+    (row,) = home.rows(key="anna")
+    assert home.ask(f"DELETE /debug/requests/{row['requestId']}", "anna")[0] == 200
+    assert running.get(timeout=PATIENCE_S)[0] == 503 and len(home.studio.peers) == 1
+    assert [(event["operation"], event["by"]) for event in home.front.events(0, "error", count=2)] == [
+        ("stopped", "root"), ("stopped", "anna")]
+    home.go.release()
+
+
+@pytest.mark.parametrize(("headers", "body", "user"), [
+    (["X-OpenWebUI-User-Email: eva%40home", "X-OpenWebUI-User-Name: Eva"], {}, "eva@home"),
+    (["X-OpenWebUI-User-Name: Eva%20B%C3%A4r", "X-OpenWebUI-User-Id: 7"], {"user": "x"}, "Eva B\u00e4r"),
+    ([], {"user": "fritz"}, "fritz"), ([], {"user": 7}, None), ([], {}, None)])
+def test_people_behind_a_shared_key(household, headers, body, user):
+    home = household(users_from=("anna",))
+    home.go.release(2)
+    for who, known in (("anna", user), ("ben", None)):
+        home.ask(POST_CHAT, who, json.dumps(body).encode(), *headers)
+        assert home.rows(key=who)[0]["user"] == known
+        passed = [name for name, _ in home.studio.peers[-1].headers if "OpenWebUI" in name]
+        assert len(passed) == (0 if who == "anna" else len(headers))
+    start, other = home.front.events(0, "inference_start", count=2)
+    assert (start.get("user"), "user" in other) == (user, False)
+
+
+def test_a_waiting_stream_is_told_its_place_in_comments(household, monkeypatch):
+    monkeypatch.setattr(lmgateway.Forward, "SILENCE_S", 0.05)
+    home = household(max_running=1, prefill_comments=True)
+    home.chat("anna")
+    until(lambda: len(home.studio.peers) == 1)
+    with dial(home.front.port) as sock:
+        sock.sendall(request(POST_CHAT, b'{"stream":true,"model":"m"}', f"X-API-Key: {home.keys['ben']}"))
+        read_until(sock, b": queued 1 of 1\n\n")
+        home.go.release(2)
+        assert b"event: error" not in rest_of(sock)
+    until(lambda: not home.front.gateway.turns._scheduler._running)
+
+
+def test_a_days_count_survives_a_restart(keys, fronts, studio, tmp_path):
+    records = [lmgateway.Record(f"r{number}", time.time(), 0.0, key=key, stream=False, source=source) for number, key, source in
+               ((1, "anna", "gateway"), (2, None, "lmstudio"))]
+    for record in records:
+        record.usage = {"promptTokens": 30, "completionTokens": 12}
+        record.end(1.0, lmgateway.Outcome("done", 200))
+    history = lmgateway.History(str(tmp_path / "h.db"))
+    history.keep([lmgateway.history_row(record) for record in records])
+    history.close()
+    config = lmgateway.Config(keys_file=str(keys.path))
+    turns = lmgateway.Turns(config, lmgateway.AccessControl(config), lmgateway.Hub(), history)
+    assert turns.used("anna")["day"] == {"requests": 1, "promptTokens": 30, "completionTokens": 12}
+    assert turns.used(None)["day"]["requests"] == 0
+    keys("--new-key", "anna", "--limits", "tpd=9,running=2", "--priority", "low", "--models", "q*", "--expires", "2099-01-31")
+    listed = keys("--list-keys", "--history", history.path)[1]
+    assert re.search(r"anna +infer .*tpd=9.*priority low  models q\*  until 2099-01-31  last used \d{4}", listed), listed
+
+
+def test_a_history_of_an_earlier_version_gets_the_new_columns(tmp_path):
+    path, kept = str(tmp_path / "h.db"), [row[:2] for row in lmgateway.HISTORY if row[0] not in ("user", "queued_ms")]
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(f"CREATE TABLE requests ({', '.join(map(' '.join, kept))})")
+        connection.execute("INSERT INTO requests (id, source, started, key) VALUES ('r0', 'gateway', 1.0, 'anna')")
+    history, record = lmgateway.History(path), lmgateway.Record("r1", 2.0, 0.0, key="anna", user="eva")
+    record.wait({"position": 1, "waiting": 1}, 0.0)
+    record.send(1.5)
+    record.end(2.0, lmgateway.Outcome("done", 200))
+    history.keep([lmgateway.history_row(record)])
+    history.close()
+    assert {row["user"]: row["requests"] for row in history.usage("user")} == {"anna": 1, "eva": 1}
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT queued_ms FROM requests ORDER BY id").fetchall() == [(None,), (1500.0,)]
+
+
+@pytest.mark.parametrize("flags", ["--limits rpm", "--limits rpm=0", "--limits rpm=1,rpm=2", "--limits x=1", "--priority top",
+                                   "--models a[", "--models ,", "--expires 31.12.", "--expires 0d", "--rights all"])
+@pytest.mark.parametrize("command", ["--new-key", "--set-key"])
+def test_wrong_terms_are_one_line(keys, flags, command):
+    status, out, said = keys(command, "anna", *flags.split())
+    assert (status, out, said.count("\n")) == (2, "", 1) and said.startswith("lmgateway: " + flags.split()[0])
+
+
+def test_fields_of_a_newer_version_stay_when_a_key_is_changed(keys):
+    keys("--new-key", "anna", "--limits", "rpm=3")
+    content = json.loads(keys.path.read_text())
+    content["keys"][0].update(colour="red", limits={"rpm": 3, "new": "x"})
+    keys.path.write_text(json.dumps({**content, "version": 9}))
+    status, _, said = keys("--set-key", "anna", "--priority", "low")
+    assert status == 0 and "rpm=3  priority low" in said and "new" not in said
+    row = json.loads(keys.path.read_text())["keys"][0]
+    assert (row["colour"], row["limits"], row["priority"]) == ("red", {"rpm": 3, "new": "x"}, "low")
+    assert keys("--set-key", "ben", "--priority", "low")[0] == 2 and keys("--set-key", "anna")[0] == 2
 
 
 # --- TLS
@@ -8034,7 +8405,7 @@ def test_readme_has_the_tables_of_the_code(table):
 def test_readme_has_the_two_commands_that_set_everything_up():
     assert "python3 lmgateway.py --demo" in README
     assert "python3 test_lmgateway.py" in README
-    assert len(README.splitlines()) < 480
+    assert len(README.splitlines()) < 530
 
 
 def test_readme_names_only_flags_and_variables_that_there_are():
@@ -8043,6 +8414,7 @@ def test_readme_names_only_flags_and_variables_that_there_are():
     assert {flag for line in ours for flag in re.findall(r"--[a-z][a-z-]+", line)} <= flags
     named = set(re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b", README))
     others = {"SSL_CERT_FILE", "LM_API_TOKEN", "OPENAI_API_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_MODEL"}
+    others |= {"ENABLE_FORWARD_USER_INFO_HEADERS"}
     assert named - others <= {row.variable for row in lmgateway.OPTIONS}
 
 
@@ -8791,7 +9163,7 @@ def test_another_lmgateway_is_known_on_the_port_and_at_the_upstream(home, capsys
 
 def test_check_sees_that_every_key_was_revoked(home, capsys):
     assert run(capsys, "--new-key", "anna")[0] == 0
-    assert any(text.startswith("keys: anna (infer, view)") for _, _, text in findings(capsys)[1])
+    assert any(text.startswith("keys: anna (infer)") for _, _, text in findings(capsys)[1])
     assert run(capsys, "--revoke-key", "anna")[0] == 0
     assert any(row[:2] == ("Keys", "warn") and "mint one with --new-key" in row[2]
                for row in findings(capsys)[1])
@@ -8927,7 +9299,7 @@ def test_help_fits_one_screen(capsys):
     with pytest.raises(SystemExit) as end:
         lmgateway.main(["--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert end.value.code == 0 and len(lines) <= 50 and max(map(len, lines)) <= 100
+    assert end.value.code == 0 and len(lines) <= 51 and max(map(len, lines)) <= 100
     assert all(row.flag in "\n".join(lines) for row in lmgateway.OPTIONS if row.flag)
 
 
