@@ -7350,6 +7350,7 @@ def test_a_keys_own_limit_makes_wait_and_a_new_one_or_none_counts_for_those_that
         until(lambda: home.rows(key=who, state="queued"))
     home.command("--set-key", "anna", "--limits", "running=2")
     until(lambda: not home.rows(key="anna", state="queued"))
+    assert home.me("anna")["running"] == 2
     home.command("--revoke-key", "ben")
     assert answer.get(timeout=PATIENCE_S)[0] == 401
     home.go.release(9)
