@@ -5678,14 +5678,17 @@ class Chunks:
         return True
 
 
-class Call:
-    """A request to LM Studio, its headers as they are sent, and the connection that it runs over.
+class Call(urllib.request.Request):
+    """A request to a server, origin, and the connection that it runs over.  Its target and its headers are
+    sent as they are: urllib's own lose what follows a #, order, case and repeats.
 
     timeout_s is for each read and write, None without end; deadline, a clock reading, for all together."""
 
-    def __init__(self, method, target, headers, body=b"", timeout_s=None):
-        self.method, self.target, self.headers, self.body = method, target, headers, body or b""
-        self.timeout_s, self.deadline = timeout_s or None, math.inf
+    def __init__(self, origin, method, target, headers, body=b""):
+        self.__dict__.update(origin.__dict__)   # a Request for the server's address, which is parsed once
+        self.method, self.selector, self.raw_headers, self.body = method, target, headers, body or b""
+        self.timeout_s, self.deadline = None, math.inf
+        self.anew = False       # it needs a new connection
         self.reused = False     # its connection had another request before
         self.cancelled = False
         self.sock: Any = None   # while the exchange runs
@@ -5716,8 +5719,8 @@ class Call:
 
     def send(self):
         """Raises OSError."""
-        lines = [f"{self.method} {self.target} HTTP/1.1",
-                 *[f"{name}: {value}" for name, value in self.headers], "", ""]
+        lines = [f"{self.method} {self.selector} HTTP/1.1",
+                 *[f"{name}: {value}" for name, value in self.raw_headers], "", ""]
         head, sock = "\r\n".join(lines).encode("latin-1"), self.sock
         if len(self.body) <= SMALL_BODY:
             sock.sendall(head + self.body)
@@ -5741,7 +5744,7 @@ class Call:
 
 
 class Answer:
-    """LM Studio's answer: the head, read when it is made, then the body, as it comes.
+    """LM Studio's answer: the head, which begin() reads, then the body, as it comes.
 
     http.client's own response reads heads through the email parser, which costs more than all else here.
     Informational forerunners (1xx, RFC 9110, 15.2) are skipped.  Raises OSError and HTTPException."""
@@ -5751,12 +5754,16 @@ class Answer:
     def __init__(self, call):
         endless = call.deadline == math.inf
         self._receive = functools.partial(call.sock.recv, PIECE) if endless else call.receive
-        self._buffer = b""
+        self._method, self._buffer = call.method, b""
         self.over = False  # the body has been read to its end
+
+    def begin(self):
+        """Read the head.  Gives itself."""
         self.status, room = 100, ANSWER_HEAD_LIMIT
         while 100 <= self.status < 200:
             room -= self._read_head(room)
-        self._frame(call.method)
+        self._frame()
+        return self
 
     def _read_head(self, room):
         """Gives the number of its bytes."""
@@ -5790,7 +5797,7 @@ class Answer:
                 raise http.client.HTTPException("a header of its answer is malformed")
             self.headers.append((name.rstrip(" \t"), value.strip(" \t")))
 
-    def _frame(self, method):
+    def _frame(self):
         """How the end of the body is known (RFC 9112, 6.3)."""
         self._named: dict[str, str] = {}
         for name, value in self.headers:
@@ -5804,7 +5811,7 @@ class Answer:
         self.chunks: Any = Chunks() if coding else None
         options = self.header("connection").lower()
         self.length = int(length) if length and not coding else None
-        if method == "HEAD" or self.status in (204, 304):
+        if self._method == "HEAD" or self.status in (204, 304):
             self.length, self.chunks = 0, None
         self._payload = self._unchunked if self.chunks else self._unframed
         self.over = self.length == 0
@@ -5980,43 +5987,19 @@ class Remembered:
             asking[1].set()
 
 
-class Upstream:
-    """LM Studio's server.  Any thread may call."""
+class KeptConnections(urllib.request.BaseHandler):
+    """Opens a Call for an OpenerDirector, over an idle connection to the server at base if there is one."""
 
-    def __init__(self, base, token=None):
-        self.base, self.token = base, token
-        self.host = base.partition("://")[2]
+    def __init__(self, base, idle):
         parts = urllib.parse.urlsplit(base)
+        self._base, self._idle, self._name = base, idle, parts.hostname
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._name = parts.hostname
         host = "127.0.0.1" if self._name == "localhost" else self._name     # LM Studio listens on IPv4 only
         self._address = host, parts.port or (443 if self._tls else 80)
-        self._secret = secrets.token_bytes(32)  # makes the names under which it knows clients of sockets
-        self._idle = IdleConnections()
-        self._silent = f"LM Studio at {base} does not answer. Look at its log"
-        self._health = Remembered(self._ask_health, QUESTION_S + 1.0, self._silent)
-        self._listed: Any = (None, 0.0)     # the latest rows that LM Studio told, and when
-        self._models = Remembered(self._ask_models, QUESTION_S + 1.0, self._listed)
-        self._listings = ("/api/v1/models", "/api/v0/models")  # since 0.4.0, since 0.3.6; or the one that is
 
-    def open(self, call):
-        """The Answer, its body unread.  Raises OSError, HTTPException, HttpError.
-
-        What fails on a connection that was used before is tried once more if the method allows it; other
-        requests are not, because LM Studio may have begun to work (RFC 9110, 9.2.2)."""
-        self.send(call)
-        try:
-            return Answer(call)
-        except BROKEN as error:
-            if (not call.reused or call.cancelled or isinstance(error, TIMEOUTS)
-                    or call.method not in REPEATABLE):
-                raise
-        self.send(call, anew=True)
-        return Answer(call)
-
-    def send(self, call, anew=False):
-        """Send a request, over an idle connection if there is one.  Raises OSError, HttpError."""
-        sock, timeout_s = (None, None) if anew else self._idle.take(call.method in REPEATABLE)
+    def default_open(self, call):
+        """The Answer, its head unread.  Raises OSError, HttpError."""
+        sock, timeout_s = (None, None) if call.anew else self._idle.take(call.method in REPEATABLE)
         call.reused = bool(sock)
         if not sock:
             sock = self._connect(call.timeout_s)
@@ -6025,6 +6008,7 @@ class Upstream:
         close_quietly(call.use(sock))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             call.send()     # a server that refuses a body may answer before it has read all of it
+        return Answer(call)
 
     def _connect(self, timeout_s):
         try:
@@ -6044,21 +6028,58 @@ class Upstream:
                                 "its limit of open files (ulimit -n), or try again",
                                 [("Retry-After", "5")]) from None
             raise UpstreamError(502, "unreachable",
-                                f"LM Studio is not reachable at {self.base} ({why}). Start its server "
+                                f"LM Studio is not reachable at {self._base} ({why}). Start its server "
                                 "(Developer > Start server, or: lms server start), or give its address with "
                                 "--upstream") from None
+
+
+class Upstream:
+    """LM Studio's server.  Any thread may call."""
+
+    def __init__(self, base, token=None):
+        self.base, self.token, self.origin = base, token, urllib.request.Request(base)
+        self.host = base.partition("://")[2]
+        self._secret = secrets.token_bytes(32)  # makes the names under which it knows clients of sockets
+        self._idle = IdleConnections()
+        self._opener = urllib.request.OpenerDirector()  # bare: no redirects, proxies or cookies
+        self._opener.add_handler(KeptConnections(base, self._idle))
+        self._silent = f"LM Studio at {base} does not answer. Look at its log"
+        self._health = Remembered(self._ask_health, QUESTION_S + 1.0, self._silent)
+        self._listed: Any = (None, 0.0)     # the latest rows that LM Studio told, and when
+        self._models = Remembered(self._ask_models, QUESTION_S + 1.0, self._listed)
+        self._listings = ("/api/v1/models", "/api/v0/models")  # since 0.4.0, since 0.3.6; or the one that is
+
+    def open(self, call):
+        """The Answer, its body unread.  Raises OSError, HTTPException, HttpError.
+
+        What fails on a connection that was used before is tried once more if the method allows it; other
+        requests are not, because LM Studio may have begun to work (RFC 9110, 9.2.2)."""
+        answer = self.send(call)
+        try:
+            return answer.begin()
+        except BROKEN as error:
+            if (not call.reused or call.cancelled or isinstance(error, TIMEOUTS)
+                    or call.method not in REPEATABLE):
+                raise
+        call.anew = True
+        return self.send(call).begin()
+
+    def send(self, call):
+        """Its Answer, the head unread.  Raises OSError, HttpError."""
+        return self._opener.open(call)
 
     def upgrade(self, path):
         """(socket, bytes that came with its 101) of a new WebSocket.  Raises HttpError.
 
         LM Studio never answers for a namespace that it does not know (lmstudio-js, WsServer.ts)."""
         key = base64.b64encode(secrets.token_bytes(16)).decode()
-        call = Call("GET", path, [("Host", self.host), ("Connection", "Upgrade"), ("Upgrade", "websocket"),
-                                  ("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", key)])
-        call.deadline, data = time.monotonic() + UPGRADE_S, b""
-        call.use(self._connect(UPGRADE_S))
+        call = Call(self.origin, "GET", path, [
+            ("Host", self.host), ("Connection", "Upgrade"), ("Upgrade", "websocket"),
+            ("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", key)])
+        call.set_timeout(UPGRADE_S)
+        call.deadline, call.anew, data = time.monotonic() + UPGRADE_S, True, b""
         try:
-            call.send()
+            self.send(call)
             while (end := data.find(b"\r\n\r\n")) < 0:
                 piece = call.receive()
                 if not piece or len(data) > ANSWER_HEAD_LIMIT:
@@ -6132,7 +6153,8 @@ class Upstream:
         HTTPException, HttpError."""
         headers = [("Host", self.host), ("Accept", "application/json")]
         headers += [("Authorization", f"Bearer {self.token}")] if self.token else []
-        call, answer = Call("GET", path, headers, timeout_s=QUESTION_S), None
+        call, answer = Call(self.origin, "GET", path, headers), None
+        call.set_timeout(QUESTION_S)
         call.deadline = time.monotonic() + QUESTION_S
         try:
             answer = self.open(call)
@@ -7443,11 +7465,11 @@ class Forward:
         shared = request.identity.name in gateway.config.users_from
         headers = upstream_headers(request, len(self._asked.data), upstream,
                                    self._asked.asks_usage or self._comments, USER_HEADERS if shared else ())
-        self._call = Call(request.method, target, headers, self._asked.data)
+        self._call = Call(upstream.origin, request.method, target, headers, self._asked.data)
         self._choose_timeout(self._asked.stream)
         self.record: Any = self._new_record(user_of(request, self._asked) if shared else None) if self._dialect else None
         self._turn: Any = None
-        self._sent = False
+        self._sent: Any = None      # the Answer before its head is there
         self._answer: Any = None
         self._meter: Any = None
         self._cause: Any = None     # the GatewayError for which it was stopped
@@ -7457,7 +7479,7 @@ class Forward:
     def _new_record(self, user):
         hub, request, asked = self._gateway.hub, self.request, self._asked
         return Record(hub.request_id(), time.time(), time.monotonic(), method=request.method,
-                      path=request.path, target=self._call.target.partition("?")[0].rstrip("/"),
+                      path=request.path, target=self._call.selector.partition("?")[0].rstrip("/"),
                       dialect=self._dialect.name, client=request.client, key=request.identity.name, user=user,
                       agent=request.header("user-agent")[:200] or None, model_asked=asked.model,
                       messages=asked.messages, fingerprint=asked.fingerprint, stream=bool(asked.stream),
@@ -7530,7 +7552,7 @@ class Forward:
 
     def _take_head(self):
         """LM Studio's Answer.  If we could not read the request, it shows whether a stream was asked for."""
-        answer = Answer(self._call) if self._comments else self._gateway.upstream.open(self._call)
+        answer = self._sent.begin() if self._sent else self._gateway.upstream.open(self._call)
         self._answer = answer
         if self._asked.stream is None:
             self._choose_timeout(answer.streams)
@@ -7610,8 +7632,7 @@ class Forward:
         if not self._sent:
             if not self._take_turn(self.SILENCE_S):
                 return True
-            self._gateway.upstream.send(self._call)
-            self._sent = True
+            self._sent = self._gateway.upstream.send(self._call)
         limit_s = self._call.timeout_s or math.inf
         wait_s = min(self.SILENCE_S, limit_s - self._silent_s)
         if self._answer and self._answer.ready or self._call.wait(wait_s):

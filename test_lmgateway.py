@@ -3602,7 +3602,7 @@ def test_a_large_body_is_not_copied():
 
 def test_a_large_body_is_sent_as_it_lies_there():
     body, pair = os.urandom(1 << 20) * 8, socket.socketpair()
-    call = lmgateway.Call("POST", "/", [("Host", "x")], body, PATIENCE_S)
+    call = lmgateway.Call(urllib.request.Request("http://x"), "POST", "/", [("Host", "x")], body)
 
     def read_and_answer():
         size = 0
@@ -3614,7 +3614,7 @@ def test_a_large_body_is_sent_as_it_lies_there():
         threading.Thread(target=read_and_answer, daemon=True).start()
         call.use(pair[0])
         call.send()
-        assert lmgateway.Answer(call).status == 204
+        assert lmgateway.Answer(call).begin().status == 204
         assert peak() < len(body) // 10
 
 
@@ -3922,6 +3922,24 @@ def test_a_connection_whose_answer_was_not_read_to_its_end_is_not_used_again(fro
     assert ask(front, "GET /ready")[0] == 200
     studio.script = lambda peer: peer.send(plain(b"mine"))
     assert ask(front, POST_CHAT, body=b"{}")[2] == b"mine" and studio.connections == 2
+
+
+def test_each_request_to_lm_studio_goes_through_urllib(fronts, studio, monkeypatch):
+    opened, opens = [], urllib.request.OpenerDirector.open
+
+    def notes(opener, call, *rest):
+        opened.append(f"{call.get_method()} {call.selector}")
+        return opens(opener, call, *rest)
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", notes)
+    front = fronts(prefill_comments=True)
+    for line, body in (POST_CHAT, b"{}"), (POST_CHAT, b'{"stream": true}'), ("GET /ready", b""), ("GET /debug/models", b""):
+        ask(front, line, body=body)
+    with pytest.raises(lmgateway.UpstreamError):
+        front.gateway.upstream.upgrade("/llm")
+    asked = [peer.line.rpartition(" ")[0] for peer in studio.peers]
+    assert {"GET /lmstudio-greeting", "GET /api/v1/models", "GET /llm"} < set(asked) and asked.count(POST_CHAT) == 2
+    assert not Counter(asked) - Counter(opened)
 
 
 def test_only_so_many_idle_connections_are_kept():
@@ -4405,7 +4423,8 @@ def test_a_large_body_that_nobody_reads_is_given_up_in_time(fronts):
 def test_each_slice_of_a_large_body_has_the_timeout_for_itself():
     """So that one which is read slowly arrives, however long that takes."""
     done = []
-    call = lmgateway.Call("POST", "/", [], bytes(2_500_000), 0.5)
+    call = lmgateway.Call(urllib.request.Request("http://x"), "POST", "/", [], bytes(2_500_000))
+    call.set_timeout(0.5)
     call.sock = types.SimpleNamespace(sendall=lambda data: done.append(len(data)), settimeout=done.append,
                                       setsockopt=lambda *args: None)
     call.send()
@@ -4512,7 +4531,9 @@ def test_a_gateway_without_a_descriptor_left_does_not_say_that_lm_studio_is_away
 
 def test_a_machine_that_went_off_is_noticed_while_nothing_is_said(front):
     upstream = front.gateway.upstream
-    with upstream._connect(None) as sock:
+    call = lmgateway.Call(upstream.origin, "GET", "/", [("Host", upstream.host)])
+    upstream.send(call)
+    with call.use(None) as sock:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         if hasattr(socket, "TCP_KEEPIDLE"):
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
@@ -4756,7 +4777,7 @@ def test_a_client_that_leaves_a_plain_request_frees_lm_studio_too(front, studio,
 
 def test_a_request_whose_client_left_before_it_was_sent_is_not_sent(front, studio):
     upstream = front.gateway.upstream
-    call = lmgateway.Call("POST", "/v1/chat/completions", [("Host", upstream.host)], b"{}", 5)
+    call = lmgateway.Call(upstream.origin, "POST", "/v1/chat/completions", [("Host", upstream.host)], b"{}")
     call.cancel()
     with pytest.raises(ConnectionAbortedError):
         upstream.open(call)
