@@ -4421,11 +4421,11 @@ class Scheduler:
         for turn in self._running.pop(old, ()):
             turn.model = new
             self._running.setdefault(new, set()).add(turn)
-        for who, queue in self._queues.pop(old, {}).items():
-            for turn in queue:
+        for who, line in self._queues.pop(old, {}).items():
+            for turn in line:
                 turn.model = new
             queues = self._queues.setdefault(new, {})
-            queues[who] = deque(sorted([*queues.get(who, ()), *queue], key=lambda turn: turn.number))
+            queues[who] = deque(sorted([*queues.get(who, ()), *line], key=lambda turn: turn.number))
         self._times.setdefault(new, deque(maxlen=TIMES_KEPT)).extend(self._times.pop(old, ()))
 
     def counts(self, key):

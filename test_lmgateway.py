@@ -4491,7 +4491,7 @@ def test_a_head_that_came_in_pieces_leaves_what_follows_its_own_time(fronts, stu
 
 
 UNREADABLE = {"compressed": gzip.compress(STREAMED), "utf-16": STREAMED.decode().encode("utf-16"),
-              "deep": b'{"stream":true,"x":%b}' % (b"[" * 3000 + b"]" * 3000),
+              "deep": b'{"stream":true,"x":%b}' % (b"[" * 100_000 + b"]" * 100_000),
               "long number": b'{"stream":true,"seed":%b}' % (b"7" * 5000)}
 
 
