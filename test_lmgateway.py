@@ -8254,7 +8254,7 @@ def test_clients_of_two_models_find_their_own_progress_cache_and_speed(demo):
 
 def test_eight_clients_and_one_beside_us_are_bound_right_or_not_at_all(demo):
     front, studio = demo
-    studio.batch_s = 0.02
+    studio.batch_s = studio.token_s = 0.005
     beside = urllib.request.Request(studio.url + "/v1/chat/completions", json.dumps(
         {"model": lmgateway.DEMO_MODELS[0],
          "messages": [{"role": "user", "content": "not through us"}]}).encode())
