@@ -2855,6 +2855,7 @@ CLEAR_S_PER_CHARACTER = 1e-6  # ... and so much later if it is longer, for its t
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its run, for so long
 LEFT_LINE_S = 1.0  # LM Studio writes that a client has left within this
 LATE_END_S = 2.0  # and ends its stream within this
+TWIN_SIZE = 0.08  # prompts whose lengths differ by less are alike
 TWINS_S = 0.01  # ends so close to each other can be written in either order
 OPEN_LIMIT = 512  # requests that are over and can still be bound
 NAMES_KEPT = 1000  # models by the names that clients gave them
@@ -3200,7 +3201,8 @@ class Requests:
             for run, records in fits.items():
                 records = [record for record in records if not self._overtakes(run, record, clock)]
                 record = self._proven(run, records, fits) or only([
-                    record for record in records if self._is_certain(run, record, len(records), wanted[record.id])])
+                    record for record in records if self._is_certain(run, record, len(records), wanted[record.id])
+                    and not self._has_twin(run, record, free, clock)])
                 if record:
                     self._bind(run, record, free, clock)
                     again = True
@@ -3219,6 +3221,12 @@ class Requests:
             return True
         near = run.cancelled is not None and abs(run.cancelled + run.base - (record.ended or 0)) < FLUSH_S
         return records == 1 and (near or runs == 1 and (run.is_of_api or self._is_alone(run, record)))
+
+    def _has_twin(self, run, record, free, clock):
+        """Before its usage is known: another request of its size is out by a few hundredths of a second alone."""
+        return not has_counts(record) and any(
+            other is not record and other.size and record.size and abs(other.size / record.size - 1) < TWIN_SIZE
+            and self._ruled_out(run, other, clock) in (5, 7) for other in free)
 
     def _is_alone(self, run, record):
         return record.state != "loading" and not any(

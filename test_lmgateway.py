@@ -1796,7 +1796,7 @@ TWO = {  # of two requests ("a" was sent first), what happens before and after a
     "one is longer": (
         lambda o: (learned(o), o.ask("a", size=8000), o.ask("b", size=4000), o.log(g2_run(1, 1000))), "b", "4"),
     "one writes while it reads": (
-        lambda o: (o.ask("a", size=4000), o.ask("b", size=4000), o.log(g2_run(1, 1000)), o.first("b"), o.pass_s(0.6)),
+        lambda o: (o.ask("a", size=4000), o.ask("b", size=4800), o.log(g2_run(1, 1000)), o.first("b"), o.pass_s(0.6)),
         "a", "5"),
 }
 
@@ -1809,6 +1809,16 @@ def test_a_hard_fact_rules_a_request_out(utc, happens, owner, rule):
     bound = {name: record for name, record in office.asked.items() if record.run}
     assert list(bound) == [owner] and bound[owner].bound_by == rule
     assert {event.data["requestId"] for event in office.events if event.name == "lmstudio_prompt_progress"} == {owner}
+
+
+def test_of_two_that_are_alike_a_moment_decides_nothing(utc):
+    office = Office()
+    one, other = office.ask("a", size=4000), office.ask("b", size=4000)
+    office.log(g2_run(1, 1000))
+    office.first("b")
+    office.pass_s(0.6)
+    office.log(g2_at(1, 500), percent("m/one", 50.0))
+    assert one.run is None is other.run
 
 
 def test_two_that_are_alike_are_told_apart_by_their_usage_and_until_then_not_at_all(utc):
