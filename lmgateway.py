@@ -3878,7 +3878,7 @@ def tally(row):
     written = row["completion_tokens"] or 0
     fresh, read_ms, write_ms = max(0, prompt - cached), row["prompt_ms"] or 0, row["generation_ms"] or 0
     left = was_left(row["outcome"], row["operation"])
-    found = Counter(requests=1, abandoned=int(left), errors=int(row["outcome"] != "done" and not left),
+    found: Counter[Any] = Counter(requests=1, abandoned=int(left), errors=int(row["outcome"] != "done" and not left),
                     promptTokens=prompt, cachedTokens=cached, completionTokens=written,
                     gpuMs=read_ms + write_ms)
     speeds = {}
@@ -3982,7 +3982,9 @@ def series_step(minutes):
 
 def series_rows(cells, step, by):
     """`rows` and `total` of /debug/series: of all, or with by ("model", "key", "user") of each name."""
-    place, sums, totals = BY.index(by), {}, {}
+    place = BY.index(by)
+    sums: dict[str, dict] = {}
+    totals: dict[str, Counter] = {}
     for minute, names, amounts in cells:
         name = names[place]
         totals.setdefault(name, Counter()).update(amounts)
@@ -4726,7 +4728,7 @@ class Hub:
     def models(self):
         """Any thread.  {model: (running, waiting, when it last answered or None, its state is loading)}."""
         with self._lock:
-            found = {name: [0, 0, used, False] for name, used in self._series.used.items()}
+            found: dict[Any, list[Any]] = {name: [0, 0, used, False] for name, used in self._series.used.items()}
             for record in self._requests.running.values():
                 model = record.model or self._requests.served(record.model_asked)
                 row = found.setdefault(model, [0, 0, None, False])
@@ -6055,7 +6057,7 @@ class Upstream:
         self._health = Remembered(self._ask_health, QUESTION_S + 1.0, self._silent)
         self._listed: Any = (None, 0.0)     # the latest rows that LM Studio told, and when
         self._models = Remembered(self._ask_models, QUESTION_S + 1.0, self._listed)
-        self._listings = ("/api/v1/models", "/api/v0/models")  # since 0.4.0, since 0.3.6; or the one that is
+        self._listings: tuple = ("/api/v1/models", "/api/v0/models")  # since 0.4.0, since 0.3.6; or the one that is
 
     def open(self, call):
         """The Answer, its body unread.  Raises OSError, HTTPException, HttpError.
@@ -6290,21 +6292,6 @@ class LogStream:
             level = level if level in cls.LEVELS else "INFO"
             text = f"[{time.strftime('%Y-%m-%d %H:%M:%S', stamp)}][{level}] {text}"
         return text.rstrip("\n").encode("utf-8", "replace") + b"\n"
-
-
-def leads_to(base, host, port):
-    """True when the address base is that of a server of this machine that listens on host and port."""
-    parts = urllib.parse.urlsplit(base)
-    if (parts.port or (443 if parts.scheme == "https" else 80)) != port:
-        return False
-    with contextlib.suppress(OSError):
-        for family, kind, _, _, address in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_DGRAM):
-            with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
-                probe.connect(address)  # sends nothing: it asks the system for the way
-                if (probe.getsockname()[0] == address[0]    # it is on this machine
-                        and host in ("", "0.0.0.0", "::", "localhost", address[0], parts.hostname)):
-                    return True
-    return False
 
 
 class ModelRow(NamedTuple):

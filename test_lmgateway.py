@@ -10021,6 +10021,17 @@ CORE_MAY_IMPORT = {"Any", "Callable", "Counter", "NamedTuple", "OrderedDict", "a
 CORE_MAY_ASK_TIME = {"gmtime", "strftime"}      # how to write a moment, never which moment it is
 
 
+def test_no_section_takes_another_ones_name():
+    """One file is one namespace: a constant that is bound anew changes what stands above it."""
+    bound = Counter()
+    for node in ast.parse((HERE / "lmgateway.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound[node.name] += 1
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            bound.update(name.id for name in ast.walk(target or ast.Pass()) if isinstance(name, ast.Name))
+    assert [name for name, count in bound.items() if count > 1] == []
+
+
 def names_by_section(source):
     """{section: (names that it defines, names that it uses)} of the program's top-level statements."""
     starts = {0: "IMPORTS", **{source.count("\n", 0, found.start()): found[1]
