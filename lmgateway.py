@@ -852,7 +852,7 @@ class Entry:
             tags.append(match[1])
             end = match.end()
         self.line = line[end:]
-        self.own_tags = [tag for tag in tags if tag != SERVER_TAG]
+        self.own_tags = [tag for tag in tags if tag != SERVER_TAG] if SERVER_TAG in tags else tags
         if len(self.own_tags) == 1 and self.level != "DEBUG" and self.own_tags[0] not in self.NO_MODEL:
             self.model = self.own_tags[0]  # the only other tag of an app line is its model
 
