@@ -1314,15 +1314,16 @@ class EngineLines:
         self._numbers = itertools.count(1)  # of runs and chats
         self.running: list[Chat] = []  # the chats that have not ended, oldest first
         self._ended: deque[Chat] = deque(maxlen=ENDED_KEPT)  # late lines can still mean them
-        self._tasks: dict[str, Run] = {}  # task -> run
+        self._tasks: dict[tuple, Run] = {}  # (slot, task) -> run; engines of two models count tasks alike
         self._launching: dict[str, Run] = {}  # slot -> run whose task is not known yet
         self._latest: dict[str, Run] = {}  # engine -> the run that its lines were about last
         self._runs: deque[Run] = deque(maxlen=RUNS_KEPT)
         self._engines: dict[str, str] = {}  # model -> the engine that runs it, once that was certain
         self._sampling: Any = None  # (run, Moment, parameters so far) while the block is open
-        self._timing = None  # G2: the task that bare timing lines belong to
+        self._timing: Any = None  # G2: fields of the line before bare timing lines
         self._timed_run: Any = None  # G1: (run, Moment) whose figures are whole unless a timing line follows
         self._early = None  # MLX: the model of a prompt whose first progress has come, its cache line has not
+        self._reading: Any = None  # MLX: the run whose prompt is read now
         self._held: list[tuple] = []  # (Moment, chat) whose stats wait for their other half (5)
         self._unmatched: deque[tuple] = deque(maxlen=8)  # (model, percent, epoch) of the app that no run was at
         self._engine, self._now = "", 0.0  # engine and epoch of the line at hand
@@ -1377,9 +1378,11 @@ class EngineLines:
             if slot is not None:
                 self._launching[slot] = run
             return run
-        if task in self._tasks:  # of another model's engine: no line with this number can be told apart
-            self._tasks[task].task = None
-        run.task, self._tasks[task] = task, run
+        run.task = slot, task
+        if run.task in self._tasks:  # of another model's engine: no line with these numbers can be told apart
+            self._tasks[run.task].task = None
+            self._emit.fact("mixed", run)
+        self._tasks[run.task] = run
         while len(self._tasks) > RUNS_KEPT:
             del self._tasks[next(iter(self._tasks))]
         return run
@@ -1388,7 +1391,7 @@ class EngineLines:
         """The run that a line is about (1)."""
         task = fields and fields["task"]
         if task and task != "-1":
-            run = self._tasks.get(task) or self._launch(fields)
+            run = self._tasks.get((fields["slot"], task)) or self._launch(fields)
             if run.waiting:  # the next line of its task is no app line: it is a chat inside the app
                 (moment, percent), run.waiting = run.waiting, None
                 self._emit.progress(moment, run.chat, run, None, percent)
@@ -1508,7 +1511,7 @@ class EngineLines:
     # --- G2 and G3
 
     def on_launch(self, fields, moment):
-        if fields["task"] not in self._tasks or fields["slot"] in self._launching:
+        if (fields["slot"], fields["task"]) not in self._tasks or fields["slot"] in self._launching:
             self._launch(fields)
 
     def on_prompt(self, fields, moment):
@@ -1554,13 +1557,13 @@ class EngineLines:
         self._emit.fact("read", run, total=run.total)
 
     def on_cancel(self, fields, moment):
-        run = self._tasks.get(fields["cancelled"])
-        if run:
-            run.positions = {}
-            self._emit.fact("cancel", run)
+        runs = [run for (_, task), run in self._tasks.items() if task == fields["cancelled"]]
+        if len(runs) == 1:
+            runs[0].positions = {}
+            self._emit.fact("cancel", runs[0])
 
     def on_release(self, fields, moment):
-        run = self._tasks.get(fields["task"])
+        run = self._tasks.get((fields["slot"], fields["task"]))
         if run is None:
             return
         written = run.stats.get("completionTokens")
@@ -1571,7 +1574,7 @@ class EngineLines:
     # --- timings, in every generation of llama.cpp
 
     def on_timings(self, fields, moment):
-        self._timing = fields["task"]
+        self._timing = fields
 
     def on_prompt_eval(self, fields, moment):
         run, tokens = self._timed(fields), int(fields["tokens"])
@@ -1599,14 +1602,16 @@ class EngineLines:
 
     def _timed(self, fields):
         """The run that a timing line is about.  G2's have their task on a line before them."""
-        return self._run({"slot": None, "task": fields["task"] or self._timing}, lambda r: "totalMs" not in r.stats)
+        return self._run(fields if fields["task"] else self._timing, lambda r: "totalMs" not in r.stats)
 
     # --- MLX and Splash
 
     def on_mlx_cache(self, fields, moment):
         begun = [chat for chat in self.running if chat.api and chat.run is None and chat.model == self._early]
         run, reused = self._begin(chat=pick(begun) if self._early else None), int(fields["reused"])
-        run.begun, run.model, self._early = bool(self._early), self._early, None
+        run.begun, run.model = bool(self._early), self._early
+        if self._early:
+            self._reading, self._early = run, None
         run.total = int(fields["total"]) if "total" in fields else reused + int(fields["fresh"])
         self._emit.fact("prompt", run, total=run.total)
         self._emit.cache(moment, run, self._model(run), reused, reused, 0)
@@ -1696,19 +1701,19 @@ class ChatTracker(EngineLines):
     def _mlx_run(self, percent, model):
         """MLX reads one prompt of a model at a time, from its 0.0% on.  The cache line stands beside that, before or
         after it."""
-        run: Any = self._latest.get("MLX")
         if self._engines.get(model, "MLX") != "MLX":
             return None
+        run: Any = self._latest.get("MLX")
         if any(chat.api and chat.model not in (None, model) for chat in self.running):
-            for each in self._runs:
-                each.told = each.told or each.engine == "MLX"  # nobody can say any more what belongs to it
+            self._reading = None  # nobody can say any more what belongs to it
+            if run:
+                run.begun = True
             return None
         if percent == 0:
-            mine = run and not run.begun and self._now - run.born <= TORN_S
-            self._early = None if mine else model
-        else:
-            mine = run and run.begun
-        if not mine or run.told or run.model not in (None, model):
+            self._reading = run if run and not run.begun and self._now - run.born <= TORN_S else None
+            self._early = None if self._reading else model
+        run = self._reading
+        if run is None or run.told or run.model not in (None, model):
             return None
         run.begun = True
         return run
@@ -2456,6 +2461,7 @@ OWN_EVENTS = frozenset(("inference_start", "inference_complete", "error"))
 PLACE_S = 1.0  # between two that say where it is in the queue
 TELL_S = 0.25  # between two inference_progress of one request
 SPEED_S = 0.25  # before that nothing can be said of how fast an answer is written
+FLUSH_S = 0.45  # a line is read at most so long after it was due
 COUNT_S = 1.0  # between two that say how many tokens its answer has: each costs as much as ten pieces of it
 STATES = ("waiting", "loading", "queued", "prompt", "generating")  # in the order in which they come
 OUTCOMES = {"finished": "done", "disconnected": "abandoned", "error": "failed", "stopped": "failed",
@@ -2535,13 +2541,18 @@ class Record:
     first = property(lambda self: self.output_since)  # clock of its first token
 
     def enter(self, state, clock):
-        """A phase begins, or is known later to have begun.  True if its state is another now."""
-        later = STATES[STATES.index(state) + 1:]
-        if self.ended is not None and clock >= self.ended or any(
-                self.entered.get(name, math.inf) <= clock for name in later):
-            return False
+        """A phase begins, or is known later to have begun.  True if its state is another now.  A line that is read
+        after the next phase has begun tells of a moment at most FLUSH_S before."""
+        place = STATES.index(state)
+        ends = [self.entered[name] for name in STATES[place + 1:] if name in self.entered]
+        end = min(ends if self.ended is None else [*ends, self.ended], default=math.inf)
+        if clock >= end:
+            if state in self.entered or clock - end > FLUSH_S:
+                return False
+            begins = [self.entered[name] for name in STATES[:place] if name in self.entered]
+            clock = min(max(clock - FLUSH_S, *begins, self.clock), end)
         self.entered[state] = min(clock, self.entered.get(state, clock))
-        if self.ended is None and self.state not in (state, *later):
+        if self.ended is None and self.state not in STATES[place:]:
             self.state = state
             return True
         return False
@@ -2843,7 +2854,6 @@ LESSONS = {  # what a record learns from the events of its chat
 # --- 3.8 join: whose run and whose line it is ---------------------------------
 
 LAG_S = 0.6  # a line is read at most so long after what it tells of, and an HTTP moment noted
-FLUSH_S = 0.45  # a line is read at most so long after it was due
 AT_ONCE_S = 0.06  # two lines that tell of one moment are read so close to each other
 EXACT_S = 0.12  # how far a time can be off if the engine wrote it, and ...
 SURE_READS = 15  # ... one of so many reads of its lines was not late
@@ -2936,12 +2946,12 @@ class OpenRun:
         self.sampled = self.read_by = None  # its last batch is about to be read; it surely has been
         self.over = self.cancelled = None
         self.engine = self._model = self.total = self.written = self.epoch = self.slot = None
-        self.in_app = False
+        self.in_app = self.is_announced = self.is_mixed = False
         self.record: Any = None
         self.held = []  # [(event, clock)] until it is bound
 
     # Lines of the app are about it; G1, which has no tasks, works on one chat after the other.
-    is_of_api = property(lambda self: self._model is not None or self.engine == "G1" and not self.in_app)
+    is_of_api = property(lambda self: self._model is not None or self.is_announced or self.engine == "G1" and not self.in_app)
     base = property(lambda self: self.process.offset if self.process else 0.0)  # its time to ours
     slack = property(lambda self: EXACT_S if self.process and self.process.reads >= SURE_READS else FLUSH_S)
 
@@ -2964,6 +2974,8 @@ class OpenRun:
             self.over, self.written, self.in_app = time, about["written"], not about["api"]
         elif fact == "cancel":
             self.cancelled = time
+        elif fact == "mixed":
+            self.is_mixed = True
         elif fact == "model":
             self.model = about["model"]
         if self.launched is None:
@@ -3034,6 +3046,7 @@ class Requests:
         self._usual = {}  # model -> phase -> deque of ms
         self._processes: deque[Process] = deque(maxlen=8)
         self._readings = {}  # model -> [[clock of 0 %, clock of 100 %]] of its latest prompts
+        self._begun = []  # (clock, run) of prompts that begin and (clock, model) of 0 %, at one moment
         self._numbers = itertools.count(1)
         self._swept = 0.0  # clock of the last _expire
 
@@ -3058,6 +3071,8 @@ class Requests:
         left = was_left(record.state, record.operation)
         self.abandoned += left
         self.errors += record.error is not None and not left
+        if record.run:
+            self._enter(record.run)
         self._learn(record)
         self.settle(clock)
         return True
@@ -3102,6 +3117,7 @@ class Requests:
                 self._see_run(event, clock)
             elif event.name in LINES:
                 self._give(LINES[event.name](self, event, clock), event, clock)
+        self._announce(clock)
         self.settle(clock)
         told, self.told = list(self.told.values()), {}
         return told
@@ -3122,14 +3138,38 @@ class Requests:
             readings = self._readings.setdefault(data.get("model"), deque(maxlen=SIZES_KEPT))
             if data["progress"] == 0:
                 readings.append([clock, None])
+                self._see_begun(data.get("model"), clock)
             elif data["progress"] == 100 and readings:
                 readings[-1][1] = clock
+
+    def _see_begun(self, thing, clock):
+        self._announce(clock)
+        self._begun.append((clock, thing))
+
+    def _announce(self, clock):
+        """The app writes 0 % when an engine begins with a prompt of the API: if there are as many of both at one moment,
+        none of these runs is of a chat inside the app."""
+        if not self._begun or clock - self._begun[-1][0] < AT_ONCE_S:
+            return
+        things = [thing for _, thing in self._begun]
+        runs = [thing for thing in things if isinstance(thing, OpenRun)]
+        models = [thing for thing in things if not isinstance(thing, OpenRun)]
+        asked = {record.model_asked for record in self._open.values() if record.ended is None}
+        for run in runs if len(runs) == len(models) else ():
+            if run.engine == "MLX" and len(asked) > 1:
+                continue  # its 0 % can be read well before or after its own line
+            run.is_announced = True
+            if len(set(models)) == 1 and run.model is None:
+                run.model = models[0]
+        self._begun = []
 
     def _see_run(self, event, clock):
         run = self._runs.get(event.run) or self._runs.setdefault(event.run, OpenRun(event.run, event.chat))
         run.chat = event.chat
         if event.name == "":
             run.learn(event.about["fact"], event.about, self._time_of(run, event.about["clock"], clock))
+            if event.about["fact"] == "prompt":
+                self._see_begun(run, clock)
             if run.record is None and event.about["fact"] in SETTLING:
                 self.settle(clock)
             elif run.record:
@@ -3164,9 +3204,10 @@ class Requests:
 
     def _enter(self, run):
         """The phases of a request that its run's lines show; a stream's first token is seen better here."""
-        for state, clock in run.phases(self._readings.get(run.record.model, ())):
-            if state == "prompt" or not run.record.stream:
-                self._show(run.record, run.record.enter(state, clock))
+        record = run.record
+        for state, clock in run.phases(self._readings.get(record.model or self.served(record.model_asked), ())):
+            if state == "prompt" or not record.stream:
+                self._show(record, record.enter(state, clock))
 
     def _give(self, record, event, clock):
         """An event is a record's."""
@@ -3192,7 +3233,7 @@ class Requests:
         again = True
         while again:
             again = False
-            open_runs = [run for run in self._runs.values() if run.record is None and (
+            open_runs = [run for run in self._runs.values() if run.record is None and not run.is_mixed and (
                 run.total or run.over is not None or run.cancelled is not None)]
             free = [record for record in self._open.values() if record.run is None]
             fits = {run: [record for record in free if not self._ruled_out(run, record, clock)] for run in open_runs}
@@ -3442,7 +3483,7 @@ class Requests:
         if model and not any(self._of_model(event)):
             return self._own_record(event.chat, clock, epoch_of(event.data["timestamp"]), model=model)
         others = [run for run in self._runs.values() if run.over is None and run.cancelled is None
-                  and run.engine not in UNTIMED and (len(found) != 1 or run is not found[0].run)]
+                  and (run.engine not in UNTIMED or run.record is None) and (len(found) != 1 or run is not found[0].run)]
         if len(found) != 1 or model is None or len(others) > (found[0].run is None):
             return None  # a percent of its own names its run (3.3)
         for record in self._of_model(event) if percent == 0 else ():

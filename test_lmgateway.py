@@ -856,9 +856,8 @@ def test_runs_at_once_keep_their_own_figures(utc, lines, expected):
 
 
 def test_one_request_of_two_is_plain_while_the_other_streams(utc):
-    other = PROMPT.replace("task 7", "task 9").replace("id  1", "id  2")
-    events = told(START, STREAM, PROMPT, START, other, TIMED.replace("task 7", "task 9"),
-                  RELEASE.replace("task 7", "task 9"), ANSWER, TIMED, RELEASE, FINISH)
+    others = [line.replace("id  1 | task 7", "id  2 | task 9") for line in (PROMPT, TIMED, RELEASE)]
+    events = told(START, STREAM, PROMPT, START, *others, ANSWER, TIMED, RELEASE, FINISH)
     assert events == [*BEGUN, *READ, *BEGUN, *READ,
                       "prediction_stats completionTokens=21 totalMs=1500.0 model=m",
                       "chat_end outcome=finished model=m", STATS, "chat_end outcome=finished model=m"]
