@@ -3500,17 +3500,15 @@ class Requests:
         return None
 
     def _match_lines(self, clock):
-        lines, self._lines = self._lines, deque(maxlen=LINES_KEPT)
-        while lines:
-            event, seen = lines.popleft()
-            alike = 1 + sum(other.data == event.data for other, _ in (*lines, *self._lines))
+        for event, seen in list(self._lines):
+            alike = sum(other.data == event.data for other, _ in self._lines)
             record = self._match_line(event, seen, clock, alike)
             if record:
                 record.told_end = record.told_end or event.name == "lmstudio_chat_end"
                 self._mark(record, "13" if event.name == "lmstudio_chat_end" and "counts" not in event.about else "14")
                 self._give(record, event, seen)
-            elif clock - seen < LAG_S:
-                self._lines.append((event, seen))
+            if record or clock - seen > LAG_S:
+                self._lines.remove((event, seen))
 
     def _match_line(self, event, seen, clock, alike):
         """The request that a last line is of, None while that is open.  Of requests that ended at once each can have
@@ -3522,9 +3520,10 @@ class Requests:
                          and counts == (record.used("promptTokens"), record.used("completionTokens"))
                          and abs(record.ended - seen) < LAG_S])
         answer, wanted = "counts" in about, ENDS[data["outcome"]]
-        if data["outcome"] == "finished" and not answer and any(
-                record.stream and record.state in LEFT_STATES and 0 < seen - record.ended < LATE_END_S
-                for record in self._of_model(event)):
+        late = data["outcome"] == "finished" and not answer and any(
+            record.stream and record.state in LEFT_STATES and 0 < seen - record.ended < LATE_END_S
+            for record in self._of_model(event))
+        if late and (clock - seen < FLUSH_S or self._has_neighbour(event, seen)):
             return None  # it can be the late one of a stream whose client left
         found = [record for record in self._of_model(event) if not record.told_end
                  and (record.state in wanted or record.ended is None)
@@ -3539,8 +3538,14 @@ class Requests:
         ended = sorted((record for record in found if record.ended is not None), key=lambda record: record.ended)
         if len(found) == 1 and (ended or clock - seen < 0.1):
             return ended[0] if ended else None
-        twins = [record for record in ended if record.ended - ended[0].ended < TWINS_S]
+        twins = [record for record in ended if late or record.ended - ended[0].ended < TWINS_S]
         return ended[0] if clock - seen > 0.15 and 0 < len(twins) <= alike else None
+
+    def _has_neighbour(self, event, seen):
+        """True if another last line of that model and kind was read at about the same time."""
+        kind = event.data["outcome"], event.data.get("model")
+        return any(other is not event and abs(at - seen) < FLUSH_S and kind == (
+            other.data.get("outcome"), other.data.get("model")) for other, at in self._lines)
 
     def _mark(self, record, rule):
         if record.binding == "none":
