@@ -2941,10 +2941,12 @@ class OpenRun:
         self.number, self.chat = number, chat
         self.process: Any = None
         self.launched: Any = None  # its first line
-        self.active = self.reading = None  # the latest line that shows it at work, reading its prompt
+        self.active = self.unread = -math.inf  # it surely still worked then; had not written a token
         self.began = self.read = None  # its prompt began to be read, was read
         self.sampled = self.read_by = None  # its last batch is about to be read; it surely has been
-        self.over = self.cancelled = None
+        self.over: Any = None
+        self.cancelled: Any = None
+        self.ran = -math.inf  # it surely was neither of both before
         self.engine = self._model = self.total = self.written = self.epoch = self.slot = None
         self.in_app = self.is_announced = self.is_mixed = False
         self.record: Any = None
@@ -2953,7 +2955,6 @@ class OpenRun:
     # Lines of the app are about it; G1, which has no tasks, works on one chat after the other.
     is_of_api = property(lambda self: self._model is not None or self.is_announced or self.engine == "G1" and not self.in_app)
     base = property(lambda self: self.process.offset if self.process else 0.0)  # its time to ours
-    slack = property(lambda self: EXACT_S if self.process and self.process.reads >= SURE_READS else FLUSH_S)
 
     @property
     def model(self):
@@ -2965,15 +2966,15 @@ class OpenRun:
         if self.process:
             self.process.learn(model)
 
-    def learn(self, fact, about, time):
-        """Take in one fact of its engine, of its own time."""
+    def learn(self, fact, about, time, since):
+        """Take in one fact of its engine, of a time of its own, not before since."""
         self.total, self.slot = about.get("total") or self.total, about.get("slot", self.slot)
         if fact == "launch":
             self.engine, self.epoch, self.launched, self.in_app = about["engine"], about["epoch"], time, not about["api"]
         elif fact == "over":
-            self.over, self.written, self.in_app = time, about["written"], not about["api"]
+            self.over, self.ran, self.written, self.in_app = time, since, about["written"], not about["api"]
         elif fact == "cancel":
-            self.cancelled = time
+            self.cancelled, self.ran = time, since
         elif fact == "mixed":
             self.is_mixed = True
         elif fact == "model":
@@ -2981,15 +2982,19 @@ class OpenRun:
         if self.launched is None:
             self.launched = time
         if fact in ("launch", "prompt", "reading", "read"):
-            self.active = time
+            self.works(since, unread=fact != "read" or about.get("total") or self.sampled is None)
         if fact == "prompt":
             self.began = time
-        if fact in ("prompt", "reading") or fact == "read" and about.get("total"):  # before its last batch
-            self.reading = time
         if fact == "read":
             self.sampled = self.sampled or time
         if self.process:
             self.process.see(self, fact, time)
+
+    def works(self, since, unread):
+        """It was at work at some time after since, and had not written a token if unread."""
+        self.active = max(self.active, since)
+        if unread:
+            self.unread = max(self.unread, since)
 
     def phases(self, readings):
         """(state, clock of ours) that its lines show; readings: those of its model, one of which can be its."""
@@ -3049,6 +3054,8 @@ class Requests:
         self._begun = []  # (clock, run) of prompts that begin and (clock, model) of 0 %, at one moment
         self._numbers = itertools.count(1)
         self._swept = 0.0  # clock of the last _expire
+        self._seen = self._heard = -math.inf  # clock of the latest look at the log; of the one before there were lines
+        self._gap = FLUSH_S  # how late the latest lines can have been read
 
     # --- the HTTP side
 
@@ -3108,6 +3115,9 @@ class Requests:
         """Take the log's events in, and write requestId into those that surely are a request's of ours.
 
         Gives the records of which listeners should hear; clock: monotonic seconds."""
+        if events:  # what is read now was not there when the log was read before
+            self._gap, self._heard = min(FLUSH_S, clock - self._heard + AT_ONCE_S), self._seen
+        self._seen = clock
         for event in events:
             if event.name == "lmstudio_prompt_progress":
                 self._see_reading(event.data, clock)
@@ -3167,7 +3177,7 @@ class Requests:
         run = self._runs.get(event.run) or self._runs.setdefault(event.run, OpenRun(event.run, event.chat))
         run.chat = event.chat
         if event.name == "":
-            run.learn(event.about["fact"], event.about, self._time_of(run, event.about["clock"], clock))
+            run.learn(event.about["fact"], event.about, *self._time_of(run, event.about["clock"], clock))
             if event.about["fact"] == "prompt":
                 self._see_begun(run, clock)
             if run.record is None and event.about["fact"] in SETTLING:
@@ -3176,10 +3186,10 @@ class Requests:
                 self._enter(run)
             self._end_own(run, clock)
             return
+        if event.name in ("lmstudio_generation_start", "lmstudio_prompt_progress"):
+            run.works(clock - run.base - self._gap, unread=True)
         if event.name == "lmstudio_generation_start":
             run.read = run.read or clock - run.base
-        elif event.name == "lmstudio_prompt_progress" and event.data["progress"] < 100:
-            run.reading = run.active = clock - run.base
         if "model" in event.data and event.name in LINES_OF_ENTRIES:  # else it is the tracker's guess
             run.model, proven = event.data["model"], run.is_of_api
             if not proven and run.record is None:
@@ -3190,9 +3200,10 @@ class Requests:
             run.held.append((event, clock))
 
     def _time_of(self, run, stamp, clock):
-        """The time of an engine's line: by the engine's own clock (minutes.seconds.ms.us) if it wrote one."""
+        """The time of an engine's line, by the engine's own clock (minutes.seconds.ms.us) if it wrote one; and the
+        earliest time that it can be."""
         if not stamp:
-            return clock - run.base
+            return clock - run.base, clock - run.base - self._gap
         minutes, *parts = map(int, stamp.split("."))
         at = 60 * minutes + parts[0] + parts[1] / 1e3 + parts[2] / 1e6
         if run.process is None or not run.process.takes(clock - at, clock):
@@ -3200,7 +3211,7 @@ class Requests:
             if run.process is None:
                 run.process = Process(clock - at, clock)
                 self._processes.append(run.process)
-        return at
+        return at, at - (EXACT_S if run.process.reads >= SURE_READS else FLUSH_S)
 
     def _enter(self, run):
         """The phases of a request that its run's lines show; a stream's first token is seen better here."""
@@ -3242,7 +3253,7 @@ class Requests:
             for run, records in fits.items():
                 records = [record for record in records if not self._overtakes(run, record, clock)]
                 record = self._proven(run, records, fits) or only([
-                    record for record in records if self._is_certain(run, record, len(records), wanted[record.id])
+                    record for record in records if self._is_certain(run, record, len(records), wanted[record.id], clock)
                     and not self._has_twin(run, record, free, clock)])
                 if record:
                     self._bind(run, record, free, clock)
@@ -3254,11 +3265,11 @@ class Requests:
         if clock - self._swept > 1.0 or len(self._open) > 2 * OPEN_LIMIT:  # also when no log is followed
             self._expire(clock)
 
-    def _is_certain(self, run, record, records, runs):
+    def _is_certain(self, run, record, records, runs, clock):
         """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
         known a line of the app has to be about the run, which it can't be for a chat inside the app, or nothing
         else may be at work."""
-        if runs == 1 and has_counts(record):
+        if runs == 1 and (has_counts(record) or record.first and record.first < clock - LAG_S):
             return True
         near = run.cancelled is not None and abs(run.cancelled + run.base - (record.ended or 0)) < FLUSH_S
         return records == 1 and (near or runs == 1 and (run.is_of_api or self._is_alone(run, record)))
@@ -3278,11 +3289,11 @@ class Requests:
     def _ruled_out(self, run, record, clock):
         """The number of the rule by which a run is not a request's; 0 if it can be."""
         done, left = record.state == "done", record.state in LEFT_STATES
-        now, slack = clock - run.base, run.slack
+        now = clock - run.base
         ended: Any = None if record.ended is None else record.ended - run.base
         if record.sent - run.base > run.launched:
             return 1
-        if ended is not None and not left and ended < run.active - slack:
+        if ended is not None and not left and ended < run.active:
             return 2
         served = record.model or self._names.get(record.model_asked)
         if run.model and served and run.model != served:
@@ -3295,9 +3306,9 @@ class Requests:
             return 6
         if run.cancelled:
             before = run.cancelled - (now if ended is None else ended)
-            return 8 if done or before < (-0.3 if ended is None else -0.1) or not left and before > slack else 0
+            return 8 if done or before < (-0.3 if ended is None else -0.1) or not left and run.ran > (ended or now) else 0
         if run.over and (now > run.over + LAG_S if ended is None else
-                         ended > run.over + HTTP_S or not left and ended < run.over - slack - AT_ONCE_S):
+                         ended > run.over + HTTP_S or not left and ended < run.ran - AT_ONCE_S):
             return 7
         if run.over is None and done and run.engine not in UNTIMED and now > ended + LAG_S:
             return 7
@@ -3340,13 +3351,11 @@ class Requests:
     @staticmethod
     def _other_first(run, record, now):
         """5: an answer of tool calls begins late, so its first token says less."""
-        slack = run.slack
         read_by = [time + HTTP_S for time in (run.read, run.read_by) if time is not None]
         if record.first is None:
             return read_by and not record.tools and now > min(read_by) + LAG_S
         first = record.first - run.base
-        return (first < max(run.launched, run.reading or 0, (run.sampled or 0)) - slack
-                or run.read is not None and first < run.read - FLUSH_S
+        return (first < run.unread
                 or read_by and not record.tools and first > min(read_by))
 
     @staticmethod
