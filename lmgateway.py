@@ -2707,14 +2707,11 @@ class Record:
 
     def progress(self, clock):
         """What is known of a running request's progress, {} of nothing; speeds per second, etaMs in ms."""
-        known: dict[str, Any] = {}
-        if self.percent is not None:
-            known["percent"] = self.percent
-        if self.prompt_tokens is not None:
-            known["promptTokens"] = self.prompt_tokens
-            if self.percent is not None:
-                known["promptTokensRead"] = round(self.prompt_tokens * self.percent / 100)
-        percent, (since, base) = self.percent or 0, self._base or (clock, 0)
+        percent = 100 if self.state == "generating" and self.run else self.percent
+        known = without_none(percent=percent, promptTokens=self.prompt_tokens)
+        if len(known) == 2:
+            known["promptTokensRead"] = round(self.prompt_tokens * percent / 100)
+        percent, (since, base) = percent or 0, self._base or (clock, 0)
         if self.state == "prompt" and percent > base and clock > since:
             a_second = (percent - base) / (clock - since)  # percent
             known["etaMs"] = round(1000 * (100 - percent) / a_second)
@@ -3404,12 +3401,11 @@ class Requests:
             record.model = record.model or run.model
         self._learn_size(record, run.total)
         self._enter(run)
-        before = record.state
         for event, seen in run.held:
-            self._show(record, record.take(event, seen))
+            record.take(event, seen)
         run.held = []
         record.timeline.sort(key=lambda row: row[0])
-        self._show(record, record.state != before)
+        self._show(record, True)
         if record.ended is not None:
             self.changed.append(record)
 
