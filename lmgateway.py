@@ -1134,10 +1134,10 @@ class Run:
         self.tokens = {}  # of lmstudio_token_info
         self.total = self.cached = None  # tokens of the prompt; those of them that were cached
         self.positions = {}  # tokens read after each of the latest batches, of which the app has not told: epoch
-        self.begun = self.read = False  # its prompt has begun to be read, has been read
+        self.launched = self.begun = self.read = False  # it is at work, its prompt is being read, has been read
         self.waiting = None  # (Moment, percent) of the engine's progress while the app's own can follow
         self.stats = {}  # of lmstudio_prediction_stats
-        self.told = self.claimed = False  # the app has written 100 % for it; a last line
+        self.claimed = False  # a last line of the app has been taken for its
         self.over = None  # the Moment of its last figures
         self.said = set()  # names of the events that it gave and that come once
 
@@ -1322,8 +1322,6 @@ class EngineLines:
         self._sampling: Any = None  # (run, Moment, parameters so far) while the block is open
         self._timing: Any = None  # G2: fields of the line before bare timing lines
         self._timed_run: Any = None  # G1: (run, Moment) whose figures are whole unless a timing line follows
-        self._early = None  # MLX: the model of a prompt whose first progress has come, its cache line has not
-        self._reading: Any = None  # MLX: the run whose prompt is read now
         self._held: list[tuple] = []  # (Moment, chat) whose stats wait for their other half (5)
         self._unmatched: deque[tuple] = deque(maxlen=8)  # (model, percent, epoch) of the app that no run was at
         self._engine, self._now = "", 0.0  # engine and epoch of the line at hand
@@ -1360,8 +1358,6 @@ class EngineLines:
         run = Run(next(self._numbers), self._engine, task, self._now)
         chat = chat or pick(waiting, lambda c: c.percent is None) or pick(left) or self._new_chat(None, None, api=False)
         run.chat, chat.run = chat, run
-        if chat.model == self._early and self._engine != "MLX":
-            self._early = None
         if chat.model and sum(other.api for other in self.running) == 1:
             self._engines[chat.model] = self._engine
         self._runs.append(run)
@@ -1511,8 +1507,10 @@ class EngineLines:
     # --- G2 and G3
 
     def on_launch(self, fields, moment):
-        if (fields["slot"], fields["task"]) not in self._tasks or fields["slot"] in self._launching:
-            self._launch(fields)
+        run = self._tasks.get((fields["slot"], fields["task"]))
+        if run is None or run.launched or fields["slot"] in self._launching:
+            run = self._launch(fields)
+        run.launched = True
 
     def on_prompt(self, fields, moment):
         run = self._run(fields)
@@ -1607,11 +1605,8 @@ class EngineLines:
     # --- MLX and Splash
 
     def on_mlx_cache(self, fields, moment):
-        begun = [chat for chat in self.running if chat.api and chat.run is None and chat.model == self._early]
-        run, reused = self._begin(chat=pick(begun) if self._early else None), int(fields["reused"])
-        run.begun, run.model = bool(self._early), self._early
-        if self._early:
-            self._reading, self._early = run, None
+        begun = [chat for chat in self.running if chat.run is None and chat.percent is not None and chat.percent < 100]
+        run, reused = self._begin(chat=pick(begun)), int(fields["reused"])
         run.total = int(fields["total"]) if "total" in fields else reused + int(fields["fresh"])
         self._emit.fact("prompt", run, total=run.total)
         self._emit.cache(moment, run, self._model(run), reused, reused, 0)
@@ -1687,36 +1682,11 @@ class ChatTracker(EngineLines):
 
     def _run_at(self, percent, model):
         """The run that alone can be meant by a percent of its model (3)."""
-        if 0 < percent < 100:
-            runs = [run for run in self._runs if run.task and not run.over and run.takes(percent, self._now)]
-            if not runs:
-                self._unmatched.append((model, percent, self._now))
-        elif percent:
-            runs = [run for run in self._runs if run.task and not run.over and run.read and not run.told]
-        else:
-            runs = []
+        runs = [run for run in self._runs if run.task and not run.over and run.takes(percent, self._now)]
+        if not runs and 0 < percent < 100:
+            self._unmatched.append((model, percent, self._now))
         runs = [run for run in runs if run.model in (None, model)]
-        return runs[0] if len(runs) == 1 else self._mlx_run(percent, model)
-
-    def _mlx_run(self, percent, model):
-        """MLX reads one prompt of a model at a time, from its 0.0% on.  The cache line stands beside that, before or
-        after it."""
-        if self._engines.get(model, "MLX") != "MLX":
-            return None
-        run: Any = self._latest.get("MLX")
-        if any(chat.api and chat.model not in (None, model) for chat in self.running):
-            self._reading = None  # nobody can say any more what belongs to it
-            if run:
-                run.begun = True
-            return None
-        if percent == 0:
-            self._reading = run if run and not run.begun and self._now - run.born <= TORN_S else None
-            self._early = None if self._reading else model
-        run = self._reading
-        if run is None or run.told or run.model not in (None, model):
-            return None
-        run.begun = True
-        return run
+        return runs[0] if len(runs) == 1 else None
 
     def _pair(self, run, chat):
         """Take a run for a chat's; the chat's former one is taken for the other's."""
@@ -1765,13 +1735,13 @@ class ChatTracker(EngineLines):
                 or pick([chat for chat in self._left(entry) if chat.percent != 100]) or self._adopt(entry, percent))
         if run:
             self._pair(run, chat)
-            run.model, run.told = entry.model or run.model, percent == 100
+            run.model = entry.model or run.model
             run.drop(percent)
         if chat.run:
             chat.run.waiting = None
         if chat.run is None or chat.run.engine in UNTIMED:  # else a line of the engine tells its start
             self._emit.processing(entry.moment, chat, model=entry.model)
-        self._emit.progress(entry.moment, chat, run if percent else None, entry.model, percent, entry.line)
+        self._emit.progress(entry.moment, chat, run, entry.model, percent, entry.line)
         chat.percent = percent
         if percent == 100:
             self._emit.generation(entry.moment, chat, run, entry.model)
@@ -2863,7 +2833,7 @@ LATE_S = 10.0  # a request that is over can still be bound, and learn from its r
 LEFT_LINE_S = 1.0  # LM Studio writes that a client has left within this
 LATE_END_S = 2.0  # and ends its stream within this
 TWIN_SIZE = 0.08  # prompts whose lengths differ by less are alike
-TWINS_S = 0.01  # ends so close to each other can be written in either order
+TWINS_S = 0.012  # ends so close to each other can be written in either order
 OPEN_LIMIT = 512  # requests that are over and can still be bound
 NAMES_KEPT = 1000  # models by the names that clients gave them
 RUNS_OPEN = 200  # runs that are not bound, and their events
@@ -2944,6 +2914,7 @@ class OpenRun:
         self.over: Any = None
         self.cancelled: Any = None
         self.ran = -math.inf  # it surely was neither of both before
+        self.heard = -math.inf  # clock of its latest line
         self.engine = self._model = self.total = self.written = self.epoch = self.slot = None
         self.in_app = self.is_announced = self.is_mixed = False
         self.record: Any = None
@@ -3047,7 +3018,9 @@ class Requests:
         self._sizes = {}  # model asked for -> tokens for a character, of its latest answers
         self._usual = {}  # model -> phase -> deque of ms
         self._processes: deque[Process] = deque(maxlen=8)
-        self._readings = {}  # model -> [[clock of 0 %, clock of 100 %]] of its latest prompts
+        self._readers: dict[Any, OpenRun] = {}  # model -> run of MLX that reads its prompt
+        self._readings: dict[Any, deque] = {}  # model -> [clock of 0 %, clock of 100 %] of its latest prompts
+        self._stray: dict[Any, float] = {}  # model -> clock of its latest percent that named no run
         self._begun = []  # (clock, run) of prompts that begin and (clock, model) of 0 %, at one moment
         self._numbers = itertools.count(1)
         self._swept = 0.0  # clock of the last _expire
@@ -3116,8 +3089,8 @@ class Requests:
             self._gap, self._heard = min(FLUSH_S, clock - self._heard + AT_ONCE_S), self._seen
         self._seen = clock
         for event in events:
-            if event.name == "lmstudio_prompt_progress":
-                self._see_reading(event.data, clock)
+            if event.name in PROGRESS:
+                event = self._see_progress(event, clock)
             if event.name == "lmstudio_log":
                 self._see_entry(event, clock)
             elif event.run is not None:
@@ -3140,14 +3113,26 @@ class Requests:
             if record.model_asked == about["loads"]:
                 record.enter("loading", clock)
 
-    def _see_reading(self, data, clock):
-        if len(self._readings) < NAMES_KEPT:
-            readings = self._readings.setdefault(data.get("model"), deque(maxlen=SIZES_KEPT))
-            if data["progress"] == 0:
-                readings.append([clock, None])
-                self._see_begun(data.get("model"), clock)
-            elif data["progress"] == 100 and readings:
+    def _see_progress(self, event, clock):
+        """The event with the run that it is of, as far as that is certain.  MLX reads one prompt of a model at a time;
+        llama.cpp writes of a batch when the app does."""
+        model, percent = event.data.get("model"), event.data.get("progress")
+        if len(self._readings) < NAMES_KEPT and percent in (0, 100):
+            readings = self._readings.setdefault(model, deque([[-math.inf, None]], maxlen=SIZES_KEPT))
+            if percent == 100:
                 readings[-1][1] = clock
+            else:
+                readings.append([clock, None])
+                self._see_begun(model, clock)
+                self._readers.pop(model, None)
+        run = self._runs.get(event.run)
+        if run is None and model in self._readers:
+            return event._replace(run=self._readers[model].number)
+        if run and percent and model and run.engine not in UNTIMED and clock - run.heard > AT_ONCE_S:
+            event, run = event._replace(run=None), None
+        if run is None and len(self._stray) < NAMES_KEPT:
+            self._stray[model] = clock
+        return event
 
     def _see_begun(self, thing, clock):
         self._announce(clock)
@@ -3158,35 +3143,37 @@ class Requests:
         none of these runs is of a chat inside the app."""
         if not self._begun or clock - self._begun[-1][0] < AT_ONCE_S:
             return
-        things = [thing for _, thing in self._begun]
-        runs = [thing for thing in things if isinstance(thing, OpenRun)]
-        models = [thing for thing in things if not isinstance(thing, OpenRun)]
-        asked = {record.model_asked for record in self._open.values() if record.ended is None}
-        for run in runs if len(runs) == len(models) else ():
-            if run.engine == "MLX" and len(asked) > 1:
-                continue  # its 0 % can be read well before or after its own line
-            run.is_announced = True
-            if len(set(models)) == 1 and run.model is None:
-                run.model = models[0]
+        runs = [thing for _, thing in self._begun if isinstance(thing, OpenRun)]
+        models = [thing for _, thing in self._begun if not isinstance(thing, OpenRun)]
         self._begun = []
+        if len(runs) == len(models):
+            for run in runs:
+                run.is_announced = True
+                if len(set(models)) == 1 and run.model is None:
+                    run.model = models[0]
+            if len(runs) == 1 and runs[0].engine == "MLX" and len(self._readers) < NAMES_KEPT:
+                self._readers[models[0]] = runs[0]
 
     def _see_run(self, event, clock):
         run = self._runs.get(event.run) or self._runs.setdefault(event.run, OpenRun(event.run, event.chat))
         run.chat = event.chat
         if event.name == "":
+            if event.about["fact"] == "model" and clock - self._stray.get(event.about["model"], -math.inf) > AT_ONCE_S:
+                return  # the app's line was of another batch
             run.learn(event.about["fact"], event.about, *self._time_of(run, event.about["clock"], clock))
             if event.about["fact"] == "prompt":
                 self._see_begun(run, clock)
+            run.heard = clock
             if run.record is None and event.about["fact"] in SETTLING:
                 self.settle(clock)
             elif run.record:
                 self._enter(run)
             self._end_own(run, clock)
             return
-        if event.name in ("lmstudio_generation_start", "lmstudio_prompt_progress"):
+        if event.name in PROGRESS:
             run.works(clock - run.base - self._gap, unread=True)
-        if event.name == "lmstudio_generation_start":
-            run.read = run.read or clock - run.base
+            if event.data.get("progress") == 100:
+                run.read = run.read or clock - run.base
         if "model" in event.data and event.name in LINES_OF_ENTRIES:  # else it is the tracker's guess
             run.model, proven = event.data["model"], run.is_of_api
             if not proven and run.record is None:
@@ -3505,31 +3492,36 @@ class Requests:
         return None
 
     def _match_lines(self, clock):
-        for event, seen in list(self._lines):
-            alike = sum(other.data == event.data for other, _ in self._lines)
-            record = self._match_line(event, seen, clock, alike)
-            if record:
-                record.told_end = record.told_end or event.name == "lmstudio_chat_end"
-                self._mark(record, "13" if event.name == "lmstudio_chat_end" and "counts" not in event.about else "14")
-                self._give(record, event, seen)
-            if record or clock - seen > LAG_S:
-                self._lines.remove((event, seen))
+        for line in list(self._lines):
+            event, seen = line
+            records = self._match_line(event, seen, clock) if line in self._lines else []
+            alike = [other for other in self._lines if self._is_like(*other, event, seen)]
+            if len(records) == 1:
+                alike = [line]
+                self._mark(records[0], "14" if "counts" in (event.about or "counts") else "13")
+                self._give(records[0], event, seen)
+            if 0 < len(records) <= len(alike):  # of several that ended at once nobody can say which is whose
+                for record, other in zip(records, alike):
+                    record.told_end |= event.name == "lmstudio_chat_end"
+                    self._lines.remove(other)
+            elif line in self._lines and clock - seen > LAG_S:
+                self._lines.remove(line)
 
-    def _match_line(self, event, seen, clock, alike):
-        """The request that a last line is of, None while that is open.  Of requests that ended at once each can have
-        any of as many lines that are alike."""
+    def _match_line(self, event, seen, clock):
+        """The requests that ended at once of which one has this last line, [] while that is open."""
         about, data = event.about or {}, event.data
         if event.name == "lmstudio_prediction_stats":  # 14, of an answer without a run
             counts = data.get("promptTokens"), data.get("completionTokens")
-            return only([record for record in self._of_model(event) if record.state == "done" and record.run is None
-                         and counts == (record.used("promptTokens"), record.used("completionTokens"))
-                         and abs(record.ended - seen) < LAG_S])
+            found = [record for record in self._of_model(event) if record.state == "done" and record.run is None
+                     and counts == (record.used("promptTokens"), record.used("completionTokens"))
+                     and abs(record.ended - seen) < LAG_S]
+            return found if len(found) == 1 else []
         answer, wanted = "counts" in about, ENDS[data["outcome"]]
         late = data["outcome"] == "finished" and not answer and any(
             record.stream and record.state in LEFT_STATES and 0 < seen - record.ended < LATE_END_S
             for record in self._of_model(event))
-        if late and (clock - seen < FLUSH_S or self._has_neighbour(event, seen)):
-            return None  # it can be the late one of a stream whose client left
+        if late and (clock - seen < FLUSH_S or sum(self._is_like(*other, event, seen) for other in self._lines) > 1):
+            return []  # it can be the late one of a stream whose client left
         found = [record for record in self._of_model(event) if not record.told_end
                  and (record.state in wanted or record.ended is None)
                  and (record.ended is None or seen - max(LAG_S, LEFT_LINE_S * (wanted is LEFT_STATES)) < record.ended < seen + 0.1)
@@ -3541,16 +3533,18 @@ class Requests:
             found = same or [record for record in found if record.ended is None or counts == (None, None)
                              or counts == (record.used("promptTokens"), record.used("completionTokens"))]
         ended = sorted((record for record in found if record.ended is not None), key=lambda record: record.ended)
-        if len(found) == 1 and (ended or clock - seen < 0.1):
-            return ended[0] if ended else None
-        twins = [record for record in ended if late or record.ended - ended[0].ended < TWINS_S]
-        return ended[0] if clock - seen > 0.15 and 0 < len(twins) <= alike else None
+        if clock - seen < 0.15 and len(found) != len(ended) or not ended:
+            return []
+        if late and len(ended) > 1:
+            return []
+        return [record for record in ended if record.ended - ended[0].ended < TWINS_S]
 
-    def _has_neighbour(self, event, seen):
-        """True if another last line of that model and kind was read at about the same time."""
-        kind = event.data["outcome"], event.data.get("model")
-        return any(other is not event and abs(at - seen) < FLUSH_S and kind == (
-            other.data.get("outcome"), other.data.get("model")) for other, at in self._lines)
+    @staticmethod
+    def _is_like(other, at, event, seen):
+        """True if two last lines are of one kind and model and were read at about the same time."""
+        one, two = ((line.name, line.data.get("outcome"), line.data.get("model"), "counts" in (line.about or ()))
+                    for line in (event, other))
+        return one == two and abs(at - seen) < FLUSH_S
 
     def _mark(self, record, rule):
         if record.binding == "none":
@@ -3608,6 +3602,7 @@ def only(rows):
 SETTLING = frozenset(("prompt", "model", "over", "cancel"))  # facts that can make a run's request certain
 LEFT_STATES = ("abandoned", "stopped")
 ENDS = {"finished": ("done",), "disconnected": LEFT_STATES, "error": ("failed",)}  # of a chat -> states of its request
+PROGRESS = frozenset(("lmstudio_prompt_progress", "lmstudio_generation_start"))
 LINES_OF_ENTRIES = frozenset(("lmstudio_chat_start", "lmstudio_prompt_progress"))
 LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progress": Requests._line_of_progress,
          "lmstudio_processing_start": Requests._line_of_progress, "lmstudio_generation_start": Requests._line_of_progress,
