@@ -2677,7 +2677,8 @@ class Record:
 
     def progress(self, clock):
         """What is known of a running request's progress, {} of nothing; speeds per second, etaMs in ms."""
-        percent = 100 if self.state == "generating" and self.run else self.percent
+        run = self.run  # if it is known, its first token tells that its prompt has been read
+        percent = 100 if run and self.state == "generating" and (self.first or run.read) else self.percent
         known = without_none(percent=percent, promptTokens=self.prompt_tokens)
         if len(known) == 2:
             known["promptTokensRead"] = round(self.prompt_tokens * percent / 100)
@@ -2831,9 +2832,9 @@ CLEAR_S = 0.3  # of two requests sent so far apart the first reaches the engine 
 CLEAR_S_PER_CHARACTER = 1e-6  # ... and so much later if it is longer, for its template and its tokens
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its run, for so long
 LEFT_LINE_S = 1.0  # LM Studio writes that a client has left within this
-LATE_END_S = 2.0  # and ends its stream within this
+LATE_END_S = 3.5  # and ends its stream within this
 TWIN_SIZE = 0.08  # prompts whose lengths differ by less are alike
-TWINS_S = 0.012  # ends so close to each other can be written in either order
+TWINS_S = 0.025  # ends so close to each other can be written in either order
 OPEN_LIMIT = 512  # requests that are over and can still be bound
 NAMES_KEPT = 1000  # models by the names that clients gave them
 RUNS_OPEN = 200  # runs that are not bound, and their events
@@ -2968,7 +2969,8 @@ class OpenRun:
         """(state, clock of ours) that its lines show; readings: those of its model, one of which can be its."""
         same = next((end for begin, end in readings if self.engine == "MLX" and self.began is not None
                      and -AT_ONCE_S < begin - self.began < FLUSH_S), None)
-        for state, at in (("prompt", self.began), ("generating", self.read or self.sampled or same)):
+        last = self.sampled if self.read_by or self.over else None  # its last batch has been read for sure
+        for state, at in (("prompt", self.began), ("generating", self.read or last or same)):
             if at is not None:
                 yield state, at + self.base
 
@@ -3128,6 +3130,11 @@ class Requests:
         run = self._runs.get(event.run)
         if run is None and model in self._readers:
             return event._replace(run=self._readers[model].number)
+        if run is None and model and (percent == 100 or event.name == "lmstudio_generation_start"):
+            found = [run for run in self._runs.values() if run.sampled is not None and run.over is None
+                     and run.cancelled is None and run.model in (None, model) and run.read in (None, clock - run.base)]
+            if len(found) == 1:
+                return event._replace(run=found[0].number)
         if run and percent and model and run.engine not in UNTIMED and clock - run.heard > AT_ONCE_S:
             event, run = event._replace(run=None), None
         if run is None and len(self._stray) < NAMES_KEPT:
@@ -3494,8 +3501,8 @@ class Requests:
     def _match_lines(self, clock):
         for line in list(self._lines):
             event, seen = line
-            records = self._match_line(event, seen, clock) if line in self._lines else []
             alike = [other for other in self._lines if self._is_like(*other, event, seen)]
+            records = self._match_line(event, seen, clock, len(alike)) if alike and alike[0] is line else []
             if len(records) == 1:
                 alike = [line]
                 self._mark(records[0], "14" if "counts" in (event.about or "counts") else "13")
@@ -3507,7 +3514,7 @@ class Requests:
             elif line in self._lines and clock - seen > LAG_S:
                 self._lines.remove(line)
 
-    def _match_line(self, event, seen, clock):
+    def _match_line(self, event, seen, clock, alike):
         """The requests that ended at once of which one has this last line, [] while that is open."""
         about, data = event.about or {}, event.data
         if event.name == "lmstudio_prediction_stats":  # 14, of an answer without a run
@@ -3532,11 +3539,14 @@ class Requests:
             counts = about["counts"].get("promptTokens"), about["counts"].get("completionTokens")
             found = same or [record for record in found if record.ended is None or counts == (None, None)
                              or counts == (record.used("promptTokens"), record.used("completionTokens"))]
+        if wanted == ("failed",):
+            found = [record for record in found if record.error and record.error in data["message"]] or found
         ended = sorted((record for record in found if record.ended is not None), key=lambda record: record.ended)
-        if clock - seen < 0.15 and len(found) != len(ended) or not ended:
+        waits = len(found) > len(ended) and clock - seen < 0.15 or alike < len(ended) and clock - seen < FLUSH_S
+        if waits or late and len(ended) > 1 or not ended:
             return []
-        if late and len(ended) > 1:
-            return []
+        if alike < len(ended):  # the line of an earlier one has not been seen
+            ended = [record for record in ended if abs(record.ended - seen) < AT_ONCE_S][-1:]
         return [record for record in ended if record.ended - ended[0].ended < TWINS_S]
 
     @staticmethod
