@@ -3087,7 +3087,7 @@ class Requests:
         """Take the log's events in, and write requestId into those that surely are a request's of ours.
 
         Gives the records of which listeners should hear; clock: monotonic seconds."""
-        if events:  # what is read now was not there when the log was read before
+        if any(event.name in LIVE for event in events):  # these lines were not there when the log was read before
             self._gap, self._heard = min(FLUSH_S, clock - self._heard + AT_ONCE_S), self._seen
         self._seen = clock
         for event in events:
@@ -3613,6 +3613,7 @@ SETTLING = frozenset(("prompt", "model", "over", "cancel"))  # facts that can ma
 LEFT_STATES = ("abandoned", "stopped")
 ENDS = {"finished": ("done",), "disconnected": LEFT_STATES, "error": ("failed",)}  # of a chat -> states of its request
 PROGRESS = frozenset(("lmstudio_prompt_progress", "lmstudio_generation_start"))
+LIVE = PROGRESS | {""}  # events of lines that are told as soon as they are read
 LINES_OF_ENTRIES = frozenset(("lmstudio_chat_start", "lmstudio_prompt_progress"))
 LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progress": Requests._line_of_progress,
          "lmstudio_processing_start": Requests._line_of_progress, "lmstudio_generation_start": Requests._line_of_progress,
