@@ -3502,7 +3502,7 @@ class Requests:
         for line in list(self._lines):
             event, seen = line
             alike = [other for other in self._lines if self._is_like(*other, event, seen)]
-            records = self._match_line(event, seen, clock, len(alike)) if alike and alike[0] is line else []
+            records = self._match_line(event, seen, clock, alike) if alike and alike[0] is line else []
             if len(records) == 1:
                 alike = [line]
                 self._mark(records[0], "14" if "counts" in (event.about or "counts") else "13")
@@ -3527,11 +3527,9 @@ class Requests:
         late = data["outcome"] == "finished" and not answer and any(
             record.stream and record.state in LEFT_STATES and 0 < seen - record.ended < LATE_END_S
             for record in self._of_model(event))
-        if late and (clock - seen < FLUSH_S or sum(self._is_like(*other, event, seen) for other in self._lines) > 1):
-            return []  # it can be the late one of a stream whose client left
         found = [record for record in self._of_model(event) if not record.told_end
                  and (record.state in wanted or record.ended is None)
-                 and (record.ended is None or seen - max(LAG_S, LEFT_LINE_S * (wanted is LEFT_STATES)) < record.ended < seen + 0.1)
+                 and (record.ended is None or seen - max(LAG_S, LEFT_LINE_S * (wanted is LEFT_STATES)) < record.ended < alike[-1][1] + 0.1)
                  and (data["outcome"] != "finished" or record.stream != answer)]
         if answer:
             same = [record for record in self._open.values()
@@ -3542,10 +3540,11 @@ class Requests:
         if wanted == ("failed",):
             found = [record for record in found if record.error and record.error in data["message"]] or found
         ended = sorted((record for record in found if record.ended is not None), key=lambda record: record.ended)
-        waits = len(found) > len(ended) and clock - seen < 0.15 or alike < len(ended) and clock - seen < FLUSH_S
-        if waits or late and len(ended) > 1 or not ended:
-            return []
-        if alike < len(ended):  # the line of an earlier one has not been seen
+        waits = len(found) > len(ended) and clock - seen < 0.15 or (late or len(alike) < len(ended)) and (
+            clock - seen < FLUSH_S)
+        if waits or late and len(alike) > len(ended) or not ended:
+            return []  # one can be the late line of a stream whose client left
+        if len(alike) < len(ended):  # the line of an earlier one has not been seen
             ended = [record for record in ended if abs(record.ended - seen) < AT_ONCE_S][-1:]
         return [record for record in ended if record.ended - ended[0].ended < TWINS_S]
 
@@ -6809,17 +6808,18 @@ class Watcher:
 
     def _run(self):
         while True:
-            time.sleep(self.TICK_S)
-            for sock in those_left(list(self._watched)):
+            for sock in those_left(list(self._watched), self.TICK_S):
                 self.dismiss(sock)
 
 
-def those_left(sockets):
-    """Those of the sockets whose clients left, also if bytes that nobody read come before the end.
+def those_left(sockets, wait_s=0.0):
+    """Those of the sockets whose clients left, also if bytes that nobody read come before the end; [] if none leaves
+    within wait_s seconds.
 
-    Linux says so by POLLRDHUP; elsewhere a look at the first bytes tells, unless a client has sent more."""
+    Linux says so by POLLRDHUP, at once; elsewhere a look at the first bytes tells, unless a client has sent more."""
     mask = getattr(select, "POLLRDHUP", None)
     if mask is None:
+        time.sleep(wait_s)
         return [sock for sock in sockets if has_left(sock)]
     look, known = select.poll(), {}
     for sock in sockets:
@@ -6827,7 +6827,7 @@ def those_left(sockets):
         if number >= 0:     # else its handler has closed it
             known[number] = sock
             look.register(number, mask)
-    return [known[number] for number, _ in look.poll(0)]
+    return [known[number] for number, _ in look.poll(1000 * wait_s)]
 
 
 def has_left(sock):
