@@ -6974,6 +6974,7 @@ class AccessControl:
         self._config = config
         self._fixed = [Key(name, digest(key), frozenset(RIGHTS)) for name, key in config.api_key.items()]
         self._file = KeyFile(keys_path(config))
+        self.guests: list[Key] = []  # Keys that are known though none may be asked for
         self._lock = threading.Lock()  # held to change the three below; each look at them is atomic
         self._sessions: dict = {}  # digest of the cookie -> digest of the key
         self._proven: dict = {}  # (address, digest) of keys that were right
@@ -6985,7 +6986,7 @@ class AccessControl:
         return bool(self._fixed) or self._file.keys() is not None
 
     def _keys(self):
-        return [*self._fixed, *(self._file.keys() or ())]
+        return [*self._fixed, *(self._file.keys() or ()), *self.guests]
 
     def terms(self, name):
         """The Terms that the key of this name has at this moment."""
@@ -7013,15 +7014,20 @@ class AccessControl:
 
         It changes nothing, so that a right that is used for long can be asked for again."""
         if not self.need_key:
-            return Identity(None)
+            return self._guest(request)
         with contextlib.suppress(HttpError):
             return self._identity(request, self._find(credentials(request)))
         return None
 
+    def _guest(self, request):
+        """The Identity where no key is asked for."""
+        key = self._find(credentials(request)) if self.guests else None
+        return Identity(key.name, key.rights) if key else Identity(None)
+
     def identify(self, request, offered):
         """The Identity of a request that offers these keys.  Raises HttpError 401, at a guesser's pace."""
         if not offered and not self.need_key:
-            return Identity(None)
+            return self._guest(request)
         identity = self._identity(request, self._check(request, offered) if offered else None)
         if identity is None:
             raise HttpError(401, "key_wrong" if offered else "key_needed",
@@ -7318,6 +7324,13 @@ class Turns:
             if served != turn.model:
                 self._scheduler.rename(turn.model, served)
             self._ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
+
+    def took(self, model, seconds):
+        """It is known from before that a request of a model took so long."""
+        turn = Turn(model, None, None, PRIORITIES[1], 0.0)
+        with self._lock:
+            self._scheduler.join(turn, 0.0)
+            self._scheduler.leave(turn, seconds, done=True)
 
     def tell(self):
         """Those that wait hear of their places."""
@@ -9150,9 +9163,10 @@ def shut(sock):
 
 DEMO_MODELS = ("demo/kestrel-8b", "demo/wren-2b")
 DEMO_EMBEDDING = "demo/lark-embed"
-DEMO_TEXT = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
-             "upstairs reads aloud from a letter about copper, rivers and the price of bread. ")
-DEMO_WORDS = re.findall(r"\S+ ", DEMO_TEXT)
+DEMO_CONTEXT = 32768  # tokens
+DEMO_WORDS = re.findall(r"\S+ ", (
+    "The lamp on the harbour wall turns slowly and the boats come home one by one while somebody upstairs "
+    "reads aloud from a letter about copper, rivers and the price of bread. "))
 
 
 class DemoLog:
@@ -9162,7 +9176,6 @@ class DemoLog:
         self.directory = directory
         self.listeners: list[queue.Queue] = []  # of streamLogs
         self._lock = threading.Lock()  # entries do not mix
-        self._started = time.monotonic()
 
     def write(self, level, text, tag=""):
         """Append one entry; its continuation lines are in text."""
@@ -9177,11 +9190,28 @@ class DemoLog:
         for news in list(self.listeners):
             news.put({"type": "server.log", "level": level.lower(), "content": entry})
 
-    def engine(self, *lines):
-        """One entry of engine lines, each after the engine's clock."""
+
+class DemoEngine:
+    """The process that answers for one model: one request after the other, at its own pace."""
+
+    def __init__(self, log, pace):
+        self.pace, self.turn = pace, threading.Lock()
+        # A process of its own for each: their clocks and tasks have nothing in common.
+        self.tasks, self._started = itertools.count(round(3000 * pace)), time.monotonic() - 1000 * pace
+        self._log = log
+        self._prompts: deque[str] = deque(maxlen=8)  # that it still has in its cache
+
+    def write(self, *lines):
+        """One entry of the log, each line after the engine's clock."""
         us = int(1e6 * (time.monotonic() - self._started))
         clock = f"{us // 60_000_000}.{us // 1_000_000 % 60:02}.{us // 1000 % 1000:03}.{us % 1000:03} I "
-        self.write("DEBUG", "\n".join(clock + line for line in lines))
+        self._log.write("DEBUG", "\n".join(clock + line for line in lines))
+
+    def cached(self, prompt, tokens):
+        """Tokens of a prompt that it has from an earlier one: those of the same beginning."""
+        same = max((len(os.path.commonprefix([prompt, known])) for known in self._prompts), default=0)
+        self._prompts.append(prompt)
+        return min(tokens - 1, 20 + 7 * same) if same else 0
 
 
 def demo_texts(body):
@@ -9190,91 +9220,111 @@ def demo_texts(body):
 
 
 class DemoRun:
-    """One answer in the imitation: the same figures in it and in its log."""
+    """One answer of the imitation, at its speed, for as long as alive() says that somebody waits for it."""
+
+    def __init__(self, server, model, texts, limit, alive):
+        self.server, self.texts, self.alive = server, texts, alive
+        self.model = model if model in DEMO_MODELS else DEMO_MODELS[0]
+        self.engine = server.engines[self.model]
+        self.answer = limit if isinstance(limit, int) and 0 < limit < 500 else server.answer_tokens
+        self.prompt, self.cached = 20 + 7 * len("".join(texts)), 0  # tokens
+
+    def reading(self):
+        """How many tokens are read, after each batch of those that the engine has yet to read."""
+        batch = self.server.batch
+        for read in (*range(self.cached + batch, self.prompt, batch), self.prompt):
+            if self._pause(self.server.batch_s):
+                return
+            yield read
+
+    def words(self):
+        """The words of the answer."""
+        for number in range(self.answer):
+            if self._pause(self.server.token_s):
+                return
+            yield DEMO_WORDS[number % len(DEMO_WORDS)]
+
+    def remember(self):
+        """Its turn has come: what is cached now is known."""
+        self.cached = self.engine.cached("".join(self.texts), self.prompt)
+
+    def _pause(self, seconds):
+        return self.server.stopping.wait(seconds * self.engine.pace) or not self.alive()
+
+
+class DemoAnswer(DemoRun):
+    """One answer over HTTP: the same figures in it and in the log."""
 
     def __init__(self, server, path, body, alive):
-        self.server, self.log, self.path, self.body, self._alive = server, server.log, path, body, alive
-        self.model = body.get("model") if body.get("model") in DEMO_MODELS else DEMO_MODELS[0]
-        self.stream = body.get("stream") is True
+        super().__init__(server, body.get("model"), demo_texts(body), body.get("max_tokens"), alive)
+        self.path, self.body, self.stream = path, body, body.get("stream") is True
         self.created, self.id = int(time.time()), secrets.token_hex(12)
-        self.texts = demo_texts(body)
-        limit = body.get("max_tokens")
-        self.completion = limit if isinstance(limit, int) and 0 < limit < 500 else server.answer_tokens
-        self.prompt = 400 + 7 * len("".join(self.texts))
-        self.task = next(server.tasks)
+        self.task = next(self.engine.tasks)
         self.slot = f"id  {self.task % 4} | task {self.task} | "
+
+    def log(self, text):
+        self.server.log.write("INFO", text, self.model)
 
     def received(self):
         shown = json.dumps(self.body, indent=2, ensure_ascii=False)
-        self.log.write("DEBUG", f"Received request: POST to {self.path} with body {shown}")
-        self.log.write("INFO", f"Running chat completion on conversation with {len(self.texts)} messages.",
-                       self.model)
+        self.server.log.write("DEBUG", f"Received request: POST to {self.path} with body {shown}")
+        self.log(f"Running chat completion on conversation with {len(self.texts)} messages.")
         if self.stream:
-            self.log.write("INFO", "Streaming response...", self.model)
+            self.log("Streaming response...")
 
     def read_prompt(self):
-        """The prompt phase, a batch at a time, after the part that the model has from its last prompt.  False
-        when the client has left."""
-        self.cached = self.server.cached(self.model, "".join(self.texts), self.prompt)
-        self.log.engine(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
-                        " repeat_last_n = 64, repeat_penalty = 1.000, presence_penalty = 0.000\n"
-                        " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
-                        " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
-        self.log.engine(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
-                        f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 32768, n_keep = 20, "
-                        f"task.n_tokens = {self.prompt}",
-                        f"slot   operator(): {self.slot}cached n_tokens = {self.cached}, memory_seq_rm "
-                        f"[{self.cached}, end)")
-        for read in (0, *range(self.cached + self.server.batch, self.prompt, self.server.batch), self.prompt):
-            if read and (not self._alive() or self.server.stopping.wait(self.server.batch_s)):
-                return False
-            self.log.write("INFO", f"Prompt processing progress: {100 * read / self.prompt:.1f}%", self.model)
-        self.log.engine(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, "
-                        f"tokens: text = {self.prompt}, total = {self.prompt}")
-        return True
+        self.remember()
+        self.engine.write(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
+                          " repeat_last_n = 64, repeat_penalty = 1.000, presence_penalty = 0.000\n"
+                          " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
+                          " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
+        self.engine.write(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
+                          f"slot   operator(): {self.slot}new prompt, n_ctx_slot = {DEMO_CONTEXT}, "
+                          f"n_keep = 20, task.n_tokens = {self.prompt}")
+        for read in itertools.chain([0], self.reading()):
+            known = max(read, self.cached)
+            if known < self.prompt:     # before each batch
+                self.engine.write(f"slot   operator(): {self.slot}cached n_tokens = {known}, memory_seq_rm "
+                                  f"[{known}, end)")
+            self.log(f"Prompt processing progress: {100 * read / self.prompt:.1f}%")
+        self.insist()
+        self.engine.write(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, "
+                          f"tokens: text = {self.prompt}, total = {self.prompt}")
 
-    def words(self):
-        """The words of the answer at the imitation's speed, until the client has left."""
-        for count in range(self.completion):
-            if self.server.stopping.wait(self.server.token_s) or not self._alive():
-                return
-            yield DEMO_WORDS[count % len(DEMO_WORDS)]
-
-    def timing(self, name, spent_ms, tokens):
-        each_ms, speed = spent_ms / max(1, tokens), 1000 * tokens / spent_ms
-        return (f"slot print_timing: {self.slot}{name} = {spent_ms:10.2f} ms / {tokens:5} tokens "
-                f"({each_ms:8.2f} ms per token, {speed:8.2f} tokens per second)")
+    def insist(self):
+        """Raises OSError when nobody waits for the answer any more."""
+        if not self.alive():
+            raise BrokenPipeError
 
     def finished(self):
         """The engine's timings and the app's last line."""
-        fresh = self.prompt - self.cached
-        read_ms = max(0.01, 1000 * self.server.batch_s * math.ceil(fresh / self.server.batch))
-        write_ms = max(0.01, 1000 * self.server.token_s * self.completion)
-        self.log.engine(self.timing("prompt eval time", read_ms, fresh),
-                        self.timing("       eval time", write_ms, self.completion),
-                        f"slot print_timing: {self.slot}      total time = {read_ms + write_ms:10.2f} ms / "
-                        f"{fresh + self.completion:5} tokens",
-                        f"slot      release: {self.slot}stop processing: n_tokens = "
-                        f"{self.prompt + self.completion - 1}, truncated = 0",
-                        "srv  update_slots: all slots are idle")
+        self.insist()
+        pace, fresh = 1000 * self.engine.pace, self.prompt - self.cached
+        read_ms = max(0.01, pace * self.server.batch_s * math.ceil(fresh / self.server.batch))
+        write_ms = max(0.01, pace * self.server.token_s * self.answer)
+        timed = f"slot print_timing: {self.slot}"
+        lines = [f"{timed}{name} = {ms:10.2f} ms / {tokens:5} tokens ({ms / tokens:8.2f} ms per token, "
+                 f"{1000 * tokens / ms:8.2f} tokens per second)" for name, ms, tokens in (
+                     ("prompt eval time", read_ms, fresh), ("       eval time", write_ms, self.answer))]
+        self.engine.write(*lines, f"{timed}      total time = {read_ms + write_ms:10.2f} ms / "
+                          f"{fresh + self.answer:5} tokens", f"slot      release: {self.slot}stop processing:"
+                          f" n_tokens = {self.prompt + self.answer - 1}, truncated = 0",
+                          "srv  update_slots: all slots are idle")
         if self.stream:
-            self.log.write("INFO", "Finished streaming response", self.model)
-        else:
-            self.log.write("INFO", "Model generated tool calls: []", self.model)
-            shown = json.dumps(chat_whole(self, ""), indent=2)
-            self.log.write("INFO", f"Generated prediction: {shown}", self.model)
-
-    def usage(self):
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion,
-                "total_tokens": self.prompt + self.completion}
+            return self.log("Finished streaming response")
+        self.log("Model generated tool calls: []")
+        return self.log(f"Generated prediction: {json.dumps(chat_whole(self, ''), indent=2)}")
 
     def abandoned(self):
-        self.log.write("INFO",
-                       "Client disconnected. Stopping generation... (If the model is busy processing the "
-                       "prompt, it will finish first.)", SERVER_TAG)
-        self.log.engine(f"srv          stop: cancel task, id_task = {self.task}",
-                        f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
-                        "truncated = 0")
+        self.server.log.write("INFO", "Client disconnected. Stopping generation... (If the model is busy "
+                              "processing the prompt, it will finish first.)", SERVER_TAG)
+        self.engine.write(f"srv          stop: cancel task, id_task = {self.task}",
+                          f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
+                          "truncated = 0")
+
+    def usage(self):
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.answer,
+                "total_tokens": self.prompt + self.answer}
 
 
 # How each dialect says an answer: as a body, and as a stream's events, (name, data), the words as they come.
@@ -9290,21 +9340,19 @@ def chat_whole(run, text, **choice):
 
 
 def chat_events(run):
-    def chunk(delta, finish=None):
-        return chat_whole(run, "", delta=delta, finish_reason=finish)
-
     for word in run.words():
-        yield "", chunk({"role": "assistant", "content": word})
-    yield "", chunk({}, "stop")
+        yield "", chat_whole(run, "", delta={"role": "assistant", "content": word}, finish_reason=None)
+    last = chat_whole(run, "", delta={}, finish_reason="stop")
+    yield "", last
     if (run.body.get("stream_options") or {}).get("include_usage"):
-        yield "", {**chunk({}), "choices": [], "usage": run.usage()}
+        yield "", {**last, "choices": [], "usage": run.usage()}
     yield "", None
 
 
 def message_whole(run, text):
     return {"id": f"msg_{run.id}", "type": "message", "role": "assistant", "model": run.model,
             "content": [{"type": "text", "text": text}], "stop_reason": "end_turn", "stop_sequence": None,
-            "usage": {"input_tokens": run.prompt, "output_tokens": run.completion}}
+            "usage": {"input_tokens": run.prompt, "output_tokens": run.answer}}
 
 
 def message_events(run):
@@ -9315,7 +9363,7 @@ def message_events(run):
         yield "content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": word}}
     yield "content_block_stop", {"index": 0}
     yield "message_delta", {"delta": {"stop_reason": "end_turn", "stop_sequence": None},
-                            "usage": {"output_tokens": run.completion}}
+                            "usage": {"output_tokens": run.answer}}
     yield "message_stop", {}
 
 
@@ -9325,57 +9373,51 @@ DEMO_SPEECH = {  # path -> (body, events)
 }
 
 
-class DemoPrediction(DemoRun):
-    """One answer over a socket: it tells its progress to a channel, and LM Studio's log does not name it."""
+def demo_limit(asked):
+    """llm.prediction.maxPredictedTokens of a prediction over a socket; None without it."""
+    fields = [field for layer in listed(member(asked, "predictionConfigStack").get("layers"))
+              for field in listed(member(layer, "config").get("fields"))]
+    return next((count(member(field, "value"), "value") for field in fields
+                 if field.get("key") == "llm.prediction.maxPredictedTokens"), None)
 
-    def __init__(self, socket, asked, cancelled):
-        self.own = socket.model_of(asked)
-        super().__init__(socket.server, "", {"model": socket.server.loaded.get(self.own), "messages": member(
-            asked, "history").get("messages") or [{"content": asked.get("rawPrompt", "")}]},
-            lambda: not cancelled.is_set())
-        self.cancelled = cancelled
-        for layer in listed(member(asked, "predictionConfigStack").get("layers")):
-            for field in listed(member(layer, "config").get("fields")):
-                limit = field.get("value")
-                if field.get("key") == "llm.prediction.maxPredictedTokens" and isinstance(limit, dict):
-                    self.completion = count(limit, "value", default=self.completion) or self.completion
 
-    def packets(self):
-        """What the channel says, packet by packet."""
-        server, started, first, written = self.server, time.monotonic(), None, 0
-        self.cached = server.cached(self.model, "".join(self.texts), self.prompt)
-        for read in (*range(self.cached + server.batch, self.prompt, server.batch), self.prompt):
-            if server.stopping.wait(server.batch_s) or not self._alive():
-                break
-            yield {"type": "promptProcessingProgress", "progress": read / self.prompt, "details": {
-                "cachedTokenCount": self.cached, "totalPromptTokenCount": self.prompt,
-                "processedPromptTokenCount": read - self.cached,
-                "unprocessedPromptTokenCount": self.prompt - read}}
-        for word in self.words():
+def demo_prediction(socket, asked, cancelled):
+    """One answer over a socket, packet by packet: LM Studio's log does not name it."""
+    server, own = socket.server, socket.model_of(asked)
+    texts = demo_texts(member(asked, "history")) or [str(asked.get("rawPrompt", ""))]
+    run = DemoRun(server, server.loaded.get(own), texts, demo_limit(asked), lambda: not cancelled.is_set())
+    with run.engine.turn:
+        started, first, written = time.monotonic(), None, 0
+        run.remember()
+        for read in run.reading():
+            yield {"type": "promptProcessingProgress", "progress": read / run.prompt, "details": {
+                "cachedTokenCount": run.cached, "totalPromptTokenCount": run.prompt,
+                "processedPromptTokenCount": read - run.cached,
+                "unprocessedPromptTokenCount": run.prompt - read}}
+        for word in run.words():
             first, written = first or time.monotonic(), written + 1
             yield {"type": "fragment", "fragment": {
                 "content": word, "tokensCount": 1, "containsDrafted": False, "reasoningType": "none",
                 "isStructural": False}}
-        now = time.monotonic()
-        yield {"type": "success", "modelInfo": demo_model(self.model, True, self.own),
-               "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
-                   "stopReason": "eosFound" if self._alive() else "userStopped",
-                   "promptTokensCount": self.prompt, "predictedTokensCount": written,
-                   "totalTokensCount": self.prompt + written, "timeToFirstTokenSec": (first or now) - started,
-                   "tokensPerSecond": written / max(0.001, now - (first or now)),
-                   "totalTimeSec": now - started}}
+    now = time.monotonic()
+    yield {"type": "success", "modelInfo": demo_model(run.model, True, own),
+           "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
+               "stopReason": "eosFound" if run.alive() else "userStopped", "promptTokensCount": run.prompt,
+               "predictedTokensCount": written, "totalTokensCount": run.prompt + written,
+               "timeToFirstTokenSec": (first or now) - started, "totalTimeSec": now - started,
+               "tokensPerSecond": written / max(0.001, now - (first or now))}}
 
 
-def demo_model(name, loaded=True, identifier=None):
+def demo_model(name, loaded=False, identifier=None):
     """LM Studio's description of a model, and of the instance of it that is loaded."""
     kind = "embedding" if name == DEMO_EMBEDDING else "llm"
     model = {"type": kind, "modelKey": name, "path": name, "format": "gguf", "displayName": name,
              "publisher": "demo", "sizeBytes": 5_000_000_000, "indexedModelIdentifier": name,
-             "deviceIdentifier": None, "maxContextLength": 32768,
+             "deviceIdentifier": None, "maxContextLength": DEMO_CONTEXT,
              **({"vision": False, "trainedForToolUse": False} if kind == "llm" else {})}
     name = identifier or name
     return {**model, "identifier": name, "instanceReference": f"instance of {name}", "ttlMs": None,
-            "lastUsedTime": None, "contextLength": 32768} if loaded else model
+            "lastUsedTime": None, "contextLength": DEMO_CONTEXT} if loaded else model
 
 
 class DemoSocket:
@@ -9447,12 +9489,6 @@ class DemoSocket:
         return [demo_model(name, True, own) for own, name in self.server.loaded.items()
                 if (name == DEMO_EMBEDDING) == (self._kind == "embedding")]
 
-    def downloaded(self, asked):
-        return [demo_model(name, loaded=False) for name in (*DEMO_MODELS, DEMO_EMBEDDING)]
-
-    def unload(self, asked):
-        self.server.loaded.pop(asked.get("identifier"), None)
-
     def load(self, asked, cancelled):
         """getOrLoad and loadModel, whose packets have other names."""
         name, get = asked.get("modelKey") or asked.get("identifier"), "modelKey" not in asked
@@ -9462,17 +9498,13 @@ class DemoSocket:
             yield {"type": "alreadyLoaded", "info": info}
             return
         yield {"type": "startLoading", "identifier": name, "info": info} if get else {
-            "type": "resolved", "info": demo_model(name, loaded=False)}
+            "type": "resolved", "info": demo_model(name)}
         for step in range(1, 6):
             if cancelled.wait(self.server.token_s):
                 return
             yield {"type": "loadProgress" if get else "progress", "progress": step / 5}
-        self.server.loaded[own] = name
+        self.server.hold(own, name)
         yield {"type": "loadSuccess" if get else "success", "info": info}
-
-    def predict(self, asked, cancelled):
-        with self.server.engine:
-            yield from DemoPrediction(self, asked, cancelled).packets()
 
     def logs(self, asked, cancelled):
         """What the log says from now on."""
@@ -9485,6 +9517,10 @@ class DemoSocket:
         self.server.log.listeners.remove(news)
 
 
+def demo_tokens(socket, asked):
+    return len(str(asked.get("inputString"))) // 4 + 1
+
+
 def demo_vector(socket, asked):
     """The same for the same text."""
     source = random.Random(str(asked.get("inputString")))
@@ -9492,14 +9528,15 @@ def demo_vector(socket, asked):
 
 
 DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
-    "listLoaded": DemoSocket.loaded, "unloadModel": DemoSocket.unload, "embedString": demo_vector,
+    "listLoaded": DemoSocket.loaded, "embedString": demo_vector,
+    "unloadModel": lambda socket, asked: socket.server.hold(asked.get("identifier")),
     "getModelInfo": lambda socket, asked: demo_model(socket.model_of(asked)),
-    "getLoadConfig": lambda socket, asked: {"fields": [
-        {"key": "llm.load.contextLength", "value": 32768}]},
-    "listDownloadedModels": DemoSocket.downloaded,
+    "getLoadConfig": lambda socket, asked: {
+        "fields": [{"key": "llm.load.contextLength", "value": DEMO_CONTEXT}]},
+    "listDownloadedModels": lambda socket, asked: list(map(demo_model, (*DEMO_MODELS, DEMO_EMBEDDING))),
     "version": lambda socket, asked: {"version": VERSION, "build": 1},
-    "tokenize": lambda socket, asked: {"tokens": list(range(len(str(asked.get("inputString"))) // 4 + 1))},
-    "countTokens": lambda socket, asked: {"tokenCount": len(str(asked.get("inputString"))) // 4 + 1},
+    "tokenize": lambda socket, asked: {"tokens": list(range(demo_tokens(socket, asked)))},
+    "countTokens": lambda socket, asked: {"tokenCount": demo_tokens(socket, asked)},
     "applyPromptTemplate": lambda socket, asked: {
         "formatted": " ".join(demo_texts(member(asked, "history")))},
     "uploadFileBase64": lambda socket, asked: {
@@ -9507,7 +9544,7 @@ DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
         "sizeBytes": len(str(asked.get("contentBase64"))) * 3 // 4},
 }
 DEMO_CHANNELS = {  # endpoint -> (socket, parameter, Event of its cancelling) to packets
-    "predict": DemoSocket.predict, "completeRawText": DemoSocket.predict, "getOrLoad": DemoSocket.load,
+    "predict": demo_prediction, "completeRawText": demo_prediction, "getOrLoad": DemoSocket.load,
     "loadModel": DemoSocket.load, "streamLogs": DemoSocket.logs}
 
 
@@ -9519,61 +9556,61 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     server: DemoServer
 
     def do_GET(self):
-        namespace = self.path.partition("?")[0][1:]
+        namespace, server = self.path.partition("?")[0][1:], self.server
         if self.headers.get("Upgrade") and namespace in NAMESPACES:
             return self._switch(namespace)
         if self.path == "/lmstudio-greeting":
             return self._json({"lmstudio": True})
-        if self.path in ("/v1/models", "/api/v0/models"):
-            self.server.log.write("DEBUG", f"Received request: GET to {self.path}")
-            self.server.log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
-            models = [{"id": name, "object": "model", "owned_by": "organization_owner"}
-                      for name in DEMO_MODELS]
-            return self._json({"data": models, "object": "list"})
-        return self._unexpected()
+        if self.path not in ("/v1/models", "/api/v1/models"):
+            return self._unexpected()
+        server.log.write("DEBUG", f"Received request: GET to {self.path}")
+        if self.path == "/api/v1/models":
+            return self._json({"models": server.models()})
+        server.log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
+        return self._json({"data": [{"id": name, "object": "model", "owned_by": "organization_owner"}
+                                    for name in DEMO_MODELS], "object": "list"})
 
     def do_POST(self):
         body = json_object(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
-        path = self.path.partition("?")[0]
+        path, server = self.path.partition("?")[0], self.server
+        if path == "/api/v1/models/load" and body:
+            server.load(body.get("model"))
+            return self._json({"instance_id": body.get("model"), "status": "loaded"})
+        if path == "/api/v1/models/unload" and body:
+            server.hold(body.get("instance_id"))
+            return self._json(body)
         if path not in DEMO_SPEECH:
             return self._unexpected()
         if body is None or not demo_texts(body):
             return self._json({"error": "a field is required: 'messages'"}, 400)
-        run = DemoRun(self.server, path, body, self._alive)
+        run = DemoAnswer(server, path, body,
+                         lambda: not server.stopping.is_set() and not has_left(self.connection))
         run.received()
         whole, events = DEMO_SPEECH[path]
-        with self.server.engine:  # one at a time, the others wait
-            try:
-                (self._stream if run.stream else self._whole)(run, events if run.stream else whole)
-            except OSError:     # the client has left, or this server stops
-                run.abandoned()
-                self.close_connection = True
-
-    def _whole(self, run, whole):
-        content = "".join(run.words()) if run.read_prompt() else ""
-        self._insist()
-        run.finished()
-        self._json(whole(run, content.strip()))
+        try:
+            with run.engine.turn:
+                if run.model not in server.loaded.values():
+                    server.load(run.model)
+                if run.stream:
+                    return self._stream(run, events)
+                run.read_prompt()
+                text = "".join(run.words()).strip()
+                run.finished()
+                return self._json(whole(run, text))
+        except OSError:     # the client has left, or this server stops
+            run.abandoned()
+            self.close_connection = True
 
     def _stream(self, run, events):
         self._head(200, "text/event-stream", "Transfer-Encoding", "chunked")
-        if run.read_prompt():
-            for name, data in events(run):
-                self._insist()
-                text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
-                event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
-                self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
-        self._insist()
+        run.read_prompt()
+        for name, data in events(run):
+            run.insist()
+            text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
+            event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
+            self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
         run.finished()
         self.wfile.write(b"0\r\n\r\n")
-
-    def _alive(self):
-        return not self.server.stopping.is_set() and not has_left(self.connection)
-
-    def _insist(self):
-        """Raises OSError when nobody waits for the answer any more."""
-        if not self._alive():
-            raise BrokenPipeError
 
     def _head(self, status, kind, name, value):
         self.send_response(status)
@@ -9583,9 +9620,9 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def _switch(self, namespace):
         self.send_response(101)
-        self.send_header("Upgrade", "websocket")
-        self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", accept_key(self.headers.get("Sec-WebSocket-Key", "")))
+        for header in (("Upgrade", "websocket"), ("Connection", "Upgrade"),
+                       ("Sec-WebSocket-Accept", accept_key(self.headers.get("Sec-WebSocket-Key", "")))):
+            self.send_header(*header)
         self.end_headers()
         self.close_connection = True
         with contextlib.closing(DemoSocket(self, namespace)) as connection, contextlib.suppress(OSError):
@@ -9597,8 +9634,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _unexpected(self):
-        """LM Studio's answer to a path that it does not know: 200 with an error (all versions up to
-        1.1.7)."""
+        """LM Studio's answer to a path that it does not know: 200 with an error (as of 1.1.7)."""
         what = f"Unexpected endpoint or method. ({self.command} {self.path})"
         self.server.log.write("ERROR", what + ". Returning 200 anyway")
         self._json({"error": what})
@@ -9621,18 +9657,32 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, directory, batch_s=0.8, token_s=0.03):
         super().__init__(("127.0.0.1", 0), DemoHandler)
-        self.log, self.tasks = DemoLog(directory), itertools.count(1)
-        self.engine = threading.Semaphore(1)
-        self.loaded = {name: name for name in (*DEMO_MODELS, DEMO_EMBEDDING)}    # by identifier
-        self.stopping = threading.Event()
+        self.log, self.stopping = DemoLog(directory), threading.Event()
+        self.engines = {name: DemoEngine(self.log, pace) for name, pace in zip(DEMO_MODELS, (1.0, 0.4))}
+        self.loaded = {name: name for name in DEMO_MODELS}    # by identifier
         self.batch_s, self.token_s = batch_s, token_s
-        self._prompts: dict[str, str] = {}   # model -> its last prompt
 
-    def cached(self, model, prompt, tokens):
-        """Tokens of a prompt that the model has from its last one: those of the same beginning."""
-        same = os.path.commonprefix([prompt, self._prompts.get(model, "")])
-        self._prompts[model] = prompt
-        return min(tokens - 1, 400 + 7 * len(same)) if same else 0
+    def models(self):
+        """The models as /api/v1/models lists them."""
+        return [{"type": "embedding" if key == DEMO_EMBEDDING else "llm", "publisher": "demo", "key": key,
+                 "quantization": {"name": "Q4_K_M", "bits_per_weight": 4}, "size_bytes": 5_000_000_000,
+                 "max_context_length": DEMO_CONTEXT, "loaded_instances": [
+                     {"id": own, "config": {"context_length": DEMO_CONTEXT}}
+                     for own, name in list(self.loaded.items()) if name == key]}
+                for key in (*DEMO_MODELS, DEMO_EMBEDDING)]
+
+    def hold(self, own, name=None):
+        """A model is loaded under an identifier of its own; without a name it is unloaded."""
+        self.loaded.pop(own, None)
+        if name:
+            self.loaded[own] = name
+        self.log.write("DEBUG", f"[model_kit][INFO]: Model {'' if name else 'un'}loaded successfully")
+
+    def load(self, name):
+        """Load a model that was asked for, which takes a moment."""
+        self.log.write("INFO", f'Requested model ({name}) is not loaded. Loading "{name}" now...', "JIT")
+        self.stopping.wait(50 * self.token_s)
+        self.hold(name, name)
 
     @property
     def url(self):
@@ -9648,37 +9698,125 @@ class DemoServer(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
-class DemoClient(NamedTuple):
-    """One kind of request in the demo's own traffic."""
+# --- 8.1 the story: who asks the imitation ------------------------------------
 
+
+class DemoClient(NamedTuple):
+    """One request of the demo's own traffic."""
+
+    who: str
     agent: str
     model: str
     prompt: str
     answer_tokens: int
+    then_s: float = 1.0     # until the next one asks
     stream: bool = True
     read_bytes: int | None = None   # then it leaves
 
 
-LONG = "The minutes of the garden club, all years. " * 78  # some 24,000 tokens: 37 s to read
-DEMO_STORY = (
-    DemoClient("backup.sh", DEMO_MODELS[1], "Why is the sky dark at night?", 20),
-    DemoClient("OpenWebUI (anna)", DEMO_MODELS[0], "Write a haiku about a patient printer.", 60),
-    DemoClient("Continue (ben)", DEMO_MODELS[0], "Which of these invoices is overdue? " * 12, 80),
-    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "Summarise them.", 90),
-    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "And who was absent most often?", 60),
-    DemoClient("claude-cli (dora)", DEMO_MODELS[0], "Tell me a very long story. " * 9, 400, read_bytes=9000),
-    DemoClient("n8n", DEMO_MODELS[0], "", 40, stream=False),    # refused: it asks nothing
-    DemoClient("n8n", DEMO_MODELS[0], "Sort these letters by urgency. " * 5, 40, stream=False),
+DEMO_KEYS = {"anna": "high", "ben": "normal", "clara": "low", "n8n": "normal", "backup.sh": "low"}
+LONG = "The minutes of the garden club, all years. " * 80  # 24,000 tokens: 38 s to read
+LARGE, SMALL = DEMO_MODELS
+DEMO_STORY = (  # Clara's agent asks for much at once, and the others need not wait for it
+    DemoClient("backup.sh", "backup.sh/2", SMALL, "Why is the sky dark at night?", 20),
+    DemoClient("anna", "OpenWebUI/0.6", LARGE, LONG + "Summarise them.", 90),
+    DemoClient("ben", "Continue/1.2", SMALL, "Which of these invoices is overdue? " * 60, 200),
+    *6 * [DemoClient("clara", "agent/3.1", LARGE, "Sort these letters by urgency. ", 80, 0.4)],
+    DemoClient("ben", "Continue/1.2", LARGE, "Which of these invoices is overdue? " * 6, 80, 4.0),
+    DemoClient("n8n", "n8n", SMALL, "", 40, 6.0, stream=False),    # refused: it asks nothing
+    DemoClient("n8n", "n8n", SMALL, "Sort these letters by urgency. " * 25, 160, 9.0, stream=False),
+    DemoClient("clara", "agent/3.1", SMALL, "Tell me a very long story. " * 30, 400, 12.0, read_bytes=30_000),
+    DemoClient("backup.sh", "backup.sh/2", SMALL, "Why is the sky dark at night?", 20, 6.0),
+    DemoClient("anna", "OpenWebUI/0.6", LARGE, LONG + "And who was absent most often? " * 6, 60, 20.0),
+    DemoClient("ben", "Continue/1.2", SMALL, "Which of these invoices is overdue? " * 60, 200, 30.0),
 )
+PAST_S = 3600.0  # that the demo has behind it when it starts
 
 
-def demo_traffic(address, key, pause):
-    """Thread body: the requests of DEMO_STORY over and over, until pause(seconds) returns True.  A short
-    answer comes first; what follows soon stands in a queue."""
-    for number in itertools.count():
-        if pause(random.uniform(2.0, 6.0) if number else 0.3):
-            return
-        start_thread(demo_request, address, key, DEMO_STORY[number % len(DEMO_STORY)], name="demo-client")
+class Demo:
+    """--demo: the imitation, the people who ask it, and an hour that lies behind them."""
+
+    def __init__(self, cleanup):
+        directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
+        cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
+        self.studio = DemoServer(directory)
+        cleanup.callback(self.studio.stop)
+        self.studio.start()
+        self._behind_s = PAST_S  # the Hub's clocks
+        self._keys = {name: mint_key() for name in DEMO_KEYS}
+
+    def config(self, config):
+        """The Config that points to the imitation.  The user's minted keys count only if their file is named:
+        trying it must not need one."""
+        directory = self.studio.log.directory
+        return config.but(upstream=self.studio.url, log_dir=directory, enable_log_monitoring=True,
+                          max_running=config.max_running or 1,
+                          keys_file=config.keys_file or os.path.join(directory, "keys.json"))
+
+    def now(self):
+        return time.time() - self._behind_s
+
+    def clock(self):
+        return time.monotonic() - self._behind_s
+
+    def furnish(self, gateway):
+        """Give a gateway its people, by the priorities of their keys, and its past, before it serves."""
+        gateway.demo = True
+        gateway.access.guests += [
+            Key(name, digest(self._keys[name]), frozenset(("infer",)), terms=Terms(priority=priority))
+            for name, priority in DEMO_KEYS.items()]
+        for at, tell, *about in sorted(self._past(gateway), key=lambda moment: moment[0]):
+            self._behind_s = PAST_S - at
+            tell(*about)
+        self._behind_s = 0.0
+
+    def _past(self, gateway):
+        """An hour of requests: (second of the hour, what the Hub is told then, its arguments)."""
+        source, hub, began, clock, at = random.Random(3), gateway.hub, self.now(), self.clock(), 20.0
+        kinds, free = list(dict.fromkeys(DEMO_STORY)), dict.fromkeys(DEMO_MODELS, 0.0)
+        weights = [1 if client.prompt and not client.read_bytes else 0.3 for client in kinds]
+        while at < PAST_S - 60:
+            (client,) = source.choices(kinds, weights)
+            record = Record(hub.request_id(), began + at, clock + at, method="POST", client="127.0.0.1",
+                            path="/v1/chat/completions", key=client.who, agent=client.agent,
+                            stream=client.stream, model_asked=client.model, model=client.model)
+            begin, took_s, outcome = max(at, free[client.model]), 0.01, DEMO_REFUSED
+            if client.prompt:
+                pace = self.studio.engines[client.model].pace * source.uniform(0.95, 1.2)
+                took_s = demo_answer(record, client, source, clock + begin, pace)
+                outcome, free[client.model] = DEMO_OUTCOMES[bool(client.read_bytes)], begin + took_s
+                gateway.turns.took(client.model, took_s)
+            yield at, hub.begin, record
+            yield begin + took_s, hub.end, record, outcome
+            at += source.expovariate(1 / 25)
+
+    def traffic(self, address, pause):
+        """Body of a thread: the story over and over, until pause(seconds) returns True."""
+        for client in itertools.cycle(DEMO_STORY):
+            start_thread(demo_request, address, self._keys[client.who], client, name="demo-client")
+            if pause(client.then_s * random.uniform(0.9, 1.1)):
+                return
+
+
+DEMO_REFUSED = Outcome("failed", 400, "LM Studio answered 400 Bad Request", "upstream_error")
+DEMO_OUTCOMES = (Outcome("done", 200),
+                 Outcome("abandoned", 200, "the client left while the answer came", "client_disconnected"))
+
+
+def demo_answer(record, client, source, begin, pace):
+    """What a request of the past was like, whose turn came at a clock reading; gives the s that it took."""
+    prompt = 20 + round(7 * len(client.prompt) * source.uniform(0.5, 1.2))
+    cached = round(prompt * source.choice((0, 0.3, 0.95)))
+    answer = round(client.answer_tokens * source.uniform(0.6, 1.6))
+    read_s, write_s = (prompt - cached) / 640 * pace, answer * 0.03 * pace
+    record.usage = {"promptTokens": prompt, "completionTokens": answer, "totalTokens": prompt + answer}
+    record.cache = {"reused": cached, "total": prompt, "percentage": round(100 * cached / prompt, 1)}
+    record.prompt_tokens, record.context_size, record.finish = prompt, DEMO_CONTEXT, "stop"
+    record.speed, record.read_speed = round(answer / write_s, 2), round((prompt - cached) / read_s, 2)
+    record.waited_ms = round(1000 * (begin - record.clock), 1)
+    record.first_ms = record.waited_ms + round(1000 * read_s, 1)
+    record.entered = {"queued": record.clock, "prompt": begin, "generating": begin + read_s}
+    return read_s + write_s
 
 
 def demo_request(address, key, client):
@@ -10652,16 +10790,18 @@ def serve(args, config):
     stop = Stop()
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(LogWriter(log.handlers[0]))
-        config = start_demo(config, cleanup) if args.demo else find_upstream(config)
+        demo = Demo(cleanup) if args.demo else None
+        config = demo.config(config) if demo else find_upstream(config)
         check_exposure(config)
         check_upstream(config)
         context = tls_context(config)
         history = open_history_file(config, cleanup)
-        hub = Hub(config.requests_kept, history and history.keep)
+        hub = Hub(config.requests_kept, history and history.keep, *((demo.now, demo.clock) if demo else ()))
         upstream = Upstream(config.upstream, config.upstream_token)
         monitor = open_monitor(config, upstream)
         gateway = Gateway(config, hub, upstream, monitor, history)
-        gateway.demo = bool(args.demo)
+        if demo:
+            demo.furnish(gateway)
         server = gateway.server = open_server(gateway, context)
         if monitor:     # only now: a port in use is said in one line
             start_thread(run_monitor, monitor, hub, stop, name="tail")
@@ -10670,9 +10810,8 @@ def serve(args, config):
         start_thread(server.serve_forever, 0.1, name="accept")
         announce(gateway, server.port, args.demo)
         freeze_start_up()
-        if args.demo:
-            start_thread(demo_traffic, page_url(config, server.port), config.api_key.get("demo", ""),
-                         stop.wait, name="demo-traffic")
+        if demo:
+            start_thread(demo.traffic, page_url(config, server.port), stop.wait, name="demo-traffic")
         if args.open:
             start_thread(open_browser, page_url(config, server.port), name="browser")
         notify("READY=1")
@@ -10700,19 +10839,6 @@ def open_history_file(config, cleanup):
         history = History(config.history, config.history_days)
     cleanup.callback(history.close)
     return history
-
-
-def start_demo(config, cleanup):
-    """Start the imitation; gives the Config that points to it, with a key for the demo's own traffic if
-    keys are asked for.  Minted keys count only when their file is named: trying it must not need one."""
-    directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
-    cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
-    demo = DemoServer(directory)
-    cleanup.callback(demo.stop)
-    demo.start()
-    keys = {"demo": mint_key(), **config.api_key} if config.api_key or config.keys_file else {}
-    return config.but(upstream=demo.url, log_dir=directory, enable_log_monitoring=True, api_key=keys,
-                      keys_file=config.keys_file or os.path.join(directory, "keys.json"))
 
 
 def find_upstream(config):
