@@ -1988,7 +1988,7 @@ RESPONSES = Dialect("responses", False, RESPONSES_TOKEN, joined=True)
 MESSAGES = Dialect("messages", False, MESSAGES_TOKEN, joined=True)
 NATIVE = Dialect("native", False, NATIVE_TOKEN, joined=True)
 OTHER = Dialect("other", False, OPENAI_TOKEN)
-SOCKET = Dialect("socket", False, OPENAI_TOKEN)  # of LM Studio's own SDKs: 3.11
+SOCKET = Dialect("socket", False, OPENAI_TOKEN)  # of LM Studio's own SDKs: 3.12
 
 DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.1)
     "/v1/chat/completions": CHAT,
@@ -4033,7 +4033,7 @@ def json_line(event_id, event):
 
 
 
-# --- 3.11 WebSocket: what LM Studio's own SDKs speak --------------------------
+# --- 3.12 WebSocket: what LM Studio's own SDKs speak --------------------------
 
 NAMESPACES = ("llm", "embedding", "system", "files", "diagnostics", "repository", "plugins", "runtime")
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes (RFC 6455, 5.2)
@@ -4232,7 +4232,7 @@ def id_of(message, name):
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and abs(value) < UNSAFE else None
-# --- 3.12 sharing: what a key may use, and whose turn it is -------------------
+# --- 3.13 sharing: what a key may use, and whose turn it is -------------------
 
 PRIORITIES = ("high", "normal", "low")
 RISE_S = 30.0  # of waiting raise a request by one priority
@@ -4256,29 +4256,28 @@ class Window:
 
     def __init__(self):
         self._parts: deque[list] = deque()  # [clock, amount], oldest first
-        self.total = 0
+        self._total = 0
 
     def add(self, clock, amount):
         if self._parts and clock - self._parts[-1][0] < GRAIN_S:
             self._parts[-1][1] += amount
         else:
             self._parts.append([clock, amount])
-        self.total += amount
+        self._total += amount
 
     def used(self, clock):
         while self._parts and clock - self._parts[0][0] >= MINUTE_S:
-            self.total -= self._parts.popleft()[1]
-        return self.total
+            self._total -= self._parts.popleft()[1]
+        return self._total
 
     def free_s(self, clock, limit):
         """Seconds until less than the limit is used."""
-        left = self.used(clock)
+        left, free = self.used(clock), 0.0
         for since, amount in self._parts:
             if left < limit:
                 break
-            left -= amount
-            free = since + MINUTE_S - clock
-        return free if self.total >= limit else 0.0
+            left, free = left - amount, since + MINUTE_S - clock
+        return free
 
 
 class Account:
@@ -4318,10 +4317,9 @@ class Account:
         found = []
         for kind, name, window in (("requests", "rpm", self.requests), ("tokens", "tpm", self.tokens)):
             if name in limits:
-                used = window.used(clock)
+                left, reset_s = max(0, limits[name] - window.used(clock)), window.free_s(clock, 1)
                 found += [(f"x-ratelimit-limit-{kind}", str(limits[name])),
-                          (f"x-ratelimit-remaining-{kind}", str(max(0, limits[name] - used))),
-                          (f"x-ratelimit-reset-{kind}", span(window.free_s(clock, 1)))]
+                          (f"x-ratelimit-remaining-{kind}", str(left)), (f"x-ratelimit-reset-{kind}", span(reset_s))]
         return found
 
 
@@ -4338,12 +4336,22 @@ class Turn:
 
     def __init__(self, model, key, who, priority, clock):
         self.model, self.key, self.who, self.since = model, key, who, clock
-        self.level = PRIORITIES.index(priority)
+        self.level = PRIORITIES.index(priority)  # rises while it waits
         self.number = 0  # in order of arrival
+        self.rank: tuple = ()  # as it stands in its line, while it is the first of its who there
         self.began = None  # clock when its turn came
         self.over = False
         self.bell: Any = None
         self.about: Any = None
+
+
+class Line:
+    """What runs and what waits for one model."""
+
+    def __init__(self):
+        self.running = set()  # of Turns
+        self.queues = {}  # who -> deque of Turns that wait, in order of arrival
+        self.ranks = []  # of the first Turn of each who, sorted: the first is next
 
 
 class Scheduler:
@@ -4354,22 +4362,24 @@ class Scheduler:
 
     def __init__(self, slots=0):
         self._slots = slots or math.inf
-        self._queues: dict = {}  # model -> who -> deque of Turns that wait, in order of arrival
-        self._running: dict = {}  # model -> set of Turns
+        self._lines: dict = {}  # model -> Line, while there is something in it
         self._of_who: Counter[Any] = Counter()  # how many run
         self._of_key: Counter[Any] = Counter()
         self._served: dict = {}  # who -> number of the latest start, longest ago first
         self._times: dict = {}  # model -> deque of s that its latest requests ran
+        self._rises: deque[tuple] = deque()  # (clock when its level rises, Turn), in this order
         self._numbers = itertools.count(1)
         self.limits: dict = {}  # key -> requests at once
-        self.waiting: dict = {}  # Turn -> None, in order of arrival
+        self.waiting = set()  # of Turns
 
     def join(self, turn, clock):
         """A request has come.  Gives the Turns that begin now, among them maybe this one."""
         turn.number = next(self._numbers)
-        self._queues.setdefault(turn.model, {}).setdefault(turn.who, deque()).append(turn)
-        self.waiting[turn] = None
-        return self.start(clock)
+        self._enqueue(turn)
+        begun = self.start(clock)
+        if turn.began is None:
+            self._rises.append((turn.since + RISE_S, turn))
+        return begun
 
     def leave(self, turn, clock, done=False):
         """A request is over, wherever it was.  Gives the Turns that begin now."""
@@ -4379,63 +4389,109 @@ class Scheduler:
         if turn.began is None:
             self._dequeue(turn)
             return []
-        self._running[turn.model].discard(turn)
-        for counter, name in ((self._of_who, turn.who), (self._of_key, turn.key)):
-            counter[name] -= 1
-            if not counter[name]:
-                del counter[name]
+        self._lines[turn.model].running.discard(turn)
+        self._count(turn, -1)
         if done and (turn.model in self._times or len(self._times) < NAMES_KEPT):
             self._times.setdefault(turn.model, deque(maxlen=TIMES_KEPT)).append(clock - turn.began)
-        if not self._running[turn.model]:
-            del self._running[turn.model]
-        return self.start(clock)
+        begun = self.start(clock)
+        self._prune(turn.model)
+        return begun
 
     def start(self, clock):
         """Gives the Turns that begin now: as many as there is room for."""
         begun = []
+        self._rise(clock)
         while self.waiting:
-            first = min((queue[0] for model, queues in self._queues.items()
-                         if len(self._running.get(model, ())) < self._slots for queue in queues.values()
-                         if self._of_key[queue[0].key] < self.limits.get(queue[0].key, math.inf)),
-                        key=lambda turn: self._rank(turn, clock), default=None)
-            if first is None:
+            rank = min(filter(None, map(self._next, self._lines.values())), default=None)
+            if rank is None:
                 break
-            self._dequeue(first)
-            first.began = clock
-            self._running.setdefault(first.model, set()).add(first)
-            self._of_who[first.who] += 1
-            self._of_key[first.key] += 1
-            self._served.pop(first.who, None)
-            self._served[first.who] = next(self._numbers)
+            turn = rank[-1]
+            self._lines[turn.model].running.add(turn)
+            self._dequeue(turn)
+            turn.began = clock
+            self._served.pop(turn.who, None)
+            self._served[turn.who] = next(self._numbers)
             if len(self._served) > NAMES_KEPT:
                 del self._served[next(iter(self._served))]
-            begun.append(first)
+            self._count(turn, 1)
+            begun.append(turn)
         return begun
 
-    def _rank(self, turn, clock, ahead=0):
+    def _next(self, line):
+        """The rank of the Turn that a free slot of a line goes to, None while none may begin."""
+        if len(line.running) < self._slots:
+            for rank in line.ranks:
+                if self._of_key.get(rank[-1].key, 0) < self.limits.get(rank[-1].key, math.inf):
+                    return rank
+        return None
+
+    def _rise(self, clock):
+        while self._rises and self._rises[0][0] <= clock:
+            due, turn = self._rises.popleft()
+            if turn in self.waiting and turn.level:
+                turn.level -= 1
+                self._rises.append((due + RISE_S, turn))
+                self._rank(turn.who)
+
+    def _count(self, turn, more):
+        """One more of somebody's runs, or one less."""
+        for counter, name in ((self._of_who, turn.who), (self._of_key, turn.key)):
+            counter[name] += more
+            if not counter[name]:
+                del counter[name]
+        self._rank(turn.who)
+
+    def _rank(self, who):
+        """Somebody's rank may be another, in every line."""
+        for line in self._lines.values():
+            if who in line.queues:
+                first = line.queues[who][0]
+                self._unrank(line, first)
+                first.rank = self._rank_of(first)
+                bisect.insort(line.ranks, first.rank)
+
+    @staticmethod
+    def _unrank(line, turn):
+        if turn.rank:
+            del line.ranks[bisect.bisect_left(line.ranks, turn.rank)]
+            turn.rank = ()
+
+    def _rank_of(self, turn, ahead=0):
         """Less is sooner; ahead: how many of the same wait before it."""
-        return (max(0, turn.level - int((clock - turn.since) / RISE_S)), self._of_who[turn.who] + ahead,
-                self._served.get(turn.who, 0), turn.number)
+        return (turn.level, self._of_who.get(turn.who, 0) + ahead, self._served.get(turn.who, 0), turn.number, turn)
+
+    def _enqueue(self, turn):
+        self._lines.setdefault(turn.model, Line()).queues.setdefault(turn.who, deque()).append(turn)
+        self.waiting.add(turn)
+        self._rank(turn.who)
 
     def _dequeue(self, turn):
-        queues = self._queues[turn.model]
-        queues[turn.who].remove(turn)
-        del self.waiting[turn]
-        if not queues[turn.who]:
-            del queues[turn.who]
-        if not queues:
-            del self._queues[turn.model]
+        line = self._lines[turn.model]
+        self._unrank(line, turn)
+        line.queues[turn.who].remove(turn)
+        self.waiting.discard(turn)
+        if not line.queues[turn.who]:
+            del line.queues[turn.who]
+        self._rank(turn.who)
+        self._prune(turn.model)
+
+    def _prune(self, model):
+        line = self._lines.get(model)
+        if line and not line.running and not line.queues:
+            del self._lines[model]
 
     def rename(self, old, new):
         """Two names are one model's, as an answer has shown."""
-        for turn in self._running.pop(old, ()):
+        moved = sorted((turn for turn in self.waiting if turn.model in (old, new)), key=lambda turn: turn.number)
+        for turn in moved:
+            self._dequeue(turn)
+        running = self._lines.pop(old, Line()).running
+        for turn in (*moved, *running):
             turn.model = new
-            self._running.setdefault(new, set()).add(turn)
-        for who, line in self._queues.pop(old, {}).items():
-            for turn in line:
-                turn.model = new
-            queues = self._queues.setdefault(new, {})
-            queues[who] = deque(sorted([*queues.get(who, ()), *line], key=lambda turn: turn.number))
+        self._lines.setdefault(new, Line()).running.update(running)
+        for turn in moved:
+            self._enqueue(turn)
+        self._prune(new)
         self._times.setdefault(new, deque(maxlen=TIMES_KEPT)).extend(self._times.pop(old, ()))
 
     def counts(self, key):
@@ -4446,17 +4502,17 @@ class Scheduler:
         """[(Turn, {position, waiting, etaMs})] of those that wait; left_s(turn): what one that runs still
         needs at least."""
         found = []
-        for model, queues in self._queues.items():
-            order = [turn for _, turn in sorted((self._rank(turn, clock, ahead), turn) for queue in queues.values()
-                                                for ahead, turn in enumerate(queue))]
-            for position, (turn, eta_s) in enumerate(zip(order, self._etas(model, clock, left_s)), 1):
+        for model, line in self._lines.items():
+            order = sorted(self._rank_of(turn, ahead) for queue in line.queues.values()
+                           for ahead, turn in enumerate(queue))
+            for position, (rank, eta_s) in enumerate(zip(order, self._etas(model, clock, left_s)), 1):
                 eta = {} if eta_s is None else {"etaMs": 1000 * math.ceil(eta_s)}
-                found.append((turn, {"position": position, "waiting": len(order), **eta}))
+                found.append((rank[-1], {"position": position, "waiting": len(order), **eta}))
         return found
 
     def _etas(self, model, clock, left_s):
         """Seconds until the first, the second ... of those that wait has a slot; None if nothing tells."""
-        times, running = sorted(self._times.get(model, ())), self._running.get(model, ())
+        times, running = sorted(self._times.get(model, ())), self._lines[model].running
         ends = []
         for turn in running if len(times) >= TIMES_NEEDED and len(running) >= self._slots else ():
             ran = clock - turn.began

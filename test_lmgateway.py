@@ -1106,7 +1106,7 @@ def test_local_time_becomes_utc_in_file_order(monkeypatch, zone, times, expected
 
 
 
-# --- 3.10 wire formats
+# --- 3.11 wire formats
 
 def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_readers_take_for_a_line_end():
     data = {"message": 'é "🦊"\n\\\x7f\ud800 \u2028\u2029\x85\x0c', "tags": [], "a": -0.5, "b": True, "c": None}
@@ -1118,7 +1118,7 @@ def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_rea
     assert len(fox) < 4100      # not 12 bytes a character
 
 
-# --- 3.11 WebSocket
+# --- 3.12 WebSocket
 
 MASK = b"\x01\x7f\x80\xfe"
 
@@ -7154,7 +7154,7 @@ def order_of(slots, turns, clock=0.0, scheduler=None):
     while begun:
         found.append(begun[0].who)
         begun = begun[1:] + scheduler.leave(begun[0], clock)
-    assert not scheduler.waiting and not scheduler._running and not scheduler._queues and not scheduler._of_key
+    assert not scheduler.waiting and not scheduler._lines and not scheduler._of_key
     return found
 
 
@@ -7203,16 +7203,15 @@ def test_places_and_what_is_foretold():
     assert "etaMs" not in scheduler.places(40)[0][1]    # it is longer than any
 
 
-def test_a_choice_is_quick():
-    scheduler = lmgateway.Scheduler(4)
-    turns = [turn(f"k{number % 10}") for number in range(504)]
-    for each in turns:
-        scheduler.join(each, 0)
-    began = time.perf_counter()
-    running = turns[:4]
+def test_a_choice_among_500_people_is_quick():
+    scheduler, spent = lmgateway.Scheduler(4), []
+    turns = [turn(f"k{number}") for number in range(504)]
+    running = [begun for each in turns for begun in scheduler.join(each, 0)]
     for _ in range(200):
+        began = time.perf_counter()
         running += scheduler.leave(running.pop(0), 1)
-    assert (time.perf_counter() - began) / 200 < 200e-6     # a tenth of that on a machine with nothing else to do
+        spent.append(time.perf_counter() - began)
+    assert sorted(spent)[100] < 60e-6     # a tenth of that on a machine with nothing else to do
 
 
 def test_a_minute_slides_and_a_day_ends():
@@ -7308,7 +7307,7 @@ def test_the_queue_has_an_end_and_a_client_that_leaves_it_never_reached_lm_studi
     until(lambda: home.rows(operation="client_disconnected"))
     home.go.release()
     assert first.get(timeout=PATIENCE_S)[0] == 200 and len(home.studio.peers) == 1
-    assert not home.front.gateway.turns._scheduler._running
+    assert not home.front.gateway.turns._scheduler._lines
 
 
 ENDINGS = {     # how a request that runs ends -> what does it
@@ -7332,7 +7331,7 @@ def test_a_slot_is_free_whatever_way_a_request_ends(household, end):
     home.front.gateway.hub.__dict__.pop("end", None)
     home.go.release()
     home.go.release()
-    until(lambda: not home.front.gateway.turns._scheduler._running)
+    until(lambda: not home.front.gateway.turns._scheduler._lines)
     home.front.hub._requests.running.clear()
 
 
@@ -7456,7 +7455,7 @@ def test_a_waiting_stream_is_told_its_place_in_comments(household, monkeypatch):
         read_until(sock, b": queued 1 of 1\n\n")
         home.go.release(2)
         assert b"event: error" not in rest_of(sock)
-    until(lambda: not home.front.gateway.turns._scheduler._running)
+    until(lambda: not home.front.gateway.turns._scheduler._lines)
 
 
 def test_a_days_count_survives_a_restart(keys, fronts, studio, tmp_path):
