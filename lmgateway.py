@@ -1988,7 +1988,7 @@ RESPONSES = Dialect("responses", False, RESPONSES_TOKEN, joined=True)
 MESSAGES = Dialect("messages", False, MESSAGES_TOKEN, joined=True)
 NATIVE = Dialect("native", False, NATIVE_TOKEN, joined=True)
 OTHER = Dialect("other", False, OPENAI_TOKEN)
-SOCKET = Dialect("socket", False, OPENAI_TOKEN)  # of LM Studio's own SDKs: 3.12
+SOCKET = Dialect("socket", False, OPENAI_TOKEN, joined=True)  # of LM Studio's own SDKs: 3.12
 
 DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.1)
     "/v1/chat/completions": CHAT,
@@ -2003,7 +2003,7 @@ DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.
     "/v1/decisions": OTHER,
     "/v1/systemone": OTHER,
 }
-JOINED = frozenset(dialect.name for dialect in DIALECTS.values() if dialect.joined)
+JOINED = frozenset(dialect.name for dialect in (*DIALECTS.values(), SOCKET) if dialect.joined)
 
 WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
 VALUES_LIMIT = 250_000  # of its values: reading more would hold up everybody for a tenth of a second
@@ -3215,12 +3215,13 @@ class Requests:
 
     def _is_certain(self, run, record, records, runs):
         """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
-        known a line of the app has to be about the run, which it can't be for a chat inside the app, or nothing
-        else may be at work."""
+        known a line of the app has to be about the run, which it can't be for a chat inside the app or an SDK's, or
+        nothing else may be at work."""
         if runs == 1 and has_counts(record):
             return True
         near = run.cancelled is not None and abs(run.cancelled + run.base - (record.ended or 0)) < FLUSH_S
-        return records == 1 and (near or runs == 1 and (run.is_of_api or self._is_alone(run, record)))
+        shown = record.dialect != SOCKET.name and (run.is_of_api or self._is_alone(run, record))
+        return records == 1 and (near or runs == 1 and shown)
 
     def _has_twin(self, run, record, free, clock):
         """Before its usage is known: another request of its size is out by a few hundredths of a second alone."""
@@ -3403,7 +3404,8 @@ class Requests:
         model = event.data.get("model")
         for record in self._open.values():
             served = record.model or self._names.get(record.model_asked)
-            if record.sent < math.inf and (None in (model, served) or model == served):
+            if record.sent < math.inf and record.dialect != SOCKET.name and (
+                    None in (model, served) or model == served):     # an SDK's has no lines of the app
                 yield record
 
     def _line_of_start(self, event, clock):

@@ -1884,6 +1884,18 @@ def test_what_no_request_can_have_caused_is_lm_studios_own(utc):
     assert office.claimed() == set() and not office.requests.running
 
 
+def test_a_prediction_of_an_sdk_has_its_run_and_no_line_of_the_app(utc):
+    office = Office()
+    record = office.ask("sdk", dialect="socket", target="/llm/predict", messages=1)
+    office.log(running("m/one"), streaming("m/one"))    # of somebody else
+    office.log(engine_run(5, 300), engine_end(5, 300, 20))
+    office.over(record, prompt=300, completion=20)
+    office.pass_s(1)
+    assert (record.binding, record.read_speed, record.begun) == ("exact", 1000.0, False)
+    assert [one.source for one in (*office.requests.running.values(), *office.requests.finished)] == ["lmstudio", "gateway"]
+    assert office.told(record) == []    # it was not certain while it ran
+
+
 @pytest.mark.parametrize(("requests", "percents"), [(1, [0.0, 40.0, 100.0]), (2, [])])
 def test_without_an_engines_lines_progress_is_that_of_the_only_request_of_its_model(utc, requests, percents):
     office = Office()
