@@ -4040,6 +4040,7 @@ def json_line(event_id, event):
 NAMESPACES = ("llm", "embedding", "system", "files", "diagnostics", "repository", "plugins", "runtime")
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes (RFC 6455, 5.2)
 LONGEST_CONTROL = 125  # bytes of a control frame's payload (RFC 6455, 5.5)
+LONGEST_MESSAGE = 128 * 1024 * 1024  # bytes of one of LM Studio's, whose `ws` refuses more than 100 MiB
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))  # RFC 6455, 7.4; IANA
 
 
@@ -4062,30 +4063,23 @@ class Message(NamedTuple):
 class Frames:
     """Cuts the bytes of one direction into messages (RFC 6455, section 5), strictly.
 
-    masked: as a client's frames are.  limit: bytes of a message; beyond them it is an error of a client, and
-    what LM Studio sends is given without its payload."""
+    masked: as a client's frames are.  limit: bytes of a message."""
 
     def __init__(self, masked, limit):
         self._masked, self.limit = masked, limit
-        self._rest = bytearray()  # of a frame that has not ended
+        self.rest = bytearray()  # of a frame that has not ended
         self._need = 2  # bytes that rest must have before another look is worth it
-        self._skip = 0  # bytes of a frame too long to be kept that are still to come
-        self._opcode, self._parts, self._size = 0, [], 0  # of the message whose pieces are coming
-        self._raw = []
+        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0  # of the message whose pieces are coming
 
     @property
     def between(self):
-        """True where neither a frame nor a message is under way."""
-        return not (self._rest or self._skip or self._opcode)
-
-    @property
-    def in_frame(self):
-        return bool(self._rest or self._skip)
+        """True when neither a frame nor a message is under way."""
+        return not (self.rest or self._opcode)
 
     @property
     def held(self):
         """Bytes of a message that is not whole."""
-        return len(self._rest) + self._size
+        return len(self.rest) + self._size
 
     def feed(self, data):
         """The Messages that data completes.  Raises FrameError, at the first fault."""
@@ -4094,50 +4088,19 @@ class Frames:
                 and (size == data[1] + 2 < 128                                  # most of an answer's are
                      or data[1] == 126 and size == (data[2] << 8 | data[3]) + 4 >= 130)):
             return [Message(TEXT, data[2 if size < 128 else 4:], data)]
-        if self._skip:
-            passed = min(self._skip, size)
-            self._skip -= passed
-            data = data[passed:]
-        self._rest += data
+        self.rest += data
         found: list[Message] = []
-        while len(self._rest) >= self._need and self._frame(found):
-            pass
+        while len(self.rest) >= self._need:
+            start, end = self._bounds()
+            self._need = end or start
+            if end and len(self.rest) >= end:
+                self._take(start, end, found)
         return found
 
-    def _frame(self, found):
-        """Take one frame off rest.  False when that has no whole one."""
-        rest = self._rest
-        final, opcode, start, size = self._head()
-        if size is None:
-            return False
-        whole = start + size
-        if not self._masked and self._size + size > self.limit:
-            self._skip, taken = max(0, whole - len(rest)), min(whole, len(rest))
-            frame, payload, self._size = b"", b"", self.limit
-        elif len(rest) < whole:
-            self._need = whole
-            return False
-        else:
-            frame, taken = bytes(rest[:whole]), whole
-            payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
-        del rest[:taken]
-        self._need = 2
-        if opcode >= CLOSE:
-            check_close(opcode, payload)
-            found.append(Message(opcode, payload, frame))
-            return True
-        self._opcode = opcode or self._opcode
-        self._parts.append(payload)
-        self._raw.append(frame)
-        self._size += size
-        if final:
-            found.append(self._message())
-        return True
-
-    def _head(self):
-        """(final, opcode, where the payload starts, its size) of the frame that rest begins with; the size is
-        None where the head is not whole.  Raises FrameError."""
-        rest = self._rest
+    def _bounds(self):
+        """Where the payload of the frame that rest begins with starts and ends; the end is 0 while its head is
+        not whole.  Raises FrameError."""
+        rest = self.rest
         final, opcode, size = rest[0] >> 7, rest[0] & 15, rest[1] & 127
         if rest[0] & 0x70 or CONTINUATION < opcode > BINARY and opcode not in (CLOSE, PING, PONG):
             raise FrameError(1002, "reserved bits or a reserved opcode")
@@ -4150,22 +4113,37 @@ class Frames:
         extra = {126: 2, 127: 8}.get(size, 0)
         start = 2 + extra + 4 * self._masked
         if len(rest) < start:
-            self._need = start
-            return final, opcode, start, None
+            return start, 0
         if extra:
             size = int.from_bytes(rest[2:2 + extra], "big")
             if size < (126 if extra == 2 else 1 << 16) or size >> 63:
                 raise FrameError(1002, "a length that is not written in its shortest form")
-        if self._masked and self._size + size > self.limit:
+        if self._size + size > self.limit:
             raise FrameError(1009, f"a message of more than {self.limit} bytes")
-        return final, opcode, start, size
+        return start, start + size
 
-    def _message(self):
-        message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
-        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
-        if self._masked and message.opcode == TEXT:
-            check_text_frame(message.payload)
-        return message
+    def _take(self, start, end, found):
+        """Take a whole frame off rest."""
+        with memoryview(self.rest) as rest:
+            frame = bytes(rest[:end])
+        del self.rest[:end]
+        self._need = 2
+        final, opcode = frame[0] >> 7, frame[0] & 15
+        payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
+        if opcode >= CLOSE:
+            check_close(opcode, payload)
+            found.append(Message(opcode, payload, frame))
+            return
+        self._opcode = opcode or self._opcode
+        self._parts.append(payload)
+        self._raw.append(frame)
+        self._size += len(payload)
+        if final:
+            message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
+            self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
+            if self._masked and message.opcode == TEXT:
+                check_text_frame(message.payload)
+            found.append(message)
 
 
 def unmasked(data, mask):
@@ -4222,9 +4200,17 @@ OPENERS = {  # a client's message that begins something -> its id, the message t
 FOLLOWERS = {  # what only makes sense after one of these -> its id
     "channelSend": "channelId", "channelAck": "channelId", "signalUnsubscribe": "subscribeId",
     "writableSignalUpdate": "subscribeId", "writableSignalUnsubscribe": "subscribeId"}
-METERED = {("llm", "channelCreate", "predict"), ("llm", "channelCreate", "completeRawText"),
-              ("embedding", "rpcCall", "embedString")}
-FRAGMENT = re.compile(rb'\{"type":"channelSend",.*"message":\{"type":"fragment"')  # as Node writes it
+METERED = {("llm", "channelCreate", "predict"): SOCKET, ("llm", "channelCreate", "completeRawText"): SOCKET,
+           ("embedding", "rpcCall", "embedString"): EMBEDDINGS}
+# As Node writes most messages of an answer: to find the id and the tokens costs a fifth of reading JSON.
+FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message":\{"type":"fragment","fragment":\{'
+                      rb'"content":"[^"\\]*(?:\\.[^"\\]*)*","tokensCount":(\d{1,9})[,}]')
+FIGURES = {  # in the result of a prediction -> as /api/v0 names them
+    "promptTokensCount": "prompt_tokens", "predictedTokensCount": "completion_tokens",
+    "totalTokensCount": "total_tokens", "tokensPerSecond": "tokens_per_second",
+    "timeToFirstTokenSec": "time_to_first_token", "stopReason": "stop_reason",
+    "totalDraftTokensCount": "total_draft_tokens_count",
+    "acceptedDraftTokensCount": "accepted_draft_tokens_count"}
 
 
 def id_of(message, name):
@@ -4234,6 +4220,39 @@ def id_of(message, name):
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and abs(value) < UNSAFE else None
+
+
+def figures_as_v0(stats):
+    """The stats of a prediction (lmstudio-js, LLMPredictionStats.ts) as an answer of /api/v0 has them."""
+    found = {name: stats[theirs] for theirs, name in FIGURES.items() if theirs in stats}
+    return {"usage": found, "stats": found}
+
+
+def name_of(value):
+    """A name in a message, as it is kept; None for none."""
+    return bounded_text(value) if value and isinstance(value, str) else None
+
+
+def model_named(specifier, instances):
+    """The model that a specifier means, as it was asked for; None for any."""
+    reference, query = name_of(specifier.get("instanceReference")), member(specifier, "query")
+    return instances.get(reference) or name_of(query.get("identifier")) or name_of(query.get("path"))
+
+
+def named_instances(body):
+    """[(instance reference, identifier)] of the models that a message of LM Studio's describes."""
+    result, content = body.get("result"), member(body, "message")
+    rows = [*(result if isinstance(result, list) else [result]), content.get("info"),
+            content.get("modelInfo")]
+    found = [(name_of(row.get("instanceReference")), name_of(row.get("identifier"))) for row in listed(rows)]
+    return [(reference, model) for reference, model in found if reference and model]
+
+
+def has_files(messages):
+    """True if a history refers to uploaded files, whose size nobody knows."""
+    return any(part.get("type") == "file" for message in messages for part in listed(message.get("content")))
+
+
 # --- 3.13 sharing: what a key may use, and whose turn it is -------------------
 
 PRIORITIES = ("high", "normal", "low")
@@ -7276,6 +7295,7 @@ ALIASES = re.compile(r"/(?:(?:chat/completions|completions|embeddings)/?"
                      r"|(?:models|responses|messages)(?:/.*)?)")
 USER_HEADERS = ("x-openwebui-user-email", "x-openwebui-user-name", "x-openwebui-user-id")    # the first counts
 WITHHELD = HOP_BY_HOP | {"authorization", "x-api-key", "expect"}  # these stop here, credentials included
+QUEUE_RETRY_S = 10  # after which one that found the queue full may try again
 
 
 class Unfinished(GatewayError):
@@ -7287,17 +7307,15 @@ class Stopped(HttpError):
     from trying again."""
 
     def __init__(self, by):
-        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was not you",
-                         [("x-should-retry", "false")])
+        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was not "
+                                         "you", [("x-should-retry", "false")])
         self.by = by
 
 
 class Turns:
     """Lets inferences in, as far as the limits of their keys reach, and one after the other to LM Studio.
 
-    Any thread may call.  One that waits sleeps on its Turn's bell; a slot that becomes free rings one."""
-
-    RETRY_S = 10  # after which one that found the queue full may try again
+    Any thread may call.  A Turn that has to wait has a bell, which rings when a slot is free for it."""
 
     def __init__(self, config, access, hub, history):
         self._config, self._access, self._hub = config, access, hub
@@ -7323,81 +7341,74 @@ class Turns:
         account.turn(day)
         return account
 
-    def enter(self, request, model, user):
-        """The Turn of an inference that is let in; it has a bell if it has to wait.  Raises HttpError."""
-        name, clock = request.identity.name, time.monotonic()
+    def enter(self, request, model, user, bell=threading.Event):
+        """The Turn of an inference that is let in; if it has to wait, with what bell() gives.  Raises
+        HttpError."""
+        name, clock, (day, left_s) = request.identity.name, time.monotonic(), this_day()
         terms = self._access.terms(name)
         if terms.models and not (model and any(fnmatch.fnmatchcase(model.lower(), glob) for glob in terms.models)):
             raise HttpError(403, "model_not_allowed", f"the key {name} may ask {', '.join(terms.models)}; "
                             f"{model or 'a request that names no model'} is not among them")
         turn = Turn(self._hub.served(model), name, (name, user) if name is not None else request.client,
                     terms.priority, clock)
-        day, left_s = this_day()
         with self._lock:
             account = self._account(name, day)
             reached = account.refusal(terms.limits, clock, left_s)
             if not reached:
-                self._join(turn, terms)
+                self._scheduler.limits[name] = terms.limits.get("running", math.inf)
+                self._join(turn, bell)
                 account.let_in(clock)
             request.ratelimit = account.headers(terms.limits, clock)
         if reached:
             raise limit_reached(terms.limits, *reached)
         return turn
 
-    def _join(self, turn, terms):  # lock held
-        scheduler = self._scheduler
-        scheduler.limits[turn.key] = terms.limits.get("running", math.inf)
-        self._ring(scheduler.join(turn, turn.since))
+    def _join(self, turn, bell):  # lock held
+        ring(self._scheduler.join(turn, turn.since))
         if turn.began is None:
-            if len(scheduler.waiting) > self._config.max_waiting:
-                scheduler.leave(turn, turn.since)
+            if len(self._scheduler.waiting) > self._config.max_waiting:
+                self._scheduler.leave(turn, turn.since)
                 raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, as many "
-                                "as MAX_WAITING allows; try again later", [("Retry-After", str(self.RETRY_S))])
-            turn.bell = threading.Event()
-
-    @staticmethod
-    def _ring(turns):
-        for turn in turns:
-            if turn.bell:
-                turn.bell.set()
+                                "as MAX_WAITING allows; try again later", [("Retry-After", str(QUEUE_RETRY_S))])
+            turn.bell = bell()
 
     def leave(self, turn, record=None):
-        """A request is over, in whatever way: its slot is another's."""
+        """A request is over, in whatever way: its slot is another's.  Later calls do nothing."""
         if turn is None or turn.over:
             return
         usage, served = record and record.usage or {}, self._hub.served(turn.model)
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
-            if turn.over:
-                return
-            if usage:
+            if usage and not turn.over:
                 self._account(turn.key, day).spend(clock, usage.get("promptTokens") or 0,
                                                    usage.get("completionTokens") or 0)
             if served != turn.model:
                 self._scheduler.rename(turn.model, served)
-            self._ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
+            ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
+            turn.about = None
 
     def tell(self):
         """Those that wait hear of their places."""
         clock = time.monotonic()
         with self._lock:
             places = self._scheduler.places(clock, lambda turn: (
-                turn.about.progress(clock).get("etaMs", 0) / 1000 if turn.about else 0.0))
-        self._hub.place([(turn.about.record, place) for turn, place in places if turn.about])
+                turn.about.record.progress(clock).get("etaMs", 0) / 1000 if turn.about else 0.0))
+            placed = [(turn.about.record, place) for turn, place in places if turn.about]
+        self._hub.place(placed)
 
     def look(self):
         """Now and then: what has changed about the keys of those that wait counts."""
-        waiting = list(self._scheduler.waiting)
+        with self._lock:
+            waiting = [(turn.key, turn.about) for turn in self._scheduler.waiting]
         if not waiting:
             return
-        limits = {name: self._access.terms(name).limits.get("running", math.inf)
-                  for name in {turn.key for turn in waiting}}
+        limits = {name: self._access.terms(name).limits.get("running", math.inf) for name in dict(waiting)}
         with self._lock:
             self._scheduler.limits.update(limits)
-            self._ring(self._scheduler.start(time.monotonic()))
-        for turn in waiting:
-            if turn.about and self._access.recognize(turn.about.request) is None:
-                turn.about.stop(HttpError(401, "key_wrong", f"the key {turn.key} is no longer valid"))
+            ring(self._scheduler.start(time.monotonic()))
+        for name, inference in waiting:
+            if inference and self._access.recognize(inference.request) is None:
+                inference.stop(HttpError(401, "key_wrong", f"the key {name} is no longer valid"))
         self.tell()
 
     def used(self, name):
@@ -7408,6 +7419,13 @@ class Turns:
             return {"running": running, "waiting": waiting,
                     "minute": {"requests": account.requests.used(clock), "tokens": account.tokens.used(clock)},
                     "day": {kind: account.today[kind] for kind in ("requests", "promptTokens", "completionTokens")}}
+
+
+def ring(turns):
+    """The Turns that begin now hear of it."""
+    for turn in turns:
+        if turn.bell:
+            turn.bell.set()
 
 
 def limit_reached(limits, name, used, free_s):
@@ -7430,7 +7448,7 @@ class Gateway:
         self.address = ""
         self.lan_urls = []
         self.volume = LogVolume(monitor.follower.directory, config.log_dir_warn) if monitor else None
-        self.inferences: dict[str, Any] = {}    # by requestId, while they run; each step is atomic
+        self.inferences: dict[str, Inference] = {}  # by requestId, while they run; each step is atomic
         self.instances: dict[str, str] = {}     # the models that LM Studio named to them, by their references
         self.demo = False  # LM Studio is the imitation
         self.stopping = False  # the end has come: connections are not kept
@@ -7440,6 +7458,68 @@ class Gateway:
     def uptime(self):
         """Seconds since it was built, whatever became of the clock since."""
         return round(time.monotonic() - self._started, 1)
+
+
+class Inference:
+    """A request for a model's answer, from its arrival to its one end: its record, its turn, and what others
+    hear of it.
+
+    owner: the Forward or the Prediction that passes it on.  It has the request, stop(cause) for any thread,
+    which ends it with an HttpError that the client is told or with ClientLeft, the cause, and bell()."""
+
+    def __init__(self, gateway, owner, **about):
+        """Raises HttpError if the limits of its key, or the queue's, do not let it in."""
+        self._gateway, self._owner, self.request = gateway, owner, owner.request
+        request = owner.request
+        self.turn = gateway.turns.enter(request, about["model_asked"], about.get("user"), owner.bell)
+        self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), client=request.client,
+                             key=request.identity.name, agent=request.header("user-agent")[:200] or None,
+                             priority=PRIORITIES[self.turn.level], **about)
+        self.over = False
+        self._due = 0.0     # clock when listeners hear of its tokens again
+
+    def stop(self, cause):
+        self._owner.stop(cause)
+
+    def begin(self):
+        """Others hear of it, and if it has to wait, of its place."""
+        self._gateway.inferences[self.record.id] = self
+        self._gateway.hub.begin(self.record)
+        self.turn.about = self
+        if self.turn.bell:
+            self._gateway.turns.tell()
+
+    def go(self):
+        """It waited, and goes to LM Studio now."""
+        self.turn.bell = None
+        self._gateway.hub.send(self.record)
+
+    def generated(self, tokens, first, now):
+        """Its answer has so many tokens at the clock reading now; the first came at first."""
+        if now >= self._due:
+            self._due = now + COUNT_S
+            self._gateway.hub.generated(self.record, tokens, first)
+
+    def end(self, error, operation, status, meter):
+        """It is over, in whatever way: its turn is another's; the hub and the log are told.  Later calls do
+        nothing."""
+        if self.over:
+            return
+        record = self.record
+        state = "done" if error is None else "failed" if operation not in LEFT else "abandoned"
+        try:
+            self._gateway.hub.end(record, Outcome(state, status, error, operation, meter,
+                                                  getattr(self._owner.cause, "by", None)))
+        finally:
+            self.over = True
+            self._gateway.inferences.pop(record.id, None)
+            self._gateway.turns.leave(self.turn, record)
+        usage = record.usage or {}
+        told = "upstream_error" if operation == "upstream_error" else error     # which can quote a prompt
+        log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
+                record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
+                record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
+                usage.get("completionTokens", "?"), f": {told}" if told else "")
 
 
 def upstream_target(target, keys_are_set):
@@ -7452,6 +7532,11 @@ def upstream_target(target, keys_are_set):
                  if urllib.parse.unquote_plus(part.partition("=")[0]) != "api_key"]
         query, mark = "&".join(parts), "?" if parts else ""
     return path + mark + query
+
+
+def plain_target(target):
+    """The path of a target, as Express compares paths."""
+    return target.partition("?")[0].rstrip("/")
 
 
 def upstream_headers(request, length, upstream, uncompressed, withheld=()):
@@ -7491,52 +7576,47 @@ def client_headers(answer, cut):
 
 def forward(gateway, request):
     """Any other path: LM Studio's answer, unchanged, metered if it is an inference."""
-    return Forward(gateway, request).response()
+    target = upstream_target(request.target, gateway.access.need_key)
+    dialect = DIALECTS.get(plain_target(target).lower()) if request.method == "POST" else None
+    asked = parse_body(dialect, request.body) if dialect else ParsedBody(request.body)
+    kind = CommentedForward if asked.stream and gateway.config.prefill_comments else Forward
+    return kind(gateway, request, target, asked).response(dialect)
 
 
 class Forward:
     """A request on its way to LM Studio, and the body of the Response: its answer's pieces as they come.
 
-    It lives in the thread of the client's connection: it begins, is sent, waits for the answer's head, relays
-    the pieces, and ends once, in _end().  Until it is sent it may wait for as long as need be; stop() is for
-    other threads and ends it at any point.  An inference has a record, a meter and events besides.
+    It lives in the thread of the client's connection: it begins, waits for its turn, is sent, waits for the
+    answer's head, relays the pieces, and ends once, in _end().  stop() is for other threads and ends it at
+    any point.  An inference has a meter besides, and an Inference that others hear of."""
 
-    With PREFILL_COMMENTS a stream whose LM Studio is silent is filled with SSE comments, which every client
-    ignores and which keep idle timers awake.  A client without a byte for SILENCE_S gets a head of
-    ours; a failure after that is told inside the stream."""
+    alters = False  # it may add to the answer
+    bell = threading.Event
 
-    SILENCE_S = 5.0  # before each comment
-
-    def __init__(self, gateway, request):
-        self._gateway, self.request, upstream = gateway, request, gateway.upstream
-        target = upstream_target(request.target, gateway.access.need_key)
-        path = target.partition("?")[0].rstrip("/").lower()     # as Express compares paths
-        self._dialect: Any = DIALECTS.get(path) if request.method == "POST" else None
-        self._anthropic = path == "/v1/messages"
-        self._asked = parse_body(self._dialect, request.body) if self._dialect else ParsedBody(request.body)
-        self._comments = bool(self._asked.stream and gateway.config.prefill_comments)
-        shared = request.identity.name in gateway.config.users_from
-        headers = upstream_headers(request, len(self._asked.data), upstream,
-                                   self._asked.asks_usage or self._comments, USER_HEADERS if shared else ())
-        self._call = Call(upstream.origin, request.method, target, headers, self._asked.data)
-        self._choose_timeout(self._asked.stream)
-        self.record: Any = self._new_record(user_of(request, self._asked) if shared else None) if self._dialect else None
-        self._turn: Any = None
-        self._sent: Any = None      # the Answer before its head is there
+    def __init__(self, gateway, request, target, asked):
+        self._gateway, self.request, self._asked, upstream = gateway, request, asked, gateway.upstream
+        self._shared = request.identity.name in gateway.config.users_from
+        headers = upstream_headers(request, len(asked.data), upstream, asked.asks_usage or self.alters,
+                                   USER_HEADERS if self._shared else ())
+        self._call = Call(upstream.origin, request.method, target, headers, asked.data)
+        self._choose_timeout(asked.stream)
+        self._inference: Any = None
+        self._dialect: Any = None
         self._answer: Any = None
         self._meter: Any = None
-        self._cause: Any = None     # the GatewayError for which it was stopped
-        self.over = False
-        self._silent_s = 0.0    # for how long LM Studio has said nothing
+        self.cause: Any = None     # the GatewayError for which it was stopped
+        self._anthropic = plain_target(target).lower() == "/v1/messages"
+        self._over = False
 
-    def _new_record(self, user):
-        hub, request, asked = self._gateway.hub, self.request, self._asked
-        return Record(hub.request_id(), time.time(), time.monotonic(), method=request.method,
-                      path=request.path, target=self._call.selector.partition("?")[0].rstrip("/"),
-                      dialect=self._dialect.name, client=request.client, key=request.identity.name, user=user,
-                      agent=request.header("user-agent")[:200] or None, model_asked=asked.model,
-                      messages=asked.messages, fingerprint=asked.fingerprint, stream=bool(asked.stream),
-                      size=asked.size, tools=asked.tools)
+    def _infer(self, dialect):
+        """It is an inference.  Raises HttpError if that is not let in."""
+        request, asked, self._dialect = self.request, self._asked, dialect
+        self._inference = Inference(
+            self._gateway, self, method=request.method, path=request.path, target=plain_target(self._call.selector),
+            dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
+            model_asked=asked.model, messages=asked.messages, fingerprint=asked.fingerprint,
+            stream=bool(asked.stream), size=asked.size, tools=asked.tools)
+        request.turn = self._inference.turn
 
     def _choose_timeout(self, stream):
         self._timeout_option = "PROXY_STREAM_TIMEOUT" if stream else "PROXY_TIMEOUT"
@@ -7544,73 +7624,60 @@ class Forward:
 
     # --- to LM Studio
 
-    def response(self):
-        """LM Studio's own head if it comes in time, else one of ours.  Raises HttpError, ClientLeft."""
-        if self.record:
-            request = self.request
-            self._turn = request.turn = self._gateway.turns.enter(request, self._asked.model, self.record.user)
+    def response(self, dialect):
+        """LM Studio's own head; dialect: of an inference.  Raises HttpError, ClientLeft."""
+        if dialect:
+            self._infer(dialect)
         try:
-            self._begin()
-            if not self._comments:
-                self._take_turn()
-            else:
-                if self._is_silent():
-                    headers = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")]
-                    return Response(200, headers, self)
-            answer = self._take_head()
-            headers = client_headers(answer, self._comments or self._cuts)
-            if self.request.method != "HEAD" and answer.status not in (204, 304):
-                return Response(answer.status, headers, self, answer.reason, date=False)
-            self._finish()
-            return Response(answer.status, headers, None, answer.reason, date=False)
+            if self._inference:
+                self._inference.begin()
+                self._inference.record.overhead_s = time.monotonic() - self.request.arrived
+            self._gateway.watcher.watch(self.request.connection, lambda: self.stop(ClientLeft()))
+            return self._respond()
         except BaseException as error:
             self._fail(error)
-            raise self._cause from None
-
-    def _begin(self):
-        if self.record:
-            self.record.priority = PRIORITIES[self._turn.level]
-            self._gateway.inferences[self.record.id] = self
-            self._gateway.hub.begin(self.record)
-            self.record.overhead_s = time.monotonic() - self.request.arrived
-        self._gateway.watcher.watch(self.request.connection, lambda: self.stop(ClientLeft()))
+            raise self.cause from None
 
     def stop(self, cause):
         """Any thread.  Ends it, unless it is over: with an HttpError, which the client is told, or
         ClientLeft."""
-        self._cause = self._cause or cause
+        self.cause = self.cause or cause
         self._call.cancel()
-        bell = self._turn and self._turn.bell
+        bell = self._inference and self._inference.turn.bell
         if bell:
             bell.set()
 
-    def progress(self, clock):
-        """What is known of how far it is."""
-        return self.record.progress(clock)
+    def _respond(self):
+        self._has_turn(None)
+        answer = self._take_head()
+        headers = client_headers(answer, self.alters or self._cuts)
+        if self.request.method != "HEAD" and answer.status not in (204, 304):
+            return Response(answer.status, headers, self, answer.reason, date=False)
+        self._finish()
+        return Response(answer.status, headers, None, answer.reason, date=False)
 
-    def _take_turn(self, wait_s=None):
-        """True once it may be sent, False after so many s.  Raises what it was stopped for."""
-        turn = self._turn
-        if turn and turn.bell:
-            if turn.about is None:
-                turn.about = self
-                self._gateway.turns.tell()
-            if not turn.bell.wait(wait_s):
+    def _has_turn(self, wait_s):
+        """True once it may be sent, False after so many s.  Raises the cause for which it was stopped."""
+        bell = self._inference and self._inference.turn.bell
+        if bell:
+            if not bell.wait(wait_s):
                 return False
-            if self._cause:
-                raise self._cause
-            turn.bell = None
-            self._gateway.hub.send(self.record)
+            if self.cause:
+                raise self.cause
+            self._inference.go()
         return True
+
+    def _open(self):
+        return self._gateway.upstream.open(self._call)
 
     def _take_head(self):
         """LM Studio's Answer.  If we could not read the request, it shows whether a stream was asked for."""
-        answer = self._sent.begin() if self._sent else self._gateway.upstream.open(self._call)
-        self._answer = answer
-        if self._asked.stream is None:
+        self._answer, asked = self._open(), self._asked.stream
+        answer = self._answer
+        if asked is None:
             self._choose_timeout(answer.streams)
-        if self.record:
-            self.record.stream = self.record.stream if self._asked.stream is not None else answer.streams
+        if self._inference:
+            self._inference.record.stream = answer.streams if asked is None else asked
             self._meter = Meter(self._dialect, answer.streams, self._cuts, answer.header("content-encoding"))
         return answer
 
@@ -7629,78 +7696,41 @@ class Forward:
     def __iter__(self):
         """The pieces.  Raises Unfinished when it breaks off, ClientLeft."""
         try:
-            if self._comments:
-                yield from self._commented()
-            else:
-                yield from self._relay()
+            yield from self._pieces()
         except Exception as error:
-            stopped = self._cause is not None
+            stopped = self.cause is not None
             yield self._fail(error)
-            told = isinstance(self._cause, HttpError) and (
+            told = isinstance(self.cause, HttpError) and (
                 self._answer is None or stopped and self._answer.streams)
             if told:
-                told = error_response(self._cause, self._anthropic).body
-                yield stream_event(told, self._anthropic)
-            if not isinstance(self._cause, HttpError):
-                raise self._cause from None
+                yield stream_event(error_response(self.cause, self._anthropic).body, self._anthropic)
+            if not isinstance(self.cause, HttpError):
+                raise self.cause from None
             if not told or stopped:
                 raise Unfinished from None
 
-    def _relay(self):
+    def _pieces(self):
         """The answer's pieces, metered.  A request is over before its last piece leaves, so that whoever has
         the answer finds it counted."""
-        answer, meter, due = self._answer, self._meter, 0.0     # clock when listeners hear of its tokens
+        answer, meter = self._answer, self._meter
         for piece in answer.pieces():
             out = piece
             if meter:
                 now = time.monotonic()
                 out = meter.feed(piece, now)
-                if now >= due and meter.first is not None:
-                    due = now + COUNT_S
-                    self._gateway.hub.generated(self.record, meter.pieces, meter.first)
+                if meter.first is not None:
+                    self._inference.generated(meter.pieces, meter.first, now)
             yield out + self._finish() if answer.over else out
-        if self._cause:     # an answer that ends with its connection cannot tell
-            raise self._cause
-        if not self.over:
+        if self.cause:     # an answer that ends with its connection cannot tell
+            raise self.cause
+        if not self._over:
             yield self._finish()
-
-    def _commented(self):
-        """Comments until LM Studio speaks, then its answer; if the client has a head of ours, as a stream."""
-        late = self._answer is None
-        while late and self._is_silent():
-            yield self._gateway.hub.comment(self.record)
-        if late:
-            self._take_head()
-        while self._is_silent():
-            yield self._gateway.hub.comment(self.record)
-        if not late or self._answer.streams:
-            return (yield from self._relay())
-        body = b""
-        for piece in self._relay():
-            body += piece[:WHOLE_LIMIT - len(body)]
-        yield stream_event(body, self._anthropic)
-
-    def _is_silent(self):
-        """True after SILENCE_S without its turn or a byte of LM Studio's.  Raises TimeoutError."""
-        if not self._sent:
-            if not self._take_turn(self.SILENCE_S):
-                return True
-            self._sent = self._gateway.upstream.send(self._call)
-        limit_s = self._call.timeout_s or math.inf
-        wait_s = min(self.SILENCE_S, limit_s - self._silent_s)
-        if self._answer and self._answer.ready or self._call.wait(wait_s):
-            self._silent_s = 0.0
-            return False
-        self._silent_s += wait_s
-        if self._silent_s >= limit_s:
-            raise TimeoutError
-        return True
 
     # --- the end
 
     def close(self):
         """The client has all, or wants no more."""
-        if not self.over:
+        if not self._over:
             self._fail(ClientLeft())
 
     def _finish(self):
@@ -7714,19 +7744,17 @@ class Forward:
         return held
 
     def _fail(self, error):
-        """It ends in error; _cause is to be raised for it.  Gives bytes that were held back."""
+        """It ends in error; the cause is to be raised for it.  Gives bytes that were held back."""
         if isinstance(error, BROKEN):
             error = upstream_error(error, self._timeout_option, self._answer is not None)
-        cause = self._cause = self._cause or error
+        cause = self.cause = self.cause or error
         held = self._meter.end() if self._meter else b""
         if isinstance(cause, ClientLeft):
             phase = ("before the answer" if self._answer is None else "while the prompt was read"
                      if self._meter and self._meter.stream and self._meter.first is None
                      else "during the answer")
-            if self._gateway.cutting_off:
-                self._end(f"lmgateway stopped {phase}", "gateway_stopped")
-            else:
-                self._end(f"the client left {phase}", "client_disconnected")
+            self._end(*(f"lmgateway stopped {phase}", "gateway_stopped") if self._gateway.cutting_off else
+                      (f"the client left {phase}", "client_disconnected"))
         elif isinstance(cause, HttpError):
             self._end(str(cause), cause.code)
         else:
@@ -7735,47 +7763,74 @@ class Forward:
 
     def _end(self, error, operation):
         """It is over, once: LM Studio's connection is free, the hub and the log are told."""
-        if self.over:
+        if self._over:
             return
-        self.over = True
-        try:
-            self._gateway.watcher.forget(self.request.connection)
-            self._gateway.upstream.done(self._call, self._answer)
-            if self.record:
-                self._end_record(error, operation)
-            elif error:
-                self._log(error, operation, f"{self.request.method} {self.request.path}: {error}")
-        finally:
-            self._gateway.turns.leave(self._turn, self.record)
-
-    def _end_record(self, error, operation):
-        self.request.told = True
-        end_record(self._gateway, self.record,
-                   Outcome(state_after(error, operation), self._answer and self._answer.status, error,
-                           operation, self._meter, getattr(self._cause, "by", None)))
-
-    def _log(self, error, operation, line):
-        left = operation == "client_disconnected" and not self.record
-        log.log(logging.WARNING if error and not left else logging.INFO, "%s", line)
-        self.request.told = True
+        self._over = True
+        self._gateway.watcher.forget(self.request.connection)
+        self._gateway.upstream.done(self._call, self._answer)
+        self.request.told = bool(self._inference or error)
+        if self._inference:
+            self._inference.end(error, operation, self._answer and self._answer.status, self._meter)
+        elif error:
+            log.log(logging.INFO if operation == "client_disconnected" else logging.WARNING, "%s %s: %s",
+                    self.request.method, self.request.path, error)
 
 
-def state_after(error, operation):
-    if error is None:
-        return "done"
-    return "abandoned" if operation in ("client_disconnected", "stopped") else "failed"
+class CommentedForward(Forward):
+    """A Forward whose stream is filled with SSE comments while LM Studio is silent (PREFILL_COMMENTS): every
+    client ignores them, and they keep idle timers awake.
 
+    A client without a byte for SILENCE_S gets a head of ours; a failure after that is told inside the
+    stream."""
 
-def end_record(gateway, record, outcome):
-    """An inference is over: the hub and the log are told."""
-    gateway.inferences.pop(record.id, None)
-    gateway.hub.end(record, outcome)
-    usage, error = record.usage or {}, outcome.error
-    told = "upstream_error" if outcome.operation == "upstream_error" else error    # that can quote a prompt
-    log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
-            record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
-            record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
-            usage.get("completionTokens", "?"), f": {told}" if told else "")
+    SILENCE_S = 5.0  # before each comment
+    alters = True
+
+    _sent: Any = None   # the Answer before its head is there
+    _silent_s = 0.0     # for how long LM Studio has said nothing
+
+    def _respond(self):
+        if self._is_silent():
+            return Response(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")], self)
+        return super()._respond()
+
+    def _open(self):
+        return self._sent.begin()
+
+    def _pieces(self):
+        """Comments until LM Studio speaks, then its answer; if the client has a head of ours, as a stream."""
+        late = self._answer is None
+        while late and self._is_silent():
+            yield self._comment()
+        if late:
+            self._take_head()
+        while self._is_silent():
+            yield self._comment()
+        if not late or self._answer.streams:
+            return (yield from super()._pieces())
+        body = b""
+        for piece in super()._pieces():
+            body += piece[:WHOLE_LIMIT - len(body)]
+        yield stream_event(body, self._anthropic)
+
+    def _comment(self):
+        return self._gateway.hub.comment(self._inference.record)
+
+    def _is_silent(self):
+        """True after SILENCE_S without its turn or a byte of LM Studio's.  Raises TimeoutError."""
+        if not self._sent:
+            if not self._has_turn(self.SILENCE_S):
+                return True
+            self._sent = self._gateway.upstream.send(self._call)
+        limit_s = self._call.timeout_s or math.inf
+        wait_s = min(self.SILENCE_S, limit_s - self._silent_s)
+        if self._answer and self._answer.ready or self._call.wait(wait_s):
+            self._silent_s = 0.0
+            return False
+        self._silent_s += wait_s
+        if self._silent_s >= limit_s:
+            raise TimeoutError
+        return True
 
 
 def stream_event(body, anthropic):
@@ -8227,12 +8282,10 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 
 FIRST_LIMIT = 4096  # bytes of a client's first message
 PARTING_S = 0.5  # for the other side's close frame once one side has sent its own
-SETTLE_S = 0.25  # fragments wait at most so long to be read, and a stop to be noticed
-SETTLE_COUNT = 64  # fragments that wait at most
 UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read,
 UNSAID_LIMIT = 64  # and beyond so many packets of ours that wait for the end of a message of LM Studio's
 REFUSALS_KEPT = 1000  # of calls whose later messages must not go on either
-READ, WRITE, GONE = 1, 4, 8 | 16 | getattr(select, "POLLRDHUP", 0)  # of poll(2)
+READ, WRITE = 1, 4  # of poll(2)
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 OPERATIONS = {1001: "gateway_stopped", 1008: "key_revoked", 1011: "upstream_reset"}  # by close code
 KEY_REMEDY = ("this gateway asks for a key: give a client that takes a token (apiToken, LM_API_TOKEN) one of "
@@ -8272,30 +8325,37 @@ def key_in(first):
 
 
 class Prediction:
-    """One inference over a socket, from its call to its end: a record, and the meter that its end asks.
+    """One inference over a socket, from its call to its end, and the meter that its end asks: LM Studio's own
+    figures come with the result, and what is counted here is for an end without one."""
 
-    LM Studio's own figures come with the result: what was measured here is for an end without one."""
+    first = last = None
 
-    dialect, first, last = SOCKET, None, None
-
-    def __init__(self, gateway, **about):
-        self._gateway = gateway
-        self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), **about)
-        self.usage, self.pieces = Usage(), 0
-        self._begun = None  # clock of the first token
-        self._told = -math.inf  # clock when listeners heard of its tokens
-        self.cancelled = self.over = False  # cancelled: by the client
+    def __init__(self, talk, kind, body, message):
+        """Raises HttpError if it is not let in."""
+        self.request, self._hub, self.bell, self.kind = talk.request, talk.gateway.hub, lambda: talk.bell, kind
         self.cause: Any = None  # the HttpError with which it was stopped
-        gateway.inferences[self.record.id] = self
-        gateway.hub.begin(self.record)
+        self.cancelled = False  # by the client
+        self.usage, self.pieces, self._begun = Usage(), 0, None     # begun: clock of the first token
+        endpoint = body["endpoint"]
+        self.dialect = METERED[talk.namespace, kind, endpoint]
+        asked = member(body, "parameter" if kind == "rpcCall" else "creationParameter")
+        path, messages = f"/{talk.namespace}/{endpoint}", member(asked, "history").get("messages")
+        self.inference = Inference(
+            talk.gateway, self, method="GET", path=path, target=path, dialect=self.dialect.name,
+            stream=kind == "channelCreate", messages=len(messages) if isinstance(messages, list) else None,
+            model_asked=model_named(member(asked, "modelSpecifier"), talk.gateway.instances),
+            size=None if has_files(listed(messages)) else text_size([messages, asked.get("rawPrompt")]),
+            tools=b'"llm.prediction.tools"' in message.payload)
+        self.held = message.raw if self.inference.turn.bell else b""    # while it waits for its turn
 
     def stop(self, cause):
         """Any thread.  Ends it, unless it is over, with an HttpError of which the client is told."""
         self.cause = self.cause or cause
+        self.bell().set()
 
-    def take(self, kind, body, now):
+    def take(self, body, now):
         """Learn from a message of LM Studio's that answers it."""
-        content = member(body, "message")
+        kind, content = body.get("type"), member(body, "message")
         if kind == "channelSend":
             learn = PACKETS.get(str(content.get("type")))
             if learn:
@@ -8309,14 +8369,12 @@ class Prediction:
             self.end("LM Studio closed the channel without a result", "upstream_error")
 
     def on_fragment(self, content, now):
-        self.pieces += count(member(content, "fragment"), "tokensCount", default=1)
-        self.on_token(content, now)
+        self.generated(count(member(content, "fragment"), "tokensCount", default=1), now)
 
-    def on_token(self, content, now):
-        self._begun = self._begun or now
-        if now - self._told >= COUNT_S:
-            self._told = now
-            self._gateway.hub.generated(self.record, self.pieces, self._begun)
+    def generated(self, tokens, now):
+        """So many tokens more, at the clock reading now."""
+        self.pieces, self._begun = self.pieces + tokens, self._begun or now
+        self.inference.generated(self.pieces, self._begun, now)
 
     def on_progress(self, content, now):
         """How much of the prompt has been read; what of it came from the cache is said nowhere else."""
@@ -8329,186 +8387,180 @@ class Prediction:
                 "reused": cached, "total": total, "percentage": round(100 * cached / total, 2)}))
         if read is not None:
             events.append(Event("lmstudio_prompt_progress", {"progress": round(100 * min(read, 1), 2)}))
-        self._gateway.hub.learned(self.record, events)
+        self._hub.learned(self.inference.record, events)
 
     def on_success(self, content, now):
-        stats, usage = member(content, "stats"), self.usage
-        usage.prompt, usage.completion, usage.total = (count(stats, name) for name in (
-            "promptTokensCount", "predictedTokensCount", "totalTokensCount"))
-        speed, first_s = usable(stats.get("tokensPerSecond")), usable(stats.get("timeToFirstTokenSec"))
-        usage.speed, usage.first_ms = speed and round(speed, 2), first_s and round(1000 * first_s, 1)
-        usage.finish = name_of(stats.get("stopReason"))
-        usage.model = name_of(member(content, "modelInfo").get("identifier"))
+        figures = figures_as_v0(member(content, "stats"))
+        self.usage.take({**figures, "model": member(content, "modelInfo").get("identifier")})
+        drafts = count(figures["stats"], "total_draft_tokens_count")
+        if drafts:
+            self._hub.learned(self.inference.record, [Event("lmstudio_prediction_stats", {
+                "draftTokens": drafts,
+                "acceptedDraftTokens": count(figures["stats"], "accepted_draft_tokens_count")})])
         self.pieces = 0  # estimates are for what has no figures
-        if usage.finish == "userStopped":
-            self.cancelled = True
-            self.end("the client cancelled it", "client_disconnected")
-        else:
-            self.end()
+        self.cancelled = self.usage.finish == "userStopped"
+        self.end("the client cancelled it" if self.cancelled else None)
 
     def end(self, error=None, operation=None):
         """It is over, in whatever way.  Later calls do nothing."""
-        if self.over:
-            return
-        self.over = True
-        self._gateway.inferences.pop(self.record.id, None)
         if self.cause:
             error, operation = str(self.cause), self.cause.code
         elif error and self.cancelled:
             error, operation = "the client cancelled it", "client_disconnected"
-        end_record(self._gateway, self.record, Outcome(state_after(error, operation), None if error else 200,
-                                                       error, operation, self))
+        self.inference.end(error, operation, None if error else 200, self)
 
 
 PACKETS: dict[str, Callable] = {  # of a prediction's channel
     "fragment": Prediction.on_fragment, "promptProcessingProgress": Prediction.on_progress,
-    "success": Prediction.on_success, "toolCallGenerationStart": Prediction.on_token,
-    "toolCallGenerationArgumentFragmentGenerated": Prediction.on_token}
+    "success": Prediction.on_success,
+    "toolCallGenerationStart": lambda prediction, content, now: prediction.generated(0, now),
+    "toolCallGenerationArgumentFragmentGenerated": lambda prediction, content, now: prediction.generated(0, now)}
 
 
 class Conversation:
-    """What is said over one socket: which calls may go on, and what they cost."""
+    """What is said over one socket: which calls may go on, and when, and what they cost."""
 
-    def __init__(self, gateway, request):
-        self._gateway, self._request, self._namespace = gateway, request, request.path[1:]
+    def __init__(self, gateway, request, bell):
+        self.gateway, self.request, self.bell, self.namespace = gateway, request, bell, request.path[1:]
         self.running = {}  # (name of the id, id) -> Prediction
         self._refused: dict = {}  # ids of calls that LM Studio never heard of, in the same form
-        self._later: list[bytes] = []  # fragments that the client has and that are not read yet
-        self._settled = -math.inf  # clock when they were read last
         self.words: list[bytes] = []  # packets of ours for the client
+
+    @property
+    def held(self):
+        """Bytes of calls that wait for their turn."""
+        return sum(len(prediction.held) for prediction in self.running.values())
 
     def check_key(self):
         """Raises FrameError when the client's key is no longer what it was."""
-        if self._gateway.access.recognize(self._request) != self._request.identity:
+        if self.gateway.access.recognize(self.request) != self.request.identity:
             raise FrameError(1008, "the key was revoked or has other rights now")
 
     def admits(self, message):
-        """True when a client's message may go on to LM Studio.  Raises FrameError for one that cannot be
+        """True when a client's message may go on to LM Studio now.  Raises FrameError for one that cannot be
         judged: what this program cannot read LM Studio may."""
         self.check_key()
-        text, rights = message.payload, self._request.identity.rights
+        text = message.payload
         if message.opcode == BINARY:    # LM Studio reads it as text
             text = str(text, "utf-8", "replace").encode()
         body = json_object(text)
-        if body is None and "admin" not in rights:
+        if body is None and "admin" not in self.request.identity.rights:
             raise FrameError(1008, "a message that is no JSON object")
         kind = str((body or {}).get("type"))
         if kind in OPENERS:
-            return self._opens(kind, body, rights)
+            return self._opens(kind, body, message)
         return kind not in FOLLOWERS or self._follows(kind, body)
 
-    def _opens(self, kind, body, rights):
-        (name, refusal), endpoint = OPENERS[kind], str(body.get("endpoint"))
-        number = id_of(body, name)
-        if number is None or kind == "rpcCall" and (name, number) in self.running:
+    def _opens(self, kind, body, message):
+        name, endpoint = OPENERS[kind][0], str(body.get("endpoint"))
+        key = name, id_of(body, name)
+        before, metered = self.running.get(key), (self.namespace, kind, endpoint) in METERED
+        if key[1] is None or before and (kind == "rpcCall" or before.held):
             return False    # LM Studio drops such a call, too
-        right = RIGHT_OF.get((self._namespace, endpoint), "admin")
-        if not rights & {right, "admin"}:
-            remember(self._refused, (name, number), True, REFUSALS_KEPT)
-            title = f"{bounded_text(endpoint, 60)}: {right_missing(self._request.identity, right)}"
-            self.words.append(packet(type=refusal, **{name: number}, error={"title": title}))
+        try:
+            right = RIGHT_OF.get((self.namespace, endpoint), "admin")
+            if not self.request.identity.rights & {right, "admin"}:
+                raise right_missing(self.request.identity, right)
+            self._refused.pop(key, None)
+            if metered and not before:
+                self.running[key] = Prediction(self, kind, body, message)
+                self.running[key].inference.begin()
+                return not self.running[key].held
+            return True
+        except HttpError as error:
+            self.gateway.hub.reject(error.code)
+            remember(self._refused, key, True, REFUSALS_KEPT)
+            self._refuse(kind, key[1], f"{bounded_text(endpoint, 60)}: {error}")
             return False
-        self._refused.pop((name, number), None)
-        if (self._namespace, kind, endpoint) in METERED and (name, number) not in self.running:
-            self.running[name, number] = self._prediction(kind, endpoint, body)
-        return True
 
-    def _prediction(self, kind, endpoint, body):
-        asked = member(body, "parameter" if kind == "rpcCall" else "creationParameter")
-        request = self._request
-        messages = member(asked, "history").get("messages")
-        path = f"/{self._namespace}/{endpoint}"
-        return Prediction(self._gateway, method="GET", path=path, target=path, dialect=SOCKET.name,
-                          client=request.client, key=request.identity.name,
-                          agent=request.header("user-agent")[:200] or None, stream=kind == "channelCreate",
-                          model_asked=model_named(member(asked, "modelSpecifier"), self._gateway.instances),
-                          messages=len(messages) if isinstance(messages, list) else None)
+    def _refuse(self, kind, number, title):
+        name, refusal = OPENERS[kind]
+        self.words.append(packet(type=refusal, **{name: number}, error={"title": title}))
 
     def _follows(self, kind, body):
         key = FOLLOWERS[kind], id_of(body, FOLLOWERS[kind])
         prediction = self.running.get(key)
         if prediction and member(body, "message").get("type") == "cancel":
             prediction.cancelled = True
-        return key not in self._refused
+            if prediction.held:
+                self._drop(key, "it was cancelled while it waited for its turn")
+                return False
+        return key not in self._refused and not (prediction and prediction.held)
+
+    def _drop(self, key, title):
+        """A call ends here; its client is told why."""
+        prediction = self.running.pop(key)
+        prediction.end(title)
+        self._refuse(prediction.kind, key[1], title)
+
+    def tend(self):
+        """Frames for LM Studio: of the calls whose turn has come, and to cancel those that somebody has
+        stopped."""
+        frames = []
+        for key, prediction in list(self.running.items()):
+            if prediction.cause:
+                self._drop(key, str(prediction.cause))
+                if not prediction.held and prediction.kind == "channelCreate":
+                    frames.append(packet(secrets.token_bytes(4), type="channelSend", channelId=key[1],
+                                         message={"type": "cancel"}))
+            elif prediction.held and prediction.inference.turn.began is not None:
+                frames.append(prediction.held)
+                prediction.held = b""
+                prediction.inference.go()
+        return frames
 
     def heard(self, messages, now):
         """LM Studio's messages, before the client has them: a client may leave the moment it has the last."""
         for message in messages:
-            if FRAGMENT.match(message.payload):
-                self._later.append(message.payload)
+            fragment = FRAGMENT.match(message.payload)
+            if fragment:
+                prediction = self.running.get(("channelId", int(fragment[1])))
+                if prediction:
+                    prediction.generated(int(fragment[2]), now)
             elif message.opcode in (TEXT, BINARY):
-                self.settle(now)
                 self._take(json_object(message.payload) or {}, now)
-        if self._later and (now - self._settled >= SETTLE_S or len(self._later) >= SETTLE_COUNT):
-            self.settle(now)
-
-    def settle(self, now):
-        """Read the fragments that wait, at once: one by one they cost twice as much."""
-        later, self._later, self._settled = self._later, [], now
-        if later and self.running:
-            whole = json_object(b'{"all":[' + b",".join(later) + b"]}")
-            for body in listed(whole["all"]) if whole else [json_object(text) or {} for text in later]:
-                self._take(body, now)
 
     def _take(self, body, now):
-        kind = body.get("type")
         name = "callId" if "callId" in body else "channelId"
         key = name, id_of(body, name)
         prediction = self.running.get(key)
         if prediction:
-            prediction.take(kind, body, now)
-            if prediction.over:
+            prediction.take(body, now)
+            if prediction.inference.over:
                 del self.running[key]
         for reference, model in named_instances(body):
-            remember(self._gateway.instances, reference, model)
-
-    def stop(self):
-        """What somebody has stopped ends: packets for LM Studio that cancel it; its client hears in words."""
-        cancels = []
-        for (name, number), prediction in list(self.running.items()):
-            if prediction.cause:
-                prediction.end()
-                del self.running[name, number]
-                self.words.append(packet(type="rpcError" if name == "callId" else "channelError",
-                                         **{name: number}, error={"title": str(prediction.cause)}))
-                if name == "channelId":
-                    cancels.append(packet(secrets.token_bytes(4), type="channelSend", channelId=number,
-                                          message={"type": "cancel"}))
-        return cancels
+            remember(self.gateway.instances, reference, model)
 
     def end(self, error, operation):
-        """The socket is over, and with it all that runs."""
-        self.settle(time.monotonic())
-        for prediction in self.running.values():
-            prediction.end(error, operation)
-        self.running.clear()
+        """The socket is over, and with it all that runs or waits."""
+        with contextlib.ExitStack() as stack:   # each of them, whatever becomes of another
+            while self.running:
+                stack.callback(self.running.popitem()[1].end, error, operation)
 
 
-def name_of(value):
-    """A name in a message, as it is kept; None for none."""
-    return bounded_text(value) if value and isinstance(value, str) else None
+class Bell:
+    """Wakes the thread of a tunnel.  Any thread may ring, also when nobody waits."""
 
+    def __init__(self):
+        self.sock, self._rope = socket.socketpair()
+        for end in (self.sock, self._rope):
+            end.setblocking(False)
 
-def model_named(specifier, instances):
-    """The model that a specifier means, as it was asked for; None for any."""
-    reference, query = name_of(specifier.get("instanceReference")), member(specifier, "query")
-    return instances.get(reference) or name_of(query.get("identifier")) or name_of(query.get("path"))
+    def set(self):
+        with contextlib.suppress(OSError):  # it rings already, or there is nobody left
+            self._rope.send(b"!")
 
-
-def named_instances(body):
-    """[(instance reference, identifier)] of the models that a message of LM Studio's describes."""
-    result, content = body.get("result"), member(body, "message")
-    rows = [*(result if isinstance(result, list) else [result]), content.get("info"),
-            content.get("modelInfo")]
-    found = [(name_of(row.get("instanceReference")), name_of(row.get("identifier"))) for row in listed(rows)]
-    return [(reference, model) for reference, model in found if reference and model]
+    def close(self):
+        self.sock.close()
+        self._rope.close()
 
 
 class Side:
     """One of a tunnel's two connections, read and written without waiting."""
 
-    def __init__(self, sock):
-        self.sock, self.pending = sock, bytearray()     # pending: what it has not taken
+    def __init__(self, sock, frames):
+        self.sock, self.frames = sock, frames
+        self.pending = bytearray()  # what it has not taken
 
     def receive(self):
         """What has come: None for nothing, b"" for the end."""
@@ -8534,28 +8586,19 @@ class Side:
             self.pending += data[sent:]
 
 
-class Poll:
-    """Waits for several sockets: poll(2), select(2) where there is none."""
-
-    def __init__(self):
-        self._poll = select.poll() if hasattr(select, "poll") else None
-        self._wanted: dict = {}
-        self._socks: dict = {}
-
-    def wait(self, wanted, timeout_s):
-        """{socket: what happened} within timeout_s, None for ever; wanted: {socket: READ, WRITE, GONE}."""
-        if self._poll is None:
-            reads, writes, _ = select.select([sock for sock in wanted if wanted[sock] & READ],
-                                             [sock for sock in wanted if wanted[sock] & WRITE], [], timeout_s)
-            return {sock: (sock in reads) * READ | (sock in writes) * WRITE for sock in {*reads, *writes}}
-        if wanted != self._wanted:
-            for sock in self._wanted:
-                self._poll.unregister(sock)
-            for sock, mask in wanted.items():
-                self._poll.register(sock, mask)
-            self._wanted, self._socks = wanted, {sock.fileno(): sock for sock in wanted}
-        found = self._poll.poll(None if timeout_s is None else math.ceil(1000 * max(0.0, timeout_s)))
-        return {self._socks[number]: mask for number, mask in found}
+def ready_sockets(wanted, timeout_s):
+    """The set of sockets that can be read or written, or have ended, within timeout_s, None for ever; wanted:
+    {socket: READ, WRITE, both or 0}."""
+    if not hasattr(select, "poll"):
+        reads, writes, _ = select.select([sock for sock in wanted if wanted[sock] & READ],
+                                         [sock for sock in wanted if wanted[sock] & WRITE], [], timeout_s)
+        return {*reads, *writes}
+    look, socks = select.poll(), {}
+    for sock, mask in wanted.items():
+        if mask:
+            socks[sock.fileno()] = sock
+            look.register(sock, mask)
+    return {socks[number] for number, _ in look.poll(None if timeout_s is None else math.ceil(1000 * timeout_s))}
 
 
 class Tunnel:
@@ -8563,24 +8606,24 @@ class Tunnel:
     not taken holds up the other.  TLS would not bear two threads (SSL_read(3) beside SSL_write(3))."""
 
     def __init__(self, gateway, request, studio, early):
-        self._gateway, self._request = gateway, request
-        self.client, self.studio = Side(request.connection), Side(studio)
-        self._up, self._down = Frames(True, FIRST_LIMIT), Frames(False, WHOLE_LIMIT)
+        self._gateway, self._request, self._bell = gateway, request, Bell()
+        self.client = Side(request.connection, Frames(True, FIRST_LIMIT))
+        self.studio = Side(studio, Frames(False, LONGEST_MESSAGE))
         self._early = early  # bytes of LM Studio's that came with its 101
-        self.talk = Conversation(gateway, request)
-        self._poll = Poll()
-        self._memory, self._held = BodyMemory(0), 0     # held: bytes of a message that it counts
-        self._deaf = False  # the client is read no more
+        self.talk = Conversation(gateway, request, self._bell)
+        self._memory, self._held = BodyMemory(0), 0     # held: bytes of messages that it counts
+        self._dismissed = False     # the client has left, or is to go
+        self._said_goodbye = False  # the client is read no more
         self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
 
     # --- who is there
 
     def admit(self, early):
         """Take the client's first message, early the bytes of it that are there, and give LM Studio one of
-        ours.  True once LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
+        ours, until LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
         request = self._request
         try:
-            first, calls = first_message(self.client.sock, self._up, early)
+            first, calls = first_message(self.client.sock, self.client.frames, early)
         except TIMEOUTS:
             raise HttpError(408, "authentication_timeout", "authentication timed out") from None
         said = json_object(first.payload) or {}
@@ -8593,14 +8636,14 @@ class Tunnel:
         who = [request.identity.name, said.get("clientIdentifier"), said.get("clientPasskey")]
         try:
             self.studio.sock.sendall(self._gateway.upstream.introduction(json.dumps(who)))
-            answer, news = first_message(self.studio.sock, self._down, self._early)
+            answer, news = first_message(self.studio.sock, self.studio.frames, self._early)
         except (ClientLeft, FrameError, OSError):
             raise FrameError(1011, "LM Studio let nobody in") from None
         said = json_object(answer.payload) or {}
         if said.get("success") is not True:
             raise HttpError(403, "upstream_refused", str(said.get("error") or "LM Studio let nobody in"))
         self.client.sock.sendall(b"".join(message.raw for message in (answer, *news)))
-        self._up.limit = self._gateway.config.max_body
+        self.client.frames.limit = self._gateway.config.max_body
         for side in (self.client, self.studio):
             side.sock.setblocking(False)
         self._pass_on(calls)
@@ -8615,83 +8658,80 @@ class Tunnel:
 
     def run(self, connection, memory):
         """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
-        self._memory = memory
+        self._memory, talk = memory, self.talk
         self._gateway.watcher.watch(self.client.sock, self.dismiss)
-        self._say()
         while time.monotonic() < self._parting:
-            connection.state = WORKING if self.talk.running else TUNNELLING
-            if self._gateway.stopping and not self.talk.running:
+            connection.state = WORKING if talk.running else TUNNELLING
+            if self._gateway.stopping and not talk.running:
                 raise FrameError(1001, "lmgateway stops")
             self._step()
 
     def dismiss(self):
         """Any thread.  The client has left, or is to go."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.client.sock, socket.SHUT_RD)
+        self._dismissed = True
+        self._bell.set()
 
     def _step(self):
         client, studio, talk = self.client, self.studio, self.talk
-        reads = not (self._deaf or studio.pending or len(client.pending) > UNREAD_LIMIT
+        while talk.words and studio.frames.between:     # ours stand between two messages of LM Studio's
+            client.send(talk.words.pop(0))
+        reads = not (self._said_goodbye or studio.pending or len(client.pending) > UNREAD_LIMIT
                      or len(talk.words) > UNSAID_LIMIT)
-        wanted = {client.sock: (0 if self._deaf else GONE) | READ * reads | WRITE * bool(client.pending),
-                  studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)}
-        left_s = SETTLE_S if talk.running else None
-        if self._parting < math.inf:
-            left_s = self._parting - time.monotonic()
-        happened = self._poll.wait({sock: mask for sock, mask in wanted.items() if mask}, left_s)
-        now = time.monotonic()
+        found = ready_sockets({
+            self._bell.sock: READ, client.sock: READ * reads | WRITE * bool(client.pending),
+            studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)},
+            max(0.0, self._parting - time.monotonic()) if self._parting < math.inf else None)
         client.send()
         self._to_studio()
-        if happened.get(studio.sock, 0) & ~WRITE:
-            self._from_studio(now)
-        elif talk.running and not happened:
-            talk.settle(now)
-        if happened.get(client.sock, 0) & ~WRITE and not self._deaf:
-            self._from_client(reads)
-        for cancel in talk.stop():
-            self._to_studio(cancel)
-        self._say()
+        if self._bell.sock in found:
+            self._bell.sock.recv(PIECE)
+            self._wake()
+        if studio.sock in found:
+            self._from_studio(time.monotonic())
+        if client.sock in found and reads:
+            self._from_client()
+        self._weigh()
+
+    def _wake(self):
+        """Another thread has rung."""
+        if self._dismissed and not self._gateway.stopping:
+            self.talk.check_key()
+            raise ClientLeft
+        for data in self.talk.tend():
+            self._to_studio(data)
 
     def _from_studio(self, now):
         data = self.studio.receive()
         if data is None:
             return
         try:
-            messages = self._down.feed(data)
+            messages = self.studio.frames.feed(data)
         except FrameError as fault:
             raise FrameError(1011, f"LM Studio sent {fault}") from None
-        if not data:
-            self._end_of_studio()
+        if not data and self._parting == math.inf:
+            raise FrameError(1011, "LM Studio closed the connection")
         self.talk.heard(messages, now)
         self.client.send(data)
-        if messages and messages[-1].opcode == CLOSE:
+        if not data or messages and messages[-1].opcode == CLOSE:
             self._closes()
 
-    def _end_of_studio(self):
-        if self._parting == math.inf:
-            raise FrameError(1011, "LM Studio closed the connection")
-        self._parting = 0.0
-
-    def _from_client(self, reads):
-        data = self.client.receive() if reads else b""
+    def _from_client(self):
+        data = self.client.receive()
         if data:
-            messages = self._up.feed(data)
-            self._weigh(self._up.held)
-            self._pass_on(messages)
+            self._pass_on(self.client.frames.feed(data))
         elif data is not None:
-            self.talk.check_key()
-            if not self._gateway.stopping:
-                raise ClientLeft
-            self._deaf = True
+            raise ClientLeft
 
-    def _weigh(self, held):
-        """What has come of a message counts in the budget of all bodies."""
-        more, self._held = held - self._held, held
-        try:
-            self._memory.take(more)
-        except HttpError as error:
-            self._held -= more
-            raise FrameError(1009, str(error)) from None
+    def _weigh(self):
+        """What is held of a client's messages counts in the budget of all bodies."""
+        held = self.client.frames.held + self.talk.held
+        more = held - self._held
+        if more:
+            try:
+                self._memory.take(more)
+            except HttpError as error:
+                raise FrameError(1009, str(error)) from None
+            self._held = held
 
     def _pass_on(self, messages):
         """A client's messages, to LM Studio or not."""
@@ -8699,7 +8739,7 @@ class Tunnel:
             if message.opcode >= CLOSE or self.talk.admits(message):
                 self._to_studio(message.raw)
             if message.opcode == CLOSE:
-                self._deaf = True
+                self._said_goodbye = True
                 self.talk.end("the client closed the socket", "client_disconnected")
                 return self._closes()
 
@@ -8714,32 +8754,27 @@ class Tunnel:
         both = self._parting < math.inf
         self._parting = 0.0 if both else time.monotonic() + PARTING_S
 
-    def _say(self):
-        """Words of ours, between two messages of LM Studio's."""
-        words = self.talk.words
-        while words and self._down.between:
-            self.client.send(words.pop(0))
-
     # --- the end
 
     def part(self, fault):
         """It is over, for the FrameError, HttpError or ClientLeft given, or because a side has closed."""
         self._gateway.watcher.forget(self.client.sock)
         self._memory.give_back(self._held)
+        close_quietly(self.studio.sock)
         if isinstance(fault, FrameError):
             log.debug("%s %s: closed with %d: %s", self._request.client, self._request.path, fault.code,
                       fault)
-            self.talk.end(str(fault), OPERATIONS.get(fault.code, "protocol_error"))
-            if not self._down.in_frame:
+            why = str(fault), OPERATIONS.get(fault.code, "protocol_error")
+            if not self.studio.frames.rest:
                 self.client.pending += frame(CLOSE, fault.code.to_bytes(2, "big")
                                              + str(fault).encode()[:LONGEST_CONTROL - 2])
         elif self._gateway.cutting_off:
-            self.talk.end("lmgateway stopped during the answer", "gateway_stopped")
-        elif fault:
-            self.talk.end("the client left", "client_disconnected")
+            why = "lmgateway stopped during the answer", "gateway_stopped"
         else:
-            self.talk.end("LM Studio closed the socket", "upstream_reset")
-        close_quietly(self.studio.sock)
+            why = ("the client left", "client_disconnected") if fault else (
+                "LM Studio closed the socket", "upstream_reset")
+        self.talk.end(*why)
+        self._bell.close()
         with contextlib.suppress(OSError):
             self.client.sock.settimeout(PARTING_S)
             self.client.sock.sendall(self.client.pending)

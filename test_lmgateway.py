@@ -1172,14 +1172,11 @@ def test_faulty_frames_have_their_close_code(code, faulty):
         assert fault.value.code == code
 
 
-def test_a_servers_frame_has_no_mask_and_one_too_long_to_keep_is_passed_over():
-    with pytest.raises(lmgateway.FrameError):
-        lmgateway.Frames(False, 99).feed(lmgateway.frame(1, b"x", MASK))
-    long, small = lmgateway.frame(1, b"x" * 70_000), lmgateway.frame(1, b"{}")
-    for size in (1, 1000, 100_000):
-        frames = lmgateway.Frames(False, 99)
-        assert [message.payload for message in fed(frames, long + small, size)] == [b"", b"{}"]
-        assert frames.between
+@pytest.mark.parametrize(("code", "data"), [(1002, lmgateway.frame(1, b"x", MASK)), (1009, b"\x81\x7e\x03\xe9")])
+def test_a_servers_frame_has_no_mask_and_a_limit_too(code, data):
+    with pytest.raises(lmgateway.FrameError) as fault:
+        lmgateway.Frames(False, 1000).feed(data)
+    assert fault.value.code == code
 
 
 @pytest.mark.parametrize(("value", "found"), [
@@ -4915,7 +4912,7 @@ def test_who_left_is_seen_on_every_system(monkeypatch, system, row):
 
 @pytest.fixture
 def impatient(fronts, monkeypatch):
-    monkeypatch.setattr(lmgateway.Forward, "SILENCE_S", 0.02)
+    monkeypatch.setattr(lmgateway.CommentedForward, "SILENCE_S", 0.02)
     return fronts(prefill_comments=True)
 
 
@@ -4993,7 +4990,7 @@ def test_a_fault_of_ours_does_not_leave_a_client_with_comments_for_ever(impatien
     go = threading.Event()
     monkeypatch.setattr(lmgateway.Meter, "feed", fail)
     if not late:
-        monkeypatch.setattr(lmgateway.Forward, "SILENCE_S", float(PATIENCE_S))
+        monkeypatch.setattr(lmgateway.CommentedForward, "SILENCE_S", float(PATIENCE_S))
         go.set()
     studio.script = lambda peer: (go.wait(PATIENCE_S), peer.send(STREAM_HEAD, framed(*CHAT_STREAM)))
     with dial(impatient.port) as sock:
@@ -5006,7 +5003,7 @@ def test_a_fault_of_ours_does_not_leave_a_client_with_comments_for_ever(impatien
 
 
 def test_without_the_option_no_comment_is_sent(fronts, studio, monkeypatch):
-    monkeypatch.setattr(lmgateway.Forward, "SILENCE_S", 0.02)
+    monkeypatch.setattr(lmgateway.CommentedForward, "SILENCE_S", 0.02)
     go = threading.Event()
     studio.script = lambda peer: (peer.send(STREAM_HEAD), go.wait(0.1), peer.send(framed(*CHAT_STREAM)))
     assert b": waiting" not in talk(fronts().port, request("POST /v1/chat/completions", b'{"stream":true}'))
@@ -6926,6 +6923,26 @@ def test_a_prediction_is_a_request_like_any_other(front, joined):
     assert front.events(mark, "error", count=0) == []
 
 
+def test_tokens_are_counted_however_their_fragments_are_written_and_drafts_as_lm_studio_says(front, joined):
+    client, studio = joined()
+    client.say(channel("predict"))
+    studio.hear()
+    (inference,) = front.gateway.inferences.values()
+    odd = {"type": "channelSend", "message": {"fragment": {"tokensCount": 3, "content": "x"}, "type": "fragment"}, "channelId": 1}
+    for said in (fragment(tokens=2), odd, fragment(2), sent(type="fragment", fragment={
+            "content": '","tokensCount":50,\\', "tokensCount": 1, "isStructural": False})):
+        studio.say(said)
+        assert client.hear() == said
+    inference._due = 0
+    studio.say(fragment())
+    client.hear()
+    assert front.hub.shown()[0]["progress"]["outputTokens"] == 7
+    studio.say(success(totalDraftTokensCount=8, acceptedDraftTokensCount=6))
+    front.events(0, "inference_complete")
+    row = front.hub.shown()[0]
+    assert (row["draftTokens"], row["acceptedDraftTokens"]) == (8, 6)
+
+
 def test_a_result_without_figures_has_none(front, joined):
     client, studio = joined()
     mark = front.hub.last
@@ -7035,7 +7052,8 @@ def test_a_message_that_is_coming_counts_in_the_budget_of_all_bodies(fronts, joi
     client.sock.sendall(data[:800_000])
     until(lambda: front.server.memory.used == 800_000)
     client.sock.sendall(data[800_000:])
-    assert studio.hear() and front.server.memory.used == 0
+    assert studio.hear()
+    until(lambda: front.server.memory.used == 0)
     client.sock.sendall(lmgateway.frame(1, b'{"x":"' + b"a" * 1_100_000 + b'"}', MASK)[:1_050_000])
     assert client.closed() == 1009
     client.sock.close()
@@ -7052,6 +7070,102 @@ def test_a_prediction_can_be_stopped_by_somebody_else(front, joined):
     assert client.hear() == {"type": "channelError", "channelId": 3, "error": {"title": "stopped by ben"}}
     assert studio.hear() == sent(3, type="cancel")
     assert front.events(mark, "error")[0]["operation"] == "stopped"
+
+
+@pytest.fixture
+def waiting(fronts, joined):
+    """(gateway, a socket with the prediction that runs, one with the prediction 7 that waits for its turn)."""
+    front = fronts(max_running=1)
+    busy, queued = joined("/llm", front), joined("/llm", front)
+    busy[0].say(channel("predict", **BY_NAME))
+    busy[1].hear()
+    queued[0].say(channel("predict", 7, **BY_NAME))
+    until(lambda: [row["position"] for row in front.hub.shown() if row["state"] == "queued"] == [1])
+    yield front, busy, queued
+    for client, _ in (busy, queued):
+        client.sock.close()
+    until(lambda: not front.gateway.inferences)
+    assert not front.gateway.turns._scheduler._lines
+
+
+def test_a_call_waits_for_its_turn_and_its_socket_for_nothing(waiting):
+    front, (_, studio), (client, own) = waiting
+    for said in ({"type": "keepAlive"}, call("listLoaded", 7)):
+        client.say(said)
+        assert own.hear() == said
+    for said in (channel("predict", 7), sent(7, type="?"), {"type": "keepAlive"}):   # of the call that waits: no word
+        client.say(said)
+    assert own.hear() == {"type": "keepAlive"}
+    assert len(front.events(0, "inference_start", count=2)) == 2
+    studio.say(success())
+    assert own.hear() == channel("predict", 7, **BY_NAME)
+    own.say(success(7))
+    assert client.hear() == success(7)
+    row = front.hub.shown()[0]
+    assert row["state"] == "done" and row["queuedMs"] > 0
+
+
+def closes(front, client):
+    client.sock.close()
+
+
+def cancels_early(front, client):
+    client.say(sent(7, type="cancel"))
+    assert client.hear() == {"type": "channelError", "channelId": 7, "error": {
+        "title": "it was cancelled while it waited for its turn"}}
+
+
+def stops_it(front, client):
+    (inference,) = [one for one in front.gateway.inferences.values() if one.turn.bell]
+    inference.stop(lmgateway.Stopped("ben"))
+    assert client.hear()["error"]["title"].startswith("stopped by ben")
+
+
+@pytest.mark.parametrize(("ends", "operation"), [
+    (closes, "client_disconnected"), (cancels_early, "client_disconnected"), (stops_it, "stopped")])
+def test_a_call_that_ends_while_it_waits_never_reached_lm_studio(waiting, ends, operation):
+    front, (_, studio), (client, own) = waiting
+    ends(front, client)
+    (error,) = front.events(0, "error")
+    assert (error["operation"], error.get("by")) == (operation, "ben" if ends is stops_it else None)
+    studio.say(success())
+    if ends is not closes:
+        client.say({"type": "keepAlive"})
+        assert own.hear() == {"type": "keepAlive"}
+    else:
+        assert own.closed() == "end"
+
+
+@pytest.mark.parametrize(("flags", "code", "says"), [
+    (("--limits", "rpm=1"), "rate_limit_exceeded", "rpm: 1 of 1 requests in the last minute are used"),
+    (("--models", "q*"), "model_not_allowed", "the key anna may ask q*; m/one is not among them")])
+def test_a_call_beyond_its_keys_limits_is_refused_alone(household, scripted, studio, joined, flags, code, says):
+    home = household(*flags)
+    studio.script = scripted.script
+    for namespace, opens, name, refusal in (("llm", channel("predict", **BY_NAME), "channelId", "channelError"),
+                                            ("embedding", call("embedString", **BY_NAME), "callId", "rpcError")):
+        client, own = joined(f"/key/{home.keys['anna']}/{namespace}", home.front)
+        if code == "rate_limit_exceeded" and namespace == "llm":
+            client.say(opens)
+            assert own.hear() == opens
+        client.say({**opens, name: 9})
+        said = client.hear()
+        assert (said["type"], said[name]) == (refusal, 9) and says in said["error"]["title"]
+        client.say({"type": "keepAlive"})
+        assert own.hear() == {"type": "keepAlive"}
+    assert home.me("anna")["minute"]["requests"] == len(home.rows()) == (code == "rate_limit_exceeded")
+
+
+def test_each_prediction_of_a_socket_gives_its_slot_back_whatever_becomes_of_another(fronts, joined):
+    front = fronts(max_running=2)
+    client, studio = joined("/llm", front)
+    for number in range(2):
+        client.say(channel("predict", number))
+        studio.hear()
+    front.gateway.hub.end = lambda *args: 1 / 0
+    client.sock.close()
+    until(lambda: not front.gateway.turns._scheduler._lines)
+    del front.gateway.hub.end
 
 
 def test_at_the_end_idle_sockets_are_told_and_predictions_may_finish(fronts, joined):
@@ -7458,7 +7572,7 @@ def test_people_behind_a_shared_key(household, headers, body, user):
 
 
 def test_a_waiting_stream_is_told_its_place_in_comments(household, monkeypatch):
-    monkeypatch.setattr(lmgateway.Forward, "SILENCE_S", 0.05)
+    monkeypatch.setattr(lmgateway.CommentedForward, "SILENCE_S", 0.05)
     home = household(max_running=1, prefill_comments=True)
     home.chat("anna")
     until(lambda: len(home.studio.peers) == 1)
