@@ -152,39 +152,50 @@ class Option(NamedTuple):
 
     name: str
     variable: str
-    flag: str | None
     default: Any
     parse: Callable[[str], Any]
     about: str
-    group: str = "Gateway"
-    value: str = "VALUE"  # its placeholder in --help
+    value: str | None = None  # its flag's placeholder in --help; None: it has no flag
+
+    @property
+    def flag(self):
+        """Its flag, None without one."""
+        return None if self.value is None else flag_of(self.name)
 
 
-def text(value):
-    return value
+def flag_of(name):
+    return "--" + name.replace("_", "-")
 
 
-def boolean(value):
-    word = value.strip().lower()
-    if word not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-        raise ValueError("use true or false")
-    return word in ("true", "1", "yes", "on")
+def one_of(*known):
+    """A parser of words, in any case."""
 
-
-def whole(low, high, hint):
-    """A parser of whole numbers from low to high."""
-
-    def parse(value):
-        if not re.fullmatch(r"\s*\d{1,20}\s*", value, re.ASCII) or not low <= int(value) <= high:
-            raise ValueError(hint)
-        return int(value)
+    def parse(text):
+        if text.strip().lower() not in known:
+            raise ValueError(f"use {', '.join(known)}")
+        return text.strip().lower()
 
     return parse
 
 
-def base_url(value):
+def boolean(text):
+    return one_of("true", "false", "yes", "no", "on", "off", "1", "0")(text) in ("true", "yes", "on", "1")
+
+
+def whole(low, high, unit=""):
+    """A parser of whole numbers from low to high."""
+
+    def parse(text):
+        if not re.fullmatch(r"\s*\d{1,20}\s*", text, re.ASCII) or not low <= int(text) <= high:
+            raise ValueError(f"use a number {unit}from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def base_url(text):
     """http://HOST[:PORT], without a path."""
-    parts = urllib.parse.urlsplit(value.strip().rstrip("/"))
+    parts = urllib.parse.urlsplit(text.strip().rstrip("/"))
     try:
         known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
@@ -194,34 +205,22 @@ def base_url(value):
     return f"{parts.scheme}://{parts.netloc}"
 
 
-def folder(value):
+def folder(text):
     """A directory, which need not be there yet."""
-    if os.path.isfile(value):
+    if os.path.isfile(text):
         raise ValueError("that is a file; name LM Studio's server-logs directory")
-    return value
+    return text
 
 
-def header_word(value):
-    if not re.fullmatch(r"[!-~]+", value.strip()):
+def header_word(text):
+    if not re.fullmatch(r"[!-~]+", text.strip()):
         raise ValueError("use printable ASCII without blanks")
-    return value.strip()
+    return text.strip()
 
 
-def level(value):
-    if value.strip().lower() not in LEVELS:
-        raise ValueError("use error, warn, info or debug")
-    return value.strip().lower()
-
-
-def log_source(value):
-    if value.strip().lower() not in ("files", "stream", "auto"):
-        raise ValueError("use files, stream or auto")
-    return value.strip().lower()
-
-
-def networks(value):
+def networks(text):
     """A tuple of networks from addresses and CIDR ranges; None for `*`, which is every address."""
-    parts = [part.strip() for part in value.split(",") if part.strip()]
+    parts = [part.strip() for part in text.split(",") if part.strip()]
     if "*" in parts:
         return None
     try:
@@ -240,15 +239,13 @@ def unmapped(network):
     return ipaddress.ip_network((mapped, network.prefixlen - 96))
 
 
-def api_keys(value):
+def api_keys(text):
     """{name: key} from one key, or from name=key,name=key.  A lone key may end in `=`, one of several without
     a name in the `==` of base64; NAME= is neither."""
     keys: dict[str, str] = {}
-    for part in (part.strip() for part in value.split(",")):
-        if not part:
-            continue
+    for part in filter(None, map(str.strip, text.split(","))):
         name, equals, key = part.partition("=")
-        padded = "=" not in part.rstrip("=") and (part.endswith("==") or "," not in value.strip(" ,"))
+        padded = "=" not in part.rstrip("=") and (part.endswith("==") or "," not in text.strip(" ,"))
         if not equals or padded:
             name, key = ("default" if not keys else f"key{len(keys) + 1}"), part
         if not key.strip("=") or not name.strip():
@@ -261,94 +258,84 @@ def api_keys(value):
     return keys
 
 
-def origins(value):
+def origins(text):
     """Origins as a browser writes them: in lower case, without a path; or `*`."""
-    found = words(value.lower())
+    found = words(text.lower())
     for origin in found:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+", origin):
             raise ValueError("use origins such as https://chat.example,http://localhost:3000, or *")
     return found
 
 
-def words(value):
-    return tuple(word.strip().rstrip("/") for word in value.split(",") if word.strip())
+def words(text):
+    return tuple(word.strip().rstrip("/") for word in text.split(",") if word.strip())
 
 
 LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
-MILLISECONDS = whole(0, 10**9, "use milliseconds, 0 for never")
-
-
-OPTIONS = (
-    Option("upstream", "LMSTUDIO_BASE_URL", "--upstream", "http://127.0.0.1:1234", base_url,
-           "LM Studio's server; its port is found in its settings", value="URL"),
-    Option("host", "GATEWAY_HOST", "--host", "127.0.0.1", text, "address to listen on; 0.0.0.0 for the LAN",
-           value="HOST"),
-    Option("port", "GATEWAY_PORT", "--port", 8001, whole(0, 65535, "use a port from 0 to 65535"),
-           "port to listen on; 0 lets the system choose", value="PORT"),
-    Option("tls_cert", "TLS_CERT", "--tls-cert", None, text, "certificate (PEM), to serve HTTPS",
-           value="FILE"),
-    Option("tls_key", "TLS_KEY", "--tls-key", None, text, "its private key (PEM)", value="FILE"),
-    Option("upstream_token", "UPSTREAM_TOKEN", None, None, header_word,
-           "LM Studio's own API token, where its server asks for one"),
-    Option("max_body", "MAX_BODY_BYTES", None, 256 * 1024 * 1024, whole(1, 10**12, "use a number of bytes"),
-           "largest request body; 413 beyond it"),
-    Option("max_body_memory", "MAX_BODY_MEMORY", None, 512 * 1024 * 1024,
-           whole(1, 10**12, "use a number of bytes"),
-           "bytes that the bodies of all running requests may take together; 503 beyond them"),
-    Option("max_running", "MAX_RUNNING", "--max-running", 0, whole(0, 10000, "use a number from 0 to 10000"),
-           "inferences at once for each model, others wait here; 0: all", value="N"),
-    Option("max_waiting", "MAX_WAITING", None, 100, whole(0, 10000, "use a number from 0 to 10000"),
-           "inferences that may wait for their turn; 429 beyond them"),
-    Option("max_connections", "MAX_CONNECTIONS", None, 512,
-           whole(8, 100000, "use a number from 8 to 100000"),
-           "connections at once; beyond them one that has shown no right key is closed"),
-    Option("prefill_comments", "PREFILL_COMMENTS", None, False, boolean,
-           "tell a streaming client that waits how far its prompt is, in SSE comments"),
-    Option("proxy_timeout", "PROXY_TIMEOUT", None, 600000, MILLISECONDS,
-           "ms without a byte from LM Studio on a plain request; 0 never"),
-    Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", None, 0, MILLISECONDS,
-           "the same for a streaming request"),
-    Option("api_key", "GATEWAY_API_KEY", "--api-key", {}, api_keys,
-           "one key, or several as name=key,name=key; a process list shows it",
-           "Access", "KEY"),
-    Option("keys_file", "KEYS_FILE", "--keys-file", None, text,
-           "minted keys, hashed; in the user's configuration directory if not given",
-           "Access", "FILE"),
-    Option("users_from", "USERS_FROM", "--users-from", (), words,
-           "keys behind which others stand, whom Open WebUI's headers name", "Access", "LIST"),
-    Option("no_auth", "NO_AUTH", "--no-auth", False, boolean, "listen beyond loopback without a key",
-           "Access"),
-    Option("allow", "IP_ALLOWLIST", "--allow", None, networks,
-           "addresses and CIDR ranges that may connect, IPv4 and IPv6", "Access", "LIST"),
-    Option("cors_origins", "CORS_ORIGINS", "--cors-origins", (), origins,
-           "origins whose pages may call, such as https://chat.example, or *", "Access", "LIST"),
-    Option("trusted_proxies", "TRUSTED_PROXIES", None, (), networks,
-           "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed", "Access"),
-    Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", None, False, boolean,
-           "ask for a key on /health and /ready, too", "Access"),
-    Option("requests_kept", "REQUESTS_KEPT", None, 100, whole(1, 100000, "use a number from 1 to 100000"),
-           "finished requests that /debug/requests keeps"),
-    Option("history", "HISTORY_FILE", "--history", None, text,
-           "SQLite file that keeps a row for each request; no prompts, no answers", "Logs", "FILE"),
-    Option("history_days", "HISTORY_DAYS", None, 365, whole(0, 36500, "use a number of days, 0 for ever"),
-           "days after which its rows are removed; 0 never", "Logs"),
-    Option("log_dir", "LMSTUDIO_LOG_DIR", "--log-dir", None, folder,
-           "LM Studio's server-logs directory; found under the home if not given", "Logs",
-           "DIR"),
-    Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", None, True, boolean, "follow LM Studio's logs",
-           "Logs"),
-    Option("log_source", "LOG_SOURCE", None, "files", log_source,
-           "where the log comes from: files, stream (from LM Studio itself; experimental) or auto", "Logs"),
-    Option("log_dir_warn", "LOG_DIR_WARN_BYTES", None, 5_000_000_000,
-           whole(0, 10**15, "use a number of bytes"),
-           "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
-           "0 never", "Logs"),
-    Option("log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs",
-           "LEVEL"),
-    Option("log_file", "LOG_FILE", "--log-file", None, text,
-           "write our own log there; turned over at 5 MB, opened anew on SIGHUP", "Logs",
-           "FILE"),
-)
+BYTES, MILLISECONDS = whole(1, 10**12, "of bytes "), whole(0, 10**9, "of milliseconds ")
+OPTION_GROUPS = {  # heading in --help -> its rows
+    "Gateway": (
+        Option("upstream", "LMSTUDIO_BASE_URL", "http://127.0.0.1:1234", base_url,
+               "LM Studio's server; its port is found in its settings", "URL"),
+        Option("host", "GATEWAY_HOST", "127.0.0.1", str, "address to listen on; 0.0.0.0 for the LAN", "HOST"),
+        Option("port", "GATEWAY_PORT", 8001, whole(0, 65535),
+               "port to listen on; 0 lets the system choose", "PORT"),
+        Option("tls_cert", "TLS_CERT", None, str, "certificate (PEM), to serve HTTPS", "FILE"),
+        Option("tls_key", "TLS_KEY", None, str, "its private key (PEM)", "FILE"),
+        Option("upstream_token", "UPSTREAM_TOKEN", None, header_word,
+               "LM Studio's own API token, if its server asks for one"),
+        Option("max_body", "MAX_BODY_BYTES", 256 * 1024 * 1024, BYTES, "largest request body; 413 beyond it"),
+        Option("max_body_memory", "MAX_BODY_MEMORY", 512 * 1024 * 1024, BYTES,
+               "bytes that the bodies of all running requests may take together; 503 beyond them"),
+        Option("max_running", "MAX_RUNNING", 0, whole(0, 10_000),
+               "inferences at once for each model, others wait here; 0: all", "N"),
+        Option("max_waiting", "MAX_WAITING", 100, whole(0, 10_000),
+               "inferences that may wait for their turn; 429 beyond them"),
+        Option("max_connections", "MAX_CONNECTIONS", 512, whole(8, 100_000),
+               "connections at once; beyond them one that has shown no right key is closed"),
+        Option("prefill_comments", "PREFILL_COMMENTS", False, boolean,
+               "tell a streaming client that waits how far its prompt is, in SSE comments"),
+        Option("proxy_timeout", "PROXY_TIMEOUT", 600_000, MILLISECONDS,
+               "ms without a byte from LM Studio on a plain request; 0 never"),
+        Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", 0, MILLISECONDS,
+               "the same for a streaming request")),
+    "Access": (
+        Option("api_key", "GATEWAY_API_KEY", {}, api_keys,
+               "one key, or several as name=key,name=key; a process list shows it", "KEY"),
+        Option("keys_file", "KEYS_FILE", None, str,
+               "minted keys, hashed; in the user's configuration directory if not given", "FILE"),
+        Option("users_from", "USERS_FROM", (), words,
+               "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
+        Option("no_auth", "NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
+        Option("allow", "IP_ALLOWLIST", None, networks,
+               "addresses and CIDR ranges that may connect, IPv4 and IPv6", "LIST"),
+        Option("cors_origins", "CORS_ORIGINS", (), origins,
+               "origins whose pages may call, such as https://chat.example, or *", "LIST"),
+        Option("trusted_proxies", "TRUSTED_PROXIES", (), networks,
+               "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed"),
+        Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", False, boolean,
+               "ask for a key on /health and /ready, too")),
+    "Logs": (
+        Option("requests_kept", "REQUESTS_KEPT", 100, whole(1, 100_000),
+               "finished requests that /debug/requests keeps"),
+        Option("history", "HISTORY_FILE", None, str,
+               "SQLite file that keeps a row for each request; no prompts, no answers", "FILE"),
+        Option("history_days", "HISTORY_DAYS", 365, whole(0, 36_500, "of days "),
+               "days after which its rows are removed; 0 never"),
+        Option("log_dir", "LMSTUDIO_LOG_DIR", None, folder,
+               "LM Studio's server-logs directory; found under the home if not given", "DIR"),
+        Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", True, boolean, "follow LM Studio's logs"),
+        Option("log_source", "LOG_SOURCE", "files", one_of("files", "stream", "auto"),
+               "source of the log: files, stream (from LM Studio itself; experimental) or auto"),
+        Option("log_dir_warn", "LOG_DIR_WARN_BYTES", 5_000_000_000, whole(0, 10**15, "of bytes "),
+               "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
+               "0 never"),
+        Option("log_level", "LOG_LEVEL", "info", one_of(*LEVELS),
+               "error, warn, info or debug", "LEVEL"),
+        Option("log_file", "LOG_FILE", None, str,
+               "write our own log there; turned over at 5 MB, opened anew on SIGHUP", "FILE")),
+}
+OPTIONS = tuple(itertools.chain.from_iterable(OPTION_GROUPS.values()))
 
 
 class Config:
@@ -383,41 +370,25 @@ ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
                       r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
 
 
-class Setting(NamedTuple):
-    """What one option is set to; source is None for a default, error says why a text is no value."""
-
-    value: Any
-    source: str | None = None
-    error: str | None = None
-
-
 def load_config(args, environ, env_file=None):
     """(Config, warnings, errors) from flags, else environment, else `.env`, else defaults.
 
-    args maps option names to the text of their flags.  An option with an error has its default."""
+    args maps option names to the text of their flags.  An empty variable counts as not set, and an option
+    with an error has its default."""
     from_file, warnings, errors = read_env_file(env_file)
-    settings = {row.name: find_setting(row, args.get(row.name), environ, from_file) for row in OPTIONS}
-    errors += [setting.error for setting in settings.values() if setting.error]
-    sources = {name: setting.source for name, setting in settings.items() if setting.source}
-    values = {name: setting.value for name, setting in settings.items()}
+    values, sources = {}, {}
+    for row in OPTIONS:
+        text, source = next(((text, source) for text, source in (
+            (args.get(row.name), row.flag),
+            (environ.get(row.variable, "").strip() or None, f"environment variable {row.variable}"),
+            from_file.get(row.variable, (None, None))) if text is not None), (None, None))
+        try:
+            if text is not None:
+                values[row.name], sources[row.name] = row.parse(text), source
+        except ValueError as error:
+            shown = "..." if row.variable in SECRET else repr(text)
+            errors.append(f"{source}: {shown} is no value for {row.variable}: {error}")
     return Config(**values, sources=sources), warnings, errors
-
-
-def find_setting(row, from_flag, environ, from_file):
-    """The Setting of an option.  An empty variable counts as not set."""
-    if from_flag is not None:
-        text, source = from_flag, row.flag
-    elif environ.get(row.variable, "").strip():
-        text, source = environ[row.variable], f"environment variable {row.variable}"
-    elif row.variable in from_file:
-        text, source = from_file[row.variable]
-    else:
-        return Setting(row.default)
-    try:
-        return Setting(row.parse(text), source)
-    except ValueError as error:
-        shown = "..." if row.variable in SECRET else repr(text)
-        return Setting(row.default, source, f"{source}: {shown} is no value for {row.variable}: {error}")
 
 
 def read_env_file(path):
@@ -456,19 +427,9 @@ def nearest(word, known, cutoff=0.6):
 
 def shown_default(row):
     """A default as a person would write it."""
-    if row.name == "allow":
-        return "*"
     if isinstance(row.default, bool):
         return str(row.default).lower()
-    return "none" if row.default in (None, (), {}) else str(row.default)
-
-
-def options_table():
-    """The README's table of options; a test holds the README to it."""
-    lines = [f"| `{row.variable}` | {f'`{row.flag}`' if row.flag else ''} | `{shown_default(row)}` | "
-             f"{row.about} |"
-             for row in OPTIONS]
-    return "\n".join(["| variable | flag | default | meaning |", "|---|---|---|---|", *lines])
+    return "*" if row.name == "allow" else "none" if row.default in (None, (), {}) else str(row.default)
 
 
 @functools.lru_cache(maxsize=256)
@@ -8132,14 +8093,6 @@ FOLDERS = frozenset(route.path.rpartition("/")[0] for route in ROUTES)
 FORWARD = Route("*", "*", forward, "infer", "LM Studio's answer, unchanged")
 
 
-def routes_table():
-    """The README's table of routes; a test holds the README to it."""
-    return "\n".join(["| route | needs | answer |", "|---|---|---|",
-                      *(f"| `{row.method} {row.path.replace('*', 'ID')}` | {row.access} | {row.about} |"
-                        for row in ROUTES),
-                      f"| every other | {FORWARD.access} | {FORWARD.about} |"])
-
-
 def find_route(request):
     """The Route of a request; FORWARD if no path of ours fits.  Raises HttpError 405."""
     folder, slash, last = request.path.rpartition("/")
@@ -10336,17 +10289,6 @@ EVENTS = {  # every event of the stream; a test holds the README's table to it
 }
 
 
-def events_table():
-    """The README's table of events; a test holds the README to it."""
-    return "\n".join(["| event | says |", "|---|---|",
-                      *(f"| `{name}` | {row.about} |" for name, row in EVENTS.items())])
-
-
-def readme_tables():
-    """The tables that the README takes from this file; .ci/readme writes them into it."""
-    return [options_table(), routes_table(), events_table()]
-
-
 # --- 9.4 commands that print events: --tail-only and --watch -----------------
 
 
@@ -11392,18 +11334,31 @@ def build_parser():
 
 
 def add_options(parser):
-    """A flag for each row of OPTIONS that has one, in the row's group."""
-    groups = {row.group: parser.add_argument_group(row.group)
-              for row in {row.group: row for row in OPTIONS if row.flag}.values()}
-    for row in OPTIONS:
-        if row.flag:
-            kind = ({"action": "store_const", "const": "true"} if row.default is False
-                    else {"metavar": row.value})
-            default = "" if row.default in (None, False, {}) else f" [{shown_default(row)}]"
-            about = row.about.replace("%", "%%") + default
-            groups[row.group].add_argument(row.flag, dest=row.name, help=about, **kind)
-    groups["Gateway"].add_argument("--open", action="store_true", help="open the dashboard in the browser")
-    groups["Gateway"].add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
+    """A flag for each row of OPTIONS that has one, under the heading of its group."""
+    for heading, rows in OPTION_GROUPS.items():
+        group = parser.add_argument_group(heading)
+        for row in rows:
+            if row.flag:
+                kind = {"metavar": row.value} if row.value else {"action": "store_const", "const": "true"}
+                default = "" if row.default in (None, False, (), {}) else f" [{shown_default(row)}]"
+                group.add_argument(row.flag, dest=row.name, help=row.about.replace("%", "%%") + default, **kind)
+        if heading == "Gateway":
+            group.add_argument("--open", action="store_true", help="open the dashboard in the browser")
+            group.add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
+
+
+def readme_tables():
+    """The tables that the README takes from this file: .ci/readme writes them, a test compares them."""
+    options = [[f"`{row.variable}`", f"`{row.flag}`" if row.flag else "", f"`{shown_default(row)}`", row.about]
+               for row in OPTIONS]
+    routes = [[f"`{row.method} {row.path.replace('*', 'ID')}`", row.access, row.about] for row in ROUTES]
+    events = [[f"`{name}`", row.about] for name, row in EVENTS.items()]
+    return ["\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|",
+                       *(f"| {' | '.join(row)} |" for row in rows)])
+            for heads, rows in ((("variable", "flag", "default", "meaning"), options),
+                                (("route", "needs", "answer"),
+                                 [*routes, ["every other", FORWARD.access, FORWARD.about]]),
+                                (("event", "says"), events))]
 
 
 class Arguments(argparse.ArgumentParser):
@@ -11423,10 +11378,6 @@ class Arguments(argparse.ArgumentParser):
             message = (f"{unknown[1]} is not a known option"
                        + nearest(unknown[1].partition("=")[0], self._option_string_actions))
         raise ConfigError(message if message.endswith("?") else f"{message}; see --help")
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
 
 
 def chosen_command(args):
