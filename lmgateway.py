@@ -1922,15 +1922,20 @@ def prediction_figures(body):
     return counts, without_none(tokensPerSecond=known.get("speed"))
 
 
-# --- 3.4 dialects: where each API of LM Studio puts model, tokens and usage ---
+# --- 3.4 dialects: the places of model, tokens and usage in each API of LM Studio ---
+
+WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
+VALUES_LIMIT = 250_000  # of its values: reading more would hold up everybody for a tenth of a second
+LONGEST_NAME, LONGEST_ERROR = 256, 500  # of a model or an id, of a message, as they are kept
+UNSAFE = 2**53  # from here on JavaScript and others round
 
 
 class Dialect(NamedTuple):
     """One inference API."""
 
     name: str
-    asks_usage: bool  # a stream carries usage only with stream_options.include_usage
     token: re.Pattern  # found in a streamed event that holds content, reasoning or a tool call
+    asks_usage: bool = False  # a stream carries usage only with stream_options.include_usage
     joined: bool = False    # the log shows its requests as chats
     counts_messages: bool = False   # and says how many messages each has
 
@@ -1938,18 +1943,16 @@ class Dialect(NamedTuple):
 # Keys of an event can be told by their bytes: inside a JSON string each quote stands behind a backslash.
 OPENAI_TOKEN = re.compile(rb'"(?:content|reasoning|reasoning_content|text)"\s*:\s*"(?!")'
                           rb'|"(?:tool_calls"\s*:\s*\[|function_call"\s*:)\s*\{')
-RESPONSES_TOKEN = re.compile(rb'"delta"\s*:\s*"(?!")')
-MESSAGES_TOKEN = re.compile(rb'"(?:text|thinking|partial_json)"\s*:\s*"(?!")|"type"\s*:\s*"tool_use"')
-NATIVE_TOKEN = re.compile(rb'"type"\s*:\s*"(?:(?:message|reasoning)\.delta|tool_call\.(?:start|arguments))"')
-
-CHAT = Dialect("chat", True, OPENAI_TOKEN, joined=True, counts_messages=True)
-COMPLETIONS = Dialect("completions", True, OPENAI_TOKEN)
-EMBEDDINGS = Dialect("embeddings", False, OPENAI_TOKEN)
-RESPONSES = Dialect("responses", False, RESPONSES_TOKEN, joined=True)
-MESSAGES = Dialect("messages", False, MESSAGES_TOKEN, joined=True)
-NATIVE = Dialect("native", False, NATIVE_TOKEN, joined=True)
-OTHER = Dialect("other", False, OPENAI_TOKEN)
-SOCKET = Dialect("socket", False, OPENAI_TOKEN)  # of LM Studio's own SDKs: 3.11
+CHAT = Dialect("chat", OPENAI_TOKEN, asks_usage=True, joined=True, counts_messages=True)
+COMPLETIONS = Dialect("completions", OPENAI_TOKEN, asks_usage=True)
+EMBEDDINGS = Dialect("embeddings", OPENAI_TOKEN)
+RESPONSES = Dialect("responses", re.compile(rb'"delta"\s*:\s*"(?!")'), joined=True)
+MESSAGES = Dialect("messages", joined=True, token=re.compile(
+    rb'"(?:text|thinking|partial_json)"\s*:\s*"(?!")|"type"\s*:\s*"tool_use"'))
+NATIVE = Dialect("native", joined=True, token=re.compile(
+    rb'"type"\s*:\s*"(?:(?:message|reasoning)\.delta|tool_call\.(?:start|arguments))"'))
+OTHER = Dialect("other", OPENAI_TOKEN)
+SOCKET = Dialect("socket", OPENAI_TOKEN)  # of LM Studio's own SDKs: 3.11
 
 DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.1)
     "/v1/chat/completions": CHAT,
@@ -1966,39 +1969,16 @@ DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.
 }
 JOINED = frozenset(dialect.name for dialect in DIALECTS.values() if dialect.joined)
 
-WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
-VALUES_LIMIT = 250_000  # of its values: reading more would hold up everybody for a tenth of a second
-NUMBERS = re.compile(rb"\[[-+.\deE,\s]{64,}\]")   # an embedding, a prompt in token numbers: not read then
 
+def json_object(data, numbers=re.compile(rb"\[[-+.\deE,\s]{64,}\]")):
+    """The JSON object in UTF-8 bytes; None for anything else and for one too large.  Never raises.
 
-def listed(value):
-    """The dicts of a list, [] for anything else."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def member(value, *names):
-    """The first member of those names that is an object; {} for none."""
-    for name in names:
-        found = value.get(name)
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
-def refuse_constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # no NaN, no Infinity: LM Studio knows none
-
-
-def json_object(data):
-    """The JSON object in UTF-8 bytes; None for anything else and for one too large.  Never raises."""
+    Long lists of numbers (an embedding, a prompt in token numbers) are not read if there are many."""
     data = data[3:] if data[:3] == codecs.BOM_UTF8 else data
     if len(data) > WHOLE_LIMIT or too_many(data, b"[", b"{"):
         return None
     if too_many(data, b",", b"[", b"{"):    # each value but the first stands behind one of these
-        data = NUMBERS.sub(b"[]", data)
+        data = numbers.sub(b"[]", data)
         if too_many(data, b",", b"[", b"{"):
             return None
     try:
@@ -2018,17 +1998,60 @@ def too_many(data, *marks):
     return False
 
 
-# --- 3.5 meter: what an answer cost, read while it passes --------------------
+def refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
 
-STREAM_LIMIT = 4 * 1024 * 1024  # bytes of one event of a stream; a longer one is passed on unread
-LONGEST_NAME, LONGEST_ERROR = 256, 500  # of a model or an id, of a message, as they are kept
-HOLD_LIMIT = 64 * 1024  # a usage chunk is smaller
-UNSAFE = 2**53  # from here on JavaScript and others round
-EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
-SOME_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')  # never in a chunk that carries only usage
-ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.MULTILINE)
-# An event with one of these tells more than a token.
-TELLING = re.compile(rb'"(?:usage|stats|error|response|(?:finish|stop)_reason"\s*:\s*")')
+
+STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # no NaN, no Infinity: LM Studio knows none
+
+
+def listed(value):
+    """The dicts of a list, [] for anything else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def member(value, *names):
+    """The first member of those names that is an object; {} for none."""
+    return next((value[name] for name in names if isinstance(value.get(name), dict)), {})
+
+
+def count(values, *names, default=None):
+    """The first whole number among the values of those names."""
+    for name in names:
+        value = values.get(name)
+        if type(value) is int and 0 <= value < UNSAFE:
+            return value
+    return default
+
+
+def usable(value):
+    """A figure of an answer; None if it is no number, or too large for other readers of JSON."""
+    return value if type(value) in (int, float) and 0 <= value < UNSAFE else None
+
+
+def bounded_text(text, length=LONGEST_NAME):
+    """A text that a request or an answer brought, as it is kept: short, and such as UTF-8 can hold."""
+    text = text[:length]
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def error_message(error):
+    """The text of the error in an answer."""
+    message = error.get("message") if isinstance(error, dict) else error
+    return bounded_text(str(message or error), LONGEST_ERROR)
+
+
+# --- 3.5 meter: the tokens of an answer, read while it passes ------------------
+
+FIGURES = {  # figure -> the names of its count, in order: OpenAI's, Anthropic's, LM Studio's own
+    "prompt": ("prompt_tokens", "input_tokens", "inputTokens"),
+    "completion": ("completion_tokens", "total_output_tokens", "output_tokens", "outputTokens"),
+    "total": ("total_tokens", "totalTokens"),
+    "cached": ("cached_tokens", "cache_read_input_tokens"),
+    "reasoning": ("reasoning_tokens", "reasoning_output_tokens"),
+    "drafted": ("total_draft_tokens_count",),
+    "accepted": ("accepted_draft_tokens_count",),
+}
 
 
 def answer_figures(body):
@@ -2039,23 +2062,15 @@ def answer_figures(body):
     usage, stats = member(body, "usage"), member(body, "stats")
     if not usage and not stats:
         return {}
-    prompt = count(usage, "prompt_tokens", "input_tokens", "inputTokens")
-    if prompt is not None and "input_tokens" in usage and "total_tokens" not in usage:
+    known = {**stats, **usage, **member(usage, "prompt_tokens_details", "input_tokens_details"),
+             **member(usage, "completion_tokens_details", "output_tokens_details")}
+    found = {name: count(known, *names) for name, names in FIGURES.items()}
+    if found["prompt"] is not None and "input_tokens" in usage and "total_tokens" not in usage:
         # Anthropic counts tokens apart that come from a cache or go into it
-        prompt += count(usage, "cache_read_input_tokens", default=0)
-        prompt += count(usage, "cache_creation_input_tokens", default=0)
-    both, read = {**stats, **usage}, member(usage, "prompt_tokens_details", "input_tokens_details")
-    written = member(usage, "completion_tokens_details", "output_tokens_details")
+        found["prompt"] += sum(count(usage, f"cache_{kind}_input_tokens", default=0)
+                               for kind in ("read", "creation"))
     first_s = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
-    return without_none(
-        prompt=count(stats, "input_tokens") if prompt is None else prompt,
-        completion=count(both, "completion_tokens", "total_output_tokens", "output_tokens", "outputTokens"),
-        total=count(usage, "total_tokens", "totalTokens"),
-        cached=count(read, "cached_tokens", default=count(usage, "cache_read_input_tokens")),
-        reasoning=count(written, "reasoning_tokens", default=count(stats, "reasoning_output_tokens")),
-        drafted=count(both, "total_draft_tokens_count"),
-        accepted=count(both, "accepted_draft_tokens_count"),
-        speed=usable(stats.get("tokens_per_second")), first_s=usable(first_s))
+    return without_none(**found, speed=usable(stats.get("tokens_per_second")), first_s=usable(first_s))
 
 
 class Usage:
@@ -2091,16 +2106,13 @@ class Usage:
 
     def _take_figures(self, known):
         """/v1/messages counts up: the most that it has said is right."""
-        if not known:
-            return
-        self.total, self.cached = known.get("total", self.total), known.get("cached", self.cached)
-        self.reasoning = known.get("reasoning", self.reasoning)
-        if "prompt" in known:
-            self.prompt = max(self.prompt or 0, known["prompt"])
-        if "completion" in known:
-            self.completion = max(self.completion or 0, known["completion"])
-        self.speed = round(known["speed"], 2) if "speed" in known else self.speed
-        self.first_ms = round(1000 * known["first_s"], 1) if "first_s" in known else self.first_ms
+        for name in known.keys() & {"prompt", "completion"}:
+            known[name] = max(getattr(self, name) or 0, known[name])
+        if "speed" in known:
+            known["speed"] = round(known["speed"], 2)
+        if "first_s" in known:
+            known["first_ms"] = round(1000 * known["first_s"], 1)
+        self.__dict__.update({name: known[name] for name in self.__dict__.keys() & known})
 
     def tokens(self, dialect):
         """tokenUsage of the events; None when LM Studio gave no count.  Embeddings complete nothing."""
@@ -2112,33 +2124,11 @@ class Usage:
         if total is None and self.prompt is not None and completion is not None:
             total = self.prompt + completion
         return without_none(promptTokens=self.prompt, completionTokens=completion, totalTokens=total,
-                       cachedTokens=self.cached, reasoningTokens=self.reasoning)
+                            cachedTokens=self.cached, reasoningTokens=self.reasoning)
 
 
-def error_message(error):
-    """The text of the error in an answer."""
-    message = error.get("message") if isinstance(error, dict) else error
-    return bounded_text(str(message or error), LONGEST_ERROR)
-
-
-def count(values, *names, default=None):
-    """The first whole number among the values of those names."""
-    for name in names:
-        value = values.get(name)
-        if type(value) is int and 0 <= value < UNSAFE:
-            return value
-    return default
-
-
-def usable(value):
-    """A figure of an answer; None if it is no number, or too large for other readers of JSON."""
-    return value if type(value) in (int, float) and 0 <= value < UNSAFE else None
-
-
-def bounded_text(text, length=LONGEST_NAME):
-    """A text that a request or an answer brought, as it is kept: short, and such as UTF-8 can hold."""
-    text = text[:length]
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+STREAM_LIMIT = 4 * 1024 * 1024  # bytes of one event of a stream; a longer one is passed on unread
+EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
 
 
 class Meter:
@@ -2147,6 +2137,10 @@ class Meter:
     With cut, the chunk that carries only the usage we asked for is taken out again; the beginning of an
     event is then held back as long as it may be that of such a chunk.  A compressed answer is read from a
     decoded copy and passed on as it came."""
+
+    ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.MULTILINE)
+    # An event with one of these tells more than a token.
+    TELLING = re.compile(rb'"(?:usage|stats|error|response|(?:finish|stop)_reason"\s*:\s*")')
 
     def __init__(self, dialect, stream, cut=False, encoding=""):
         self.usage = Usage()
@@ -2220,20 +2214,19 @@ class Meter:
         return b"".join(kept)
 
     def _event(self, event):
-        """Learn from one event.  True when it is the usage-only chunk that a client may not have asked
-        for."""
+        """Learn from one event.  True for a chunk that carries only usage: the client may not have asked for it."""
         self._around, token = None, self.dialect.token.search(event)
         if token:
             self.pieces += 1
             self.first, self.last = self.first or self._now, self._now
-            if self.usage.model and not TELLING.search(event):      # a token, and nothing else that is new
+            if self.usage.model and not self.TELLING.search(event):     # a token, and nothing else that is new
                 if self._decode is identity and event.endswith(b"\n"):
                     self._around = event[:token.end()], event[event.find(b'"', token.end()):]
                 return False
         data = event_data(event)
         body = json_object(data) or {}
         self.usage.take(body)
-        if ERROR_EVENT.search(event) and not self.usage.error:
+        if self.ERROR_EVENT.search(event) and not self.usage.error:
             self.usage.error = error_message(body.get("message") or str(data, "utf-8", "replace"))
         return isinstance(body.get("usage"), dict) and body.get("choices") == []
 
@@ -2243,11 +2236,11 @@ def whole_event(data):
     return data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2 and b"\r" not in data
 
 
-def maybe_ours(beginning):
-    """True while an event that begins so may become the chunk that carries only usage."""
-    data = bytes(beginning[:HOLD_LIMIT])
-    return (len(beginning) < HOLD_LIMIT and (b"data:".startswith(data) or data.startswith(b"data:"))
-            and data[5:].lstrip()[:1] in (b"", b"{") and not SOME_CHOICE.search(data))
+def maybe_ours(beginning, limit=64 * 1024, some_choice=re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')):
+    """True while an event that begins so may become a chunk that carries only usage: it has no choice, and is short."""
+    data = bytes(beginning[:limit])
+    return (len(beginning) < limit and (b"data:".startswith(data) or data.startswith(b"data:"))
+            and data[5:].lstrip()[:1] in (b"", b"{") and not some_choice.search(data))
 
 
 def event_data(event):
@@ -2263,9 +2256,8 @@ def decoder(encoding):
     """A function that decodes pieces of a body of that Content-Encoding and gives None for one that is
     broken or grows beyond measure; None for an encoding that the standard library cannot read."""
     name = encoding.strip().lower()
-    if name in ("", "identity"):
-        return identity
-    return Inflater(name) if name in ("gzip", "x-gzip", "deflate") else None
+    return {"": identity, "identity": identity}.get(name) or (
+        Inflater(name) if name in ("gzip", "x-gzip", "deflate") else None)
 
 
 class Inflater:
@@ -2273,46 +2265,26 @@ class Inflater:
     its zlib header (RFC 9110, 8.4.1.2)."""
 
     def __init__(self, name):
-        self._gzip, self._head = name.endswith("gzip"), b""
-        self._inflate: Any = None   # once the first two bytes are there
+        self._gzip, self._inflate = name.endswith("gzip"), None
 
     def __call__(self, data):
         """The decoded bytes of data; None when it cannot be decoded."""
-        if self._inflate is None:
-            data = self._head = self._head + data
-            if len(data) < 2:
-                return b""
-            self._wbits = 31 if self._gzip else 15 if zlib_header(data) else -15
-            self._inflate = zlib.decompressobj(self._wbits)
-        try:
-            return self._decoded(data)
-        except zlib.error:
-            return None
-
-    def _decoded(self, data):
         decoded = b""
         while data:
-            if self._inflate.eof:
-                self._inflate = zlib.decompressobj(self._wbits)
-            decoded += self._inflate.decompress(data, WHOLE_LIMIT)
+            if self._inflate is None or self._inflate.eof:
+                zlib_header = data[0] & 15 == 8     # RFC 1950, 2.2: its first half byte names deflate
+                self._inflate = zlib.decompressobj(31 if self._gzip else 15 if zlib_header else -15)
+            try:
+                decoded += self._inflate.decompress(data, WHOLE_LIMIT)
+            except zlib.error:
+                return None
             if self._inflate.unconsumed_tail or len(decoded) > WHOLE_LIMIT:
                 return None     # nothing honest grows so much
             data = self._inflate.unused_data
         return decoded
 
 
-def zlib_header(data):
-    """True for the first two bytes of RFC 1950's format."""
-    return data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
-
-
-# --- 3.6 request bodies: what LM Studio is asked -----------------------------
-
-FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
-LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
-LOG_KEEPS = 50  # UTF-16 units before and after it
-PROMPT = ("messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")
-MEDIA = frozenset(("image_url", "source", "input_audio", "file", "data_url"))
+# --- 3.6 request bodies: the question that LM Studio is asked ------------------
 
 
 class ParsedBody(NamedTuple):
@@ -2334,23 +2306,27 @@ def parse_body(dialect, data):
     body = json_object(data) if data else None
     if body is None:
         return ParsedBody(data)
-    model, stream = body.get("model"), body.get("stream") is True
-    options, messages, user = body.get("stream_options"), body.get("messages"), body.get("user")
+    stream, options, messages = body.get("stream") is True, body.get("stream_options"), body.get("messages")
+    model, user = (bounded_text(body[name]) if isinstance(body.get(name), str) else None
+                   for name in ("model", "user"))
     asks = (stream and dialect.asks_usage
             and (options is None or isinstance(options, dict) and options.get("include_usage") is not True))
-    return ParsedBody(ask_usage(data, options) if asks else data,
-                      bounded_text(model) if isinstance(model, str) else None, stream,
-                      len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
-                      fingerprint(body) if dialect.joined and len(data) <= FINGERPRINT_LIMIT else None,
-                      text_size([body.get(name) for name in PROMPT]) if dialect.joined else None,
-                      bool(body.get("tools")), asks, bounded_text(user) if isinstance(user, str) else None)
+    found = ParsedBody(ask_usage(data, options) if asks else data, model, stream, asks_usage=asks, user=user,
+                       tools=bool(body.get("tools")))
+    if not dialect.joined:
+        return found
+    return found._replace(
+        messages=len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
+        fingerprint=fingerprint(body) if len(data) <= FINGERPRINT_LIMIT else None,
+        size=text_size([body.get(name) for name in (
+            "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
 
 def text_size(value):
     """Characters of all texts in JSON, roles and types aside; None if there are pictures or files."""
     sizes: list[Any] = [len(value)] if isinstance(value, str) and not value.startswith("data:") else []
     if isinstance(value, dict):
-        sizes = [None if name in MEDIA else text_size(item)
+        sizes = [None if name in ("image_url", "source", "input_audio", "file", "data_url") else text_size(item)
                  for name, item in value.items() if name not in ("role", "type")]
     elif isinstance(value, list):
         sizes = [text_size(item) for item in value]
@@ -2364,6 +2340,11 @@ def ask_usage(data, options):
     end = amended.rindex(b"}")
     amended[end:end] = b',"stream_options":' + json.dumps({**(options or {}), "include_usage": True}).encode()
     return amended
+
+
+FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
+LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
+LOG_KEEPS = 50  # UTF-16 units before and after it
 
 
 class Fingerprint(NamedTuple):
