@@ -3507,94 +3507,87 @@ LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progre
 
 # --- 3.9 figures: what is counted --------------------------------------------
 
-DURATION_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640,
-              1280)  # a home prefill takes minutes
-A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000)
-A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
-OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
-SERIES = 500  # of one metric; what comes beyond them is counted as "other"
-MODELS = 100  # names of models that become labels
-
 
 class Metric(NamedTuple):
-    """One Prometheus metric.  A counter's name ends in _total; buckets are a histogram's."""
+    """One Prometheus metric.  Its name ends in _total if it is a counter; only a histogram has buckets."""
 
     name: str
-    kind: str
-    labels: tuple
+    labels: str  # their names
     about: str
     buckets: tuple = ()
 
+    @property
+    def kind(self):
+        return "counter" if self.name.endswith("_total") else "histogram" if self.buckets else "gauge"
+
+
+# Buckets, in seconds (reading a prompt takes minutes at home), in tokens a second, in seconds a token.
+DURATION_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
+A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000)
+A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
 # Names and meanings: lmstudio_* is all that the log or LM Studio's REST API tells, whoever asked, with
 # lmstudio-exporter's names; lmstudio_gateway_* is what passed through us.  Base units, ratios from 0 to 1.
 METRICS = (
-    Metric("lmstudio_up", "gauge", (), "1 when LM Studio answered when last asked"),
-    Metric("lmstudio_loaded_models", "gauge", (), "Models that are loaded; absent when unknown"),
-    Metric("lmstudio_model_loaded", "gauge", ("model", "type"), "1 for a model that is loaded"),
-    Metric("lmstudio_model_context_length_tokens", "gauge", ("model", "type"),
-           "Context with which it is loaded"),
-    Metric("lmstudio_requests_total", "counter", ("model",), "Predictions that the log shows finished"),
-    Metric("lmstudio_input_tokens_total", "counter", ("model",), "Prompt tokens of them"),
-    Metric("lmstudio_output_tokens_total", "counter", ("model",), "Generated tokens of them"),
-    Metric("lmstudio_reasoning_tokens_total", "counter", ("model",), "Those of them that are reasoning"),
-    Metric("lmstudio_accepted_draft_tokens_total", "counter", ("model",), "Draft tokens that were taken"),
-    Metric("lmstudio_cached_input_tokens_total", "counter", ("model",),
-           "Prompt tokens reused from the cache"),
-    Metric("lmstudio_cache_resets_total", "counter", ("model",),
-           "Prompts read wholly anew although a part was cached"),
-    Metric("lmstudio_time_to_first_token_seconds", "histogram", ("model",), "As the log has it", DURATION_S),
-    Metric("lmstudio_prompt_eval_seconds", "histogram", ("model",), "Time to read the prompt", DURATION_S),
-    Metric("lmstudio_generation_seconds", "histogram", ("model",), "Time to generate the answer", DURATION_S),
-    Metric("lmstudio_prompt_tokens_per_second", "histogram", ("model",), "Speed of reading", A_SECOND),
-    Metric("lmstudio_tokens_per_second", "histogram", ("model",), "Speed of generating", A_SECOND),
-    Metric("lmstudio_prompt_progress_ratio", "gauge", ("model", "slot"),
-           "How much of a prompt has been read"),
-    Metric("lmstudio_log_lines_total", "counter", ("dialect",),
-           "Engine lines recognised, by engine generation"),
-    Metric("lmstudio_log_entries_total", "counter", ("event",), "Events made of the log"),
-    Metric("lmstudio_log_unparsed_entries_total", "counter", (), "Lines that no rule knows"),
-    Metric("lmstudio_log_bytes_read_total", "counter", (), "Bytes of log read"),
-    Metric("lmstudio_log_rotations_total", "counter", ("reason",), "Changes to another log file"),
-    Metric("lmstudio_log_read_lag_bytes", "gauge", (), "Bytes written and not yet read"),
-    Metric("lmstudio_log_last_entry_timestamp_seconds", "gauge", (), "Time of the latest log entry"),
-    Metric("lmstudio_log_directory_bytes", "gauge", (), "Size of the log directory"),
-    Metric("lmstudio_log_filesystem_free_bytes", "gauge", (), "Room left on its file system"),
-    Metric("lmstudio_gateway_requests_total", "counter", ("key", "model", "endpoint", "code"),
+    Metric("lmstudio_up", "", "1 when LM Studio answered when last asked"),
+    Metric("lmstudio_loaded_models", "", "Models that are loaded; absent when unknown"),
+    Metric("lmstudio_model_loaded", "model type", "1 for a model that is loaded"),
+    Metric("lmstudio_model_context_length_tokens", "model type", "Context with which it is loaded"),
+    Metric("lmstudio_requests_total", "model", "Predictions that the log shows finished"),
+    Metric("lmstudio_input_tokens_total", "model", "Prompt tokens of them"),
+    Metric("lmstudio_output_tokens_total", "model", "Generated tokens of them"),
+    Metric("lmstudio_reasoning_tokens_total", "model", "Those of them that are reasoning"),
+    Metric("lmstudio_accepted_draft_tokens_total", "model", "Draft tokens that were taken"),
+    Metric("lmstudio_cached_input_tokens_total", "model", "Prompt tokens reused from the cache"),
+    Metric("lmstudio_cache_resets_total", "model", "Prompts read wholly anew although a part was cached"),
+    Metric("lmstudio_time_to_first_token_seconds", "model", "As the log has it", DURATION_S),
+    Metric("lmstudio_prompt_eval_seconds", "model", "Time to read the prompt", DURATION_S),
+    Metric("lmstudio_generation_seconds", "model", "Time to generate the answer", DURATION_S),
+    Metric("lmstudio_prompt_tokens_per_second", "model", "Speed of reading", A_SECOND),
+    Metric("lmstudio_tokens_per_second", "model", "Speed of generating", A_SECOND),
+    Metric("lmstudio_prompt_progress_ratio", "model slot", "How much of a prompt has been read"),
+    Metric("lmstudio_log_lines_total", "dialect", "Engine lines recognised, by engine generation"),
+    Metric("lmstudio_log_entries_total", "event", "Events made of the log"),
+    Metric("lmstudio_log_unparsed_entries_total", "", "Lines that no rule knows"),
+    Metric("lmstudio_log_bytes_read_total", "", "Bytes of log read"),
+    Metric("lmstudio_log_rotations_total", "reason", "Changes to another log file"),
+    Metric("lmstudio_log_read_lag_bytes", "", "Bytes written and not yet read"),
+    Metric("lmstudio_log_last_entry_timestamp_seconds", "", "Time of the latest log entry"),
+    Metric("lmstudio_log_directory_bytes", "", "Size of the log directory"),
+    Metric("lmstudio_log_filesystem_free_bytes", "", "Room left on its file system"),
+    Metric("lmstudio_gateway_requests_total", "key model endpoint code",
            "Inference requests that are over; code 0 without an answer"),
-    Metric("lmstudio_gateway_tokens_total", "counter", ("key", "model", "type"),
+    Metric("lmstudio_gateway_tokens_total", "key model type",
            "Their tokens: input, output, cached_input, reasoning"),
-    Metric("lmstudio_gateway_request_duration_seconds", "histogram", ("endpoint", "model", "stream"),
-           "From arrival to end", DURATION_S),
-    Metric("lmstudio_gateway_time_to_first_token_seconds", "histogram", ("model",),
-           "From arrival to the first content, reasoning or tool call", DURATION_S),
-    Metric("lmstudio_gateway_time_per_output_token_seconds", "histogram", ("model",),
-           "Between tokens of a stream, at the mean", A_TOKEN_S),
-    Metric("lmstudio_gateway_queue_seconds", "histogram", ("key_priority", "outcome"),
-           "Time in the queue, here or, where the log shows it, in LM Studio; outcome: done, failed, abandoned",
+    Metric("lmstudio_gateway_request_duration_seconds", "endpoint model stream", "From arrival to end",
            DURATION_S),
-    Metric("lmstudio_gateway_queue_waiting", "gauge", ("model",), "Requests that wait here for their turn"),
-    Metric("lmstudio_gateway_overhead_seconds", "histogram", (),
+    Metric("lmstudio_gateway_time_to_first_token_seconds", "model",
+           "From arrival to the first content, reasoning or tool call", DURATION_S),
+    Metric("lmstudio_gateway_time_per_output_token_seconds", "model",
+           "Between tokens of a stream, at the mean", A_TOKEN_S),
+    Metric("lmstudio_gateway_queue_seconds", "key_priority outcome",
+           "Time in the queue, here or, if the log shows it, in LM Studio; outcome: done, failed, abandoned",
+           DURATION_S),
+    Metric("lmstudio_gateway_queue_waiting", "model", "Requests that wait here for their turn"),
+    Metric("lmstudio_gateway_overhead_seconds", "",
            "From a request's last byte to its first byte to LM Studio", OVERHEAD_S),
-    Metric("lmstudio_gateway_requests_in_flight", "gauge", ("model",), "Requests that are running"),
-    Metric("lmstudio_gateway_requests_queued", "gauge", ("model",), "Those that wait in LM Studio's queue"),
-    Metric("lmstudio_gateway_errors_total", "counter", (), "Requests that failed"),
-    Metric("lmstudio_gateway_abandoned_total", "counter", (),
-           "Clients that left, and requests that were stopped"),
-    Metric("lmstudio_gateway_client_disconnects_total", "counter", ("phase",),
+    Metric("lmstudio_gateway_requests_in_flight", "model", "Requests that are running"),
+    Metric("lmstudio_gateway_requests_queued", "model", "Those that wait in LM Studio's queue"),
+    Metric("lmstudio_gateway_errors_total", "", "Requests that failed"),
+    Metric("lmstudio_gateway_abandoned_total", "", "Clients that left, and requests that were stopped"),
+    Metric("lmstudio_gateway_client_disconnects_total", "phase",
            "Clients that left: queued, prefill, decode"),
-    Metric("lmstudio_gateway_rejected_total", "counter", ("reason",), "Requests turned away here"),
-    Metric("lmstudio_gateway_upstream_errors_total", "counter", ("kind",),
+    Metric("lmstudio_gateway_rejected_total", "reason", "Requests turned away here"),
+    Metric("lmstudio_gateway_upstream_errors_total", "kind",
            "refused, timeout, reset, bad_status, error_in_200"),
-    Metric("lmstudio_gateway_sse_clients", "gauge", (), "Listeners of /debug/stream"),
-    Metric("lmstudio_gateway_sse_events_total", "counter", ("type",), "Events published"),
-    Metric("lmstudio_gateway_sse_dropped_total", "counter", ("reason",), "Events that slow listeners lost"),
-    Metric("lmstudio_gateway_sse_replays_total", "counter", ("result",),
-           "Listeners that came back: full, gap"),
-    Metric("lmstudio_gateway_correlated_total", "counter", ("result",),
-           "Requests joined with the log: exact, none"),
-    Metric("lmstudio_gateway_build_info", "gauge", ("version", "python"), "1"),
-    Metric("process_start_time_seconds", "gauge", (), "When this gateway started"),
+    Metric("lmstudio_gateway_sse_clients", "", "Listeners of /debug/stream"),
+    Metric("lmstudio_gateway_sse_events_total", "type", "Events published"),
+    Metric("lmstudio_gateway_sse_dropped_total", "reason", "Events that slow listeners lost"),
+    Metric("lmstudio_gateway_sse_replays_total", "result", "Listeners that came back: full, gap"),
+    Metric("lmstudio_gateway_correlated_total", "result", "Requests joined with the log: exact, none"),
+    Metric("lmstudio_gateway_build_info", "version python", "1"),
+    Metric("process_start_time_seconds", "", "When this gateway started"),
 )
 METRIC = {metric.name: metric for metric in METRICS}
 PHASES = {"waiting": "queued", "loading": "queued", "queued": "queued", "prompt": "prefill",
@@ -3606,69 +3599,81 @@ REJECTIONS = {  # code of our own error -> reason
     "key_needed": "no_key", "key_wrong": "bad_key", "right_missing": "scope", "address_not_allowed": "host",
     "model_not_allowed": "model", "key_expired": "bad_key", "queue_full": "concurrency",
     "host_not_local": "host", "origin_not_allowed": "host", "body_too_large": "body_size"}
+LOGGED = {  # event of the log -> its metrics, each with its value in the event's data or in Event.about
+    "lmstudio_chat_end": (),
+    "lmstudio_cache_stats": (("lmstudio_cached_input_tokens_total", lambda data: data["reused"]),),
+    "lmstudio_prediction_stats": (
+        ("lmstudio_output_tokens_total", lambda data: data.get("completionTokens")),
+        ("lmstudio_reasoning_tokens_total", lambda data: data.get("reasoningTokens")),
+        ("lmstudio_accepted_draft_tokens_total", lambda data: data.get("acceptedDraftTokens")),
+        ("lmstudio_time_to_first_token_seconds", lambda data: seconds_of(data.get("timeToFirstTokenMs"))),
+        ("lmstudio_prompt_eval_seconds", lambda data: seconds_of(data.get("promptMs"))),
+        ("lmstudio_generation_seconds", lambda data: data["completionTokens"] / data["tokensPerSecond"]
+         if data.get("completionTokens") and data.get("tokensPerSecond") else None),
+        ("lmstudio_prompt_tokens_per_second", lambda data: data.get("promptTokensPerSecond")),
+        ("lmstudio_tokens_per_second", lambda data: data.get("tokensPerSecond"))),
+}
+
+
+def seconds_of(ms):
+    return ms if ms is None else ms / 1000
 
 
 class Figures:
     """Counters and histograms since the start.  Pure; Hub's lock guards them."""
 
+    SERIES = 500  # of one metric; what comes beyond them is counted as "other"
+    MODELS = 100  # names of models that become labels
+
     def __init__(self):
         self._values: dict[str, dict] = {metric.name: {} for metric in METRICS}
         self._models: set[str] = set()
 
-    def add(self, name, *labels, amount=1):
-        series = self._values[name]
-        labels = self._bounded(series, labels)
-        series[labels] = series.get(labels, 0) + amount
-
-    def observe(self, name, value, *labels):
-        """One more value of a histogram; None is none."""
-        if value is None:
+    def add(self, name, *labels, amount: float | None = 1):
+        """Count an amount, or observe it in a histogram; None is none."""
+        if amount is None:
             return
         series, buckets = self._values[name], METRIC[name].buckets
-        labels = self._bounded(series, labels)
-        row = series.setdefault(labels, [0] * (len(buckets) + 1) + [0.0])  # counts by bucket, then the sum
-        row[bisect.bisect_left(buckets, value)] += 1
-        row[-1] += value
-
-    @staticmethod
-    def _bounded(series, labels):
-        return labels if labels in series or len(series) < SERIES else ("other",) * len(labels)
+        if labels not in series and len(series) >= self.SERIES:
+            labels = ("other",) * len(labels)
+        if buckets:     # a count for each of them and one beyond, then the sum
+            row = series.setdefault(labels, [0] * (len(buckets) + 1) + [0.0])
+            row[bisect.bisect_left(buckets, amount)] += 1
+            row[-1] += amount
+        else:
+            series[labels] = series.get(labels, 0) + amount
 
     def model(self, name):
         """A label for a model that LM Studio has named: no client can invent one."""
-        if name and name not in self._models and len(self._models) < MODELS:
+        if name and name not in self._models and len(self._models) < self.MODELS:
             self._models.add(name)
         return name if name in self._models else "other" if name else "unknown"
 
     def model_of(self, record):
-        """A label for a request's model: what answered, or what was asked for where LM Studio knows
-        the name."""
+        """A label for a request's model: the one that answered, else the one asked for if its name is known."""
         if record.model:
             return self.model(record.model)
         return record.model_asked if record.model_asked in self._models else "other"
 
     def count_request(self, record):
         """A request through us is over."""
-        model, key = self.model_of(record), record.key or "none"
-        endpoint = record.target if record.target in DIALECTS else "other"
-        self.add("lmstudio_gateway_requests_total", key, model, endpoint, str(record.status or 0))
-        self.observe("lmstudio_gateway_overhead_seconds", record.overhead_s)
-        queued = record.queued_ms()
-        self.observe("lmstudio_gateway_queue_seconds", queued and queued / 1000, record.priority, record.state)
+        model, endpoint = self.model_of(record), record.target if record.target in DIALECTS else "other"
         stream = "true" if record.stream else "false"
-        self.observe("lmstudio_gateway_request_duration_seconds", record.total_ms / 1000, endpoint, model,
-                     stream)
-        first = record.first_ms and record.first_ms / 1000
-        self.observe("lmstudio_gateway_time_to_first_token_seconds", first, model)
-        if record.stream and record.speed:
-            self.observe("lmstudio_gateway_time_per_output_token_seconds", 1 / record.speed, model)
+        for name, amount, *labels in (
+                ("requests_total", 1, record.key or "none", model, endpoint, str(record.status or 0)),
+                ("overhead_seconds", record.overhead_s),
+                ("queue_seconds", seconds_of(record.queued_ms()), record.priority, record.state),
+                ("request_duration_seconds", seconds_of(record.total_ms), endpoint, model, stream),
+                ("time_to_first_token_seconds", seconds_of(record.first_ms), model),
+                ("time_per_output_token_seconds",
+                 1 / record.speed if record.stream and record.speed else None, model)):
+            self.add(f"lmstudio_gateway_{name}", *labels, amount=amount)
         if record.operation == "client_disconnected":
             self.add("lmstudio_gateway_client_disconnects_total",
                      PHASES[max(record.entered, key=STATES.index)])
         elif record.error is not None and not was_left(record.state, record.operation):
-            kind = UPSTREAM_KINDS.get(record.operation) or (
-                "error_in_200" if record.status == 200 else "bad_status")
-            self.add("lmstudio_gateway_upstream_errors_total", kind)
+            self.add("lmstudio_gateway_upstream_errors_total", UPSTREAM_KINDS.get(
+                record.operation, "error_in_200" if record.status == 200 else "bad_status"))
 
     def count_tokens(self, record):
         """The tokens of a request that is over, as far as they have not been counted: the log can tell
@@ -3687,8 +3692,18 @@ class Figures:
             sums[kind] += amount
         return sums
 
-    def of_requests(self, requests):
-        """{metric: {labels: value}} of what is running now, and of the join."""
+    def count_event(self, event):
+        """An event of the log."""
+        if event.name not in LOGGED:
+            return
+        model, about = self.model(event.data.get("model")), event.about or {}
+        for name, value in LOGGED[event.name]:
+            self.add(name, model, amount=value(event.data))
+        self.add("lmstudio_requests_total", model, amount=about.get("requests"))
+        self.add("lmstudio_input_tokens_total", model, amount=about.get("input"))
+
+    def gauges(self, requests):
+        """{metric: {labels: value}} of the requests that are running now, and of the join."""
         flight: Counter[tuple] = Counter()
         queued: Counter[tuple] = Counter()
         waiting: Counter[tuple] = Counter()
@@ -3707,35 +3722,6 @@ class Figures:
                 "lmstudio_prompt_progress_ratio": prompts,
                 "lmstudio_gateway_correlated_total": {(name,): n for name, n in requests.bound().items()}}
 
-    def count_event(self, event):
-        """An event of the log."""
-        data, lesson = event.data, COUNTED.get(event.name)
-        if lesson:
-            lesson(self, data, self.model(data.get("model")))
-        for name, amount in (event.about or {}).items() if lesson else ():
-            if name in CHAT_COUNTS:
-                self.add(CHAT_COUNTS[name], self.model(data.get("model")), amount=amount)
-
-    def on_chat_end(self, data, model):
-        """Its request and its prompt are counted by what the event says about itself."""
-
-    def on_stats(self, data, model):
-        for name, field in (("output", "completionTokens"), ("reasoning", "reasoningTokens"),
-                            ("accepted_draft", "acceptedDraftTokens")):
-            if data.get(field):
-                self.add(f"lmstudio_{name}_tokens_total", model, amount=data[field])
-        first, speed = data.get("timeToFirstTokenMs"), data.get("tokensPerSecond")
-        self.observe("lmstudio_time_to_first_token_seconds", first and first / 1000, model)
-        self.observe("lmstudio_tokens_per_second", speed, model)
-        if speed and data.get("completionTokens"):
-            self.observe("lmstudio_generation_seconds", data["completionTokens"] / speed, model)
-        self.observe("lmstudio_prompt_tokens_per_second", data.get("promptTokensPerSecond"), model)
-        read = data.get("promptMs")
-        self.observe("lmstudio_prompt_eval_seconds", read and read / 1000, model)
-
-    def on_cache(self, data, model):
-        self.add("lmstudio_cached_input_tokens_total", model, amount=data["reused"])
-
     def exposition(self, gauges):
         """All of it as Prometheus text 0.0.4.  gauges: {metric: {labels: value}} as of now."""
         for name, _ in gauges.get("lmstudio_model_loaded", ()):
@@ -3744,32 +3730,26 @@ class Figures:
         for metric in METRICS:
             series = {**self._values[metric.name], **gauges.get(metric.name, {})}
             if series:
-                lines.append(f"# HELP {metric.name} {metric.about}")
-                lines.append(f"# TYPE {metric.name} {metric.kind}")
+                lines += [f"# HELP {metric.name} {metric.about}", f"# TYPE {metric.name} {metric.kind}"]
             for labels, value in series.items():
                 lines += metric_lines(metric, labels, value)
         return "\n".join(lines) + "\n"
 
 
-CHAT_COUNTS = {"requests": "lmstudio_requests_total", "input": "lmstudio_input_tokens_total"}  # of Event.about
-COUNTED = {"lmstudio_prediction_stats": Figures.on_stats, "lmstudio_cache_stats": Figures.on_cache,
-           "lmstudio_chat_end": Figures.on_chat_end}
-
-
 def metric_lines(metric, labels, value):
     """The lines of one series."""
-    pairs = [f'{name}="{escaped(label)}"' for name, label in zip(metric.labels, labels)]
+    pairs = [f'{name}="{escaped(label)}"' for name, label in zip(metric.labels.split(), labels)]
 
-    def line(suffix, more, number):
+    def line(suffix, number, *more):
         inside = ",".join([*pairs, *more])
-        return f"{metric.name}{suffix}{{{inside}}} {number}" if inside else f"{metric.name}{suffix} {number}"
+        return f"{metric.name}{suffix}{'{' + inside + '}' if inside else ''} {number}"
 
-    if metric.kind != "histogram":
-        return [line("", [], value)]
+    if not metric.buckets:
+        return [line("", value)]
     counts = list(itertools.accumulate(value[:-1]))
-    bounds = [*map(str, metric.buckets), "+Inf"]
-    return [*(line("_bucket", [f'le="{bound}"'], number) for bound, number in zip(bounds, counts)),
-            line("_sum", [], round(value[-1], 6)), line("_count", [], counts[-1])]
+    bounds = [*metric.buckets, "+Inf"]
+    return [*(line("_bucket", number, f'le="{bound}"') for bound, number in zip(bounds, counts)),
+            line("_sum", round(value[-1], 6)), line("_count", counts[-1])]
 
 
 def escaped(label):
@@ -3780,6 +3760,10 @@ def escaped(label):
 def rank(values, share):
     """The nearest-rank percentile of sorted values; None of none."""
     return values[max(0, math.ceil(share * len(values)) - 1)] if values else None
+
+
+def mean(values):
+    return round(sum(values) / len(values), 2) if values else None
 
 
 def performance(records, requests, tokens):
@@ -3796,10 +3780,6 @@ def performance(records, requests, tokens):
             "avgTokensPerSec": mean([record.speed for record in records if record.speed]),
             "totalTokensProcessed": tokens["input"] + tokens["output"],
             "tokenStats": {field: tokens[kind] for kind, field in TOKEN_KINDS.items()}}
-
-
-def mean(values):
-    return round(sum(values) / len(values), 2) if values else None
 
 
 # --- 3.10 series: figures by minute ------------------------------------------
@@ -4688,7 +4668,7 @@ class Hub:
     def exposition(self, gauges):
         """Any thread.  All figures as Prometheus text; gauges are those that others know."""
         with self._lock:
-            return self._figures.exposition({**gauges, **self._figures.of_requests(self._requests)})
+            return self._figures.exposition({**gauges, **self._figures.gauges(self._requests)})
 
     def reject(self, code):
         """Any thread.  A request was turned away here; code is our error's."""
