@@ -2214,12 +2214,12 @@ class Meter:
         return b"".join(kept)
 
     def _event(self, event):
-        """Learn from one event.  True for a chunk that carries only usage: the client may not have asked for it."""
+        """Learn from one event.  True for a chunk that carries only usage: maybe only we asked for it."""
         self._around, token = None, self.dialect.token.search(event)
         if token:
             self.pieces += 1
             self.first, self.last = self.first or self._now, self._now
-            if self.usage.model and not self.TELLING.search(event):     # a token, and nothing else that is new
+            if self.usage.model and not self.TELLING.search(event):     # nothing but the token is new
                 if self._decode is identity and event.endswith(b"\n"):
                     self._around = event[:token.end()], event[event.find(b'"', token.end()):]
                 return False
@@ -2237,7 +2237,7 @@ def whole_event(data):
 
 
 def maybe_ours(beginning, limit=64 * 1024, some_choice=re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')):
-    """True while an event that begins so may become a chunk that carries only usage: it has no choice, and is short."""
+    """True while an event that begins so may become a chunk that carries only usage: short, without a choice."""
     data = bytes(beginning[:limit])
     return (len(beginning) < limit and (b"data:".startswith(data) or data.startswith(b"data:"))
             and data[5:].lstrip()[:1] in (b"", b"{") and not some_choice.search(data))
@@ -2326,7 +2326,8 @@ def text_size(value):
     """Characters of all texts in JSON, roles and types aside; None if there are pictures or files."""
     sizes: list[Any] = [len(value)] if isinstance(value, str) and not value.startswith("data:") else []
     if isinstance(value, dict):
-        sizes = [None if name in ("image_url", "source", "input_audio", "file", "data_url") else text_size(item)
+        files = ("image_url", "source", "input_audio", "file", "data_url")
+        sizes = [None if name in files else text_size(item)
                  for name, item in value.items() if name not in ("role", "type")]
     elif isinstance(value, list):
         sizes = [text_size(item) for item in value]
@@ -3650,7 +3651,7 @@ class Figures:
         return name if name in self._models else "other" if name else "unknown"
 
     def model_of(self, record):
-        """A label for a request's model: the one that answered, else the one asked for if its name is known."""
+        """A label for a request's model: the one that answered, else the one asked for if it is known."""
         if record.model:
             return self.model(record.model)
         return record.model_asked if record.model_asked in self._models else "other"
