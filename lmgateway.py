@@ -4395,9 +4395,6 @@ class Scheduler:
 
 # === 4. HUB: the shared state ================================================
 
-# How the log begins to tell of a model that is loaded or unloaded (10-2025 to 09-2026).
-LOADS = re.compile(r"(?:\[[^]\n]*\])*:? ?(?:Requested model .* is not loaded|(?:Unl|L)oading model\b"
-                   r"|Model (?:un)?loaded\b|load_model: load|\w+::load called)")
 
 class Listener:
     """One client's place in the ring."""
@@ -4405,42 +4402,35 @@ class Listener:
     def __init__(self, seq, owner=None):
         self.seq = self.sent = seq  # of the latest event that it has passed; that it was given
         self.owner = owner  # the key whose events it may have; None: every event
-        self.gap = None  # the data of a gap event that stands before the next ones
-        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Hub.wait()
+        self.elsewhere = None  # the id after its latest event, which was another start's; None once told
+        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Ring.wait()
 
 
-class Hub:
-    """Hands every event to every listener, remembers the latest, and keeps the records of requests.
+class Ring:
+    """The latest events, each as one frame for every listener.
 
-    publish appends to one ring and wakes the listeners that wait; each then takes the frames behind its
-    place.  Publishing never waits, and a frame is made once.  The ring forgets the oldest frames beyond its
-    number or its bytes; a listener that has not read them is told so by `gap`.
-    keep takes the history rows of requests that are over, if there is a history."""
+    A listener waits until there is news, then takes the frames behind its place: publishing never waits.
+    The ring forgets the oldest frames beyond its number or its bytes; a listener that has not read them is
+    told so by `gap`."""
 
-    EVENTS, BYTES = 10_000, 32_000_000  # that the ring holds at least, whichever is less
+    EVENTS, BYTES = 10_000, 32_000_000  # that it holds at least, whichever is less
     BATCH = 4096  # frames that a listener looks through in one go
 
-    def __init__(self, kept=100, keep=None, now=time.time, clock=time.monotonic):
+    def __init__(self):
         # Guards every field below; the counts and closed may be read without it.  Held for memory work only,
         # never across I/O.
         self._lock = threading.Lock()
         self.epoch = secrets.token_hex(4)
-        self._owners: dict[str, str] = {}  # requestId -> name of its key
-        self._frames = []  # (event name, name of the key that it is about, frame) of the events _first.. _first + len - 1
+        self._frames = []  # (event name, name of the key that it is about, frame) of the events from _first on
         self._first = 1  # SEQ of _frames[0]
         self._bytes = 0  # of the frames
         self._waiting = set()  # bells of the listeners that have all there is
+        self._owners: dict[str, str] = {}  # requestId -> name of its key
         self.listeners = 0
         self.closed = False
-        self._now, self._clock, self._keep = now, clock, keep
         self.counts: Counter[str] = Counter()  # events published, by name
         self.replays: Counter[str] = Counter()  # listeners that came back: full, gap
         self.dropped = 0  # events that slow listeners lost
-        self._requests = Requests(self.epoch, kept)
-        self._figures = Figures()
-        self._series = Series(now())
-        self.loads = 0  # lines of the log that tell of a model that is loaded or unloaded
-        self._ids = itertools.count(1)
 
     @property
     def last(self):  # lock held
@@ -4453,41 +4443,36 @@ class Hub:
         with self._lock:
             return self.event_id(self.last)
 
-    def request_id(self):
-        """Any thread.  A new id, like no other of this or another start."""
-        return f"req_{self.epoch}{next(self._ids):06x}"
-
     def event_id(self, seq):
         return f"{self.epoch}-{seq}"
 
-    def now(self):
-        """This moment as the events have it."""
-        return utc_text(self._now())
-
-    # --- events
+    @contextlib.contextmanager
+    def _changing(self):
+        """Holds the lock; wakes the listeners once it is free again, if there is news for them."""
+        with self._lock:
+            before, bells = self.last, set()
+            yield
+            if self.last > before or self.closed:
+                bells, self._waiting = self._waiting, set()
+        wake(bells)
 
     def publish(self, events):
         """Any thread.  Appends the events in order and wakes the listeners.  Never blocks."""
         encoded = [self._encoded(event) for event in events if event.name]
-        with self._lock:
-            bells = self._append(encoded)
-        wake(bells)
+        with self._changing():
+            self._append(*encoded)
 
-    def _append(self, encoded):  # lock held
-        """Puts frames into the ring.  Gives the bells that are to be rung once the lock is free."""
-        seq = self.last
-        for name, owner, data in encoded:
-            seq += 1
-            frame = sse_frame(f"{self.epoch}-{seq}", name, data)
+    def _encoded(self, event):
+        """Any thread.  An event's name, the key whose own it is, and its data as JSON."""
+        owner = self._owners.get(event.data.get("requestId", "")) if event.name != "lmstudio_log" else None
+        return event.name, owner, to_json(event.data)
+
+    def _append(self, *encoded):  # lock held
+        for seq, (name, owner, data) in enumerate(encoded, self.last + 1):
+            frame = sse_frame(self.event_id(seq), name, data)
             self._frames.append((name, owner, frame))
             self._bytes += len(frame)
             self.counts[name] += 1
-        self._trim()
-        bells, self._waiting = self._waiting, set()
-        return bells
-
-    def _trim(self):  # lock held
-        """Forget the oldest frames that are too many or too large."""
         dropped, surplus = 0, len(self._frames) - self.EVENTS
         for _, _, frame in self._frames:
             if dropped >= surplus and self._bytes - len(frame) < self.BYTES:
@@ -4497,70 +4482,149 @@ class Hub:
         del self._frames[:dropped]
         self._first += dropped
 
-    def _append_event(self, event):  # lock held
-        return self._append([self._encoded(event)])
+    @contextlib.contextmanager
+    def listening(self, since="", owner=None):
+        """Any thread.  Yields the Listener for a client that saw the event with the id since last; with an
+        owner it gets the events of that key's requests alone."""
+        match = re.fullmatch(r"(?:([!-~]{1,64})-)?(\d{1,18})", since or "", re.ASCII)
+        with self._lock:
+            listener = Listener(self.last, owner)
+            if match:
+                self._resume(listener, match[1] or self.epoch, int(match[2]))
+            self.listeners += 1
+        try:
+            yield listener
+        finally:
+            with self._lock:
+                self.listeners -= 1
+                self._waiting.discard(listener.bell)
 
-    def _encoded(self, event):
-        """Any thread.  An event's name, the key whose own it is, and its data as JSON."""
-        owner = self._owners.get(event.data.get("requestId", "")) if event.name != "lmstudio_log" else None
-        return event.name, owner, to_json(event.data)
+    def _resume(self, listener, epoch, seq):  # lock held
+        if epoch == self.epoch:
+            listener.seq = listener.sent = min(seq, self.last)
+        else:
+            listener.seq, listener.sent, listener.elsewhere = -1, self._first - 1, f"{epoch}-{seq + 1}"
+        self.replays["gap" if listener.seq < self._first - 1 else "full"] += 1
 
-    # --- requests
+    def read(self, listener, names=(), most=math.inf):
+        """Any thread.  (frames behind the listener's place, data of a gap before them or None); the listener
+        goes on behind them.  names: only these events, if any; most: bytes, beyond which one frame may reach.
+        """
+        with self._lock:
+            gap, lost = None, self._first - 1 - listener.seq
+            if lost > 0:
+                count = None if listener.elsewhere else lost
+                gap = {"from": listener.elsewhere or self.event_id(listener.seq + 1),
+                       "to": self.event_id(self._first - 1), "count": count}
+                self.dropped += count or 0
+                listener.seq, listener.elsewhere = self._first - 1, None
+            start = listener.seq + 1 - self._first
+            batch = self._frames[start:start + self.BATCH]
+        frames, size = [], 0  # batch must not outlive this call: it keeps frames that the ring forgets
+        for name, owner, frame in batch:
+            if size >= most:
+                break
+            listener.seq += 1
+            if (not names or name in names) and listener.owner in (None, owner):
+                frames.append(frame)
+                listener.sent, size = listener.seq, size + len(frame)
+        return frames, gap
+
+    def wait(self, listener, timeout_s):
+        """Any thread.  Returns when there are events behind the listener, its bell rings, or time is up."""
+        with self._lock:
+            if listener.seq < self.last or self.closed:
+                return
+            self._waiting.add(listener.bell)
+        with contextlib.suppress(queue.Empty):
+            listener.bell.get(timeout=max(0.0, timeout_s))
+
+    def close(self):
+        """Any thread.  Wakes every listener; closed is True from now on."""
+        with self._changing():
+            self.closed = True
+
+
+def wake(bells):
+    for bell in bells:
+        bell.put(None)
+
+
+class Hub(Ring):
+    """The Ring, and all that requests and log have in common: records, figures, series.
+
+    keep takes the history rows of requests that are over, if there is a history."""
+
+    # How the log begins to tell of a model that is loaded or unloaded (10-2025 to 09-2026).
+    LOADS = re.compile(r"(?:\[[^]\n]*\])*:? ?(?:Requested model .* is not loaded|(?:Unl|L)oading model\b"
+                       r"|Model (?:un)?loaded\b|load_model: load|\w+::load called)")
+
+    def __init__(self, kept=100, keep=None, now=time.time, clock=time.monotonic):
+        super().__init__()
+        self._now, self._clock, self._keep = now, clock, keep
+        self._requests = Requests(self.epoch, kept)
+        self._figures = Figures()
+        self._series = Series(now())
+        self.loads = 0  # lines of the log that tell of a model that is loaded or unloaded
+        self._ids = itertools.count(1)
+
+    def request_id(self):
+        """Any thread.  A new id, like no other of this or another start."""
+        return f"req_{self.epoch}{next(self._ids):06x}"
+
+    def now(self):
+        """This moment as the events have it."""
+        return utc_text(self._now())
+
+    # --- the life of a request, and the log beside it
 
     def begin(self, record):
         """Any thread.  A request goes to LM Studio."""
         start = record.start_event(self.now())
-        with self._lock:
+        with self._changing():
             if record.key is not None:
                 self._owners[record.id] = record.key
                 if len(self._owners) > self.EVENTS:
                     del self._owners[next(iter(self._owners))]
             self._requests.begin(record)
             record.note(start, record.clock)
-            bells = self._append_event(start)
-        wake(bells)
+            self._append(self._encoded(start))
+
+    def _tell(self, record, clock):  # lock held
+        self._append(self._encoded(record.progress_event(self.now(), clock)))
 
     def generated(self, record, tokens, first):
         """Any thread.  The answer of a running request has so many tokens; the first came at clock first."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
             record.generated(tokens, first)
-            bells = self._append_event(record.progress_event(self.now(), clock)) if record.due(clock) else ()
-        wake(bells)
+            if record.due(clock):
+                self._tell(record, clock)
 
     def learned(self, record, events):
         """Any thread.  LM Studio told a running request's client how far its prompt is, as events."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
             due = [record.take(event, clock) for event in events]   # each is taken
-            bells = self._append_event(record.progress_event(self.now(), clock)) if any(due) else ()
-        wake(bells)
+            if any(due):
+                self._tell(record, clock)
+
     def place(self, placed):
         """Any thread.  These (Record, place) wait for their turn."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
-            bells = [self._append_event(record.progress_event(self.now(), clock)) for record, place in placed
-                     if record.wait(place, clock)]
-        wake(set().union(*bells))
+            for record, place in placed:
+                if record.wait(place, clock):
+                    self._tell(record, clock)
 
     def send(self, record):
         """Any thread.  A request's turn has come."""
         with self._lock:
             record.send(self._clock())
 
-    def served(self, asked):
-        """Any thread.  The model that has answered to a name, else the name."""
-        with self._lock:
-            return self._requests.served(asked)
-
-    def comment(self, record):
-        """Any thread.  Where a running request is, as an SSE comment."""
-        with self._lock:
-            return f": {record.told(self._clock())}\n\n".encode()
-
     def end(self, record, outcome):
         """Any thread.  A request is over.  Later calls do nothing."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
             if not self._requests.over(record, clock, outcome):
                 return
@@ -4568,8 +4632,7 @@ class Hub:
             record.note(end, clock)
             self._figures.count_request(record)
             rows = self._changed_rows()
-            bells = self._append_event(end)
-        wake(bells)
+            self._append(self._encoded(end))
         self._give(rows)
 
     def publish_log(self, events):
@@ -4582,17 +4645,17 @@ class Hub:
             told = self._requests.see(events, clock)
             for event in events:
                 self._figures.count_event(event)
-                self.loads += event.name == "lmstudio_log" and bool(LOADS.match(event.data["message"]))
+                self.loads += event.name == "lmstudio_log" and bool(self.LOADS.match(event.data["message"]))
             rows = self._changed_rows()
         self.publish(events)
-        for record in told:
-            with self._lock:
-                running = record.ended is None or record.source == "lmstudio"
-                bells = self._append_event(record.progress_event(self.now(), clock)) if running else ()
-            wake(bells)
+        with self._changing():
+            for record in told:
+                if record.ended is None or record.source == "lmstudio":
+                    self._tell(record, clock)
         self._give(rows)
 
     def _changed_rows(self):  # lock held
+        """The history rows of the requests that changed after their end, once figures and series have them."""
         changed, self._requests.changed = self._requests.changed, []
         rows = {record.id: history_row(record) for record in changed}
         for record in {record.id: record for record in changed}.values():
@@ -4600,18 +4663,36 @@ class Hub:
                 self._figures.count_tokens(record)
             about = {**dict(zip(HISTORY_NAMES, rows[record.id])), "agent": record.agent}
             record.tallied = self._series.take(about, record.tallied)
-        return rows if self._keep else {}
+        return list(rows.values())
 
     def _give(self, rows):
-        if rows:
-            self._keep(list(rows.values()))
+        if rows and self._keep:
+            self._keep(rows)
+
+    def reject(self, code):
+        """Any thread.  A request was turned away here; code is our error's."""
+        if code in REJECTIONS:
+            with self._lock:
+                self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
+
+    # --- what is known of them
+
+    def served(self, asked):
+        """Any thread.  The model that has answered to a name, else the name."""
+        with self._lock:
+            return self._requests.served(asked)
+
+    def comment(self, record):
+        """Any thread.  Where a running request is, as an SSE comment."""
+        with self._lock:
+            return f": {record.told(self._clock())}\n\n".encode()
 
     def shown(self, limit=None, owner=None):
         """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first; with
         an owner, those of that key."""
         with self._lock:
-            clock = self._clock()
-            records = itertools.chain(reversed(self._requests.running.values()), reversed(self._requests.finished))
+            clock, found = self._clock(), self._requests
+            records = itertools.chain(reversed(found.running.values()), reversed(found.finished))
             return [record.shown(clock) for record in itertools.islice(
                 (record for record in records if owner in (None, record.key)), limit)]
 
@@ -4620,11 +4701,10 @@ class Hub:
         that has one)."""
         with self._lock:
             clock = self._clock()
-            running, over = [*reversed(self._requests.running.values())], self._requests.finished
-            models = (record.model or record.model_asked
-                      for record in itertools.chain(running, reversed(over)))
-            return ([record.shown(clock) for record in running],
-                    [record.shown(clock) for record in itertools.islice(reversed(over), count)],
+            running, over = (list(reversed(part)) for part in (
+                self._requests.running.values(), self._requests.finished))
+            models = (record.model or record.model_asked for record in (*running, *over))
+            return ([record.shown(clock) for record in running], [record.shown(clock) for record in over[:count]],
                     next(filter(None, models), None))
 
     def detail(self, request_id):
@@ -4663,92 +4743,12 @@ class Hub:
         """Any thread.  `performance` of /debug/metrics."""
         with self._lock:
             ours = [record for record in self._requests.finished if record.source == "gateway"]
-            tokens = self._figures.tokens()
-            return performance(ours, self._requests, tokens)
+            return performance(ours, self._requests, self._figures.tokens())
 
     def exposition(self, gauges):
         """Any thread.  All figures as Prometheus text; gauges are those that others know."""
         with self._lock:
             return self._figures.exposition({**gauges, **self._figures.gauges(self._requests)})
-
-    def reject(self, code):
-        """Any thread.  A request was turned away here; code is our error's."""
-        if code in REJECTIONS:
-            with self._lock:
-                self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
-
-    # --- listeners
-
-    @contextlib.contextmanager
-    def listening(self, since="", owner=None):
-        """Any thread.  Yields the Listener for a client that saw the event with the id since last; with an
-        owner it gets the events of that key's requests alone."""
-        match = re.fullmatch(r"(?:([!-~]{1,64})-)?(\d{1,18})", since or "", re.ASCII)
-        with self._lock:
-            listener = Listener(self.last, owner)
-            if match:
-                self._resume(listener, match[1] or self.epoch, int(match[2]))
-            self.listeners += 1
-        try:
-            yield listener
-        finally:
-            with self._lock:
-                self.listeners -= 1
-                self._waiting.discard(listener.bell)
-
-    def _resume(self, listener, epoch, seq):  # lock held
-        if epoch == self.epoch:
-            listener.seq = min(seq, self.last)
-        else:
-            listener.seq = self._first - 1
-            listener.gap = {"from": f"{epoch}-{seq + 1}", "to": self.event_id(listener.seq), "count": None}
-        listener.sent = listener.seq
-        self.replays["gap" if listener.gap or listener.seq < self._first - 1 else "full"] += 1
-
-    def read(self, listener, names=(), most=math.inf):
-        """Any thread.  (frames behind the listener's place, data of a gap before them or None); the listener
-        goes on behind them.  names: only these events, if any; most: bytes, beyond which one frame may reach.
-        """
-        with self._lock:
-            gap, listener.gap = listener.gap, None
-            lost = self._first - 1 - listener.seq
-            if lost > 0:
-                gap = {"from": gap["from"] if gap else self.event_id(listener.seq + 1),
-                       "to": self.event_id(self._first - 1), "count": None if gap else lost}
-                self.dropped += lost
-                listener.seq += lost
-            start = listener.seq + 1 - self._first
-            batch = self._frames[start:start + self.BATCH]
-        frames, size = [], 0  # batch must not outlive this call: it keeps frames that the ring forgets
-        for name, owner, frame in batch:
-            if size >= most:
-                break
-            listener.seq += 1
-            if (not names or name in names) and listener.owner in (None, owner):
-                frames.append(frame)
-                listener.sent, size = listener.seq, size + len(frame)
-        return frames, gap
-
-    def wait(self, listener, timeout_s):
-        """Any thread.  Returns when there are events behind the listener, its bell rings, or time is up."""
-        with self._lock:
-            if listener.seq < self.last or self.closed:
-                return
-            self._waiting.add(listener.bell)
-        with contextlib.suppress(queue.Empty):
-            listener.bell.get(timeout=max(0.0, timeout_s))
-
-    def close(self):
-        """Any thread.  Wakes every listener; closed is True from now on."""
-        with self._lock:
-            self.closed = True
-            bells, self._waiting = self._waiting, set()
-        wake(bells)
-
-
-def wake(bells):
-    for bell in bells:
-        bell.put(None)
 
 
 # --- 4.2 history: finished requests in an SQLite file ------------------------
