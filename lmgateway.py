@@ -2800,6 +2800,8 @@ LEFT_LINE_S = 1.0  # LM Studio writes that a client has left within this
 LATE_END_S = 2.0  # and ends its stream within this
 TWIN_SIZE = 0.08  # prompts whose lengths differ by less are alike
 TWINS_S = 0.01  # ends so close to each other can be written in either order
+PAIR_S = 1e-4  # until the next look for each pair of a run and a request (a line and a request) of the last ...
+PAIRS_AT_ONCE, PAIRS_MOST = 200, 4000  # ... beyond so many; of more none would be certain
 OPEN_LIMIT = 512  # requests that are over and can still be bound
 NAMES_KEPT = 1000  # models by the names that clients gave them
 RUNS_OPEN = 200  # runs that are not bound, and their events
@@ -2978,7 +2980,8 @@ class Requests:
         self._processes: deque[Process] = deque(maxlen=8)
         self._readings = {}  # model -> [[clock of 0 %, clock of 100 %]] of its latest prompts
         self._numbers = itertools.count(1)
-        self._swept = 0.0  # clock of the last _expire
+        self._swept = self._settle_at = 0.0  # clock of the last _expire, of the next settle
+        self._pairs = 0  # that the present settle has compared
 
     # --- the HTTP side
 
@@ -3131,30 +3134,40 @@ class Requests:
     # --- runs
 
     def settle(self, clock):
-        """Bind what has become certain by now."""
-        again = True
-        while again:
-            again = False
-            open_runs = [run for run in self._runs.values() if run.record is None and (
-                run.total or run.over is not None or run.cancelled is not None)]
-            free = [record for record in self._open.values() if record.run is None]
-            fits = {run: [record for record in free if not self._ruled_out(run, record, clock)] for run in open_runs}
-            self._compare_sizes(fits)
-            wanted = Counter(record.id for records in fits.values() for record in records)
-            for run, records in fits.items():
-                records = [record for record in records if not self._overtakes(run, record, clock)]
-                record = self._proven(run, records, fits) or only([
-                    record for record in records if self._is_certain(run, record, len(records), wanted[record.id])
-                    and not self._has_twin(run, record, free, clock)])
-                if record:
-                    self._bind(run, record, free, clock)
-                    again = True
-                    break
-                if not fits[run] and all(self._ruled_out(run, other, clock) not in (4, 5) for other in free):
-                    self._take_as_own(run, clock)
-        self._match_lines(clock)
+        """Bind what has become certain by now.  The more there is to compare, the less often it is done."""
+        if clock >= self._settle_at:
+            self._pairs = 0
+            while self._bind_one(clock):
+                pass
+            self._match_lines(clock)
+            self._settle_at = clock + PAIR_S * self._pairs if self._pairs > PAIRS_AT_ONCE else clock
         if clock - self._swept > 1.0 or len(self._open) > 2 * OPEN_LIMIT:  # also when no log is followed
             self._expire(clock)
+
+    def _bind_one(self, clock):
+        """Bind the first run that has become certain; False if there is none, or too much to compare."""
+        open_runs = [run for run in self._runs.values() if run.record is None and (
+            run.total or run.over is not None or run.cancelled is not None)]
+        free = [record for record in self._open.values() if record.run is None]
+        self._pairs += len(open_runs) * len(free)
+        if self._pairs > PAIRS_MOST:
+            return False
+        fits = {run: [record for record in free if not self._ruled_out(run, record, clock)]
+                for run in open_runs}
+        self._compare_sizes(fits)
+        wanted = Counter(record.id for records in fits.values() for record in records)
+        waiting = sorted((record for record in free if record.ended is None), key=lambda record: record.sent)
+        for run, records in fits.items():
+            records = [record for record in records if not self._overtakes(run, record, waiting, clock)]
+            record = self._proven(run, records, fits) or only([
+                record for record in records if self._is_certain(run, record, len(records), wanted[record.id])
+                and not self._has_twin(run, record, free, clock)])
+            if record:
+                self._bind(run, record, free, clock)
+                return True
+            if not fits[run] and all(self._ruled_out(run, other, clock) not in (4, 5) for other in free):
+                self._take_as_own(run, clock)
+        return False
 
     def _is_certain(self, run, record, records, runs):
         """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
@@ -3260,11 +3273,13 @@ class Requests:
                   (run.written, record.used("completionTokens"), run.engine == "G1"))
         return any(None not in (told, used) and abs(told - used) > slack for told, used, slack in counts)
 
-    def _overtakes(self, run, record, clock):
+    def _overtakes(self, run, record, waiting, clock):
         """9: a request that was clearly sent before this one has no run yet."""
-        for other in self._open.values():
-            if (other is not record and other.run is None and other.ended is None
-                    and other.model_asked == record.model_asked and self._is_clearly_before(other, record)
+        for other in waiting:
+            if other.sent >= record.sent - CLEAR_S:
+                break
+            if (other is not record and other.model_asked == record.model_asked
+                    and self._is_clearly_before(other, record)
                     and not any(earlier.record is None and earlier.number < run.number
                                 and not self._ruled_out(earlier, other, clock) for earlier in self._runs.values())):
                 return True
@@ -3397,12 +3412,11 @@ class Requests:
         """13 and 14, when the request's own end is known."""
         if event.chat in self._own:
             return self._own[event.chat]
-        self._lines.append((event, clock))
-        self._match_lines(clock)
-        return None
+        self._lines.append((event, clock))  # settle() matches it
 
     def _match_lines(self, clock):
         lines, self._lines = self._lines, deque(maxlen=LINES_KEPT)
+        self._pairs += len(lines) * len(self._open)
         while lines:
             event, seen = lines.popleft()
             alike = 1 + sum(other.data == event.data for other, _ in (*lines, *self._lines))
