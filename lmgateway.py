@@ -152,39 +152,50 @@ class Option(NamedTuple):
 
     name: str
     variable: str
-    flag: str | None
     default: Any
     parse: Callable[[str], Any]
     about: str
-    group: str = "Gateway"
-    value: str = "VALUE"  # its placeholder in --help
+    value: str | None = None  # its flag's placeholder in --help; None: it has no flag
+
+    @property
+    def flag(self):
+        """Its flag, None without one."""
+        return None if self.value is None else flag_of(self.name)
 
 
-def text(value):
-    return value
+def flag_of(name):
+    return "--" + name.replace("_", "-")
 
 
-def boolean(value):
-    word = value.strip().lower()
-    if word not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-        raise ValueError("use true or false")
-    return word in ("true", "1", "yes", "on")
+def one_of(*known):
+    """A parser of words, in any case."""
 
-
-def whole(low, high, hint):
-    """A parser of whole numbers from low to high."""
-
-    def parse(value):
-        if not re.fullmatch(r"\s*\d{1,20}\s*", value, re.ASCII) or not low <= int(value) <= high:
-            raise ValueError(hint)
-        return int(value)
+    def parse(text):
+        if text.strip().lower() not in known:
+            raise ValueError(f"use {', '.join(known)}")
+        return text.strip().lower()
 
     return parse
 
 
-def base_url(value):
+def boolean(text):
+    return one_of("true", "false", "yes", "no", "on", "off", "1", "0")(text) in ("true", "yes", "on", "1")
+
+
+def whole(low, high, unit=""):
+    """A parser of whole numbers from low to high."""
+
+    def parse(text):
+        if not re.fullmatch(r"\s*\d{1,20}\s*", text, re.ASCII) or not low <= int(text) <= high:
+            raise ValueError(f"use a number {unit}from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def base_url(text):
     """http://HOST[:PORT], without a path."""
-    parts = urllib.parse.urlsplit(value.strip().rstrip("/"))
+    parts = urllib.parse.urlsplit(text.strip().rstrip("/"))
     try:
         known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
@@ -194,34 +205,22 @@ def base_url(value):
     return f"{parts.scheme}://{parts.netloc}"
 
 
-def folder(value):
+def folder(text):
     """A directory, which need not be there yet."""
-    if os.path.isfile(value):
+    if os.path.isfile(text):
         raise ValueError("that is a file; name LM Studio's server-logs directory")
-    return value
+    return text
 
 
-def header_word(value):
-    if not re.fullmatch(r"[!-~]+", value.strip()):
+def header_word(text):
+    if not re.fullmatch(r"[!-~]+", text.strip()):
         raise ValueError("use printable ASCII without blanks")
-    return value.strip()
+    return text.strip()
 
 
-def level(value):
-    if value.strip().lower() not in LEVELS:
-        raise ValueError("use error, warn, info or debug")
-    return value.strip().lower()
-
-
-def log_source(value):
-    if value.strip().lower() not in ("files", "stream", "auto"):
-        raise ValueError("use files, stream or auto")
-    return value.strip().lower()
-
-
-def networks(value):
+def networks(text):
     """A tuple of networks from addresses and CIDR ranges; None for `*`, which is every address."""
-    parts = [part.strip() for part in value.split(",") if part.strip()]
+    parts = [part.strip() for part in text.split(",") if part.strip()]
     if "*" in parts:
         return None
     try:
@@ -240,15 +239,13 @@ def unmapped(network):
     return ipaddress.ip_network((mapped, network.prefixlen - 96))
 
 
-def api_keys(value):
+def api_keys(text):
     """{name: key} from one key, or from name=key,name=key.  A lone key may end in `=`, one of several without
     a name in the `==` of base64; NAME= is neither."""
     keys: dict[str, str] = {}
-    for part in (part.strip() for part in value.split(",")):
-        if not part:
-            continue
+    for part in filter(None, map(str.strip, text.split(","))):
         name, equals, key = part.partition("=")
-        padded = "=" not in part.rstrip("=") and (part.endswith("==") or "," not in value.strip(" ,"))
+        padded = "=" not in part.rstrip("=") and (part.endswith("==") or "," not in text.strip(" ,"))
         if not equals or padded:
             name, key = ("default" if not keys else f"key{len(keys) + 1}"), part
         if not key.strip("=") or not name.strip():
@@ -261,94 +258,84 @@ def api_keys(value):
     return keys
 
 
-def origins(value):
+def origins(text):
     """Origins as a browser writes them: in lower case, without a path; or `*`."""
-    found = words(value.lower())
+    found = words(text.lower())
     for origin in found:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+", origin):
             raise ValueError("use origins such as https://chat.example,http://localhost:3000, or *")
     return found
 
 
-def words(value):
-    return tuple(word.strip().rstrip("/") for word in value.split(",") if word.strip())
+def words(text):
+    return tuple(word.strip().rstrip("/") for word in text.split(",") if word.strip())
 
 
 LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
-MILLISECONDS = whole(0, 10**9, "use milliseconds, 0 for never")
-
-
-OPTIONS = (
-    Option("upstream", "LMSTUDIO_BASE_URL", "--upstream", "http://127.0.0.1:1234", base_url,
-           "LM Studio's server; its port is found in its settings", value="URL"),
-    Option("host", "GATEWAY_HOST", "--host", "127.0.0.1", text, "address to listen on; 0.0.0.0 for the LAN",
-           value="HOST"),
-    Option("port", "GATEWAY_PORT", "--port", 8001, whole(0, 65535, "use a port from 0 to 65535"),
-           "port to listen on; 0 lets the system choose", value="PORT"),
-    Option("tls_cert", "TLS_CERT", "--tls-cert", None, text, "certificate (PEM), to serve HTTPS",
-           value="FILE"),
-    Option("tls_key", "TLS_KEY", "--tls-key", None, text, "its private key (PEM)", value="FILE"),
-    Option("upstream_token", "UPSTREAM_TOKEN", None, None, header_word,
-           "LM Studio's own API token, where its server asks for one"),
-    Option("max_body", "MAX_BODY_BYTES", None, 256 * 1024 * 1024, whole(1, 10**12, "use a number of bytes"),
-           "largest request body; 413 beyond it"),
-    Option("max_body_memory", "MAX_BODY_MEMORY", None, 512 * 1024 * 1024,
-           whole(1, 10**12, "use a number of bytes"),
-           "bytes that the bodies of all running requests may take together; 503 beyond them"),
-    Option("max_running", "MAX_RUNNING", "--max-running", 0, whole(0, 10000, "use a number from 0 to 10000"),
-           "inferences at once for each model, others wait here; 0: all", value="N"),
-    Option("max_waiting", "MAX_WAITING", None, 100, whole(0, 10000, "use a number from 0 to 10000"),
-           "inferences that may wait for their turn; 429 beyond them"),
-    Option("max_connections", "MAX_CONNECTIONS", None, 512,
-           whole(8, 100000, "use a number from 8 to 100000"),
-           "connections at once; beyond them one that has shown no right key is closed"),
-    Option("prefill_comments", "PREFILL_COMMENTS", None, False, boolean,
-           "tell a streaming client that waits how far its prompt is, in SSE comments"),
-    Option("proxy_timeout", "PROXY_TIMEOUT", None, 600000, MILLISECONDS,
-           "ms without a byte from LM Studio on a plain request; 0 never"),
-    Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", None, 0, MILLISECONDS,
-           "the same for a streaming request"),
-    Option("api_key", "GATEWAY_API_KEY", "--api-key", {}, api_keys,
-           "one key, or several as name=key,name=key; a process list shows it",
-           "Access", "KEY"),
-    Option("keys_file", "KEYS_FILE", "--keys-file", None, text,
-           "minted keys, hashed; in the user's configuration directory if not given",
-           "Access", "FILE"),
-    Option("users_from", "USERS_FROM", "--users-from", (), words,
-           "keys behind which others stand, whom Open WebUI's headers name", "Access", "LIST"),
-    Option("no_auth", "NO_AUTH", "--no-auth", False, boolean, "listen beyond loopback without a key",
-           "Access"),
-    Option("allow", "IP_ALLOWLIST", "--allow", None, networks,
-           "addresses and CIDR ranges that may connect, IPv4 and IPv6", "Access", "LIST"),
-    Option("cors_origins", "CORS_ORIGINS", "--cors-origins", (), origins,
-           "origins whose pages may call, such as https://chat.example, or *", "Access", "LIST"),
-    Option("trusted_proxies", "TRUSTED_PROXIES", None, (), networks,
-           "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed", "Access"),
-    Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", None, False, boolean,
-           "ask for a key on /health and /ready, too", "Access"),
-    Option("requests_kept", "REQUESTS_KEPT", None, 100, whole(1, 100000, "use a number from 1 to 100000"),
-           "finished requests that /debug/requests keeps"),
-    Option("history", "HISTORY_FILE", "--history", None, text,
-           "SQLite file that keeps a row for each request; no prompts, no answers", "Logs", "FILE"),
-    Option("history_days", "HISTORY_DAYS", None, 365, whole(0, 36500, "use a number of days, 0 for ever"),
-           "days after which its rows are removed; 0 never", "Logs"),
-    Option("log_dir", "LMSTUDIO_LOG_DIR", "--log-dir", None, folder,
-           "LM Studio's server-logs directory; found under the home if not given", "Logs",
-           "DIR"),
-    Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", None, True, boolean, "follow LM Studio's logs",
-           "Logs"),
-    Option("log_source", "LOG_SOURCE", None, "files", log_source,
-           "where the log comes from: files, stream (from LM Studio itself; experimental) or auto", "Logs"),
-    Option("log_dir_warn", "LOG_DIR_WARN_BYTES", None, 5_000_000_000,
-           whole(0, 10**15, "use a number of bytes"),
-           "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
-           "0 never", "Logs"),
-    Option("log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs",
-           "LEVEL"),
-    Option("log_file", "LOG_FILE", "--log-file", None, text,
-           "write our own log there; turned over at 5 MB, opened anew on SIGHUP", "Logs",
-           "FILE"),
-)
+BYTES, MILLISECONDS = whole(1, 10**12, "of bytes "), whole(0, 10**9, "of milliseconds ")
+OPTION_GROUPS = {  # heading in --help -> its rows
+    "Gateway": (
+        Option("upstream", "LMSTUDIO_BASE_URL", "http://127.0.0.1:1234", base_url,
+               "LM Studio's server; its port is found in its settings", "URL"),
+        Option("host", "GATEWAY_HOST", "127.0.0.1", str, "address to listen on; 0.0.0.0 for the LAN", "HOST"),
+        Option("port", "GATEWAY_PORT", 8001, whole(0, 65535),
+               "port to listen on; 0 lets the system choose", "PORT"),
+        Option("tls_cert", "TLS_CERT", None, str, "certificate (PEM), to serve HTTPS", "FILE"),
+        Option("tls_key", "TLS_KEY", None, str, "its private key (PEM)", "FILE"),
+        Option("upstream_token", "UPSTREAM_TOKEN", None, header_word,
+               "LM Studio's own API token, if its server asks for one"),
+        Option("max_body", "MAX_BODY_BYTES", 256 * 1024 * 1024, BYTES, "largest request body; 413 beyond it"),
+        Option("max_body_memory", "MAX_BODY_MEMORY", 512 * 1024 * 1024, BYTES,
+               "bytes that the bodies of all running requests may take together; 503 beyond them"),
+        Option("max_running", "MAX_RUNNING", 0, whole(0, 10_000),
+               "inferences at once for each model, others wait here; 0: all", "N"),
+        Option("max_waiting", "MAX_WAITING", 100, whole(0, 10_000),
+               "inferences that may wait for their turn; 429 beyond them"),
+        Option("max_connections", "MAX_CONNECTIONS", 512, whole(8, 100_000),
+               "connections at once; beyond them one that has shown no right key is closed"),
+        Option("prefill_comments", "PREFILL_COMMENTS", False, boolean,
+               "tell a streaming client that waits how far its prompt is, in SSE comments"),
+        Option("proxy_timeout", "PROXY_TIMEOUT", 600_000, MILLISECONDS,
+               "ms without a byte from LM Studio on a plain request; 0 never"),
+        Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", 0, MILLISECONDS,
+               "the same for a streaming request")),
+    "Access": (
+        Option("api_key", "GATEWAY_API_KEY", {}, api_keys,
+               "one key, or several as name=key,name=key; a process list shows it", "KEY"),
+        Option("keys_file", "KEYS_FILE", None, str,
+               "minted keys, hashed; in the user's configuration directory if not given", "FILE"),
+        Option("users_from", "USERS_FROM", (), words,
+               "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
+        Option("no_auth", "NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
+        Option("allow", "IP_ALLOWLIST", None, networks,
+               "addresses and CIDR ranges that may connect, IPv4 and IPv6", "LIST"),
+        Option("cors_origins", "CORS_ORIGINS", (), origins,
+               "origins whose pages may call, such as https://chat.example, or *", "LIST"),
+        Option("trusted_proxies", "TRUSTED_PROXIES", (), networks,
+               "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed"),
+        Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", False, boolean,
+               "ask for a key on /health and /ready, too")),
+    "Logs": (
+        Option("requests_kept", "REQUESTS_KEPT", 100, whole(1, 100_000),
+               "finished requests that /debug/requests keeps"),
+        Option("history", "HISTORY_FILE", None, str,
+               "SQLite file that keeps a row for each request; no prompts, no answers", "FILE"),
+        Option("history_days", "HISTORY_DAYS", 365, whole(0, 36_500, "of days "),
+               "days after which its rows are removed; 0 never"),
+        Option("log_dir", "LMSTUDIO_LOG_DIR", None, folder,
+               "LM Studio's server-logs directory; found under the home if not given", "DIR"),
+        Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", True, boolean, "follow LM Studio's logs"),
+        Option("log_source", "LOG_SOURCE", "files", one_of("files", "stream", "auto"),
+               "source of the log: files, stream (from LM Studio itself; experimental) or auto"),
+        Option("log_dir_warn", "LOG_DIR_WARN_BYTES", 5_000_000_000, whole(0, 10**15, "of bytes "),
+               "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
+               "0 never"),
+        Option("log_level", "LOG_LEVEL", "info", one_of(*LEVELS),
+               "error, warn, info or debug", "LEVEL"),
+        Option("log_file", "LOG_FILE", None, str,
+               "write our own log there; turned over at 5 MB, opened anew on SIGHUP", "FILE")),
+}
+OPTIONS = tuple(itertools.chain.from_iterable(OPTION_GROUPS.values()))
 
 
 class Config:
@@ -383,41 +370,25 @@ ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
                       r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
 
 
-class Setting(NamedTuple):
-    """What one option is set to; source is None for a default, error says why a text is no value."""
-
-    value: Any
-    source: str | None = None
-    error: str | None = None
-
-
 def load_config(args, environ, env_file=None):
     """(Config, warnings, errors) from flags, else environment, else `.env`, else defaults.
 
-    args maps option names to the text of their flags.  An option with an error has its default."""
+    args maps option names to the text of their flags.  An empty variable counts as not set, and an option
+    with an error has its default."""
     from_file, warnings, errors = read_env_file(env_file)
-    settings = {row.name: find_setting(row, args.get(row.name), environ, from_file) for row in OPTIONS}
-    errors += [setting.error for setting in settings.values() if setting.error]
-    sources = {name: setting.source for name, setting in settings.items() if setting.source}
-    values = {name: setting.value for name, setting in settings.items()}
+    values, sources = {}, {}
+    for row in OPTIONS:
+        text, source = next(((text, source) for text, source in (
+            (args.get(row.name), row.flag),
+            (environ.get(row.variable, "").strip() or None, f"environment variable {row.variable}"),
+            from_file.get(row.variable, (None, None))) if text is not None), (None, None))
+        try:
+            if text is not None:
+                values[row.name], sources[row.name] = row.parse(text), source
+        except ValueError as error:
+            shown = "..." if row.variable in SECRET else repr(text)
+            errors.append(f"{source}: {shown} is no value for {row.variable}: {error}")
     return Config(**values, sources=sources), warnings, errors
-
-
-def find_setting(row, from_flag, environ, from_file):
-    """The Setting of an option.  An empty variable counts as not set."""
-    if from_flag is not None:
-        text, source = from_flag, row.flag
-    elif environ.get(row.variable, "").strip():
-        text, source = environ[row.variable], f"environment variable {row.variable}"
-    elif row.variable in from_file:
-        text, source = from_file[row.variable]
-    else:
-        return Setting(row.default)
-    try:
-        return Setting(row.parse(text), source)
-    except ValueError as error:
-        shown = "..." if row.variable in SECRET else repr(text)
-        return Setting(row.default, source, f"{source}: {shown} is no value for {row.variable}: {error}")
 
 
 def read_env_file(path):
@@ -456,19 +427,9 @@ def nearest(word, known, cutoff=0.6):
 
 def shown_default(row):
     """A default as a person would write it."""
-    if row.name == "allow":
-        return "*"
     if isinstance(row.default, bool):
         return str(row.default).lower()
-    return "none" if row.default in (None, (), {}) else str(row.default)
-
-
-def options_table():
-    """The README's table of options; a test holds the README to it."""
-    lines = [f"| `{row.variable}` | {f'`{row.flag}`' if row.flag else ''} | `{shown_default(row)}` | "
-             f"{row.about} |"
-             for row in OPTIONS]
-    return "\n".join(["| variable | flag | default | meaning |", "|---|---|---|---|", *lines])
+    return "*" if row.name == "allow" else "none" if row.default in (None, (), {}) else str(row.default)
 
 
 @functools.lru_cache(maxsize=256)
@@ -1961,15 +1922,20 @@ def prediction_figures(body):
     return counts, without_none(tokensPerSecond=known.get("speed"))
 
 
-# --- 3.4 dialects: where each API of LM Studio puts model, tokens and usage ---
+# --- 3.4 dialects: the places of model, tokens and usage in each API of LM Studio ---
+
+WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
+VALUES_LIMIT = 250_000  # of its values: reading more would hold up everybody for a tenth of a second
+LONGEST_NAME, LONGEST_ERROR = 256, 500  # of a model or an id, of a message, as they are kept
+UNSAFE = 2**53  # from here on JavaScript and others round
 
 
 class Dialect(NamedTuple):
     """One inference API."""
 
     name: str
-    asks_usage: bool  # a stream carries usage only with stream_options.include_usage
     token: re.Pattern  # found in a streamed event that holds content, reasoning or a tool call
+    asks_usage: bool = False  # a stream carries usage only with stream_options.include_usage
     joined: bool = False    # the log shows its requests as chats
     counts_messages: bool = False   # and says how many messages each has
 
@@ -1977,18 +1943,16 @@ class Dialect(NamedTuple):
 # Keys of an event can be told by their bytes: inside a JSON string each quote stands behind a backslash.
 OPENAI_TOKEN = re.compile(rb'"(?:content|reasoning|reasoning_content|text)"\s*:\s*"(?!")'
                           rb'|"(?:tool_calls"\s*:\s*\[|function_call"\s*:)\s*\{')
-RESPONSES_TOKEN = re.compile(rb'"delta"\s*:\s*"(?!")')
-MESSAGES_TOKEN = re.compile(rb'"(?:text|thinking|partial_json)"\s*:\s*"(?!")|"type"\s*:\s*"tool_use"')
-NATIVE_TOKEN = re.compile(rb'"type"\s*:\s*"(?:(?:message|reasoning)\.delta|tool_call\.(?:start|arguments))"')
-
-CHAT = Dialect("chat", True, OPENAI_TOKEN, joined=True, counts_messages=True)
-COMPLETIONS = Dialect("completions", True, OPENAI_TOKEN)
-EMBEDDINGS = Dialect("embeddings", False, OPENAI_TOKEN)
-RESPONSES = Dialect("responses", False, RESPONSES_TOKEN, joined=True)
-MESSAGES = Dialect("messages", False, MESSAGES_TOKEN, joined=True)
-NATIVE = Dialect("native", False, NATIVE_TOKEN, joined=True)
-OTHER = Dialect("other", False, OPENAI_TOKEN)
-SOCKET = Dialect("socket", False, OPENAI_TOKEN, joined=True)  # of LM Studio's own SDKs: 3.12
+CHAT = Dialect("chat", OPENAI_TOKEN, asks_usage=True, joined=True, counts_messages=True)
+COMPLETIONS = Dialect("completions", OPENAI_TOKEN, asks_usage=True)
+EMBEDDINGS = Dialect("embeddings", OPENAI_TOKEN)
+RESPONSES = Dialect("responses", re.compile(rb'"delta"\s*:\s*"(?!")'), joined=True)
+MESSAGES = Dialect("messages", joined=True, token=re.compile(
+    rb'"(?:text|thinking|partial_json)"\s*:\s*"(?!")|"type"\s*:\s*"tool_use"'))
+NATIVE = Dialect("native", joined=True, token=re.compile(
+    rb'"type"\s*:\s*"(?:(?:message|reasoning)\.delta|tool_call\.(?:start|arguments))"'))
+OTHER = Dialect("other", OPENAI_TOKEN)
+SOCKET = Dialect("socket", OPENAI_TOKEN, joined=True)  # of LM Studio's own SDKs: 3.12
 
 DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.1)
     "/v1/chat/completions": CHAT,
@@ -2005,39 +1969,16 @@ DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.
 }
 JOINED = frozenset(dialect.name for dialect in (*DIALECTS.values(), SOCKET) if dialect.joined)
 
-WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
-VALUES_LIMIT = 250_000  # of its values: reading more would hold up everybody for a tenth of a second
-NUMBERS = re.compile(rb"\[[-+.\deE,\s]{64,}\]")   # an embedding, a prompt in token numbers: not read then
 
+def json_object(data, numbers=re.compile(rb"\[[-+.\deE,\s]{64,}\]")):
+    """The JSON object in UTF-8 bytes; None for anything else and for one too large.  Never raises.
 
-def listed(value):
-    """The dicts of a list, [] for anything else."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def member(value, *names):
-    """The first member of those names that is an object; {} for none."""
-    for name in names:
-        found = value.get(name)
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
-def refuse_constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # no NaN, no Infinity: LM Studio knows none
-
-
-def json_object(data):
-    """The JSON object in UTF-8 bytes; None for anything else and for one too large.  Never raises."""
+    Long lists of numbers (an embedding, a prompt in token numbers) are not read if there are many."""
     data = data[3:] if data[:3] == codecs.BOM_UTF8 else data
     if len(data) > WHOLE_LIMIT or too_many(data, b"[", b"{"):
         return None
     if too_many(data, b",", b"[", b"{"):    # each value but the first stands behind one of these
-        data = NUMBERS.sub(b"[]", data)
+        data = numbers.sub(b"[]", data)
         if too_many(data, b",", b"[", b"{"):
             return None
     try:
@@ -2057,17 +1998,60 @@ def too_many(data, *marks):
     return False
 
 
-# --- 3.5 meter: what an answer cost, read while it passes --------------------
+def refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
 
-STREAM_LIMIT = 4 * 1024 * 1024  # bytes of one event of a stream; a longer one is passed on unread
-LONGEST_NAME, LONGEST_ERROR = 256, 500  # of a model or an id, of a message, as they are kept
-HOLD_LIMIT = 64 * 1024  # a usage chunk is smaller
-UNSAFE = 2**53  # from here on JavaScript and others round
-EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
-SOME_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')  # never in a chunk that carries only usage
-ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.MULTILINE)
-# An event with one of these tells more than a token.
-TELLING = re.compile(rb'"(?:usage|stats|error|response|(?:finish|stop)_reason"\s*:\s*")')
+
+STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # no NaN, no Infinity: LM Studio knows none
+
+
+def listed(value):
+    """The dicts of a list, [] for anything else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def member(value, *names):
+    """The first member of those names that is an object; {} for none."""
+    return next((value[name] for name in names if isinstance(value.get(name), dict)), {})
+
+
+def count(values, *names, default=None):
+    """The first whole number among the values of those names."""
+    for name in names:
+        value = values.get(name)
+        if type(value) is int and 0 <= value < UNSAFE:
+            return value
+    return default
+
+
+def usable(value):
+    """A figure of an answer; None if it is no number, or too large for other readers of JSON."""
+    return value if type(value) in (int, float) and 0 <= value < UNSAFE else None
+
+
+def bounded_text(text, length=LONGEST_NAME):
+    """A text that a request or an answer brought, as it is kept: short, and such as UTF-8 can hold."""
+    text = text[:length]
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def error_message(error):
+    """The text of the error in an answer."""
+    message = error.get("message") if isinstance(error, dict) else error
+    return bounded_text(str(message or error), LONGEST_ERROR)
+
+
+# --- 3.5 meter: the tokens of an answer, read while it passes ------------------
+
+FIGURES = {  # figure -> the names of its count, in order: OpenAI's, Anthropic's, LM Studio's own
+    "prompt": ("prompt_tokens", "input_tokens", "inputTokens"),
+    "completion": ("completion_tokens", "total_output_tokens", "output_tokens", "outputTokens"),
+    "total": ("total_tokens", "totalTokens"),
+    "cached": ("cached_tokens", "cache_read_input_tokens"),
+    "reasoning": ("reasoning_tokens", "reasoning_output_tokens"),
+    "drafted": ("total_draft_tokens_count",),
+    "accepted": ("accepted_draft_tokens_count",),
+}
 
 
 def answer_figures(body):
@@ -2078,23 +2062,15 @@ def answer_figures(body):
     usage, stats = member(body, "usage"), member(body, "stats")
     if not usage and not stats:
         return {}
-    prompt = count(usage, "prompt_tokens", "input_tokens", "inputTokens")
-    if prompt is not None and "input_tokens" in usage and "total_tokens" not in usage:
+    known = {**stats, **usage, **member(usage, "prompt_tokens_details", "input_tokens_details"),
+             **member(usage, "completion_tokens_details", "output_tokens_details")}
+    found = {name: count(known, *names) for name, names in FIGURES.items()}
+    if found["prompt"] is not None and "input_tokens" in usage and "total_tokens" not in usage:
         # Anthropic counts tokens apart that come from a cache or go into it
-        prompt += count(usage, "cache_read_input_tokens", default=0)
-        prompt += count(usage, "cache_creation_input_tokens", default=0)
-    both, read = {**stats, **usage}, member(usage, "prompt_tokens_details", "input_tokens_details")
-    written = member(usage, "completion_tokens_details", "output_tokens_details")
+        found["prompt"] += sum(count(usage, f"cache_{kind}_input_tokens", default=0)
+                               for kind in ("read", "creation"))
     first_s = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
-    return without_none(
-        prompt=count(stats, "input_tokens") if prompt is None else prompt,
-        completion=count(both, "completion_tokens", "total_output_tokens", "output_tokens", "outputTokens"),
-        total=count(usage, "total_tokens", "totalTokens"),
-        cached=count(read, "cached_tokens", default=count(usage, "cache_read_input_tokens")),
-        reasoning=count(written, "reasoning_tokens", default=count(stats, "reasoning_output_tokens")),
-        drafted=count(both, "total_draft_tokens_count"),
-        accepted=count(both, "accepted_draft_tokens_count"),
-        speed=usable(stats.get("tokens_per_second")), first_s=usable(first_s))
+    return without_none(**found, speed=usable(stats.get("tokens_per_second")), first_s=usable(first_s))
 
 
 class Usage:
@@ -2130,16 +2106,13 @@ class Usage:
 
     def _take_figures(self, known):
         """/v1/messages counts up: the most that it has said is right."""
-        if not known:
-            return
-        self.total, self.cached = known.get("total", self.total), known.get("cached", self.cached)
-        self.reasoning = known.get("reasoning", self.reasoning)
-        if "prompt" in known:
-            self.prompt = max(self.prompt or 0, known["prompt"])
-        if "completion" in known:
-            self.completion = max(self.completion or 0, known["completion"])
-        self.speed = round(known["speed"], 2) if "speed" in known else self.speed
-        self.first_ms = round(1000 * known["first_s"], 1) if "first_s" in known else self.first_ms
+        for name in known.keys() & {"prompt", "completion"}:
+            known[name] = max(getattr(self, name) or 0, known[name])
+        if "speed" in known:
+            known["speed"] = round(known["speed"], 2)
+        if "first_s" in known:
+            known["first_ms"] = round(1000 * known["first_s"], 1)
+        self.__dict__.update({name: known[name] for name in self.__dict__.keys() & known})
 
     def tokens(self, dialect):
         """tokenUsage of the events; None when LM Studio gave no count.  Embeddings complete nothing."""
@@ -2151,33 +2124,11 @@ class Usage:
         if total is None and self.prompt is not None and completion is not None:
             total = self.prompt + completion
         return without_none(promptTokens=self.prompt, completionTokens=completion, totalTokens=total,
-                       cachedTokens=self.cached, reasoningTokens=self.reasoning)
+                            cachedTokens=self.cached, reasoningTokens=self.reasoning)
 
 
-def error_message(error):
-    """The text of the error in an answer."""
-    message = error.get("message") if isinstance(error, dict) else error
-    return bounded_text(str(message or error), LONGEST_ERROR)
-
-
-def count(values, *names, default=None):
-    """The first whole number among the values of those names."""
-    for name in names:
-        value = values.get(name)
-        if type(value) is int and 0 <= value < UNSAFE:
-            return value
-    return default
-
-
-def usable(value):
-    """A figure of an answer; None if it is no number, or too large for other readers of JSON."""
-    return value if type(value) in (int, float) and 0 <= value < UNSAFE else None
-
-
-def bounded_text(text, length=LONGEST_NAME):
-    """A text that a request or an answer brought, as it is kept: short, and such as UTF-8 can hold."""
-    text = text[:length]
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+STREAM_LIMIT = 4 * 1024 * 1024  # bytes of one event of a stream; a longer one is passed on unread
+EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
 
 
 class Meter:
@@ -2186,6 +2137,10 @@ class Meter:
     With cut, the chunk that carries only the usage we asked for is taken out again; the beginning of an
     event is then held back as long as it may be that of such a chunk.  A compressed answer is read from a
     decoded copy and passed on as it came."""
+
+    ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.MULTILINE)
+    # An event with one of these tells more than a token.
+    TELLING = re.compile(rb'"(?:usage|stats|error|response|(?:finish|stop)_reason"\s*:\s*")')
 
     def __init__(self, dialect, stream, cut=False, encoding=""):
         self.usage = Usage()
@@ -2259,20 +2214,19 @@ class Meter:
         return b"".join(kept)
 
     def _event(self, event):
-        """Learn from one event.  True when it is the usage-only chunk that a client may not have asked
-        for."""
+        """Learn from one event.  True for a chunk that carries only usage: maybe only we asked for it."""
         self._around, token = None, self.dialect.token.search(event)
         if token:
             self.pieces += 1
             self.first, self.last = self.first or self._now, self._now
-            if self.usage.model and not TELLING.search(event):      # a token, and nothing else that is new
+            if self.usage.model and not self.TELLING.search(event):     # nothing but the token is new
                 if self._decode is identity and event.endswith(b"\n"):
                     self._around = event[:token.end()], event[event.find(b'"', token.end()):]
                 return False
         data = event_data(event)
         body = json_object(data) or {}
         self.usage.take(body)
-        if ERROR_EVENT.search(event) and not self.usage.error:
+        if self.ERROR_EVENT.search(event) and not self.usage.error:
             self.usage.error = error_message(body.get("message") or str(data, "utf-8", "replace"))
         return isinstance(body.get("usage"), dict) and body.get("choices") == []
 
@@ -2282,11 +2236,11 @@ def whole_event(data):
     return data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2 and b"\r" not in data
 
 
-def maybe_ours(beginning):
-    """True while an event that begins so may become the chunk that carries only usage."""
-    data = bytes(beginning[:HOLD_LIMIT])
-    return (len(beginning) < HOLD_LIMIT and (b"data:".startswith(data) or data.startswith(b"data:"))
-            and data[5:].lstrip()[:1] in (b"", b"{") and not SOME_CHOICE.search(data))
+def maybe_ours(beginning, limit=64 * 1024, some_choice=re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')):
+    """True while an event that begins so may become a chunk that carries only usage: short, without a choice."""
+    data = bytes(beginning[:limit])
+    return (len(beginning) < limit and (b"data:".startswith(data) or data.startswith(b"data:"))
+            and data[5:].lstrip()[:1] in (b"", b"{") and not some_choice.search(data))
 
 
 def event_data(event):
@@ -2302,9 +2256,8 @@ def decoder(encoding):
     """A function that decodes pieces of a body of that Content-Encoding and gives None for one that is
     broken or grows beyond measure; None for an encoding that the standard library cannot read."""
     name = encoding.strip().lower()
-    if name in ("", "identity"):
-        return identity
-    return Inflater(name) if name in ("gzip", "x-gzip", "deflate") else None
+    return {"": identity, "identity": identity}.get(name) or (
+        Inflater(name) if name in ("gzip", "x-gzip", "deflate") else None)
 
 
 class Inflater:
@@ -2312,46 +2265,26 @@ class Inflater:
     its zlib header (RFC 9110, 8.4.1.2)."""
 
     def __init__(self, name):
-        self._gzip, self._head = name.endswith("gzip"), b""
-        self._inflate: Any = None   # once the first two bytes are there
+        self._gzip, self._inflate = name.endswith("gzip"), None
 
     def __call__(self, data):
         """The decoded bytes of data; None when it cannot be decoded."""
-        if self._inflate is None:
-            data = self._head = self._head + data
-            if len(data) < 2:
-                return b""
-            self._wbits = 31 if self._gzip else 15 if zlib_header(data) else -15
-            self._inflate = zlib.decompressobj(self._wbits)
-        try:
-            return self._decoded(data)
-        except zlib.error:
-            return None
-
-    def _decoded(self, data):
         decoded = b""
         while data:
-            if self._inflate.eof:
-                self._inflate = zlib.decompressobj(self._wbits)
-            decoded += self._inflate.decompress(data, WHOLE_LIMIT)
+            if self._inflate is None or self._inflate.eof:
+                zlib_header = data[0] & 15 == 8     # RFC 1950, 2.2: its first half byte names deflate
+                self._inflate = zlib.decompressobj(31 if self._gzip else 15 if zlib_header else -15)
+            try:
+                decoded += self._inflate.decompress(data, WHOLE_LIMIT)
+            except zlib.error:
+                return None
             if self._inflate.unconsumed_tail or len(decoded) > WHOLE_LIMIT:
                 return None     # nothing honest grows so much
             data = self._inflate.unused_data
         return decoded
 
 
-def zlib_header(data):
-    """True for the first two bytes of RFC 1950's format."""
-    return data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
-
-
-# --- 3.6 request bodies: what LM Studio is asked -----------------------------
-
-FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
-LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
-LOG_KEEPS = 50  # UTF-16 units before and after it
-PROMPT = ("messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")
-MEDIA = frozenset(("image_url", "source", "input_audio", "file", "data_url"))
+# --- 3.6 request bodies: the question that LM Studio is asked ------------------
 
 
 class ParsedBody(NamedTuple):
@@ -2373,23 +2306,28 @@ def parse_body(dialect, data):
     body = json_object(data) if data else None
     if body is None:
         return ParsedBody(data)
-    model, stream = body.get("model"), body.get("stream") is True
-    options, messages, user = body.get("stream_options"), body.get("messages"), body.get("user")
+    stream, options, messages = body.get("stream") is True, body.get("stream_options"), body.get("messages")
+    model, user = (bounded_text(body[name]) if isinstance(body.get(name), str) else None
+                   for name in ("model", "user"))
     asks = (stream and dialect.asks_usage
             and (options is None or isinstance(options, dict) and options.get("include_usage") is not True))
-    return ParsedBody(ask_usage(data, options) if asks else data,
-                      bounded_text(model) if isinstance(model, str) else None, stream,
-                      len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
-                      fingerprint(body) if dialect.joined and len(data) <= FINGERPRINT_LIMIT else None,
-                      text_size([body.get(name) for name in PROMPT]) if dialect.joined else None,
-                      bool(body.get("tools")), asks, bounded_text(user) if isinstance(user, str) else None)
+    found = ParsedBody(ask_usage(data, options) if asks else data, model, stream, asks_usage=asks, user=user,
+                       tools=bool(body.get("tools")))
+    if not dialect.joined:
+        return found
+    return found._replace(
+        messages=len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
+        fingerprint=fingerprint(body) if len(data) <= FINGERPRINT_LIMIT else None,
+        size=text_size([body.get(name) for name in (
+            "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
 
 def text_size(value):
     """Characters of all texts in JSON, roles and types aside; None if there are pictures or files."""
     sizes: list[Any] = [len(value)] if isinstance(value, str) and not value.startswith("data:") else []
     if isinstance(value, dict):
-        sizes = [None if name in MEDIA else text_size(item)
+        files = ("image_url", "source", "input_audio", "file", "data_url")
+        sizes = [None if name in files else text_size(item)
                  for name, item in value.items() if name not in ("role", "type")]
     elif isinstance(value, list):
         sizes = [text_size(item) for item in value]
@@ -2403,6 +2341,11 @@ def ask_usage(data, options):
     end = amended.rindex(b"}")
     amended[end:end] = b',"stream_options":' + json.dumps({**(options or {}), "include_usage": True}).encode()
     return amended
+
+
+FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
+LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
+LOG_KEEPS = 50  # UTF-16 units before and after it
 
 
 class Fingerprint(NamedTuple):
@@ -2857,6 +2800,8 @@ LEFT_LINE_S = 1.0  # LM Studio writes that a client has left within this
 LATE_END_S = 2.0  # and ends its stream within this
 TWIN_SIZE = 0.08  # prompts whose lengths differ by less are alike
 TWINS_S = 0.01  # ends so close to each other can be written in either order
+PAIR_S = 1e-4  # until the next look for each pair of a run and a request (a line and a request) of the last ...
+PAIRS_AT_ONCE, PAIRS_MOST = 200, 4000  # ... beyond so many; of more none would be certain
 OPEN_LIMIT = 512  # requests that are over and can still be bound
 NAMES_KEPT = 1000  # models by the names that clients gave them
 RUNS_OPEN = 200  # runs that are not bound, and their events
@@ -3035,7 +2980,8 @@ class Requests:
         self._processes: deque[Process] = deque(maxlen=8)
         self._readings = {}  # model -> [[clock of 0 %, clock of 100 %]] of its latest prompts
         self._numbers = itertools.count(1)
-        self._swept = 0.0  # clock of the last _expire
+        self._swept = self._settle_at = 0.0  # clock of the last _expire, of the next settle
+        self._pairs = 0  # that the present settle has compared
 
     # --- the HTTP side
 
@@ -3188,30 +3134,40 @@ class Requests:
     # --- runs
 
     def settle(self, clock):
-        """Bind what has become certain by now."""
-        again = True
-        while again:
-            again = False
-            open_runs = [run for run in self._runs.values() if run.record is None and (
-                run.total or run.over is not None or run.cancelled is not None)]
-            free = [record for record in self._open.values() if record.run is None]
-            fits = {run: [record for record in free if not self._ruled_out(run, record, clock)] for run in open_runs}
-            self._compare_sizes(fits)
-            wanted = Counter(record.id for records in fits.values() for record in records)
-            for run, records in fits.items():
-                records = [record for record in records if not self._overtakes(run, record, clock)]
-                record = self._proven(run, records, fits) or only([
-                    record for record in records if self._is_certain(run, record, len(records), wanted[record.id])
-                    and not self._has_twin(run, record, free, clock)])
-                if record:
-                    self._bind(run, record, free, clock)
-                    again = True
-                    break
-                if not fits[run] and all(self._ruled_out(run, other, clock) not in (4, 5) for other in free):
-                    self._take_as_own(run, clock)
-        self._match_lines(clock)
+        """Bind what has become certain by now.  The more there is to compare, the less often it is done."""
+        if clock >= self._settle_at:
+            self._pairs = 0
+            while self._bind_one(clock):
+                pass
+            self._match_lines(clock)
+            self._settle_at = clock + PAIR_S * self._pairs if self._pairs > PAIRS_AT_ONCE else clock
         if clock - self._swept > 1.0 or len(self._open) > 2 * OPEN_LIMIT:  # also when no log is followed
             self._expire(clock)
+
+    def _bind_one(self, clock):
+        """Bind the first run that has become certain; False if there is none, or too much to compare."""
+        open_runs = [run for run in self._runs.values() if run.record is None and (
+            run.total or run.over is not None or run.cancelled is not None)]
+        free = [record for record in self._open.values() if record.run is None]
+        self._pairs += len(open_runs) * len(free)
+        if self._pairs > PAIRS_MOST:
+            return False
+        fits = {run: [record for record in free if not self._ruled_out(run, record, clock)]
+                for run in open_runs}
+        self._compare_sizes(fits)
+        wanted = Counter(record.id for records in fits.values() for record in records)
+        waiting = sorted((record for record in free if record.ended is None), key=lambda record: record.sent)
+        for run, records in fits.items():
+            records = [record for record in records if not self._overtakes(run, record, waiting, clock)]
+            record = self._proven(run, records, fits) or only([
+                record for record in records if self._is_certain(run, record, len(records), wanted[record.id])
+                and not self._has_twin(run, record, free, clock)])
+            if record:
+                self._bind(run, record, free, clock)
+                return True
+            if not fits[run] and all(self._ruled_out(run, other, clock) not in (4, 5) for other in free):
+                self._take_as_own(run, clock)
+        return False
 
     def _is_certain(self, run, record, records, runs):
         """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
@@ -3318,11 +3274,13 @@ class Requests:
                   (run.written, record.used("completionTokens"), run.engine == "G1"))
         return any(None not in (told, used) and abs(told - used) > slack for told, used, slack in counts)
 
-    def _overtakes(self, run, record, clock):
+    def _overtakes(self, run, record, waiting, clock):
         """9: a request that was clearly sent before this one has no run yet."""
-        for other in self._open.values():
-            if (other is not record and other.run is None and other.ended is None
-                    and other.model_asked == record.model_asked and self._is_clearly_before(other, record)
+        for other in waiting:
+            if other.sent >= record.sent - CLEAR_S:
+                break
+            if (other is not record and other.model_asked == record.model_asked
+                    and self._is_clearly_before(other, record)
                     and not any(earlier.record is None and earlier.number < run.number
                                 and not self._ruled_out(earlier, other, clock) for earlier in self._runs.values())):
                 return True
@@ -3456,12 +3414,11 @@ class Requests:
         """13 and 14, when the request's own end is known."""
         if event.chat in self._own:
             return self._own[event.chat]
-        self._lines.append((event, clock))
-        self._match_lines(clock)
-        return None
+        self._lines.append((event, clock))  # settle() matches it
 
     def _match_lines(self, clock):
         lines, self._lines = self._lines, deque(maxlen=LINES_KEPT)
+        self._pairs += len(lines) * len(self._open)
         while lines:
             event, seen = lines.popleft()
             alike = 1 + sum(other.data == event.data for other, _ in (*lines, *self._lines))
@@ -3567,94 +3524,87 @@ LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progre
 
 # --- 3.9 figures: what is counted --------------------------------------------
 
-DURATION_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640,
-              1280)  # a home prefill takes minutes
-A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000)
-A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
-OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
-SERIES = 500  # of one metric; what comes beyond them is counted as "other"
-MODELS = 100  # names of models that become labels
-
 
 class Metric(NamedTuple):
-    """One Prometheus metric.  A counter's name ends in _total; buckets are a histogram's."""
+    """One Prometheus metric.  Its name ends in _total if it is a counter; only a histogram has buckets."""
 
     name: str
-    kind: str
-    labels: tuple
+    labels: str  # their names
     about: str
     buckets: tuple = ()
 
+    @property
+    def kind(self):
+        return "counter" if self.name.endswith("_total") else "histogram" if self.buckets else "gauge"
+
+
+# Buckets, in seconds (reading a prompt takes minutes at home), in tokens a second, in seconds a token.
+DURATION_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
+A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000)
+A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
 # Names and meanings: lmstudio_* is all that the log or LM Studio's REST API tells, whoever asked, with
 # lmstudio-exporter's names; lmstudio_gateway_* is what passed through us.  Base units, ratios from 0 to 1.
 METRICS = (
-    Metric("lmstudio_up", "gauge", (), "1 when LM Studio answered when last asked"),
-    Metric("lmstudio_loaded_models", "gauge", (), "Models that are loaded; absent when unknown"),
-    Metric("lmstudio_model_loaded", "gauge", ("model", "type"), "1 for a model that is loaded"),
-    Metric("lmstudio_model_context_length_tokens", "gauge", ("model", "type"),
-           "Context with which it is loaded"),
-    Metric("lmstudio_requests_total", "counter", ("model",), "Predictions that the log shows finished"),
-    Metric("lmstudio_input_tokens_total", "counter", ("model",), "Prompt tokens of them"),
-    Metric("lmstudio_output_tokens_total", "counter", ("model",), "Generated tokens of them"),
-    Metric("lmstudio_reasoning_tokens_total", "counter", ("model",), "Those of them that are reasoning"),
-    Metric("lmstudio_accepted_draft_tokens_total", "counter", ("model",), "Draft tokens that were taken"),
-    Metric("lmstudio_cached_input_tokens_total", "counter", ("model",),
-           "Prompt tokens reused from the cache"),
-    Metric("lmstudio_cache_resets_total", "counter", ("model",),
-           "Prompts read wholly anew although a part was cached"),
-    Metric("lmstudio_time_to_first_token_seconds", "histogram", ("model",), "As the log has it", DURATION_S),
-    Metric("lmstudio_prompt_eval_seconds", "histogram", ("model",), "Time to read the prompt", DURATION_S),
-    Metric("lmstudio_generation_seconds", "histogram", ("model",), "Time to generate the answer", DURATION_S),
-    Metric("lmstudio_prompt_tokens_per_second", "histogram", ("model",), "Speed of reading", A_SECOND),
-    Metric("lmstudio_tokens_per_second", "histogram", ("model",), "Speed of generating", A_SECOND),
-    Metric("lmstudio_prompt_progress_ratio", "gauge", ("model", "slot"),
-           "How much of a prompt has been read"),
-    Metric("lmstudio_log_lines_total", "counter", ("dialect",),
-           "Engine lines recognised, by engine generation"),
-    Metric("lmstudio_log_entries_total", "counter", ("event",), "Events made of the log"),
-    Metric("lmstudio_log_unparsed_entries_total", "counter", (), "Lines that no rule knows"),
-    Metric("lmstudio_log_bytes_read_total", "counter", (), "Bytes of log read"),
-    Metric("lmstudio_log_rotations_total", "counter", ("reason",), "Changes to another log file"),
-    Metric("lmstudio_log_read_lag_bytes", "gauge", (), "Bytes written and not yet read"),
-    Metric("lmstudio_log_last_entry_timestamp_seconds", "gauge", (), "Time of the latest log entry"),
-    Metric("lmstudio_log_directory_bytes", "gauge", (), "Size of the log directory"),
-    Metric("lmstudio_log_filesystem_free_bytes", "gauge", (), "Room left on its file system"),
-    Metric("lmstudio_gateway_requests_total", "counter", ("key", "model", "endpoint", "code"),
+    Metric("lmstudio_up", "", "1 when LM Studio answered when last asked"),
+    Metric("lmstudio_loaded_models", "", "Models that are loaded; absent when unknown"),
+    Metric("lmstudio_model_loaded", "model type", "1 for a model that is loaded"),
+    Metric("lmstudio_model_context_length_tokens", "model type", "Context with which it is loaded"),
+    Metric("lmstudio_requests_total", "model", "Predictions that the log shows finished"),
+    Metric("lmstudio_input_tokens_total", "model", "Prompt tokens of them"),
+    Metric("lmstudio_output_tokens_total", "model", "Generated tokens of them"),
+    Metric("lmstudio_reasoning_tokens_total", "model", "Those of them that are reasoning"),
+    Metric("lmstudio_accepted_draft_tokens_total", "model", "Draft tokens that were taken"),
+    Metric("lmstudio_cached_input_tokens_total", "model", "Prompt tokens reused from the cache"),
+    Metric("lmstudio_cache_resets_total", "model", "Prompts read wholly anew although a part was cached"),
+    Metric("lmstudio_time_to_first_token_seconds", "model", "As the log has it", DURATION_S),
+    Metric("lmstudio_prompt_eval_seconds", "model", "Time to read the prompt", DURATION_S),
+    Metric("lmstudio_generation_seconds", "model", "Time to generate the answer", DURATION_S),
+    Metric("lmstudio_prompt_tokens_per_second", "model", "Speed of reading", A_SECOND),
+    Metric("lmstudio_tokens_per_second", "model", "Speed of generating", A_SECOND),
+    Metric("lmstudio_prompt_progress_ratio", "model slot", "How much of a prompt has been read"),
+    Metric("lmstudio_log_lines_total", "dialect", "Engine lines recognised, by engine generation"),
+    Metric("lmstudio_log_entries_total", "event", "Events made of the log"),
+    Metric("lmstudio_log_unparsed_entries_total", "", "Lines that no rule knows"),
+    Metric("lmstudio_log_bytes_read_total", "", "Bytes of log read"),
+    Metric("lmstudio_log_rotations_total", "reason", "Changes to another log file"),
+    Metric("lmstudio_log_read_lag_bytes", "", "Bytes written and not yet read"),
+    Metric("lmstudio_log_last_entry_timestamp_seconds", "", "Time of the latest log entry"),
+    Metric("lmstudio_log_directory_bytes", "", "Size of the log directory"),
+    Metric("lmstudio_log_filesystem_free_bytes", "", "Room left on its file system"),
+    Metric("lmstudio_gateway_requests_total", "key model endpoint code",
            "Inference requests that are over; code 0 without an answer"),
-    Metric("lmstudio_gateway_tokens_total", "counter", ("key", "model", "type"),
+    Metric("lmstudio_gateway_tokens_total", "key model type",
            "Their tokens: input, output, cached_input, reasoning"),
-    Metric("lmstudio_gateway_request_duration_seconds", "histogram", ("endpoint", "model", "stream"),
-           "From arrival to end", DURATION_S),
-    Metric("lmstudio_gateway_time_to_first_token_seconds", "histogram", ("model",),
-           "From arrival to the first content, reasoning or tool call", DURATION_S),
-    Metric("lmstudio_gateway_time_per_output_token_seconds", "histogram", ("model",),
-           "Between tokens of a stream, at the mean", A_TOKEN_S),
-    Metric("lmstudio_gateway_queue_seconds", "histogram", ("key_priority", "outcome"),
-           "Time in the queue, here or, where the log shows it, in LM Studio; outcome: done, failed, abandoned",
+    Metric("lmstudio_gateway_request_duration_seconds", "endpoint model stream", "From arrival to end",
            DURATION_S),
-    Metric("lmstudio_gateway_queue_waiting", "gauge", ("model",), "Requests that wait here for their turn"),
-    Metric("lmstudio_gateway_overhead_seconds", "histogram", (),
+    Metric("lmstudio_gateway_time_to_first_token_seconds", "model",
+           "From arrival to the first content, reasoning or tool call", DURATION_S),
+    Metric("lmstudio_gateway_time_per_output_token_seconds", "model",
+           "Between tokens of a stream, at the mean", A_TOKEN_S),
+    Metric("lmstudio_gateway_queue_seconds", "key_priority outcome",
+           "Time in the queue, here or, if the log shows it, in LM Studio; outcome: done, failed, abandoned",
+           DURATION_S),
+    Metric("lmstudio_gateway_queue_waiting", "model", "Requests that wait here for their turn"),
+    Metric("lmstudio_gateway_overhead_seconds", "",
            "From a request's last byte to its first byte to LM Studio", OVERHEAD_S),
-    Metric("lmstudio_gateway_requests_in_flight", "gauge", ("model",), "Requests that are running"),
-    Metric("lmstudio_gateway_requests_queued", "gauge", ("model",), "Those that wait in LM Studio's queue"),
-    Metric("lmstudio_gateway_errors_total", "counter", (), "Requests that failed"),
-    Metric("lmstudio_gateway_abandoned_total", "counter", (),
-           "Clients that left, and requests that were stopped"),
-    Metric("lmstudio_gateway_client_disconnects_total", "counter", ("phase",),
+    Metric("lmstudio_gateway_requests_in_flight", "model", "Requests that are running"),
+    Metric("lmstudio_gateway_requests_queued", "model", "Those that wait in LM Studio's queue"),
+    Metric("lmstudio_gateway_errors_total", "", "Requests that failed"),
+    Metric("lmstudio_gateway_abandoned_total", "", "Clients that left, and requests that were stopped"),
+    Metric("lmstudio_gateway_client_disconnects_total", "phase",
            "Clients that left: queued, prefill, decode"),
-    Metric("lmstudio_gateway_rejected_total", "counter", ("reason",), "Requests turned away here"),
-    Metric("lmstudio_gateway_upstream_errors_total", "counter", ("kind",),
+    Metric("lmstudio_gateway_rejected_total", "reason", "Requests turned away here"),
+    Metric("lmstudio_gateway_upstream_errors_total", "kind",
            "refused, timeout, reset, bad_status, error_in_200"),
-    Metric("lmstudio_gateway_sse_clients", "gauge", (), "Listeners of /debug/stream"),
-    Metric("lmstudio_gateway_sse_events_total", "counter", ("type",), "Events published"),
-    Metric("lmstudio_gateway_sse_dropped_total", "counter", ("reason",), "Events that slow listeners lost"),
-    Metric("lmstudio_gateway_sse_replays_total", "counter", ("result",),
-           "Listeners that came back: full, gap"),
-    Metric("lmstudio_gateway_correlated_total", "counter", ("result",),
-           "Requests joined with the log: exact, none"),
-    Metric("lmstudio_gateway_build_info", "gauge", ("version", "python"), "1"),
-    Metric("process_start_time_seconds", "gauge", (), "When this gateway started"),
+    Metric("lmstudio_gateway_sse_clients", "", "Listeners of /debug/stream"),
+    Metric("lmstudio_gateway_sse_events_total", "type", "Events published"),
+    Metric("lmstudio_gateway_sse_dropped_total", "reason", "Events that slow listeners lost"),
+    Metric("lmstudio_gateway_sse_replays_total", "result", "Listeners that came back: full, gap"),
+    Metric("lmstudio_gateway_correlated_total", "result", "Requests joined with the log: exact, none"),
+    Metric("lmstudio_gateway_build_info", "version python", "1"),
+    Metric("process_start_time_seconds", "", "When this gateway started"),
 )
 METRIC = {metric.name: metric for metric in METRICS}
 PHASES = {"waiting": "queued", "loading": "queued", "queued": "queued", "prompt": "prefill",
@@ -3666,69 +3616,81 @@ REJECTIONS = {  # code of our own error -> reason
     "key_needed": "no_key", "key_wrong": "bad_key", "right_missing": "scope", "address_not_allowed": "host",
     "model_not_allowed": "model", "key_expired": "bad_key", "queue_full": "concurrency",
     "host_not_local": "host", "origin_not_allowed": "host", "body_too_large": "body_size"}
+LOGGED = {  # event of the log -> its metrics, each with its value in the event's data or in Event.about
+    "lmstudio_chat_end": (),
+    "lmstudio_cache_stats": (("lmstudio_cached_input_tokens_total", lambda data: data["reused"]),),
+    "lmstudio_prediction_stats": (
+        ("lmstudio_output_tokens_total", lambda data: data.get("completionTokens")),
+        ("lmstudio_reasoning_tokens_total", lambda data: data.get("reasoningTokens")),
+        ("lmstudio_accepted_draft_tokens_total", lambda data: data.get("acceptedDraftTokens")),
+        ("lmstudio_time_to_first_token_seconds", lambda data: seconds_of(data.get("timeToFirstTokenMs"))),
+        ("lmstudio_prompt_eval_seconds", lambda data: seconds_of(data.get("promptMs"))),
+        ("lmstudio_generation_seconds", lambda data: data["completionTokens"] / data["tokensPerSecond"]
+         if data.get("completionTokens") and data.get("tokensPerSecond") else None),
+        ("lmstudio_prompt_tokens_per_second", lambda data: data.get("promptTokensPerSecond")),
+        ("lmstudio_tokens_per_second", lambda data: data.get("tokensPerSecond"))),
+}
+
+
+def seconds_of(ms):
+    return ms if ms is None else ms / 1000
 
 
 class Figures:
     """Counters and histograms since the start.  Pure; Hub's lock guards them."""
 
+    SERIES = 500  # of one metric; what comes beyond them is counted as "other"
+    MODELS = 100  # names of models that become labels
+
     def __init__(self):
         self._values: dict[str, dict] = {metric.name: {} for metric in METRICS}
         self._models: set[str] = set()
 
-    def add(self, name, *labels, amount=1):
-        series = self._values[name]
-        labels = self._bounded(series, labels)
-        series[labels] = series.get(labels, 0) + amount
-
-    def observe(self, name, value, *labels):
-        """One more value of a histogram; None is none."""
-        if value is None:
+    def add(self, name, *labels, amount: float | None = 1):
+        """Count an amount, or observe it in a histogram; None is none."""
+        if amount is None:
             return
         series, buckets = self._values[name], METRIC[name].buckets
-        labels = self._bounded(series, labels)
-        row = series.setdefault(labels, [0] * (len(buckets) + 1) + [0.0])  # counts by bucket, then the sum
-        row[bisect.bisect_left(buckets, value)] += 1
-        row[-1] += value
-
-    @staticmethod
-    def _bounded(series, labels):
-        return labels if labels in series or len(series) < SERIES else ("other",) * len(labels)
+        if labels not in series and len(series) >= self.SERIES:
+            labels = ("other",) * len(labels)
+        if buckets:     # a count for each of them and one beyond, then the sum
+            row = series.setdefault(labels, [0] * (len(buckets) + 1) + [0.0])
+            row[bisect.bisect_left(buckets, amount)] += 1
+            row[-1] += amount
+        else:
+            series[labels] = series.get(labels, 0) + amount
 
     def model(self, name):
         """A label for a model that LM Studio has named: no client can invent one."""
-        if name and name not in self._models and len(self._models) < MODELS:
+        if name and name not in self._models and len(self._models) < self.MODELS:
             self._models.add(name)
         return name if name in self._models else "other" if name else "unknown"
 
     def model_of(self, record):
-        """A label for a request's model: what answered, or what was asked for where LM Studio knows
-        the name."""
+        """A label for a request's model: the one that answered, else the one asked for if it is known."""
         if record.model:
             return self.model(record.model)
         return record.model_asked if record.model_asked in self._models else "other"
 
     def count_request(self, record):
         """A request through us is over."""
-        model, key = self.model_of(record), record.key or "none"
-        endpoint = record.target if record.target in DIALECTS else "other"
-        self.add("lmstudio_gateway_requests_total", key, model, endpoint, str(record.status or 0))
-        self.observe("lmstudio_gateway_overhead_seconds", record.overhead_s)
-        queued = record.queued_ms()
-        self.observe("lmstudio_gateway_queue_seconds", queued and queued / 1000, record.priority, record.state)
+        model, endpoint = self.model_of(record), record.target if record.target in DIALECTS else "other"
         stream = "true" if record.stream else "false"
-        self.observe("lmstudio_gateway_request_duration_seconds", record.total_ms / 1000, endpoint, model,
-                     stream)
-        first = record.first_ms and record.first_ms / 1000
-        self.observe("lmstudio_gateway_time_to_first_token_seconds", first, model)
-        if record.stream and record.speed:
-            self.observe("lmstudio_gateway_time_per_output_token_seconds", 1 / record.speed, model)
+        for name, amount, *labels in (
+                ("requests_total", 1, record.key or "none", model, endpoint, str(record.status or 0)),
+                ("overhead_seconds", record.overhead_s),
+                ("queue_seconds", seconds_of(record.queued_ms()), record.priority, record.state),
+                ("request_duration_seconds", seconds_of(record.total_ms), endpoint, model, stream),
+                ("time_to_first_token_seconds", seconds_of(record.first_ms), model),
+                ("time_per_output_token_seconds",
+                 1 / record.speed if record.stream and record.speed else None, model)):
+            self.add(f"lmstudio_gateway_{name}", *labels, amount=amount)
         if record.operation == "client_disconnected":
             self.add("lmstudio_gateway_client_disconnects_total",
                      PHASES[max(record.entered, key=STATES.index)])
         elif record.error is not None and not was_left(record.state, record.operation):
-            kind = UPSTREAM_KINDS.get(record.operation) or (
-                "error_in_200" if record.status == 200 else "bad_status")
-            self.add("lmstudio_gateway_upstream_errors_total", kind)
+            self.add("lmstudio_gateway_upstream_errors_total", UPSTREAM_KINDS.get(
+                record.operation, "error_in_200" if record.status == 200 else "bad_status"))
 
     def count_tokens(self, record):
         """The tokens of a request that is over, as far as they have not been counted: the log can tell
@@ -3747,8 +3709,18 @@ class Figures:
             sums[kind] += amount
         return sums
 
-    def of_requests(self, requests):
-        """{metric: {labels: value}} of what is running now, and of the join."""
+    def count_event(self, event):
+        """An event of the log."""
+        if event.name not in LOGGED:
+            return
+        model, about = self.model(event.data.get("model")), event.about or {}
+        for name, value in LOGGED[event.name]:
+            self.add(name, model, amount=value(event.data))
+        self.add("lmstudio_requests_total", model, amount=about.get("requests"))
+        self.add("lmstudio_input_tokens_total", model, amount=about.get("input"))
+
+    def gauges(self, requests):
+        """{metric: {labels: value}} of the requests that are running now, and of the join."""
         flight: Counter[tuple] = Counter()
         queued: Counter[tuple] = Counter()
         waiting: Counter[tuple] = Counter()
@@ -3767,35 +3739,6 @@ class Figures:
                 "lmstudio_prompt_progress_ratio": prompts,
                 "lmstudio_gateway_correlated_total": {(name,): n for name, n in requests.bound().items()}}
 
-    def count_event(self, event):
-        """An event of the log."""
-        data, lesson = event.data, COUNTED.get(event.name)
-        if lesson:
-            lesson(self, data, self.model(data.get("model")))
-        for name, amount in (event.about or {}).items() if lesson else ():
-            if name in CHAT_COUNTS:
-                self.add(CHAT_COUNTS[name], self.model(data.get("model")), amount=amount)
-
-    def on_chat_end(self, data, model):
-        """Its request and its prompt are counted by what the event says about itself."""
-
-    def on_stats(self, data, model):
-        for name, field in (("output", "completionTokens"), ("reasoning", "reasoningTokens"),
-                            ("accepted_draft", "acceptedDraftTokens")):
-            if data.get(field):
-                self.add(f"lmstudio_{name}_tokens_total", model, amount=data[field])
-        first, speed = data.get("timeToFirstTokenMs"), data.get("tokensPerSecond")
-        self.observe("lmstudio_time_to_first_token_seconds", first and first / 1000, model)
-        self.observe("lmstudio_tokens_per_second", speed, model)
-        if speed and data.get("completionTokens"):
-            self.observe("lmstudio_generation_seconds", data["completionTokens"] / speed, model)
-        self.observe("lmstudio_prompt_tokens_per_second", data.get("promptTokensPerSecond"), model)
-        read = data.get("promptMs")
-        self.observe("lmstudio_prompt_eval_seconds", read and read / 1000, model)
-
-    def on_cache(self, data, model):
-        self.add("lmstudio_cached_input_tokens_total", model, amount=data["reused"])
-
     def exposition(self, gauges):
         """All of it as Prometheus text 0.0.4.  gauges: {metric: {labels: value}} as of now."""
         for name, _ in gauges.get("lmstudio_model_loaded", ()):
@@ -3804,32 +3747,26 @@ class Figures:
         for metric in METRICS:
             series = {**self._values[metric.name], **gauges.get(metric.name, {})}
             if series:
-                lines.append(f"# HELP {metric.name} {metric.about}")
-                lines.append(f"# TYPE {metric.name} {metric.kind}")
+                lines += [f"# HELP {metric.name} {metric.about}", f"# TYPE {metric.name} {metric.kind}"]
             for labels, value in series.items():
                 lines += metric_lines(metric, labels, value)
         return "\n".join(lines) + "\n"
 
 
-CHAT_COUNTS = {"requests": "lmstudio_requests_total", "input": "lmstudio_input_tokens_total"}  # of Event.about
-COUNTED = {"lmstudio_prediction_stats": Figures.on_stats, "lmstudio_cache_stats": Figures.on_cache,
-           "lmstudio_chat_end": Figures.on_chat_end}
-
-
 def metric_lines(metric, labels, value):
     """The lines of one series."""
-    pairs = [f'{name}="{escaped(label)}"' for name, label in zip(metric.labels, labels)]
+    pairs = [f'{name}="{escaped(label)}"' for name, label in zip(metric.labels.split(), labels)]
 
-    def line(suffix, more, number):
+    def line(suffix, number, *more):
         inside = ",".join([*pairs, *more])
-        return f"{metric.name}{suffix}{{{inside}}} {number}" if inside else f"{metric.name}{suffix} {number}"
+        return f"{metric.name}{suffix}{'{' + inside + '}' if inside else ''} {number}"
 
-    if metric.kind != "histogram":
-        return [line("", [], value)]
+    if not metric.buckets:
+        return [line("", value)]
     counts = list(itertools.accumulate(value[:-1]))
-    bounds = [*map(str, metric.buckets), "+Inf"]
-    return [*(line("_bucket", [f'le="{bound}"'], number) for bound, number in zip(bounds, counts)),
-            line("_sum", [], round(value[-1], 6)), line("_count", [], counts[-1])]
+    bounds = [*metric.buckets, "+Inf"]
+    return [*(line("_bucket", number, f'le="{bound}"') for bound, number in zip(bounds, counts)),
+            line("_sum", round(value[-1], 6)), line("_count", counts[-1])]
 
 
 def escaped(label):
@@ -3840,6 +3777,10 @@ def escaped(label):
 def rank(values, share):
     """The nearest-rank percentile of sorted values; None of none."""
     return values[max(0, math.ceil(share * len(values)) - 1)] if values else None
+
+
+def mean(values):
+    return round(sum(values) / len(values), 2) if values else None
 
 
 def performance(records, requests, tokens):
@@ -3856,10 +3797,6 @@ def performance(records, requests, tokens):
             "avgTokensPerSec": mean([record.speed for record in records if record.speed]),
             "totalTokensProcessed": tokens["input"] + tokens["output"],
             "tokenStats": {field: tokens[kind] for kind, field in TOKEN_KINDS.items()}}
-
-
-def mean(values):
-    return round(sum(values) / len(values), 2) if values else None
 
 
 # --- 3.10 series: figures by minute ------------------------------------------
@@ -4205,7 +4142,7 @@ METERED = {("llm", "channelCreate", "predict"): SOCKET, ("llm", "channelCreate",
 # As Node writes most messages of an answer: to find the id and the tokens costs a fifth of reading JSON.
 FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message":\{"type":"fragment","fragment":\{'
                       rb'"content":"[^"\\]*(?:\\.[^"\\]*)*","tokensCount":(\d{1,9})[,}]')
-FIGURES = {  # in the result of a prediction -> as /api/v0 names them
+STATS_AS_V0 = {  # in the result of a prediction -> as /api/v0 names them
     "promptTokensCount": "prompt_tokens", "predictedTokensCount": "completion_tokens",
     "totalTokensCount": "total_tokens", "tokensPerSecond": "tokens_per_second",
     "timeToFirstTokenSec": "time_to_first_token", "stopReason": "stop_reason",
@@ -4224,7 +4161,7 @@ def id_of(message, name):
 
 def figures_as_v0(stats):
     """The stats of a prediction (lmstudio-js, LLMPredictionStats.ts) as an answer of /api/v0 has them."""
-    found = {name: stats[theirs] for theirs, name in FIGURES.items() if theirs in stats}
+    found = {name: stats[theirs] for theirs, name in STATS_AS_V0.items() if theirs in stats}
     return {"usage": found, "stats": found}
 
 
@@ -4549,9 +4486,6 @@ class Scheduler:
 
 # === 4. HUB: the shared state ================================================
 
-# How the log begins to tell of a model that is loaded or unloaded (10-2025 to 09-2026).
-LOADS = re.compile(r"(?:\[[^]\n]*\])*:? ?(?:Requested model .* is not loaded|(?:Unl|L)oading model\b"
-                   r"|Model (?:un)?loaded\b|load_model: load|\w+::load called)")
 
 class Listener:
     """One client's place in the ring."""
@@ -4559,42 +4493,35 @@ class Listener:
     def __init__(self, seq, owner=None):
         self.seq = self.sent = seq  # of the latest event that it has passed; that it was given
         self.owner = owner  # the key whose events it may have; None: every event
-        self.gap = None  # the data of a gap event that stands before the next ones
-        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Hub.wait()
+        self.elsewhere = None  # the id after its latest event, which was another start's; None once told
+        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Ring.wait()
 
 
-class Hub:
-    """Hands every event to every listener, remembers the latest, and keeps the records of requests.
+class Ring:
+    """The latest events, each as one frame for every listener.
 
-    publish appends to one ring and wakes the listeners that wait; each then takes the frames behind its
-    place.  Publishing never waits, and a frame is made once.  The ring forgets the oldest frames beyond its
-    number or its bytes; a listener that has not read them is told so by `gap`.
-    keep takes the history rows of requests that are over, if there is a history."""
+    A listener waits until there is news, then takes the frames behind its place: publishing never waits.
+    The ring forgets the oldest frames beyond its number or its bytes; a listener that has not read them is
+    told so by `gap`."""
 
-    EVENTS, BYTES = 10_000, 32_000_000  # that the ring holds at least, whichever is less
+    EVENTS, BYTES = 10_000, 32_000_000  # that it holds at least, whichever is less
     BATCH = 4096  # frames that a listener looks through in one go
 
-    def __init__(self, kept=100, keep=None, now=time.time, clock=time.monotonic):
+    def __init__(self):
         # Guards every field below; the counts and closed may be read without it.  Held for memory work only,
         # never across I/O.
         self._lock = threading.Lock()
         self.epoch = secrets.token_hex(4)
-        self._owners: dict[str, str] = {}  # requestId -> name of its key
-        self._frames = []  # (event name, name of the key that it is about, frame) of the events _first.. _first + len - 1
+        self._frames = []  # (event name, name of the key that it is about, frame) of the events from _first on
         self._first = 1  # SEQ of _frames[0]
         self._bytes = 0  # of the frames
         self._waiting = set()  # bells of the listeners that have all there is
+        self._owners: dict[str, str] = {}  # requestId -> name of its key
         self.listeners = 0
         self.closed = False
-        self._now, self._clock, self._keep = now, clock, keep
         self.counts: Counter[str] = Counter()  # events published, by name
         self.replays: Counter[str] = Counter()  # listeners that came back: full, gap
         self.dropped = 0  # events that slow listeners lost
-        self._requests = Requests(self.epoch, kept)
-        self._figures = Figures()
-        self._series = Series(now())
-        self.loads = 0  # lines of the log that tell of a model that is loaded or unloaded
-        self._ids = itertools.count(1)
 
     @property
     def last(self):  # lock held
@@ -4607,41 +4534,36 @@ class Hub:
         with self._lock:
             return self.event_id(self.last)
 
-    def request_id(self):
-        """Any thread.  A new id, like no other of this or another start."""
-        return f"req_{self.epoch}{next(self._ids):06x}"
-
     def event_id(self, seq):
         return f"{self.epoch}-{seq}"
 
-    def now(self):
-        """This moment as the events have it."""
-        return utc_text(self._now())
-
-    # --- events
+    @contextlib.contextmanager
+    def _changing(self):
+        """Holds the lock; wakes the listeners once it is free again, if there is news for them."""
+        with self._lock:
+            before, bells = self.last, set()
+            yield
+            if self.last > before or self.closed:
+                bells, self._waiting = self._waiting, set()
+        wake(bells)
 
     def publish(self, events):
         """Any thread.  Appends the events in order and wakes the listeners.  Never blocks."""
         encoded = [self._encoded(event) for event in events if event.name]
-        with self._lock:
-            bells = self._append(encoded)
-        wake(bells)
+        with self._changing():
+            self._append(*encoded)
 
-    def _append(self, encoded):  # lock held
-        """Puts frames into the ring.  Gives the bells that are to be rung once the lock is free."""
-        seq = self.last
-        for name, owner, data in encoded:
-            seq += 1
-            frame = sse_frame(f"{self.epoch}-{seq}", name, data)
+    def _encoded(self, event):
+        """Any thread.  An event's name, the key whose own it is, and its data as JSON."""
+        owner = self._owners.get(event.data.get("requestId", "")) if event.name != "lmstudio_log" else None
+        return event.name, owner, to_json(event.data)
+
+    def _append(self, *encoded):  # lock held
+        for seq, (name, owner, data) in enumerate(encoded, self.last + 1):
+            frame = sse_frame(self.event_id(seq), name, data)
             self._frames.append((name, owner, frame))
             self._bytes += len(frame)
             self.counts[name] += 1
-        self._trim()
-        bells, self._waiting = self._waiting, set()
-        return bells
-
-    def _trim(self):  # lock held
-        """Forget the oldest frames that are too many or too large."""
         dropped, surplus = 0, len(self._frames) - self.EVENTS
         for _, _, frame in self._frames:
             if dropped >= surplus and self._bytes - len(frame) < self.BYTES:
@@ -4651,70 +4573,149 @@ class Hub:
         del self._frames[:dropped]
         self._first += dropped
 
-    def _append_event(self, event):  # lock held
-        return self._append([self._encoded(event)])
+    @contextlib.contextmanager
+    def listening(self, since="", owner=None):
+        """Any thread.  Yields the Listener for a client that saw the event with the id since last; with an
+        owner it gets the events of that key's requests alone."""
+        match = re.fullmatch(r"(?:([!-~]{1,64})-)?(\d{1,18})", since or "", re.ASCII)
+        with self._lock:
+            listener = Listener(self.last, owner)
+            if match:
+                self._resume(listener, match[1] or self.epoch, int(match[2]))
+            self.listeners += 1
+        try:
+            yield listener
+        finally:
+            with self._lock:
+                self.listeners -= 1
+                self._waiting.discard(listener.bell)
 
-    def _encoded(self, event):
-        """Any thread.  An event's name, the key whose own it is, and its data as JSON."""
-        owner = self._owners.get(event.data.get("requestId", "")) if event.name != "lmstudio_log" else None
-        return event.name, owner, to_json(event.data)
+    def _resume(self, listener, epoch, seq):  # lock held
+        if epoch == self.epoch:
+            listener.seq = listener.sent = min(seq, self.last)
+        else:
+            listener.seq, listener.sent, listener.elsewhere = -1, self._first - 1, f"{epoch}-{seq + 1}"
+        self.replays["gap" if listener.seq < self._first - 1 else "full"] += 1
 
-    # --- requests
+    def read(self, listener, names=(), most=math.inf):
+        """Any thread.  (frames behind the listener's place, data of a gap before them or None); the listener
+        goes on behind them.  names: only these events, if any; most: bytes, beyond which one frame may reach.
+        """
+        with self._lock:
+            gap, lost = None, self._first - 1 - listener.seq
+            if lost > 0:
+                count = None if listener.elsewhere else lost
+                gap = {"from": listener.elsewhere or self.event_id(listener.seq + 1),
+                       "to": self.event_id(self._first - 1), "count": count}
+                self.dropped += count or 0
+                listener.seq, listener.elsewhere = self._first - 1, None
+            start = listener.seq + 1 - self._first
+            batch = self._frames[start:start + self.BATCH]
+        frames, size = [], 0  # batch must not outlive this call: it keeps frames that the ring forgets
+        for name, owner, frame in batch:
+            if size >= most:
+                break
+            listener.seq += 1
+            if (not names or name in names) and listener.owner in (None, owner):
+                frames.append(frame)
+                listener.sent, size = listener.seq, size + len(frame)
+        return frames, gap
+
+    def wait(self, listener, timeout_s):
+        """Any thread.  Returns when there are events behind the listener, its bell rings, or time is up."""
+        with self._lock:
+            if listener.seq < self.last or self.closed:
+                return
+            self._waiting.add(listener.bell)
+        with contextlib.suppress(queue.Empty):
+            listener.bell.get(timeout=max(0.0, timeout_s))
+
+    def close(self):
+        """Any thread.  Wakes every listener; closed is True from now on."""
+        with self._changing():
+            self.closed = True
+
+
+def wake(bells):
+    for bell in bells:
+        bell.put(None)
+
+
+class Hub(Ring):
+    """The Ring, and all that requests and log have in common: records, figures, series.
+
+    keep takes the history rows of requests that are over, if there is a history."""
+
+    # How the log begins to tell of a model that is loaded or unloaded (10-2025 to 09-2026).
+    LOADS = re.compile(r"(?:\[[^]\n]*\])*:? ?(?:Requested model .* is not loaded|(?:Unl|L)oading model\b"
+                       r"|Model (?:un)?loaded\b|load_model: load|\w+::load called)")
+
+    def __init__(self, kept=100, keep=None, now=time.time, clock=time.monotonic):
+        super().__init__()
+        self._now, self._clock, self._keep = now, clock, keep
+        self._requests = Requests(self.epoch, kept)
+        self._figures = Figures()
+        self._series = Series(now())
+        self.loads = 0  # lines of the log that tell of a model that is loaded or unloaded
+        self._ids = itertools.count(1)
+
+    def request_id(self):
+        """Any thread.  A new id, like no other of this or another start."""
+        return f"req_{self.epoch}{next(self._ids):06x}"
+
+    def now(self):
+        """This moment as the events have it."""
+        return utc_text(self._now())
+
+    # --- the life of a request, and the log beside it
 
     def begin(self, record):
         """Any thread.  A request goes to LM Studio."""
         start = record.start_event(self.now())
-        with self._lock:
+        with self._changing():
             if record.key is not None:
                 self._owners[record.id] = record.key
                 if len(self._owners) > self.EVENTS:
                     del self._owners[next(iter(self._owners))]
             self._requests.begin(record)
             record.note(start, record.clock)
-            bells = self._append_event(start)
-        wake(bells)
+            self._append(self._encoded(start))
+
+    def _tell(self, record, clock):  # lock held
+        self._append(self._encoded(record.progress_event(self.now(), clock)))
 
     def generated(self, record, tokens, first):
         """Any thread.  The answer of a running request has so many tokens; the first came at clock first."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
             record.generated(tokens, first)
-            bells = self._append_event(record.progress_event(self.now(), clock)) if record.due(clock) else ()
-        wake(bells)
+            if record.due(clock):
+                self._tell(record, clock)
 
     def learned(self, record, events):
         """Any thread.  LM Studio told a running request's client how far its prompt is, as events."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
             due = [record.take(event, clock) for event in events]   # each is taken
-            bells = self._append_event(record.progress_event(self.now(), clock)) if any(due) else ()
-        wake(bells)
+            if any(due):
+                self._tell(record, clock)
+
     def place(self, placed):
         """Any thread.  These (Record, place) wait for their turn."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
-            bells = [self._append_event(record.progress_event(self.now(), clock)) for record, place in placed
-                     if record.wait(place, clock)]
-        wake(set().union(*bells))
+            for record, place in placed:
+                if record.wait(place, clock):
+                    self._tell(record, clock)
 
     def send(self, record):
         """Any thread.  A request's turn has come."""
         with self._lock:
             record.send(self._clock())
 
-    def served(self, asked):
-        """Any thread.  The model that has answered to a name, else the name."""
-        with self._lock:
-            return self._requests.served(asked)
-
-    def comment(self, record):
-        """Any thread.  Where a running request is, as an SSE comment."""
-        with self._lock:
-            return f": {record.told(self._clock())}\n\n".encode()
-
     def end(self, record, outcome):
         """Any thread.  A request is over.  Later calls do nothing."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
             if not self._requests.over(record, clock, outcome):
                 return
@@ -4722,8 +4723,7 @@ class Hub:
             record.note(end, clock)
             self._figures.count_request(record)
             rows = self._changed_rows()
-            bells = self._append_event(end)
-        wake(bells)
+            self._append(self._encoded(end))
         self._give(rows)
 
     def publish_log(self, events):
@@ -4736,36 +4736,55 @@ class Hub:
             told = self._requests.see(events, clock)
             for event in events:
                 self._figures.count_event(event)
-                self.loads += event.name == "lmstudio_log" and bool(LOADS.match(event.data["message"]))
+                self.loads += event.name == "lmstudio_log" and bool(self.LOADS.match(event.data["message"]))
             rows = self._changed_rows()
         self.publish(events)
-        for record in told:
-            with self._lock:
-                running = record.ended is None or record.source == "lmstudio"
-                bells = self._append_event(record.progress_event(self.now(), clock)) if running else ()
-            wake(bells)
+        with self._changing():
+            for record in told:
+                if record.ended is None or record.source == "lmstudio":
+                    self._tell(record, clock)
         self._give(rows)
 
     def _changed_rows(self):  # lock held
-        changed, self._requests.changed = self._requests.changed, []
-        rows = {record.id: history_row(record) for record in changed}
-        for record in {record.id: record for record in changed}.values():
+        """The history rows of the requests that changed after their end, once figures and series have them."""
+        changed = {record.id: record for record in self._requests.changed}
+        self._requests.changed = []
+        rows = {record.id: history_row(record) for record in changed.values()}
+        for record in changed.values():
             if record.source == "gateway":
                 self._figures.count_tokens(record)
             about = {**dict(zip(HISTORY_NAMES, rows[record.id])), "agent": record.agent}
             record.tallied = self._series.take(about, record.tallied)
-        return rows if self._keep else {}
+        return list(rows.values())
 
     def _give(self, rows):
-        if rows:
-            self._keep(list(rows.values()))
+        if rows and self._keep:
+            self._keep(rows)
+
+    def reject(self, code):
+        """Any thread.  A request was turned away here; code is our error's."""
+        if code in REJECTIONS:
+            with self._lock:
+                self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
+
+    # --- what is known of them
+
+    def served(self, asked):
+        """Any thread.  The model that has answered to a name, else the name."""
+        with self._lock:
+            return self._requests.served(asked)
+
+    def comment(self, record):
+        """Any thread.  Where a running request is, as an SSE comment."""
+        with self._lock:
+            return f": {record.told(self._clock())}\n\n".encode()
 
     def shown(self, limit=None, owner=None):
         """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first; with
         an owner, those of that key."""
         with self._lock:
-            clock = self._clock()
-            records = itertools.chain(reversed(self._requests.running.values()), reversed(self._requests.finished))
+            clock, found = self._clock(), self._requests
+            records = itertools.chain(reversed(found.running.values()), reversed(found.finished))
             return [record.shown(clock) for record in itertools.islice(
                 (record for record in records if owner in (None, record.key)), limit)]
 
@@ -4774,11 +4793,10 @@ class Hub:
         that has one)."""
         with self._lock:
             clock = self._clock()
-            running, over = [*reversed(self._requests.running.values())], self._requests.finished
-            models = (record.model or record.model_asked
-                      for record in itertools.chain(running, reversed(over)))
-            return ([record.shown(clock) for record in running],
-                    [record.shown(clock) for record in itertools.islice(reversed(over), count)],
+            running, over = (list(reversed(part)) for part in (
+                self._requests.running.values(), self._requests.finished))
+            models = (record.model or record.model_asked for record in (*running, *over))
+            return ([record.shown(clock) for record in running], [record.shown(clock) for record in over[:count]],
                     next(filter(None, models), None))
 
     def detail(self, request_id):
@@ -4817,92 +4835,12 @@ class Hub:
         """Any thread.  `performance` of /debug/metrics."""
         with self._lock:
             ours = [record for record in self._requests.finished if record.source == "gateway"]
-            tokens = self._figures.tokens()
-            return performance(ours, self._requests, tokens)
+            return performance(ours, self._requests, self._figures.tokens())
 
     def exposition(self, gauges):
         """Any thread.  All figures as Prometheus text; gauges are those that others know."""
         with self._lock:
-            return self._figures.exposition({**gauges, **self._figures.of_requests(self._requests)})
-
-    def reject(self, code):
-        """Any thread.  A request was turned away here; code is our error's."""
-        if code in REJECTIONS:
-            with self._lock:
-                self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
-
-    # --- listeners
-
-    @contextlib.contextmanager
-    def listening(self, since="", owner=None):
-        """Any thread.  Yields the Listener for a client that saw the event with the id since last; with an
-        owner it gets the events of that key's requests alone."""
-        match = re.fullmatch(r"(?:([!-~]{1,64})-)?(\d{1,18})", since or "", re.ASCII)
-        with self._lock:
-            listener = Listener(self.last, owner)
-            if match:
-                self._resume(listener, match[1] or self.epoch, int(match[2]))
-            self.listeners += 1
-        try:
-            yield listener
-        finally:
-            with self._lock:
-                self.listeners -= 1
-                self._waiting.discard(listener.bell)
-
-    def _resume(self, listener, epoch, seq):  # lock held
-        if epoch == self.epoch:
-            listener.seq = min(seq, self.last)
-        else:
-            listener.seq = self._first - 1
-            listener.gap = {"from": f"{epoch}-{seq + 1}", "to": self.event_id(listener.seq), "count": None}
-        listener.sent = listener.seq
-        self.replays["gap" if listener.gap or listener.seq < self._first - 1 else "full"] += 1
-
-    def read(self, listener, names=(), most=math.inf):
-        """Any thread.  (frames behind the listener's place, data of a gap before them or None); the listener
-        goes on behind them.  names: only these events, if any; most: bytes, beyond which one frame may reach.
-        """
-        with self._lock:
-            gap, listener.gap = listener.gap, None
-            lost = self._first - 1 - listener.seq
-            if lost > 0:
-                gap = {"from": gap["from"] if gap else self.event_id(listener.seq + 1),
-                       "to": self.event_id(self._first - 1), "count": None if gap else lost}
-                self.dropped += lost
-                listener.seq += lost
-            start = listener.seq + 1 - self._first
-            batch = self._frames[start:start + self.BATCH]
-        frames, size = [], 0  # batch must not outlive this call: it keeps frames that the ring forgets
-        for name, owner, frame in batch:
-            if size >= most:
-                break
-            listener.seq += 1
-            if (not names or name in names) and listener.owner in (None, owner):
-                frames.append(frame)
-                listener.sent, size = listener.seq, size + len(frame)
-        return frames, gap
-
-    def wait(self, listener, timeout_s):
-        """Any thread.  Returns when there are events behind the listener, its bell rings, or time is up."""
-        with self._lock:
-            if listener.seq < self.last or self.closed:
-                return
-            self._waiting.add(listener.bell)
-        with contextlib.suppress(queue.Empty):
-            listener.bell.get(timeout=max(0.0, timeout_s))
-
-    def close(self):
-        """Any thread.  Wakes every listener; closed is True from now on."""
-        with self._lock:
-            self.closed = True
-            bells, self._waiting = self._waiting, set()
-        wake(bells)
-
-
-def wake(bells):
-    for bell in bells:
-        bell.put(None)
+            return self._figures.exposition({**gauges, **self._figures.gauges(self._requests)})
 
 
 # --- 4.2 history: finished requests in an SQLite file ------------------------
@@ -5104,13 +5042,14 @@ def history_errors():
 
 
 def open_history(path):
-    """A connection to a history; makes the file (for its owner alone) and the table if they are missing.
-    Raises HistoryError."""
+    """A connection to a history, whose file is its owner's alone; makes the file and the table if they are
+    missing.  Raises HistoryError."""
     import sqlite3
 
     with history_errors(), contextlib.ExitStack() as stack:
         if path != ":memory:":  # SQLite's other two files take the mode of this one
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            os.chmod(path, 0o600)   # one that was there, too
         connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=2.0)))
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
@@ -6958,8 +6897,7 @@ class KeyFile:
         writes them.  Fields that this version does not know stay.  Raises OSError, ConfigError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        with open(beside, "wb", closefd=True) as lock:
-            wait_for_lock(lock)
+        with open(beside, "wb") as file, locked(file):
             content = self._load()[0] if self.path.exists() else {"keys": []}
             yield content["keys"]
             self._replace(content)
@@ -6975,7 +6913,14 @@ class KeyFile:
             json.dump(content, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, target)
+        deadline = time.monotonic() + (1.0 if sys.platform == "win32" else 0.0)
+        while True:
+            try:
+                return os.replace(draft, target)
+            except PermissionError:     # on Windows also while somebody reads the old file
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.02)
 
 
 def key_row(key):
@@ -7005,16 +6950,20 @@ def open_without_waiting(path, flags):
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def wait_for_lock(file):
-    """Wait until no other process has locked an open file, and lock it; closing it lets go.
-
-    Raises OSError on Windows after 10 s."""
+@contextlib.contextmanager
+def locked(file):
+    """Holds the lock of an open file, once no other process does.  Raises OSError on Windows after 10 s."""
     if sys.platform == "win32":
         import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)    # the byte at its position
+        try:
+            yield
+        finally:
+            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
     else:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 RIGHTS = ("infer", "view",
@@ -8243,14 +8192,6 @@ ROUTES = (
 )
 FOLDERS = frozenset(route.path.rpartition("/")[0] for route in ROUTES)
 FORWARD = Route("*", "*", forward, "infer", "LM Studio's answer, unchanged")
-
-
-def routes_table():
-    """The README's table of routes; a test holds the README to it."""
-    return "\n".join(["| route | needs | answer |", "|---|---|---|",
-                      *(f"| `{row.method} {row.path.replace('*', 'ID')}` | {row.access} | {row.about} |"
-                        for row in ROUTES),
-                      f"| every other | {FORWARD.access} | {FORWARD.about} |"])
 
 
 def find_route(request):
@@ -10429,17 +10370,6 @@ EVENTS = {  # every event of the stream; a test holds the README's table to it
 }
 
 
-def events_table():
-    """The README's table of events; a test holds the README to it."""
-    return "\n".join(["| event | says |", "|---|---|",
-                      *(f"| `{name}` | {row.about} |" for name, row in EVENTS.items())])
-
-
-def readme_tables():
-    """The tables that the README takes from this file; .ci/readme writes them into it."""
-    return [options_table(), routes_table(), events_table()]
-
-
 # --- 9.4 commands that print events: --tail-only and --watch -----------------
 
 
@@ -11485,18 +11415,31 @@ def build_parser():
 
 
 def add_options(parser):
-    """A flag for each row of OPTIONS that has one, in the row's group."""
-    groups = {row.group: parser.add_argument_group(row.group)
-              for row in {row.group: row for row in OPTIONS if row.flag}.values()}
-    for row in OPTIONS:
-        if row.flag:
-            kind = ({"action": "store_const", "const": "true"} if row.default is False
-                    else {"metavar": row.value})
-            default = "" if row.default in (None, False, {}) else f" [{shown_default(row)}]"
-            about = row.about.replace("%", "%%") + default
-            groups[row.group].add_argument(row.flag, dest=row.name, help=about, **kind)
-    groups["Gateway"].add_argument("--open", action="store_true", help="open the dashboard in the browser")
-    groups["Gateway"].add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
+    """A flag for each row of OPTIONS that has one, under the heading of its group."""
+    for heading, rows in OPTION_GROUPS.items():
+        group = parser.add_argument_group(heading)
+        for row in rows:
+            if row.flag:
+                kind = {"metavar": row.value} if row.value else {"action": "store_const", "const": "true"}
+                default = "" if row.default in (None, False, (), {}) else f" [{shown_default(row)}]"
+                group.add_argument(row.flag, dest=row.name, help=row.about.replace("%", "%%") + default, **kind)
+        if heading == "Gateway":
+            group.add_argument("--open", action="store_true", help="open the dashboard in the browser")
+            group.add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
+
+
+def readme_tables():
+    """The tables that the README takes from this file: .ci/readme writes them, a test compares them."""
+    options = [[f"`{row.variable}`", f"`{row.flag}`" if row.flag else "", f"`{shown_default(row)}`", row.about]
+               for row in OPTIONS]
+    routes = [[f"`{row.method} {row.path.replace('*', 'ID')}`", row.access, row.about] for row in ROUTES]
+    events = [[f"`{name}`", row.about] for name, row in EVENTS.items()]
+    return ["\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|",
+                       *(f"| {' | '.join(row)} |" for row in rows)])
+            for heads, rows in ((("variable", "flag", "default", "meaning"), options),
+                                (("route", "needs", "answer"),
+                                 [*routes, ["every other", FORWARD.access, FORWARD.about]]),
+                                (("event", "says"), events))]
 
 
 class Arguments(argparse.ArgumentParser):
@@ -11516,10 +11459,6 @@ class Arguments(argparse.ArgumentParser):
             message = (f"{unknown[1]} is not a known option"
                        + nearest(unknown[1].partition("=")[0], self._option_string_actions))
         raise ConfigError(message if message.endswith("?") else f"{message}; see --help")
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
 
 
 def chosen_command(args):
