@@ -4670,9 +4670,10 @@ class Hub(Ring):
 
     def _changed_rows(self):  # lock held
         """The history rows of the requests that changed after their end, once figures and series have them."""
-        changed, self._requests.changed = self._requests.changed, []
-        rows = {record.id: history_row(record) for record in changed}
-        for record in {record.id: record for record in changed}.values():
+        changed = {record.id: record for record in self._requests.changed}
+        self._requests.changed = []
+        rows = {record.id: history_row(record) for record in changed.values()}
+        for record in changed.values():
             if record.source == "gateway":
                 self._figures.count_tokens(record)
             about = {**dict(zip(HISTORY_NAMES, rows[record.id])), "agent": record.agent}
@@ -4964,13 +4965,14 @@ def history_errors():
 
 
 def open_history(path):
-    """A connection to a history; makes the file (for its owner alone) and the table if they are missing.
-    Raises HistoryError."""
+    """A connection to a history, whose file is its owner's alone; makes the file and the table if they are
+    missing.  Raises HistoryError."""
     import sqlite3
 
     with history_errors(), contextlib.ExitStack() as stack:
         if path != ":memory:":  # SQLite's other two files take the mode of this one
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            os.chmod(path, 0o600)   # one that was there, too
         connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=2.0)))
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
@@ -6818,8 +6820,7 @@ class KeyFile:
         writes them.  Fields that this version does not know stay.  Raises OSError, ConfigError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        with open(beside, "wb", closefd=True) as lock:
-            wait_for_lock(lock)
+        with open(beside, "wb") as file, locked(file):
             content = self._load()[0] if self.path.exists() else {"keys": []}
             yield content["keys"]
             self._replace(content)
@@ -6835,7 +6836,14 @@ class KeyFile:
             json.dump(content, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, target)
+        deadline = time.monotonic() + (1.0 if sys.platform == "win32" else 0.0)
+        while True:
+            try:
+                return os.replace(draft, target)
+            except PermissionError:     # on Windows also while somebody reads the old file
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.02)
 
 
 def key_row(key):
@@ -6865,16 +6873,20 @@ def open_without_waiting(path, flags):
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def wait_for_lock(file):
-    """Wait until no other process has locked an open file, and lock it; closing it lets go.
-
-    Raises OSError on Windows after 10 s."""
+@contextlib.contextmanager
+def locked(file):
+    """Holds the lock of an open file, once no other process does.  Raises OSError on Windows after 10 s."""
     if sys.platform == "win32":
         import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)    # the byte at its position
+        try:
+            yield
+        finally:
+            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
     else:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 RIGHTS = ("infer", "view",

@@ -2692,11 +2692,15 @@ def test_a_full_disk_is_said_once_and_a_row_that_waits_gives_way_to_its_later_wo
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
 def test_a_history_is_for_its_owner_alone(tmp_path):
-    history = lmgateway.History(str(tmp_path / "h.db"))
-    history.keep(rows_of("r1"))
-    until(lambda: kept(history))
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
-    history.close()
+    for path in (tmp_path / "new.db", tmp_path / "old.db"):
+        if path.stem == "old":
+            with contextlib.closing(lmgateway.open_history(path)):
+                path.chmod(0o644)       # as an earlier version made it
+        history = lmgateway.History(str(path))
+        history.keep(rows_of("r1"))
+        until(lambda: kept(history))    # noqa: B023
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+        history.close()
 
 
 def test_history_survives_a_killed_process(tmp_path):
@@ -6219,6 +6223,29 @@ def test_keys_that_are_minted_at_once_are_all_there_and_unknown_fields_stay(tmp_
     content = json.loads(path.read_text())
     assert [row["name"] for row in content["keys"]] == ["new", *(f"k{number}" for number in range(1, 13))]
     assert content["format"] == 2 and content["keys"][0]["limits"] == {"rpm": 3}
+
+
+def test_on_windows_a_change_has_one_byte_locked_and_outlasts_readers(tmp_path, monkeypatch):
+    path, calls = tmp_path / "keys.json", []
+
+    class Windows:      # msvcrt, by its documentation: the region begins at the file's position
+        LK_LOCK, LK_UNLCK = "lock", "unlock"
+
+        @staticmethod
+        def locking(number, mode, size):
+            calls.append((mode, os.lseek(number, 0, os.SEEK_CUR), size, path.exists()))
+
+    def replace(draft, target, original=os.replace):
+        monkeypatch.setattr(os, "replace", original)
+        raise PermissionError(13, "Permission denied")      # somebody reads the old file
+
+    monkeypatch.setitem(sys.modules, "msvcrt", Windows)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "replace", replace)
+    with lmgateway.KeyFile(path).changing() as rows:
+        rows.append({"name": "anna", "sha256": "00", "rights": []})
+    assert calls == [("lock", 0, 1, False), ("unlock", 0, 1, True)]
+    assert [key.name for key in lmgateway.KeyFile(path).keys()] == ["anna"]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
