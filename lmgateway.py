@@ -10498,13 +10498,13 @@ def watch(args, config):
     freeze_start_up()
     try:
         while not stop.wait(0):
-            for item in drain(news, 0.1):
+            items = drain(news, 0.1)
+            printer.write([item for item in items if isinstance(item, tuple)])
+            for item in items:
                 if isinstance(item, GatewayError):
                     raise item
                 if isinstance(item, str):
                     log.warning(item)
-                else:
-                    printer.write(item)
             printer.tick()
         return stop.status
     finally:
@@ -10513,15 +10513,13 @@ def watch(args, config):
 
 
 def drain(news, timeout_s):
-    """The items of a queue, in order: runs of pairs as lists, all else as it is.  Waits for the first."""
+    """The items of a queue, in order.  Waits for the first."""
     found: list[Any] = []
     with contextlib.suppress(queue.Empty):
         found.append(news.get(timeout=timeout_s))
         while len(found) < 500:
             found.append(news.get_nowait())
-    for pairs, run in itertools.groupby(found, lambda item: isinstance(item, tuple)):
-        items = list(run)
-        yield from [items] if pairs else items
+    return found
 
 
 def watched_address(text):
@@ -10754,7 +10752,7 @@ def check_exposure(config):
     open_key_file(config)
     if not loopback(config.host) and not AccessControl(config).need_key and not config.no_auth:
         raise ConfigError(f"{config.named('host')} listens beyond this machine, and no key "
-                          "is set: mint one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to "
+                          "is set; mint one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to "
                           "let everybody in")
 
 
@@ -10795,46 +10793,32 @@ def open_server(gateway, context):
     try:
         return Server(gateway, config.host, config.port, context)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StartError(port_in_use(config)) from None
-        raise StartError(f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose "
-                         "another address with --host (GATEWAY_HOST) and --port") from None
+        raise StartError(listen_problem(config, error)) from None
 
 
-def port_in_use(config):
-    """Who has our port, with the remedy."""
-    url = page_url(config, config.port)
+def listen_problem(config, error):
+    """Why nobody can listen at our address, with the remedy."""
+    host, port, url = config.host, config.port, page_url(config, config.port)
+    if error.errno != errno.EADDRINUSE:
+        return (f"cannot listen on {host}:{port}: {error_text(error)}; choose another address with --host "
+                "(GATEWAY_HOST) and --port")
     if is_lmgateway(url):
         return f"lmgateway already runs there: {url}; open that, stop it, or choose another port with --port"
-    return (f"port {config.port} is in use on {config.host}: stop the program that has it "
-            f"({port_question(config.port)} tells which it is) or choose another with --port (GATEWAY_PORT)")
-
-
-def port_question(port):
-    """The command that names the holder of a port."""
-    if os.name == "nt":
-        return f"netstat -ano | findstr :{port}"
-    return f"lsof -i :{port}" if sys.platform == "darwin" else f"ss -ltnp 'sport = :{port}'"
-
-
-def fetch(url, path):
-    """(status, body) of a GET; (0, b"") without an answer within a second."""
-    parts, context = urllib.parse.urlsplit(url), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing secret is sent
-    with contextlib.suppress(*BROKEN, ValueError):
-        connection = (functools.partial(http.client.HTTPSConnection, context=context)
-                      if parts.scheme == "https" else http.client.HTTPConnection)
-        with contextlib.closing(connection(parts.hostname, parts.port, timeout=1.0)) as asked:
-            asked.request("GET", path)
-            answer = asked.getresponse()
-            return answer.status, answer.read(65536)
-    return 0, b""
+    tell = {"win32": f"netstat -ano | findstr :{port}", "darwin": f"lsof -i :{port}"}.get(
+        sys.platform, f"ss -ltnp 'sport = :{port}'")
+    return (f"port {port} is in use on {host}; stop the program that has it ({tell} tells which it is), or choose "
+            "another with --port (GATEWAY_PORT)")
 
 
 def is_lmgateway(url):
-    """True when an lmgateway answers there: its /health names a version, its page itself."""
-    known = json_object(fetch(url, "/health")[1]) or {}
-    return {"uptime", "version"} <= known.keys() or b"<title>lmgateway" in fetch(url, "/")[1]
+    """True when the page of an lmgateway answers there within a second."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing secret is sent
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}),
+                                         urllib.request.HTTPSHandler(context=context))
+    with contextlib.suppress(*BROKEN, ValueError), opener.open(url, timeout=1.0) as page:
+        return b"<title>lmgateway" in page.read(4096)
+    return False
 
 
 def tls_context(config):
@@ -10985,306 +10969,243 @@ def print_launchd(args, config):
 
 
 # --- 9.8 --check -------------------------------------------------------------
-# A check is one row of CHECKS: a function that looks at one thing and yields its findings.
+# A check is one row of CHECKS: it looks at one thing and yields its findings, (mark, finding, remedy).
 
-
-class Finding(NamedTuple):
-    mark: str  # "ok", "warn" or "bad"
-    what: str
-    remedy: str = ""
-
-
-fine, concern, amiss = map(functools.partial, [Finding] * 3, ("ok", "warn", "bad"))
-SETTINGS_MENU = "LM Studio: Developer > Server settings"
+SERVER_MENU = "LM Studio: Developer > Server settings"
 LOGS_MENU = 'LM Studio: Developer Logs, "..." menu'
 
 
 class Installation:
-    """What the checks look at, each part looked at once, when a check first asks for it."""
-
-    CHECKED_BYTES = 4_000_000  # of the newest log
+    """Everything that several checks look at."""
 
     def __init__(self, args, environ):
         self.config, self.warnings, self.errors = load_config(vars(args), environ, args.env_file)
         self.env_file, self.home = args.env_file or ".env", find_home()
         self.log_dir = self.config.log_dir or find_log_dir(self.home)
-        self.exposed = not loopback(self.config.host)
+        self.upstream = Upstream(find_upstream(self.config).upstream, self.config.upstream_token)
 
     @functools.cached_property
-    def settings(self):
-        """LM Studio's settings, or the exception that says why there are none."""
-        return value_or_error(read_settings, self.home)
-
-    @functools.cached_property
-    def newest(self):
-        """The newest LogFile, None without any, or the OSError of the directory."""
-        logs = value_or_error(list_logs, self.log_dir)
-        return logs if isinstance(logs, OSError) else logs[-1] if logs else None
-
-    @functools.cached_property
-    def parser(self):
-        """A Parser that has read the end of the newest log, or the OSError of that file."""
-        return value_or_error(self._read_newest)
-
-    def _read_newest(self):
-        parser = Parser()
-        with open(self.newest.path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - self.CHECKED_BYTES))
-            parser.feed(file.read(self.CHECKED_BYTES))
+    def log(self):
+        """(path, stat, Parser of its last 4 MB) of the newest log, None without any.  Raises OSError."""
+        logs, parser, most = list_logs(self.log_dir), Parser(), 4_000_000
+        if not logs:
+            return None
+        with open(logs[-1].path, "rb") as file:
+            state = os.fstat(file.fileno())
+            file.seek(max(0, state.st_size - most))
+            parser.feed(file.read(most))
         parser.end()
-        return parser
-
-
-def value_or_error(function, *args):
-    try:
-        return function(*args)
-    except (OSError, ValueError) as error:
-        return error
-
-
-def check_python(found):
-    yield fine(f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
-               f"lmgateway {VERSION}")
+        return logs[-1].path, state, parser
 
 
 def refused(error):
-    """The Finding of an error of ours, whose remedy stands behind its last semicolon."""
-    what, _, remedy = str(error).rpartition("; ")
-    return amiss(what or remedy, remedy if what else "see --help and the README")
+    """The finding of an error of ours: its remedy stands behind the last semicolon."""
+    finding, _, remedy = str(error).rpartition("; ")
+    return "bad", finding or remedy, remedy if finding else "see --help and the README"
+
+
+def check_python(found):
+    yield "ok", (f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
+                 f"lmgateway {VERSION}")
 
 
 def check_options(found):
     yield from map(refused, found.errors)
     for warning in found.warnings:
-        yield concern(warning, "correct it, or take it away")
+        yield "warn", warning, "correct it, or take it away"
     for name, source in found.config.sources.items():
         variable = next(row.variable for row in OPTIONS if row.name == name)
         value = "set" if variable in SECRET else getattr(found.config, name)
-        yield fine(f"{variable}: {value} (from {source})")
+        yield "ok", f"{variable}: {value} (from {source})"
     log_file = found.config.log_file
     if log_file and not os.access(os.path.dirname(os.path.abspath(log_file)), os.W_OK):
-        yield amiss(f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours")
+        yield "bad", f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours"
     if not found.config.sources and not found.errors:
-        yield fine("each has its default")
+        yield "ok", "each has its default"
 
 
 def check_port(found):
-    config, own = found.config, f"port {found.config.port} of {found.config.host}"
+    host, port = found.config.host, found.config.port
     try:
-        with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as sock:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
             if os.name != "nt":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((config.host, config.port))
-        yield fine(f"{own} is free" if config.port else "the system will choose one")
+            sock.bind((host, port))
+        yield "ok", f"port {port} of {host} is free" if port else "the system will choose one"
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            yield amiss(f"cannot listen on {own}: {error_text(error)}",
-                        "choose others with --host and --port")
-        elif is_lmgateway(page_url(config, config.port)):
-            yield fine(f"{own} is held by a running lmgateway")
-        else:
-            yield amiss(f"{own} is held by another program", f"stop it ({port_question(config.port)} tells "
-                        "which it is), or choose another with --port")
+        problem, url = listen_problem(found.config, error), page_url(found.config, port)
+        yield ("ok", f"a running lmgateway has it: {url}") if url in problem else refused(problem)
 
 
 def check_lmstudio(found):
-    upstream = find_upstream(found.config).upstream
-    what, _, remedy = Upstream(upstream).health().partition(". ")
-    port = settings_port(found.settings) if isinstance(found.settings, dict) else None
-    if is_lmgateway(upstream):
-        yield amiss(f"another lmgateway answers at {upstream}", "name LM Studio's own server with --upstream "
-                    "(LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
-    elif not what:
-        yield fine(f"LM Studio answers at {upstream}")
-    elif port and not upstream.endswith(f":{port}"):
-        yield amiss(what, f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). "
-                    + remedy)
+    url, (problem, _, remedy) = found.upstream.base, found.upstream.health().partition(". ")
+    settings = find_upstream(Config()).upstream
+    if is_lmgateway(url):
+        yield ("bad", f"another lmgateway answers at {url}",
+               "name LM Studio's own server with --upstream (LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
+    elif not problem:
+        yield "ok", f"LM Studio answers at {url}"
     else:
-        yield amiss(what, remedy)
+        yield "bad", problem, remedy if settings in (url, Config().upstream) else (
+            f"its settings say {settings}: give that to --upstream (LMSTUDIO_BASE_URL). {remedy}")
 
 
 def check_settings(found):
-    settings, path = found.settings, settings_path(found.home)
-    if not isinstance(settings, dict):
-        yield concern(f"LM Studio's settings {path} cannot be read: {error_text(settings)}",
-                      "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
+    path = settings_path(found.home)
+    try:
+        settings = read_settings(found.home)
+    except (OSError, ValueError) as error:
+        yield ("warn", f"LM Studio's settings {path} cannot be read: {error_text(error)}",
+               "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
         return
     network = settings.get("networkInterface")
     network = network if isinstance(network, str) else ""
-    yield fine(f"{path}: port {settings_port(settings) or 'not named'}, interface {network or 'not named'}")
+    yield "ok", f"{path}: port {settings_port(settings) or 'not named'}, interface {network or 'not named'}"
     if network and not loopback(network):
-        yield concern(f"LM Studio itself listens on the network ({network}): requests that go there pass by "
-                      "this gateway, its keys and figures", f"{SETTINGS_MENU} > Serve on Local Network: off")
-    for name, value, finding in SETTINGS:
+        yield ("warn", f"LM Studio itself listens on the network ({network}): requests that go there pass by "
+               "this gateway, its keys and figures", f"{SERVER_MENU} > Serve on Local Network: off")
+    for name, value, *finding in SETTINGS:
         if settings.get(name) == value and type(settings.get(name)) is type(value):
             yield finding
 
 
-SETTINGS = (  # (a setting of LM Studio, its value, what to say of that)
-    ("cors", True, concern(
-        "LM Studio allows every web page to call it (CORS)", f"{SETTINGS_MENU} > Enable CORS: off; name the "
-        "origins that may call the gateway with --cors-origins")),
-    ("fileLoggingMode", "off", amiss(
-        "LM Studio writes no log files: there is nothing to monitor",
-        f"{LOGS_MENU} > File Logging Mode: Succinct")),
-    ("verbose", False, concern(
-        "verbose logging is off: no cache, token and speed figures of streams",
-        f"{LOGS_MENU} > Verbose Logging: on")),
-    ("verbose", True, fine("verbose logging is on")),
-    ("logSensitiveData", True, concern(
-        "prompts and answers stand in LM Studio's logs in clear text", f"{LOGS_MENU} > Redact Content: on, "
-        "if others can read this disk (figures of plain requests then go, too)")),
-    ("logSensitiveData", False, fine("prompts and answers are redacted in LM Studio's logs")),
-    ("logIncomingTokens", True, concern(
-        "every token is logged: the files grow with the square of an answer's length",
-        f"{LOGS_MENU} > Log Incoming Tokens: off")),
+SETTINGS = (  # (a setting of LM Studio, its value, mark, finding, remedy)
+    ("cors", True, "warn", "LM Studio allows every web page to call it (CORS)",
+     f"{SERVER_MENU} > Enable CORS: off; name the origins that may call the gateway with --cors-origins"),
+    ("fileLoggingMode", "off", "bad", "LM Studio writes no log files: there is nothing to monitor",
+     f"{LOGS_MENU} > File Logging Mode: Succinct"),
+    ("verbose", False, "warn", "verbose logging is off: no cache, token and speed figures of streams",
+     f"{LOGS_MENU} > Verbose Logging: on"),
+    ("verbose", True, "ok", "verbose logging is on"),
+    ("logSensitiveData", True, "warn", "prompts and answers stand in LM Studio's logs in clear text",
+     f"{LOGS_MENU} > Redact Content: on, if others can read this disk (plain requests then have no figures)"),
+    ("logSensitiveData", False, "ok", "prompts and answers are redacted in LM Studio's logs"),
+    ("logIncomingTokens", True, "warn", "every token is logged: files grow with the square of an answer",
+     f"{LOGS_MENU} > Log Incoming Tokens: off"),
 )
 
 
 def check_logs(found):
-    newest, directory = found.newest, found.log_dir
     if not found.config.enable_log_monitoring:
-        yield concern("the log monitor is switched off", "ENABLE_LOG_MONITORING=true")
-    if isinstance(newest, OSError):
-        yield amiss(f"log directory {directory}: {error_text(newest)}", "start LM Studio's server once; name "
-                    "another directory with --log-dir (LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
-    elif newest is None:
-        yield amiss(f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
-                    f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
-    elif isinstance(found.parser, OSError):
-        yield amiss(f"{newest.path}: {error_text(found.parser)}",
-                    "let this user read it, or run as the user who runs LM Studio")
-    else:
-        yield from check_newest_log(newest.path, found.parser)
+        yield "warn", "the log monitor is switched off", "ENABLE_LOG_MONITORING=true"
+    try:
+        yield from check_newest_log(*found.log) if found.log else [(
+            "bad", f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {found.log_dir}",
+            f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")]
+    except OSError as error:
+        yield ("bad", f"{error.filename}: {error_text(error)}", "start LM Studio's server once; name another "
+               "directory with --log-dir (LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
     if found.config.log_source != "files":
-        upstream = Upstream(find_upstream(found.config).upstream, found.config.upstream_token)
-        stream = LogStream(upstream, None, False)
+        stream = LogStream(found.upstream, None, False)
         stream.next_news(time.monotonic())
-        yield concern(stream.problem, "LOG_SOURCE=files, or look at LM Studio") if stream.problem else fine(
-            "LM Studio gives its log as a stream, too")
-    for other in other_log_dirs(found.home, directory):
-        yield concern(f"{other} holds a newer log than {directory}", f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
+        yield ("warn", stream.problem, "LOG_SOURCE=files, or look at LM Studio") if stream.problem else (
+            "ok", "LM Studio gives its log as a stream, too")
+    written = newest_write(found.log_dir)
+    homes = {found.home, own_home() / ".lmstudio", own_home() / ".cache" / "lm-studio"}
+    for other in sorted(map(find_log_dir, homes)):
+        if newest_write(other) > written + 3600:
+            yield ("warn", f"{other} holds a newer log than {found.log_dir}",
+                   f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
 
 
-def check_newest_log(path, parser):
-    state = os.stat(path)
-    age_s = time.time() - state.st_mtime
-    age = f"{age_s / 86400:.0f} days" if age_s >= 2 * 86400 else duration(max(0, age_s))
+def check_newest_log(path, state, parser):
+    age_s = max(0, time.time() - state.st_mtime)
+    age = f"{age_s / 86400:.0f} days" if age_s >= 2 * 86400 else duration(age_s)
     written = f"{path}: {shown_bytes(state.st_size)}, written {age} ago"
-    yield fine(written) if age_s <= 86400 else concern(
-        written, "see that LM Studio's server runs under this user and gets requests")
+    yield ("ok", written) if age_s <= 86400 else (
+        "warn", written, "see that LM Studio's server runs under this user and gets requests")
     if not parser.entries:
-        yield concern("no log entry in it that lmgateway knows", "send LM Studio a request and look again")
+        yield "warn", "no log entry in it that lmgateway knows", "send LM Studio a request and look again"
         return
     engines = ", ".join(sorted(name for name in parser.by_engine if name != "App")) or "the app alone"
-    yield fine(f"{parser.entries:,} entries looked at, written by: {engines}")
+    yield "ok", f"{parser.entries:,} entries looked at, written by: {engines}"
     if not parser.by_level["DEBUG"]:
-        yield concern("no DEBUG lines: no cache, token and speed figures of streams",
-                      f"{LOGS_MENU} > Verbose Logging: on")
+        yield ("warn", "no DEBUG lines: no cache, token and speed figures of streams",
+               f"{LOGS_MENU} > Verbose Logging: on")
     if parser.unknown > parser.lines / 10:
-        yield concern(f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version does "
-                      "not know", "look for a newer lmgateway; /debug/status shows samples")
-
-
-def other_log_dirs(home, directory):
-    """Log directories at LM Studio's usual places that were written more than an hour after this one."""
-    bases = {home, own_home() / ".lmstudio", own_home() / ".cache" / "lm-studio"}
-    places = {str(base / below) for base in bases for below in ("server-logs", "apps/bionic/server-logs")}
-    ours = newest_write(directory)
-    return sorted(place for place in places if newest_write(place) > ours + 3600
-                  and os.path.realpath(place) != os.path.realpath(directory))
+        yield ("warn", f"{parser.unknown:,} of {parser.lines:,} lines have a wording that is not known here",
+               "look for a newer lmgateway; /debug/status shows samples")
 
 
 def check_room(found):
     facts = LogVolume(found.log_dir, found.config.log_dir_warn).facts()
-    if facts["directoryBytes"] is not None:
-        free = "unknown" if facts["freeBytes"] is None else shown_bytes(facts["freeBytes"])
-        yield fine(f"logs take {shown_bytes(facts['directoryBytes'])}, grow by "
-                   f"{shown_bytes(facts['growthBytesPerDay'])} a day; {free} are free on that disk")
+    taken, growth, free = ("unknown" if facts[name] is None else shown_bytes(facts[name])
+                           for name in ("directoryBytes", "growthBytesPerDay", "freeBytes"))
+    yield "ok", f"logs take {taken}, grow by {growth} a day; {free} are free on that disk"
     for warning in facts["warnings"]:
-        yield concern(*warning.split(": ", 1))
+        yield "warn", *warning.split(": ", 1)
 
 
 def check_keys(found):
     config, path = found.config, keys_path(found.config)
-    minted, needed = open_key_file(config)[1], AccessControl(config).need_key
-    rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted]
-    rows += [f"{name} (all rights)" for name in config.api_key]
+    rows = [*(f"{key.name} ({', '.join(sorted(key.rights))})" for key in open_key_file(config)[1]),
+            *(f"{name} (all rights)" for name in config.api_key)]
+    needed = AccessControl(config).need_key
     if needed and not rows:
-        yield concern(f"a key is asked for, and there is none: all of {path} were revoked",
-                      "mint one with --new-key NAME, or remove that file")
+        yield ("warn", f"a key is asked for, and there is none: all of {path} were revoked",
+               "mint one with --new-key NAME, or remove that file")
     else:
-        yield fine(f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
-    if found.exposed and not needed:
-        yield (concern if config.no_auth else amiss)(
-            f"{config.host} is open to the network, and no key is set",
-            "mint one with --new-key NAME" + ", or say --no-auth to let everybody in" * (not config.no_auth))
-    for file in (path, Path(found.env_file)):
+        yield "ok", f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for"
+    for file in (path, found.env_file):
         if os.name != "nt" and os.path.exists(file) and os.stat(file).st_mode & 0o044:
-            yield concern(f"{file} can be read by other users of this machine", f"chmod 600 {file}")
-
-
-FIREWALL = {"Windows": "lmgateway.ps1 -OpenFirewall",
-            "Linux": "let the port through the firewall (sudo ufw allow {port}/tcp)",
-            "Darwin": "System Settings > Network > Firewall: allow Python"}
+            yield "warn", f"{file} can be read by other users of this machine", f"chmod 600 {file}"
+    check_exposure(config)
+    if not needed and not loopback(config.host):
+        yield ("warn", f"{config.host} is open to the network, and no key is asked for",
+               "mint one with --new-key NAME")
 
 
 def check_network(found):
     config = found.config
-    encrypted = tls_context(config) is not None
-    if not found.exposed:
-        yield fine(f"{config.host}: only this machine can connect")
+    encrypted, urls = tls_context(config), [own_url(config, host, config.port) for host in reachable(config)]
+    if loopback(config.host):
+        yield "ok", f"{config.host}: only this machine can connect"
         return
-    urls = [own_url(config, address, config.port) for address in reachable(config)]
-    firewall = FIREWALL.get(platform.system(), FIREWALL["Linux"]).format(port=config.port)
-    yield fine(f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
-               f"if they do not: {firewall}")
+    firewall = {"Windows": "lmgateway.ps1 -OpenFirewall",
+                "Darwin": "System Settings > Network > Firewall: allow Python"}.get(
+        platform.system(), f"let the port through the firewall (sudo ufw allow {config.port}/tcp)")
+    yield ("ok", f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
+           f"if they do not: {firewall}")
     if not encrypted:
-        yield concern("keys and prompts pass over the LAN in clear text",
-                      "--tls-cert and --tls-key (see the README)")
-    if config.allow is None:
-        yield fine("every address may connect; IP_ALLOWLIST (--allow) can narrow that")
+        yield ("warn", "keys and prompts pass over the LAN in clear text",
+               "--tls-cert and --tls-key (see the README)")
 
 
 def check_clock(found):
-    yield fine(f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {time.strftime('%Z %z')}")
-    moment = getattr(isinstance(found.newest, LogFile) and found.parser, "last_moment", None)
-    written = moment and os.stat(found.newest.path).st_mtime
-    if moment and abs(moment.epoch - written) > 900:
-        yield concern(f"the newest log's last entry says {moment.utc}, its file {utc_text(written)}",
-                      "give lmgateway LM Studio's time zone (environment variable TZ), or set the clock")
+    yield "ok", f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {time.strftime('%Z %z')}"
+    with contextlib.suppress(OSError):      # another check has said so
+        if found.log and found.log[2].last_moment:
+            _, state, parser = found.log
+            if abs(parser.last_moment.epoch - state.st_mtime) > 900:
+                yield ("warn", f"the newest log's last entry says {parser.last_moment.utc}, its file "
+                       f"{utc_text(state.st_mtime)}",
+                       "give lmgateway LM Studio's time zone (environment variable TZ), or set the clock")
 
 
-CHECKS: dict[str, Callable[[Installation], Iterator[Finding]]] = {
-    "Python": check_python,         # version and system
-    "Options": check_options,       # values, where each comes from, mistakes in .env
-    "Port": check_port,             # ours is free, or taken
-    "LM Studio": check_lmstudio,    # its server answers, and it is LM Studio
-    "Settings": check_settings,     # LM Studio's own: port, interface, CORS, logging
-    "Logs": check_logs,             # directory, newest file, engine, verbose lines
-    "Room": check_room,             # size and growth of the logs, free disk
-    "Keys": check_keys,             # the keys and their rights, and whether one is needed
-    "Network": check_network,       # addresses for others, TLS
-    "Clock": check_clock,           # time, time zone, and whether the log agrees
-}
-MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
+CHECKS: dict[str, Callable[[Installation], Iterator]] = {
+    "Python": check_python, "Options": check_options, "Port": check_port, "LM Studio": check_lmstudio,
+    "Settings": check_settings, "Logs": check_logs, "Room": check_room, "Keys": check_keys,
+    "Network": check_network, "Clock": check_clock}
 
 
 def run_checks(args, config=None):
     """--check: every finding in one line; 1 when something is bad, else 0.  Works whatever is broken."""
     installation = Installation(args, os.environ)
-    found = [(name, finding) for name, check in CHECKS.items()
-             for finding in findings_of(check, installation)]
-    failed = any(finding.mark == "bad" for _, finding in found)
+    found = [(name, mark, finding, *(remedy or [""])) for name, check in CHECKS.items()
+             for mark, finding, *remedy in findings_of(check, installation)]
+    failed = any(mark == "bad" for _, mark, _, _ in found)
     if args.json:
-        rows = [{"check": name, **finding._asdict()} for name, finding in found]
+        rows = [dict(zip(("check", "mark", "what", "remedy"), row)) for row in found]
         print(json.dumps({"status": "bad" if failed else "ok", "version": VERSION, "findings": rows}))
         return int(failed)
-    colour = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
-    for name, (mark, what, remedy) in found:
-        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if colour else f"{mark:4}"
-        print(f"{shown}  {name:9}  " + printable(what + (f"  ->  {remedy}" if remedy else "")))
+    coloured = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+    for name, mark, finding, remedy in found:
+        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if coloured else f"{mark:4}"
+        print(f"{shown}  {name:9}  " + printable(finding + (f"  ->  {remedy}" if remedy else "")))
     return int(failed)
+
+
+MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
 
 
 def findings_of(check, installation):
@@ -11295,7 +11216,7 @@ def findings_of(check, installation):
     except GatewayError as error:
         found.append(refused(error))
     except Exception as error:  # the end of the line: a broken machine is what --check is for
-        found.append(amiss(f"this check failed: {type(error).__name__}: {error}", "please report it"))
+        found.append(("bad", f"this check failed: {type(error).__name__}: {error}", "please report it"))
     return found
 
 
@@ -11312,10 +11233,13 @@ def prune(args, config):
                           "--log-dir (LMSTUDIO_LOG_DIR)") from None
     total = failed = 0
     for log_file, size in old:
-        problem = value_or_error(os.remove, log_file.path) if args.yes else None
-        failed += problem is not None
-        total += size if problem is None else 0
-        fate = f"kept, {error_text(problem)}" if problem else "removed" if args.yes else "would go"
+        fate = "removed" if args.yes else "would go"
+        try:
+            if args.yes:
+                os.remove(log_file.path)
+            total += size
+        except OSError as error:
+            fate, failed = f"kept, {error_text(error)}", failed + 1
         print(f"{fate}  {shown_bytes(size):>9}  {log_file.path}")
     count = f"{len(old) - failed} file{'s' * (len(old) - failed != 1)}, {shown_bytes(total)}"
     print(f"removed {count}" if args.yes else f"{count} older than {args.prune} days in {directory}"

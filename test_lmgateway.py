@@ -9065,7 +9065,7 @@ def test_a_port_in_use_is_one_line_also_where_there_is_no_log_directory(tmp_path
     with socket.create_server(("127.0.0.1", 0)) as taken:
         run = command(tmp_path, "--port", str(taken.getsockname()[1]), "--log-dir", tmp_path / "none")
     assert run.returncode == 1
-    assert re.fullmatch(rb"lmgateway: port \d+ is in use on 127\.0\.0\.1: stop .* or choose another with --port .*\r?\n", run.stderr)
+    assert re.fullmatch(rb"lmgateway: port \d+ is in use on 127\.0\.0\.1; stop .* or choose another with --port .*\r?\n", run.stderr)
 
 
 def test_a_port_that_the_system_chose_is_printed_whatever_the_level(tmp_path):
@@ -9262,7 +9262,7 @@ SICK = [  # name, what is broken, arguments, (check, mark, words) that must be f
     ("tokens", lambda home: put_settings(home, logIncomingTokens=True), (),
      ("Settings", "warn", "Log Incoming Tokens: off")),
     ("its port is another", lambda home: put_settings(home, port=4321), ("--upstream", "http://127.0.0.1:9"),
-     ("LM Studio", "bad", "its settings say port 4321")),
+     ("LM Studio", "bad", "its settings say http://127.0.0.1:4321")),
     ("not running", lambda home: put_settings(home, port=9), (), ("LM Studio", "bad", "127.0.0.1:9 (")),
     ("empty directory", lambda home: put_log(home, "", "x.log"), (),
      ("Logs", "bad", "no server logs (YYYY-MM")),
@@ -9339,7 +9339,7 @@ def test_check_finds_a_sound_installation_sound(home, capsys):
         assert (status, {mark for _, mark, _ in found}) == (0, {"ok"})
         assert {name for name, _, _ in found} == set(lmgateway.CHECKS)
         status, out, _ = run(capsys, "--check", "--port", str(demo.server_address[1]))
-        assert status == 1 and re.search(r"^bad   Port .* is held by .*  ->  stop it \(", out, re.M)
+        assert status == 1 and re.search(r"^bad   Port .* is in use on .*  ->  stop the program", out, re.M)
     finally:
         demo.stop()
 
@@ -9348,7 +9348,7 @@ def test_check_finds_a_sound_installation_sound(home, capsys):
 def test_another_lmgateway_is_known_on_the_port_and_at_the_upstream(home, capsys, options):
     with stream_server(lmgateway.Hub(), **options) as port:
         found = findings(capsys, "--port", str(port), "--upstream", f"http://127.0.0.1:{port}")[1]
-        assert ("Port", "ok", f"port {port} of 127.0.0.1 is held by a running lmgateway -> ") in found
+        assert ("Port", "ok", f"a running lmgateway has it: http://127.0.0.1:{port} -> ") in found
         assert any(row[:2] == ("LM Studio", "bad") and "another lmgateway answers" in row[2] for row in found)
         status, _, err = run(capsys, "--port", str(port))
         assert status == 1 and f"lmgateway already runs there: http://127.0.0.1:{port}; " in err
@@ -9415,11 +9415,11 @@ def test_check_answers_also_where_nobody_can_read_it(home, monkeypatch):
 
 def test_a_check_that_fails_is_a_finding():
     def fail(installation):
-        yield lmgateway.Finding("ok", "so far")
+        yield "ok", "so far"
         raise RuntimeError("boom")
 
     found = lmgateway.findings_of(fail, None)
-    assert [finding.mark for finding in found] == ["ok", "bad"] and "boom" in found[1].what
+    assert [mark for mark, *_ in found] == ["ok", "bad"] and "boom" in found[1][1]
 
 
 # --- 9.9 --prune and the room that logs take
