@@ -152,39 +152,50 @@ class Option(NamedTuple):
 
     name: str
     variable: str
-    flag: str | None
     default: Any
     parse: Callable[[str], Any]
     about: str
-    group: str = "Gateway"
-    value: str = "VALUE"  # its placeholder in --help
+    value: str | None = None  # its flag's placeholder in --help; None: it has no flag
+
+    @property
+    def flag(self):
+        """Its flag, None without one."""
+        return None if self.value is None else flag_of(self.name)
 
 
-def text(value):
-    return value
+def flag_of(name):
+    return "--" + name.replace("_", "-")
 
 
-def boolean(value):
-    word = value.strip().lower()
-    if word not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-        raise ValueError("use true or false")
-    return word in ("true", "1", "yes", "on")
+def one_of(*known):
+    """A parser of words, in any case."""
 
-
-def whole(low, high, hint):
-    """A parser of whole numbers from low to high."""
-
-    def parse(value):
-        if not re.fullmatch(r"\s*\d{1,20}\s*", value, re.ASCII) or not low <= int(value) <= high:
-            raise ValueError(hint)
-        return int(value)
+    def parse(text):
+        if text.strip().lower() not in known:
+            raise ValueError(f"use {', '.join(known)}")
+        return text.strip().lower()
 
     return parse
 
 
-def base_url(value):
+def boolean(text):
+    return one_of("true", "false", "yes", "no", "on", "off", "1", "0")(text) in ("true", "yes", "on", "1")
+
+
+def whole(low, high, unit=""):
+    """A parser of whole numbers from low to high."""
+
+    def parse(text):
+        if not re.fullmatch(r"\s*\d{1,20}\s*", text, re.ASCII) or not low <= int(text) <= high:
+            raise ValueError(f"use a number {unit}from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def base_url(text):
     """http://HOST[:PORT], without a path."""
-    parts = urllib.parse.urlsplit(value.strip().rstrip("/"))
+    parts = urllib.parse.urlsplit(text.strip().rstrip("/"))
     try:
         known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
@@ -194,34 +205,22 @@ def base_url(value):
     return f"{parts.scheme}://{parts.netloc}"
 
 
-def folder(value):
+def folder(text):
     """A directory, which need not be there yet."""
-    if os.path.isfile(value):
+    if os.path.isfile(text):
         raise ValueError("that is a file; name LM Studio's server-logs directory")
-    return value
+    return text
 
 
-def header_word(value):
-    if not re.fullmatch(r"[!-~]+", value.strip()):
+def header_word(text):
+    if not re.fullmatch(r"[!-~]+", text.strip()):
         raise ValueError("use printable ASCII without blanks")
-    return value.strip()
+    return text.strip()
 
 
-def level(value):
-    if value.strip().lower() not in LEVELS:
-        raise ValueError("use error, warn, info or debug")
-    return value.strip().lower()
-
-
-def log_source(value):
-    if value.strip().lower() not in ("files", "stream", "auto"):
-        raise ValueError("use files, stream or auto")
-    return value.strip().lower()
-
-
-def networks(value):
+def networks(text):
     """A tuple of networks from addresses and CIDR ranges; None for `*`, which is every address."""
-    parts = [part.strip() for part in value.split(",") if part.strip()]
+    parts = [part.strip() for part in text.split(",") if part.strip()]
     if "*" in parts:
         return None
     try:
@@ -240,15 +239,13 @@ def unmapped(network):
     return ipaddress.ip_network((mapped, network.prefixlen - 96))
 
 
-def api_keys(value):
+def api_keys(text):
     """{name: key} from one key, or from name=key,name=key.  A lone key may end in `=`, one of several without
     a name in the `==` of base64; NAME= is neither."""
     keys: dict[str, str] = {}
-    for part in (part.strip() for part in value.split(",")):
-        if not part:
-            continue
+    for part in filter(None, map(str.strip, text.split(","))):
         name, equals, key = part.partition("=")
-        padded = "=" not in part.rstrip("=") and (part.endswith("==") or "," not in value.strip(" ,"))
+        padded = "=" not in part.rstrip("=") and (part.endswith("==") or "," not in text.strip(" ,"))
         if not equals or padded:
             name, key = ("default" if not keys else f"key{len(keys) + 1}"), part
         if not key.strip("=") or not name.strip():
@@ -261,94 +258,84 @@ def api_keys(value):
     return keys
 
 
-def origins(value):
+def origins(text):
     """Origins as a browser writes them: in lower case, without a path; or `*`."""
-    found = words(value.lower())
+    found = words(text.lower())
     for origin in found:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+", origin):
             raise ValueError("use origins such as https://chat.example,http://localhost:3000, or *")
     return found
 
 
-def words(value):
-    return tuple(word.strip().rstrip("/") for word in value.split(",") if word.strip())
+def words(text):
+    return tuple(word.strip().rstrip("/") for word in text.split(",") if word.strip())
 
 
 LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
-MILLISECONDS = whole(0, 10**9, "use milliseconds, 0 for never")
-
-
-OPTIONS = (
-    Option("upstream", "LMSTUDIO_BASE_URL", "--upstream", "http://127.0.0.1:1234", base_url,
-           "LM Studio's server; its port is found in its settings", value="URL"),
-    Option("host", "GATEWAY_HOST", "--host", "127.0.0.1", text, "address to listen on; 0.0.0.0 for the LAN",
-           value="HOST"),
-    Option("port", "GATEWAY_PORT", "--port", 8001, whole(0, 65535, "use a port from 0 to 65535"),
-           "port to listen on; 0 lets the system choose", value="PORT"),
-    Option("tls_cert", "TLS_CERT", "--tls-cert", None, text, "certificate (PEM), to serve HTTPS",
-           value="FILE"),
-    Option("tls_key", "TLS_KEY", "--tls-key", None, text, "its private key (PEM)", value="FILE"),
-    Option("upstream_token", "UPSTREAM_TOKEN", None, None, header_word,
-           "LM Studio's own API token, where its server asks for one"),
-    Option("max_body", "MAX_BODY_BYTES", None, 256 * 1024 * 1024, whole(1, 10**12, "use a number of bytes"),
-           "largest request body; 413 beyond it"),
-    Option("max_body_memory", "MAX_BODY_MEMORY", None, 512 * 1024 * 1024,
-           whole(1, 10**12, "use a number of bytes"),
-           "bytes that the bodies of all running requests may take together; 503 beyond them"),
-    Option("max_running", "MAX_RUNNING", "--max-running", 0, whole(0, 10000, "use a number from 0 to 10000"),
-           "inferences at once for each model, others wait here; 0: all", value="N"),
-    Option("max_waiting", "MAX_WAITING", None, 100, whole(0, 10000, "use a number from 0 to 10000"),
-           "inferences that may wait for their turn; 429 beyond them"),
-    Option("max_connections", "MAX_CONNECTIONS", None, 512,
-           whole(8, 100000, "use a number from 8 to 100000"),
-           "connections at once; beyond them one that has shown no right key is closed"),
-    Option("prefill_comments", "PREFILL_COMMENTS", None, False, boolean,
-           "tell a streaming client that waits how far its prompt is, in SSE comments"),
-    Option("proxy_timeout", "PROXY_TIMEOUT", None, 600000, MILLISECONDS,
-           "ms without a byte from LM Studio on a plain request; 0 never"),
-    Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", None, 0, MILLISECONDS,
-           "the same for a streaming request"),
-    Option("api_key", "GATEWAY_API_KEY", "--api-key", {}, api_keys,
-           "one key, or several as name=key,name=key; a process list shows it",
-           "Access", "KEY"),
-    Option("keys_file", "KEYS_FILE", "--keys-file", None, text,
-           "minted keys, hashed; in the user's configuration directory if not given",
-           "Access", "FILE"),
-    Option("users_from", "USERS_FROM", "--users-from", (), words,
-           "keys behind which others stand, whom Open WebUI's headers name", "Access", "LIST"),
-    Option("no_auth", "NO_AUTH", "--no-auth", False, boolean, "listen beyond loopback without a key",
-           "Access"),
-    Option("allow", "IP_ALLOWLIST", "--allow", None, networks,
-           "addresses and CIDR ranges that may connect, IPv4 and IPv6", "Access", "LIST"),
-    Option("cors_origins", "CORS_ORIGINS", "--cors-origins", (), origins,
-           "origins whose pages may call, such as https://chat.example, or *", "Access", "LIST"),
-    Option("trusted_proxies", "TRUSTED_PROXIES", None, (), networks,
-           "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed", "Access"),
-    Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", None, False, boolean,
-           "ask for a key on /health and /ready, too", "Access"),
-    Option("requests_kept", "REQUESTS_KEPT", None, 100, whole(1, 100000, "use a number from 1 to 100000"),
-           "finished requests that /debug/requests keeps"),
-    Option("history", "HISTORY_FILE", "--history", None, text,
-           "SQLite file that keeps a row for each request; no prompts, no answers", "Logs", "FILE"),
-    Option("history_days", "HISTORY_DAYS", None, 365, whole(0, 36500, "use a number of days, 0 for ever"),
-           "days after which its rows are removed; 0 never", "Logs"),
-    Option("log_dir", "LMSTUDIO_LOG_DIR", "--log-dir", None, folder,
-           "LM Studio's server-logs directory; found under the home if not given", "Logs",
-           "DIR"),
-    Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", None, True, boolean, "follow LM Studio's logs",
-           "Logs"),
-    Option("log_source", "LOG_SOURCE", None, "files", log_source,
-           "where the log comes from: files, stream (from LM Studio itself; experimental) or auto", "Logs"),
-    Option("log_dir_warn", "LOG_DIR_WARN_BYTES", None, 5_000_000_000,
-           whole(0, 10**15, "use a number of bytes"),
-           "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
-           "0 never", "Logs"),
-    Option("log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs",
-           "LEVEL"),
-    Option("log_file", "LOG_FILE", "--log-file", None, text,
-           "write our own log there; turned over at 5 MB, opened anew on SIGHUP", "Logs",
-           "FILE"),
-)
+BYTES, MILLISECONDS = whole(1, 10**12, "of bytes "), whole(0, 10**9, "of milliseconds ")
+OPTION_GROUPS = {  # heading in --help -> its rows
+    "Gateway": (
+        Option("upstream", "LMSTUDIO_BASE_URL", "http://127.0.0.1:1234", base_url,
+               "LM Studio's server; its port is found in its settings", "URL"),
+        Option("host", "GATEWAY_HOST", "127.0.0.1", str, "address to listen on; 0.0.0.0 for the LAN", "HOST"),
+        Option("port", "GATEWAY_PORT", 8001, whole(0, 65535),
+               "port to listen on; 0 lets the system choose", "PORT"),
+        Option("tls_cert", "TLS_CERT", None, str, "certificate (PEM), to serve HTTPS", "FILE"),
+        Option("tls_key", "TLS_KEY", None, str, "its private key (PEM)", "FILE"),
+        Option("upstream_token", "UPSTREAM_TOKEN", None, header_word,
+               "LM Studio's own API token, if its server asks for one"),
+        Option("max_body", "MAX_BODY_BYTES", 256 * 1024 * 1024, BYTES, "largest request body; 413 beyond it"),
+        Option("max_body_memory", "MAX_BODY_MEMORY", 512 * 1024 * 1024, BYTES,
+               "bytes that the bodies of all running requests may take together; 503 beyond them"),
+        Option("max_running", "MAX_RUNNING", 0, whole(0, 10_000),
+               "inferences at once for each model, others wait here; 0: all", "N"),
+        Option("max_waiting", "MAX_WAITING", 100, whole(0, 10_000),
+               "inferences that may wait for their turn; 429 beyond them"),
+        Option("max_connections", "MAX_CONNECTIONS", 512, whole(8, 100_000),
+               "connections at once; beyond them one that has shown no right key is closed"),
+        Option("prefill_comments", "PREFILL_COMMENTS", False, boolean,
+               "tell a streaming client that waits how far its prompt is, in SSE comments"),
+        Option("proxy_timeout", "PROXY_TIMEOUT", 600_000, MILLISECONDS,
+               "ms without a byte from LM Studio on a plain request; 0 never"),
+        Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", 0, MILLISECONDS,
+               "the same for a streaming request")),
+    "Access": (
+        Option("api_key", "GATEWAY_API_KEY", {}, api_keys,
+               "one key, or several as name=key,name=key; a process list shows it", "KEY"),
+        Option("keys_file", "KEYS_FILE", None, str,
+               "minted keys, hashed; in the user's configuration directory if not given", "FILE"),
+        Option("users_from", "USERS_FROM", (), words,
+               "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
+        Option("no_auth", "NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
+        Option("allow", "IP_ALLOWLIST", None, networks,
+               "addresses and CIDR ranges that may connect, IPv4 and IPv6", "LIST"),
+        Option("cors_origins", "CORS_ORIGINS", (), origins,
+               "origins whose pages may call, such as https://chat.example, or *", "LIST"),
+        Option("trusted_proxies", "TRUSTED_PROXIES", (), networks,
+               "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed"),
+        Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", False, boolean,
+               "ask for a key on /health and /ready, too")),
+    "Logs": (
+        Option("requests_kept", "REQUESTS_KEPT", 100, whole(1, 100_000),
+               "finished requests that /debug/requests keeps"),
+        Option("history", "HISTORY_FILE", None, str,
+               "SQLite file that keeps a row for each request; no prompts, no answers", "FILE"),
+        Option("history_days", "HISTORY_DAYS", 365, whole(0, 36_500, "of days "),
+               "days after which its rows are removed; 0 never"),
+        Option("log_dir", "LMSTUDIO_LOG_DIR", None, folder,
+               "LM Studio's server-logs directory; found under the home if not given", "DIR"),
+        Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", True, boolean, "follow LM Studio's logs"),
+        Option("log_source", "LOG_SOURCE", "files", one_of("files", "stream", "auto"),
+               "source of the log: files, stream (from LM Studio itself; experimental) or auto"),
+        Option("log_dir_warn", "LOG_DIR_WARN_BYTES", 5_000_000_000, whole(0, 10**15, "of bytes "),
+               "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
+               "0 never"),
+        Option("log_level", "LOG_LEVEL", "info", one_of(*LEVELS),
+               "error, warn, info or debug", "LEVEL"),
+        Option("log_file", "LOG_FILE", None, str,
+               "write our own log there; turned over at 5 MB, opened anew on SIGHUP", "FILE")),
+}
+OPTIONS = tuple(itertools.chain.from_iterable(OPTION_GROUPS.values()))
 
 
 class Config:
@@ -383,41 +370,25 @@ ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
                       r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
 
 
-class Setting(NamedTuple):
-    """What one option is set to; source is None for a default, error says why a text is no value."""
-
-    value: Any
-    source: str | None = None
-    error: str | None = None
-
-
 def load_config(args, environ, env_file=None):
     """(Config, warnings, errors) from flags, else environment, else `.env`, else defaults.
 
-    args maps option names to the text of their flags.  An option with an error has its default."""
+    args maps option names to the text of their flags.  An empty variable counts as not set, and an option
+    with an error has its default."""
     from_file, warnings, errors = read_env_file(env_file)
-    settings = {row.name: find_setting(row, args.get(row.name), environ, from_file) for row in OPTIONS}
-    errors += [setting.error for setting in settings.values() if setting.error]
-    sources = {name: setting.source for name, setting in settings.items() if setting.source}
-    values = {name: setting.value for name, setting in settings.items()}
+    values, sources = {}, {}
+    for row in OPTIONS:
+        text, source = next(((text, source) for text, source in (
+            (args.get(row.name), row.flag),
+            (environ.get(row.variable, "").strip() or None, f"environment variable {row.variable}"),
+            from_file.get(row.variable, (None, None))) if text is not None), (None, None))
+        try:
+            if text is not None:
+                values[row.name], sources[row.name] = row.parse(text), source
+        except ValueError as error:
+            shown = "..." if row.variable in SECRET else repr(text)
+            errors.append(f"{source}: {shown} is no value for {row.variable}: {error}")
     return Config(**values, sources=sources), warnings, errors
-
-
-def find_setting(row, from_flag, environ, from_file):
-    """The Setting of an option.  An empty variable counts as not set."""
-    if from_flag is not None:
-        text, source = from_flag, row.flag
-    elif environ.get(row.variable, "").strip():
-        text, source = environ[row.variable], f"environment variable {row.variable}"
-    elif row.variable in from_file:
-        text, source = from_file[row.variable]
-    else:
-        return Setting(row.default)
-    try:
-        return Setting(row.parse(text), source)
-    except ValueError as error:
-        shown = "..." if row.variable in SECRET else repr(text)
-        return Setting(row.default, source, f"{source}: {shown} is no value for {row.variable}: {error}")
 
 
 def read_env_file(path):
@@ -456,19 +427,9 @@ def nearest(word, known, cutoff=0.6):
 
 def shown_default(row):
     """A default as a person would write it."""
-    if row.name == "allow":
-        return "*"
     if isinstance(row.default, bool):
         return str(row.default).lower()
-    return "none" if row.default in (None, (), {}) else str(row.default)
-
-
-def options_table():
-    """The README's table of options; a test holds the README to it."""
-    lines = [f"| `{row.variable}` | {f'`{row.flag}`' if row.flag else ''} | `{shown_default(row)}` | "
-             f"{row.about} |"
-             for row in OPTIONS]
-    return "\n".join(["| variable | flag | default | meaning |", "|---|---|---|---|", *lines])
+    return "*" if row.name == "allow" else "none" if row.default in (None, (), {}) else str(row.default)
 
 
 @functools.lru_cache(maxsize=256)
@@ -1961,15 +1922,20 @@ def prediction_figures(body):
     return counts, without_none(tokensPerSecond=known.get("speed"))
 
 
-# --- 3.4 dialects: where each API of LM Studio puts model, tokens and usage ---
+# --- 3.4 dialects: the places of model, tokens and usage in each API of LM Studio ---
+
+WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
+VALUES_LIMIT = 250_000  # of its values: reading more would hold up everybody for a tenth of a second
+LONGEST_NAME, LONGEST_ERROR = 256, 500  # of a model or an id, of a message, as they are kept
+UNSAFE = 2**53  # from here on JavaScript and others round
 
 
 class Dialect(NamedTuple):
     """One inference API."""
 
     name: str
-    asks_usage: bool  # a stream carries usage only with stream_options.include_usage
     token: re.Pattern  # found in a streamed event that holds content, reasoning or a tool call
+    asks_usage: bool = False  # a stream carries usage only with stream_options.include_usage
     joined: bool = False    # the log shows its requests as chats
     counts_messages: bool = False   # and says how many messages each has
 
@@ -1977,18 +1943,16 @@ class Dialect(NamedTuple):
 # Keys of an event can be told by their bytes: inside a JSON string each quote stands behind a backslash.
 OPENAI_TOKEN = re.compile(rb'"(?:content|reasoning|reasoning_content|text)"\s*:\s*"(?!")'
                           rb'|"(?:tool_calls"\s*:\s*\[|function_call"\s*:)\s*\{')
-RESPONSES_TOKEN = re.compile(rb'"delta"\s*:\s*"(?!")')
-MESSAGES_TOKEN = re.compile(rb'"(?:text|thinking|partial_json)"\s*:\s*"(?!")|"type"\s*:\s*"tool_use"')
-NATIVE_TOKEN = re.compile(rb'"type"\s*:\s*"(?:(?:message|reasoning)\.delta|tool_call\.(?:start|arguments))"')
-
-CHAT = Dialect("chat", True, OPENAI_TOKEN, joined=True, counts_messages=True)
-COMPLETIONS = Dialect("completions", True, OPENAI_TOKEN)
-EMBEDDINGS = Dialect("embeddings", False, OPENAI_TOKEN)
-RESPONSES = Dialect("responses", False, RESPONSES_TOKEN, joined=True)
-MESSAGES = Dialect("messages", False, MESSAGES_TOKEN, joined=True)
-NATIVE = Dialect("native", False, NATIVE_TOKEN, joined=True)
-OTHER = Dialect("other", False, OPENAI_TOKEN)
-SOCKET = Dialect("socket", False, OPENAI_TOKEN)  # of LM Studio's own SDKs: 3.11
+CHAT = Dialect("chat", OPENAI_TOKEN, asks_usage=True, joined=True, counts_messages=True)
+COMPLETIONS = Dialect("completions", OPENAI_TOKEN, asks_usage=True)
+EMBEDDINGS = Dialect("embeddings", OPENAI_TOKEN)
+RESPONSES = Dialect("responses", re.compile(rb'"delta"\s*:\s*"(?!")'), joined=True)
+MESSAGES = Dialect("messages", joined=True, token=re.compile(
+    rb'"(?:text|thinking|partial_json)"\s*:\s*"(?!")|"type"\s*:\s*"tool_use"'))
+NATIVE = Dialect("native", joined=True, token=re.compile(
+    rb'"type"\s*:\s*"(?:(?:message|reasoning)\.delta|tool_call\.(?:start|arguments))"'))
+OTHER = Dialect("other", OPENAI_TOKEN)
+SOCKET = Dialect("socket", OPENAI_TOKEN, joined=True)  # of LM Studio's own SDKs: 3.12
 
 DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.1)
     "/v1/chat/completions": CHAT,
@@ -2003,41 +1967,18 @@ DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.
     "/v1/decisions": OTHER,
     "/v1/systemone": OTHER,
 }
-JOINED = frozenset(dialect.name for dialect in DIALECTS.values() if dialect.joined)
-
-WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
-VALUES_LIMIT = 250_000  # of its values: reading more would hold up everybody for a tenth of a second
-NUMBERS = re.compile(rb"\[[-+.\deE,\s]{64,}\]")   # an embedding, a prompt in token numbers: not read then
+JOINED = frozenset(dialect.name for dialect in (*DIALECTS.values(), SOCKET) if dialect.joined)
 
 
-def listed(value):
-    """The dicts of a list, [] for anything else."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+def json_object(data, numbers=re.compile(rb"\[[-+.\deE,\s]{64,}\]")):
+    """The JSON object in UTF-8 bytes; None for anything else and for one too large.  Never raises.
 
-
-def member(value, *names):
-    """The first member of those names that is an object; {} for none."""
-    for name in names:
-        found = value.get(name)
-        if isinstance(found, dict):
-            return found
-    return {}
-
-
-def refuse_constant(name):
-    raise ValueError(f"{name} is not JSON")
-
-
-STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # no NaN, no Infinity: LM Studio knows none
-
-
-def json_object(data):
-    """The JSON object in UTF-8 bytes; None for anything else and for one too large.  Never raises."""
+    Long lists of numbers (an embedding, a prompt in token numbers) are not read if there are many."""
     data = data[3:] if data[:3] == codecs.BOM_UTF8 else data
     if len(data) > WHOLE_LIMIT or too_many(data, b"[", b"{"):
         return None
     if too_many(data, b",", b"[", b"{"):    # each value but the first stands behind one of these
-        data = NUMBERS.sub(b"[]", data)
+        data = numbers.sub(b"[]", data)
         if too_many(data, b",", b"[", b"{"):
             return None
     try:
@@ -2057,17 +1998,60 @@ def too_many(data, *marks):
     return False
 
 
-# --- 3.5 meter: what an answer cost, read while it passes --------------------
+def refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
 
-STREAM_LIMIT = 4 * 1024 * 1024  # bytes of one event of a stream; a longer one is passed on unread
-LONGEST_NAME, LONGEST_ERROR = 256, 500  # of a model or an id, of a message, as they are kept
-HOLD_LIMIT = 64 * 1024  # a usage chunk is smaller
-UNSAFE = 2**53  # from here on JavaScript and others round
-EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
-SOME_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')  # never in a chunk that carries only usage
-ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.MULTILINE)
-# An event with one of these tells more than a token.
-TELLING = re.compile(rb'"(?:usage|stats|error|response|(?:finish|stop)_reason"\s*:\s*")')
+
+STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # no NaN, no Infinity: LM Studio knows none
+
+
+def listed(value):
+    """The dicts of a list, [] for anything else."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def member(value, *names):
+    """The first member of those names that is an object; {} for none."""
+    return next((value[name] for name in names if isinstance(value.get(name), dict)), {})
+
+
+def count(values, *names, default=None):
+    """The first whole number among the values of those names."""
+    for name in names:
+        value = values.get(name)
+        if type(value) is int and 0 <= value < UNSAFE:
+            return value
+    return default
+
+
+def usable(value):
+    """A figure of an answer; None if it is no number, or too large for other readers of JSON."""
+    return value if type(value) in (int, float) and 0 <= value < UNSAFE else None
+
+
+def bounded_text(text, length=LONGEST_NAME):
+    """A text that a request or an answer brought, as it is kept: short, and such as UTF-8 can hold."""
+    text = text[:length]
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def error_message(error):
+    """The text of the error in an answer."""
+    message = error.get("message") if isinstance(error, dict) else error
+    return bounded_text(str(message or error), LONGEST_ERROR)
+
+
+# --- 3.5 meter: the tokens of an answer, read while it passes ------------------
+
+FIGURES = {  # figure -> the names of its count, in order: OpenAI's, Anthropic's, LM Studio's own
+    "prompt": ("prompt_tokens", "input_tokens", "inputTokens"),
+    "completion": ("completion_tokens", "total_output_tokens", "output_tokens", "outputTokens"),
+    "total": ("total_tokens", "totalTokens"),
+    "cached": ("cached_tokens", "cache_read_input_tokens"),
+    "reasoning": ("reasoning_tokens", "reasoning_output_tokens"),
+    "drafted": ("total_draft_tokens_count",),
+    "accepted": ("accepted_draft_tokens_count",),
+}
 
 
 def answer_figures(body):
@@ -2078,23 +2062,15 @@ def answer_figures(body):
     usage, stats = member(body, "usage"), member(body, "stats")
     if not usage and not stats:
         return {}
-    prompt = count(usage, "prompt_tokens", "input_tokens", "inputTokens")
-    if prompt is not None and "input_tokens" in usage and "total_tokens" not in usage:
+    known = {**stats, **usage, **member(usage, "prompt_tokens_details", "input_tokens_details"),
+             **member(usage, "completion_tokens_details", "output_tokens_details")}
+    found = {name: count(known, *names) for name, names in FIGURES.items()}
+    if found["prompt"] is not None and "input_tokens" in usage and "total_tokens" not in usage:
         # Anthropic counts tokens apart that come from a cache or go into it
-        prompt += count(usage, "cache_read_input_tokens", default=0)
-        prompt += count(usage, "cache_creation_input_tokens", default=0)
-    both, read = {**stats, **usage}, member(usage, "prompt_tokens_details", "input_tokens_details")
-    written = member(usage, "completion_tokens_details", "output_tokens_details")
+        found["prompt"] += sum(count(usage, f"cache_{kind}_input_tokens", default=0)
+                               for kind in ("read", "creation"))
     first_s = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
-    return without_none(
-        prompt=count(stats, "input_tokens") if prompt is None else prompt,
-        completion=count(both, "completion_tokens", "total_output_tokens", "output_tokens", "outputTokens"),
-        total=count(usage, "total_tokens", "totalTokens"),
-        cached=count(read, "cached_tokens", default=count(usage, "cache_read_input_tokens")),
-        reasoning=count(written, "reasoning_tokens", default=count(stats, "reasoning_output_tokens")),
-        drafted=count(both, "total_draft_tokens_count"),
-        accepted=count(both, "accepted_draft_tokens_count"),
-        speed=usable(stats.get("tokens_per_second")), first_s=usable(first_s))
+    return without_none(**found, speed=usable(stats.get("tokens_per_second")), first_s=usable(first_s))
 
 
 class Usage:
@@ -2130,16 +2106,13 @@ class Usage:
 
     def _take_figures(self, known):
         """/v1/messages counts up: the most that it has said is right."""
-        if not known:
-            return
-        self.total, self.cached = known.get("total", self.total), known.get("cached", self.cached)
-        self.reasoning = known.get("reasoning", self.reasoning)
-        if "prompt" in known:
-            self.prompt = max(self.prompt or 0, known["prompt"])
-        if "completion" in known:
-            self.completion = max(self.completion or 0, known["completion"])
-        self.speed = round(known["speed"], 2) if "speed" in known else self.speed
-        self.first_ms = round(1000 * known["first_s"], 1) if "first_s" in known else self.first_ms
+        for name in known.keys() & {"prompt", "completion"}:
+            known[name] = max(getattr(self, name) or 0, known[name])
+        if "speed" in known:
+            known["speed"] = round(known["speed"], 2)
+        if "first_s" in known:
+            known["first_ms"] = round(1000 * known["first_s"], 1)
+        self.__dict__.update({name: known[name] for name in self.__dict__.keys() & known})
 
     def tokens(self, dialect):
         """tokenUsage of the events; None when LM Studio gave no count.  Embeddings complete nothing."""
@@ -2151,33 +2124,11 @@ class Usage:
         if total is None and self.prompt is not None and completion is not None:
             total = self.prompt + completion
         return without_none(promptTokens=self.prompt, completionTokens=completion, totalTokens=total,
-                       cachedTokens=self.cached, reasoningTokens=self.reasoning)
+                            cachedTokens=self.cached, reasoningTokens=self.reasoning)
 
 
-def error_message(error):
-    """The text of the error in an answer."""
-    message = error.get("message") if isinstance(error, dict) else error
-    return bounded_text(str(message or error), LONGEST_ERROR)
-
-
-def count(values, *names, default=None):
-    """The first whole number among the values of those names."""
-    for name in names:
-        value = values.get(name)
-        if type(value) is int and 0 <= value < UNSAFE:
-            return value
-    return default
-
-
-def usable(value):
-    """A figure of an answer; None if it is no number, or too large for other readers of JSON."""
-    return value if type(value) in (int, float) and 0 <= value < UNSAFE else None
-
-
-def bounded_text(text, length=LONGEST_NAME):
-    """A text that a request or an answer brought, as it is kept: short, and such as UTF-8 can hold."""
-    text = text[:length]
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+STREAM_LIMIT = 4 * 1024 * 1024  # bytes of one event of a stream; a longer one is passed on unread
+EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
 
 
 class Meter:
@@ -2186,6 +2137,10 @@ class Meter:
     With cut, the chunk that carries only the usage we asked for is taken out again; the beginning of an
     event is then held back as long as it may be that of such a chunk.  A compressed answer is read from a
     decoded copy and passed on as it came."""
+
+    ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.MULTILINE)
+    # An event with one of these tells more than a token.
+    TELLING = re.compile(rb'"(?:usage|stats|error|response|(?:finish|stop)_reason"\s*:\s*")')
 
     def __init__(self, dialect, stream, cut=False, encoding=""):
         self.usage = Usage()
@@ -2259,20 +2214,19 @@ class Meter:
         return b"".join(kept)
 
     def _event(self, event):
-        """Learn from one event.  True when it is the usage-only chunk that a client may not have asked
-        for."""
+        """Learn from one event.  True for a chunk that carries only usage: maybe only we asked for it."""
         self._around, token = None, self.dialect.token.search(event)
         if token:
             self.pieces += 1
             self.first, self.last = self.first or self._now, self._now
-            if self.usage.model and not TELLING.search(event):      # a token, and nothing else that is new
+            if self.usage.model and not self.TELLING.search(event):     # nothing but the token is new
                 if self._decode is identity and event.endswith(b"\n"):
                     self._around = event[:token.end()], event[event.find(b'"', token.end()):]
                 return False
         data = event_data(event)
         body = json_object(data) or {}
         self.usage.take(body)
-        if ERROR_EVENT.search(event) and not self.usage.error:
+        if self.ERROR_EVENT.search(event) and not self.usage.error:
             self.usage.error = error_message(body.get("message") or str(data, "utf-8", "replace"))
         return isinstance(body.get("usage"), dict) and body.get("choices") == []
 
@@ -2282,11 +2236,11 @@ def whole_event(data):
     return data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2 and b"\r" not in data
 
 
-def maybe_ours(beginning):
-    """True while an event that begins so may become the chunk that carries only usage."""
-    data = bytes(beginning[:HOLD_LIMIT])
-    return (len(beginning) < HOLD_LIMIT and (b"data:".startswith(data) or data.startswith(b"data:"))
-            and data[5:].lstrip()[:1] in (b"", b"{") and not SOME_CHOICE.search(data))
+def maybe_ours(beginning, limit=64 * 1024, some_choice=re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')):
+    """True while an event that begins so may become a chunk that carries only usage: short, without a choice."""
+    data = bytes(beginning[:limit])
+    return (len(beginning) < limit and (b"data:".startswith(data) or data.startswith(b"data:"))
+            and data[5:].lstrip()[:1] in (b"", b"{") and not some_choice.search(data))
 
 
 def event_data(event):
@@ -2302,9 +2256,8 @@ def decoder(encoding):
     """A function that decodes pieces of a body of that Content-Encoding and gives None for one that is
     broken or grows beyond measure; None for an encoding that the standard library cannot read."""
     name = encoding.strip().lower()
-    if name in ("", "identity"):
-        return identity
-    return Inflater(name) if name in ("gzip", "x-gzip", "deflate") else None
+    return {"": identity, "identity": identity}.get(name) or (
+        Inflater(name) if name in ("gzip", "x-gzip", "deflate") else None)
 
 
 class Inflater:
@@ -2312,46 +2265,26 @@ class Inflater:
     its zlib header (RFC 9110, 8.4.1.2)."""
 
     def __init__(self, name):
-        self._gzip, self._head = name.endswith("gzip"), b""
-        self._inflate: Any = None   # once the first two bytes are there
+        self._gzip, self._inflate = name.endswith("gzip"), None
 
     def __call__(self, data):
         """The decoded bytes of data; None when it cannot be decoded."""
-        if self._inflate is None:
-            data = self._head = self._head + data
-            if len(data) < 2:
-                return b""
-            self._wbits = 31 if self._gzip else 15 if zlib_header(data) else -15
-            self._inflate = zlib.decompressobj(self._wbits)
-        try:
-            return self._decoded(data)
-        except zlib.error:
-            return None
-
-    def _decoded(self, data):
         decoded = b""
         while data:
-            if self._inflate.eof:
-                self._inflate = zlib.decompressobj(self._wbits)
-            decoded += self._inflate.decompress(data, WHOLE_LIMIT)
+            if self._inflate is None or self._inflate.eof:
+                zlib_header = data[0] & 15 == 8     # RFC 1950, 2.2: its first half byte names deflate
+                self._inflate = zlib.decompressobj(31 if self._gzip else 15 if zlib_header else -15)
+            try:
+                decoded += self._inflate.decompress(data, WHOLE_LIMIT)
+            except zlib.error:
+                return None
             if self._inflate.unconsumed_tail or len(decoded) > WHOLE_LIMIT:
                 return None     # nothing honest grows so much
             data = self._inflate.unused_data
         return decoded
 
 
-def zlib_header(data):
-    """True for the first two bytes of RFC 1950's format."""
-    return data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
-
-
-# --- 3.6 request bodies: what LM Studio is asked -----------------------------
-
-FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
-LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
-LOG_KEEPS = 50  # UTF-16 units before and after it
-PROMPT = ("messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")
-MEDIA = frozenset(("image_url", "source", "input_audio", "file", "data_url"))
+# --- 3.6 request bodies: the question that LM Studio is asked ------------------
 
 
 class ParsedBody(NamedTuple):
@@ -2373,23 +2306,28 @@ def parse_body(dialect, data):
     body = json_object(data) if data else None
     if body is None:
         return ParsedBody(data)
-    model, stream = body.get("model"), body.get("stream") is True
-    options, messages, user = body.get("stream_options"), body.get("messages"), body.get("user")
+    stream, options, messages = body.get("stream") is True, body.get("stream_options"), body.get("messages")
+    model, user = (bounded_text(body[name]) if isinstance(body.get(name), str) else None
+                   for name in ("model", "user"))
     asks = (stream and dialect.asks_usage
             and (options is None or isinstance(options, dict) and options.get("include_usage") is not True))
-    return ParsedBody(ask_usage(data, options) if asks else data,
-                      bounded_text(model) if isinstance(model, str) else None, stream,
-                      len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
-                      fingerprint(body) if dialect.joined and len(data) <= FINGERPRINT_LIMIT else None,
-                      text_size([body.get(name) for name in PROMPT]) if dialect.joined else None,
-                      bool(body.get("tools")), asks, bounded_text(user) if isinstance(user, str) else None)
+    found = ParsedBody(ask_usage(data, options) if asks else data, model, stream, asks_usage=asks, user=user,
+                       tools=bool(body.get("tools")))
+    if not dialect.joined:
+        return found
+    return found._replace(
+        messages=len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
+        fingerprint=fingerprint(body) if len(data) <= FINGERPRINT_LIMIT else None,
+        size=text_size([body.get(name) for name in (
+            "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
 
 def text_size(value):
     """Characters of all texts in JSON, roles and types aside; None if there are pictures or files."""
     sizes: list[Any] = [len(value)] if isinstance(value, str) and not value.startswith("data:") else []
     if isinstance(value, dict):
-        sizes = [None if name in MEDIA else text_size(item)
+        files = ("image_url", "source", "input_audio", "file", "data_url")
+        sizes = [None if name in files else text_size(item)
                  for name, item in value.items() if name not in ("role", "type")]
     elif isinstance(value, list):
         sizes = [text_size(item) for item in value]
@@ -2403,6 +2341,11 @@ def ask_usage(data, options):
     end = amended.rindex(b"}")
     amended[end:end] = b',"stream_options":' + json.dumps({**(options or {}), "include_usage": True}).encode()
     return amended
+
+
+FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
+LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
+LOG_KEEPS = 50  # UTF-16 units before and after it
 
 
 class Fingerprint(NamedTuple):
@@ -2857,6 +2800,8 @@ LEFT_LINE_S = 1.0  # LM Studio writes that a client has left within this
 LATE_END_S = 2.0  # and ends its stream within this
 TWIN_SIZE = 0.08  # prompts whose lengths differ by less are alike
 TWINS_S = 0.01  # ends so close to each other can be written in either order
+PAIR_S = 1e-4  # until the next look for each pair of a run and a request (a line and a request) of the last ...
+PAIRS_AT_ONCE, PAIRS_MOST = 200, 4000  # ... beyond so many; of more none would be certain
 OPEN_LIMIT = 512  # requests that are over and can still be bound
 NAMES_KEPT = 1000  # models by the names that clients gave them
 RUNS_OPEN = 200  # runs that are not bound, and their events
@@ -3035,7 +2980,8 @@ class Requests:
         self._processes: deque[Process] = deque(maxlen=8)
         self._readings = {}  # model -> [[clock of 0 %, clock of 100 %]] of its latest prompts
         self._numbers = itertools.count(1)
-        self._swept = 0.0  # clock of the last _expire
+        self._swept = self._settle_at = 0.0  # clock of the last _expire, of the next settle
+        self._pairs = 0  # that the present settle has compared
 
     # --- the HTTP side
 
@@ -3188,39 +3134,50 @@ class Requests:
     # --- runs
 
     def settle(self, clock):
-        """Bind what has become certain by now."""
-        again = True
-        while again:
-            again = False
-            open_runs = [run for run in self._runs.values() if run.record is None and (
-                run.total or run.over is not None or run.cancelled is not None)]
-            free = [record for record in self._open.values() if record.run is None]
-            fits = {run: [record for record in free if not self._ruled_out(run, record, clock)] for run in open_runs}
-            self._compare_sizes(fits)
-            wanted = Counter(record.id for records in fits.values() for record in records)
-            for run, records in fits.items():
-                records = [record for record in records if not self._overtakes(run, record, clock)]
-                record = self._proven(run, records, fits) or only([
-                    record for record in records if self._is_certain(run, record, len(records), wanted[record.id])
-                    and not self._has_twin(run, record, free, clock)])
-                if record:
-                    self._bind(run, record, free, clock)
-                    again = True
-                    break
-                if not fits[run] and all(self._ruled_out(run, other, clock) not in (4, 5) for other in free):
-                    self._take_as_own(run, clock)
-        self._match_lines(clock)
+        """Bind what has become certain by now.  The more there is to compare, the less often it is done."""
+        if clock >= self._settle_at:
+            self._pairs = 0
+            while self._bind_one(clock):
+                pass
+            self._match_lines(clock)
+            self._settle_at = clock + PAIR_S * self._pairs if self._pairs > PAIRS_AT_ONCE else clock
         if clock - self._swept > 1.0 or len(self._open) > 2 * OPEN_LIMIT:  # also when no log is followed
             self._expire(clock)
 
+    def _bind_one(self, clock):
+        """Bind the first run that has become certain; False if there is none, or too much to compare."""
+        open_runs = [run for run in self._runs.values() if run.record is None and (
+            run.total or run.over is not None or run.cancelled is not None)]
+        free = [record for record in self._open.values() if record.run is None]
+        self._pairs += len(open_runs) * len(free)
+        if self._pairs > PAIRS_MOST:
+            return False
+        fits = {run: [record for record in free if not self._ruled_out(run, record, clock)]
+                for run in open_runs}
+        self._compare_sizes(fits)
+        wanted = Counter(record.id for records in fits.values() for record in records)
+        waiting = sorted((record for record in free if record.ended is None), key=lambda record: record.sent)
+        for run, records in fits.items():
+            records = [record for record in records if not self._overtakes(run, record, waiting, clock)]
+            record = self._proven(run, records, fits) or only([
+                record for record in records if self._is_certain(run, record, len(records), wanted[record.id])
+                and not self._has_twin(run, record, free, clock)])
+            if record:
+                self._bind(run, record, free, clock)
+                return True
+            if not fits[run] and all(self._ruled_out(run, other, clock) not in (4, 5) for other in free):
+                self._take_as_own(run, clock)
+        return False
+
     def _is_certain(self, run, record, records, runs):
         """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
-        known a line of the app has to be about the run, which it can't be for a chat inside the app, or nothing
-        else may be at work."""
+        known a line of the app has to be about the run, which it can't be for a chat inside the app or an SDK's, or
+        nothing else may be at work."""
         if runs == 1 and has_counts(record):
             return True
         near = run.cancelled is not None and abs(run.cancelled + run.base - (record.ended or 0)) < FLUSH_S
-        return records == 1 and (near or runs == 1 and (run.is_of_api or self._is_alone(run, record)))
+        shown = record.dialect != SOCKET.name and (run.is_of_api or self._is_alone(run, record))
+        return records == 1 and (near or runs == 1 and shown)
 
     def _has_twin(self, run, record, free, clock):
         """Before its usage is known: another request of its size is out by a few hundredths of a second alone."""
@@ -3317,11 +3274,13 @@ class Requests:
                   (run.written, record.used("completionTokens"), run.engine == "G1"))
         return any(None not in (told, used) and abs(told - used) > slack for told, used, slack in counts)
 
-    def _overtakes(self, run, record, clock):
+    def _overtakes(self, run, record, waiting, clock):
         """9: a request that was clearly sent before this one has no run yet."""
-        for other in self._open.values():
-            if (other is not record and other.run is None and other.ended is None
-                    and other.model_asked == record.model_asked and self._is_clearly_before(other, record)
+        for other in waiting:
+            if other.sent >= record.sent - CLEAR_S:
+                break
+            if (other is not record and other.model_asked == record.model_asked
+                    and self._is_clearly_before(other, record)
                     and not any(earlier.record is None and earlier.number < run.number
                                 and not self._ruled_out(earlier, other, clock) for earlier in self._runs.values())):
                 return True
@@ -3403,7 +3362,8 @@ class Requests:
         model = event.data.get("model")
         for record in self._open.values():
             served = record.model or self._names.get(record.model_asked)
-            if record.sent < math.inf and (None in (model, served) or model == served):
+            if record.sent < math.inf and record.dialect != SOCKET.name and (
+                    None in (model, served) or model == served):     # an SDK's has no lines of the app
                 yield record
 
     def _line_of_start(self, event, clock):
@@ -3454,12 +3414,11 @@ class Requests:
         """13 and 14, when the request's own end is known."""
         if event.chat in self._own:
             return self._own[event.chat]
-        self._lines.append((event, clock))
-        self._match_lines(clock)
-        return None
+        self._lines.append((event, clock))  # settle() matches it
 
     def _match_lines(self, clock):
         lines, self._lines = self._lines, deque(maxlen=LINES_KEPT)
+        self._pairs += len(lines) * len(self._open)
         while lines:
             event, seen = lines.popleft()
             alike = 1 + sum(other.data == event.data for other, _ in (*lines, *self._lines))
@@ -3565,94 +3524,87 @@ LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progre
 
 # --- 3.9 figures: what is counted --------------------------------------------
 
-DURATION_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640,
-              1280)  # a home prefill takes minutes
-A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000)
-A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
-OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
-SERIES = 500  # of one metric; what comes beyond them is counted as "other"
-MODELS = 100  # names of models that become labels
-
 
 class Metric(NamedTuple):
-    """One Prometheus metric.  A counter's name ends in _total; buckets are a histogram's."""
+    """One Prometheus metric.  Its name ends in _total if it is a counter; only a histogram has buckets."""
 
     name: str
-    kind: str
-    labels: tuple
+    labels: str  # their names
     about: str
     buckets: tuple = ()
 
+    @property
+    def kind(self):
+        return "counter" if self.name.endswith("_total") else "histogram" if self.buckets else "gauge"
+
+
+# Buckets, in seconds (reading a prompt takes minutes at home), in tokens a second, in seconds a token.
+DURATION_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
+A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000)
+A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
 # Names and meanings: lmstudio_* is all that the log or LM Studio's REST API tells, whoever asked, with
 # lmstudio-exporter's names; lmstudio_gateway_* is what passed through us.  Base units, ratios from 0 to 1.
 METRICS = (
-    Metric("lmstudio_up", "gauge", (), "1 when LM Studio answered when last asked"),
-    Metric("lmstudio_loaded_models", "gauge", (), "Models that are loaded; absent when unknown"),
-    Metric("lmstudio_model_loaded", "gauge", ("model", "type"), "1 for a model that is loaded"),
-    Metric("lmstudio_model_context_length_tokens", "gauge", ("model", "type"),
-           "Context with which it is loaded"),
-    Metric("lmstudio_requests_total", "counter", ("model",), "Predictions that the log shows finished"),
-    Metric("lmstudio_input_tokens_total", "counter", ("model",), "Prompt tokens of them"),
-    Metric("lmstudio_output_tokens_total", "counter", ("model",), "Generated tokens of them"),
-    Metric("lmstudio_reasoning_tokens_total", "counter", ("model",), "Those of them that are reasoning"),
-    Metric("lmstudio_accepted_draft_tokens_total", "counter", ("model",), "Draft tokens that were taken"),
-    Metric("lmstudio_cached_input_tokens_total", "counter", ("model",),
-           "Prompt tokens reused from the cache"),
-    Metric("lmstudio_cache_resets_total", "counter", ("model",),
-           "Prompts read wholly anew although a part was cached"),
-    Metric("lmstudio_time_to_first_token_seconds", "histogram", ("model",), "As the log has it", DURATION_S),
-    Metric("lmstudio_prompt_eval_seconds", "histogram", ("model",), "Time to read the prompt", DURATION_S),
-    Metric("lmstudio_generation_seconds", "histogram", ("model",), "Time to generate the answer", DURATION_S),
-    Metric("lmstudio_prompt_tokens_per_second", "histogram", ("model",), "Speed of reading", A_SECOND),
-    Metric("lmstudio_tokens_per_second", "histogram", ("model",), "Speed of generating", A_SECOND),
-    Metric("lmstudio_prompt_progress_ratio", "gauge", ("model", "slot"),
-           "How much of a prompt has been read"),
-    Metric("lmstudio_log_lines_total", "counter", ("dialect",),
-           "Engine lines recognised, by engine generation"),
-    Metric("lmstudio_log_entries_total", "counter", ("event",), "Events made of the log"),
-    Metric("lmstudio_log_unparsed_entries_total", "counter", (), "Lines that no rule knows"),
-    Metric("lmstudio_log_bytes_read_total", "counter", (), "Bytes of log read"),
-    Metric("lmstudio_log_rotations_total", "counter", ("reason",), "Changes to another log file"),
-    Metric("lmstudio_log_read_lag_bytes", "gauge", (), "Bytes written and not yet read"),
-    Metric("lmstudio_log_last_entry_timestamp_seconds", "gauge", (), "Time of the latest log entry"),
-    Metric("lmstudio_log_directory_bytes", "gauge", (), "Size of the log directory"),
-    Metric("lmstudio_log_filesystem_free_bytes", "gauge", (), "Room left on its file system"),
-    Metric("lmstudio_gateway_requests_total", "counter", ("key", "model", "endpoint", "code"),
+    Metric("lmstudio_up", "", "1 when LM Studio answered when last asked"),
+    Metric("lmstudio_loaded_models", "", "Models that are loaded; absent when unknown"),
+    Metric("lmstudio_model_loaded", "model type", "1 for a model that is loaded"),
+    Metric("lmstudio_model_context_length_tokens", "model type", "Context with which it is loaded"),
+    Metric("lmstudio_requests_total", "model", "Predictions that the log shows finished"),
+    Metric("lmstudio_input_tokens_total", "model", "Prompt tokens of them"),
+    Metric("lmstudio_output_tokens_total", "model", "Generated tokens of them"),
+    Metric("lmstudio_reasoning_tokens_total", "model", "Those of them that are reasoning"),
+    Metric("lmstudio_accepted_draft_tokens_total", "model", "Draft tokens that were taken"),
+    Metric("lmstudio_cached_input_tokens_total", "model", "Prompt tokens reused from the cache"),
+    Metric("lmstudio_cache_resets_total", "model", "Prompts read wholly anew although a part was cached"),
+    Metric("lmstudio_time_to_first_token_seconds", "model", "As the log has it", DURATION_S),
+    Metric("lmstudio_prompt_eval_seconds", "model", "Time to read the prompt", DURATION_S),
+    Metric("lmstudio_generation_seconds", "model", "Time to generate the answer", DURATION_S),
+    Metric("lmstudio_prompt_tokens_per_second", "model", "Speed of reading", A_SECOND),
+    Metric("lmstudio_tokens_per_second", "model", "Speed of generating", A_SECOND),
+    Metric("lmstudio_prompt_progress_ratio", "model slot", "How much of a prompt has been read"),
+    Metric("lmstudio_log_lines_total", "dialect", "Engine lines recognised, by engine generation"),
+    Metric("lmstudio_log_entries_total", "event", "Events made of the log"),
+    Metric("lmstudio_log_unparsed_entries_total", "", "Lines that no rule knows"),
+    Metric("lmstudio_log_bytes_read_total", "", "Bytes of log read"),
+    Metric("lmstudio_log_rotations_total", "reason", "Changes to another log file"),
+    Metric("lmstudio_log_read_lag_bytes", "", "Bytes written and not yet read"),
+    Metric("lmstudio_log_last_entry_timestamp_seconds", "", "Time of the latest log entry"),
+    Metric("lmstudio_log_directory_bytes", "", "Size of the log directory"),
+    Metric("lmstudio_log_filesystem_free_bytes", "", "Room left on its file system"),
+    Metric("lmstudio_gateway_requests_total", "key model endpoint code",
            "Inference requests that are over; code 0 without an answer"),
-    Metric("lmstudio_gateway_tokens_total", "counter", ("key", "model", "type"),
+    Metric("lmstudio_gateway_tokens_total", "key model type",
            "Their tokens: input, output, cached_input, reasoning"),
-    Metric("lmstudio_gateway_request_duration_seconds", "histogram", ("endpoint", "model", "stream"),
-           "From arrival to end", DURATION_S),
-    Metric("lmstudio_gateway_time_to_first_token_seconds", "histogram", ("model",),
-           "From arrival to the first content, reasoning or tool call", DURATION_S),
-    Metric("lmstudio_gateway_time_per_output_token_seconds", "histogram", ("model",),
-           "Between tokens of a stream, at the mean", A_TOKEN_S),
-    Metric("lmstudio_gateway_queue_seconds", "histogram", ("key_priority", "outcome"),
-           "Time in the queue, here or, where the log shows it, in LM Studio; outcome: done, failed, abandoned",
+    Metric("lmstudio_gateway_request_duration_seconds", "endpoint model stream", "From arrival to end",
            DURATION_S),
-    Metric("lmstudio_gateway_queue_waiting", "gauge", ("model",), "Requests that wait here for their turn"),
-    Metric("lmstudio_gateway_overhead_seconds", "histogram", (),
+    Metric("lmstudio_gateway_time_to_first_token_seconds", "model",
+           "From arrival to the first content, reasoning or tool call", DURATION_S),
+    Metric("lmstudio_gateway_time_per_output_token_seconds", "model",
+           "Between tokens of a stream, at the mean", A_TOKEN_S),
+    Metric("lmstudio_gateway_queue_seconds", "key_priority outcome",
+           "Time in the queue, here or, if the log shows it, in LM Studio; outcome: done, failed, abandoned",
+           DURATION_S),
+    Metric("lmstudio_gateway_queue_waiting", "model", "Requests that wait here for their turn"),
+    Metric("lmstudio_gateway_overhead_seconds", "",
            "From a request's last byte to its first byte to LM Studio", OVERHEAD_S),
-    Metric("lmstudio_gateway_requests_in_flight", "gauge", ("model",), "Requests that are running"),
-    Metric("lmstudio_gateway_requests_queued", "gauge", ("model",), "Those that wait in LM Studio's queue"),
-    Metric("lmstudio_gateway_errors_total", "counter", (), "Requests that failed"),
-    Metric("lmstudio_gateway_abandoned_total", "counter", (),
-           "Clients that left, and requests that were stopped"),
-    Metric("lmstudio_gateway_client_disconnects_total", "counter", ("phase",),
+    Metric("lmstudio_gateway_requests_in_flight", "model", "Requests that are running"),
+    Metric("lmstudio_gateway_requests_queued", "model", "Those that wait in LM Studio's queue"),
+    Metric("lmstudio_gateway_errors_total", "", "Requests that failed"),
+    Metric("lmstudio_gateway_abandoned_total", "", "Clients that left, and requests that were stopped"),
+    Metric("lmstudio_gateway_client_disconnects_total", "phase",
            "Clients that left: queued, prefill, decode"),
-    Metric("lmstudio_gateway_rejected_total", "counter", ("reason",), "Requests turned away here"),
-    Metric("lmstudio_gateway_upstream_errors_total", "counter", ("kind",),
+    Metric("lmstudio_gateway_rejected_total", "reason", "Requests turned away here"),
+    Metric("lmstudio_gateway_upstream_errors_total", "kind",
            "refused, timeout, reset, bad_status, error_in_200"),
-    Metric("lmstudio_gateway_sse_clients", "gauge", (), "Listeners of /debug/stream"),
-    Metric("lmstudio_gateway_sse_events_total", "counter", ("type",), "Events published"),
-    Metric("lmstudio_gateway_sse_dropped_total", "counter", ("reason",), "Events that slow listeners lost"),
-    Metric("lmstudio_gateway_sse_replays_total", "counter", ("result",),
-           "Listeners that came back: full, gap"),
-    Metric("lmstudio_gateway_correlated_total", "counter", ("result",),
-           "Requests joined with the log: exact, none"),
-    Metric("lmstudio_gateway_build_info", "gauge", ("version", "python"), "1"),
-    Metric("process_start_time_seconds", "gauge", (), "When this gateway started"),
+    Metric("lmstudio_gateway_sse_clients", "", "Listeners of /debug/stream"),
+    Metric("lmstudio_gateway_sse_events_total", "type", "Events published"),
+    Metric("lmstudio_gateway_sse_dropped_total", "reason", "Events that slow listeners lost"),
+    Metric("lmstudio_gateway_sse_replays_total", "result", "Listeners that came back: full, gap"),
+    Metric("lmstudio_gateway_correlated_total", "result", "Requests joined with the log: exact, none"),
+    Metric("lmstudio_gateway_build_info", "version python", "1"),
+    Metric("process_start_time_seconds", "", "When this gateway started"),
 )
 METRIC = {metric.name: metric for metric in METRICS}
 PHASES = {"waiting": "queued", "loading": "queued", "queued": "queued", "prompt": "prefill",
@@ -3664,69 +3616,81 @@ REJECTIONS = {  # code of our own error -> reason
     "key_needed": "no_key", "key_wrong": "bad_key", "right_missing": "scope", "address_not_allowed": "host",
     "model_not_allowed": "model", "key_expired": "bad_key", "queue_full": "concurrency",
     "host_not_local": "host", "origin_not_allowed": "host", "body_too_large": "body_size"}
+LOGGED = {  # event of the log -> its metrics, each with its value in the event's data or in Event.about
+    "lmstudio_chat_end": (),
+    "lmstudio_cache_stats": (("lmstudio_cached_input_tokens_total", lambda data: data["reused"]),),
+    "lmstudio_prediction_stats": (
+        ("lmstudio_output_tokens_total", lambda data: data.get("completionTokens")),
+        ("lmstudio_reasoning_tokens_total", lambda data: data.get("reasoningTokens")),
+        ("lmstudio_accepted_draft_tokens_total", lambda data: data.get("acceptedDraftTokens")),
+        ("lmstudio_time_to_first_token_seconds", lambda data: seconds_of(data.get("timeToFirstTokenMs"))),
+        ("lmstudio_prompt_eval_seconds", lambda data: seconds_of(data.get("promptMs"))),
+        ("lmstudio_generation_seconds", lambda data: data["completionTokens"] / data["tokensPerSecond"]
+         if data.get("completionTokens") and data.get("tokensPerSecond") else None),
+        ("lmstudio_prompt_tokens_per_second", lambda data: data.get("promptTokensPerSecond")),
+        ("lmstudio_tokens_per_second", lambda data: data.get("tokensPerSecond"))),
+}
+
+
+def seconds_of(ms):
+    return ms if ms is None else ms / 1000
 
 
 class Figures:
     """Counters and histograms since the start.  Pure; Hub's lock guards them."""
 
+    SERIES = 500  # of one metric; what comes beyond them is counted as "other"
+    MODELS = 100  # names of models that become labels
+
     def __init__(self):
         self._values: dict[str, dict] = {metric.name: {} for metric in METRICS}
         self._models: set[str] = set()
 
-    def add(self, name, *labels, amount=1):
-        series = self._values[name]
-        labels = self._bounded(series, labels)
-        series[labels] = series.get(labels, 0) + amount
-
-    def observe(self, name, value, *labels):
-        """One more value of a histogram; None is none."""
-        if value is None:
+    def add(self, name, *labels, amount: float | None = 1):
+        """Count an amount, or observe it in a histogram; None is none."""
+        if amount is None:
             return
         series, buckets = self._values[name], METRIC[name].buckets
-        labels = self._bounded(series, labels)
-        row = series.setdefault(labels, [0] * (len(buckets) + 1) + [0.0])  # counts by bucket, then the sum
-        row[bisect.bisect_left(buckets, value)] += 1
-        row[-1] += value
-
-    @staticmethod
-    def _bounded(series, labels):
-        return labels if labels in series or len(series) < SERIES else ("other",) * len(labels)
+        if labels not in series and len(series) >= self.SERIES:
+            labels = ("other",) * len(labels)
+        if buckets:     # a count for each of them and one beyond, then the sum
+            row = series.setdefault(labels, [0] * (len(buckets) + 1) + [0.0])
+            row[bisect.bisect_left(buckets, amount)] += 1
+            row[-1] += amount
+        else:
+            series[labels] = series.get(labels, 0) + amount
 
     def model(self, name):
         """A label for a model that LM Studio has named: no client can invent one."""
-        if name and name not in self._models and len(self._models) < MODELS:
+        if name and name not in self._models and len(self._models) < self.MODELS:
             self._models.add(name)
         return name if name in self._models else "other" if name else "unknown"
 
     def model_of(self, record):
-        """A label for a request's model: what answered, or what was asked for where LM Studio knows
-        the name."""
+        """A label for a request's model: the one that answered, else the one asked for if it is known."""
         if record.model:
             return self.model(record.model)
         return record.model_asked if record.model_asked in self._models else "other"
 
     def count_request(self, record):
         """A request through us is over."""
-        model, key = self.model_of(record), record.key or "none"
-        endpoint = record.target if record.target in DIALECTS else "other"
-        self.add("lmstudio_gateway_requests_total", key, model, endpoint, str(record.status or 0))
-        self.observe("lmstudio_gateway_overhead_seconds", record.overhead_s)
-        queued = record.queued_ms()
-        self.observe("lmstudio_gateway_queue_seconds", queued and queued / 1000, record.priority, record.state)
+        model, endpoint = self.model_of(record), record.target if record.target in DIALECTS else "other"
         stream = "true" if record.stream else "false"
-        self.observe("lmstudio_gateway_request_duration_seconds", record.total_ms / 1000, endpoint, model,
-                     stream)
-        first = record.first_ms and record.first_ms / 1000
-        self.observe("lmstudio_gateway_time_to_first_token_seconds", first, model)
-        if record.stream and record.speed:
-            self.observe("lmstudio_gateway_time_per_output_token_seconds", 1 / record.speed, model)
+        for name, amount, *labels in (
+                ("requests_total", 1, record.key or "none", model, endpoint, str(record.status or 0)),
+                ("overhead_seconds", record.overhead_s),
+                ("queue_seconds", seconds_of(record.queued_ms()), record.priority, record.state),
+                ("request_duration_seconds", seconds_of(record.total_ms), endpoint, model, stream),
+                ("time_to_first_token_seconds", seconds_of(record.first_ms), model),
+                ("time_per_output_token_seconds",
+                 1 / record.speed if record.stream and record.speed else None, model)):
+            self.add(f"lmstudio_gateway_{name}", *labels, amount=amount)
         if record.operation == "client_disconnected":
             self.add("lmstudio_gateway_client_disconnects_total",
                      PHASES[max(record.entered, key=STATES.index)])
         elif record.error is not None and not was_left(record.state, record.operation):
-            kind = UPSTREAM_KINDS.get(record.operation) or (
-                "error_in_200" if record.status == 200 else "bad_status")
-            self.add("lmstudio_gateway_upstream_errors_total", kind)
+            self.add("lmstudio_gateway_upstream_errors_total", UPSTREAM_KINDS.get(
+                record.operation, "error_in_200" if record.status == 200 else "bad_status"))
 
     def count_tokens(self, record):
         """The tokens of a request that is over, as far as they have not been counted: the log can tell
@@ -3745,8 +3709,18 @@ class Figures:
             sums[kind] += amount
         return sums
 
-    def of_requests(self, requests):
-        """{metric: {labels: value}} of what is running now, and of the join."""
+    def count_event(self, event):
+        """An event of the log."""
+        if event.name not in LOGGED:
+            return
+        model, about = self.model(event.data.get("model")), event.about or {}
+        for name, value in LOGGED[event.name]:
+            self.add(name, model, amount=value(event.data))
+        self.add("lmstudio_requests_total", model, amount=about.get("requests"))
+        self.add("lmstudio_input_tokens_total", model, amount=about.get("input"))
+
+    def gauges(self, requests):
+        """{metric: {labels: value}} of the requests that are running now, and of the join."""
         flight: Counter[tuple] = Counter()
         queued: Counter[tuple] = Counter()
         waiting: Counter[tuple] = Counter()
@@ -3765,35 +3739,6 @@ class Figures:
                 "lmstudio_prompt_progress_ratio": prompts,
                 "lmstudio_gateway_correlated_total": {(name,): n for name, n in requests.bound().items()}}
 
-    def count_event(self, event):
-        """An event of the log."""
-        data, lesson = event.data, COUNTED.get(event.name)
-        if lesson:
-            lesson(self, data, self.model(data.get("model")))
-        for name, amount in (event.about or {}).items() if lesson else ():
-            if name in CHAT_COUNTS:
-                self.add(CHAT_COUNTS[name], self.model(data.get("model")), amount=amount)
-
-    def on_chat_end(self, data, model):
-        """Its request and its prompt are counted by what the event says about itself."""
-
-    def on_stats(self, data, model):
-        for name, field in (("output", "completionTokens"), ("reasoning", "reasoningTokens"),
-                            ("accepted_draft", "acceptedDraftTokens")):
-            if data.get(field):
-                self.add(f"lmstudio_{name}_tokens_total", model, amount=data[field])
-        first, speed = data.get("timeToFirstTokenMs"), data.get("tokensPerSecond")
-        self.observe("lmstudio_time_to_first_token_seconds", first and first / 1000, model)
-        self.observe("lmstudio_tokens_per_second", speed, model)
-        if speed and data.get("completionTokens"):
-            self.observe("lmstudio_generation_seconds", data["completionTokens"] / speed, model)
-        self.observe("lmstudio_prompt_tokens_per_second", data.get("promptTokensPerSecond"), model)
-        read = data.get("promptMs")
-        self.observe("lmstudio_prompt_eval_seconds", read and read / 1000, model)
-
-    def on_cache(self, data, model):
-        self.add("lmstudio_cached_input_tokens_total", model, amount=data["reused"])
-
     def exposition(self, gauges):
         """All of it as Prometheus text 0.0.4.  gauges: {metric: {labels: value}} as of now."""
         for name, _ in gauges.get("lmstudio_model_loaded", ()):
@@ -3802,32 +3747,26 @@ class Figures:
         for metric in METRICS:
             series = {**self._values[metric.name], **gauges.get(metric.name, {})}
             if series:
-                lines.append(f"# HELP {metric.name} {metric.about}")
-                lines.append(f"# TYPE {metric.name} {metric.kind}")
+                lines += [f"# HELP {metric.name} {metric.about}", f"# TYPE {metric.name} {metric.kind}"]
             for labels, value in series.items():
                 lines += metric_lines(metric, labels, value)
         return "\n".join(lines) + "\n"
 
 
-CHAT_COUNTS = {"requests": "lmstudio_requests_total", "input": "lmstudio_input_tokens_total"}  # of Event.about
-COUNTED = {"lmstudio_prediction_stats": Figures.on_stats, "lmstudio_cache_stats": Figures.on_cache,
-           "lmstudio_chat_end": Figures.on_chat_end}
-
-
 def metric_lines(metric, labels, value):
     """The lines of one series."""
-    pairs = [f'{name}="{escaped(label)}"' for name, label in zip(metric.labels, labels)]
+    pairs = [f'{name}="{escaped(label)}"' for name, label in zip(metric.labels.split(), labels)]
 
-    def line(suffix, more, number):
+    def line(suffix, number, *more):
         inside = ",".join([*pairs, *more])
-        return f"{metric.name}{suffix}{{{inside}}} {number}" if inside else f"{metric.name}{suffix} {number}"
+        return f"{metric.name}{suffix}{'{' + inside + '}' if inside else ''} {number}"
 
-    if metric.kind != "histogram":
-        return [line("", [], value)]
+    if not metric.buckets:
+        return [line("", value)]
     counts = list(itertools.accumulate(value[:-1]))
-    bounds = [*map(str, metric.buckets), "+Inf"]
-    return [*(line("_bucket", [f'le="{bound}"'], number) for bound, number in zip(bounds, counts)),
-            line("_sum", [], round(value[-1], 6)), line("_count", [], counts[-1])]
+    bounds = [*metric.buckets, "+Inf"]
+    return [*(line("_bucket", number, f'le="{bound}"') for bound, number in zip(bounds, counts)),
+            line("_sum", round(value[-1], 6)), line("_count", counts[-1])]
 
 
 def escaped(label):
@@ -3838,6 +3777,10 @@ def escaped(label):
 def rank(values, share):
     """The nearest-rank percentile of sorted values; None of none."""
     return values[max(0, math.ceil(share * len(values)) - 1)] if values else None
+
+
+def mean(values):
+    return round(sum(values) / len(values), 2) if values else None
 
 
 def performance(records, requests, tokens):
@@ -3854,10 +3797,6 @@ def performance(records, requests, tokens):
             "avgTokensPerSec": mean([record.speed for record in records if record.speed]),
             "totalTokensProcessed": tokens["input"] + tokens["output"],
             "tokenStats": {field: tokens[kind] for kind, field in TOKEN_KINDS.items()}}
-
-
-def mean(values):
-    return round(sum(values) / len(values), 2) if values else None
 
 
 # --- 3.10 series: figures by minute ------------------------------------------
@@ -4033,11 +3972,12 @@ def json_line(event_id, event):
 
 
 
-# --- 3.11 WebSocket: what LM Studio's own SDKs speak --------------------------
+# --- 3.12 WebSocket: what LM Studio's own SDKs speak --------------------------
 
 NAMESPACES = ("llm", "embedding", "system", "files", "diagnostics", "repository", "plugins", "runtime")
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes (RFC 6455, 5.2)
 LONGEST_CONTROL = 125  # bytes of a control frame's payload (RFC 6455, 5.5)
+LONGEST_MESSAGE = 128 * 1024 * 1024  # bytes of one of LM Studio's, whose `ws` refuses more than 100 MiB
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))  # RFC 6455, 7.4; IANA
 
 
@@ -4060,30 +4000,23 @@ class Message(NamedTuple):
 class Frames:
     """Cuts the bytes of one direction into messages (RFC 6455, section 5), strictly.
 
-    masked: as a client's frames are.  limit: bytes of a message; beyond them it is an error of a client, and
-    what LM Studio sends is given without its payload."""
+    masked: as a client's frames are.  limit: bytes of a message."""
 
     def __init__(self, masked, limit):
         self._masked, self.limit = masked, limit
-        self._rest = bytearray()  # of a frame that has not ended
+        self.rest = bytearray()  # of a frame that has not ended
         self._need = 2  # bytes that rest must have before another look is worth it
-        self._skip = 0  # bytes of a frame too long to be kept that are still to come
-        self._opcode, self._parts, self._size = 0, [], 0  # of the message whose pieces are coming
-        self._raw = []
+        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0  # of the message whose pieces are coming
 
     @property
     def between(self):
-        """True where neither a frame nor a message is under way."""
-        return not (self._rest or self._skip or self._opcode)
-
-    @property
-    def in_frame(self):
-        return bool(self._rest or self._skip)
+        """True when neither a frame nor a message is under way."""
+        return not (self.rest or self._opcode)
 
     @property
     def held(self):
         """Bytes of a message that is not whole."""
-        return len(self._rest) + self._size
+        return len(self.rest) + self._size
 
     def feed(self, data):
         """The Messages that data completes.  Raises FrameError, at the first fault."""
@@ -4092,50 +4025,19 @@ class Frames:
                 and (size == data[1] + 2 < 128                                  # most of an answer's are
                      or data[1] == 126 and size == (data[2] << 8 | data[3]) + 4 >= 130)):
             return [Message(TEXT, data[2 if size < 128 else 4:], data)]
-        if self._skip:
-            passed = min(self._skip, size)
-            self._skip -= passed
-            data = data[passed:]
-        self._rest += data
+        self.rest += data
         found: list[Message] = []
-        while len(self._rest) >= self._need and self._frame(found):
-            pass
+        while len(self.rest) >= self._need:
+            start, end = self._bounds()
+            self._need = end or start
+            if end and len(self.rest) >= end:
+                self._take(start, end, found)
         return found
 
-    def _frame(self, found):
-        """Take one frame off rest.  False when that has no whole one."""
-        rest = self._rest
-        final, opcode, start, size = self._head()
-        if size is None:
-            return False
-        whole = start + size
-        if not self._masked and self._size + size > self.limit:
-            self._skip, taken = max(0, whole - len(rest)), min(whole, len(rest))
-            frame, payload, self._size = b"", b"", self.limit
-        elif len(rest) < whole:
-            self._need = whole
-            return False
-        else:
-            frame, taken = bytes(rest[:whole]), whole
-            payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
-        del rest[:taken]
-        self._need = 2
-        if opcode >= CLOSE:
-            check_close(opcode, payload)
-            found.append(Message(opcode, payload, frame))
-            return True
-        self._opcode = opcode or self._opcode
-        self._parts.append(payload)
-        self._raw.append(frame)
-        self._size += size
-        if final:
-            found.append(self._message())
-        return True
-
-    def _head(self):
-        """(final, opcode, where the payload starts, its size) of the frame that rest begins with; the size is
-        None where the head is not whole.  Raises FrameError."""
-        rest = self._rest
+    def _bounds(self):
+        """Where the payload of the frame that rest begins with starts and ends; the end is 0 while its head is
+        not whole.  Raises FrameError."""
+        rest = self.rest
         final, opcode, size = rest[0] >> 7, rest[0] & 15, rest[1] & 127
         if rest[0] & 0x70 or CONTINUATION < opcode > BINARY and opcode not in (CLOSE, PING, PONG):
             raise FrameError(1002, "reserved bits or a reserved opcode")
@@ -4148,22 +4050,37 @@ class Frames:
         extra = {126: 2, 127: 8}.get(size, 0)
         start = 2 + extra + 4 * self._masked
         if len(rest) < start:
-            self._need = start
-            return final, opcode, start, None
+            return start, 0
         if extra:
             size = int.from_bytes(rest[2:2 + extra], "big")
             if size < (126 if extra == 2 else 1 << 16) or size >> 63:
                 raise FrameError(1002, "a length that is not written in its shortest form")
-        if self._masked and self._size + size > self.limit:
+        if self._size + size > self.limit:
             raise FrameError(1009, f"a message of more than {self.limit} bytes")
-        return final, opcode, start, size
+        return start, start + size
 
-    def _message(self):
-        message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
-        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
-        if self._masked and message.opcode == TEXT:
-            check_text_frame(message.payload)
-        return message
+    def _take(self, start, end, found):
+        """Take a whole frame off rest."""
+        with memoryview(self.rest) as rest:
+            frame = bytes(rest[:end])
+        del self.rest[:end]
+        self._need = 2
+        final, opcode = frame[0] >> 7, frame[0] & 15
+        payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
+        if opcode >= CLOSE:
+            check_close(opcode, payload)
+            found.append(Message(opcode, payload, frame))
+            return
+        self._opcode = opcode or self._opcode
+        self._parts.append(payload)
+        self._raw.append(frame)
+        self._size += len(payload)
+        if final:
+            message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
+            self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
+            if self._masked and message.opcode == TEXT:
+                check_text_frame(message.payload)
+            found.append(message)
 
 
 def unmasked(data, mask):
@@ -4220,9 +4137,17 @@ OPENERS = {  # a client's message that begins something -> its id, the message t
 FOLLOWERS = {  # what only makes sense after one of these -> its id
     "channelSend": "channelId", "channelAck": "channelId", "signalUnsubscribe": "subscribeId",
     "writableSignalUpdate": "subscribeId", "writableSignalUnsubscribe": "subscribeId"}
-METERED = {("llm", "channelCreate", "predict"), ("llm", "channelCreate", "completeRawText"),
-              ("embedding", "rpcCall", "embedString")}
-FRAGMENT = re.compile(rb'\{"type":"channelSend",.*"message":\{"type":"fragment"')  # as Node writes it
+METERED = {("llm", "channelCreate", "predict"): SOCKET, ("llm", "channelCreate", "completeRawText"): SOCKET,
+           ("embedding", "rpcCall", "embedString"): EMBEDDINGS}
+# As Node writes most messages of an answer: to find the id and the tokens costs a fifth of reading JSON.
+FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message":\{"type":"fragment","fragment":\{'
+                      rb'"content":"[^"\\]*(?:\\.[^"\\]*)*","tokensCount":(\d{1,9})[,}]')
+STATS_AS_V0 = {  # in the result of a prediction -> as /api/v0 names them
+    "promptTokensCount": "prompt_tokens", "predictedTokensCount": "completion_tokens",
+    "totalTokensCount": "total_tokens", "tokensPerSecond": "tokens_per_second",
+    "timeToFirstTokenSec": "time_to_first_token", "stopReason": "stop_reason",
+    "totalDraftTokensCount": "total_draft_tokens_count",
+    "acceptedDraftTokensCount": "accepted_draft_tokens_count"}
 
 
 def id_of(message, name):
@@ -4232,7 +4157,40 @@ def id_of(message, name):
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and abs(value) < UNSAFE else None
-# --- 3.12 sharing: what a key may use, and whose turn it is -------------------
+
+
+def figures_as_v0(stats):
+    """The stats of a prediction (lmstudio-js, LLMPredictionStats.ts) as an answer of /api/v0 has them."""
+    found = {name: stats[theirs] for theirs, name in STATS_AS_V0.items() if theirs in stats}
+    return {"usage": found, "stats": found}
+
+
+def name_of(value):
+    """A name in a message, as it is kept; None for none."""
+    return bounded_text(value) if value and isinstance(value, str) else None
+
+
+def model_named(specifier, instances):
+    """The model that a specifier means, as it was asked for; None for any."""
+    reference, query = name_of(specifier.get("instanceReference")), member(specifier, "query")
+    return instances.get(reference) or name_of(query.get("identifier")) or name_of(query.get("path"))
+
+
+def named_instances(body):
+    """[(instance reference, identifier)] of the models that a message of LM Studio's describes."""
+    result, content = body.get("result"), member(body, "message")
+    rows = [*(result if isinstance(result, list) else [result]), content.get("info"),
+            content.get("modelInfo")]
+    found = [(name_of(row.get("instanceReference")), name_of(row.get("identifier"))) for row in listed(rows)]
+    return [(reference, model) for reference, model in found if reference and model]
+
+
+def has_files(messages):
+    """True if a history refers to uploaded files, whose size nobody knows."""
+    return any(part.get("type") == "file" for message in messages for part in listed(message.get("content")))
+
+
+# --- 3.13 sharing: what a key may use, and whose turn it is -------------------
 
 PRIORITIES = ("high", "normal", "low")
 RISE_S = 30.0  # of waiting raise a request by one priority
@@ -4256,29 +4214,28 @@ class Window:
 
     def __init__(self):
         self._parts: deque[list] = deque()  # [clock, amount], oldest first
-        self.total = 0
+        self._total = 0
 
     def add(self, clock, amount):
         if self._parts and clock - self._parts[-1][0] < GRAIN_S:
             self._parts[-1][1] += amount
         else:
             self._parts.append([clock, amount])
-        self.total += amount
+        self._total += amount
 
     def used(self, clock):
         while self._parts and clock - self._parts[0][0] >= MINUTE_S:
-            self.total -= self._parts.popleft()[1]
-        return self.total
+            self._total -= self._parts.popleft()[1]
+        return self._total
 
     def free_s(self, clock, limit):
         """Seconds until less than the limit is used."""
-        left = self.used(clock)
+        left, free = self.used(clock), 0.0
         for since, amount in self._parts:
             if left < limit:
                 break
-            left -= amount
-            free = since + MINUTE_S - clock
-        return free if self.total >= limit else 0.0
+            left, free = left - amount, since + MINUTE_S - clock
+        return free
 
 
 class Account:
@@ -4318,10 +4275,9 @@ class Account:
         found = []
         for kind, name, window in (("requests", "rpm", self.requests), ("tokens", "tpm", self.tokens)):
             if name in limits:
-                used = window.used(clock)
+                left, reset_s = max(0, limits[name] - window.used(clock)), window.free_s(clock, 1)
                 found += [(f"x-ratelimit-limit-{kind}", str(limits[name])),
-                          (f"x-ratelimit-remaining-{kind}", str(max(0, limits[name] - used))),
-                          (f"x-ratelimit-reset-{kind}", span(window.free_s(clock, 1)))]
+                          (f"x-ratelimit-remaining-{kind}", str(left)), (f"x-ratelimit-reset-{kind}", span(reset_s))]
         return found
 
 
@@ -4338,12 +4294,22 @@ class Turn:
 
     def __init__(self, model, key, who, priority, clock):
         self.model, self.key, self.who, self.since = model, key, who, clock
-        self.level = PRIORITIES.index(priority)
+        self.level = PRIORITIES.index(priority)  # rises while it waits
         self.number = 0  # in order of arrival
+        self.rank: tuple = ()  # as it stands in its line, while it is the first of its who there
         self.began = None  # clock when its turn came
         self.over = False
         self.bell: Any = None
         self.about: Any = None
+
+
+class Line:
+    """What runs and what waits for one model."""
+
+    def __init__(self):
+        self.running = set()  # of Turns
+        self.queues = {}  # who -> deque of Turns that wait, in order of arrival
+        self.ranks = []  # of the first Turn of each who, sorted: the first is next
 
 
 class Scheduler:
@@ -4354,22 +4320,24 @@ class Scheduler:
 
     def __init__(self, slots=0):
         self._slots = slots or math.inf
-        self._queues: dict = {}  # model -> who -> deque of Turns that wait, in order of arrival
-        self._running: dict = {}  # model -> set of Turns
+        self._lines: dict = {}  # model -> Line, while there is something in it
         self._of_who: Counter[Any] = Counter()  # how many run
         self._of_key: Counter[Any] = Counter()
         self._served: dict = {}  # who -> number of the latest start, longest ago first
         self._times: dict = {}  # model -> deque of s that its latest requests ran
+        self._rises: deque[tuple] = deque()  # (clock when its level rises, Turn), in this order
         self._numbers = itertools.count(1)
         self.limits: dict = {}  # key -> requests at once
-        self.waiting: dict = {}  # Turn -> None, in order of arrival
+        self.waiting = set()  # of Turns
 
     def join(self, turn, clock):
         """A request has come.  Gives the Turns that begin now, among them maybe this one."""
         turn.number = next(self._numbers)
-        self._queues.setdefault(turn.model, {}).setdefault(turn.who, deque()).append(turn)
-        self.waiting[turn] = None
-        return self.start(clock)
+        self._enqueue(turn)
+        begun = self.start(clock)
+        if turn.began is None:
+            self._rises.append((turn.since + RISE_S, turn))
+        return begun
 
     def leave(self, turn, clock, done=False):
         """A request is over, wherever it was.  Gives the Turns that begin now."""
@@ -4379,63 +4347,109 @@ class Scheduler:
         if turn.began is None:
             self._dequeue(turn)
             return []
-        self._running[turn.model].discard(turn)
-        for counter, name in ((self._of_who, turn.who), (self._of_key, turn.key)):
-            counter[name] -= 1
-            if not counter[name]:
-                del counter[name]
+        self._lines[turn.model].running.discard(turn)
+        self._count(turn, -1)
         if done and (turn.model in self._times or len(self._times) < NAMES_KEPT):
             self._times.setdefault(turn.model, deque(maxlen=TIMES_KEPT)).append(clock - turn.began)
-        if not self._running[turn.model]:
-            del self._running[turn.model]
-        return self.start(clock)
+        begun = self.start(clock)
+        self._prune(turn.model)
+        return begun
 
     def start(self, clock):
         """Gives the Turns that begin now: as many as there is room for."""
         begun = []
+        self._rise(clock)
         while self.waiting:
-            first = min((queue[0] for model, queues in self._queues.items()
-                         if len(self._running.get(model, ())) < self._slots for queue in queues.values()
-                         if self._of_key[queue[0].key] < self.limits.get(queue[0].key, math.inf)),
-                        key=lambda turn: self._rank(turn, clock), default=None)
-            if first is None:
+            rank = min(filter(None, map(self._next, self._lines.values())), default=None)
+            if rank is None:
                 break
-            self._dequeue(first)
-            first.began = clock
-            self._running.setdefault(first.model, set()).add(first)
-            self._of_who[first.who] += 1
-            self._of_key[first.key] += 1
-            self._served.pop(first.who, None)
-            self._served[first.who] = next(self._numbers)
+            turn = rank[-1]
+            self._lines[turn.model].running.add(turn)
+            self._dequeue(turn)
+            turn.began = clock
+            self._served.pop(turn.who, None)
+            self._served[turn.who] = next(self._numbers)
             if len(self._served) > NAMES_KEPT:
                 del self._served[next(iter(self._served))]
-            begun.append(first)
+            self._count(turn, 1)
+            begun.append(turn)
         return begun
 
-    def _rank(self, turn, clock, ahead=0):
+    def _next(self, line):
+        """The rank of the Turn that a free slot of a line goes to, None while none may begin."""
+        if len(line.running) < self._slots:
+            for rank in line.ranks:
+                if self._of_key.get(rank[-1].key, 0) < self.limits.get(rank[-1].key, math.inf):
+                    return rank
+        return None
+
+    def _rise(self, clock):
+        while self._rises and self._rises[0][0] <= clock:
+            due, turn = self._rises.popleft()
+            if turn in self.waiting and turn.level:
+                turn.level -= 1
+                self._rises.append((due + RISE_S, turn))
+                self._rank(turn.who)
+
+    def _count(self, turn, more):
+        """One more of somebody's runs, or one less."""
+        for counter, name in ((self._of_who, turn.who), (self._of_key, turn.key)):
+            counter[name] += more
+            if not counter[name]:
+                del counter[name]
+        self._rank(turn.who)
+
+    def _rank(self, who):
+        """Somebody's rank may be another, in every line."""
+        for line in self._lines.values():
+            if who in line.queues:
+                first = line.queues[who][0]
+                self._unrank(line, first)
+                first.rank = self._rank_of(first)
+                bisect.insort(line.ranks, first.rank)
+
+    @staticmethod
+    def _unrank(line, turn):
+        if turn.rank:
+            del line.ranks[bisect.bisect_left(line.ranks, turn.rank)]
+            turn.rank = ()
+
+    def _rank_of(self, turn, ahead=0):
         """Less is sooner; ahead: how many of the same wait before it."""
-        return (max(0, turn.level - int((clock - turn.since) / RISE_S)), self._of_who[turn.who] + ahead,
-                self._served.get(turn.who, 0), turn.number)
+        return (turn.level, self._of_who.get(turn.who, 0) + ahead, self._served.get(turn.who, 0), turn.number, turn)
+
+    def _enqueue(self, turn):
+        self._lines.setdefault(turn.model, Line()).queues.setdefault(turn.who, deque()).append(turn)
+        self.waiting.add(turn)
+        self._rank(turn.who)
 
     def _dequeue(self, turn):
-        queues = self._queues[turn.model]
-        queues[turn.who].remove(turn)
-        del self.waiting[turn]
-        if not queues[turn.who]:
-            del queues[turn.who]
-        if not queues:
-            del self._queues[turn.model]
+        line = self._lines[turn.model]
+        self._unrank(line, turn)
+        line.queues[turn.who].remove(turn)
+        self.waiting.discard(turn)
+        if not line.queues[turn.who]:
+            del line.queues[turn.who]
+        self._rank(turn.who)
+        self._prune(turn.model)
+
+    def _prune(self, model):
+        line = self._lines.get(model)
+        if line and not line.running and not line.queues:
+            del self._lines[model]
 
     def rename(self, old, new):
         """Two names are one model's, as an answer has shown."""
-        for turn in self._running.pop(old, ()):
+        moved = sorted((turn for turn in self.waiting if turn.model in (old, new)), key=lambda turn: turn.number)
+        for turn in moved:
+            self._dequeue(turn)
+        running = self._lines.pop(old, Line()).running
+        for turn in (*moved, *running):
             turn.model = new
-            self._running.setdefault(new, set()).add(turn)
-        for who, line in self._queues.pop(old, {}).items():
-            for turn in line:
-                turn.model = new
-            queues = self._queues.setdefault(new, {})
-            queues[who] = deque(sorted([*queues.get(who, ()), *line], key=lambda turn: turn.number))
+        self._lines.setdefault(new, Line()).running.update(running)
+        for turn in moved:
+            self._enqueue(turn)
+        self._prune(new)
         self._times.setdefault(new, deque(maxlen=TIMES_KEPT)).extend(self._times.pop(old, ()))
 
     def counts(self, key):
@@ -4446,17 +4460,17 @@ class Scheduler:
         """[(Turn, {position, waiting, etaMs})] of those that wait; left_s(turn): what one that runs still
         needs at least."""
         found = []
-        for model, queues in self._queues.items():
-            order = [turn for _, turn in sorted((self._rank(turn, clock, ahead), turn) for queue in queues.values()
-                                                for ahead, turn in enumerate(queue))]
-            for position, (turn, eta_s) in enumerate(zip(order, self._etas(model, clock, left_s)), 1):
+        for model, line in self._lines.items():
+            order = sorted(self._rank_of(turn, ahead) for queue in line.queues.values()
+                           for ahead, turn in enumerate(queue))
+            for position, (rank, eta_s) in enumerate(zip(order, self._etas(model, clock, left_s)), 1):
                 eta = {} if eta_s is None else {"etaMs": 1000 * math.ceil(eta_s)}
-                found.append((turn, {"position": position, "waiting": len(order), **eta}))
+                found.append((rank[-1], {"position": position, "waiting": len(order), **eta}))
         return found
 
     def _etas(self, model, clock, left_s):
         """Seconds until the first, the second ... of those that wait has a slot; None if nothing tells."""
-        times, running = sorted(self._times.get(model, ())), self._running.get(model, ())
+        times, running = sorted(self._times.get(model, ())), self._lines[model].running
         ends = []
         for turn in running if len(times) >= TIMES_NEEDED and len(running) >= self._slots else ():
             ran = clock - turn.began
@@ -4472,9 +4486,6 @@ class Scheduler:
 
 # === 4. HUB: the shared state ================================================
 
-# How the log begins to tell of a model that is loaded or unloaded (10-2025 to 09-2026).
-LOADS = re.compile(r"(?:\[[^]\n]*\])*:? ?(?:Requested model .* is not loaded|(?:Unl|L)oading model\b"
-                   r"|Model (?:un)?loaded\b|load_model: load|\w+::load called)")
 
 class Listener:
     """One client's place in the ring."""
@@ -4482,42 +4493,35 @@ class Listener:
     def __init__(self, seq, owner=None):
         self.seq = self.sent = seq  # of the latest event that it has passed; that it was given
         self.owner = owner  # the key whose events it may have; None: every event
-        self.gap = None  # the data of a gap event that stands before the next ones
-        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Hub.wait()
+        self.elsewhere = None  # the id after its latest event, which was another start's; None once told
+        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Ring.wait()
 
 
-class Hub:
-    """Hands every event to every listener, remembers the latest, and keeps the records of requests.
+class Ring:
+    """The latest events, each as one frame for every listener.
 
-    publish appends to one ring and wakes the listeners that wait; each then takes the frames behind its
-    place.  Publishing never waits, and a frame is made once.  The ring forgets the oldest frames beyond its
-    number or its bytes; a listener that has not read them is told so by `gap`.
-    keep takes the history rows of requests that are over, if there is a history."""
+    A listener waits until there is news, then takes the frames behind its place: publishing never waits.
+    The ring forgets the oldest frames beyond its number or its bytes; a listener that has not read them is
+    told so by `gap`."""
 
-    EVENTS, BYTES = 10_000, 32_000_000  # that the ring holds at least, whichever is less
+    EVENTS, BYTES = 10_000, 32_000_000  # that it holds at least, whichever is less
     BATCH = 4096  # frames that a listener looks through in one go
 
-    def __init__(self, kept=100, keep=None, now=time.time, clock=time.monotonic):
+    def __init__(self):
         # Guards every field below; the counts and closed may be read without it.  Held for memory work only,
         # never across I/O.
         self._lock = threading.Lock()
         self.epoch = secrets.token_hex(4)
-        self._owners: dict[str, str] = {}  # requestId -> name of its key
-        self._frames = []  # (event name, name of the key that it is about, frame) of the events _first.. _first + len - 1
+        self._frames = []  # (event name, name of the key that it is about, frame) of the events from _first on
         self._first = 1  # SEQ of _frames[0]
         self._bytes = 0  # of the frames
         self._waiting = set()  # bells of the listeners that have all there is
+        self._owners: dict[str, str] = {}  # requestId -> name of its key
         self.listeners = 0
         self.closed = False
-        self._now, self._clock, self._keep = now, clock, keep
         self.counts: Counter[str] = Counter()  # events published, by name
         self.replays: Counter[str] = Counter()  # listeners that came back: full, gap
         self.dropped = 0  # events that slow listeners lost
-        self._requests = Requests(self.epoch, kept)
-        self._figures = Figures()
-        self._series = Series(now())
-        self.loads = 0  # lines of the log that tell of a model that is loaded or unloaded
-        self._ids = itertools.count(1)
 
     @property
     def last(self):  # lock held
@@ -4530,41 +4534,36 @@ class Hub:
         with self._lock:
             return self.event_id(self.last)
 
-    def request_id(self):
-        """Any thread.  A new id, like no other of this or another start."""
-        return f"req_{self.epoch}{next(self._ids):06x}"
-
     def event_id(self, seq):
         return f"{self.epoch}-{seq}"
 
-    def now(self):
-        """This moment as the events have it."""
-        return utc_text(self._now())
-
-    # --- events
+    @contextlib.contextmanager
+    def _changing(self):
+        """Holds the lock; wakes the listeners once it is free again, if there is news for them."""
+        with self._lock:
+            before, bells = self.last, set()
+            yield
+            if self.last > before or self.closed:
+                bells, self._waiting = self._waiting, set()
+        wake(bells)
 
     def publish(self, events):
         """Any thread.  Appends the events in order and wakes the listeners.  Never blocks."""
         encoded = [self._encoded(event) for event in events if event.name]
-        with self._lock:
-            bells = self._append(encoded)
-        wake(bells)
+        with self._changing():
+            self._append(*encoded)
 
-    def _append(self, encoded):  # lock held
-        """Puts frames into the ring.  Gives the bells that are to be rung once the lock is free."""
-        seq = self.last
-        for name, owner, data in encoded:
-            seq += 1
-            frame = sse_frame(f"{self.epoch}-{seq}", name, data)
+    def _encoded(self, event):
+        """Any thread.  An event's name, the key whose own it is, and its data as JSON."""
+        owner = self._owners.get(event.data.get("requestId", "")) if event.name != "lmstudio_log" else None
+        return event.name, owner, to_json(event.data)
+
+    def _append(self, *encoded):  # lock held
+        for seq, (name, owner, data) in enumerate(encoded, self.last + 1):
+            frame = sse_frame(self.event_id(seq), name, data)
             self._frames.append((name, owner, frame))
             self._bytes += len(frame)
             self.counts[name] += 1
-        self._trim()
-        bells, self._waiting = self._waiting, set()
-        return bells
-
-    def _trim(self):  # lock held
-        """Forget the oldest frames that are too many or too large."""
         dropped, surplus = 0, len(self._frames) - self.EVENTS
         for _, _, frame in self._frames:
             if dropped >= surplus and self._bytes - len(frame) < self.BYTES:
@@ -4574,70 +4573,149 @@ class Hub:
         del self._frames[:dropped]
         self._first += dropped
 
-    def _append_event(self, event):  # lock held
-        return self._append([self._encoded(event)])
+    @contextlib.contextmanager
+    def listening(self, since="", owner=None):
+        """Any thread.  Yields the Listener for a client that saw the event with the id since last; with an
+        owner it gets the events of that key's requests alone."""
+        match = re.fullmatch(r"(?:([!-~]{1,64})-)?(\d{1,18})", since or "", re.ASCII)
+        with self._lock:
+            listener = Listener(self.last, owner)
+            if match:
+                self._resume(listener, match[1] or self.epoch, int(match[2]))
+            self.listeners += 1
+        try:
+            yield listener
+        finally:
+            with self._lock:
+                self.listeners -= 1
+                self._waiting.discard(listener.bell)
 
-    def _encoded(self, event):
-        """Any thread.  An event's name, the key whose own it is, and its data as JSON."""
-        owner = self._owners.get(event.data.get("requestId", "")) if event.name != "lmstudio_log" else None
-        return event.name, owner, to_json(event.data)
+    def _resume(self, listener, epoch, seq):  # lock held
+        if epoch == self.epoch:
+            listener.seq = listener.sent = min(seq, self.last)
+        else:
+            listener.seq, listener.sent, listener.elsewhere = -1, self._first - 1, f"{epoch}-{seq + 1}"
+        self.replays["gap" if listener.seq < self._first - 1 else "full"] += 1
 
-    # --- requests
+    def read(self, listener, names=(), most=math.inf):
+        """Any thread.  (frames behind the listener's place, data of a gap before them or None); the listener
+        goes on behind them.  names: only these events, if any; most: bytes, beyond which one frame may reach.
+        """
+        with self._lock:
+            gap, lost = None, self._first - 1 - listener.seq
+            if lost > 0:
+                count = None if listener.elsewhere else lost
+                gap = {"from": listener.elsewhere or self.event_id(listener.seq + 1),
+                       "to": self.event_id(self._first - 1), "count": count}
+                self.dropped += count or 0
+                listener.seq, listener.elsewhere = self._first - 1, None
+            start = listener.seq + 1 - self._first
+            batch = self._frames[start:start + self.BATCH]
+        frames, size = [], 0  # batch must not outlive this call: it keeps frames that the ring forgets
+        for name, owner, frame in batch:
+            if size >= most:
+                break
+            listener.seq += 1
+            if (not names or name in names) and listener.owner in (None, owner):
+                frames.append(frame)
+                listener.sent, size = listener.seq, size + len(frame)
+        return frames, gap
+
+    def wait(self, listener, timeout_s):
+        """Any thread.  Returns when there are events behind the listener, its bell rings, or time is up."""
+        with self._lock:
+            if listener.seq < self.last or self.closed:
+                return
+            self._waiting.add(listener.bell)
+        with contextlib.suppress(queue.Empty):
+            listener.bell.get(timeout=max(0.0, timeout_s))
+
+    def close(self):
+        """Any thread.  Wakes every listener; closed is True from now on."""
+        with self._changing():
+            self.closed = True
+
+
+def wake(bells):
+    for bell in bells:
+        bell.put(None)
+
+
+class Hub(Ring):
+    """The Ring, and all that requests and log have in common: records, figures, series.
+
+    keep takes the history rows of requests that are over, if there is a history."""
+
+    # How the log begins to tell of a model that is loaded or unloaded (10-2025 to 09-2026).
+    LOADS = re.compile(r"(?:\[[^]\n]*\])*:? ?(?:Requested model .* is not loaded|(?:Unl|L)oading model\b"
+                       r"|Model (?:un)?loaded\b|load_model: load|\w+::load called)")
+
+    def __init__(self, kept=100, keep=None, now=time.time, clock=time.monotonic):
+        super().__init__()
+        self._now, self._clock, self._keep = now, clock, keep
+        self._requests = Requests(self.epoch, kept)
+        self._figures = Figures()
+        self._series = Series(now())
+        self.loads = 0  # lines of the log that tell of a model that is loaded or unloaded
+        self._ids = itertools.count(1)
+
+    def request_id(self):
+        """Any thread.  A new id, like no other of this or another start."""
+        return f"req_{self.epoch}{next(self._ids):06x}"
+
+    def now(self):
+        """This moment as the events have it."""
+        return utc_text(self._now())
+
+    # --- the life of a request, and the log beside it
 
     def begin(self, record):
         """Any thread.  A request goes to LM Studio."""
         start = record.start_event(self.now())
-        with self._lock:
+        with self._changing():
             if record.key is not None:
                 self._owners[record.id] = record.key
                 if len(self._owners) > self.EVENTS:
                     del self._owners[next(iter(self._owners))]
             self._requests.begin(record)
             record.note(start, record.clock)
-            bells = self._append_event(start)
-        wake(bells)
+            self._append(self._encoded(start))
+
+    def _tell(self, record, clock):  # lock held
+        self._append(self._encoded(record.progress_event(self.now(), clock)))
 
     def generated(self, record, tokens, first):
         """Any thread.  The answer of a running request has so many tokens; the first came at clock first."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
             record.generated(tokens, first)
-            bells = self._append_event(record.progress_event(self.now(), clock)) if record.due(clock) else ()
-        wake(bells)
+            if record.due(clock):
+                self._tell(record, clock)
 
     def learned(self, record, events):
         """Any thread.  LM Studio told a running request's client how far its prompt is, as events."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
             due = [record.take(event, clock) for event in events]   # each is taken
-            bells = self._append_event(record.progress_event(self.now(), clock)) if any(due) else ()
-        wake(bells)
+            if any(due):
+                self._tell(record, clock)
+
     def place(self, placed):
         """Any thread.  These (Record, place) wait for their turn."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
-            bells = [self._append_event(record.progress_event(self.now(), clock)) for record, place in placed
-                     if record.wait(place, clock)]
-        wake(set().union(*bells))
+            for record, place in placed:
+                if record.wait(place, clock):
+                    self._tell(record, clock)
 
     def send(self, record):
         """Any thread.  A request's turn has come."""
         with self._lock:
             record.send(self._clock())
 
-    def served(self, asked):
-        """Any thread.  The model that has answered to a name, else the name."""
-        with self._lock:
-            return self._requests.served(asked)
-
-    def comment(self, record):
-        """Any thread.  Where a running request is, as an SSE comment."""
-        with self._lock:
-            return f": {record.told(self._clock())}\n\n".encode()
-
     def end(self, record, outcome):
         """Any thread.  A request is over.  Later calls do nothing."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
             if not self._requests.over(record, clock, outcome):
                 return
@@ -4645,8 +4723,7 @@ class Hub:
             record.note(end, clock)
             self._figures.count_request(record)
             rows = self._changed_rows()
-            bells = self._append_event(end)
-        wake(bells)
+            self._append(self._encoded(end))
         self._give(rows)
 
     def publish_log(self, events):
@@ -4659,36 +4736,55 @@ class Hub:
             told = self._requests.see(events, clock)
             for event in events:
                 self._figures.count_event(event)
-                self.loads += event.name == "lmstudio_log" and bool(LOADS.match(event.data["message"]))
+                self.loads += event.name == "lmstudio_log" and bool(self.LOADS.match(event.data["message"]))
             rows = self._changed_rows()
         self.publish(events)
-        for record in told:
-            with self._lock:
-                running = record.ended is None or record.source == "lmstudio"
-                bells = self._append_event(record.progress_event(self.now(), clock)) if running else ()
-            wake(bells)
+        with self._changing():
+            for record in told:
+                if record.ended is None or record.source == "lmstudio":
+                    self._tell(record, clock)
         self._give(rows)
 
     def _changed_rows(self):  # lock held
-        changed, self._requests.changed = self._requests.changed, []
-        rows = {record.id: history_row(record) for record in changed}
-        for record in {record.id: record for record in changed}.values():
+        """The history rows of the requests that changed after their end, once figures and series have them."""
+        changed = {record.id: record for record in self._requests.changed}
+        self._requests.changed = []
+        rows = {record.id: history_row(record) for record in changed.values()}
+        for record in changed.values():
             if record.source == "gateway":
                 self._figures.count_tokens(record)
             about = {**dict(zip(HISTORY_NAMES, rows[record.id])), "agent": record.agent}
             record.tallied = self._series.take(about, record.tallied)
-        return rows if self._keep else {}
+        return list(rows.values())
 
     def _give(self, rows):
-        if rows:
-            self._keep(list(rows.values()))
+        if rows and self._keep:
+            self._keep(rows)
+
+    def reject(self, code):
+        """Any thread.  A request was turned away here; code is our error's."""
+        if code in REJECTIONS:
+            with self._lock:
+                self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
+
+    # --- what is known of them
+
+    def served(self, asked):
+        """Any thread.  The model that has answered to a name, else the name."""
+        with self._lock:
+            return self._requests.served(asked)
+
+    def comment(self, record):
+        """Any thread.  Where a running request is, as an SSE comment."""
+        with self._lock:
+            return f": {record.told(self._clock())}\n\n".encode()
 
     def shown(self, limit=None, owner=None):
         """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first; with
         an owner, those of that key."""
         with self._lock:
-            clock = self._clock()
-            records = itertools.chain(reversed(self._requests.running.values()), reversed(self._requests.finished))
+            clock, found = self._clock(), self._requests
+            records = itertools.chain(reversed(found.running.values()), reversed(found.finished))
             return [record.shown(clock) for record in itertools.islice(
                 (record for record in records if owner in (None, record.key)), limit)]
 
@@ -4697,11 +4793,10 @@ class Hub:
         that has one)."""
         with self._lock:
             clock = self._clock()
-            running, over = [*reversed(self._requests.running.values())], self._requests.finished
-            models = (record.model or record.model_asked
-                      for record in itertools.chain(running, reversed(over)))
-            return ([record.shown(clock) for record in running],
-                    [record.shown(clock) for record in itertools.islice(reversed(over), count)],
+            running, over = (list(reversed(part)) for part in (
+                self._requests.running.values(), self._requests.finished))
+            models = (record.model or record.model_asked for record in (*running, *over))
+            return ([record.shown(clock) for record in running], [record.shown(clock) for record in over[:count]],
                     next(filter(None, models), None))
 
     def detail(self, request_id):
@@ -4740,92 +4835,12 @@ class Hub:
         """Any thread.  `performance` of /debug/metrics."""
         with self._lock:
             ours = [record for record in self._requests.finished if record.source == "gateway"]
-            tokens = self._figures.tokens()
-            return performance(ours, self._requests, tokens)
+            return performance(ours, self._requests, self._figures.tokens())
 
     def exposition(self, gauges):
         """Any thread.  All figures as Prometheus text; gauges are those that others know."""
         with self._lock:
-            return self._figures.exposition({**gauges, **self._figures.of_requests(self._requests)})
-
-    def reject(self, code):
-        """Any thread.  A request was turned away here; code is our error's."""
-        if code in REJECTIONS:
-            with self._lock:
-                self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
-
-    # --- listeners
-
-    @contextlib.contextmanager
-    def listening(self, since="", owner=None):
-        """Any thread.  Yields the Listener for a client that saw the event with the id since last; with an
-        owner it gets the events of that key's requests alone."""
-        match = re.fullmatch(r"(?:([!-~]{1,64})-)?(\d{1,18})", since or "", re.ASCII)
-        with self._lock:
-            listener = Listener(self.last, owner)
-            if match:
-                self._resume(listener, match[1] or self.epoch, int(match[2]))
-            self.listeners += 1
-        try:
-            yield listener
-        finally:
-            with self._lock:
-                self.listeners -= 1
-                self._waiting.discard(listener.bell)
-
-    def _resume(self, listener, epoch, seq):  # lock held
-        if epoch == self.epoch:
-            listener.seq = min(seq, self.last)
-        else:
-            listener.seq = self._first - 1
-            listener.gap = {"from": f"{epoch}-{seq + 1}", "to": self.event_id(listener.seq), "count": None}
-        listener.sent = listener.seq
-        self.replays["gap" if listener.gap or listener.seq < self._first - 1 else "full"] += 1
-
-    def read(self, listener, names=(), most=math.inf):
-        """Any thread.  (frames behind the listener's place, data of a gap before them or None); the listener
-        goes on behind them.  names: only these events, if any; most: bytes, beyond which one frame may reach.
-        """
-        with self._lock:
-            gap, listener.gap = listener.gap, None
-            lost = self._first - 1 - listener.seq
-            if lost > 0:
-                gap = {"from": gap["from"] if gap else self.event_id(listener.seq + 1),
-                       "to": self.event_id(self._first - 1), "count": None if gap else lost}
-                self.dropped += lost
-                listener.seq += lost
-            start = listener.seq + 1 - self._first
-            batch = self._frames[start:start + self.BATCH]
-        frames, size = [], 0  # batch must not outlive this call: it keeps frames that the ring forgets
-        for name, owner, frame in batch:
-            if size >= most:
-                break
-            listener.seq += 1
-            if (not names or name in names) and listener.owner in (None, owner):
-                frames.append(frame)
-                listener.sent, size = listener.seq, size + len(frame)
-        return frames, gap
-
-    def wait(self, listener, timeout_s):
-        """Any thread.  Returns when there are events behind the listener, its bell rings, or time is up."""
-        with self._lock:
-            if listener.seq < self.last or self.closed:
-                return
-            self._waiting.add(listener.bell)
-        with contextlib.suppress(queue.Empty):
-            listener.bell.get(timeout=max(0.0, timeout_s))
-
-    def close(self):
-        """Any thread.  Wakes every listener; closed is True from now on."""
-        with self._lock:
-            self.closed = True
-            bells, self._waiting = self._waiting, set()
-        wake(bells)
-
-
-def wake(bells):
-    for bell in bells:
-        bell.put(None)
+            return self._figures.exposition({**gauges, **self._figures.gauges(self._requests)})
 
 
 # --- 4.2 history: finished requests in an SQLite file ------------------------
@@ -5027,13 +5042,14 @@ def history_errors():
 
 
 def open_history(path):
-    """A connection to a history; makes the file (for its owner alone) and the table if they are missing.
-    Raises HistoryError."""
+    """A connection to a history, whose file is its owner's alone; makes the file and the table if they are
+    missing.  Raises HistoryError."""
     import sqlite3
 
     with history_errors(), contextlib.ExitStack() as stack:
         if path != ":memory:":  # SQLite's other two files take the mode of this one
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            os.chmod(path, 0o600)   # one that was there, too
         connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=2.0)))
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
@@ -6881,8 +6897,7 @@ class KeyFile:
         writes them.  Fields that this version does not know stay.  Raises OSError, ConfigError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        with open(beside, "wb", closefd=True) as lock:
-            wait_for_lock(lock)
+        with open(beside, "wb") as file, locked(file):
             content = self._load()[0] if self.path.exists() else {"keys": []}
             yield content["keys"]
             self._replace(content)
@@ -6898,7 +6913,14 @@ class KeyFile:
             json.dump(content, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, target)
+        deadline = time.monotonic() + (1.0 if sys.platform == "win32" else 0.0)
+        while True:
+            try:
+                return os.replace(draft, target)
+            except PermissionError:     # on Windows also while somebody reads the old file
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.02)
 
 
 def key_row(key):
@@ -6928,16 +6950,20 @@ def open_without_waiting(path, flags):
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def wait_for_lock(file):
-    """Wait until no other process has locked an open file, and lock it; closing it lets go.
-
-    Raises OSError on Windows after 10 s."""
+@contextlib.contextmanager
+def locked(file):
+    """Holds the lock of an open file, once no other process does.  Raises OSError on Windows after 10 s."""
     if sys.platform == "win32":
         import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)    # the byte at its position
+        try:
+            yield
+        finally:
+            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
     else:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 RIGHTS = ("infer", "view",
@@ -7224,6 +7250,7 @@ ALIASES = re.compile(r"/(?:(?:chat/completions|completions|embeddings)/?"
                      r"|(?:models|responses|messages)(?:/.*)?)")
 USER_HEADERS = ("x-openwebui-user-email", "x-openwebui-user-name", "x-openwebui-user-id")    # the first counts
 WITHHELD = HOP_BY_HOP | {"authorization", "x-api-key", "expect"}  # these stop here, credentials included
+QUEUE_RETRY_S = 10  # after which one that found the queue full may try again
 
 
 class Unfinished(GatewayError):
@@ -7235,17 +7262,15 @@ class Stopped(HttpError):
     from trying again."""
 
     def __init__(self, by):
-        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was not you",
-                         [("x-should-retry", "false")])
+        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was not "
+                                         "you", [("x-should-retry", "false")])
         self.by = by
 
 
 class Turns:
     """Lets inferences in, as far as the limits of their keys reach, and one after the other to LM Studio.
 
-    Any thread may call.  One that waits sleeps on its Turn's bell; a slot that becomes free rings one."""
-
-    RETRY_S = 10  # after which one that found the queue full may try again
+    Any thread may call.  A Turn that has to wait has a bell, which rings when a slot is free for it."""
 
     def __init__(self, config, access, hub, history):
         self._config, self._access, self._hub = config, access, hub
@@ -7271,59 +7296,51 @@ class Turns:
         account.turn(day)
         return account
 
-    def enter(self, request, model, user):
-        """The Turn of an inference that is let in; it has a bell if it has to wait.  Raises HttpError."""
-        name, clock = request.identity.name, time.monotonic()
+    def enter(self, request, model, user, bell=threading.Event):
+        """The Turn of an inference that is let in; if it has to wait, with what bell() gives.  Raises
+        HttpError."""
+        name, clock, (day, left_s) = request.identity.name, time.monotonic(), this_day()
         terms = self._access.terms(name)
         if terms.models and not (model and any(fnmatch.fnmatchcase(model.lower(), glob) for glob in terms.models)):
             raise HttpError(403, "model_not_allowed", f"the key {name} may ask {', '.join(terms.models)}; "
                             f"{model or 'a request that names no model'} is not among them")
         turn = Turn(self._hub.served(model), name, (name, user) if name is not None else request.client,
                     terms.priority, clock)
-        day, left_s = this_day()
         with self._lock:
             account = self._account(name, day)
             reached = account.refusal(terms.limits, clock, left_s)
             if not reached:
-                self._join(turn, terms)
+                self._scheduler.limits[name] = terms.limits.get("running", math.inf)
+                self._join(turn, bell)
                 account.let_in(clock)
             request.ratelimit = account.headers(terms.limits, clock)
         if reached:
             raise limit_reached(terms.limits, *reached)
         return turn
 
-    def _join(self, turn, terms):  # lock held
-        scheduler = self._scheduler
-        scheduler.limits[turn.key] = terms.limits.get("running", math.inf)
-        self._ring(scheduler.join(turn, turn.since))
+    def _join(self, turn, bell):  # lock held
+        ring(self._scheduler.join(turn, turn.since))
         if turn.began is None:
-            if len(scheduler.waiting) > self._config.max_waiting:
-                scheduler.leave(turn, turn.since)
+            if len(self._scheduler.waiting) > self._config.max_waiting:
+                self._scheduler.leave(turn, turn.since)
                 raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, as many "
-                                "as MAX_WAITING allows; try again later", [("Retry-After", str(self.RETRY_S))])
-            turn.bell = threading.Event()
-
-    @staticmethod
-    def _ring(turns):
-        for turn in turns:
-            if turn.bell:
-                turn.bell.set()
+                                "as MAX_WAITING allows; try again later", [("Retry-After", str(QUEUE_RETRY_S))])
+            turn.bell = bell()
 
     def leave(self, turn, record=None):
-        """A request is over, in whatever way: its slot is another's."""
+        """A request is over, in whatever way: its slot is another's.  Later calls do nothing."""
         if turn is None or turn.over:
             return
         usage, served = record and record.usage or {}, self._hub.served(turn.model)
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
-            if turn.over:
-                return
-            if usage:
+            if usage and not turn.over:
                 self._account(turn.key, day).spend(clock, usage.get("promptTokens") or 0,
                                                    usage.get("completionTokens") or 0)
             if served != turn.model:
                 self._scheduler.rename(turn.model, served)
-            self._ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
+            ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
+            turn.about = None
 
     def took(self, model, seconds):
         """It is known from before that a request of a model took so long."""
@@ -7337,22 +7354,23 @@ class Turns:
         clock = time.monotonic()
         with self._lock:
             places = self._scheduler.places(clock, lambda turn: (
-                turn.about.progress(clock).get("etaMs", 0) / 1000 if turn.about else 0.0))
-        self._hub.place([(turn.about.record, place) for turn, place in places if turn.about])
+                turn.about.record.progress(clock).get("etaMs", 0) / 1000 if turn.about else 0.0))
+            placed = [(turn.about.record, place) for turn, place in places if turn.about]
+        self._hub.place(placed)
 
     def look(self):
         """Now and then: what has changed about the keys of those that wait counts."""
-        waiting = list(self._scheduler.waiting)
+        with self._lock:
+            waiting = [(turn.key, turn.about) for turn in self._scheduler.waiting]
         if not waiting:
             return
-        limits = {name: self._access.terms(name).limits.get("running", math.inf)
-                  for name in {turn.key for turn in waiting}}
+        limits = {name: self._access.terms(name).limits.get("running", math.inf) for name in dict(waiting)}
         with self._lock:
             self._scheduler.limits.update(limits)
-            self._ring(self._scheduler.start(time.monotonic()))
-        for turn in waiting:
-            if turn.about and self._access.recognize(turn.about.request) is None:
-                turn.about.stop(HttpError(401, "key_wrong", f"the key {turn.key} is no longer valid"))
+            ring(self._scheduler.start(time.monotonic()))
+        for name, inference in waiting:
+            if inference and self._access.recognize(inference.request) is None:
+                inference.stop(HttpError(401, "key_wrong", f"the key {name} is no longer valid"))
         self.tell()
 
     def used(self, name):
@@ -7363,6 +7381,13 @@ class Turns:
             return {"running": running, "waiting": waiting,
                     "minute": {"requests": account.requests.used(clock), "tokens": account.tokens.used(clock)},
                     "day": {kind: account.today[kind] for kind in ("requests", "promptTokens", "completionTokens")}}
+
+
+def ring(turns):
+    """The Turns that begin now hear of it."""
+    for turn in turns:
+        if turn.bell:
+            turn.bell.set()
 
 
 def limit_reached(limits, name, used, free_s):
@@ -7385,7 +7410,7 @@ class Gateway:
         self.address = ""
         self.lan_urls = []
         self.volume = LogVolume(monitor.follower.directory, config.log_dir_warn) if monitor else None
-        self.inferences: dict[str, Any] = {}    # by requestId, while they run; each step is atomic
+        self.inferences: dict[str, Inference] = {}  # by requestId, while they run; each step is atomic
         self.instances: dict[str, str] = {}     # the models that LM Studio named to them, by their references
         self.demo = False  # LM Studio is the imitation
         self.stopping = False  # the end has come: connections are not kept
@@ -7395,6 +7420,68 @@ class Gateway:
     def uptime(self):
         """Seconds since it was built, whatever became of the clock since."""
         return round(time.monotonic() - self._started, 1)
+
+
+class Inference:
+    """A request for a model's answer, from its arrival to its one end: its record, its turn, and what others
+    hear of it.
+
+    owner: the Forward or the Prediction that passes it on.  It has the request, stop(cause) for any thread,
+    which ends it with an HttpError that the client is told or with ClientLeft, the cause, and bell()."""
+
+    def __init__(self, gateway, owner, **about):
+        """Raises HttpError if the limits of its key, or the queue's, do not let it in."""
+        self._gateway, self._owner, self.request = gateway, owner, owner.request
+        request = owner.request
+        self.turn = gateway.turns.enter(request, about["model_asked"], about.get("user"), owner.bell)
+        self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), client=request.client,
+                             key=request.identity.name, agent=request.header("user-agent")[:200] or None,
+                             priority=PRIORITIES[self.turn.level], **about)
+        self.over = False
+        self._due = 0.0     # clock when listeners hear of its tokens again
+
+    def stop(self, cause):
+        self._owner.stop(cause)
+
+    def begin(self):
+        """Others hear of it, and if it has to wait, of its place."""
+        self._gateway.inferences[self.record.id] = self
+        self._gateway.hub.begin(self.record)
+        self.turn.about = self
+        if self.turn.bell:
+            self._gateway.turns.tell()
+
+    def go(self):
+        """It waited, and goes to LM Studio now."""
+        self.turn.bell = None
+        self._gateway.hub.send(self.record)
+
+    def generated(self, tokens, first, now):
+        """Its answer has so many tokens at the clock reading now; the first came at first."""
+        if now >= self._due:
+            self._due = now + COUNT_S
+            self._gateway.hub.generated(self.record, tokens, first)
+
+    def end(self, error, operation, status, meter):
+        """It is over, in whatever way: its turn is another's; the hub and the log are told.  Later calls do
+        nothing."""
+        if self.over:
+            return
+        record = self.record
+        state = "done" if error is None else "failed" if operation not in LEFT else "abandoned"
+        try:
+            self._gateway.hub.end(record, Outcome(state, status, error, operation, meter,
+                                                  getattr(self._owner.cause, "by", None)))
+        finally:
+            self.over = True
+            self._gateway.inferences.pop(record.id, None)
+            self._gateway.turns.leave(self.turn, record)
+        usage = record.usage or {}
+        told = "upstream_error" if operation == "upstream_error" else error     # which can quote a prompt
+        log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
+                record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
+                record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
+                usage.get("completionTokens", "?"), f": {told}" if told else "")
 
 
 def upstream_target(target, keys_are_set):
@@ -7407,6 +7494,11 @@ def upstream_target(target, keys_are_set):
                  if urllib.parse.unquote_plus(part.partition("=")[0]) != "api_key"]
         query, mark = "&".join(parts), "?" if parts else ""
     return path + mark + query
+
+
+def plain_target(target):
+    """The path of a target, as Express compares paths."""
+    return target.partition("?")[0].rstrip("/")
 
 
 def upstream_headers(request, length, upstream, uncompressed, withheld=()):
@@ -7446,52 +7538,47 @@ def client_headers(answer, cut):
 
 def forward(gateway, request):
     """Any other path: LM Studio's answer, unchanged, metered if it is an inference."""
-    return Forward(gateway, request).response()
+    target = upstream_target(request.target, gateway.access.need_key)
+    dialect = DIALECTS.get(plain_target(target).lower()) if request.method == "POST" else None
+    asked = parse_body(dialect, request.body) if dialect else ParsedBody(request.body)
+    kind = CommentedForward if asked.stream and gateway.config.prefill_comments else Forward
+    return kind(gateway, request, target, asked).response(dialect)
 
 
 class Forward:
     """A request on its way to LM Studio, and the body of the Response: its answer's pieces as they come.
 
-    It lives in the thread of the client's connection: it begins, is sent, waits for the answer's head, relays
-    the pieces, and ends once, in _end().  Until it is sent it may wait for as long as need be; stop() is for
-    other threads and ends it at any point.  An inference has a record, a meter and events besides.
+    It lives in the thread of the client's connection: it begins, waits for its turn, is sent, waits for the
+    answer's head, relays the pieces, and ends once, in _end().  stop() is for other threads and ends it at
+    any point.  An inference has a meter besides, and an Inference that others hear of."""
 
-    With PREFILL_COMMENTS a stream whose LM Studio is silent is filled with SSE comments, which every client
-    ignores and which keep idle timers awake.  A client without a byte for SILENCE_S gets a head of
-    ours; a failure after that is told inside the stream."""
+    alters = False  # it may add to the answer
+    bell = threading.Event
 
-    SILENCE_S = 5.0  # before each comment
-
-    def __init__(self, gateway, request):
-        self._gateway, self.request, upstream = gateway, request, gateway.upstream
-        target = upstream_target(request.target, gateway.access.need_key)
-        path = target.partition("?")[0].rstrip("/").lower()     # as Express compares paths
-        self._dialect: Any = DIALECTS.get(path) if request.method == "POST" else None
-        self._anthropic = path == "/v1/messages"
-        self._asked = parse_body(self._dialect, request.body) if self._dialect else ParsedBody(request.body)
-        self._comments = bool(self._asked.stream and gateway.config.prefill_comments)
-        shared = request.identity.name in gateway.config.users_from
-        headers = upstream_headers(request, len(self._asked.data), upstream,
-                                   self._asked.asks_usage or self._comments, USER_HEADERS if shared else ())
-        self._call = Call(upstream.origin, request.method, target, headers, self._asked.data)
-        self._choose_timeout(self._asked.stream)
-        self.record: Any = self._new_record(user_of(request, self._asked) if shared else None) if self._dialect else None
-        self._turn: Any = None
-        self._sent: Any = None      # the Answer before its head is there
+    def __init__(self, gateway, request, target, asked):
+        self._gateway, self.request, self._asked, upstream = gateway, request, asked, gateway.upstream
+        self._shared = request.identity.name in gateway.config.users_from
+        headers = upstream_headers(request, len(asked.data), upstream, asked.asks_usage or self.alters,
+                                   USER_HEADERS if self._shared else ())
+        self._call = Call(upstream.origin, request.method, target, headers, asked.data)
+        self._choose_timeout(asked.stream)
+        self._inference: Any = None
+        self._dialect: Any = None
         self._answer: Any = None
         self._meter: Any = None
-        self._cause: Any = None     # the GatewayError for which it was stopped
-        self.over = False
-        self._silent_s = 0.0    # for how long LM Studio has said nothing
+        self.cause: Any = None     # the GatewayError for which it was stopped
+        self._anthropic = plain_target(target).lower() == "/v1/messages"
+        self._over = False
 
-    def _new_record(self, user):
-        hub, request, asked = self._gateway.hub, self.request, self._asked
-        return Record(hub.request_id(), time.time(), time.monotonic(), method=request.method,
-                      path=request.path, target=self._call.selector.partition("?")[0].rstrip("/"),
-                      dialect=self._dialect.name, client=request.client, key=request.identity.name, user=user,
-                      agent=request.header("user-agent")[:200] or None, model_asked=asked.model,
-                      messages=asked.messages, fingerprint=asked.fingerprint, stream=bool(asked.stream),
-                      size=asked.size, tools=asked.tools)
+    def _infer(self, dialect):
+        """It is an inference.  Raises HttpError if that is not let in."""
+        request, asked, self._dialect = self.request, self._asked, dialect
+        self._inference = Inference(
+            self._gateway, self, method=request.method, path=request.path, target=plain_target(self._call.selector),
+            dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
+            model_asked=asked.model, messages=asked.messages, fingerprint=asked.fingerprint,
+            stream=bool(asked.stream), size=asked.size, tools=asked.tools)
+        request.turn = self._inference.turn
 
     def _choose_timeout(self, stream):
         self._timeout_option = "PROXY_STREAM_TIMEOUT" if stream else "PROXY_TIMEOUT"
@@ -7499,73 +7586,60 @@ class Forward:
 
     # --- to LM Studio
 
-    def response(self):
-        """LM Studio's own head if it comes in time, else one of ours.  Raises HttpError, ClientLeft."""
-        if self.record:
-            request = self.request
-            self._turn = request.turn = self._gateway.turns.enter(request, self._asked.model, self.record.user)
+    def response(self, dialect):
+        """LM Studio's own head; dialect: of an inference.  Raises HttpError, ClientLeft."""
+        if dialect:
+            self._infer(dialect)
         try:
-            self._begin()
-            if not self._comments:
-                self._take_turn()
-            else:
-                if self._is_silent():
-                    headers = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")]
-                    return Response(200, headers, self)
-            answer = self._take_head()
-            headers = client_headers(answer, self._comments or self._cuts)
-            if self.request.method != "HEAD" and answer.status not in (204, 304):
-                return Response(answer.status, headers, self, answer.reason, date=False)
-            self._finish()
-            return Response(answer.status, headers, None, answer.reason, date=False)
+            if self._inference:
+                self._inference.begin()
+                self._inference.record.overhead_s = time.monotonic() - self.request.arrived
+            self._gateway.watcher.watch(self.request.connection, lambda: self.stop(ClientLeft()))
+            return self._respond()
         except BaseException as error:
             self._fail(error)
-            raise self._cause from None
-
-    def _begin(self):
-        if self.record:
-            self.record.priority = PRIORITIES[self._turn.level]
-            self._gateway.inferences[self.record.id] = self
-            self._gateway.hub.begin(self.record)
-            self.record.overhead_s = time.monotonic() - self.request.arrived
-        self._gateway.watcher.watch(self.request.connection, lambda: self.stop(ClientLeft()))
+            raise self.cause from None
 
     def stop(self, cause):
         """Any thread.  Ends it, unless it is over: with an HttpError, which the client is told, or
         ClientLeft."""
-        self._cause = self._cause or cause
+        self.cause = self.cause or cause
         self._call.cancel()
-        bell = self._turn and self._turn.bell
+        bell = self._inference and self._inference.turn.bell
         if bell:
             bell.set()
 
-    def progress(self, clock):
-        """What is known of how far it is."""
-        return self.record.progress(clock)
+    def _respond(self):
+        self._has_turn(None)
+        answer = self._take_head()
+        headers = client_headers(answer, self.alters or self._cuts)
+        if self.request.method != "HEAD" and answer.status not in (204, 304):
+            return Response(answer.status, headers, self, answer.reason, date=False)
+        self._finish()
+        return Response(answer.status, headers, None, answer.reason, date=False)
 
-    def _take_turn(self, wait_s=None):
-        """True once it may be sent, False after so many s.  Raises what it was stopped for."""
-        turn = self._turn
-        if turn and turn.bell:
-            if turn.about is None:
-                turn.about = self
-                self._gateway.turns.tell()
-            if not turn.bell.wait(wait_s):
+    def _has_turn(self, wait_s):
+        """True once it may be sent, False after so many s.  Raises the cause for which it was stopped."""
+        bell = self._inference and self._inference.turn.bell
+        if bell:
+            if not bell.wait(wait_s):
                 return False
-            if self._cause:
-                raise self._cause
-            turn.bell = None
-            self._gateway.hub.send(self.record)
+            if self.cause:
+                raise self.cause
+            self._inference.go()
         return True
+
+    def _open(self):
+        return self._gateway.upstream.open(self._call)
 
     def _take_head(self):
         """LM Studio's Answer.  If we could not read the request, it shows whether a stream was asked for."""
-        answer = self._sent.begin() if self._sent else self._gateway.upstream.open(self._call)
-        self._answer = answer
-        if self._asked.stream is None:
+        self._answer, asked = self._open(), self._asked.stream
+        answer = self._answer
+        if asked is None:
             self._choose_timeout(answer.streams)
-        if self.record:
-            self.record.stream = self.record.stream if self._asked.stream is not None else answer.streams
+        if self._inference:
+            self._inference.record.stream = answer.streams if asked is None else asked
             self._meter = Meter(self._dialect, answer.streams, self._cuts, answer.header("content-encoding"))
         return answer
 
@@ -7584,78 +7658,41 @@ class Forward:
     def __iter__(self):
         """The pieces.  Raises Unfinished when it breaks off, ClientLeft."""
         try:
-            if self._comments:
-                yield from self._commented()
-            else:
-                yield from self._relay()
+            yield from self._pieces()
         except Exception as error:
-            stopped = self._cause is not None
+            stopped = self.cause is not None
             yield self._fail(error)
-            told = isinstance(self._cause, HttpError) and (
+            told = isinstance(self.cause, HttpError) and (
                 self._answer is None or stopped and self._answer.streams)
             if told:
-                told = error_response(self._cause, self._anthropic).body
-                yield stream_event(told, self._anthropic)
-            if not isinstance(self._cause, HttpError):
-                raise self._cause from None
+                yield stream_event(error_response(self.cause, self._anthropic).body, self._anthropic)
+            if not isinstance(self.cause, HttpError):
+                raise self.cause from None
             if not told or stopped:
                 raise Unfinished from None
 
-    def _relay(self):
+    def _pieces(self):
         """The answer's pieces, metered.  A request is over before its last piece leaves, so that whoever has
         the answer finds it counted."""
-        answer, meter, due = self._answer, self._meter, 0.0     # clock when listeners hear of its tokens
+        answer, meter = self._answer, self._meter
         for piece in answer.pieces():
             out = piece
             if meter:
                 now = time.monotonic()
                 out = meter.feed(piece, now)
-                if now >= due and meter.first is not None:
-                    due = now + COUNT_S
-                    self._gateway.hub.generated(self.record, meter.pieces, meter.first)
+                if meter.first is not None:
+                    self._inference.generated(meter.pieces, meter.first, now)
             yield out + self._finish() if answer.over else out
-        if self._cause:     # an answer that ends with its connection cannot tell
-            raise self._cause
-        if not self.over:
+        if self.cause:     # an answer that ends with its connection cannot tell
+            raise self.cause
+        if not self._over:
             yield self._finish()
-
-    def _commented(self):
-        """Comments until LM Studio speaks, then its answer; if the client has a head of ours, as a stream."""
-        late = self._answer is None
-        while late and self._is_silent():
-            yield self._gateway.hub.comment(self.record)
-        if late:
-            self._take_head()
-        while self._is_silent():
-            yield self._gateway.hub.comment(self.record)
-        if not late or self._answer.streams:
-            return (yield from self._relay())
-        body = b""
-        for piece in self._relay():
-            body += piece[:WHOLE_LIMIT - len(body)]
-        yield stream_event(body, self._anthropic)
-
-    def _is_silent(self):
-        """True after SILENCE_S without its turn or a byte of LM Studio's.  Raises TimeoutError."""
-        if not self._sent:
-            if not self._take_turn(self.SILENCE_S):
-                return True
-            self._sent = self._gateway.upstream.send(self._call)
-        limit_s = self._call.timeout_s or math.inf
-        wait_s = min(self.SILENCE_S, limit_s - self._silent_s)
-        if self._answer and self._answer.ready or self._call.wait(wait_s):
-            self._silent_s = 0.0
-            return False
-        self._silent_s += wait_s
-        if self._silent_s >= limit_s:
-            raise TimeoutError
-        return True
 
     # --- the end
 
     def close(self):
         """The client has all, or wants no more."""
-        if not self.over:
+        if not self._over:
             self._fail(ClientLeft())
 
     def _finish(self):
@@ -7669,19 +7706,17 @@ class Forward:
         return held
 
     def _fail(self, error):
-        """It ends in error; _cause is to be raised for it.  Gives bytes that were held back."""
+        """It ends in error; the cause is to be raised for it.  Gives bytes that were held back."""
         if isinstance(error, BROKEN):
             error = upstream_error(error, self._timeout_option, self._answer is not None)
-        cause = self._cause = self._cause or error
+        cause = self.cause = self.cause or error
         held = self._meter.end() if self._meter else b""
         if isinstance(cause, ClientLeft):
             phase = ("before the answer" if self._answer is None else "while the prompt was read"
                      if self._meter and self._meter.stream and self._meter.first is None
                      else "during the answer")
-            if self._gateway.cutting_off:
-                self._end(f"lmgateway stopped {phase}", "gateway_stopped")
-            else:
-                self._end(f"the client left {phase}", "client_disconnected")
+            self._end(*(f"lmgateway stopped {phase}", "gateway_stopped") if self._gateway.cutting_off else
+                      (f"the client left {phase}", "client_disconnected"))
         elif isinstance(cause, HttpError):
             self._end(str(cause), cause.code)
         else:
@@ -7690,47 +7725,74 @@ class Forward:
 
     def _end(self, error, operation):
         """It is over, once: LM Studio's connection is free, the hub and the log are told."""
-        if self.over:
+        if self._over:
             return
-        self.over = True
-        try:
-            self._gateway.watcher.forget(self.request.connection)
-            self._gateway.upstream.done(self._call, self._answer)
-            if self.record:
-                self._end_record(error, operation)
-            elif error:
-                self._log(error, operation, f"{self.request.method} {self.request.path}: {error}")
-        finally:
-            self._gateway.turns.leave(self._turn, self.record)
-
-    def _end_record(self, error, operation):
-        self.request.told = True
-        end_record(self._gateway, self.record,
-                   Outcome(state_after(error, operation), self._answer and self._answer.status, error,
-                           operation, self._meter, getattr(self._cause, "by", None)))
-
-    def _log(self, error, operation, line):
-        left = operation == "client_disconnected" and not self.record
-        log.log(logging.WARNING if error and not left else logging.INFO, "%s", line)
-        self.request.told = True
+        self._over = True
+        self._gateway.watcher.forget(self.request.connection)
+        self._gateway.upstream.done(self._call, self._answer)
+        self.request.told = bool(self._inference or error)
+        if self._inference:
+            self._inference.end(error, operation, self._answer and self._answer.status, self._meter)
+        elif error:
+            log.log(logging.INFO if operation == "client_disconnected" else logging.WARNING, "%s %s: %s",
+                    self.request.method, self.request.path, error)
 
 
-def state_after(error, operation):
-    if error is None:
-        return "done"
-    return "abandoned" if operation in ("client_disconnected", "stopped") else "failed"
+class CommentedForward(Forward):
+    """A Forward whose stream is filled with SSE comments while LM Studio is silent (PREFILL_COMMENTS): every
+    client ignores them, and they keep idle timers awake.
 
+    A client without a byte for SILENCE_S gets a head of ours; a failure after that is told inside the
+    stream."""
 
-def end_record(gateway, record, outcome):
-    """An inference is over: the hub and the log are told."""
-    gateway.inferences.pop(record.id, None)
-    gateway.hub.end(record, outcome)
-    usage, error = record.usage or {}, outcome.error
-    told = "upstream_error" if outcome.operation == "upstream_error" else error    # that can quote a prompt
-    log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
-            record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
-            record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
-            usage.get("completionTokens", "?"), f": {told}" if told else "")
+    SILENCE_S = 5.0  # before each comment
+    alters = True
+
+    _sent: Any = None   # the Answer before its head is there
+    _silent_s = 0.0     # for how long LM Studio has said nothing
+
+    def _respond(self):
+        if self._is_silent():
+            return Response(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")], self)
+        return super()._respond()
+
+    def _open(self):
+        return self._sent.begin()
+
+    def _pieces(self):
+        """Comments until LM Studio speaks, then its answer; if the client has a head of ours, as a stream."""
+        late = self._answer is None
+        while late and self._is_silent():
+            yield self._comment()
+        if late:
+            self._take_head()
+        while self._is_silent():
+            yield self._comment()
+        if not late or self._answer.streams:
+            return (yield from super()._pieces())
+        body = b""
+        for piece in super()._pieces():
+            body += piece[:WHOLE_LIMIT - len(body)]
+        yield stream_event(body, self._anthropic)
+
+    def _comment(self):
+        return self._gateway.hub.comment(self._inference.record)
+
+    def _is_silent(self):
+        """True after SILENCE_S without its turn or a byte of LM Studio's.  Raises TimeoutError."""
+        if not self._sent:
+            if not self._has_turn(self.SILENCE_S):
+                return True
+            self._sent = self._gateway.upstream.send(self._call)
+        limit_s = self._call.timeout_s or math.inf
+        wait_s = min(self.SILENCE_S, limit_s - self._silent_s)
+        if self._answer and self._answer.ready or self._call.wait(wait_s):
+            self._silent_s = 0.0
+            return False
+        self._silent_s += wait_s
+        if self._silent_s >= limit_s:
+            raise TimeoutError
+        return True
 
 
 def stream_event(body, anthropic):
@@ -8145,14 +8207,6 @@ FOLDERS = frozenset(route.path.rpartition("/")[0] for route in ROUTES)
 FORWARD = Route("*", "*", forward, "infer", "LM Studio's answer, unchanged")
 
 
-def routes_table():
-    """The README's table of routes; a test holds the README to it."""
-    return "\n".join(["| route | needs | answer |", "|---|---|---|",
-                      *(f"| `{row.method} {row.path.replace('*', 'ID')}` | {row.access} | {row.about} |"
-                        for row in ROUTES),
-                      f"| every other | {FORWARD.access} | {FORWARD.about} |"])
-
-
 def find_route(request):
     """The Route of a request; FORWARD if no path of ours fits.  Raises HttpError 405."""
     folder, slash, last = request.path.rpartition("/")
@@ -8182,12 +8236,10 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 
 FIRST_LIMIT = 4096  # bytes of a client's first message
 PARTING_S = 0.5  # for the other side's close frame once one side has sent its own
-SETTLE_S = 0.25  # fragments wait at most so long to be read, and a stop to be noticed
-SETTLE_COUNT = 64  # fragments that wait at most
 UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read,
 UNSAID_LIMIT = 64  # and beyond so many packets of ours that wait for the end of a message of LM Studio's
 REFUSALS_KEPT = 1000  # of calls whose later messages must not go on either
-READ, WRITE, GONE = 1, 4, 8 | 16 | getattr(select, "POLLRDHUP", 0)  # of poll(2)
+READ, WRITE = 1, 4  # of poll(2)
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 OPERATIONS = {1001: "gateway_stopped", 1008: "key_revoked", 1011: "upstream_reset"}  # by close code
 KEY_REMEDY = ("this gateway asks for a key: give a client that takes a token (apiToken, LM_API_TOKEN) one of "
@@ -8227,30 +8279,37 @@ def key_in(first):
 
 
 class Prediction:
-    """One inference over a socket, from its call to its end: a record, and the meter that its end asks.
+    """One inference over a socket, from its call to its end, and the meter that its end asks: LM Studio's own
+    figures come with the result, and what is counted here is for an end without one."""
 
-    LM Studio's own figures come with the result: what was measured here is for an end without one."""
+    first = last = None
 
-    dialect, first, last = SOCKET, None, None
-
-    def __init__(self, gateway, **about):
-        self._gateway = gateway
-        self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), **about)
-        self.usage, self.pieces = Usage(), 0
-        self._begun = None  # clock of the first token
-        self._told = -math.inf  # clock when listeners heard of its tokens
-        self.cancelled = self.over = False  # cancelled: by the client
+    def __init__(self, talk, kind, body, message):
+        """Raises HttpError if it is not let in."""
+        self.request, self._hub, self.bell, self.kind = talk.request, talk.gateway.hub, lambda: talk.bell, kind
         self.cause: Any = None  # the HttpError with which it was stopped
-        gateway.inferences[self.record.id] = self
-        gateway.hub.begin(self.record)
+        self.cancelled = False  # by the client
+        self.usage, self.pieces, self._begun = Usage(), 0, None     # begun: clock of the first token
+        endpoint = body["endpoint"]
+        self.dialect = METERED[talk.namespace, kind, endpoint]
+        asked = member(body, "parameter" if kind == "rpcCall" else "creationParameter")
+        path, messages = f"/{talk.namespace}/{endpoint}", member(asked, "history").get("messages")
+        self.inference = Inference(
+            talk.gateway, self, method="GET", path=path, target=path, dialect=self.dialect.name,
+            stream=kind == "channelCreate", messages=len(messages) if isinstance(messages, list) else None,
+            model_asked=model_named(member(asked, "modelSpecifier"), talk.gateway.instances),
+            size=None if has_files(listed(messages)) else text_size([messages, asked.get("rawPrompt")]),
+            tools=b'"llm.prediction.tools"' in message.payload)
+        self.held = message.raw if self.inference.turn.bell else b""    # while it waits for its turn
 
     def stop(self, cause):
         """Any thread.  Ends it, unless it is over, with an HttpError of which the client is told."""
         self.cause = self.cause or cause
+        self.bell().set()
 
-    def take(self, kind, body, now):
+    def take(self, body, now):
         """Learn from a message of LM Studio's that answers it."""
-        content = member(body, "message")
+        kind, content = body.get("type"), member(body, "message")
         if kind == "channelSend":
             learn = PACKETS.get(str(content.get("type")))
             if learn:
@@ -8264,14 +8323,12 @@ class Prediction:
             self.end("LM Studio closed the channel without a result", "upstream_error")
 
     def on_fragment(self, content, now):
-        self.pieces += count(member(content, "fragment"), "tokensCount", default=1)
-        self.on_token(content, now)
+        self.generated(count(member(content, "fragment"), "tokensCount", default=1), now)
 
-    def on_token(self, content, now):
-        self._begun = self._begun or now
-        if now - self._told >= COUNT_S:
-            self._told = now
-            self._gateway.hub.generated(self.record, self.pieces, self._begun)
+    def generated(self, tokens, now):
+        """So many tokens more, at the clock reading now."""
+        self.pieces, self._begun = self.pieces + tokens, self._begun or now
+        self.inference.generated(self.pieces, self._begun, now)
 
     def on_progress(self, content, now):
         """How much of the prompt has been read; what of it came from the cache is said nowhere else."""
@@ -8284,186 +8341,180 @@ class Prediction:
                 "reused": cached, "total": total, "percentage": round(100 * cached / total, 2)}))
         if read is not None:
             events.append(Event("lmstudio_prompt_progress", {"progress": round(100 * min(read, 1), 2)}))
-        self._gateway.hub.learned(self.record, events)
+        self._hub.learned(self.inference.record, events)
 
     def on_success(self, content, now):
-        stats, usage = member(content, "stats"), self.usage
-        usage.prompt, usage.completion, usage.total = (count(stats, name) for name in (
-            "promptTokensCount", "predictedTokensCount", "totalTokensCount"))
-        speed, first_s = usable(stats.get("tokensPerSecond")), usable(stats.get("timeToFirstTokenSec"))
-        usage.speed, usage.first_ms = speed and round(speed, 2), first_s and round(1000 * first_s, 1)
-        usage.finish = name_of(stats.get("stopReason"))
-        usage.model = name_of(member(content, "modelInfo").get("identifier"))
+        figures = figures_as_v0(member(content, "stats"))
+        self.usage.take({**figures, "model": member(content, "modelInfo").get("identifier")})
+        drafts = count(figures["stats"], "total_draft_tokens_count")
+        if drafts:
+            self._hub.learned(self.inference.record, [Event("lmstudio_prediction_stats", {
+                "draftTokens": drafts,
+                "acceptedDraftTokens": count(figures["stats"], "accepted_draft_tokens_count")})])
         self.pieces = 0  # estimates are for what has no figures
-        if usage.finish == "userStopped":
-            self.cancelled = True
-            self.end("the client cancelled it", "client_disconnected")
-        else:
-            self.end()
+        self.cancelled = self.usage.finish == "userStopped"
+        self.end("the client cancelled it" if self.cancelled else None)
 
     def end(self, error=None, operation=None):
         """It is over, in whatever way.  Later calls do nothing."""
-        if self.over:
-            return
-        self.over = True
-        self._gateway.inferences.pop(self.record.id, None)
         if self.cause:
             error, operation = str(self.cause), self.cause.code
         elif error and self.cancelled:
             error, operation = "the client cancelled it", "client_disconnected"
-        end_record(self._gateway, self.record, Outcome(state_after(error, operation), None if error else 200,
-                                                       error, operation, self))
+        self.inference.end(error, operation, None if error else 200, self)
 
 
 PACKETS: dict[str, Callable] = {  # of a prediction's channel
     "fragment": Prediction.on_fragment, "promptProcessingProgress": Prediction.on_progress,
-    "success": Prediction.on_success, "toolCallGenerationStart": Prediction.on_token,
-    "toolCallGenerationArgumentFragmentGenerated": Prediction.on_token}
+    "success": Prediction.on_success,
+    "toolCallGenerationStart": lambda prediction, content, now: prediction.generated(0, now),
+    "toolCallGenerationArgumentFragmentGenerated": lambda prediction, content, now: prediction.generated(0, now)}
 
 
 class Conversation:
-    """What is said over one socket: which calls may go on, and what they cost."""
+    """What is said over one socket: which calls may go on, and when, and what they cost."""
 
-    def __init__(self, gateway, request):
-        self._gateway, self._request, self._namespace = gateway, request, request.path[1:]
+    def __init__(self, gateway, request, bell):
+        self.gateway, self.request, self.bell, self.namespace = gateway, request, bell, request.path[1:]
         self.running = {}  # (name of the id, id) -> Prediction
         self._refused: dict = {}  # ids of calls that LM Studio never heard of, in the same form
-        self._later: list[bytes] = []  # fragments that the client has and that are not read yet
-        self._settled = -math.inf  # clock when they were read last
         self.words: list[bytes] = []  # packets of ours for the client
+
+    @property
+    def held(self):
+        """Bytes of calls that wait for their turn."""
+        return sum(len(prediction.held) for prediction in self.running.values())
 
     def check_key(self):
         """Raises FrameError when the client's key is no longer what it was."""
-        if self._gateway.access.recognize(self._request) != self._request.identity:
+        if self.gateway.access.recognize(self.request) != self.request.identity:
             raise FrameError(1008, "the key was revoked or has other rights now")
 
     def admits(self, message):
-        """True when a client's message may go on to LM Studio.  Raises FrameError for one that cannot be
+        """True when a client's message may go on to LM Studio now.  Raises FrameError for one that cannot be
         judged: what this program cannot read LM Studio may."""
         self.check_key()
-        text, rights = message.payload, self._request.identity.rights
+        text = message.payload
         if message.opcode == BINARY:    # LM Studio reads it as text
             text = str(text, "utf-8", "replace").encode()
         body = json_object(text)
-        if body is None and "admin" not in rights:
+        if body is None and "admin" not in self.request.identity.rights:
             raise FrameError(1008, "a message that is no JSON object")
         kind = str((body or {}).get("type"))
         if kind in OPENERS:
-            return self._opens(kind, body, rights)
+            return self._opens(kind, body, message)
         return kind not in FOLLOWERS or self._follows(kind, body)
 
-    def _opens(self, kind, body, rights):
-        (name, refusal), endpoint = OPENERS[kind], str(body.get("endpoint"))
-        number = id_of(body, name)
-        if number is None or kind == "rpcCall" and (name, number) in self.running:
+    def _opens(self, kind, body, message):
+        name, endpoint = OPENERS[kind][0], str(body.get("endpoint"))
+        key = name, id_of(body, name)
+        before, metered = self.running.get(key), (self.namespace, kind, endpoint) in METERED
+        if key[1] is None or before and (kind == "rpcCall" or before.held):
             return False    # LM Studio drops such a call, too
-        right = RIGHT_OF.get((self._namespace, endpoint), "admin")
-        if not rights & {right, "admin"}:
-            remember(self._refused, (name, number), True, REFUSALS_KEPT)
-            title = f"{bounded_text(endpoint, 60)}: {right_missing(self._request.identity, right)}"
-            self.words.append(packet(type=refusal, **{name: number}, error={"title": title}))
+        try:
+            right = RIGHT_OF.get((self.namespace, endpoint), "admin")
+            if not self.request.identity.rights & {right, "admin"}:
+                raise right_missing(self.request.identity, right)
+            self._refused.pop(key, None)
+            if metered and not before:
+                self.running[key] = Prediction(self, kind, body, message)
+                self.running[key].inference.begin()
+                return not self.running[key].held
+            return True
+        except HttpError as error:
+            self.gateway.hub.reject(error.code)
+            remember(self._refused, key, True, REFUSALS_KEPT)
+            self._refuse(kind, key[1], f"{bounded_text(endpoint, 60)}: {error}")
             return False
-        self._refused.pop((name, number), None)
-        if (self._namespace, kind, endpoint) in METERED and (name, number) not in self.running:
-            self.running[name, number] = self._prediction(kind, endpoint, body)
-        return True
 
-    def _prediction(self, kind, endpoint, body):
-        asked = member(body, "parameter" if kind == "rpcCall" else "creationParameter")
-        request = self._request
-        messages = member(asked, "history").get("messages")
-        path = f"/{self._namespace}/{endpoint}"
-        return Prediction(self._gateway, method="GET", path=path, target=path, dialect=SOCKET.name,
-                          client=request.client, key=request.identity.name,
-                          agent=request.header("user-agent")[:200] or None, stream=kind == "channelCreate",
-                          model_asked=model_named(member(asked, "modelSpecifier"), self._gateway.instances),
-                          messages=len(messages) if isinstance(messages, list) else None)
+    def _refuse(self, kind, number, title):
+        name, refusal = OPENERS[kind]
+        self.words.append(packet(type=refusal, **{name: number}, error={"title": title}))
 
     def _follows(self, kind, body):
         key = FOLLOWERS[kind], id_of(body, FOLLOWERS[kind])
         prediction = self.running.get(key)
         if prediction and member(body, "message").get("type") == "cancel":
             prediction.cancelled = True
-        return key not in self._refused
+            if prediction.held:
+                self._drop(key, "it was cancelled while it waited for its turn")
+                return False
+        return key not in self._refused and not (prediction and prediction.held)
+
+    def _drop(self, key, title):
+        """A call ends here; its client is told why."""
+        prediction = self.running.pop(key)
+        prediction.end(title)
+        self._refuse(prediction.kind, key[1], title)
+
+    def tend(self):
+        """Frames for LM Studio: of the calls whose turn has come, and to cancel those that somebody has
+        stopped."""
+        frames = []
+        for key, prediction in list(self.running.items()):
+            if prediction.cause:
+                self._drop(key, str(prediction.cause))
+                if not prediction.held and prediction.kind == "channelCreate":
+                    frames.append(packet(secrets.token_bytes(4), type="channelSend", channelId=key[1],
+                                         message={"type": "cancel"}))
+            elif prediction.held and prediction.inference.turn.began is not None:
+                frames.append(prediction.held)
+                prediction.held = b""
+                prediction.inference.go()
+        return frames
 
     def heard(self, messages, now):
         """LM Studio's messages, before the client has them: a client may leave the moment it has the last."""
         for message in messages:
-            if FRAGMENT.match(message.payload):
-                self._later.append(message.payload)
+            fragment = FRAGMENT.match(message.payload)
+            if fragment:
+                prediction = self.running.get(("channelId", int(fragment[1])))
+                if prediction:
+                    prediction.generated(int(fragment[2]), now)
             elif message.opcode in (TEXT, BINARY):
-                self.settle(now)
                 self._take(json_object(message.payload) or {}, now)
-        if self._later and (now - self._settled >= SETTLE_S or len(self._later) >= SETTLE_COUNT):
-            self.settle(now)
-
-    def settle(self, now):
-        """Read the fragments that wait, at once: one by one they cost twice as much."""
-        later, self._later, self._settled = self._later, [], now
-        if later and self.running:
-            whole = json_object(b'{"all":[' + b",".join(later) + b"]}")
-            for body in listed(whole["all"]) if whole else [json_object(text) or {} for text in later]:
-                self._take(body, now)
 
     def _take(self, body, now):
-        kind = body.get("type")
         name = "callId" if "callId" in body else "channelId"
         key = name, id_of(body, name)
         prediction = self.running.get(key)
         if prediction:
-            prediction.take(kind, body, now)
-            if prediction.over:
+            prediction.take(body, now)
+            if prediction.inference.over:
                 del self.running[key]
         for reference, model in named_instances(body):
-            remember(self._gateway.instances, reference, model)
-
-    def stop(self):
-        """What somebody has stopped ends: packets for LM Studio that cancel it; its client hears in words."""
-        cancels = []
-        for (name, number), prediction in list(self.running.items()):
-            if prediction.cause:
-                prediction.end()
-                del self.running[name, number]
-                self.words.append(packet(type="rpcError" if name == "callId" else "channelError",
-                                         **{name: number}, error={"title": str(prediction.cause)}))
-                if name == "channelId":
-                    cancels.append(packet(secrets.token_bytes(4), type="channelSend", channelId=number,
-                                          message={"type": "cancel"}))
-        return cancels
+            remember(self.gateway.instances, reference, model)
 
     def end(self, error, operation):
-        """The socket is over, and with it all that runs."""
-        self.settle(time.monotonic())
-        for prediction in self.running.values():
-            prediction.end(error, operation)
-        self.running.clear()
+        """The socket is over, and with it all that runs or waits."""
+        with contextlib.ExitStack() as stack:   # each of them, whatever becomes of another
+            while self.running:
+                stack.callback(self.running.popitem()[1].end, error, operation)
 
 
-def name_of(value):
-    """A name in a message, as it is kept; None for none."""
-    return bounded_text(value) if value and isinstance(value, str) else None
+class Bell:
+    """Wakes the thread of a tunnel.  Any thread may ring, also when nobody waits."""
 
+    def __init__(self):
+        self.sock, self._rope = socket.socketpair()
+        for end in (self.sock, self._rope):
+            end.setblocking(False)
 
-def model_named(specifier, instances):
-    """The model that a specifier means, as it was asked for; None for any."""
-    reference, query = name_of(specifier.get("instanceReference")), member(specifier, "query")
-    return instances.get(reference) or name_of(query.get("identifier")) or name_of(query.get("path"))
+    def set(self):
+        with contextlib.suppress(OSError):  # it rings already, or there is nobody left
+            self._rope.send(b"!")
 
-
-def named_instances(body):
-    """[(instance reference, identifier)] of the models that a message of LM Studio's describes."""
-    result, content = body.get("result"), member(body, "message")
-    rows = [*(result if isinstance(result, list) else [result]), content.get("info"),
-            content.get("modelInfo")]
-    found = [(name_of(row.get("instanceReference")), name_of(row.get("identifier"))) for row in listed(rows)]
-    return [(reference, model) for reference, model in found if reference and model]
+    def close(self):
+        self.sock.close()
+        self._rope.close()
 
 
 class Side:
     """One of a tunnel's two connections, read and written without waiting."""
 
-    def __init__(self, sock):
-        self.sock, self.pending = sock, bytearray()     # pending: what it has not taken
+    def __init__(self, sock, frames):
+        self.sock, self.frames = sock, frames
+        self.pending = bytearray()  # what it has not taken
 
     def receive(self):
         """What has come: None for nothing, b"" for the end."""
@@ -8489,28 +8540,19 @@ class Side:
             self.pending += data[sent:]
 
 
-class Poll:
-    """Waits for several sockets: poll(2), select(2) where there is none."""
-
-    def __init__(self):
-        self._poll = select.poll() if hasattr(select, "poll") else None
-        self._wanted: dict = {}
-        self._socks: dict = {}
-
-    def wait(self, wanted, timeout_s):
-        """{socket: what happened} within timeout_s, None for ever; wanted: {socket: READ, WRITE, GONE}."""
-        if self._poll is None:
-            reads, writes, _ = select.select([sock for sock in wanted if wanted[sock] & READ],
-                                             [sock for sock in wanted if wanted[sock] & WRITE], [], timeout_s)
-            return {sock: (sock in reads) * READ | (sock in writes) * WRITE for sock in {*reads, *writes}}
-        if wanted != self._wanted:
-            for sock in self._wanted:
-                self._poll.unregister(sock)
-            for sock, mask in wanted.items():
-                self._poll.register(sock, mask)
-            self._wanted, self._socks = wanted, {sock.fileno(): sock for sock in wanted}
-        found = self._poll.poll(None if timeout_s is None else math.ceil(1000 * max(0.0, timeout_s)))
-        return {self._socks[number]: mask for number, mask in found}
+def ready_sockets(wanted, timeout_s):
+    """The set of sockets that can be read or written, or have ended, within timeout_s, None for ever; wanted:
+    {socket: READ, WRITE, both or 0}."""
+    if not hasattr(select, "poll"):
+        reads, writes, _ = select.select([sock for sock in wanted if wanted[sock] & READ],
+                                         [sock for sock in wanted if wanted[sock] & WRITE], [], timeout_s)
+        return {*reads, *writes}
+    look, socks = select.poll(), {}
+    for sock, mask in wanted.items():
+        if mask:
+            socks[sock.fileno()] = sock
+            look.register(sock, mask)
+    return {socks[number] for number, _ in look.poll(None if timeout_s is None else math.ceil(1000 * timeout_s))}
 
 
 class Tunnel:
@@ -8518,24 +8560,24 @@ class Tunnel:
     not taken holds up the other.  TLS would not bear two threads (SSL_read(3) beside SSL_write(3))."""
 
     def __init__(self, gateway, request, studio, early):
-        self._gateway, self._request = gateway, request
-        self.client, self.studio = Side(request.connection), Side(studio)
-        self._up, self._down = Frames(True, FIRST_LIMIT), Frames(False, WHOLE_LIMIT)
+        self._gateway, self._request, self._bell = gateway, request, Bell()
+        self.client = Side(request.connection, Frames(True, FIRST_LIMIT))
+        self.studio = Side(studio, Frames(False, LONGEST_MESSAGE))
         self._early = early  # bytes of LM Studio's that came with its 101
-        self.talk = Conversation(gateway, request)
-        self._poll = Poll()
-        self._memory, self._held = BodyMemory(0), 0     # held: bytes of a message that it counts
-        self._deaf = False  # the client is read no more
+        self.talk = Conversation(gateway, request, self._bell)
+        self._memory, self._held = BodyMemory(0), 0     # held: bytes of messages that it counts
+        self._dismissed = False     # the client has left, or is to go
+        self._said_goodbye = False  # the client is read no more
         self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
 
     # --- who is there
 
     def admit(self, early):
         """Take the client's first message, early the bytes of it that are there, and give LM Studio one of
-        ours.  True once LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
+        ours, until LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
         request = self._request
         try:
-            first, calls = first_message(self.client.sock, self._up, early)
+            first, calls = first_message(self.client.sock, self.client.frames, early)
         except TIMEOUTS:
             raise HttpError(408, "authentication_timeout", "authentication timed out") from None
         said = json_object(first.payload) or {}
@@ -8548,14 +8590,14 @@ class Tunnel:
         who = [request.identity.name, said.get("clientIdentifier"), said.get("clientPasskey")]
         try:
             self.studio.sock.sendall(self._gateway.upstream.introduction(json.dumps(who)))
-            answer, news = first_message(self.studio.sock, self._down, self._early)
+            answer, news = first_message(self.studio.sock, self.studio.frames, self._early)
         except (ClientLeft, FrameError, OSError):
             raise FrameError(1011, "LM Studio let nobody in") from None
         said = json_object(answer.payload) or {}
         if said.get("success") is not True:
             raise HttpError(403, "upstream_refused", str(said.get("error") or "LM Studio let nobody in"))
         self.client.sock.sendall(b"".join(message.raw for message in (answer, *news)))
-        self._up.limit = self._gateway.config.max_body
+        self.client.frames.limit = self._gateway.config.max_body
         for side in (self.client, self.studio):
             side.sock.setblocking(False)
         self._pass_on(calls)
@@ -8570,83 +8612,80 @@ class Tunnel:
 
     def run(self, connection, memory):
         """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
-        self._memory = memory
+        self._memory, talk = memory, self.talk
         self._gateway.watcher.watch(self.client.sock, self.dismiss)
-        self._say()
         while time.monotonic() < self._parting:
-            connection.state = WORKING if self.talk.running else TUNNELLING
-            if self._gateway.stopping and not self.talk.running:
+            connection.state = WORKING if talk.running else TUNNELLING
+            if self._gateway.stopping and not talk.running:
                 raise FrameError(1001, "lmgateway stops")
             self._step()
 
     def dismiss(self):
         """Any thread.  The client has left, or is to go."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.client.sock, socket.SHUT_RD)
+        self._dismissed = True
+        self._bell.set()
 
     def _step(self):
         client, studio, talk = self.client, self.studio, self.talk
-        reads = not (self._deaf or studio.pending or len(client.pending) > UNREAD_LIMIT
+        while talk.words and studio.frames.between:     # ours stand between two messages of LM Studio's
+            client.send(talk.words.pop(0))
+        reads = not (self._said_goodbye or studio.pending or len(client.pending) > UNREAD_LIMIT
                      or len(talk.words) > UNSAID_LIMIT)
-        wanted = {client.sock: (0 if self._deaf else GONE) | READ * reads | WRITE * bool(client.pending),
-                  studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)}
-        left_s = SETTLE_S if talk.running else None
-        if self._parting < math.inf:
-            left_s = self._parting - time.monotonic()
-        happened = self._poll.wait({sock: mask for sock, mask in wanted.items() if mask}, left_s)
-        now = time.monotonic()
+        found = ready_sockets({
+            self._bell.sock: READ, client.sock: READ * reads | WRITE * bool(client.pending),
+            studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)},
+            max(0.0, self._parting - time.monotonic()) if self._parting < math.inf else None)
         client.send()
         self._to_studio()
-        if happened.get(studio.sock, 0) & ~WRITE:
-            self._from_studio(now)
-        elif talk.running and not happened:
-            talk.settle(now)
-        if happened.get(client.sock, 0) & ~WRITE and not self._deaf:
-            self._from_client(reads)
-        for cancel in talk.stop():
-            self._to_studio(cancel)
-        self._say()
+        if self._bell.sock in found:
+            self._bell.sock.recv(PIECE)
+            self._wake()
+        if studio.sock in found:
+            self._from_studio(time.monotonic())
+        if client.sock in found and reads:
+            self._from_client()
+        self._weigh()
+
+    def _wake(self):
+        """Another thread has rung."""
+        if self._dismissed and not self._gateway.stopping:
+            self.talk.check_key()
+            raise ClientLeft
+        for data in self.talk.tend():
+            self._to_studio(data)
 
     def _from_studio(self, now):
         data = self.studio.receive()
         if data is None:
             return
         try:
-            messages = self._down.feed(data)
+            messages = self.studio.frames.feed(data)
         except FrameError as fault:
             raise FrameError(1011, f"LM Studio sent {fault}") from None
-        if not data:
-            self._end_of_studio()
+        if not data and self._parting == math.inf:
+            raise FrameError(1011, "LM Studio closed the connection")
         self.talk.heard(messages, now)
         self.client.send(data)
-        if messages and messages[-1].opcode == CLOSE:
+        if not data or messages and messages[-1].opcode == CLOSE:
             self._closes()
 
-    def _end_of_studio(self):
-        if self._parting == math.inf:
-            raise FrameError(1011, "LM Studio closed the connection")
-        self._parting = 0.0
-
-    def _from_client(self, reads):
-        data = self.client.receive() if reads else b""
+    def _from_client(self):
+        data = self.client.receive()
         if data:
-            messages = self._up.feed(data)
-            self._weigh(self._up.held)
-            self._pass_on(messages)
+            self._pass_on(self.client.frames.feed(data))
         elif data is not None:
-            self.talk.check_key()
-            if not self._gateway.stopping:
-                raise ClientLeft
-            self._deaf = True
+            raise ClientLeft
 
-    def _weigh(self, held):
-        """What has come of a message counts in the budget of all bodies."""
-        more, self._held = held - self._held, held
-        try:
-            self._memory.take(more)
-        except HttpError as error:
-            self._held -= more
-            raise FrameError(1009, str(error)) from None
+    def _weigh(self):
+        """What is held of a client's messages counts in the budget of all bodies."""
+        held = self.client.frames.held + self.talk.held
+        more = held - self._held
+        if more:
+            try:
+                self._memory.take(more)
+            except HttpError as error:
+                raise FrameError(1009, str(error)) from None
+            self._held = held
 
     def _pass_on(self, messages):
         """A client's messages, to LM Studio or not."""
@@ -8654,7 +8693,7 @@ class Tunnel:
             if message.opcode >= CLOSE or self.talk.admits(message):
                 self._to_studio(message.raw)
             if message.opcode == CLOSE:
-                self._deaf = True
+                self._said_goodbye = True
                 self.talk.end("the client closed the socket", "client_disconnected")
                 return self._closes()
 
@@ -8669,32 +8708,27 @@ class Tunnel:
         both = self._parting < math.inf
         self._parting = 0.0 if both else time.monotonic() + PARTING_S
 
-    def _say(self):
-        """Words of ours, between two messages of LM Studio's."""
-        words = self.talk.words
-        while words and self._down.between:
-            self.client.send(words.pop(0))
-
     # --- the end
 
     def part(self, fault):
         """It is over, for the FrameError, HttpError or ClientLeft given, or because a side has closed."""
         self._gateway.watcher.forget(self.client.sock)
         self._memory.give_back(self._held)
+        close_quietly(self.studio.sock)
         if isinstance(fault, FrameError):
             log.debug("%s %s: closed with %d: %s", self._request.client, self._request.path, fault.code,
                       fault)
-            self.talk.end(str(fault), OPERATIONS.get(fault.code, "protocol_error"))
-            if not self._down.in_frame:
+            why = str(fault), OPERATIONS.get(fault.code, "protocol_error")
+            if not self.studio.frames.rest:
                 self.client.pending += frame(CLOSE, fault.code.to_bytes(2, "big")
                                              + str(fault).encode()[:LONGEST_CONTROL - 2])
         elif self._gateway.cutting_off:
-            self.talk.end("lmgateway stopped during the answer", "gateway_stopped")
-        elif fault:
-            self.talk.end("the client left", "client_disconnected")
+            why = "lmgateway stopped during the answer", "gateway_stopped"
         else:
-            self.talk.end("LM Studio closed the socket", "upstream_reset")
-        close_quietly(self.studio.sock)
+            why = ("the client left", "client_disconnected") if fault else (
+                "LM Studio closed the socket", "upstream_reset")
+        self.talk.end(*why)
+        self._bell.close()
         with contextlib.suppress(OSError):
             self.client.sock.settimeout(PARTING_S)
             self.client.sock.sendall(self.client.pending)
@@ -10474,17 +10508,6 @@ EVENTS = {  # every event of the stream; a test holds the README's table to it
 }
 
 
-def events_table():
-    """The README's table of events; a test holds the README to it."""
-    return "\n".join(["| event | says |", "|---|---|",
-                      *(f"| `{name}` | {row.about} |" for name, row in EVENTS.items())])
-
-
-def readme_tables():
-    """The tables that the README takes from this file; .ci/readme writes them into it."""
-    return [options_table(), routes_table(), events_table()]
-
-
 # --- 9.4 commands that print events: --tail-only and --watch -----------------
 
 
@@ -10613,13 +10636,13 @@ def watch(args, config):
     freeze_start_up()
     try:
         while not stop.wait(0):
-            for item in drain(news, 0.1):
+            items = drain(news, 0.1)
+            printer.write([item for item in items if isinstance(item, tuple)])
+            for item in items:
                 if isinstance(item, GatewayError):
                     raise item
                 if isinstance(item, str):
                     log.warning(item)
-                else:
-                    printer.write(item)
             printer.tick()
         return stop.status
     finally:
@@ -10628,15 +10651,13 @@ def watch(args, config):
 
 
 def drain(news, timeout_s):
-    """The items of a queue, in order: runs of pairs as lists, all else as it is.  Waits for the first."""
+    """The items of a queue, in order.  Waits for the first."""
     found: list[Any] = []
     with contextlib.suppress(queue.Empty):
         found.append(news.get(timeout=timeout_s))
         while len(found) < 500:
             found.append(news.get_nowait())
-    for pairs, run in itertools.groupby(found, lambda item: isinstance(item, tuple)):
-        items = list(run)
-        yield from [items] if pairs else items
+    return found
 
 
 def watched_address(text):
@@ -10857,7 +10878,7 @@ def check_exposure(config):
     open_key_file(config)
     if not loopback(config.host) and not AccessControl(config).need_key and not config.no_auth:
         raise ConfigError(f"{config.named('host')} listens beyond this machine, and no key "
-                          "is set: mint one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to "
+                          "is set; mint one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to "
                           "let everybody in")
 
 
@@ -10898,46 +10919,32 @@ def open_server(gateway, context):
     try:
         return Server(gateway, config.host, config.port, context)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StartError(port_in_use(config)) from None
-        raise StartError(f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose "
-                         "another address with --host (GATEWAY_HOST) and --port") from None
+        raise StartError(listen_problem(config, error)) from None
 
 
-def port_in_use(config):
-    """Who has our port, with the remedy."""
-    url = page_url(config, config.port)
+def listen_problem(config, error):
+    """Why nobody can listen at our address, with the remedy."""
+    host, port, url = config.host, config.port, page_url(config, config.port)
+    if error.errno != errno.EADDRINUSE:
+        return (f"cannot listen on {host}:{port}: {error_text(error)}; choose another address with --host "
+                "(GATEWAY_HOST) and --port")
     if is_lmgateway(url):
         return f"lmgateway already runs there: {url}; open that, stop it, or choose another port with --port"
-    return (f"port {config.port} is in use on {config.host}: stop the program that has it "
-            f"({port_question(config.port)} tells which it is) or choose another with --port (GATEWAY_PORT)")
-
-
-def port_question(port):
-    """The command that names the holder of a port."""
-    if os.name == "nt":
-        return f"netstat -ano | findstr :{port}"
-    return f"lsof -i :{port}" if sys.platform == "darwin" else f"ss -ltnp 'sport = :{port}'"
-
-
-def fetch(url, path):
-    """(status, body) of a GET; (0, b"") without an answer within a second."""
-    parts, context = urllib.parse.urlsplit(url), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing secret is sent
-    with contextlib.suppress(*BROKEN, ValueError):
-        connection = (functools.partial(http.client.HTTPSConnection, context=context)
-                      if parts.scheme == "https" else http.client.HTTPConnection)
-        with contextlib.closing(connection(parts.hostname, parts.port, timeout=1.0)) as asked:
-            asked.request("GET", path)
-            answer = asked.getresponse()
-            return answer.status, answer.read(65536)
-    return 0, b""
+    tell = {"win32": f"netstat -ano | findstr :{port}", "darwin": f"lsof -i :{port}"}.get(
+        sys.platform, f"ss -ltnp 'sport = :{port}'")
+    return (f"port {port} is in use on {host}; stop the program that has it ({tell} tells which it is), or choose "
+            "another with --port (GATEWAY_PORT)")
 
 
 def is_lmgateway(url):
-    """True when an lmgateway answers there: its /health names a version, its page itself."""
-    known = json_object(fetch(url, "/health")[1]) or {}
-    return {"uptime", "version"} <= known.keys() or b"<title>lmgateway" in fetch(url, "/")[1]
+    """True when the page of an lmgateway answers there within a second."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing secret is sent
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}),
+                                         urllib.request.HTTPSHandler(context=context))
+    with contextlib.suppress(*BROKEN, ValueError), opener.open(url, timeout=1.0) as page:
+        return b"<title>lmgateway" in page.read(4096)
+    return False
 
 
 def tls_context(config):
@@ -11088,306 +11095,243 @@ def print_launchd(args, config):
 
 
 # --- 9.8 --check -------------------------------------------------------------
-# A check is one row of CHECKS: a function that looks at one thing and yields its findings.
+# A check is one row of CHECKS: it looks at one thing and yields its findings, (mark, finding, remedy).
 
-
-class Finding(NamedTuple):
-    mark: str  # "ok", "warn" or "bad"
-    what: str
-    remedy: str = ""
-
-
-fine, concern, amiss = map(functools.partial, [Finding] * 3, ("ok", "warn", "bad"))
-SETTINGS_MENU = "LM Studio: Developer > Server settings"
+SERVER_MENU = "LM Studio: Developer > Server settings"
 LOGS_MENU = 'LM Studio: Developer Logs, "..." menu'
 
 
 class Installation:
-    """What the checks look at, each part looked at once, when a check first asks for it."""
-
-    CHECKED_BYTES = 4_000_000  # of the newest log
+    """Everything that several checks look at."""
 
     def __init__(self, args, environ):
         self.config, self.warnings, self.errors = load_config(vars(args), environ, args.env_file)
         self.env_file, self.home = args.env_file or ".env", find_home()
         self.log_dir = self.config.log_dir or find_log_dir(self.home)
-        self.exposed = not loopback(self.config.host)
+        self.upstream = Upstream(find_upstream(self.config).upstream, self.config.upstream_token)
 
     @functools.cached_property
-    def settings(self):
-        """LM Studio's settings, or the exception that says why there are none."""
-        return value_or_error(read_settings, self.home)
-
-    @functools.cached_property
-    def newest(self):
-        """The newest LogFile, None without any, or the OSError of the directory."""
-        logs = value_or_error(list_logs, self.log_dir)
-        return logs if isinstance(logs, OSError) else logs[-1] if logs else None
-
-    @functools.cached_property
-    def parser(self):
-        """A Parser that has read the end of the newest log, or the OSError of that file."""
-        return value_or_error(self._read_newest)
-
-    def _read_newest(self):
-        parser = Parser()
-        with open(self.newest.path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - self.CHECKED_BYTES))
-            parser.feed(file.read(self.CHECKED_BYTES))
+    def log(self):
+        """(path, stat, Parser of its last 4 MB) of the newest log, None without any.  Raises OSError."""
+        logs, parser, most = list_logs(self.log_dir), Parser(), 4_000_000
+        if not logs:
+            return None
+        with open(logs[-1].path, "rb") as file:
+            state = os.fstat(file.fileno())
+            file.seek(max(0, state.st_size - most))
+            parser.feed(file.read(most))
         parser.end()
-        return parser
-
-
-def value_or_error(function, *args):
-    try:
-        return function(*args)
-    except (OSError, ValueError) as error:
-        return error
-
-
-def check_python(found):
-    yield fine(f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
-               f"lmgateway {VERSION}")
+        return logs[-1].path, state, parser
 
 
 def refused(error):
-    """The Finding of an error of ours, whose remedy stands behind its last semicolon."""
-    what, _, remedy = str(error).rpartition("; ")
-    return amiss(what or remedy, remedy if what else "see --help and the README")
+    """The finding of an error of ours: its remedy stands behind the last semicolon."""
+    finding, _, remedy = str(error).rpartition("; ")
+    return "bad", finding or remedy, remedy if finding else "see --help and the README"
+
+
+def check_python(found):
+    yield "ok", (f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
+                 f"lmgateway {VERSION}")
 
 
 def check_options(found):
     yield from map(refused, found.errors)
     for warning in found.warnings:
-        yield concern(warning, "correct it, or take it away")
+        yield "warn", warning, "correct it, or take it away"
     for name, source in found.config.sources.items():
         variable = next(row.variable for row in OPTIONS if row.name == name)
         value = "set" if variable in SECRET else getattr(found.config, name)
-        yield fine(f"{variable}: {value} (from {source})")
+        yield "ok", f"{variable}: {value} (from {source})"
     log_file = found.config.log_file
     if log_file and not os.access(os.path.dirname(os.path.abspath(log_file)), os.W_OK):
-        yield amiss(f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours")
+        yield "bad", f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours"
     if not found.config.sources and not found.errors:
-        yield fine("each has its default")
+        yield "ok", "each has its default"
 
 
 def check_port(found):
-    config, own = found.config, f"port {found.config.port} of {found.config.host}"
+    host, port = found.config.host, found.config.port
     try:
-        with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as sock:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
             if os.name != "nt":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((config.host, config.port))
-        yield fine(f"{own} is free" if config.port else "the system will choose one")
+            sock.bind((host, port))
+        yield "ok", f"port {port} of {host} is free" if port else "the system will choose one"
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            yield amiss(f"cannot listen on {own}: {error_text(error)}",
-                        "choose others with --host and --port")
-        elif is_lmgateway(page_url(config, config.port)):
-            yield fine(f"{own} is held by a running lmgateway")
-        else:
-            yield amiss(f"{own} is held by another program", f"stop it ({port_question(config.port)} tells "
-                        "which it is), or choose another with --port")
+        problem, url = listen_problem(found.config, error), page_url(found.config, port)
+        yield ("ok", f"a running lmgateway has it: {url}") if url in problem else refused(problem)
 
 
 def check_lmstudio(found):
-    upstream = find_upstream(found.config).upstream
-    what, _, remedy = Upstream(upstream).health().partition(". ")
-    port = settings_port(found.settings) if isinstance(found.settings, dict) else None
-    if is_lmgateway(upstream):
-        yield amiss(f"another lmgateway answers at {upstream}", "name LM Studio's own server with --upstream "
-                    "(LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
-    elif not what:
-        yield fine(f"LM Studio answers at {upstream}")
-    elif port and not upstream.endswith(f":{port}"):
-        yield amiss(what, f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). "
-                    + remedy)
+    url, (problem, _, remedy) = found.upstream.base, found.upstream.health().partition(". ")
+    settings = find_upstream(Config()).upstream
+    if is_lmgateway(url):
+        yield ("bad", f"another lmgateway answers at {url}",
+               "name LM Studio's own server with --upstream (LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
+    elif not problem:
+        yield "ok", f"LM Studio answers at {url}"
     else:
-        yield amiss(what, remedy)
+        yield "bad", problem, remedy if settings in (url, Config().upstream) else (
+            f"its settings say {settings}: give that to --upstream (LMSTUDIO_BASE_URL). {remedy}")
 
 
 def check_settings(found):
-    settings, path = found.settings, settings_path(found.home)
-    if not isinstance(settings, dict):
-        yield concern(f"LM Studio's settings {path} cannot be read: {error_text(settings)}",
-                      "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
+    path = settings_path(found.home)
+    try:
+        settings = read_settings(found.home)
+    except (OSError, ValueError) as error:
+        yield ("warn", f"LM Studio's settings {path} cannot be read: {error_text(error)}",
+               "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
         return
     network = settings.get("networkInterface")
     network = network if isinstance(network, str) else ""
-    yield fine(f"{path}: port {settings_port(settings) or 'not named'}, interface {network or 'not named'}")
+    yield "ok", f"{path}: port {settings_port(settings) or 'not named'}, interface {network or 'not named'}"
     if network and not loopback(network):
-        yield concern(f"LM Studio itself listens on the network ({network}): requests that go there pass by "
-                      "this gateway, its keys and figures", f"{SETTINGS_MENU} > Serve on Local Network: off")
-    for name, value, finding in SETTINGS:
+        yield ("warn", f"LM Studio itself listens on the network ({network}): requests that go there pass by "
+               "this gateway, its keys and figures", f"{SERVER_MENU} > Serve on Local Network: off")
+    for name, value, *finding in SETTINGS:
         if settings.get(name) == value and type(settings.get(name)) is type(value):
             yield finding
 
 
-SETTINGS = (  # (a setting of LM Studio, its value, what to say of that)
-    ("cors", True, concern(
-        "LM Studio allows every web page to call it (CORS)", f"{SETTINGS_MENU} > Enable CORS: off; name the "
-        "origins that may call the gateway with --cors-origins")),
-    ("fileLoggingMode", "off", amiss(
-        "LM Studio writes no log files: there is nothing to monitor",
-        f"{LOGS_MENU} > File Logging Mode: Succinct")),
-    ("verbose", False, concern(
-        "verbose logging is off: no cache, token and speed figures of streams",
-        f"{LOGS_MENU} > Verbose Logging: on")),
-    ("verbose", True, fine("verbose logging is on")),
-    ("logSensitiveData", True, concern(
-        "prompts and answers stand in LM Studio's logs in clear text", f"{LOGS_MENU} > Redact Content: on, "
-        "if others can read this disk (figures of plain requests then go, too)")),
-    ("logSensitiveData", False, fine("prompts and answers are redacted in LM Studio's logs")),
-    ("logIncomingTokens", True, concern(
-        "every token is logged: the files grow with the square of an answer's length",
-        f"{LOGS_MENU} > Log Incoming Tokens: off")),
+SETTINGS = (  # (a setting of LM Studio, its value, mark, finding, remedy)
+    ("cors", True, "warn", "LM Studio allows every web page to call it (CORS)",
+     f"{SERVER_MENU} > Enable CORS: off; name the origins that may call the gateway with --cors-origins"),
+    ("fileLoggingMode", "off", "bad", "LM Studio writes no log files: there is nothing to monitor",
+     f"{LOGS_MENU} > File Logging Mode: Succinct"),
+    ("verbose", False, "warn", "verbose logging is off: no cache, token and speed figures of streams",
+     f"{LOGS_MENU} > Verbose Logging: on"),
+    ("verbose", True, "ok", "verbose logging is on"),
+    ("logSensitiveData", True, "warn", "prompts and answers stand in LM Studio's logs in clear text",
+     f"{LOGS_MENU} > Redact Content: on, if others can read this disk (plain requests then have no figures)"),
+    ("logSensitiveData", False, "ok", "prompts and answers are redacted in LM Studio's logs"),
+    ("logIncomingTokens", True, "warn", "every token is logged: files grow with the square of an answer",
+     f"{LOGS_MENU} > Log Incoming Tokens: off"),
 )
 
 
 def check_logs(found):
-    newest, directory = found.newest, found.log_dir
     if not found.config.enable_log_monitoring:
-        yield concern("the log monitor is switched off", "ENABLE_LOG_MONITORING=true")
-    if isinstance(newest, OSError):
-        yield amiss(f"log directory {directory}: {error_text(newest)}", "start LM Studio's server once; name "
-                    "another directory with --log-dir (LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
-    elif newest is None:
-        yield amiss(f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
-                    f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
-    elif isinstance(found.parser, OSError):
-        yield amiss(f"{newest.path}: {error_text(found.parser)}",
-                    "let this user read it, or run as the user who runs LM Studio")
-    else:
-        yield from check_newest_log(newest.path, found.parser)
+        yield "warn", "the log monitor is switched off", "ENABLE_LOG_MONITORING=true"
+    try:
+        yield from check_newest_log(*found.log) if found.log else [(
+            "bad", f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {found.log_dir}",
+            f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")]
+    except OSError as error:
+        yield ("bad", f"{error.filename}: {error_text(error)}", "start LM Studio's server once; name another "
+               "directory with --log-dir (LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
     if found.config.log_source != "files":
-        upstream = Upstream(find_upstream(found.config).upstream, found.config.upstream_token)
-        stream = LogStream(upstream, None, False)
+        stream = LogStream(found.upstream, None, False)
         stream.next_news(time.monotonic())
-        yield concern(stream.problem, "LOG_SOURCE=files, or look at LM Studio") if stream.problem else fine(
-            "LM Studio gives its log as a stream, too")
-    for other in other_log_dirs(found.home, directory):
-        yield concern(f"{other} holds a newer log than {directory}", f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
+        yield ("warn", stream.problem, "LOG_SOURCE=files, or look at LM Studio") if stream.problem else (
+            "ok", "LM Studio gives its log as a stream, too")
+    written = newest_write(found.log_dir)
+    homes = {found.home, own_home() / ".lmstudio", own_home() / ".cache" / "lm-studio"}
+    for other in sorted(map(find_log_dir, homes)):
+        if newest_write(other) > written + 3600:
+            yield ("warn", f"{other} holds a newer log than {found.log_dir}",
+                   f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
 
 
-def check_newest_log(path, parser):
-    state = os.stat(path)
-    age_s = time.time() - state.st_mtime
-    age = f"{age_s / 86400:.0f} days" if age_s >= 2 * 86400 else duration(max(0, age_s))
+def check_newest_log(path, state, parser):
+    age_s = max(0, time.time() - state.st_mtime)
+    age = f"{age_s / 86400:.0f} days" if age_s >= 2 * 86400 else duration(age_s)
     written = f"{path}: {shown_bytes(state.st_size)}, written {age} ago"
-    yield fine(written) if age_s <= 86400 else concern(
-        written, "see that LM Studio's server runs under this user and gets requests")
+    yield ("ok", written) if age_s <= 86400 else (
+        "warn", written, "see that LM Studio's server runs under this user and gets requests")
     if not parser.entries:
-        yield concern("no log entry in it that lmgateway knows", "send LM Studio a request and look again")
+        yield "warn", "no log entry in it that lmgateway knows", "send LM Studio a request and look again"
         return
     engines = ", ".join(sorted(name for name in parser.by_engine if name != "App")) or "the app alone"
-    yield fine(f"{parser.entries:,} entries looked at, written by: {engines}")
+    yield "ok", f"{parser.entries:,} entries looked at, written by: {engines}"
     if not parser.by_level["DEBUG"]:
-        yield concern("no DEBUG lines: no cache, token and speed figures of streams",
-                      f"{LOGS_MENU} > Verbose Logging: on")
+        yield ("warn", "no DEBUG lines: no cache, token and speed figures of streams",
+               f"{LOGS_MENU} > Verbose Logging: on")
     if parser.unknown > parser.lines / 10:
-        yield concern(f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version does "
-                      "not know", "look for a newer lmgateway; /debug/status shows samples")
-
-
-def other_log_dirs(home, directory):
-    """Log directories at LM Studio's usual places that were written more than an hour after this one."""
-    bases = {home, own_home() / ".lmstudio", own_home() / ".cache" / "lm-studio"}
-    places = {str(base / below) for base in bases for below in ("server-logs", "apps/bionic/server-logs")}
-    ours = newest_write(directory)
-    return sorted(place for place in places if newest_write(place) > ours + 3600
-                  and os.path.realpath(place) != os.path.realpath(directory))
+        yield ("warn", f"{parser.unknown:,} of {parser.lines:,} lines have a wording that is not known here",
+               "look for a newer lmgateway; /debug/status shows samples")
 
 
 def check_room(found):
     facts = LogVolume(found.log_dir, found.config.log_dir_warn).facts()
-    if facts["directoryBytes"] is not None:
-        free = "unknown" if facts["freeBytes"] is None else shown_bytes(facts["freeBytes"])
-        yield fine(f"logs take {shown_bytes(facts['directoryBytes'])}, grow by "
-                   f"{shown_bytes(facts['growthBytesPerDay'])} a day; {free} are free on that disk")
+    taken, growth, free = ("unknown" if facts[name] is None else shown_bytes(facts[name])
+                           for name in ("directoryBytes", "growthBytesPerDay", "freeBytes"))
+    yield "ok", f"logs take {taken}, grow by {growth} a day; {free} are free on that disk"
     for warning in facts["warnings"]:
-        yield concern(*warning.split(": ", 1))
+        yield "warn", *warning.split(": ", 1)
 
 
 def check_keys(found):
     config, path = found.config, keys_path(found.config)
-    minted, needed = open_key_file(config)[1], AccessControl(config).need_key
-    rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted]
-    rows += [f"{name} (all rights)" for name in config.api_key]
+    rows = [*(f"{key.name} ({', '.join(sorted(key.rights))})" for key in open_key_file(config)[1]),
+            *(f"{name} (all rights)" for name in config.api_key)]
+    needed = AccessControl(config).need_key
     if needed and not rows:
-        yield concern(f"a key is asked for, and there is none: all of {path} were revoked",
-                      "mint one with --new-key NAME, or remove that file")
+        yield ("warn", f"a key is asked for, and there is none: all of {path} were revoked",
+               "mint one with --new-key NAME, or remove that file")
     else:
-        yield fine(f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
-    if found.exposed and not needed:
-        yield (concern if config.no_auth else amiss)(
-            f"{config.host} is open to the network, and no key is set",
-            "mint one with --new-key NAME" + ", or say --no-auth to let everybody in" * (not config.no_auth))
-    for file in (path, Path(found.env_file)):
+        yield "ok", f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for"
+    for file in (path, found.env_file):
         if os.name != "nt" and os.path.exists(file) and os.stat(file).st_mode & 0o044:
-            yield concern(f"{file} can be read by other users of this machine", f"chmod 600 {file}")
-
-
-FIREWALL = {"Windows": "lmgateway.ps1 -OpenFirewall",
-            "Linux": "let the port through the firewall (sudo ufw allow {port}/tcp)",
-            "Darwin": "System Settings > Network > Firewall: allow Python"}
+            yield "warn", f"{file} can be read by other users of this machine", f"chmod 600 {file}"
+    check_exposure(config)
+    if not needed and not loopback(config.host):
+        yield ("warn", f"{config.host} is open to the network, and no key is asked for",
+               "mint one with --new-key NAME")
 
 
 def check_network(found):
     config = found.config
-    encrypted = tls_context(config) is not None
-    if not found.exposed:
-        yield fine(f"{config.host}: only this machine can connect")
+    encrypted, urls = tls_context(config), [own_url(config, host, config.port) for host in reachable(config)]
+    if loopback(config.host):
+        yield "ok", f"{config.host}: only this machine can connect"
         return
-    urls = [own_url(config, address, config.port) for address in reachable(config)]
-    firewall = FIREWALL.get(platform.system(), FIREWALL["Linux"]).format(port=config.port)
-    yield fine(f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
-               f"if they do not: {firewall}")
+    firewall = {"Windows": "lmgateway.ps1 -OpenFirewall",
+                "Darwin": "System Settings > Network > Firewall: allow Python"}.get(
+        platform.system(), f"let the port through the firewall (sudo ufw allow {config.port}/tcp)")
+    yield ("ok", f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
+           f"if they do not: {firewall}")
     if not encrypted:
-        yield concern("keys and prompts pass over the LAN in clear text",
-                      "--tls-cert and --tls-key (see the README)")
-    if config.allow is None:
-        yield fine("every address may connect; IP_ALLOWLIST (--allow) can narrow that")
+        yield ("warn", "keys and prompts pass over the LAN in clear text",
+               "--tls-cert and --tls-key (see the README)")
 
 
 def check_clock(found):
-    yield fine(f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {time.strftime('%Z %z')}")
-    moment = getattr(isinstance(found.newest, LogFile) and found.parser, "last_moment", None)
-    written = moment and os.stat(found.newest.path).st_mtime
-    if moment and abs(moment.epoch - written) > 900:
-        yield concern(f"the newest log's last entry says {moment.utc}, its file {utc_text(written)}",
-                      "give lmgateway LM Studio's time zone (environment variable TZ), or set the clock")
+    yield "ok", f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {time.strftime('%Z %z')}"
+    with contextlib.suppress(OSError):      # another check has said so
+        if found.log and found.log[2].last_moment:
+            _, state, parser = found.log
+            if abs(parser.last_moment.epoch - state.st_mtime) > 900:
+                yield ("warn", f"the newest log's last entry says {parser.last_moment.utc}, its file "
+                       f"{utc_text(state.st_mtime)}",
+                       "give lmgateway LM Studio's time zone (environment variable TZ), or set the clock")
 
 
-CHECKS: dict[str, Callable[[Installation], Iterator[Finding]]] = {
-    "Python": check_python,         # version and system
-    "Options": check_options,       # values, where each comes from, mistakes in .env
-    "Port": check_port,             # ours is free, or taken
-    "LM Studio": check_lmstudio,    # its server answers, and it is LM Studio
-    "Settings": check_settings,     # LM Studio's own: port, interface, CORS, logging
-    "Logs": check_logs,             # directory, newest file, engine, verbose lines
-    "Room": check_room,             # size and growth of the logs, free disk
-    "Keys": check_keys,             # the keys and their rights, and whether one is needed
-    "Network": check_network,       # addresses for others, TLS
-    "Clock": check_clock,           # time, time zone, and whether the log agrees
-}
-MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
+CHECKS: dict[str, Callable[[Installation], Iterator]] = {
+    "Python": check_python, "Options": check_options, "Port": check_port, "LM Studio": check_lmstudio,
+    "Settings": check_settings, "Logs": check_logs, "Room": check_room, "Keys": check_keys,
+    "Network": check_network, "Clock": check_clock}
 
 
 def run_checks(args, config=None):
     """--check: every finding in one line; 1 when something is bad, else 0.  Works whatever is broken."""
     installation = Installation(args, os.environ)
-    found = [(name, finding) for name, check in CHECKS.items()
-             for finding in findings_of(check, installation)]
-    failed = any(finding.mark == "bad" for _, finding in found)
+    found = [(name, mark, finding, *(remedy or [""])) for name, check in CHECKS.items()
+             for mark, finding, *remedy in findings_of(check, installation)]
+    failed = any(mark == "bad" for _, mark, _, _ in found)
     if args.json:
-        rows = [{"check": name, **finding._asdict()} for name, finding in found]
+        rows = [dict(zip(("check", "mark", "what", "remedy"), row)) for row in found]
         print(json.dumps({"status": "bad" if failed else "ok", "version": VERSION, "findings": rows}))
         return int(failed)
-    colour = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
-    for name, (mark, what, remedy) in found:
-        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if colour else f"{mark:4}"
-        print(f"{shown}  {name:9}  " + printable(what + (f"  ->  {remedy}" if remedy else "")))
+    coloured = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+    for name, mark, finding, remedy in found:
+        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if coloured else f"{mark:4}"
+        print(f"{shown}  {name:9}  " + printable(finding + (f"  ->  {remedy}" if remedy else "")))
     return int(failed)
+
+
+MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
 
 
 def findings_of(check, installation):
@@ -11398,7 +11342,7 @@ def findings_of(check, installation):
     except GatewayError as error:
         found.append(refused(error))
     except Exception as error:  # the end of the line: a broken machine is what --check is for
-        found.append(amiss(f"this check failed: {type(error).__name__}: {error}", "please report it"))
+        found.append(("bad", f"this check failed: {type(error).__name__}: {error}", "please report it"))
     return found
 
 
@@ -11415,10 +11359,13 @@ def prune(args, config):
                           "--log-dir (LMSTUDIO_LOG_DIR)") from None
     total = failed = 0
     for log_file, size in old:
-        problem = value_or_error(os.remove, log_file.path) if args.yes else None
-        failed += problem is not None
-        total += size if problem is None else 0
-        fate = f"kept, {error_text(problem)}" if problem else "removed" if args.yes else "would go"
+        fate = "removed" if args.yes else "would go"
+        try:
+            if args.yes:
+                os.remove(log_file.path)
+            total += size
+        except OSError as error:
+            fate, failed = f"kept, {error_text(error)}", failed + 1
         print(f"{fate}  {shown_bytes(size):>9}  {log_file.path}")
     count = f"{len(old) - failed} file{'s' * (len(old) - failed != 1)}, {shown_bytes(total)}"
     print(f"removed {count}" if args.yes else f"{count} older than {args.prune} days in {directory}"
@@ -11518,18 +11465,31 @@ def build_parser():
 
 
 def add_options(parser):
-    """A flag for each row of OPTIONS that has one, in the row's group."""
-    groups = {row.group: parser.add_argument_group(row.group)
-              for row in {row.group: row for row in OPTIONS if row.flag}.values()}
-    for row in OPTIONS:
-        if row.flag:
-            kind = ({"action": "store_const", "const": "true"} if row.default is False
-                    else {"metavar": row.value})
-            default = "" if row.default in (None, False, {}) else f" [{shown_default(row)}]"
-            about = row.about.replace("%", "%%") + default
-            groups[row.group].add_argument(row.flag, dest=row.name, help=about, **kind)
-    groups["Gateway"].add_argument("--open", action="store_true", help="open the dashboard in the browser")
-    groups["Gateway"].add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
+    """A flag for each row of OPTIONS that has one, under the heading of its group."""
+    for heading, rows in OPTION_GROUPS.items():
+        group = parser.add_argument_group(heading)
+        for row in rows:
+            if row.flag:
+                kind = {"metavar": row.value} if row.value else {"action": "store_const", "const": "true"}
+                default = "" if row.default in (None, False, (), {}) else f" [{shown_default(row)}]"
+                group.add_argument(row.flag, dest=row.name, help=row.about.replace("%", "%%") + default, **kind)
+        if heading == "Gateway":
+            group.add_argument("--open", action="store_true", help="open the dashboard in the browser")
+            group.add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
+
+
+def readme_tables():
+    """The tables that the README takes from this file: .ci/readme writes them, a test compares them."""
+    options = [[f"`{row.variable}`", f"`{row.flag}`" if row.flag else "", f"`{shown_default(row)}`", row.about]
+               for row in OPTIONS]
+    routes = [[f"`{row.method} {row.path.replace('*', 'ID')}`", row.access, row.about] for row in ROUTES]
+    events = [[f"`{name}`", row.about] for name, row in EVENTS.items()]
+    return ["\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|",
+                       *(f"| {' | '.join(row)} |" for row in rows)])
+            for heads, rows in ((("variable", "flag", "default", "meaning"), options),
+                                (("route", "needs", "answer"),
+                                 [*routes, ["every other", FORWARD.access, FORWARD.about]]),
+                                (("event", "says"), events))]
 
 
 class Arguments(argparse.ArgumentParser):
@@ -11549,10 +11509,6 @@ class Arguments(argparse.ArgumentParser):
             message = (f"{unknown[1]} is not a known option"
                        + nearest(unknown[1].partition("=")[0], self._option_string_actions))
         raise ConfigError(message if message.endswith("?") else f"{message}; see --help")
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
 
 
 def chosen_command(args):

@@ -1106,7 +1106,7 @@ def test_local_time_becomes_utc_in_file_order(monkeypatch, zone, times, expected
 
 
 
-# --- 3.10 wire formats
+# --- 3.11 wire formats
 
 def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_readers_take_for_a_line_end():
     data = {"message": 'é "🦊"\n\\\x7f\ud800 \u2028\u2029\x85\x0c', "tags": [], "a": -0.5, "b": True, "c": None}
@@ -1118,7 +1118,7 @@ def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_rea
     assert len(fox) < 4100      # not 12 bytes a character
 
 
-# --- 3.11 WebSocket
+# --- 3.12 WebSocket
 
 MASK = b"\x01\x7f\x80\xfe"
 
@@ -1172,14 +1172,11 @@ def test_faulty_frames_have_their_close_code(code, faulty):
         assert fault.value.code == code
 
 
-def test_a_servers_frame_has_no_mask_and_one_too_long_to_keep_is_passed_over():
-    with pytest.raises(lmgateway.FrameError):
-        lmgateway.Frames(False, 99).feed(lmgateway.frame(1, b"x", MASK))
-    long, small = lmgateway.frame(1, b"x" * 70_000), lmgateway.frame(1, b"{}")
-    for size in (1, 1000, 100_000):
-        frames = lmgateway.Frames(False, 99)
-        assert [message.payload for message in fed(frames, long + small, size)] == [b"", b"{}"]
-        assert frames.between
+@pytest.mark.parametrize(("code", "data"), [(1002, lmgateway.frame(1, b"x", MASK)), (1009, b"\x81\x7e\x03\xe9")])
+def test_a_servers_frame_has_no_mask_and_a_limit_too(code, data):
+    with pytest.raises(lmgateway.FrameError) as fault:
+        lmgateway.Frames(False, 1000).feed(data)
+    assert fault.value.code == code
 
 
 @pytest.mark.parametrize(("value", "found"), [
@@ -1884,6 +1881,18 @@ def test_what_no_request_can_have_caused_is_lm_studios_own(utc):
     assert office.claimed() == set() and not office.requests.running
 
 
+def test_a_prediction_of_an_sdk_has_its_run_and_no_line_of_the_app(utc):
+    office = Office()
+    record = office.ask("sdk", dialect="socket", target="/llm/predict", messages=1)
+    office.log(running("m/one"), streaming("m/one"))    # of somebody else
+    office.log(engine_run(5, 300), engine_end(5, 300, 20))
+    office.over(record, prompt=300, completion=20)
+    office.pass_s(1)
+    assert (record.binding, record.read_speed, record.begun) == ("exact", 1000.0, False)
+    assert [one.source for one in (*office.requests.running.values(), *office.requests.finished)] == ["lmstudio", "gateway"]
+    assert office.told(record) == []    # it was not certain while it ran
+
+
 @pytest.mark.parametrize(("requests", "percents"), [(1, [0.0, 40.0, 100.0]), (2, [])])
 def test_without_an_engines_lines_progress_is_that_of_the_only_request_of_its_model(utc, requests, percents):
     office = Office()
@@ -2021,6 +2030,17 @@ def test_one_request_through_us_gets_all_events_of_its_chat_whichever_engine_ran
     assert typed - {name for _, name, _ in record.timeline} == set()
 
 
+def test_hundreds_of_requests_at_once_hold_up_no_line_of_the_log():
+    office = Office()
+    for number in range(300):
+        office.ask(f"r{number}", "m")
+    began = time.thread_time()
+    for log_path in SAMPLES:
+        office.clock += 0.05
+        office.requests.see(office.parser.feed(log_path.read_bytes()), office.clock)
+    assert time.thread_time() - began < 1.0     # else each is compared with each for each line: 38 s
+
+
 # --- 3.7 the life of a request
 
 TOKEN_TIMES = {   # path, the answer's events, their clocks after the request -> timeToFirstTokenMs, tokensPerSecond
@@ -2104,24 +2124,24 @@ def exposition(figures, **gauges):
 
 def test_no_client_can_invent_a_series():
     figures = lmgateway.Figures()
-    for number in range(lmgateway.SERIES + 50):
+    for number in range(lmgateway.Figures.SERIES + 50):
         record = lmgateway.Record(f"r{number}", 0, 0, model_asked=f"invented-{number}", target="/v1/made-up")
         record.end(1, lmgateway.Outcome("failed", 404, "no", "upstream_error"))
         figures.count_request(record)
         figures.count_event(Event("lmstudio_cache_stats", {"model": f"tag-{number}", "reused": 1}))
     requests = [line for line in exposition(figures) if line.startswith("lmstudio_gateway_requests_total{")]
     assert requests == ['lmstudio_gateway_requests_total{key="none",model="other",endpoint="other",code="404"} '
-                        f"{lmgateway.SERIES + 50}"]
+                        f"{lmgateway.Figures.SERIES + 50}"]
     cached = [line for line in exposition(figures) if line.startswith("lmstudio_cached_input_tokens_total{")]
-    assert len(cached) == lmgateway.MODELS + 1
+    assert len(cached) == lmgateway.Figures.MODELS + 1
 
 
 def test_a_metric_has_a_bounded_number_of_series_and_stands_there_once_it_has_one():
     figures = lmgateway.Figures()
     assert exposition(figures) == [""]
-    for number in range(lmgateway.SERIES + 50):
+    for number in range(lmgateway.Figures.SERIES + 50):
         figures.add("lmstudio_log_rotations_total", f"reason {number}")
-    assert len(exposition(figures)) == 2 + lmgateway.SERIES + 1
+    assert len(exposition(figures)) == 2 + lmgateway.Figures.SERIES + 1
     assert exposition(figures)[-1] == 'lmstudio_log_rotations_total{reason="other"} 50'
 
 
@@ -2138,7 +2158,7 @@ def test_figures_of_the_engine_are_summed_in_seconds_and_by_kind_of_token():
 def test_histograms_are_cumulative_and_labels_escaped():
     figures = lmgateway.Figures()
     for value in (0.05, 0.3, 9999):
-        figures.observe("lmstudio_time_to_first_token_seconds", value, 'a"b\\c\nd')
+        figures.add("lmstudio_time_to_first_token_seconds", 'a"b\\c\nd', amount=value)
     text = exposition(figures)
     label = r'model="a\"b\\c\nd"'
     assert f'lmstudio_time_to_first_token_seconds_bucket{{{label},le="0.05"}} 1' in text
@@ -2190,12 +2210,12 @@ def test_times_of_a_request_are_seconds_and_running_ones_are_gauges(utc):
     waiting = office.ask("r2")
     office.log(running("m/one"), streaming("m/one"))
     figures.model("m/one")
-    gauges = figures.of_requests(office.requests)
+    gauges = figures.gauges(office.requests)
     assert gauges["lmstudio_gateway_requests_in_flight"] == {("m/one",): 2}
     assert (waiting.state, gauges["lmstudio_gateway_requests_queued"]) == ("queued", {("m/one",): 1})
     assert list(gauges["lmstudio_prompt_progress_ratio"].values()) == [0.4]
     office.log(running("m/two", 7))       # not through us
-    assert figures.of_requests(office.requests)["lmstudio_gateway_requests_in_flight"] == {("m/one",): 2, ("m/two",): 0}
+    assert figures.gauges(office.requests)["lmstudio_gateway_requests_in_flight"] == {("m/one",): 2, ("m/two",): 0}
     office.clock += 2
     record.first_ms, record.speed = 500.0, 20.0
     office.over(record, prompt=500)
@@ -2204,7 +2224,7 @@ def test_times_of_a_request_are_seconds_and_running_ones_are_gauges(utc):
     assert {name: float(value) for name, value in sums.items()} == {
         "request_duration": 2, "time_to_first_token": 0.5, "time_per_output_token": 0.05,
         "overhead": 0.002, "queue": 0}
-    assert figures.of_requests(office.requests)["lmstudio_gateway_correlated_total"] == {
+    assert figures.gauges(office.requests)["lmstudio_gateway_correlated_total"] == {
         ("exact",): 1, ("none",): 0}
 
 
@@ -2681,11 +2701,15 @@ def test_a_full_disk_is_said_once_and_a_row_that_waits_gives_way_to_its_later_wo
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
 def test_a_history_is_for_its_owner_alone(tmp_path):
-    history = lmgateway.History(str(tmp_path / "h.db"))
-    history.keep(rows_of("r1"))
-    until(lambda: kept(history))
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
-    history.close()
+    for path in (tmp_path / "new.db", tmp_path / "old.db"):
+        if path.stem == "old":
+            with contextlib.closing(lmgateway.open_history(path)):
+                path.chmod(0o644)       # as an earlier version made it
+        history = lmgateway.History(str(path))
+        history.keep(rows_of("r1"))
+        until(lambda: kept(history))    # noqa: B023
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+        history.close()
 
 
 def test_history_survives_a_killed_process(tmp_path):
@@ -4903,7 +4927,7 @@ def test_who_left_is_seen_on_every_system(monkeypatch, system, row):
 
 @pytest.fixture
 def impatient(fronts, monkeypatch):
-    monkeypatch.setattr(lmgateway.Forward, "SILENCE_S", 0.02)
+    monkeypatch.setattr(lmgateway.CommentedForward, "SILENCE_S", 0.02)
     return fronts(prefill_comments=True)
 
 
@@ -4981,7 +5005,7 @@ def test_a_fault_of_ours_does_not_leave_a_client_with_comments_for_ever(impatien
     go = threading.Event()
     monkeypatch.setattr(lmgateway.Meter, "feed", fail)
     if not late:
-        monkeypatch.setattr(lmgateway.Forward, "SILENCE_S", float(PATIENCE_S))
+        monkeypatch.setattr(lmgateway.CommentedForward, "SILENCE_S", float(PATIENCE_S))
         go.set()
     studio.script = lambda peer: (go.wait(PATIENCE_S), peer.send(STREAM_HEAD, framed(*CHAT_STREAM)))
     with dial(impatient.port) as sock:
@@ -4994,7 +5018,7 @@ def test_a_fault_of_ours_does_not_leave_a_client_with_comments_for_ever(impatien
 
 
 def test_without_the_option_no_comment_is_sent(fronts, studio, monkeypatch):
-    monkeypatch.setattr(lmgateway.Forward, "SILENCE_S", 0.02)
+    monkeypatch.setattr(lmgateway.CommentedForward, "SILENCE_S", 0.02)
     go = threading.Event()
     studio.script = lambda peer: (peer.send(STREAM_HEAD), go.wait(0.1), peer.send(framed(*CHAT_STREAM)))
     assert b": waiting" not in talk(fronts().port, request("POST /v1/chat/completions", b'{"stream":true}'))
@@ -5037,8 +5061,6 @@ def test_every_metric_has_its_help_and_type_once_and_a_known_name(front):
     names = re.findall(r"^# HELP (\S+) \S", text, re.M)
     assert names == re.findall(r"^# TYPE (\S+) (?:counter|gauge|histogram)$", text, re.M)
     assert len(names) == len(set(names)) and set(names) <= set(lmgateway.METRIC)
-    for metric in lmgateway.METRICS:
-        assert metric.name.endswith("_total") == (metric.kind == "counter")
 
 
 @pytest.fixture
@@ -6212,6 +6234,29 @@ def test_keys_that_are_minted_at_once_are_all_there_and_unknown_fields_stay(tmp_
     assert content["format"] == 2 and content["keys"][0]["limits"] == {"rpm": 3}
 
 
+def test_on_windows_a_change_has_one_byte_locked_and_outlasts_readers(tmp_path, monkeypatch):
+    path, calls = tmp_path / "keys.json", []
+
+    class Windows:      # msvcrt, by its documentation: the region begins at the file's position
+        LK_LOCK, LK_UNLCK = "lock", "unlock"
+
+        @staticmethod
+        def locking(number, mode, size):
+            calls.append((mode, os.lseek(number, 0, os.SEEK_CUR), size, path.exists()))
+
+    def replace(draft, target, original=os.replace):
+        monkeypatch.setattr(os, "replace", original)
+        raise PermissionError(13, "Permission denied")      # somebody reads the old file
+
+    monkeypatch.setitem(sys.modules, "msvcrt", Windows)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "replace", replace)
+    with lmgateway.KeyFile(path).changing() as rows:
+        rows.append({"name": "anna", "sha256": "00", "rights": []})
+    assert calls == [("lock", 0, 1, False), ("unlock", 0, 1, True)]
+    assert [key.name for key in lmgateway.KeyFile(path).keys()] == ["anna"]
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
 def test_a_keys_file_that_could_block_is_not_waited_for(fronts, tmp_path):
     os.mkfifo(tmp_path / "pipe")
@@ -6914,6 +6959,26 @@ def test_a_prediction_is_a_request_like_any_other(front, joined):
     assert front.events(mark, "error", count=0) == []
 
 
+def test_tokens_are_counted_however_their_fragments_are_written_and_drafts_as_lm_studio_says(front, joined):
+    client, studio = joined()
+    client.say(channel("predict"))
+    studio.hear()
+    (inference,) = front.gateway.inferences.values()
+    odd = {"type": "channelSend", "message": {"fragment": {"tokensCount": 3, "content": "x"}, "type": "fragment"}, "channelId": 1}
+    for said in (fragment(tokens=2), odd, fragment(2), sent(type="fragment", fragment={
+            "content": '","tokensCount":50,\\', "tokensCount": 1, "isStructural": False})):
+        studio.say(said)
+        assert client.hear() == said
+    inference._due = 0
+    studio.say(fragment())
+    client.hear()
+    assert front.hub.shown()[0]["progress"]["outputTokens"] == 7
+    studio.say(success(totalDraftTokensCount=8, acceptedDraftTokensCount=6))
+    front.events(0, "inference_complete")
+    row = front.hub.shown()[0]
+    assert (row["draftTokens"], row["acceptedDraftTokens"]) == (8, 6)
+
+
 def test_a_result_without_figures_has_none(front, joined):
     client, studio = joined()
     mark = front.hub.last
@@ -7023,7 +7088,8 @@ def test_a_message_that_is_coming_counts_in_the_budget_of_all_bodies(fronts, joi
     client.sock.sendall(data[:800_000])
     until(lambda: front.server.memory.used == 800_000)
     client.sock.sendall(data[800_000:])
-    assert studio.hear() and front.server.memory.used == 0
+    assert studio.hear()
+    until(lambda: front.server.memory.used == 0)
     client.sock.sendall(lmgateway.frame(1, b'{"x":"' + b"a" * 1_100_000 + b'"}', MASK)[:1_050_000])
     assert client.closed() == 1009
     client.sock.close()
@@ -7040,6 +7106,102 @@ def test_a_prediction_can_be_stopped_by_somebody_else(front, joined):
     assert client.hear() == {"type": "channelError", "channelId": 3, "error": {"title": "stopped by ben"}}
     assert studio.hear() == sent(3, type="cancel")
     assert front.events(mark, "error")[0]["operation"] == "stopped"
+
+
+@pytest.fixture
+def waiting(fronts, joined):
+    """(gateway, a socket with the prediction that runs, one with the prediction 7 that waits for its turn)."""
+    front = fronts(max_running=1)
+    busy, queued = joined("/llm", front), joined("/llm", front)
+    busy[0].say(channel("predict", **BY_NAME))
+    busy[1].hear()
+    queued[0].say(channel("predict", 7, **BY_NAME))
+    until(lambda: [row["position"] for row in front.hub.shown() if row["state"] == "queued"] == [1])
+    yield front, busy, queued
+    for client, _ in (busy, queued):
+        client.sock.close()
+    until(lambda: not front.gateway.inferences)
+    assert not front.gateway.turns._scheduler._lines
+
+
+def test_a_call_waits_for_its_turn_and_its_socket_for_nothing(waiting):
+    front, (_, studio), (client, own) = waiting
+    for said in ({"type": "keepAlive"}, call("listLoaded", 7)):
+        client.say(said)
+        assert own.hear() == said
+    for said in (channel("predict", 7), sent(7, type="?"), {"type": "keepAlive"}):   # of the call that waits: no word
+        client.say(said)
+    assert own.hear() == {"type": "keepAlive"}
+    assert len(front.events(0, "inference_start", count=2)) == 2
+    studio.say(success())
+    assert own.hear() == channel("predict", 7, **BY_NAME)
+    own.say(success(7))
+    assert client.hear() == success(7)
+    row = front.hub.shown()[0]
+    assert row["state"] == "done" and row["queuedMs"] > 0
+
+
+def closes(front, client):
+    client.sock.close()
+
+
+def cancels_early(front, client):
+    client.say(sent(7, type="cancel"))
+    assert client.hear() == {"type": "channelError", "channelId": 7, "error": {
+        "title": "it was cancelled while it waited for its turn"}}
+
+
+def stops_it(front, client):
+    (inference,) = [one for one in front.gateway.inferences.values() if one.turn.bell]
+    inference.stop(lmgateway.Stopped("ben"))
+    assert client.hear()["error"]["title"].startswith("stopped by ben")
+
+
+@pytest.mark.parametrize(("ends", "operation"), [
+    (closes, "client_disconnected"), (cancels_early, "client_disconnected"), (stops_it, "stopped")])
+def test_a_call_that_ends_while_it_waits_never_reached_lm_studio(waiting, ends, operation):
+    front, (_, studio), (client, own) = waiting
+    ends(front, client)
+    (error,) = front.events(0, "error")
+    assert (error["operation"], error.get("by")) == (operation, "ben" if ends is stops_it else None)
+    studio.say(success())
+    if ends is not closes:
+        client.say({"type": "keepAlive"})
+        assert own.hear() == {"type": "keepAlive"}
+    else:
+        assert own.closed() == "end"
+
+
+@pytest.mark.parametrize(("flags", "code", "says"), [
+    (("--limits", "rpm=1"), "rate_limit_exceeded", "rpm: 1 of 1 requests in the last minute are used"),
+    (("--models", "q*"), "model_not_allowed", "the key anna may ask q*; m/one is not among them")])
+def test_a_call_beyond_its_keys_limits_is_refused_alone(household, scripted, studio, joined, flags, code, says):
+    home = household(*flags)
+    studio.script = scripted.script
+    for namespace, opens, name, refusal in (("llm", channel("predict", **BY_NAME), "channelId", "channelError"),
+                                            ("embedding", call("embedString", **BY_NAME), "callId", "rpcError")):
+        client, own = joined(f"/key/{home.keys['anna']}/{namespace}", home.front)
+        if code == "rate_limit_exceeded" and namespace == "llm":
+            client.say(opens)
+            assert own.hear() == opens
+        client.say({**opens, name: 9})
+        said = client.hear()
+        assert (said["type"], said[name]) == (refusal, 9) and says in said["error"]["title"]
+        client.say({"type": "keepAlive"})
+        assert own.hear() == {"type": "keepAlive"}
+    assert home.me("anna")["minute"]["requests"] == len(home.rows()) == (code == "rate_limit_exceeded")
+
+
+def test_each_prediction_of_a_socket_gives_its_slot_back_whatever_becomes_of_another(fronts, joined):
+    front = fronts(max_running=2)
+    client, studio = joined("/llm", front)
+    for number in range(2):
+        client.say(channel("predict", number))
+        studio.hear()
+    front.gateway.hub.end = lambda *args: 1 / 0
+    client.sock.close()
+    until(lambda: not front.gateway.turns._scheduler._lines)
+    del front.gateway.hub.end
 
 
 def test_at_the_end_idle_sockets_are_told_and_predictions_may_finish(fronts, joined):
@@ -7154,7 +7316,7 @@ def order_of(slots, turns, clock=0.0, scheduler=None):
     while begun:
         found.append(begun[0].who)
         begun = begun[1:] + scheduler.leave(begun[0], clock)
-    assert not scheduler.waiting and not scheduler._running and not scheduler._queues and not scheduler._of_key
+    assert not scheduler.waiting and not scheduler._lines and not scheduler._of_key
     return found
 
 
@@ -7203,16 +7365,15 @@ def test_places_and_what_is_foretold():
     assert "etaMs" not in scheduler.places(40)[0][1]    # it is longer than any
 
 
-def test_a_choice_is_quick():
-    scheduler = lmgateway.Scheduler(4)
-    turns = [turn(f"k{number % 10}") for number in range(504)]
-    for each in turns:
-        scheduler.join(each, 0)
-    began = time.perf_counter()
-    running = turns[:4]
+def test_a_choice_among_500_people_is_quick():
+    scheduler, spent = lmgateway.Scheduler(4), []
+    turns = [turn(f"k{number}") for number in range(504)]
+    running = [begun for each in turns for begun in scheduler.join(each, 0)]
     for _ in range(200):
+        began = time.perf_counter()
         running += scheduler.leave(running.pop(0), 1)
-    assert (time.perf_counter() - began) / 200 < 200e-6     # a tenth of that on a machine with nothing else to do
+        spent.append(time.perf_counter() - began)
+    assert sorted(spent)[100] < 60e-6     # a tenth of that on a machine with nothing else to do
 
 
 def test_a_minute_slides_and_a_day_ends():
@@ -7308,7 +7469,7 @@ def test_the_queue_has_an_end_and_a_client_that_leaves_it_never_reached_lm_studi
     until(lambda: home.rows(operation="client_disconnected"))
     home.go.release()
     assert first.get(timeout=PATIENCE_S)[0] == 200 and len(home.studio.peers) == 1
-    assert not home.front.gateway.turns._scheduler._running
+    assert not home.front.gateway.turns._scheduler._lines
 
 
 ENDINGS = {     # how a request that runs ends -> what does it
@@ -7332,7 +7493,7 @@ def test_a_slot_is_free_whatever_way_a_request_ends(household, end):
     home.front.gateway.hub.__dict__.pop("end", None)
     home.go.release()
     home.go.release()
-    until(lambda: not home.front.gateway.turns._scheduler._running)
+    until(lambda: not home.front.gateway.turns._scheduler._lines)
     home.front.hub._requests.running.clear()
 
 
@@ -7447,7 +7608,7 @@ def test_people_behind_a_shared_key(household, headers, body, user):
 
 
 def test_a_waiting_stream_is_told_its_place_in_comments(household, monkeypatch):
-    monkeypatch.setattr(lmgateway.Forward, "SILENCE_S", 0.05)
+    monkeypatch.setattr(lmgateway.CommentedForward, "SILENCE_S", 0.05)
     home = household(max_running=1, prefill_comments=True)
     home.chat("anna")
     until(lambda: len(home.studio.peers) == 1)
@@ -7456,7 +7617,7 @@ def test_a_waiting_stream_is_told_its_place_in_comments(household, monkeypatch):
         read_until(sock, b": queued 1 of 1\n\n")
         home.go.release(2)
         assert b"event: error" not in rest_of(sock)
-    until(lambda: not home.front.gateway.turns._scheduler._running)
+    until(lambda: not home.front.gateway.turns._scheduler._lines)
 
 
 def test_a_days_count_survives_a_restart(keys, fronts, studio, tmp_path):
@@ -8961,7 +9122,7 @@ def test_a_port_in_use_is_one_line_also_where_there_is_no_log_directory(tmp_path
     with socket.create_server(("127.0.0.1", 0)) as taken:
         run = command(tmp_path, "--port", str(taken.getsockname()[1]), "--log-dir", tmp_path / "none")
     assert run.returncode == 1
-    assert re.fullmatch(rb"lmgateway: port \d+ is in use on 127\.0\.0\.1: stop .* or choose another with --port .*\r?\n", run.stderr)
+    assert re.fullmatch(rb"lmgateway: port \d+ is in use on 127\.0\.0\.1; stop .* or choose another with --port .*\r?\n", run.stderr)
 
 
 def test_a_port_that_the_system_chose_is_printed_whatever_the_level(tmp_path):
@@ -9158,7 +9319,7 @@ SICK = [  # name, what is broken, arguments, (check, mark, words) that must be f
     ("tokens", lambda home: put_settings(home, logIncomingTokens=True), (),
      ("Settings", "warn", "Log Incoming Tokens: off")),
     ("its port is another", lambda home: put_settings(home, port=4321), ("--upstream", "http://127.0.0.1:9"),
-     ("LM Studio", "bad", "its settings say port 4321")),
+     ("LM Studio", "bad", "its settings say http://127.0.0.1:4321")),
     ("not running", lambda home: put_settings(home, port=9), (), ("LM Studio", "bad", "127.0.0.1:9 (")),
     ("empty directory", lambda home: put_log(home, "", "x.log"), (),
      ("Logs", "bad", "no server logs (YYYY-MM")),
@@ -9235,7 +9396,7 @@ def test_check_finds_a_sound_installation_sound(home, capsys):
         assert (status, {mark for _, mark, _ in found}) == (0, {"ok"})
         assert {name for name, _, _ in found} == set(lmgateway.CHECKS)
         status, out, _ = run(capsys, "--check", "--port", str(demo.server_address[1]))
-        assert status == 1 and re.search(r"^bad   Port .* is held by .*  ->  stop it \(", out, re.M)
+        assert status == 1 and re.search(r"^bad   Port .* is in use on .*  ->  stop the program", out, re.M)
     finally:
         demo.stop()
 
@@ -9244,7 +9405,7 @@ def test_check_finds_a_sound_installation_sound(home, capsys):
 def test_another_lmgateway_is_known_on_the_port_and_at_the_upstream(home, capsys, options):
     with stream_server(lmgateway.Hub(), **options) as port:
         found = findings(capsys, "--port", str(port), "--upstream", f"http://127.0.0.1:{port}")[1]
-        assert ("Port", "ok", f"port {port} of 127.0.0.1 is held by a running lmgateway -> ") in found
+        assert ("Port", "ok", f"a running lmgateway has it: http://127.0.0.1:{port} -> ") in found
         assert any(row[:2] == ("LM Studio", "bad") and "another lmgateway answers" in row[2] for row in found)
         status, _, err = run(capsys, "--port", str(port))
         assert status == 1 and f"lmgateway already runs there: http://127.0.0.1:{port}; " in err
@@ -9301,11 +9462,11 @@ def test_check_answers_also_where_nobody_can_read_it(home, monkeypatch):
 
 def test_a_check_that_fails_is_a_finding():
     def fail(installation):
-        yield lmgateway.Finding("ok", "so far")
+        yield "ok", "so far"
         raise RuntimeError("boom")
 
     found = lmgateway.findings_of(fail, None)
-    assert [finding.mark for finding in found] == ["ok", "bad"] and "boom" in found[1].what
+    assert [mark for mark, *_ in found] == ["ok", "bad"] and "boom" in found[1][1]
 
 
 # --- 9.9 --prune and the room that logs take
