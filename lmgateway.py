@@ -11629,9 +11629,9 @@ svg.mark { width: .95em; height: .95em; flex: none; fill: currentColor; vertical
 .cached { color: var(--cached); } button, select, input { font: inherit; color: inherit; }
 button, select, input[type="search"], input[type="password"] { min-height: 2rem; padding: .15rem .65rem;
   background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
-button { cursor: pointer; } button:hover, select:hover { border-color: var(--muted); }
+button { cursor: pointer; white-space: nowrap; } button:hover, select:hover { border-color: var(--muted); }
 button[aria-pressed="true"] { border-color: var(--text); box-shadow: inset 0 0 0 1px var(--text); }
-button.plain { min-height: 0; padding: 0; border: 0; background: none; color: inherit; text-align: inherit; }
+button.plain { min-height: 0; padding: 0; border: 0; background: none; color: inherit; text-align: inherit; white-space: inherit; }
 button.plain:hover { text-decoration: underline; }
 button.dark { background: var(--text); border-color: var(--text); color: var(--panel); }
 button.quiet { min-height: 1.75rem; padding: .05rem .55rem; font-size: .857rem; }
@@ -11665,10 +11665,9 @@ main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: 
 .empty { padding: 1.5rem 1rem; color: var(--muted); } body.dead #now, body.dead #models { opacity: .55; }
 /* Models */
 .models { display: flex; flex-wrap: wrap; gap: .6rem; }
-.models > li { flex: 1 1 19rem; max-width: 32rem; padding: .6rem .9rem; display: flex; flex-wrap: wrap;
-  align-items: center; gap: .1rem .75rem; }
-.models h3 { flex: 1 1 60%; overflow-wrap: anywhere; } .models > li.rest { flex: 0 1 auto; max-width: none; }
-.models details { width: 100%; } .models summary { cursor: pointer; }
+.models > li { flex: 1 1 19rem; max-width: 36rem; padding: .6rem .9rem; }
+.models .row { flex-wrap: nowrap; min-height: 2rem; } .models h3 { overflow-wrap: anywhere; } .models button { flex: none; }
+.models > li.rest { flex: 0 1 auto; max-width: none; } .models summary { cursor: pointer; line-height: 2rem; }
 .models details li { display: flex; align-items: center; justify-content: space-between; gap: 1rem; padding: .2rem 0; }
 /* Now: how long still is the largest thing on the page */
 .cards { display: grid; gap: .75rem; }
@@ -11691,8 +11690,8 @@ main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: 
 .swatch { display: inline-block; flex: none; width: .75em; height: .75em; border-radius: 2px; background: var(--track); }
 .details { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem 1.25rem; }
 .details .speed { font-weight: 600; }
-.lines li { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .9rem; padding: .4rem 1.1rem;
-  border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+.lines li { display: grid; grid-template-columns: 1rem minmax(0, 1fr) auto; align-items: center; gap: .9rem;
+  padding: .4rem 1.1rem; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 .lines li:first-child { border-top: 0; }
 .lines + .lines, .cards + .lines, .lines + .cards { margin-top: .75rem; } .lines:empty { display: none; }
 /* First run and login */
@@ -11705,8 +11704,8 @@ main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: 
 .login { width: min(34rem, 100%); justify-self: center; padding: 1.25rem 1.5rem 1.5rem; display: grid; gap: .8rem; }
 .login div { display: flex; flex-wrap: wrap; gap: .5rem; } .login input { flex: 1; min-width: 12rem; }
 /* Figures */
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.4rem, 1fr)); gap: .75rem; }
-.tile { padding: .65rem .75rem; min-height: 6.2rem; } .tile dt, .tile .note { color: var(--muted); }
+.tiles { display: flex; flex-wrap: wrap; gap: .75rem; }
+.tile { flex: 1 1 10.4rem; padding: .65rem .75rem; min-height: 6.2rem; } .tile dt, .tile .note { color: var(--muted); }
 .tile .figure { font-size: 1.6rem; font-weight: 600; line-height: 1.35; }
 .tile .figure small { font-size: .93rem; font-weight: 400; color: var(--muted); }
 .tile .note { font-size: .8rem; }
@@ -11724,15 +11723,16 @@ rect.cached { fill: var(--fill-cached); } .tone-0 { color: var(--tone-0); } .ton
 .plots path { fill: none; stroke: currentColor; stroke-width: 1.75; }
 .plots path.band { fill: currentColor; stroke: none; opacity: .16; }
 .twin { max-height: 260px; overflow: auto; } .wide { overflow-x: auto; }
-.people td:has(.bar) { width: 26%; } .people .bar { height: 12px; min-width: 4rem; } .people .name { display: flex; align-items: baseline; gap: .5rem; }
-.people td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7.5rem; }
+.people td:first-child { white-space: normal; overflow-wrap: anywhere; width: 30%; min-width: 6rem; } .people .bar { height: 8px; margin: .2rem 0; }
+.people .name { display: flex; align-items: baseline; gap: .5rem; } .people th, .people td { padding: .3rem; }
 /* Tables */
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .32rem .55rem; text-align: left; white-space: nowrap; vertical-align: baseline; }
 th { font-weight: 600; color: var(--muted); font-size: .857rem; border-bottom: 1px solid var(--line); }
 td { border-bottom: 1px solid var(--line); } tbody tr:last-child td { border-bottom: 0; }
 .num { text-align: right; }
-#table td.c-who, #table td.c-model { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+#table td.c-who, #table td.c-model { white-space: normal; overflow-wrap: anywhere; min-width: 6.6rem; }
+#table td.c-model { min-width: 9.3rem; }
 #table th { white-space: normal; vertical-align: bottom; position: sticky; top: 85px; z-index: 2; background: var(--panel); }
 #table tbody tr { cursor: pointer; }
 #table tbody tr:hover, #table tbody tr:focus-visible { background: var(--page); }
@@ -11786,7 +11786,7 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
 @media (min-width: 1600px) {
   main { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); } main > .all { grid-column: 1 / -1; }
   .column { display: grid; gap: 1.5rem; align-content: start; min-width: 0; }
-  #table .c-prefill, #table .c-queue { display: none; }
+  #table .c-prefill, #table .c-queue, #table .c-path { display: none; } .tile { flex-basis: 21%; }
 }
 @media (max-width: 1599px) { #login, #models, #now { order: -2; } #figures { order: -1; } }
 @media (max-width: 1120px) { #table .c-queue, #table .c-path { display: none; } }
@@ -11797,8 +11797,9 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
     padding: .55rem .8rem; border-bottom: 1px solid var(--line); }
   #table td, #table td.c-who, #table td.c-model { padding: 0; border: 0; text-align: left; white-space: normal;
     min-width: 0; overflow-wrap: anywhere; }
-  #table td[data-label]::before { content: attr(data-label); display: block; color: var(--muted); font-size: .857rem; }
-  #table .c-who, #table .c-status { grid-column: span 1; } #table .c-model { color: var(--muted); }
+  #table .c-model { color: var(--muted); }
+  #table td[data-label]::before, .people td[data-label]::before { display: block; color: var(--muted); font-size: .857rem; }
+  #table td[data-label]::before { content: attr(data-label); }
 }
 @media (max-width: 640px) {
   html { scroll-padding-top: 7rem; } .top { position: static; } .top > div, .top nav { padding: .3rem 1rem; }
@@ -11806,9 +11807,12 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
   .states { order: 3; width: 100%; margin: 0; gap: 0 .8rem; font-size: .93rem; } .tools { margin-left: auto; }
   .range { width: 100%; } .range button { flex: 1; padding: .15rem .2rem; } .banner { padding: .5rem 1rem; }
   main { padding: 1rem 1rem 3rem; } .left strong { font-size: 2.1rem; } .left { margin-left: 0; }
-  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .people .bar { display: none; } .people td:has(.bar) { width: 0; }
-  .people th { white-space: normal; vertical-align: bottom; } .people th, .people td { padding: .3rem .3rem; }
+  .tile { flex-basis: 40%; }
+  #table tr { column-gap: .4rem; } #table .c-status { grid-column: span 2; } #table td.c-model { grid-column: 1 / -1; }
+  .people table, .people tbody { display: block; } .people thead { display: none; }
+  .people tr { display: grid; grid-template-columns: repeat(auto-fit, minmax(4.2rem, 1fr)); border-bottom: 1px solid var(--line); }
+  .people td { border: 0; text-align: left; } .people td:first-child { grid-column: 1 / -1; width: auto; }
+  .people td[data-label]::before { content: attr(data-label); }
   #log-lines li { grid-template-columns: 4.9rem 1rem minmax(0, 1fr); padding: .15rem .6rem; }
   .facts, .drawer-body .facts { grid-template-columns: minmax(0, 1fr); }
   .facts > div { grid-template-columns: 7.5rem minmax(0, 1fr); } .copy { flex-wrap: wrap; }
@@ -12105,7 +12109,11 @@ function heading(text, spec = "th") {
 function table(head, rows) {
   const kind = (tag, at) => tag + (at ? ".num" : ".isolate");
   return el("table", el("thead", el("tr", ...head.map((text, at) => heading(text, kind("th", at))))),
-    el("tbody", ...rows.map(row => el("tr", ...row.map((text, at) => el(kind("td", at), text))))));
+    el("tbody", ...rows.map(row => el("tr", ...row.map((text, at) => {
+      const cell = el(kind("td", at), text);
+      if (at) cell.dataset.label = head[at];
+      return cell;
+    })))));
 }
 
 /* Children in this order; one that is in its place is not touched, one that is not among them goes. */
@@ -12287,8 +12295,8 @@ function progressSaid(r) {
   return [stateOf(r)[0], known(r.progress?.outputTokens) && plural(r.progress.outputTokens, "token")];
 }
 
-/* What is one moving line: the progress of a request, or of a prompt that is nobody's. */
-const foldOf = (name, data) => name === "inference_progress" ? data.requestId
+/* What is one moving line: the progress of a request, or of a prompt that is nobody's.  A place in the line is none. */
+const foldOf = (name, data) => name === "inference_progress" ? data.state === "queued" ? "" : data.requestId
   : name === "lmstudio_prompt_progress" ? data.requestId ? "" : "prompt " + data.model : null;
 const folds = new Map();
 function receive(name, data, id) {
@@ -12634,25 +12642,30 @@ function modelBox({id, state, mine, contextLength, quantization, running: slots 
   const name = state === "loading" || states.includes("loading") ? "loading" : states.includes("generating") ? "generating"
     : states.includes("prompt") ? "prompt" : mine.length ? "answering" : "";
   const [word, icon, tone] = name ? STATES[name] : ["idle", "ok", "queued"];
-  return el("li.box", el("h3.isolate", id),
-    isAdmin() && state === "loaded" && button("Unload", event => change(event, "unload", {instance_id: id}), "button.quiet.push"),
-    el("span." + tone, mark(icon, tone), " " + word),
-    el("span", listed([reading && speed(reading) + " read", writing && speed(writing) + " written"])),
-    el("span.muted", listed([(slots || mine.length) && `${slots || mine.length} running`, waiting && `${waiting} waiting`,
-      known(contextLength) && short(contextLength) + " context", quantization])));
+  return el("li.box", el("div.row", el("h3.isolate", id), el("span." + tone, mark(icon, tone), " " + word)),
+    el("div.row", el("span", el("b", listed([reading && speed(reading) + " read", writing && speed(writing) + " written"])), " ",
+      el("span.muted", listed([(slots || mine.length) && `${slots || mine.length} running`, waiting && `${waiting} waiting`,
+        known(contextLength) && short(contextLength) + " context", quantization]))),
+      isAdmin() && state === "loaded" && button("Unload", event => change(event, "unload", () => instancesOf(id)), "button.quiet")));
 }
 function restBox(rest, open) {
   const list = el("details", el("summary.muted", `${rest.length} more, not loaded`), el("ul", ...rest.map(({id, sizeBytes}) =>
     el("li", el("span.isolate", listed([id, known(sizeBytes) && bytes(sizeBytes)])),
-      isAdmin() && button("Load", event => change(event, "load", {model: id}), "button.quiet")))));
+      isAdmin() && button("Load", event => change(event, "load", () => [{model: id}]), "button.quiet")))));
   list.open = Boolean(open);
   return el("li.box.rest", list);
 }
-async function change(event, what, body) {
-  const from = event.currentTarget;
+
+/* A loaded model goes by the names of its instances, which need not be its own. */
+async function instancesOf(id) {
+  const found = (await get("/api/v1/models"))?.models?.find(model => model.key === id)?.loaded_instances ?? [{id}];
+  return found.map(instance => ({instance_id: instance.id}));
+}
+async function change({currentTarget: from}, what, bodies) {
   from.disabled = true;
   put(from, what + "ing \u2026");
-  const why = await act("POST", "/api/v1/models/" + what, body);
+  let why = "";
+  for (const body of await bodies()) why = await act("POST", "/api/v1/models/" + what, body) || why;
   put(from, why ? "failed" : "done");
   from.title = why;
   wantModels();
@@ -12744,7 +12757,7 @@ function headline(r) {
   const left = leftOf(r), read = r.progress?.percent, took = span(r.totalTimeMs);
   if (ended(r)) return [took, stateOf(r)[0]];
   if (r.state === "prompt") {
-    if (read > 99.4) return ["almost read", ""];
+    if (read > 99.4 || left < 500) return ["almost read", ""];
     return known(left) ? [(left < 10000 ? "~" : "") + running(left), "left to read"]
       : known(read) ? [percent(read), "read"] : [running(elapsedOf(r)), "reading"];
   }
@@ -13053,9 +13066,9 @@ function paintPeople() {
       refilter({[by === "user" ? "who" : "model"]: name});
       $("requests").scrollIntoView();
     }, "button.plain");
-    return [el("span.name", swatch(toneOf(name)), filter), ...by === "user" ? [bar] : [], ...columns.map(([, show]) => show(t))];
+    return [el("div", el("span.name", swatch(toneOf(name)), filter), bar), ...columns.map(([, show]) => show(t))];
   });
-  figures.people.replaceChildren(rows.length ? table([...by === "user" ? ["Who", ""] : ["Model"], ...columns.map(([text]) => text)], rows)
+  figures.people.replaceChildren(rows.length ? table([by === "user" ? "Who" : "Model", ...columns.map(([text]) => text)], rows)
     : el("p.none", "No data yet"));
 }
 
@@ -13296,8 +13309,9 @@ function summaryOf(r) {
     ["Cached", known(cached) && plural(cached, "token") + (promptOf(r) ? ` (${percent(100 * cached / promptOf(r))})` : "")],
     ["Written", listed([known(outputOf(r)) && outputText(r) + " tokens", known(decodeOf(r)) && speed(decodeOf(r)),
       r.reasoningTokens && tokens(r.reasoningTokens) + " of them reasoning"])],
-    ["Held up by", r.boundBy], ["Context", known(size) && `${tokens(used)} of ${tokens(size)} tokens`],
-    ["Log", r.binding === "exact" ? "matched to the log: exact" : "not matched to the log"],
+    ["Context", known(size) && `${tokens(used)} of ${tokens(size)} tokens`],
+    ["Log", r.binding !== "exact" ? "not matched to the log"
+      : "matched to the log: exact" + (/^\d/.test(r.boundBy) ? ` (by ${r.boundBy})` : "")],
     ["Id", r.requestId],
   ];
   return el("dl.facts", ...r.error ? [fact("Reason", r.error)] : [],
