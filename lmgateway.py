@@ -12601,26 +12601,27 @@ const FILE_LOGGING = DEVELOPER + "Developer Logs \u25b8 \u2026 \u25b8 File Loggi
   + "LMSTUDIO_LOG_DIR names another directory.";
 const MONITORING = "Set ENABLE_LOG_MONITORING=true to see prompts being read and what was cached.";
 
-/* What is wrong and how to mend it, the worst first: [colour, what, remedy]. */
-function problems() {
-  const {lmstudio = {}, log = {}} = page.status ?? {};
-  const warnings = Array.isArray(log.warnings) ? log.warnings.map(text => String(text).split(/: (.*)/s)) : [];
-  const rows = [
-    [lmstudio.up === false, "error", "LM Studio is not answering",
-      (lmstudio.reason ? lmstudio.reason + ". " : "") + START],
-    [log.problem, "error", "The log cannot be followed", log.problem],
-    [log.enabled === false, "warn", "The log is not followed", MONITORING],
-    [terse(log), "warn", "LM Studio writes no DEBUG lines, so most figures of its engine are missing", VERBOSE],
-    ...warnings.map(([what, remedy = ""]) => [true, "warn", what, remedy]),
+/* What the page needs of LM Studio, the worst first: [is it so, null while nobody knows; colour where not; what; what
+   not; remedy]. */
+function checks() {
+  const {lmstudio = {}, log = {}} = page.status ?? {}, because = why => why ? why + ". " : "";
+  return [
+    [lmstudio.up, "error", "LM Studio answers", "LM Studio does not answer", because(lmstudio.reason) + START],
+    log.enabled === false ? [false, "warn", "", "Its log is not followed", MONITORING]
+      : [Boolean(log.file) && !log.problem, log.problem ? "error" : "warn", "Its log is followed",
+        log.problem ? "Its log cannot be followed" : "No log file was found", because(log.problem) + FILE_LOGGING],
+    [terse(log) ? false : log.verbose || null, "warn", `Verbose logging: ${log.verbose ? "on" : "not known yet"}`,
+      "Verbose logging: off, so most figures of its engine are missing", VERBOSE],
   ];
-  return rows.filter(([is]) => is).map(row => row.slice(1));
 }
 PANELS.banners = () => {
-  const told = page.signedOut || !$("first-run").hidden;      // the first run says the same in its own way
-  const found = told ? [] : problems().slice(0, 2), box = $("banners");
+  const told = !page.status || page.signedOut || !$("first-run").hidden;    // the first run says the same in its own way
+  const warnings = Array.isArray(page.status?.log?.warnings) ? page.status.log.warnings : [], box = $("banners");
+  const found = told ? [] : [...checks().filter(([good]) => good === false).map(([, tone, , what, remedy]) => [tone, what, remedy]),
+    ...warnings.map(text => ["warn", ...String(text).split(/: (.*)/s)])].slice(0, 2);
   if (!outdated(box, JSON.stringify(found))) return;
   box.replaceChildren(...found.map(([tone, what, remedy]) =>
-    el("p.banner", mark(tone, tone), el("span", el("b", what + ". "), remedy))));
+    el("p.banner", mark(tone, tone), el("span", el("b", what + ". "), remedy ?? ""))));
 };
 
 // --- 9. models
@@ -12820,7 +12821,7 @@ function paintFirstRun() {
     copyLine(`curl ${here}/v1/chat/completions${secret} -H "Content-Type: application/json" -d `
       + '\'{"messages": [{"role": "user", "content": "Say hello."}], "stream": true}\'',
       "Or from a terminal"),
-    el("ul.checks", ...checks(lmstudio, log).map(checkLine)));
+    el("ul.checks", ...checks().map(checkLine)));
 }
 const lanUrls = () => (page.status?.gateway?.lanUrls ?? []).filter(url => url !== location.origin);
 function copyLine(text, label = "") {
@@ -12828,21 +12829,9 @@ function copyLine(text, label = "") {
     el("div.copy", el("code", text), button("Copy", event => copy(text, event.currentTarget))));
 }
 
-/* What the page needs of LM Studio: [is it so, null while nobody knows; what; what not; remedy]. */
-function checks(lmstudio, log) {
-  const followed = Boolean(log.file) && !log.problem, why = log.problem ? log.problem + ". " : "";
-  return [
-    [lmstudio.up, "LM Studio answers", "LM Studio does not answer", START],
-    log.enabled === false ? [false, "", "Its log is not followed", MONITORING]
-      : [followed, "Its log is followed", "No log file was found", why + FILE_LOGGING],
-    [terse(log) ? false : log.verbose || null, log.verbose ? "Verbose logging: on" : "Verbose logging: not known yet",
-      "Verbose logging: off", VERBOSE],
-  ];
-}
-function checkLine([good, fine, wrong, remedy]) {
-  const tone = good ? "ok" : good === null ? "queued" : "warn";
-  return el("li", mark(tone, tone), el("span", tone === "warn" ? wrong : fine),
-    tone === "warn" ? el("p.muted", remedy) : null);
+function checkLine([good, tone, fine, wrong, remedy]) {
+  const shown = good === false ? tone : good ? "ok" : "queued";
+  return el("li", mark(shown, shown), el("span", good === false ? wrong : fine), good === false && el("p.muted", remedy));
 }
 
 // --- 12. figures: tiles and charts of a range, from /debug/series
