@@ -490,6 +490,7 @@ RULES = (
          "First token generated. Continuing to stream response.."),
     Rule("finish", "app", "line", "App", r"Finished streaming response", "Finished streaming response"),
     Rule("prediction", "app", "json", "App", r"Generated prediction: ", "Generated prediction: {"),
+    Rule("output", "app", "json", "App", r"Prediction stats: ", "Prediction stats: {"),  # by LogStream, of any answer
     Rule("response", "app", "json", "App", r"Generated synchronous v1/responses response: ",
          "Generated synchronous v1/responses response: {"),
     Rule("disconnect", "app", "line", "App", r"Client disconnected\. Stopping generation",
@@ -1798,6 +1799,14 @@ class ChatTracker(EngineLines):
 
     def on_response(self, entry):
         self._answer(entry, entry.line)
+
+    def on_output(self, entry):
+        """Figures of an answer, all that MLX tells of a stream.  They end nothing, and name no request."""
+        found = [chat for chat in self._of(entry, *self._ended) if chat.stream is not False and not (
+            chat.abandoned or chat.has_said("lmstudio_prediction_stats"))]
+        if len(found) == 1:
+            found[0].counts, found[0].speeds = prediction_figures(prediction_of(entry.text))
+            self._settle(found[0], entry.moment)
 
     def _answer(self, entry, message):
         """A whole answer.  A client that has left gets one, too."""
@@ -6297,15 +6306,18 @@ class LogStream:
 
     @classmethod
     def _line(cls, message):
-        """What a packet of the stream would be in a log file."""
+        """What a packet of the stream would be in a log file; of an answer its figures, which no file has."""
         entry = member(member(json_object(message.payload) or {}, "message"), "log")
         data = member(entry, "data")
-        text, level = data.get(cls.LINES.get(str(data.get("type")))), str(data.get("level")).upper()
+        kind, level = str(data.get("type")), str(data.get("level")).upper()
+        text, level = data.get(cls.LINES.get(kind)), level if level in cls.LEVELS else "INFO"
+        model, stats = name_of(data.get("modelIdentifier")), member(data, "stats")
+        if kind == "llm.prediction.output" and model and stats and not CONTROLS.search(model):
+            text, level = f"Prediction stats: {json.dumps(figures_as_v0(stats), indent=2)}", f"INFO][{model}"
         if not isinstance(text, str):
             return b""
         if not re.match(r"\[\d{4}-\d\d-\d\d ", text):
             stamp = time.localtime(min(usable(entry.get("timestamp")) or 0, 4e12) / 1000)
-            level = level if level in cls.LEVELS else "INFO"
             text = f"[{time.strftime('%Y-%m-%d %H:%M:%S', stamp)}][{level}] {text}"
         return text.rstrip("\n").encode("utf-8", "replace") + b"\n"
 
