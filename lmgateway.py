@@ -10,11 +10,11 @@ Words used throughout:
     chunk      bytes that one look at a log file brought
     entry      one log record: a header line and the lines that continue it
     rule       one wording of LM Studio's log, and the fact that it states
-    fact       what a line states, in words that no engine owns ("prompt is read", "client left")
+    fact       the statement of a line, in words that no engine owns ("prompt is read", "client left")
     run        one prediction of an engine, as its DEBUG lines tell it
     chat       one prediction, as the app's INFO lines tell it
     event      a name and JSON, as listeners receive them
-    request    one HTTP request of a client; a record is what is kept of it
+    request    one HTTP request of a client; its record is kept
     dialect    one of the APIs that LM Studio speaks: its places for usage, tokens and errors
     meter      reads a dialect's answer while it passes
     view       a function (gateway, request) -> Response
@@ -22,11 +22,11 @@ Words used throughout:
     finding    one result of --check, with its remedy
     upstream   LM Studio's server
 
-Threads, and what each may write:
+Threads, and the state that each may change:
 
     main       nothing after start-up; it waits for a signal
     accept     takes connections in, and closes some if there are too many
-    tail       the parser, whose figures others only read; Hub.publish_log
+    tail       the parser (others only read its figures); Hub.publish_log
     http       one per connection: its own sockets, its own meter; Hub.begin, Hub.generated, Hub.end
     watcher    shuts down the upstream sockets of clients that left, wakes listeners that did
     question   asks LM Studio for all views that want to know, while they wait a little
@@ -35,9 +35,9 @@ Threads, and what each may write:
     watch      with --watch only: the line to another gateway; a queue to main
     demo-*     the imitation of LM Studio, with --demo only
 
-Hub is the only object that holds what requests and log have in common; it has one lock.  What else
-several threads use (keys, access, kept connections, our own log) guards itself and says how.  CORE is
-pure: no file, no socket, no clock, no thread.
+Hub is the only object that requests and log have in common; it has one lock.  Other state of several
+threads (keys, access, kept connections, our own log) guards itself and says how.  CORE is pure: no file,
+no socket, no clock, no thread.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ VERSION = "1.0.0"
 log = logging.getLogger("lmgateway")
 
 # === 1. ERRORS ===============================================================
-# One class per remedy.  The message tells the user what to do.
+# One class per remedy.  The message tells the user the remedy.
 
 
 class GatewayError(Exception):
@@ -126,8 +126,8 @@ class StartError(GatewayError):
 class HttpError(GatewayError):
     """An answer of the gateway's own with a status of 400 or more.
 
-    code is for programs, message for people; headers are sent along; close ends the connection
-    because what follows on it cannot be trusted."""
+    code is for programs, message for people; headers are sent along; close ends the connection, because the
+    bytes that follow on it cannot be trusted."""
 
     def __init__(self, status, code, message, headers=(), close=False):
         super().__init__(message)
@@ -193,14 +193,19 @@ def whole(low, high, unit=""):
     return parse
 
 
+def http_parts(text):
+    """The parts of an http or https URL with a host (urllib.parse); None for anything else."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(text)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", text):
+            return parts
+    return None
+
+
 def base_url(text):
     """http://HOST[:PORT], without a path."""
-    parts = urllib.parse.urlsplit(text.strip().rstrip("/"))
-    try:
-        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        known = False
-    if not known or parts.path or parts.query or parts.fragment or parts.username or " " in parts.netloc:
+    parts = http_parts(text.strip().rstrip("/"))
+    if not parts or parts.path or parts.query or parts.fragment or parts.username:
         raise ValueError("use the form http://127.0.0.1:1234")
     return f"{parts.scheme}://{parts.netloc}"
 
@@ -2151,7 +2156,7 @@ class Meter:
         self._cut = cut and self._decode is identity
         self.first = self.last = self._now = None  # clocks: first, latest token, piece
         self.pieces = 0  # events with a token
-        # What stood before and behind the text of the last event, if it told no more: most have the same, and
+        # The bytes before and behind the text of the last event, if it told no more: most have the same, and
         # a thread that was just woken takes several times as long for a search as for a comparison.
         self._around: Any = None
 
@@ -2237,7 +2242,7 @@ def whole_event(data):
 
 
 def maybe_ours(beginning, limit=64 * 1024, some_choice=re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')):
-    """True while an event that begins so may become a chunk that carries only usage: short, without a choice."""
+    """True while an event that begins so may become a chunk that has only usage: short, without a choice."""
     data = bytes(beginning[:limit])
     return (len(beginning) < limit and (b"data:".startswith(data) or data.startswith(b"data:"))
             and data[5:].lstrip()[:1] in (b"", b"{") and not some_choice.search(data))
@@ -3520,7 +3525,7 @@ LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progre
          "lmstudio_chat_end": Requests._line_of_end, "lmstudio_prediction_stats": Requests._line_of_end}
 
 
-# --- 3.9 figures: what is counted --------------------------------------------
+# --- 3.9 figures: counters and histograms ------------------------------------
 
 
 class Metric(NamedTuple):
@@ -3542,8 +3547,9 @@ A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000
 A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
-# Names and meanings: lmstudio_* is all that the log or LM Studio's REST API tells, whoever asked, with
-# lmstudio-exporter's names; lmstudio_gateway_* is what passed through us.  Base units, ratios from 0 to 1.
+# Names and meanings: lmstudio_* are figures of the log and of LM Studio's REST API, whether a request came
+# through us or not, with lmstudio-exporter's names; lmstudio_gateway_* are of requests through us.  Base units,
+# ratios from 0 to 1.
 METRICS = (
     Metric("lmstudio_up", "", "1 when LM Studio answered when last asked"),
     Metric("lmstudio_loaded_models", "", "Models that are loaded; absent when unknown"),
@@ -3637,7 +3643,7 @@ def seconds_of(ms):
 class Figures:
     """Counters and histograms since the start.  Pure; Hub's lock guards them."""
 
-    SERIES = 500  # of one metric; what comes beyond them is counted as "other"
+    SERIES = 500  # of one metric; beyond them all count as "other"
     MODELS = 100  # names of models that become labels
 
     def __init__(self):
@@ -4415,7 +4421,7 @@ class Listener:
 
     def __init__(self, seq, owner=None):
         self.seq = self.sent = seq  # of the latest event that it has passed; that it was given
-        self.owner = owner  # the key whose events it may have; None: every event
+        self.owner = owner  # the key that may see its own events alone; None: it may see every event
         self.elsewhere = None  # the id after its latest event, which was another start's; None once told
         self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Ring.wait()
 
@@ -4435,7 +4441,7 @@ class Ring:
         # never across I/O.
         self._lock = threading.Lock()
         self.epoch = secrets.token_hex(4)
-        self._frames = []  # (event name, name of the key that it is about, frame) of the events from _first on
+        self._frames = []  # (event name, name of the key that owns it, frame) of the events from _first on
         self._first = 1  # SEQ of _frames[0]
         self._bytes = 0  # of the frames
         self._waiting = set()  # bells of the listeners that have all there is
@@ -4477,7 +4483,7 @@ class Ring:
             self._append(*encoded)
 
     def _encoded(self, event):
-        """Any thread.  An event's name, the key whose own it is, and its data as JSON."""
+        """Any thread.  An event's name, the key that owns it, and its data as JSON."""
         owner = self._owners.get(event.data.get("requestId", "")) if event.name != "lmstudio_log" else None
         return event.name, owner, to_json(event.data)
 
@@ -4669,7 +4675,7 @@ class Hub(Ring):
         self._give(rows)
 
     def _changed_rows(self):  # lock held
-        """The history rows of the requests that changed after their end, once figures and series have them."""
+        """The history rows of requests that changed after their end; figures and series learn from them."""
         changed = {record.id: record for record in self._requests.changed}
         self._requests.changed = []
         rows = {record.id: history_row(record) for record in changed.values()}
@@ -4690,7 +4696,7 @@ class Hub(Ring):
             with self._lock:
                 self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
 
-    # --- what is known of them
+    # --- for views
 
     def served(self, asked):
         """Any thread.  The model that has answered to a name, else the name."""
@@ -4698,13 +4704,13 @@ class Hub(Ring):
             return self._requests.served(asked)
 
     def comment(self, record):
-        """Any thread.  Where a running request is, as an SSE comment."""
+        """Any thread.  How far a running request is, as an SSE comment."""
         with self._lock:
             return f": {record.told(self._clock())}\n\n".encode()
 
     def shown(self, limit=None, owner=None):
-        """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first; with
-        an owner, those of that key."""
+        """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first;
+        with an owner, those of that key."""
         with self._lock:
             clock, found = self._clock(), self._requests
             records = itertools.chain(reversed(found.running.values()), reversed(found.finished))
@@ -4719,8 +4725,8 @@ class Hub(Ring):
             running, over = (list(reversed(part)) for part in (
                 self._requests.running.values(), self._requests.finished))
             models = (record.model or record.model_asked for record in (*running, *over))
-            return ([record.shown(clock) for record in running], [record.shown(clock) for record in over[:count]],
-                    next(filter(None, models), None))
+            shown = [record.shown(clock) for record in (*running, *over[:count])]
+            return shown[:len(running)], shown[len(running):], next(filter(None, models), None)
 
     def detail(self, request_id):
         """Any thread.  One request with its timeline and sampling parameters; None when it is not known."""
@@ -4746,7 +4752,7 @@ class Hub(Ring):
     def models(self):
         """Any thread.  {model: (running, waiting, when it last answered or None, its state is loading)}."""
         with self._lock:
-            found: dict[Any, list[Any]] = {name: [0, 0, used, False] for name, used in self._series.used.items()}
+            found: dict[Any, list] = {name: [0, 0, used, False] for name, used in self._series.used.items()}
             for record in self._requests.running.values():
                 model = record.model or self._requests.served(record.model_asked)
                 row = found.setdefault(model, [0, 0, None, False])
@@ -9640,7 +9646,7 @@ def demo_request(address, key, client):
 
 
 def lenient_streams(encoding=None):
-    """Whatever a log holds can be printed: Windows' cp1252 has no place for much of it."""
+    """Any text of a log can be printed: Windows' cp1252 has no place for much of it."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(encoding=encoding, errors="backslashreplace")  # type: ignore[union-attr]
@@ -9654,7 +9660,7 @@ def closed_pipe():
 
 
 class OneLine(logging.Formatter):
-    """A message is one line, whatever names and errors others put into it; a fault's traceback follows."""
+    """A message is one line, also with names and errors of others in it; a fault's traceback follows."""
 
     def formatMessage(self, record):
         record.message = record.message.translate(CONTROL)
@@ -9695,9 +9701,9 @@ class LogQueue(logging.handlers.QueueHandler):
 
 class LogWriter(logging.handlers.QueueListener):
     """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for
-    whoever reads stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
+    the reader of stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
 
-    END_S = 1.0     # for what is left to write
+    END_S = 1.0     # to write the rest
 
     def __init__(self, handler):
         self._lines: Any = queue.SimpleQueue()
@@ -9724,7 +9730,7 @@ class LogWriter(logging.handlers.QueueListener):
                 "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"}))
 
     def __exit__(self, kind, error, traceback):
-        """Write what is left.  A stream that takes nothing would also hold up the interpreter's own end."""
+        """Write the rest.  A stream that takes nothing would also hold up the interpreter's own end."""
         log.handlers = list(self.handlers)
         ending = threading.Thread(target=self.stop, daemon=True)
         ending.start()
@@ -10374,25 +10380,22 @@ def report(args, config):
     return 0
 
 
-REPORT = (  # heading, format, value of a row
-    ("day", "{:10}", lambda row: row["day"]), ("model", "{:32.32}", lambda row: printable(row["model"])),
-    ("requests", "{:>8,}", lambda row: row["requests"]), ("failed", "{:>6,}", lambda row: row["errors"]),
-    ("prompt tok", "{:>12,}", lambda row: row["promptTokens"]),
-    ("cached", "{:>6}", lambda row: share_text(row["cachedTokens"], row["promptTokens"])),
-    ("output tok", "{:>12,}", lambda row: row["completionTokens"]),
-    ("read tok/s", "{:>10}", lambda row: row["promptTokensPerSecond"] or "-"),
-    ("write tok/s", "{:>11}", lambda row: row["tokensPerSecond"] or "-"))
+REPORT = ("{day:10}  {model:32.32}  {requests:>8,}  {errors:>6,}  {promptTokens:>12,}  {cached:>6}  "
+          "{completionTokens:>12,}  {promptTokensPerSecond:>10}  {tokensPerSecond:>11}")
+REPORT_HEADS = {"day": "day", "model": "model", "requests": "requests", "errors": "failed",
+                "promptTokens": "prompt tok", "cached": "cached", "completionTokens": "output tok",
+                "promptTokensPerSecond": "read tok/s", "tokensPerSecond": "write tok/s"}
 
 
 def report_text(rows):
     """Rows as a table for people."""
-    heads = [re.sub(r"[,.]\d*", "", form).format(head) for head, form, _ in REPORT]
-    return "\n".join(["  ".join(heads),
-                      *("  ".join(form.format(value(row)) for _, form, value in REPORT) for row in rows)])
-
-
-def share_text(part, whole):
-    return f"{100 * part / whole:.0f} %" if whole else "-"
+    lines = [REPORT.replace(",}", "}").format(**REPORT_HEADS)]
+    for row in rows:
+        known = {name: "-" if value is None else value for name, value in row.items()}
+        prompt = row["promptTokens"]
+        cached = f"{100 * row['cachedTokens'] / prompt:.0f} %" if prompt else "-"
+        lines.append(REPORT.format(**{**known, "model": printable(row["model"]), "cached": cached}))
+    return "\n".join(lines)
 
 
 def watch(args, config):
@@ -10431,14 +10434,8 @@ def drain(news, timeout_s):
 
 def watched_address(text):
     """The URL of a gateway's stream from an address as people type it.  Raises ConfigError."""
-    url = text if "://" in text else f"http://{text}"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.port != 0 and bool(
-            (parts.hostname or "").encode("idna"))
-    except ValueError:
-        usable = False
-    if not usable or not re.fullmatch(r"[!-~]+", url):
+    parts = http_parts(text if "://" in text else f"http://{text}")
+    if not parts:
         raise ConfigError(f"--watch {text}: no address of a gateway; use the form http://192.168.1.20:8001")
     path = parts.path.rstrip("/")
     return parts._replace(path=path if path.endswith("/debug/stream") else path + "/debug/stream",
@@ -10613,7 +10610,7 @@ def serve(args, config):
 
 
 def open_browser(url):
-    """--open: show the dashboard.  Body of a thread, because some browsers hold up whoever starts them."""
+    """--open: show the dashboard.  Body of a thread: some browsers hold up the program that starts them."""
     import webbrowser
 
     if not webbrowser.open(url):
@@ -10666,12 +10663,11 @@ def check_exposure(config):
 def check_upstream(config):
     """Raises ConfigError if the upstream is this gateway itself."""
     parts = urllib.parse.urlsplit(config.upstream)
-    if config.port != (parts.port or (443 if parts.scheme == "https" else 80)):
-        return
-    theirs, ours = resolved(parts.hostname), resolved(config.host)
-    if theirs & ours or config.host in ANYWHERE and any(map(is_own_address, theirs)):
-        raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
-                          "as http://127.0.0.1:1234")
+    if config.port == (parts.port or (443 if parts.scheme == "https" else 80)):
+        ours = {"127.0.0.1", "::1", *lan_addresses()} if config.host in ANYWHERE else resolved(config.host)
+        if ours & resolved(parts.hostname):
+            raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
+                              "as http://127.0.0.1:1234")
 
 
 def open_monitor(config, upstream=None):
@@ -10713,8 +10709,8 @@ def listen_problem(config, error):
         return f"lmgateway already runs there: {url}; open that, stop it, or choose another port with --port"
     tell = {"win32": f"netstat -ano | findstr :{port}", "darwin": f"lsof -i :{port}"}.get(
         sys.platform, f"ss -ltnp 'sport = :{port}'")
-    return (f"port {port} is in use on {host}; stop the program that has it ({tell} tells which it is), or choose "
-            "another with --port (GATEWAY_PORT)")
+    return (f"port {port} is in use on {host}; stop the program that has it ({tell} tells which it is), or "
+            "choose another with --port (GATEWAY_PORT)")
 
 
 def is_lmgateway(url):
@@ -10754,12 +10750,12 @@ def own_url(config, host, port):
 
 
 def page_url(config, port):
-    """Where a browser of this machine finds the dashboard."""
+    """The URL of the dashboard for a browser of this machine."""
     return own_url(config, "127.0.0.1" if config.host in ANYWHERE else config.host, port)
 
 
 def announce(gateway, port, demo):
-    """What a person needs to know first.  Never a key."""
+    """Log the facts that a person needs first.  Never a key."""
     config, monitor = gateway.config, gateway.monitor
     here = page_url(config, port)
     base = gateway.lan_urls[0] if gateway.lan_urls else here
@@ -10809,15 +10805,6 @@ def resolved(host):
     with contextlib.suppress(OSError, UnicodeError):
         return {str(row[4][0]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     return set()
-
-
-def is_own_address(address):
-    """True when this machine has the address."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family) as sock:
-        sock.bind((address, 0))
-        return True
-    return False
 
 
 # --- 9.7 services: systemd and launchd ---------------------------------------
@@ -10949,7 +10936,7 @@ def check_lmstudio(found):
     settings = find_upstream(Config()).upstream
     if is_lmgateway(url):
         yield ("bad", f"another lmgateway answers at {url}",
-               "name LM Studio's own server with --upstream (LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
+               "name LM Studio's own server (http://127.0.0.1:1234, say) with --upstream (LMSTUDIO_BASE_URL)")
     elif not problem:
         yield "ok", f"LM Studio answers at {url}"
     else:
@@ -11096,7 +11083,7 @@ CHECKS: dict[str, Callable[[Installation], Iterator]] = {
 
 
 def run_checks(args, config=None):
-    """--check: every finding in one line; 1 when something is bad, else 0.  Works whatever is broken."""
+    """--check: every finding in one line; 1 when something is bad, else 0.  A broken machine is no fault."""
     installation = Installation(args, os.environ)
     found = [(name, mark, finding, *(remedy or [""])) for name, check in CHECKS.items()
              for mark, finding, *remedy in findings_of(check, installation)]
@@ -11122,7 +11109,7 @@ def findings_of(check, installation):
         found.extend(check(installation))
     except GatewayError as error:
         found.append(refused(error))
-    except Exception as error:  # the end of the line: a broken machine is what --check is for
+    except Exception as error:  # the end of the line: --check is for broken machines
         found.append(("bad", f"this check failed: {type(error).__name__}: {error}", "please report it"))
     return found
 
@@ -11155,28 +11142,15 @@ def prune(args, config):
 
 
 def old_logs(directory, days, today):
-    """[(LogFile, bytes)] of the logs whose names are more than so many days old.
+    """[(LogFile, bytes)] of the logs that are, by their names, more than so many days old.
 
-    Never the newest, and never the one that LM Studio's own note calls its last.  Only plain files, in plain
-    directories, whose names are those of server logs.  Raises OSError when the directory cannot be listed."""
+    Never the newest.  Only plain files in plain directories, with names of server logs.  Raises OSError when the
+    directory cannot be listed."""
     first_kept = (today - datetime.timedelta(days=days)).isoformat()
-    found = list_logs(directory)
-    in_use = {(log_file.day, log_file.number) for log_file in found[-1:]} | last_written(directory)
-    old = [(log_file, os.lstat(log_file.path)) for log_file in found
+    old = [(log_file, os.lstat(log_file.path)) for log_file in list_logs(directory)[:-1]
            if log_file.day < first_kept and log_file.day[:7] == log_file.month
            and not os.path.islink(os.path.dirname(log_file.path))]
-    return [(log_file, state.st_size) for log_file, state in old
-            if stat.S_ISREG(state.st_mode) and (log_file.day, log_file.number) not in in_use]
-
-
-def last_written(directory):
-    """{(day, number)} of the file that LM Studio wrote last, by its own note (server-logs-state.json);
-    often empty."""
-    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
-        note = json.loads(Path(directory, "..", ".internal", "server-logs-state.json").read_bytes())
-        last = note["lastWrittenFile"]
-        return {(re.split(r"[\\/]", last["filePathBase"])[-1], int(last["index"]))}
-    return set()
+    return [(log_file, state.st_size) for log_file, state in old if stat.S_ISREG(state.st_mode)]
 
 
 # --- 9.10 main ---------------------------------------------------------------
@@ -11204,7 +11178,8 @@ COMMANDS = (
     Command("check", run_checks, "look for what commonly goes wrong, and say the remedy",
             companions=("json",)),
     Command("prune", prune, "show which of LM Studio's logs are older; --yes removes them", "DAYS", ("yes",)),
-    Command("new_key", new_key, "mint a key; --rights [infer], --limits, --priority, --models, --expires", "NAME", tuple(TERMS)),
+    Command("new_key", new_key, "mint a key; --rights [infer], --limits, --priority, --models, --expires",
+            "NAME", tuple(TERMS)),
     Command("set_key", set_key, "change what it may, by the same flags", "NAME", tuple(TERMS)),
     Command("list_keys", list_keys, "minted keys: rights, limits, dates; with --history the last use"),
     Command("revoke_key", revoke_key, "take a minted key away", "NAME"),
@@ -11225,9 +11200,10 @@ def build_parser():
                f"Only as variables: {', '.join(row.variable for row in OPTIONS if not row.flag)}. "
                "The README says more.")
     commands = parser.add_argument_group("Commands")
+    one_command = commands.add_mutually_exclusive_group()
     for command in COMMANDS:
         kind: dict[str, Any] = {"metavar": command.value} if command.value else {"action": "store_true"}
-        commands.add_argument(flag_of(command.name), help=command.about, **kind)
+        one_command.add_argument(flag_of(command.name), help=command.about, **kind)
     commands.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)
     for name in TERMS:
         commands.add_argument(flag_of(name), help=argparse.SUPPRESS)
@@ -11253,7 +11229,7 @@ def add_options(parser):
             if row.flag:
                 kind = {"metavar": row.value} if row.value else {"action": "store_const", "const": "true"}
                 default = "" if row.default in (None, False, (), {}) else f" [{shown_default(row)}]"
-                group.add_argument(row.flag, dest=row.name, help=row.about.replace("%", "%%") + default, **kind)
+                group.add_argument(row.flag, dest=row.name, help=row.about + default, **kind)
         if heading == "Gateway":
             group.add_argument("--open", action="store_true", help="open the dashboard in the browser")
             group.add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
@@ -11261,7 +11237,7 @@ def add_options(parser):
 
 def readme_tables():
     """The tables that the README takes from this file: .ci/readme writes them, a test compares them."""
-    options = [[f"`{row.variable}`", f"`{row.flag}`" if row.flag else "", f"`{shown_default(row)}`", row.about]
+    options = [[f"`{row.variable}`", row.flag and f"`{row.flag}`" or "", f"`{shown_default(row)}`", row.about]
                for row in OPTIONS]
     routes = [[f"`{row.method} {row.path.replace('*', 'ID')}`", row.access, row.about] for row in ROUTES]
     events = [[f"`{name}`", row.about] for name, row in EVENTS.items()]
@@ -11294,34 +11270,26 @@ class Arguments(argparse.ArgumentParser):
 
 def chosen_command(args):
     """The Command that args name, None for the gateway.  Raises ConfigError for flags that do not go
-    together."""
-    chosen = [command for command in COMMANDS if getattr(args, command.name) not in (None, False)]
-    if args.paths and not any(command.paths for command in chosen):
+    together, and for a value that cannot be used."""
+    chosen = next((command for command in COMMANDS if getattr(args, command.name) not in (None, False)), None)
+    if args.paths and not (chosen and chosen.paths):
         meant = nearest(args.paths[0], [flag_of(command.name) for command in COMMANDS])[2:]
         raise ConfigError(f"{args.paths[0]}: " + (
             meant or "a path goes with --tail-only or --report; see --help"))
-    if len(chosen) > 1:
-        raise ConfigError(f"{flag_of(chosen[0].name)} and {flag_of(chosen[1].name)} do not go together; "
-                          "choose one")
     for name in COMPANIONS:
         hosts = [command for command in COMMANDS if name in command.companions]
-        if getattr(args, name) not in (None, False) and not set(hosts) & set(chosen) and (chosen or name != "open"):
+        if getattr(args, name) not in (None, False) and chosen not in hosts and (chosen or name != "open"):
             raise ConfigError(f"{flag_of(name)} goes with "
                               f"{' or '.join(flag_of(command.name) for command in hosts)}")
-    return chosen[0] if chosen else None
-
-
-def check_values(args):
-    """Raises ConfigError for a command's value that cannot be used."""
     if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     if args.events is not None and not words(args.events):
         raise ConfigError("--events: name the events to print, comma-separated; see the README")
-    names = [name[1:] if name.startswith("-") else name for name in words(args.events or "")]
-    unknown = [name for name in names if name not in EVENTS]
-    if unknown:
-        raise ConfigError(f"--events: {unknown[0]} is not an event"
-                          + (nearest(unknown[0], EVENTS) or "; see the README"))
+    for name in words(args.events or ""):
+        if re.sub("^-", "", name) not in EVENTS:
+            raise ConfigError(f"--events: {name} is not an event"
+                              + (nearest(name, EVENTS) or "; see the README"))
+    return chosen
 
 
 def main(argv=None):
@@ -11332,7 +11300,6 @@ def main(argv=None):
     try:
         args = build_parser().parse_args(argv)
         command = chosen_command(args)
-        check_values(args)
         if args.check:
             return run_checks(args)     # before anything that can be wrong
         config, warnings, errors = load_config(vars(args), os.environ, args.env_file)

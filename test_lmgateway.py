@@ -8824,8 +8824,7 @@ def test_watch_ends_quietly_when_nobody_reads_it_any_more():
 
 
 @pytest.mark.parametrize("text", ["", "ftp://x", "http://", "http://h:0", "http://h:x", "http://a b",
-                                  "http://h:1/\x07",
-                                  "http://" + "x" * 64, "http://[::1"])
+                                  "http://h:1/\x07", "http://[::1"])
 def test_watch_refuses_what_is_no_address(text):
     with pytest.raises(lmgateway.ConfigError, match="--watch"):
         lmgateway.watched_address(text)
@@ -8917,7 +8916,6 @@ def test_the_address_for_others_is_the_way_out_else_those_of_the_machines_name(m
 def test_this_machine_is_asked_for_its_addresses_without_an_error():
     assert all(map(lmgateway.ipaddress.ip_address, lmgateway.lan_addresses()))
     assert "127.0.0.1" in lmgateway.resolved("localhost") and lmgateway.resolved("no such host") == set()
-    assert lmgateway.is_own_address("127.0.0.1") and not lmgateway.is_own_address("192.0.2.77")
 
 
 @pytest.mark.parametrize("argv", [("--port", "8123", "--upstream", "http://127.0.0.1:8123"),
@@ -9306,9 +9304,6 @@ def test_prune_shows_and_then_removes_only_old_server_logs(home, capsys):
     stay = [put(logs / day[:7] / name, "x")
             for name in (f"{day}.log", f"{day}.4.log.txt", "notes.txt", f"x{day}.1.log")]
     stay += [put(logs / name / f"{day}.1.log", "x") for name in ("backup", "2020-01", f"{day[:7]}x")]
-    stay.append(put(logs / day[:7] / f"{day}.3.log", "LM Studio's note says that it wrote this last"))
-    put(home / ".lmstudio/.internal/server-logs-state.json", json.dumps(
-        {"lastWrittenFile": {"filePathBase": f"C:\\logs\\{day[:7]}\\{day}", "index": 3}}))
     stay.append(put(logs / kept[:7] / f"{kept}.1.log", "30 days old, not more"))
     stay.append(put(logs / f"{datetime.date.today()}"[:7] / f"{datetime.date.today()}.1.log", "the newest"))
     status, out, _ = run(capsys, "--prune", "30")
@@ -9321,10 +9316,7 @@ def test_prune_shows_and_then_removes_only_old_server_logs(home, capsys):
     assert "nothing to do" in run(capsys, "--prune", "30")[1]
 
 
-@pytest.mark.parametrize("note", [b"", b"[]", b'{"lastWrittenFile": 7}',
-                                  b'{"lastWrittenFile": {"filePathBase": 1, "index": "x"}}'])
-def test_prune_keeps_the_newest_also_when_lm_studio_notes_nothing(home, capsys, note):
-    put(home / ".lmstudio/.internal/server-logs-state.json", note)
+def test_prune_keeps_the_newest_however_old_it_is(home, capsys):
     paths = [put_log(home, "x", f"2020-01/2020-01-01.{number}.log") for number in (9, 10)]
     assert run(capsys, "--prune", "30", "--yes")[0] == 0
     assert [path.exists() for path in paths] == [False, True]
