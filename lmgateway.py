@@ -1957,7 +1957,7 @@ MESSAGES = Dialect("messages", joined=True, token=re.compile(
 NATIVE = Dialect("native", joined=True, token=re.compile(
     rb'"type"\s*:\s*"(?:(?:message|reasoning)\.delta|tool_call\.(?:start|arguments))"'))
 OTHER = Dialect("other", OPENAI_TOKEN)
-SOCKET = Dialect("socket", OPENAI_TOKEN)  # of LM Studio's own SDKs: 3.11
+SOCKET = Dialect("socket", OPENAI_TOKEN, joined=True)  # of LM Studio's own SDKs: 3.12
 
 DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.1)
     "/v1/chat/completions": CHAT,
@@ -1972,7 +1972,7 @@ DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.
     "/v1/decisions": OTHER,
     "/v1/systemone": OTHER,
 }
-JOINED = frozenset(dialect.name for dialect in DIALECTS.values() if dialect.joined)
+JOINED = frozenset(dialect.name for dialect in (*DIALECTS.values(), SOCKET) if dialect.joined)
 
 
 def json_object(data, numbers=re.compile(rb"\[[-+.\deE,\s]{64,}\]")):
@@ -3176,12 +3176,13 @@ class Requests:
 
     def _is_certain(self, run, record, records, runs):
         """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
-        known a line of the app has to be about the run, which it can't be for a chat inside the app, or nothing
-        else may be at work."""
+        known a line of the app has to be about the run, which it can't be for a chat inside the app or an SDK's, or
+        nothing else may be at work."""
         if runs == 1 and has_counts(record):
             return True
         near = run.cancelled is not None and abs(run.cancelled + run.base - (record.ended or 0)) < FLUSH_S
-        return records == 1 and (near or runs == 1 and (run.is_of_api or self._is_alone(run, record)))
+        shown = record.dialect != SOCKET.name and (run.is_of_api or self._is_alone(run, record))
+        return records == 1 and (near or runs == 1 and shown)
 
     def _has_twin(self, run, record, free, clock):
         """Before its usage is known: another request of its size is out by a few hundredths of a second alone."""
@@ -3366,7 +3367,8 @@ class Requests:
         model = event.data.get("model")
         for record in self._open.values():
             served = record.model or self._names.get(record.model_asked)
-            if record.sent < math.inf and (None in (model, served) or model == served):
+            if record.sent < math.inf and record.dialect != SOCKET.name and (
+                    None in (model, served) or model == served):     # an SDK's has no lines of the app
                 yield record
 
     def _line_of_start(self, event, clock):
@@ -3976,11 +3978,12 @@ def json_line(event_id, event):
 
 
 
-# --- 3.11 WebSocket: what LM Studio's own SDKs speak --------------------------
+# --- 3.12 WebSocket: what LM Studio's own SDKs speak --------------------------
 
 NAMESPACES = ("llm", "embedding", "system", "files", "diagnostics", "repository", "plugins", "runtime")
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes (RFC 6455, 5.2)
 LONGEST_CONTROL = 125  # bytes of a control frame's payload (RFC 6455, 5.5)
+LONGEST_MESSAGE = 128 * 1024 * 1024  # bytes of one of LM Studio's, whose `ws` refuses more than 100 MiB
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))  # RFC 6455, 7.4; IANA
 
 
@@ -4003,30 +4006,23 @@ class Message(NamedTuple):
 class Frames:
     """Cuts the bytes of one direction into messages (RFC 6455, section 5), strictly.
 
-    masked: as a client's frames are.  limit: bytes of a message; beyond them it is an error of a client, and
-    what LM Studio sends is given without its payload."""
+    masked: as a client's frames are.  limit: bytes of a message."""
 
     def __init__(self, masked, limit):
         self._masked, self.limit = masked, limit
-        self._rest = bytearray()  # of a frame that has not ended
+        self.rest = bytearray()  # of a frame that has not ended
         self._need = 2  # bytes that rest must have before another look is worth it
-        self._skip = 0  # bytes of a frame too long to be kept that are still to come
-        self._opcode, self._parts, self._size = 0, [], 0  # of the message whose pieces are coming
-        self._raw = []
+        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0  # of the message whose pieces are coming
 
     @property
     def between(self):
-        """True where neither a frame nor a message is under way."""
-        return not (self._rest or self._skip or self._opcode)
-
-    @property
-    def in_frame(self):
-        return bool(self._rest or self._skip)
+        """True when neither a frame nor a message is under way."""
+        return not (self.rest or self._opcode)
 
     @property
     def held(self):
         """Bytes of a message that is not whole."""
-        return len(self._rest) + self._size
+        return len(self.rest) + self._size
 
     def feed(self, data):
         """The Messages that data completes.  Raises FrameError, at the first fault."""
@@ -4035,50 +4031,19 @@ class Frames:
                 and (size == data[1] + 2 < 128                                  # most of an answer's are
                      or data[1] == 126 and size == (data[2] << 8 | data[3]) + 4 >= 130)):
             return [Message(TEXT, data[2 if size < 128 else 4:], data)]
-        if self._skip:
-            passed = min(self._skip, size)
-            self._skip -= passed
-            data = data[passed:]
-        self._rest += data
+        self.rest += data
         found: list[Message] = []
-        while len(self._rest) >= self._need and self._frame(found):
-            pass
+        while len(self.rest) >= self._need:
+            start, end = self._bounds()
+            self._need = end or start
+            if end and len(self.rest) >= end:
+                self._take(start, end, found)
         return found
 
-    def _frame(self, found):
-        """Take one frame off rest.  False when that has no whole one."""
-        rest = self._rest
-        final, opcode, start, size = self._head()
-        if size is None:
-            return False
-        whole = start + size
-        if not self._masked and self._size + size > self.limit:
-            self._skip, taken = max(0, whole - len(rest)), min(whole, len(rest))
-            frame, payload, self._size = b"", b"", self.limit
-        elif len(rest) < whole:
-            self._need = whole
-            return False
-        else:
-            frame, taken = bytes(rest[:whole]), whole
-            payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
-        del rest[:taken]
-        self._need = 2
-        if opcode >= CLOSE:
-            check_close(opcode, payload)
-            found.append(Message(opcode, payload, frame))
-            return True
-        self._opcode = opcode or self._opcode
-        self._parts.append(payload)
-        self._raw.append(frame)
-        self._size += size
-        if final:
-            found.append(self._message())
-        return True
-
-    def _head(self):
-        """(final, opcode, where the payload starts, its size) of the frame that rest begins with; the size is
-        None where the head is not whole.  Raises FrameError."""
-        rest = self._rest
+    def _bounds(self):
+        """Where the payload of the frame that rest begins with starts and ends; the end is 0 while its head is
+        not whole.  Raises FrameError."""
+        rest = self.rest
         final, opcode, size = rest[0] >> 7, rest[0] & 15, rest[1] & 127
         if rest[0] & 0x70 or CONTINUATION < opcode > BINARY and opcode not in (CLOSE, PING, PONG):
             raise FrameError(1002, "reserved bits or a reserved opcode")
@@ -4091,22 +4056,37 @@ class Frames:
         extra = {126: 2, 127: 8}.get(size, 0)
         start = 2 + extra + 4 * self._masked
         if len(rest) < start:
-            self._need = start
-            return final, opcode, start, None
+            return start, 0
         if extra:
             size = int.from_bytes(rest[2:2 + extra], "big")
             if size < (126 if extra == 2 else 1 << 16) or size >> 63:
                 raise FrameError(1002, "a length that is not written in its shortest form")
-        if self._masked and self._size + size > self.limit:
+        if self._size + size > self.limit:
             raise FrameError(1009, f"a message of more than {self.limit} bytes")
-        return final, opcode, start, size
+        return start, start + size
 
-    def _message(self):
-        message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
-        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
-        if self._masked and message.opcode == TEXT:
-            check_text_frame(message.payload)
-        return message
+    def _take(self, start, end, found):
+        """Take a whole frame off rest."""
+        with memoryview(self.rest) as rest:
+            frame = bytes(rest[:end])
+        del self.rest[:end]
+        self._need = 2
+        final, opcode = frame[0] >> 7, frame[0] & 15
+        payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
+        if opcode >= CLOSE:
+            check_close(opcode, payload)
+            found.append(Message(opcode, payload, frame))
+            return
+        self._opcode = opcode or self._opcode
+        self._parts.append(payload)
+        self._raw.append(frame)
+        self._size += len(payload)
+        if final:
+            message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
+            self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
+            if self._masked and message.opcode == TEXT:
+                check_text_frame(message.payload)
+            found.append(message)
 
 
 def unmasked(data, mask):
@@ -4163,9 +4143,17 @@ OPENERS = {  # a client's message that begins something -> its id, the message t
 FOLLOWERS = {  # what only makes sense after one of these -> its id
     "channelSend": "channelId", "channelAck": "channelId", "signalUnsubscribe": "subscribeId",
     "writableSignalUpdate": "subscribeId", "writableSignalUnsubscribe": "subscribeId"}
-METERED = {("llm", "channelCreate", "predict"), ("llm", "channelCreate", "completeRawText"),
-              ("embedding", "rpcCall", "embedString")}
-FRAGMENT = re.compile(rb'\{"type":"channelSend",.*"message":\{"type":"fragment"')  # as Node writes it
+METERED = {("llm", "channelCreate", "predict"): SOCKET, ("llm", "channelCreate", "completeRawText"): SOCKET,
+           ("embedding", "rpcCall", "embedString"): EMBEDDINGS}
+# As Node writes most messages of an answer: to find the id and the tokens costs a fifth of reading JSON.
+FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message":\{"type":"fragment","fragment":\{'
+                      rb'"content":"[^"\\]*(?:\\.[^"\\]*)*","tokensCount":(\d{1,9})[,}]')
+STATS_AS_V0 = {  # in the result of a prediction -> as /api/v0 names them
+    "promptTokensCount": "prompt_tokens", "predictedTokensCount": "completion_tokens",
+    "totalTokensCount": "total_tokens", "tokensPerSecond": "tokens_per_second",
+    "timeToFirstTokenSec": "time_to_first_token", "stopReason": "stop_reason",
+    "totalDraftTokensCount": "total_draft_tokens_count",
+    "acceptedDraftTokensCount": "accepted_draft_tokens_count"}
 
 
 def id_of(message, name):
@@ -4175,7 +4163,40 @@ def id_of(message, name):
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and abs(value) < UNSAFE else None
-# --- 3.12 sharing: what a key may use, and whose turn it is -------------------
+
+
+def figures_as_v0(stats):
+    """The stats of a prediction (lmstudio-js, LLMPredictionStats.ts) as an answer of /api/v0 has them."""
+    found = {name: stats[theirs] for theirs, name in STATS_AS_V0.items() if theirs in stats}
+    return {"usage": found, "stats": found}
+
+
+def name_of(value):
+    """A name in a message, as it is kept; None for none."""
+    return bounded_text(value) if value and isinstance(value, str) else None
+
+
+def model_named(specifier, instances):
+    """The model that a specifier means, as it was asked for; None for any."""
+    reference, query = name_of(specifier.get("instanceReference")), member(specifier, "query")
+    return instances.get(reference) or name_of(query.get("identifier")) or name_of(query.get("path"))
+
+
+def named_instances(body):
+    """[(instance reference, identifier)] of the models that a message of LM Studio's describes."""
+    result, content = body.get("result"), member(body, "message")
+    rows = [*(result if isinstance(result, list) else [result]), content.get("info"),
+            content.get("modelInfo")]
+    found = [(name_of(row.get("instanceReference")), name_of(row.get("identifier"))) for row in listed(rows)]
+    return [(reference, model) for reference, model in found if reference and model]
+
+
+def has_files(messages):
+    """True if a history refers to uploaded files, whose size nobody knows."""
+    return any(part.get("type") == "file" for message in messages for part in listed(message.get("content")))
+
+
+# --- 3.13 sharing: what a key may use, and whose turn it is -------------------
 
 PRIORITIES = ("high", "normal", "low")
 RISE_S = 30.0  # of waiting raise a request by one priority
@@ -4199,29 +4220,28 @@ class Window:
 
     def __init__(self):
         self._parts: deque[list] = deque()  # [clock, amount], oldest first
-        self.total = 0
+        self._total = 0
 
     def add(self, clock, amount):
         if self._parts and clock - self._parts[-1][0] < GRAIN_S:
             self._parts[-1][1] += amount
         else:
             self._parts.append([clock, amount])
-        self.total += amount
+        self._total += amount
 
     def used(self, clock):
         while self._parts and clock - self._parts[0][0] >= MINUTE_S:
-            self.total -= self._parts.popleft()[1]
-        return self.total
+            self._total -= self._parts.popleft()[1]
+        return self._total
 
     def free_s(self, clock, limit):
         """Seconds until less than the limit is used."""
-        left = self.used(clock)
+        left, free = self.used(clock), 0.0
         for since, amount in self._parts:
             if left < limit:
                 break
-            left -= amount
-            free = since + MINUTE_S - clock
-        return free if self.total >= limit else 0.0
+            left, free = left - amount, since + MINUTE_S - clock
+        return free
 
 
 class Account:
@@ -4261,10 +4281,9 @@ class Account:
         found = []
         for kind, name, window in (("requests", "rpm", self.requests), ("tokens", "tpm", self.tokens)):
             if name in limits:
-                used = window.used(clock)
+                left, reset_s = max(0, limits[name] - window.used(clock)), window.free_s(clock, 1)
                 found += [(f"x-ratelimit-limit-{kind}", str(limits[name])),
-                          (f"x-ratelimit-remaining-{kind}", str(max(0, limits[name] - used))),
-                          (f"x-ratelimit-reset-{kind}", span(window.free_s(clock, 1)))]
+                          (f"x-ratelimit-remaining-{kind}", str(left)), (f"x-ratelimit-reset-{kind}", span(reset_s))]
         return found
 
 
@@ -4281,12 +4300,22 @@ class Turn:
 
     def __init__(self, model, key, who, priority, clock):
         self.model, self.key, self.who, self.since = model, key, who, clock
-        self.level = PRIORITIES.index(priority)
+        self.level = PRIORITIES.index(priority)  # rises while it waits
         self.number = 0  # in order of arrival
+        self.rank: tuple = ()  # as it stands in its line, while it is the first of its who there
         self.began = None  # clock when its turn came
         self.over = False
         self.bell: Any = None
         self.about: Any = None
+
+
+class Line:
+    """What runs and what waits for one model."""
+
+    def __init__(self):
+        self.running = set()  # of Turns
+        self.queues = {}  # who -> deque of Turns that wait, in order of arrival
+        self.ranks = []  # of the first Turn of each who, sorted: the first is next
 
 
 class Scheduler:
@@ -4297,22 +4326,24 @@ class Scheduler:
 
     def __init__(self, slots=0):
         self._slots = slots or math.inf
-        self._queues: dict = {}  # model -> who -> deque of Turns that wait, in order of arrival
-        self._running: dict = {}  # model -> set of Turns
+        self._lines: dict = {}  # model -> Line, while there is something in it
         self._of_who: Counter[Any] = Counter()  # how many run
         self._of_key: Counter[Any] = Counter()
         self._served: dict = {}  # who -> number of the latest start, longest ago first
         self._times: dict = {}  # model -> deque of s that its latest requests ran
+        self._rises: deque[tuple] = deque()  # (clock when its level rises, Turn), in this order
         self._numbers = itertools.count(1)
         self.limits: dict = {}  # key -> requests at once
-        self.waiting: dict = {}  # Turn -> None, in order of arrival
+        self.waiting = set()  # of Turns
 
     def join(self, turn, clock):
         """A request has come.  Gives the Turns that begin now, among them maybe this one."""
         turn.number = next(self._numbers)
-        self._queues.setdefault(turn.model, {}).setdefault(turn.who, deque()).append(turn)
-        self.waiting[turn] = None
-        return self.start(clock)
+        self._enqueue(turn)
+        begun = self.start(clock)
+        if turn.began is None:
+            self._rises.append((turn.since + RISE_S, turn))
+        return begun
 
     def leave(self, turn, clock, done=False):
         """A request is over, wherever it was.  Gives the Turns that begin now."""
@@ -4322,63 +4353,109 @@ class Scheduler:
         if turn.began is None:
             self._dequeue(turn)
             return []
-        self._running[turn.model].discard(turn)
-        for counter, name in ((self._of_who, turn.who), (self._of_key, turn.key)):
-            counter[name] -= 1
-            if not counter[name]:
-                del counter[name]
+        self._lines[turn.model].running.discard(turn)
+        self._count(turn, -1)
         if done and (turn.model in self._times or len(self._times) < NAMES_KEPT):
             self._times.setdefault(turn.model, deque(maxlen=TIMES_KEPT)).append(clock - turn.began)
-        if not self._running[turn.model]:
-            del self._running[turn.model]
-        return self.start(clock)
+        begun = self.start(clock)
+        self._prune(turn.model)
+        return begun
 
     def start(self, clock):
         """Gives the Turns that begin now: as many as there is room for."""
         begun = []
+        self._rise(clock)
         while self.waiting:
-            first = min((queue[0] for model, queues in self._queues.items()
-                         if len(self._running.get(model, ())) < self._slots for queue in queues.values()
-                         if self._of_key[queue[0].key] < self.limits.get(queue[0].key, math.inf)),
-                        key=lambda turn: self._rank(turn, clock), default=None)
-            if first is None:
+            rank = min(filter(None, map(self._next, self._lines.values())), default=None)
+            if rank is None:
                 break
-            self._dequeue(first)
-            first.began = clock
-            self._running.setdefault(first.model, set()).add(first)
-            self._of_who[first.who] += 1
-            self._of_key[first.key] += 1
-            self._served.pop(first.who, None)
-            self._served[first.who] = next(self._numbers)
+            turn = rank[-1]
+            self._lines[turn.model].running.add(turn)
+            self._dequeue(turn)
+            turn.began = clock
+            self._served.pop(turn.who, None)
+            self._served[turn.who] = next(self._numbers)
             if len(self._served) > NAMES_KEPT:
                 del self._served[next(iter(self._served))]
-            begun.append(first)
+            self._count(turn, 1)
+            begun.append(turn)
         return begun
 
-    def _rank(self, turn, clock, ahead=0):
+    def _next(self, line):
+        """The rank of the Turn that a free slot of a line goes to, None while none may begin."""
+        if len(line.running) < self._slots:
+            for rank in line.ranks:
+                if self._of_key.get(rank[-1].key, 0) < self.limits.get(rank[-1].key, math.inf):
+                    return rank
+        return None
+
+    def _rise(self, clock):
+        while self._rises and self._rises[0][0] <= clock:
+            due, turn = self._rises.popleft()
+            if turn in self.waiting and turn.level:
+                turn.level -= 1
+                self._rises.append((due + RISE_S, turn))
+                self._rank(turn.who)
+
+    def _count(self, turn, more):
+        """One more of somebody's runs, or one less."""
+        for counter, name in ((self._of_who, turn.who), (self._of_key, turn.key)):
+            counter[name] += more
+            if not counter[name]:
+                del counter[name]
+        self._rank(turn.who)
+
+    def _rank(self, who):
+        """Somebody's rank may be another, in every line."""
+        for line in self._lines.values():
+            if who in line.queues:
+                first = line.queues[who][0]
+                self._unrank(line, first)
+                first.rank = self._rank_of(first)
+                bisect.insort(line.ranks, first.rank)
+
+    @staticmethod
+    def _unrank(line, turn):
+        if turn.rank:
+            del line.ranks[bisect.bisect_left(line.ranks, turn.rank)]
+            turn.rank = ()
+
+    def _rank_of(self, turn, ahead=0):
         """Less is sooner; ahead: how many of the same wait before it."""
-        return (max(0, turn.level - int((clock - turn.since) / RISE_S)), self._of_who[turn.who] + ahead,
-                self._served.get(turn.who, 0), turn.number)
+        return (turn.level, self._of_who.get(turn.who, 0) + ahead, self._served.get(turn.who, 0), turn.number, turn)
+
+    def _enqueue(self, turn):
+        self._lines.setdefault(turn.model, Line()).queues.setdefault(turn.who, deque()).append(turn)
+        self.waiting.add(turn)
+        self._rank(turn.who)
 
     def _dequeue(self, turn):
-        queues = self._queues[turn.model]
-        queues[turn.who].remove(turn)
-        del self.waiting[turn]
-        if not queues[turn.who]:
-            del queues[turn.who]
-        if not queues:
-            del self._queues[turn.model]
+        line = self._lines[turn.model]
+        self._unrank(line, turn)
+        line.queues[turn.who].remove(turn)
+        self.waiting.discard(turn)
+        if not line.queues[turn.who]:
+            del line.queues[turn.who]
+        self._rank(turn.who)
+        self._prune(turn.model)
+
+    def _prune(self, model):
+        line = self._lines.get(model)
+        if line and not line.running and not line.queues:
+            del self._lines[model]
 
     def rename(self, old, new):
         """Two names are one model's, as an answer has shown."""
-        for turn in self._running.pop(old, ()):
+        moved = sorted((turn for turn in self.waiting if turn.model in (old, new)), key=lambda turn: turn.number)
+        for turn in moved:
+            self._dequeue(turn)
+        running = self._lines.pop(old, Line()).running
+        for turn in (*moved, *running):
             turn.model = new
-            self._running.setdefault(new, set()).add(turn)
-        for who, line in self._queues.pop(old, {}).items():
-            for turn in line:
-                turn.model = new
-            queues = self._queues.setdefault(new, {})
-            queues[who] = deque(sorted([*queues.get(who, ()), *line], key=lambda turn: turn.number))
+        self._lines.setdefault(new, Line()).running.update(running)
+        for turn in moved:
+            self._enqueue(turn)
+        self._prune(new)
         self._times.setdefault(new, deque(maxlen=TIMES_KEPT)).extend(self._times.pop(old, ()))
 
     def counts(self, key):
@@ -4389,17 +4466,17 @@ class Scheduler:
         """[(Turn, {position, waiting, etaMs})] of those that wait; left_s(turn): what one that runs still
         needs at least."""
         found = []
-        for model, queues in self._queues.items():
-            order = [turn for _, turn in sorted((self._rank(turn, clock, ahead), turn) for queue in queues.values()
-                                                for ahead, turn in enumerate(queue))]
-            for position, (turn, eta_s) in enumerate(zip(order, self._etas(model, clock, left_s)), 1):
+        for model, line in self._lines.items():
+            order = sorted(self._rank_of(turn, ahead) for queue in line.queues.values()
+                           for ahead, turn in enumerate(queue))
+            for position, (rank, eta_s) in enumerate(zip(order, self._etas(model, clock, left_s)), 1):
                 eta = {} if eta_s is None else {"etaMs": 1000 * math.ceil(eta_s)}
-                found.append((turn, {"position": position, "waiting": len(order), **eta}))
+                found.append((rank[-1], {"position": position, "waiting": len(order), **eta}))
         return found
 
     def _etas(self, model, clock, left_s):
         """Seconds until the first, the second ... of those that wait has a slot; None if nothing tells."""
-        times, running = sorted(self._times.get(model, ())), self._running.get(model, ())
+        times, running = sorted(self._times.get(model, ())), self._lines[model].running
         ends = []
         for turn in running if len(times) >= TIMES_NEEDED and len(running) >= self._slots else ():
             ran = clock - turn.began
@@ -6929,6 +7006,7 @@ class AccessControl:
         self._config = config
         self._fixed = [Key(name, digest(key), frozenset(RIGHTS)) for name, key in config.api_key.items()]
         self._file = KeyFile(keys_path(config))
+        self.guests: list[Key] = []  # Keys that are known though none may be asked for
         self._lock = threading.Lock()  # held to change the three below; each look at them is atomic
         self._sessions: dict = {}  # digest of the cookie -> digest of the key
         self._proven: dict = {}  # (address, digest) of keys that were right
@@ -6940,7 +7018,7 @@ class AccessControl:
         return bool(self._fixed) or self._file.keys() is not None
 
     def _keys(self):
-        return [*self._fixed, *(self._file.keys() or ())]
+        return [*self._fixed, *(self._file.keys() or ()), *self.guests]
 
     def terms(self, name):
         """The Terms that the key of this name has at this moment."""
@@ -6968,15 +7046,20 @@ class AccessControl:
 
         It changes nothing, so that a right that is used for long can be asked for again."""
         if not self.need_key:
-            return Identity(None)
+            return self._guest(request)
         with contextlib.suppress(HttpError):
             return self._identity(request, self._find(credentials(request)))
         return None
 
+    def _guest(self, request):
+        """The Identity where no key is asked for."""
+        key = self._find(credentials(request)) if self.guests else None
+        return Identity(key.name, key.rights) if key else Identity(None)
+
     def identify(self, request, offered):
         """The Identity of a request that offers these keys.  Raises HttpError 401, at a guesser's pace."""
         if not offered and not self.need_key:
-            return Identity(None)
+            return self._guest(request)
         identity = self._identity(request, self._check(request, offered) if offered else None)
         if identity is None:
             raise HttpError(401, "key_wrong" if offered else "key_needed",
@@ -7173,6 +7256,7 @@ ALIASES = re.compile(r"/(?:(?:chat/completions|completions|embeddings)/?"
                      r"|(?:models|responses|messages)(?:/.*)?)")
 USER_HEADERS = ("x-openwebui-user-email", "x-openwebui-user-name", "x-openwebui-user-id")    # the first counts
 WITHHELD = HOP_BY_HOP | {"authorization", "x-api-key", "expect"}  # these stop here, credentials included
+QUEUE_RETRY_S = 10  # after which one that found the queue full may try again
 
 
 class Unfinished(GatewayError):
@@ -7184,17 +7268,15 @@ class Stopped(HttpError):
     from trying again."""
 
     def __init__(self, by):
-        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was not you",
-                         [("x-should-retry", "false")])
+        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was not "
+                                         "you", [("x-should-retry", "false")])
         self.by = by
 
 
 class Turns:
     """Lets inferences in, as far as the limits of their keys reach, and one after the other to LM Studio.
 
-    Any thread may call.  One that waits sleeps on its Turn's bell; a slot that becomes free rings one."""
-
-    RETRY_S = 10  # after which one that found the queue full may try again
+    Any thread may call.  A Turn that has to wait has a bell, which rings when a slot is free for it."""
 
     def __init__(self, config, access, hub, history):
         self._config, self._access, self._hub = config, access, hub
@@ -7220,81 +7302,81 @@ class Turns:
         account.turn(day)
         return account
 
-    def enter(self, request, model, user):
-        """The Turn of an inference that is let in; it has a bell if it has to wait.  Raises HttpError."""
-        name, clock = request.identity.name, time.monotonic()
+    def enter(self, request, model, user, bell=threading.Event):
+        """The Turn of an inference that is let in; if it has to wait, with what bell() gives.  Raises
+        HttpError."""
+        name, clock, (day, left_s) = request.identity.name, time.monotonic(), this_day()
         terms = self._access.terms(name)
         if terms.models and not (model and any(fnmatch.fnmatchcase(model.lower(), glob) for glob in terms.models)):
             raise HttpError(403, "model_not_allowed", f"the key {name} may ask {', '.join(terms.models)}; "
                             f"{model or 'a request that names no model'} is not among them")
         turn = Turn(self._hub.served(model), name, (name, user) if name is not None else request.client,
                     terms.priority, clock)
-        day, left_s = this_day()
         with self._lock:
             account = self._account(name, day)
             reached = account.refusal(terms.limits, clock, left_s)
             if not reached:
-                self._join(turn, terms)
+                self._scheduler.limits[name] = terms.limits.get("running", math.inf)
+                self._join(turn, bell)
                 account.let_in(clock)
             request.ratelimit = account.headers(terms.limits, clock)
         if reached:
             raise limit_reached(terms.limits, *reached)
         return turn
 
-    def _join(self, turn, terms):  # lock held
-        scheduler = self._scheduler
-        scheduler.limits[turn.key] = terms.limits.get("running", math.inf)
-        self._ring(scheduler.join(turn, turn.since))
+    def _join(self, turn, bell):  # lock held
+        ring(self._scheduler.join(turn, turn.since))
         if turn.began is None:
-            if len(scheduler.waiting) > self._config.max_waiting:
-                scheduler.leave(turn, turn.since)
+            if len(self._scheduler.waiting) > self._config.max_waiting:
+                self._scheduler.leave(turn, turn.since)
                 raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, as many "
-                                "as MAX_WAITING allows; try again later", [("Retry-After", str(self.RETRY_S))])
-            turn.bell = threading.Event()
-
-    @staticmethod
-    def _ring(turns):
-        for turn in turns:
-            if turn.bell:
-                turn.bell.set()
+                                "as MAX_WAITING allows; try again later", [("Retry-After", str(QUEUE_RETRY_S))])
+            turn.bell = bell()
 
     def leave(self, turn, record=None):
-        """A request is over, in whatever way: its slot is another's."""
+        """A request is over, in whatever way: its slot is another's.  Later calls do nothing."""
         if turn is None or turn.over:
             return
         usage, served = record and record.usage or {}, self._hub.served(turn.model)
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
-            if turn.over:
-                return
-            if usage:
+            if usage and not turn.over:
                 self._account(turn.key, day).spend(clock, usage.get("promptTokens") or 0,
                                                    usage.get("completionTokens") or 0)
             if served != turn.model:
                 self._scheduler.rename(turn.model, served)
-            self._ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
+            ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
+            turn.about = None
+
+    def took(self, model, seconds):
+        """It is known from before that a request of a model took so long."""
+        turn = Turn(model, None, None, PRIORITIES[1], 0.0)
+        with self._lock:
+            self._scheduler.join(turn, 0.0)
+            self._scheduler.leave(turn, seconds, done=True)
 
     def tell(self):
         """Those that wait hear of their places."""
         clock = time.monotonic()
         with self._lock:
             places = self._scheduler.places(clock, lambda turn: (
-                turn.about.progress(clock).get("etaMs", 0) / 1000 if turn.about else 0.0))
-        self._hub.place([(turn.about.record, place) for turn, place in places if turn.about])
+                turn.about.record.progress(clock).get("etaMs", 0) / 1000 if turn.about else 0.0))
+            placed = [(turn.about.record, place) for turn, place in places if turn.about]
+        self._hub.place(placed)
 
     def look(self):
         """Now and then: what has changed about the keys of those that wait counts."""
-        waiting = list(self._scheduler.waiting)
+        with self._lock:
+            waiting = [(turn.key, turn.about) for turn in self._scheduler.waiting]
         if not waiting:
             return
-        limits = {name: self._access.terms(name).limits.get("running", math.inf)
-                  for name in {turn.key for turn in waiting}}
+        limits = {name: self._access.terms(name).limits.get("running", math.inf) for name in dict(waiting)}
         with self._lock:
             self._scheduler.limits.update(limits)
-            self._ring(self._scheduler.start(time.monotonic()))
-        for turn in waiting:
-            if turn.about and self._access.recognize(turn.about.request) is None:
-                turn.about.stop(HttpError(401, "key_wrong", f"the key {turn.key} is no longer valid"))
+            ring(self._scheduler.start(time.monotonic()))
+        for name, inference in waiting:
+            if inference and self._access.recognize(inference.request) is None:
+                inference.stop(HttpError(401, "key_wrong", f"the key {name} is no longer valid"))
         self.tell()
 
     def used(self, name):
@@ -7305,6 +7387,13 @@ class Turns:
             return {"running": running, "waiting": waiting,
                     "minute": {"requests": account.requests.used(clock), "tokens": account.tokens.used(clock)},
                     "day": {kind: account.today[kind] for kind in ("requests", "promptTokens", "completionTokens")}}
+
+
+def ring(turns):
+    """The Turns that begin now hear of it."""
+    for turn in turns:
+        if turn.bell:
+            turn.bell.set()
 
 
 def limit_reached(limits, name, used, free_s):
@@ -7327,7 +7416,7 @@ class Gateway:
         self.address = ""
         self.lan_urls = []
         self.volume = LogVolume(monitor.follower.directory, config.log_dir_warn) if monitor else None
-        self.inferences: dict[str, Any] = {}    # by requestId, while they run; each step is atomic
+        self.inferences: dict[str, Inference] = {}  # by requestId, while they run; each step is atomic
         self.instances: dict[str, str] = {}     # the models that LM Studio named to them, by their references
         self.demo = False  # LM Studio is the imitation
         self.stopping = False  # the end has come: connections are not kept
@@ -7337,6 +7426,68 @@ class Gateway:
     def uptime(self):
         """Seconds since it was built, whatever became of the clock since."""
         return round(time.monotonic() - self._started, 1)
+
+
+class Inference:
+    """A request for a model's answer, from its arrival to its one end: its record, its turn, and what others
+    hear of it.
+
+    owner: the Forward or the Prediction that passes it on.  It has the request, stop(cause) for any thread,
+    which ends it with an HttpError that the client is told or with ClientLeft, the cause, and bell()."""
+
+    def __init__(self, gateway, owner, **about):
+        """Raises HttpError if the limits of its key, or the queue's, do not let it in."""
+        self._gateway, self._owner, self.request = gateway, owner, owner.request
+        request = owner.request
+        self.turn = gateway.turns.enter(request, about["model_asked"], about.get("user"), owner.bell)
+        self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), client=request.client,
+                             key=request.identity.name, agent=request.header("user-agent")[:200] or None,
+                             priority=PRIORITIES[self.turn.level], **about)
+        self.over = False
+        self._due = 0.0     # clock when listeners hear of its tokens again
+
+    def stop(self, cause):
+        self._owner.stop(cause)
+
+    def begin(self):
+        """Others hear of it, and if it has to wait, of its place."""
+        self._gateway.inferences[self.record.id] = self
+        self._gateway.hub.begin(self.record)
+        self.turn.about = self
+        if self.turn.bell:
+            self._gateway.turns.tell()
+
+    def go(self):
+        """It waited, and goes to LM Studio now."""
+        self.turn.bell = None
+        self._gateway.hub.send(self.record)
+
+    def generated(self, tokens, first, now):
+        """Its answer has so many tokens at the clock reading now; the first came at first."""
+        if now >= self._due:
+            self._due = now + COUNT_S
+            self._gateway.hub.generated(self.record, tokens, first)
+
+    def end(self, error, operation, status, meter):
+        """It is over, in whatever way: its turn is another's; the hub and the log are told.  Later calls do
+        nothing."""
+        if self.over:
+            return
+        record = self.record
+        state = "done" if error is None else "failed" if operation not in LEFT else "abandoned"
+        try:
+            self._gateway.hub.end(record, Outcome(state, status, error, operation, meter,
+                                                  getattr(self._owner.cause, "by", None)))
+        finally:
+            self.over = True
+            self._gateway.inferences.pop(record.id, None)
+            self._gateway.turns.leave(self.turn, record)
+        usage = record.usage or {}
+        told = "upstream_error" if operation == "upstream_error" else error     # which can quote a prompt
+        log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
+                record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
+                record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
+                usage.get("completionTokens", "?"), f": {told}" if told else "")
 
 
 def upstream_target(target, keys_are_set):
@@ -7349,6 +7500,11 @@ def upstream_target(target, keys_are_set):
                  if urllib.parse.unquote_plus(part.partition("=")[0]) != "api_key"]
         query, mark = "&".join(parts), "?" if parts else ""
     return path + mark + query
+
+
+def plain_target(target):
+    """The path of a target, as Express compares paths."""
+    return target.partition("?")[0].rstrip("/")
 
 
 def upstream_headers(request, length, upstream, uncompressed, withheld=()):
@@ -7388,52 +7544,47 @@ def client_headers(answer, cut):
 
 def forward(gateway, request):
     """Any other path: LM Studio's answer, unchanged, metered if it is an inference."""
-    return Forward(gateway, request).response()
+    target = upstream_target(request.target, gateway.access.need_key)
+    dialect = DIALECTS.get(plain_target(target).lower()) if request.method == "POST" else None
+    asked = parse_body(dialect, request.body) if dialect else ParsedBody(request.body)
+    kind = CommentedForward if asked.stream and gateway.config.prefill_comments else Forward
+    return kind(gateway, request, target, asked).response(dialect)
 
 
 class Forward:
     """A request on its way to LM Studio, and the body of the Response: its answer's pieces as they come.
 
-    It lives in the thread of the client's connection: it begins, is sent, waits for the answer's head, relays
-    the pieces, and ends once, in _end().  Until it is sent it may wait for as long as need be; stop() is for
-    other threads and ends it at any point.  An inference has a record, a meter and events besides.
+    It lives in the thread of the client's connection: it begins, waits for its turn, is sent, waits for the
+    answer's head, relays the pieces, and ends once, in _end().  stop() is for other threads and ends it at
+    any point.  An inference has a meter besides, and an Inference that others hear of."""
 
-    With PREFILL_COMMENTS a stream whose LM Studio is silent is filled with SSE comments, which every client
-    ignores and which keep idle timers awake.  A client without a byte for SILENCE_S gets a head of
-    ours; a failure after that is told inside the stream."""
+    alters = False  # it may add to the answer
+    bell = threading.Event
 
-    SILENCE_S = 5.0  # before each comment
-
-    def __init__(self, gateway, request):
-        self._gateway, self.request, upstream = gateway, request, gateway.upstream
-        target = upstream_target(request.target, gateway.access.need_key)
-        path = target.partition("?")[0].rstrip("/").lower()     # as Express compares paths
-        self._dialect: Any = DIALECTS.get(path) if request.method == "POST" else None
-        self._anthropic = path == "/v1/messages"
-        self._asked = parse_body(self._dialect, request.body) if self._dialect else ParsedBody(request.body)
-        self._comments = bool(self._asked.stream and gateway.config.prefill_comments)
-        shared = request.identity.name in gateway.config.users_from
-        headers = upstream_headers(request, len(self._asked.data), upstream,
-                                   self._asked.asks_usage or self._comments, USER_HEADERS if shared else ())
-        self._call = Call(upstream.origin, request.method, target, headers, self._asked.data)
-        self._choose_timeout(self._asked.stream)
-        self.record: Any = self._new_record(user_of(request, self._asked) if shared else None) if self._dialect else None
-        self._turn: Any = None
-        self._sent: Any = None      # the Answer before its head is there
+    def __init__(self, gateway, request, target, asked):
+        self._gateway, self.request, self._asked, upstream = gateway, request, asked, gateway.upstream
+        self._shared = request.identity.name in gateway.config.users_from
+        headers = upstream_headers(request, len(asked.data), upstream, asked.asks_usage or self.alters,
+                                   USER_HEADERS if self._shared else ())
+        self._call = Call(upstream.origin, request.method, target, headers, asked.data)
+        self._choose_timeout(asked.stream)
+        self._inference: Any = None
+        self._dialect: Any = None
         self._answer: Any = None
         self._meter: Any = None
-        self._cause: Any = None     # the GatewayError for which it was stopped
-        self.over = False
-        self._silent_s = 0.0    # for how long LM Studio has said nothing
+        self.cause: Any = None     # the GatewayError for which it was stopped
+        self._anthropic = plain_target(target).lower() == "/v1/messages"
+        self._over = False
 
-    def _new_record(self, user):
-        hub, request, asked = self._gateway.hub, self.request, self._asked
-        return Record(hub.request_id(), time.time(), time.monotonic(), method=request.method,
-                      path=request.path, target=self._call.selector.partition("?")[0].rstrip("/"),
-                      dialect=self._dialect.name, client=request.client, key=request.identity.name, user=user,
-                      agent=request.header("user-agent")[:200] or None, model_asked=asked.model,
-                      messages=asked.messages, fingerprint=asked.fingerprint, stream=bool(asked.stream),
-                      size=asked.size, tools=asked.tools)
+    def _infer(self, dialect):
+        """It is an inference.  Raises HttpError if that is not let in."""
+        request, asked, self._dialect = self.request, self._asked, dialect
+        self._inference = Inference(
+            self._gateway, self, method=request.method, path=request.path, target=plain_target(self._call.selector),
+            dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
+            model_asked=asked.model, messages=asked.messages, fingerprint=asked.fingerprint,
+            stream=bool(asked.stream), size=asked.size, tools=asked.tools)
+        request.turn = self._inference.turn
 
     def _choose_timeout(self, stream):
         self._timeout_option = "PROXY_STREAM_TIMEOUT" if stream else "PROXY_TIMEOUT"
@@ -7441,73 +7592,60 @@ class Forward:
 
     # --- to LM Studio
 
-    def response(self):
-        """LM Studio's own head if it comes in time, else one of ours.  Raises HttpError, ClientLeft."""
-        if self.record:
-            request = self.request
-            self._turn = request.turn = self._gateway.turns.enter(request, self._asked.model, self.record.user)
+    def response(self, dialect):
+        """LM Studio's own head; dialect: of an inference.  Raises HttpError, ClientLeft."""
+        if dialect:
+            self._infer(dialect)
         try:
-            self._begin()
-            if not self._comments:
-                self._take_turn()
-            else:
-                if self._is_silent():
-                    headers = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")]
-                    return Response(200, headers, self)
-            answer = self._take_head()
-            headers = client_headers(answer, self._comments or self._cuts)
-            if self.request.method != "HEAD" and answer.status not in (204, 304):
-                return Response(answer.status, headers, self, answer.reason, date=False)
-            self._finish()
-            return Response(answer.status, headers, None, answer.reason, date=False)
+            if self._inference:
+                self._inference.begin()
+                self._inference.record.overhead_s = time.monotonic() - self.request.arrived
+            self._gateway.watcher.watch(self.request.connection, lambda: self.stop(ClientLeft()))
+            return self._respond()
         except BaseException as error:
             self._fail(error)
-            raise self._cause from None
-
-    def _begin(self):
-        if self.record:
-            self.record.priority = PRIORITIES[self._turn.level]
-            self._gateway.inferences[self.record.id] = self
-            self._gateway.hub.begin(self.record)
-            self.record.overhead_s = time.monotonic() - self.request.arrived
-        self._gateway.watcher.watch(self.request.connection, lambda: self.stop(ClientLeft()))
+            raise self.cause from None
 
     def stop(self, cause):
         """Any thread.  Ends it, unless it is over: with an HttpError, which the client is told, or
         ClientLeft."""
-        self._cause = self._cause or cause
+        self.cause = self.cause or cause
         self._call.cancel()
-        bell = self._turn and self._turn.bell
+        bell = self._inference and self._inference.turn.bell
         if bell:
             bell.set()
 
-    def progress(self, clock):
-        """What is known of how far it is."""
-        return self.record.progress(clock)
+    def _respond(self):
+        self._has_turn(None)
+        answer = self._take_head()
+        headers = client_headers(answer, self.alters or self._cuts)
+        if self.request.method != "HEAD" and answer.status not in (204, 304):
+            return Response(answer.status, headers, self, answer.reason, date=False)
+        self._finish()
+        return Response(answer.status, headers, None, answer.reason, date=False)
 
-    def _take_turn(self, wait_s=None):
-        """True once it may be sent, False after so many s.  Raises what it was stopped for."""
-        turn = self._turn
-        if turn and turn.bell:
-            if turn.about is None:
-                turn.about = self
-                self._gateway.turns.tell()
-            if not turn.bell.wait(wait_s):
+    def _has_turn(self, wait_s):
+        """True once it may be sent, False after so many s.  Raises the cause for which it was stopped."""
+        bell = self._inference and self._inference.turn.bell
+        if bell:
+            if not bell.wait(wait_s):
                 return False
-            if self._cause:
-                raise self._cause
-            turn.bell = None
-            self._gateway.hub.send(self.record)
+            if self.cause:
+                raise self.cause
+            self._inference.go()
         return True
+
+    def _open(self):
+        return self._gateway.upstream.open(self._call)
 
     def _take_head(self):
         """LM Studio's Answer.  If we could not read the request, it shows whether a stream was asked for."""
-        answer = self._sent.begin() if self._sent else self._gateway.upstream.open(self._call)
-        self._answer = answer
-        if self._asked.stream is None:
+        self._answer, asked = self._open(), self._asked.stream
+        answer = self._answer
+        if asked is None:
             self._choose_timeout(answer.streams)
-        if self.record:
-            self.record.stream = self.record.stream if self._asked.stream is not None else answer.streams
+        if self._inference:
+            self._inference.record.stream = answer.streams if asked is None else asked
             self._meter = Meter(self._dialect, answer.streams, self._cuts, answer.header("content-encoding"))
         return answer
 
@@ -7526,78 +7664,41 @@ class Forward:
     def __iter__(self):
         """The pieces.  Raises Unfinished when it breaks off, ClientLeft."""
         try:
-            if self._comments:
-                yield from self._commented()
-            else:
-                yield from self._relay()
+            yield from self._pieces()
         except Exception as error:
-            stopped = self._cause is not None
+            stopped = self.cause is not None
             yield self._fail(error)
-            told = isinstance(self._cause, HttpError) and (
+            told = isinstance(self.cause, HttpError) and (
                 self._answer is None or stopped and self._answer.streams)
             if told:
-                told = error_response(self._cause, self._anthropic).body
-                yield stream_event(told, self._anthropic)
-            if not isinstance(self._cause, HttpError):
-                raise self._cause from None
+                yield stream_event(error_response(self.cause, self._anthropic).body, self._anthropic)
+            if not isinstance(self.cause, HttpError):
+                raise self.cause from None
             if not told or stopped:
                 raise Unfinished from None
 
-    def _relay(self):
+    def _pieces(self):
         """The answer's pieces, metered.  A request is over before its last piece leaves, so that whoever has
         the answer finds it counted."""
-        answer, meter, due = self._answer, self._meter, 0.0     # clock when listeners hear of its tokens
+        answer, meter = self._answer, self._meter
         for piece in answer.pieces():
             out = piece
             if meter:
                 now = time.monotonic()
                 out = meter.feed(piece, now)
-                if now >= due and meter.first is not None:
-                    due = now + COUNT_S
-                    self._gateway.hub.generated(self.record, meter.pieces, meter.first)
+                if meter.first is not None:
+                    self._inference.generated(meter.pieces, meter.first, now)
             yield out + self._finish() if answer.over else out
-        if self._cause:     # an answer that ends with its connection cannot tell
-            raise self._cause
-        if not self.over:
+        if self.cause:     # an answer that ends with its connection cannot tell
+            raise self.cause
+        if not self._over:
             yield self._finish()
-
-    def _commented(self):
-        """Comments until LM Studio speaks, then its answer; if the client has a head of ours, as a stream."""
-        late = self._answer is None
-        while late and self._is_silent():
-            yield self._gateway.hub.comment(self.record)
-        if late:
-            self._take_head()
-        while self._is_silent():
-            yield self._gateway.hub.comment(self.record)
-        if not late or self._answer.streams:
-            return (yield from self._relay())
-        body = b""
-        for piece in self._relay():
-            body += piece[:WHOLE_LIMIT - len(body)]
-        yield stream_event(body, self._anthropic)
-
-    def _is_silent(self):
-        """True after SILENCE_S without its turn or a byte of LM Studio's.  Raises TimeoutError."""
-        if not self._sent:
-            if not self._take_turn(self.SILENCE_S):
-                return True
-            self._sent = self._gateway.upstream.send(self._call)
-        limit_s = self._call.timeout_s or math.inf
-        wait_s = min(self.SILENCE_S, limit_s - self._silent_s)
-        if self._answer and self._answer.ready or self._call.wait(wait_s):
-            self._silent_s = 0.0
-            return False
-        self._silent_s += wait_s
-        if self._silent_s >= limit_s:
-            raise TimeoutError
-        return True
 
     # --- the end
 
     def close(self):
         """The client has all, or wants no more."""
-        if not self.over:
+        if not self._over:
             self._fail(ClientLeft())
 
     def _finish(self):
@@ -7611,19 +7712,17 @@ class Forward:
         return held
 
     def _fail(self, error):
-        """It ends in error; _cause is to be raised for it.  Gives bytes that were held back."""
+        """It ends in error; the cause is to be raised for it.  Gives bytes that were held back."""
         if isinstance(error, BROKEN):
             error = upstream_error(error, self._timeout_option, self._answer is not None)
-        cause = self._cause = self._cause or error
+        cause = self.cause = self.cause or error
         held = self._meter.end() if self._meter else b""
         if isinstance(cause, ClientLeft):
             phase = ("before the answer" if self._answer is None else "while the prompt was read"
                      if self._meter and self._meter.stream and self._meter.first is None
                      else "during the answer")
-            if self._gateway.cutting_off:
-                self._end(f"lmgateway stopped {phase}", "gateway_stopped")
-            else:
-                self._end(f"the client left {phase}", "client_disconnected")
+            self._end(*(f"lmgateway stopped {phase}", "gateway_stopped") if self._gateway.cutting_off else
+                      (f"the client left {phase}", "client_disconnected"))
         elif isinstance(cause, HttpError):
             self._end(str(cause), cause.code)
         else:
@@ -7632,47 +7731,74 @@ class Forward:
 
     def _end(self, error, operation):
         """It is over, once: LM Studio's connection is free, the hub and the log are told."""
-        if self.over:
+        if self._over:
             return
-        self.over = True
-        try:
-            self._gateway.watcher.forget(self.request.connection)
-            self._gateway.upstream.done(self._call, self._answer)
-            if self.record:
-                self._end_record(error, operation)
-            elif error:
-                self._log(error, operation, f"{self.request.method} {self.request.path}: {error}")
-        finally:
-            self._gateway.turns.leave(self._turn, self.record)
-
-    def _end_record(self, error, operation):
-        self.request.told = True
-        end_record(self._gateway, self.record,
-                   Outcome(state_after(error, operation), self._answer and self._answer.status, error,
-                           operation, self._meter, getattr(self._cause, "by", None)))
-
-    def _log(self, error, operation, line):
-        left = operation == "client_disconnected" and not self.record
-        log.log(logging.WARNING if error and not left else logging.INFO, "%s", line)
-        self.request.told = True
+        self._over = True
+        self._gateway.watcher.forget(self.request.connection)
+        self._gateway.upstream.done(self._call, self._answer)
+        self.request.told = bool(self._inference or error)
+        if self._inference:
+            self._inference.end(error, operation, self._answer and self._answer.status, self._meter)
+        elif error:
+            log.log(logging.INFO if operation == "client_disconnected" else logging.WARNING, "%s %s: %s",
+                    self.request.method, self.request.path, error)
 
 
-def state_after(error, operation):
-    if error is None:
-        return "done"
-    return "abandoned" if operation in ("client_disconnected", "stopped") else "failed"
+class CommentedForward(Forward):
+    """A Forward whose stream is filled with SSE comments while LM Studio is silent (PREFILL_COMMENTS): every
+    client ignores them, and they keep idle timers awake.
 
+    A client without a byte for SILENCE_S gets a head of ours; a failure after that is told inside the
+    stream."""
 
-def end_record(gateway, record, outcome):
-    """An inference is over: the hub and the log are told."""
-    gateway.inferences.pop(record.id, None)
-    gateway.hub.end(record, outcome)
-    usage, error = record.usage or {}, outcome.error
-    told = "upstream_error" if outcome.operation == "upstream_error" else error    # that can quote a prompt
-    log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
-            record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
-            record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
-            usage.get("completionTokens", "?"), f": {told}" if told else "")
+    SILENCE_S = 5.0  # before each comment
+    alters = True
+
+    _sent: Any = None   # the Answer before its head is there
+    _silent_s = 0.0     # for how long LM Studio has said nothing
+
+    def _respond(self):
+        if self._is_silent():
+            return Response(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")], self)
+        return super()._respond()
+
+    def _open(self):
+        return self._sent.begin()
+
+    def _pieces(self):
+        """Comments until LM Studio speaks, then its answer; if the client has a head of ours, as a stream."""
+        late = self._answer is None
+        while late and self._is_silent():
+            yield self._comment()
+        if late:
+            self._take_head()
+        while self._is_silent():
+            yield self._comment()
+        if not late or self._answer.streams:
+            return (yield from super()._pieces())
+        body = b""
+        for piece in super()._pieces():
+            body += piece[:WHOLE_LIMIT - len(body)]
+        yield stream_event(body, self._anthropic)
+
+    def _comment(self):
+        return self._gateway.hub.comment(self._inference.record)
+
+    def _is_silent(self):
+        """True after SILENCE_S without its turn or a byte of LM Studio's.  Raises TimeoutError."""
+        if not self._sent:
+            if not self._has_turn(self.SILENCE_S):
+                return True
+            self._sent = self._gateway.upstream.send(self._call)
+        limit_s = self._call.timeout_s or math.inf
+        wait_s = min(self.SILENCE_S, limit_s - self._silent_s)
+        if self._answer and self._answer.ready or self._call.wait(wait_s):
+            self._silent_s = 0.0
+            return False
+        self._silent_s += wait_s
+        if self._silent_s >= limit_s:
+            raise TimeoutError
+        return True
 
 
 def stream_event(body, anthropic):
@@ -8116,12 +8242,10 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 
 FIRST_LIMIT = 4096  # bytes of a client's first message
 PARTING_S = 0.5  # for the other side's close frame once one side has sent its own
-SETTLE_S = 0.25  # fragments wait at most so long to be read, and a stop to be noticed
-SETTLE_COUNT = 64  # fragments that wait at most
 UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read,
 UNSAID_LIMIT = 64  # and beyond so many packets of ours that wait for the end of a message of LM Studio's
 REFUSALS_KEPT = 1000  # of calls whose later messages must not go on either
-READ, WRITE, GONE = 1, 4, 8 | 16 | getattr(select, "POLLRDHUP", 0)  # of poll(2)
+READ, WRITE = 1, 4  # of poll(2)
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 OPERATIONS = {1001: "gateway_stopped", 1008: "key_revoked", 1011: "upstream_reset"}  # by close code
 KEY_REMEDY = ("this gateway asks for a key: give a client that takes a token (apiToken, LM_API_TOKEN) one of "
@@ -8161,30 +8285,37 @@ def key_in(first):
 
 
 class Prediction:
-    """One inference over a socket, from its call to its end: a record, and the meter that its end asks.
+    """One inference over a socket, from its call to its end, and the meter that its end asks: LM Studio's own
+    figures come with the result, and what is counted here is for an end without one."""
 
-    LM Studio's own figures come with the result: what was measured here is for an end without one."""
+    first = last = None
 
-    dialect, first, last = SOCKET, None, None
-
-    def __init__(self, gateway, **about):
-        self._gateway = gateway
-        self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), **about)
-        self.usage, self.pieces = Usage(), 0
-        self._begun = None  # clock of the first token
-        self._told = -math.inf  # clock when listeners heard of its tokens
-        self.cancelled = self.over = False  # cancelled: by the client
+    def __init__(self, talk, kind, body, message):
+        """Raises HttpError if it is not let in."""
+        self.request, self._hub, self.bell, self.kind = talk.request, talk.gateway.hub, lambda: talk.bell, kind
         self.cause: Any = None  # the HttpError with which it was stopped
-        gateway.inferences[self.record.id] = self
-        gateway.hub.begin(self.record)
+        self.cancelled = False  # by the client
+        self.usage, self.pieces, self._begun = Usage(), 0, None     # begun: clock of the first token
+        endpoint = body["endpoint"]
+        self.dialect = METERED[talk.namespace, kind, endpoint]
+        asked = member(body, "parameter" if kind == "rpcCall" else "creationParameter")
+        path, messages = f"/{talk.namespace}/{endpoint}", member(asked, "history").get("messages")
+        self.inference = Inference(
+            talk.gateway, self, method="GET", path=path, target=path, dialect=self.dialect.name,
+            stream=kind == "channelCreate", messages=len(messages) if isinstance(messages, list) else None,
+            model_asked=model_named(member(asked, "modelSpecifier"), talk.gateway.instances),
+            size=None if has_files(listed(messages)) else text_size([messages, asked.get("rawPrompt")]),
+            tools=b'"llm.prediction.tools"' in message.payload)
+        self.held = message.raw if self.inference.turn.bell else b""    # while it waits for its turn
 
     def stop(self, cause):
         """Any thread.  Ends it, unless it is over, with an HttpError of which the client is told."""
         self.cause = self.cause or cause
+        self.bell().set()
 
-    def take(self, kind, body, now):
+    def take(self, body, now):
         """Learn from a message of LM Studio's that answers it."""
-        content = member(body, "message")
+        kind, content = body.get("type"), member(body, "message")
         if kind == "channelSend":
             learn = PACKETS.get(str(content.get("type")))
             if learn:
@@ -8198,14 +8329,12 @@ class Prediction:
             self.end("LM Studio closed the channel without a result", "upstream_error")
 
     def on_fragment(self, content, now):
-        self.pieces += count(member(content, "fragment"), "tokensCount", default=1)
-        self.on_token(content, now)
+        self.generated(count(member(content, "fragment"), "tokensCount", default=1), now)
 
-    def on_token(self, content, now):
-        self._begun = self._begun or now
-        if now - self._told >= COUNT_S:
-            self._told = now
-            self._gateway.hub.generated(self.record, self.pieces, self._begun)
+    def generated(self, tokens, now):
+        """So many tokens more, at the clock reading now."""
+        self.pieces, self._begun = self.pieces + tokens, self._begun or now
+        self.inference.generated(self.pieces, self._begun, now)
 
     def on_progress(self, content, now):
         """How much of the prompt has been read; what of it came from the cache is said nowhere else."""
@@ -8218,186 +8347,180 @@ class Prediction:
                 "reused": cached, "total": total, "percentage": round(100 * cached / total, 2)}))
         if read is not None:
             events.append(Event("lmstudio_prompt_progress", {"progress": round(100 * min(read, 1), 2)}))
-        self._gateway.hub.learned(self.record, events)
+        self._hub.learned(self.inference.record, events)
 
     def on_success(self, content, now):
-        stats, usage = member(content, "stats"), self.usage
-        usage.prompt, usage.completion, usage.total = (count(stats, name) for name in (
-            "promptTokensCount", "predictedTokensCount", "totalTokensCount"))
-        speed, first_s = usable(stats.get("tokensPerSecond")), usable(stats.get("timeToFirstTokenSec"))
-        usage.speed, usage.first_ms = speed and round(speed, 2), first_s and round(1000 * first_s, 1)
-        usage.finish = name_of(stats.get("stopReason"))
-        usage.model = name_of(member(content, "modelInfo").get("identifier"))
+        figures = figures_as_v0(member(content, "stats"))
+        self.usage.take({**figures, "model": member(content, "modelInfo").get("identifier")})
+        drafts = count(figures["stats"], "total_draft_tokens_count")
+        if drafts:
+            self._hub.learned(self.inference.record, [Event("lmstudio_prediction_stats", {
+                "draftTokens": drafts,
+                "acceptedDraftTokens": count(figures["stats"], "accepted_draft_tokens_count")})])
         self.pieces = 0  # estimates are for what has no figures
-        if usage.finish == "userStopped":
-            self.cancelled = True
-            self.end("the client cancelled it", "client_disconnected")
-        else:
-            self.end()
+        self.cancelled = self.usage.finish == "userStopped"
+        self.end("the client cancelled it" if self.cancelled else None)
 
     def end(self, error=None, operation=None):
         """It is over, in whatever way.  Later calls do nothing."""
-        if self.over:
-            return
-        self.over = True
-        self._gateway.inferences.pop(self.record.id, None)
         if self.cause:
             error, operation = str(self.cause), self.cause.code
         elif error and self.cancelled:
             error, operation = "the client cancelled it", "client_disconnected"
-        end_record(self._gateway, self.record, Outcome(state_after(error, operation), None if error else 200,
-                                                       error, operation, self))
+        self.inference.end(error, operation, None if error else 200, self)
 
 
 PACKETS: dict[str, Callable] = {  # of a prediction's channel
     "fragment": Prediction.on_fragment, "promptProcessingProgress": Prediction.on_progress,
-    "success": Prediction.on_success, "toolCallGenerationStart": Prediction.on_token,
-    "toolCallGenerationArgumentFragmentGenerated": Prediction.on_token}
+    "success": Prediction.on_success,
+    "toolCallGenerationStart": lambda prediction, content, now: prediction.generated(0, now),
+    "toolCallGenerationArgumentFragmentGenerated": lambda prediction, content, now: prediction.generated(0, now)}
 
 
 class Conversation:
-    """What is said over one socket: which calls may go on, and what they cost."""
+    """What is said over one socket: which calls may go on, and when, and what they cost."""
 
-    def __init__(self, gateway, request):
-        self._gateway, self._request, self._namespace = gateway, request, request.path[1:]
+    def __init__(self, gateway, request, bell):
+        self.gateway, self.request, self.bell, self.namespace = gateway, request, bell, request.path[1:]
         self.running = {}  # (name of the id, id) -> Prediction
         self._refused: dict = {}  # ids of calls that LM Studio never heard of, in the same form
-        self._later: list[bytes] = []  # fragments that the client has and that are not read yet
-        self._settled = -math.inf  # clock when they were read last
         self.words: list[bytes] = []  # packets of ours for the client
+
+    @property
+    def held(self):
+        """Bytes of calls that wait for their turn."""
+        return sum(len(prediction.held) for prediction in self.running.values())
 
     def check_key(self):
         """Raises FrameError when the client's key is no longer what it was."""
-        if self._gateway.access.recognize(self._request) != self._request.identity:
+        if self.gateway.access.recognize(self.request) != self.request.identity:
             raise FrameError(1008, "the key was revoked or has other rights now")
 
     def admits(self, message):
-        """True when a client's message may go on to LM Studio.  Raises FrameError for one that cannot be
+        """True when a client's message may go on to LM Studio now.  Raises FrameError for one that cannot be
         judged: what this program cannot read LM Studio may."""
         self.check_key()
-        text, rights = message.payload, self._request.identity.rights
+        text = message.payload
         if message.opcode == BINARY:    # LM Studio reads it as text
             text = str(text, "utf-8", "replace").encode()
         body = json_object(text)
-        if body is None and "admin" not in rights:
+        if body is None and "admin" not in self.request.identity.rights:
             raise FrameError(1008, "a message that is no JSON object")
         kind = str((body or {}).get("type"))
         if kind in OPENERS:
-            return self._opens(kind, body, rights)
+            return self._opens(kind, body, message)
         return kind not in FOLLOWERS or self._follows(kind, body)
 
-    def _opens(self, kind, body, rights):
-        (name, refusal), endpoint = OPENERS[kind], str(body.get("endpoint"))
-        number = id_of(body, name)
-        if number is None or kind == "rpcCall" and (name, number) in self.running:
+    def _opens(self, kind, body, message):
+        name, endpoint = OPENERS[kind][0], str(body.get("endpoint"))
+        key = name, id_of(body, name)
+        before, metered = self.running.get(key), (self.namespace, kind, endpoint) in METERED
+        if key[1] is None or before and (kind == "rpcCall" or before.held):
             return False    # LM Studio drops such a call, too
-        right = RIGHT_OF.get((self._namespace, endpoint), "admin")
-        if not rights & {right, "admin"}:
-            remember(self._refused, (name, number), True, REFUSALS_KEPT)
-            title = f"{bounded_text(endpoint, 60)}: {right_missing(self._request.identity, right)}"
-            self.words.append(packet(type=refusal, **{name: number}, error={"title": title}))
+        try:
+            right = RIGHT_OF.get((self.namespace, endpoint), "admin")
+            if not self.request.identity.rights & {right, "admin"}:
+                raise right_missing(self.request.identity, right)
+            self._refused.pop(key, None)
+            if metered and not before:
+                self.running[key] = Prediction(self, kind, body, message)
+                self.running[key].inference.begin()
+                return not self.running[key].held
+            return True
+        except HttpError as error:
+            self.gateway.hub.reject(error.code)
+            remember(self._refused, key, True, REFUSALS_KEPT)
+            self._refuse(kind, key[1], f"{bounded_text(endpoint, 60)}: {error}")
             return False
-        self._refused.pop((name, number), None)
-        if (self._namespace, kind, endpoint) in METERED and (name, number) not in self.running:
-            self.running[name, number] = self._prediction(kind, endpoint, body)
-        return True
 
-    def _prediction(self, kind, endpoint, body):
-        asked = member(body, "parameter" if kind == "rpcCall" else "creationParameter")
-        request = self._request
-        messages = member(asked, "history").get("messages")
-        path = f"/{self._namespace}/{endpoint}"
-        return Prediction(self._gateway, method="GET", path=path, target=path, dialect=SOCKET.name,
-                          client=request.client, key=request.identity.name,
-                          agent=request.header("user-agent")[:200] or None, stream=kind == "channelCreate",
-                          model_asked=model_named(member(asked, "modelSpecifier"), self._gateway.instances),
-                          messages=len(messages) if isinstance(messages, list) else None)
+    def _refuse(self, kind, number, title):
+        name, refusal = OPENERS[kind]
+        self.words.append(packet(type=refusal, **{name: number}, error={"title": title}))
 
     def _follows(self, kind, body):
         key = FOLLOWERS[kind], id_of(body, FOLLOWERS[kind])
         prediction = self.running.get(key)
         if prediction and member(body, "message").get("type") == "cancel":
             prediction.cancelled = True
-        return key not in self._refused
+            if prediction.held:
+                self._drop(key, "it was cancelled while it waited for its turn")
+                return False
+        return key not in self._refused and not (prediction and prediction.held)
+
+    def _drop(self, key, title):
+        """A call ends here; its client is told why."""
+        prediction = self.running.pop(key)
+        prediction.end(title)
+        self._refuse(prediction.kind, key[1], title)
+
+    def tend(self):
+        """Frames for LM Studio: of the calls whose turn has come, and to cancel those that somebody has
+        stopped."""
+        frames = []
+        for key, prediction in list(self.running.items()):
+            if prediction.cause:
+                self._drop(key, str(prediction.cause))
+                if not prediction.held and prediction.kind == "channelCreate":
+                    frames.append(packet(secrets.token_bytes(4), type="channelSend", channelId=key[1],
+                                         message={"type": "cancel"}))
+            elif prediction.held and prediction.inference.turn.began is not None:
+                frames.append(prediction.held)
+                prediction.held = b""
+                prediction.inference.go()
+        return frames
 
     def heard(self, messages, now):
         """LM Studio's messages, before the client has them: a client may leave the moment it has the last."""
         for message in messages:
-            if FRAGMENT.match(message.payload):
-                self._later.append(message.payload)
+            fragment = FRAGMENT.match(message.payload)
+            if fragment:
+                prediction = self.running.get(("channelId", int(fragment[1])))
+                if prediction:
+                    prediction.generated(int(fragment[2]), now)
             elif message.opcode in (TEXT, BINARY):
-                self.settle(now)
                 self._take(json_object(message.payload) or {}, now)
-        if self._later and (now - self._settled >= SETTLE_S or len(self._later) >= SETTLE_COUNT):
-            self.settle(now)
-
-    def settle(self, now):
-        """Read the fragments that wait, at once: one by one they cost twice as much."""
-        later, self._later, self._settled = self._later, [], now
-        if later and self.running:
-            whole = json_object(b'{"all":[' + b",".join(later) + b"]}")
-            for body in listed(whole["all"]) if whole else [json_object(text) or {} for text in later]:
-                self._take(body, now)
 
     def _take(self, body, now):
-        kind = body.get("type")
         name = "callId" if "callId" in body else "channelId"
         key = name, id_of(body, name)
         prediction = self.running.get(key)
         if prediction:
-            prediction.take(kind, body, now)
-            if prediction.over:
+            prediction.take(body, now)
+            if prediction.inference.over:
                 del self.running[key]
         for reference, model in named_instances(body):
-            remember(self._gateway.instances, reference, model)
-
-    def stop(self):
-        """What somebody has stopped ends: packets for LM Studio that cancel it; its client hears in words."""
-        cancels = []
-        for (name, number), prediction in list(self.running.items()):
-            if prediction.cause:
-                prediction.end()
-                del self.running[name, number]
-                self.words.append(packet(type="rpcError" if name == "callId" else "channelError",
-                                         **{name: number}, error={"title": str(prediction.cause)}))
-                if name == "channelId":
-                    cancels.append(packet(secrets.token_bytes(4), type="channelSend", channelId=number,
-                                          message={"type": "cancel"}))
-        return cancels
+            remember(self.gateway.instances, reference, model)
 
     def end(self, error, operation):
-        """The socket is over, and with it all that runs."""
-        self.settle(time.monotonic())
-        for prediction in self.running.values():
-            prediction.end(error, operation)
-        self.running.clear()
+        """The socket is over, and with it all that runs or waits."""
+        with contextlib.ExitStack() as stack:   # each of them, whatever becomes of another
+            while self.running:
+                stack.callback(self.running.popitem()[1].end, error, operation)
 
 
-def name_of(value):
-    """A name in a message, as it is kept; None for none."""
-    return bounded_text(value) if value and isinstance(value, str) else None
+class Bell:
+    """Wakes the thread of a tunnel.  Any thread may ring, also when nobody waits."""
 
+    def __init__(self):
+        self.sock, self._rope = socket.socketpair()
+        for end in (self.sock, self._rope):
+            end.setblocking(False)
 
-def model_named(specifier, instances):
-    """The model that a specifier means, as it was asked for; None for any."""
-    reference, query = name_of(specifier.get("instanceReference")), member(specifier, "query")
-    return instances.get(reference) or name_of(query.get("identifier")) or name_of(query.get("path"))
+    def set(self):
+        with contextlib.suppress(OSError):  # it rings already, or there is nobody left
+            self._rope.send(b"!")
 
-
-def named_instances(body):
-    """[(instance reference, identifier)] of the models that a message of LM Studio's describes."""
-    result, content = body.get("result"), member(body, "message")
-    rows = [*(result if isinstance(result, list) else [result]), content.get("info"),
-            content.get("modelInfo")]
-    found = [(name_of(row.get("instanceReference")), name_of(row.get("identifier"))) for row in listed(rows)]
-    return [(reference, model) for reference, model in found if reference and model]
+    def close(self):
+        self.sock.close()
+        self._rope.close()
 
 
 class Side:
     """One of a tunnel's two connections, read and written without waiting."""
 
-    def __init__(self, sock):
-        self.sock, self.pending = sock, bytearray()     # pending: what it has not taken
+    def __init__(self, sock, frames):
+        self.sock, self.frames = sock, frames
+        self.pending = bytearray()  # what it has not taken
 
     def receive(self):
         """What has come: None for nothing, b"" for the end."""
@@ -8423,28 +8546,19 @@ class Side:
             self.pending += data[sent:]
 
 
-class Poll:
-    """Waits for several sockets: poll(2), select(2) where there is none."""
-
-    def __init__(self):
-        self._poll = select.poll() if hasattr(select, "poll") else None
-        self._wanted: dict = {}
-        self._socks: dict = {}
-
-    def wait(self, wanted, timeout_s):
-        """{socket: what happened} within timeout_s, None for ever; wanted: {socket: READ, WRITE, GONE}."""
-        if self._poll is None:
-            reads, writes, _ = select.select([sock for sock in wanted if wanted[sock] & READ],
-                                             [sock for sock in wanted if wanted[sock] & WRITE], [], timeout_s)
-            return {sock: (sock in reads) * READ | (sock in writes) * WRITE for sock in {*reads, *writes}}
-        if wanted != self._wanted:
-            for sock in self._wanted:
-                self._poll.unregister(sock)
-            for sock, mask in wanted.items():
-                self._poll.register(sock, mask)
-            self._wanted, self._socks = wanted, {sock.fileno(): sock for sock in wanted}
-        found = self._poll.poll(None if timeout_s is None else math.ceil(1000 * max(0.0, timeout_s)))
-        return {self._socks[number]: mask for number, mask in found}
+def ready_sockets(wanted, timeout_s):
+    """The set of sockets that can be read or written, or have ended, within timeout_s, None for ever; wanted:
+    {socket: READ, WRITE, both or 0}."""
+    if not hasattr(select, "poll"):
+        reads, writes, _ = select.select([sock for sock in wanted if wanted[sock] & READ],
+                                         [sock for sock in wanted if wanted[sock] & WRITE], [], timeout_s)
+        return {*reads, *writes}
+    look, socks = select.poll(), {}
+    for sock, mask in wanted.items():
+        if mask:
+            socks[sock.fileno()] = sock
+            look.register(sock, mask)
+    return {socks[number] for number, _ in look.poll(None if timeout_s is None else math.ceil(1000 * timeout_s))}
 
 
 class Tunnel:
@@ -8452,24 +8566,24 @@ class Tunnel:
     not taken holds up the other.  TLS would not bear two threads (SSL_read(3) beside SSL_write(3))."""
 
     def __init__(self, gateway, request, studio, early):
-        self._gateway, self._request = gateway, request
-        self.client, self.studio = Side(request.connection), Side(studio)
-        self._up, self._down = Frames(True, FIRST_LIMIT), Frames(False, WHOLE_LIMIT)
+        self._gateway, self._request, self._bell = gateway, request, Bell()
+        self.client = Side(request.connection, Frames(True, FIRST_LIMIT))
+        self.studio = Side(studio, Frames(False, LONGEST_MESSAGE))
         self._early = early  # bytes of LM Studio's that came with its 101
-        self.talk = Conversation(gateway, request)
-        self._poll = Poll()
-        self._memory, self._held = BodyMemory(0), 0     # held: bytes of a message that it counts
-        self._deaf = False  # the client is read no more
+        self.talk = Conversation(gateway, request, self._bell)
+        self._memory, self._held = BodyMemory(0), 0     # held: bytes of messages that it counts
+        self._dismissed = False     # the client has left, or is to go
+        self._said_goodbye = False  # the client is read no more
         self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
 
     # --- who is there
 
     def admit(self, early):
         """Take the client's first message, early the bytes of it that are there, and give LM Studio one of
-        ours.  True once LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
+        ours, until LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
         request = self._request
         try:
-            first, calls = first_message(self.client.sock, self._up, early)
+            first, calls = first_message(self.client.sock, self.client.frames, early)
         except TIMEOUTS:
             raise HttpError(408, "authentication_timeout", "authentication timed out") from None
         said = json_object(first.payload) or {}
@@ -8482,14 +8596,14 @@ class Tunnel:
         who = [request.identity.name, said.get("clientIdentifier"), said.get("clientPasskey")]
         try:
             self.studio.sock.sendall(self._gateway.upstream.introduction(json.dumps(who)))
-            answer, news = first_message(self.studio.sock, self._down, self._early)
+            answer, news = first_message(self.studio.sock, self.studio.frames, self._early)
         except (ClientLeft, FrameError, OSError):
             raise FrameError(1011, "LM Studio let nobody in") from None
         said = json_object(answer.payload) or {}
         if said.get("success") is not True:
             raise HttpError(403, "upstream_refused", str(said.get("error") or "LM Studio let nobody in"))
         self.client.sock.sendall(b"".join(message.raw for message in (answer, *news)))
-        self._up.limit = self._gateway.config.max_body
+        self.client.frames.limit = self._gateway.config.max_body
         for side in (self.client, self.studio):
             side.sock.setblocking(False)
         self._pass_on(calls)
@@ -8504,83 +8618,80 @@ class Tunnel:
 
     def run(self, connection, memory):
         """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
-        self._memory = memory
+        self._memory, talk = memory, self.talk
         self._gateway.watcher.watch(self.client.sock, self.dismiss)
-        self._say()
         while time.monotonic() < self._parting:
-            connection.state = WORKING if self.talk.running else TUNNELLING
-            if self._gateway.stopping and not self.talk.running:
+            connection.state = WORKING if talk.running else TUNNELLING
+            if self._gateway.stopping and not talk.running:
                 raise FrameError(1001, "lmgateway stops")
             self._step()
 
     def dismiss(self):
         """Any thread.  The client has left, or is to go."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.client.sock, socket.SHUT_RD)
+        self._dismissed = True
+        self._bell.set()
 
     def _step(self):
         client, studio, talk = self.client, self.studio, self.talk
-        reads = not (self._deaf or studio.pending or len(client.pending) > UNREAD_LIMIT
+        while talk.words and studio.frames.between:     # ours stand between two messages of LM Studio's
+            client.send(talk.words.pop(0))
+        reads = not (self._said_goodbye or studio.pending or len(client.pending) > UNREAD_LIMIT
                      or len(talk.words) > UNSAID_LIMIT)
-        wanted = {client.sock: (0 if self._deaf else GONE) | READ * reads | WRITE * bool(client.pending),
-                  studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)}
-        left_s = SETTLE_S if talk.running else None
-        if self._parting < math.inf:
-            left_s = self._parting - time.monotonic()
-        happened = self._poll.wait({sock: mask for sock, mask in wanted.items() if mask}, left_s)
-        now = time.monotonic()
+        found = ready_sockets({
+            self._bell.sock: READ, client.sock: READ * reads | WRITE * bool(client.pending),
+            studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)},
+            max(0.0, self._parting - time.monotonic()) if self._parting < math.inf else None)
         client.send()
         self._to_studio()
-        if happened.get(studio.sock, 0) & ~WRITE:
-            self._from_studio(now)
-        elif talk.running and not happened:
-            talk.settle(now)
-        if happened.get(client.sock, 0) & ~WRITE and not self._deaf:
-            self._from_client(reads)
-        for cancel in talk.stop():
-            self._to_studio(cancel)
-        self._say()
+        if self._bell.sock in found:
+            self._bell.sock.recv(PIECE)
+            self._wake()
+        if studio.sock in found:
+            self._from_studio(time.monotonic())
+        if client.sock in found and reads:
+            self._from_client()
+        self._weigh()
+
+    def _wake(self):
+        """Another thread has rung."""
+        if self._dismissed and not self._gateway.stopping:
+            self.talk.check_key()
+            raise ClientLeft
+        for data in self.talk.tend():
+            self._to_studio(data)
 
     def _from_studio(self, now):
         data = self.studio.receive()
         if data is None:
             return
         try:
-            messages = self._down.feed(data)
+            messages = self.studio.frames.feed(data)
         except FrameError as fault:
             raise FrameError(1011, f"LM Studio sent {fault}") from None
-        if not data:
-            self._end_of_studio()
+        if not data and self._parting == math.inf:
+            raise FrameError(1011, "LM Studio closed the connection")
         self.talk.heard(messages, now)
         self.client.send(data)
-        if messages and messages[-1].opcode == CLOSE:
+        if not data or messages and messages[-1].opcode == CLOSE:
             self._closes()
 
-    def _end_of_studio(self):
-        if self._parting == math.inf:
-            raise FrameError(1011, "LM Studio closed the connection")
-        self._parting = 0.0
-
-    def _from_client(self, reads):
-        data = self.client.receive() if reads else b""
+    def _from_client(self):
+        data = self.client.receive()
         if data:
-            messages = self._up.feed(data)
-            self._weigh(self._up.held)
-            self._pass_on(messages)
+            self._pass_on(self.client.frames.feed(data))
         elif data is not None:
-            self.talk.check_key()
-            if not self._gateway.stopping:
-                raise ClientLeft
-            self._deaf = True
+            raise ClientLeft
 
-    def _weigh(self, held):
-        """What has come of a message counts in the budget of all bodies."""
-        more, self._held = held - self._held, held
-        try:
-            self._memory.take(more)
-        except HttpError as error:
-            self._held -= more
-            raise FrameError(1009, str(error)) from None
+    def _weigh(self):
+        """What is held of a client's messages counts in the budget of all bodies."""
+        held = self.client.frames.held + self.talk.held
+        more = held - self._held
+        if more:
+            try:
+                self._memory.take(more)
+            except HttpError as error:
+                raise FrameError(1009, str(error)) from None
+            self._held = held
 
     def _pass_on(self, messages):
         """A client's messages, to LM Studio or not."""
@@ -8588,7 +8699,7 @@ class Tunnel:
             if message.opcode >= CLOSE or self.talk.admits(message):
                 self._to_studio(message.raw)
             if message.opcode == CLOSE:
-                self._deaf = True
+                self._said_goodbye = True
                 self.talk.end("the client closed the socket", "client_disconnected")
                 return self._closes()
 
@@ -8603,32 +8714,27 @@ class Tunnel:
         both = self._parting < math.inf
         self._parting = 0.0 if both else time.monotonic() + PARTING_S
 
-    def _say(self):
-        """Words of ours, between two messages of LM Studio's."""
-        words = self.talk.words
-        while words and self._down.between:
-            self.client.send(words.pop(0))
-
     # --- the end
 
     def part(self, fault):
         """It is over, for the FrameError, HttpError or ClientLeft given, or because a side has closed."""
         self._gateway.watcher.forget(self.client.sock)
         self._memory.give_back(self._held)
+        close_quietly(self.studio.sock)
         if isinstance(fault, FrameError):
             log.debug("%s %s: closed with %d: %s", self._request.client, self._request.path, fault.code,
                       fault)
-            self.talk.end(str(fault), OPERATIONS.get(fault.code, "protocol_error"))
-            if not self._down.in_frame:
+            why = str(fault), OPERATIONS.get(fault.code, "protocol_error")
+            if not self.studio.frames.rest:
                 self.client.pending += frame(CLOSE, fault.code.to_bytes(2, "big")
                                              + str(fault).encode()[:LONGEST_CONTROL - 2])
         elif self._gateway.cutting_off:
-            self.talk.end("lmgateway stopped during the answer", "gateway_stopped")
-        elif fault:
-            self.talk.end("the client left", "client_disconnected")
+            why = "lmgateway stopped during the answer", "gateway_stopped"
         else:
-            self.talk.end("LM Studio closed the socket", "upstream_reset")
-        close_quietly(self.studio.sock)
+            why = ("the client left", "client_disconnected") if fault else (
+                "LM Studio closed the socket", "upstream_reset")
+        self.talk.end(*why)
+        self._bell.close()
         with contextlib.suppress(OSError):
             self.client.sock.settimeout(PARTING_S)
             self.client.sock.sendall(self.client.pending)
@@ -9097,9 +9203,10 @@ def shut(sock):
 
 DEMO_MODELS = ("demo/kestrel-8b", "demo/wren-2b")
 DEMO_EMBEDDING = "demo/lark-embed"
-DEMO_TEXT = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
-             "upstairs reads aloud from a letter about copper, rivers and the price of bread. ")
-DEMO_WORDS = re.findall(r"\S+ ", DEMO_TEXT)
+DEMO_CONTEXT = 32768  # tokens
+DEMO_WORDS = re.findall(r"\S+ ", (
+    "The lamp on the harbour wall turns slowly and the boats come home one by one while somebody upstairs "
+    "reads aloud from a letter about copper, rivers and the price of bread. "))
 
 
 class DemoLog:
@@ -9109,7 +9216,6 @@ class DemoLog:
         self.directory = directory
         self.listeners: list[queue.Queue] = []  # of streamLogs
         self._lock = threading.Lock()  # entries do not mix
-        self._started = time.monotonic()
 
     def write(self, level, text, tag=""):
         """Append one entry; its continuation lines are in text."""
@@ -9124,11 +9230,28 @@ class DemoLog:
         for news in list(self.listeners):
             news.put({"type": "server.log", "level": level.lower(), "content": entry})
 
-    def engine(self, *lines):
-        """One entry of engine lines, each after the engine's clock."""
+
+class DemoEngine:
+    """The process that answers for one model: one request after the other, at its own pace."""
+
+    def __init__(self, log, pace):
+        self.pace, self.turn = pace, threading.Lock()
+        # A process of its own for each: their clocks and tasks have nothing in common.
+        self.tasks, self._started = itertools.count(round(3000 * pace)), time.monotonic() - 1000 * pace
+        self._log = log
+        self._prompts: deque[str] = deque(maxlen=8)  # that it still has in its cache
+
+    def write(self, *lines):
+        """One entry of the log, each line after the engine's clock."""
         us = int(1e6 * (time.monotonic() - self._started))
         clock = f"{us // 60_000_000}.{us // 1_000_000 % 60:02}.{us // 1000 % 1000:03}.{us % 1000:03} I "
-        self.write("DEBUG", "\n".join(clock + line for line in lines))
+        self._log.write("DEBUG", "\n".join(clock + line for line in lines))
+
+    def cached(self, prompt, tokens):
+        """Tokens of a prompt that it has from an earlier one: those of the same beginning."""
+        same = max((len(os.path.commonprefix([prompt, known])) for known in self._prompts), default=0)
+        self._prompts.append(prompt)
+        return min(tokens - 1, 20 + 7 * same) if same else 0
 
 
 def demo_texts(body):
@@ -9137,91 +9260,111 @@ def demo_texts(body):
 
 
 class DemoRun:
-    """One answer in the imitation: the same figures in it and in its log."""
+    """One answer of the imitation, at its speed, for as long as alive() says that somebody waits for it."""
+
+    def __init__(self, server, model, texts, limit, alive):
+        self.server, self.texts, self.alive = server, texts, alive
+        self.model = model if model in DEMO_MODELS else DEMO_MODELS[0]
+        self.engine = server.engines[self.model]
+        self.answer = limit if isinstance(limit, int) and 0 < limit < 500 else server.answer_tokens
+        self.prompt, self.cached = 20 + 7 * len("".join(texts)), 0  # tokens
+
+    def reading(self):
+        """How many tokens are read, after each batch of those that the engine has yet to read."""
+        batch = self.server.batch
+        for read in (*range(self.cached + batch, self.prompt, batch), self.prompt):
+            if self._pause(self.server.batch_s):
+                return
+            yield read
+
+    def words(self):
+        """The words of the answer."""
+        for number in range(self.answer):
+            if self._pause(self.server.token_s):
+                return
+            yield DEMO_WORDS[number % len(DEMO_WORDS)]
+
+    def remember(self):
+        """Its turn has come: what is cached now is known."""
+        self.cached = self.engine.cached("".join(self.texts), self.prompt)
+
+    def _pause(self, seconds):
+        return self.server.stopping.wait(seconds * self.engine.pace) or not self.alive()
+
+
+class DemoAnswer(DemoRun):
+    """One answer over HTTP: the same figures in it and in the log."""
 
     def __init__(self, server, path, body, alive):
-        self.server, self.log, self.path, self.body, self._alive = server, server.log, path, body, alive
-        self.model = body.get("model") if body.get("model") in DEMO_MODELS else DEMO_MODELS[0]
-        self.stream = body.get("stream") is True
+        super().__init__(server, body.get("model"), demo_texts(body), body.get("max_tokens"), alive)
+        self.path, self.body, self.stream = path, body, body.get("stream") is True
         self.created, self.id = int(time.time()), secrets.token_hex(12)
-        self.texts = demo_texts(body)
-        limit = body.get("max_tokens")
-        self.completion = limit if isinstance(limit, int) and 0 < limit < 500 else server.answer_tokens
-        self.prompt = 400 + 7 * len("".join(self.texts))
-        self.task = next(server.tasks)
+        self.task = next(self.engine.tasks)
         self.slot = f"id  {self.task % 4} | task {self.task} | "
+
+    def log(self, text):
+        self.server.log.write("INFO", text, self.model)
 
     def received(self):
         shown = json.dumps(self.body, indent=2, ensure_ascii=False)
-        self.log.write("DEBUG", f"Received request: POST to {self.path} with body {shown}")
-        self.log.write("INFO", f"Running chat completion on conversation with {len(self.texts)} messages.",
-                       self.model)
+        self.server.log.write("DEBUG", f"Received request: POST to {self.path} with body {shown}")
+        self.log(f"Running chat completion on conversation with {len(self.texts)} messages.")
         if self.stream:
-            self.log.write("INFO", "Streaming response...", self.model)
+            self.log("Streaming response...")
 
     def read_prompt(self):
-        """The prompt phase, a batch at a time, after the part that the model has from its last prompt.  False
-        when the client has left."""
-        self.cached = self.server.cached(self.model, "".join(self.texts), self.prompt)
-        self.log.engine(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
-                        " repeat_last_n = 64, repeat_penalty = 1.000, presence_penalty = 0.000\n"
-                        " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
-                        " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
-        self.log.engine(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
-                        f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 32768, n_keep = 20, "
-                        f"task.n_tokens = {self.prompt}",
-                        f"slot   operator(): {self.slot}cached n_tokens = {self.cached}, memory_seq_rm "
-                        f"[{self.cached}, end)")
-        for read in (0, *range(self.cached + self.server.batch, self.prompt, self.server.batch), self.prompt):
-            if read and (not self._alive() or self.server.stopping.wait(self.server.batch_s)):
-                return False
-            self.log.write("INFO", f"Prompt processing progress: {100 * read / self.prompt:.1f}%", self.model)
-        self.log.engine(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, "
-                        f"tokens: text = {self.prompt}, total = {self.prompt}")
-        return True
+        self.remember()
+        self.engine.write(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
+                          " repeat_last_n = 64, repeat_penalty = 1.000, presence_penalty = 0.000\n"
+                          " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
+                          " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
+        self.engine.write(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
+                          f"slot   operator(): {self.slot}new prompt, n_ctx_slot = {DEMO_CONTEXT}, "
+                          f"n_keep = 20, task.n_tokens = {self.prompt}")
+        for read in itertools.chain([0], self.reading()):
+            known = max(read, self.cached)
+            if known < self.prompt:     # before each batch
+                self.engine.write(f"slot   operator(): {self.slot}cached n_tokens = {known}, memory_seq_rm "
+                                  f"[{known}, end)")
+            self.log(f"Prompt processing progress: {100 * read / self.prompt:.1f}%")
+        self.insist()
+        self.engine.write(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, "
+                          f"tokens: text = {self.prompt}, total = {self.prompt}")
 
-    def words(self):
-        """The words of the answer at the imitation's speed, until the client has left."""
-        for count in range(self.completion):
-            if self.server.stopping.wait(self.server.token_s) or not self._alive():
-                return
-            yield DEMO_WORDS[count % len(DEMO_WORDS)]
-
-    def timing(self, name, spent_ms, tokens):
-        each_ms, speed = spent_ms / max(1, tokens), 1000 * tokens / spent_ms
-        return (f"slot print_timing: {self.slot}{name} = {spent_ms:10.2f} ms / {tokens:5} tokens "
-                f"({each_ms:8.2f} ms per token, {speed:8.2f} tokens per second)")
+    def insist(self):
+        """Raises OSError when nobody waits for the answer any more."""
+        if not self.alive():
+            raise BrokenPipeError
 
     def finished(self):
         """The engine's timings and the app's last line."""
-        fresh = self.prompt - self.cached
-        read_ms = max(0.01, 1000 * self.server.batch_s * math.ceil(fresh / self.server.batch))
-        write_ms = max(0.01, 1000 * self.server.token_s * self.completion)
-        self.log.engine(self.timing("prompt eval time", read_ms, fresh),
-                        self.timing("       eval time", write_ms, self.completion),
-                        f"slot print_timing: {self.slot}      total time = {read_ms + write_ms:10.2f} ms / "
-                        f"{fresh + self.completion:5} tokens",
-                        f"slot      release: {self.slot}stop processing: n_tokens = "
-                        f"{self.prompt + self.completion - 1}, truncated = 0",
-                        "srv  update_slots: all slots are idle")
+        self.insist()
+        pace, fresh = 1000 * self.engine.pace, self.prompt - self.cached
+        read_ms = max(0.01, pace * self.server.batch_s * math.ceil(fresh / self.server.batch))
+        write_ms = max(0.01, pace * self.server.token_s * self.answer)
+        timed = f"slot print_timing: {self.slot}"
+        lines = [f"{timed}{name} = {ms:10.2f} ms / {tokens:5} tokens ({ms / tokens:8.2f} ms per token, "
+                 f"{1000 * tokens / ms:8.2f} tokens per second)" for name, ms, tokens in (
+                     ("prompt eval time", read_ms, fresh), ("       eval time", write_ms, self.answer))]
+        self.engine.write(*lines, f"{timed}      total time = {read_ms + write_ms:10.2f} ms / "
+                          f"{fresh + self.answer:5} tokens", f"slot      release: {self.slot}stop processing:"
+                          f" n_tokens = {self.prompt + self.answer - 1}, truncated = 0",
+                          "srv  update_slots: all slots are idle")
         if self.stream:
-            self.log.write("INFO", "Finished streaming response", self.model)
-        else:
-            self.log.write("INFO", "Model generated tool calls: []", self.model)
-            shown = json.dumps(chat_whole(self, ""), indent=2)
-            self.log.write("INFO", f"Generated prediction: {shown}", self.model)
-
-    def usage(self):
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion,
-                "total_tokens": self.prompt + self.completion}
+            return self.log("Finished streaming response")
+        self.log("Model generated tool calls: []")
+        return self.log(f"Generated prediction: {json.dumps(chat_whole(self, ''), indent=2)}")
 
     def abandoned(self):
-        self.log.write("INFO",
-                       "Client disconnected. Stopping generation... (If the model is busy processing the "
-                       "prompt, it will finish first.)", SERVER_TAG)
-        self.log.engine(f"srv          stop: cancel task, id_task = {self.task}",
-                        f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
-                        "truncated = 0")
+        self.server.log.write("INFO", "Client disconnected. Stopping generation... (If the model is busy "
+                              "processing the prompt, it will finish first.)", SERVER_TAG)
+        self.engine.write(f"srv          stop: cancel task, id_task = {self.task}",
+                          f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
+                          "truncated = 0")
+
+    def usage(self):
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.answer,
+                "total_tokens": self.prompt + self.answer}
 
 
 # How each dialect says an answer: as a body, and as a stream's events, (name, data), the words as they come.
@@ -9237,21 +9380,19 @@ def chat_whole(run, text, **choice):
 
 
 def chat_events(run):
-    def chunk(delta, finish=None):
-        return chat_whole(run, "", delta=delta, finish_reason=finish)
-
     for word in run.words():
-        yield "", chunk({"role": "assistant", "content": word})
-    yield "", chunk({}, "stop")
+        yield "", chat_whole(run, "", delta={"role": "assistant", "content": word}, finish_reason=None)
+    last = chat_whole(run, "", delta={}, finish_reason="stop")
+    yield "", last
     if (run.body.get("stream_options") or {}).get("include_usage"):
-        yield "", {**chunk({}), "choices": [], "usage": run.usage()}
+        yield "", {**last, "choices": [], "usage": run.usage()}
     yield "", None
 
 
 def message_whole(run, text):
     return {"id": f"msg_{run.id}", "type": "message", "role": "assistant", "model": run.model,
             "content": [{"type": "text", "text": text}], "stop_reason": "end_turn", "stop_sequence": None,
-            "usage": {"input_tokens": run.prompt, "output_tokens": run.completion}}
+            "usage": {"input_tokens": run.prompt, "output_tokens": run.answer}}
 
 
 def message_events(run):
@@ -9262,7 +9403,7 @@ def message_events(run):
         yield "content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": word}}
     yield "content_block_stop", {"index": 0}
     yield "message_delta", {"delta": {"stop_reason": "end_turn", "stop_sequence": None},
-                            "usage": {"output_tokens": run.completion}}
+                            "usage": {"output_tokens": run.answer}}
     yield "message_stop", {}
 
 
@@ -9272,57 +9413,51 @@ DEMO_SPEECH = {  # path -> (body, events)
 }
 
 
-class DemoPrediction(DemoRun):
-    """One answer over a socket: it tells its progress to a channel, and LM Studio's log does not name it."""
+def demo_limit(asked):
+    """llm.prediction.maxPredictedTokens of a prediction over a socket; None without it."""
+    fields = [field for layer in listed(member(asked, "predictionConfigStack").get("layers"))
+              for field in listed(member(layer, "config").get("fields"))]
+    return next((count(member(field, "value"), "value") for field in fields
+                 if field.get("key") == "llm.prediction.maxPredictedTokens"), None)
 
-    def __init__(self, socket, asked, cancelled):
-        self.own = socket.model_of(asked)
-        super().__init__(socket.server, "", {"model": socket.server.loaded.get(self.own), "messages": member(
-            asked, "history").get("messages") or [{"content": asked.get("rawPrompt", "")}]},
-            lambda: not cancelled.is_set())
-        self.cancelled = cancelled
-        for layer in listed(member(asked, "predictionConfigStack").get("layers")):
-            for field in listed(member(layer, "config").get("fields")):
-                limit = field.get("value")
-                if field.get("key") == "llm.prediction.maxPredictedTokens" and isinstance(limit, dict):
-                    self.completion = count(limit, "value", default=self.completion) or self.completion
 
-    def packets(self):
-        """What the channel says, packet by packet."""
-        server, started, first, written = self.server, time.monotonic(), None, 0
-        self.cached = server.cached(self.model, "".join(self.texts), self.prompt)
-        for read in (*range(self.cached + server.batch, self.prompt, server.batch), self.prompt):
-            if server.stopping.wait(server.batch_s) or not self._alive():
-                break
-            yield {"type": "promptProcessingProgress", "progress": read / self.prompt, "details": {
-                "cachedTokenCount": self.cached, "totalPromptTokenCount": self.prompt,
-                "processedPromptTokenCount": read - self.cached,
-                "unprocessedPromptTokenCount": self.prompt - read}}
-        for word in self.words():
+def demo_prediction(socket, asked, cancelled):
+    """One answer over a socket, packet by packet: LM Studio's log does not name it."""
+    server, own = socket.server, socket.model_of(asked)
+    texts = demo_texts(member(asked, "history")) or [str(asked.get("rawPrompt", ""))]
+    run = DemoRun(server, server.loaded.get(own), texts, demo_limit(asked), lambda: not cancelled.is_set())
+    with run.engine.turn:
+        started, first, written = time.monotonic(), None, 0
+        run.remember()
+        for read in run.reading():
+            yield {"type": "promptProcessingProgress", "progress": read / run.prompt, "details": {
+                "cachedTokenCount": run.cached, "totalPromptTokenCount": run.prompt,
+                "processedPromptTokenCount": read - run.cached,
+                "unprocessedPromptTokenCount": run.prompt - read}}
+        for word in run.words():
             first, written = first or time.monotonic(), written + 1
             yield {"type": "fragment", "fragment": {
                 "content": word, "tokensCount": 1, "containsDrafted": False, "reasoningType": "none",
                 "isStructural": False}}
-        now = time.monotonic()
-        yield {"type": "success", "modelInfo": demo_model(self.model, True, self.own),
-               "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
-                   "stopReason": "eosFound" if self._alive() else "userStopped",
-                   "promptTokensCount": self.prompt, "predictedTokensCount": written,
-                   "totalTokensCount": self.prompt + written, "timeToFirstTokenSec": (first or now) - started,
-                   "tokensPerSecond": written / max(0.001, now - (first or now)),
-                   "totalTimeSec": now - started}}
+    now = time.monotonic()
+    yield {"type": "success", "modelInfo": demo_model(run.model, True, own),
+           "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
+               "stopReason": "eosFound" if run.alive() else "userStopped", "promptTokensCount": run.prompt,
+               "predictedTokensCount": written, "totalTokensCount": run.prompt + written,
+               "timeToFirstTokenSec": (first or now) - started, "totalTimeSec": now - started,
+               "tokensPerSecond": written / max(0.001, now - (first or now))}}
 
 
-def demo_model(name, loaded=True, identifier=None):
+def demo_model(name, loaded=False, identifier=None):
     """LM Studio's description of a model, and of the instance of it that is loaded."""
     kind = "embedding" if name == DEMO_EMBEDDING else "llm"
     model = {"type": kind, "modelKey": name, "path": name, "format": "gguf", "displayName": name,
              "publisher": "demo", "sizeBytes": 5_000_000_000, "indexedModelIdentifier": name,
-             "deviceIdentifier": None, "maxContextLength": 32768,
+             "deviceIdentifier": None, "maxContextLength": DEMO_CONTEXT,
              **({"vision": False, "trainedForToolUse": False} if kind == "llm" else {})}
     name = identifier or name
     return {**model, "identifier": name, "instanceReference": f"instance of {name}", "ttlMs": None,
-            "lastUsedTime": None, "contextLength": 32768} if loaded else model
+            "lastUsedTime": None, "contextLength": DEMO_CONTEXT} if loaded else model
 
 
 class DemoSocket:
@@ -9394,12 +9529,6 @@ class DemoSocket:
         return [demo_model(name, True, own) for own, name in self.server.loaded.items()
                 if (name == DEMO_EMBEDDING) == (self._kind == "embedding")]
 
-    def downloaded(self, asked):
-        return [demo_model(name, loaded=False) for name in (*DEMO_MODELS, DEMO_EMBEDDING)]
-
-    def unload(self, asked):
-        self.server.loaded.pop(asked.get("identifier"), None)
-
     def load(self, asked, cancelled):
         """getOrLoad and loadModel, whose packets have other names."""
         name, get = asked.get("modelKey") or asked.get("identifier"), "modelKey" not in asked
@@ -9409,17 +9538,13 @@ class DemoSocket:
             yield {"type": "alreadyLoaded", "info": info}
             return
         yield {"type": "startLoading", "identifier": name, "info": info} if get else {
-            "type": "resolved", "info": demo_model(name, loaded=False)}
+            "type": "resolved", "info": demo_model(name)}
         for step in range(1, 6):
             if cancelled.wait(self.server.token_s):
                 return
             yield {"type": "loadProgress" if get else "progress", "progress": step / 5}
-        self.server.loaded[own] = name
+        self.server.hold(own, name)
         yield {"type": "loadSuccess" if get else "success", "info": info}
-
-    def predict(self, asked, cancelled):
-        with self.server.engine:
-            yield from DemoPrediction(self, asked, cancelled).packets()
 
     def logs(self, asked, cancelled):
         """What the log says from now on."""
@@ -9432,6 +9557,10 @@ class DemoSocket:
         self.server.log.listeners.remove(news)
 
 
+def demo_tokens(socket, asked):
+    return len(str(asked.get("inputString"))) // 4 + 1
+
+
 def demo_vector(socket, asked):
     """The same for the same text."""
     source = random.Random(str(asked.get("inputString")))
@@ -9439,14 +9568,15 @@ def demo_vector(socket, asked):
 
 
 DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
-    "listLoaded": DemoSocket.loaded, "unloadModel": DemoSocket.unload, "embedString": demo_vector,
+    "listLoaded": DemoSocket.loaded, "embedString": demo_vector,
+    "unloadModel": lambda socket, asked: socket.server.hold(asked.get("identifier")),
     "getModelInfo": lambda socket, asked: demo_model(socket.model_of(asked)),
-    "getLoadConfig": lambda socket, asked: {"fields": [
-        {"key": "llm.load.contextLength", "value": 32768}]},
-    "listDownloadedModels": DemoSocket.downloaded,
+    "getLoadConfig": lambda socket, asked: {
+        "fields": [{"key": "llm.load.contextLength", "value": DEMO_CONTEXT}]},
+    "listDownloadedModels": lambda socket, asked: list(map(demo_model, (*DEMO_MODELS, DEMO_EMBEDDING))),
     "version": lambda socket, asked: {"version": VERSION, "build": 1},
-    "tokenize": lambda socket, asked: {"tokens": list(range(len(str(asked.get("inputString"))) // 4 + 1))},
-    "countTokens": lambda socket, asked: {"tokenCount": len(str(asked.get("inputString"))) // 4 + 1},
+    "tokenize": lambda socket, asked: {"tokens": list(range(demo_tokens(socket, asked)))},
+    "countTokens": lambda socket, asked: {"tokenCount": demo_tokens(socket, asked)},
     "applyPromptTemplate": lambda socket, asked: {
         "formatted": " ".join(demo_texts(member(asked, "history")))},
     "uploadFileBase64": lambda socket, asked: {
@@ -9454,7 +9584,7 @@ DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
         "sizeBytes": len(str(asked.get("contentBase64"))) * 3 // 4},
 }
 DEMO_CHANNELS = {  # endpoint -> (socket, parameter, Event of its cancelling) to packets
-    "predict": DemoSocket.predict, "completeRawText": DemoSocket.predict, "getOrLoad": DemoSocket.load,
+    "predict": demo_prediction, "completeRawText": demo_prediction, "getOrLoad": DemoSocket.load,
     "loadModel": DemoSocket.load, "streamLogs": DemoSocket.logs}
 
 
@@ -9466,61 +9596,61 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     server: DemoServer
 
     def do_GET(self):
-        namespace = self.path.partition("?")[0][1:]
+        namespace, server = self.path.partition("?")[0][1:], self.server
         if self.headers.get("Upgrade") and namespace in NAMESPACES:
             return self._switch(namespace)
         if self.path == "/lmstudio-greeting":
             return self._json({"lmstudio": True})
-        if self.path in ("/v1/models", "/api/v0/models"):
-            self.server.log.write("DEBUG", f"Received request: GET to {self.path}")
-            self.server.log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
-            models = [{"id": name, "object": "model", "owned_by": "organization_owner"}
-                      for name in DEMO_MODELS]
-            return self._json({"data": models, "object": "list"})
-        return self._unexpected()
+        if self.path not in ("/v1/models", "/api/v1/models"):
+            return self._unexpected()
+        server.log.write("DEBUG", f"Received request: GET to {self.path}")
+        if self.path == "/api/v1/models":
+            return self._json({"models": server.models()})
+        server.log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
+        return self._json({"data": [{"id": name, "object": "model", "owned_by": "organization_owner"}
+                                    for name in DEMO_MODELS], "object": "list"})
 
     def do_POST(self):
         body = json_object(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
-        path = self.path.partition("?")[0]
+        path, server = self.path.partition("?")[0], self.server
+        if path == "/api/v1/models/load" and body:
+            server.load(body.get("model"))
+            return self._json({"instance_id": body.get("model"), "status": "loaded"})
+        if path == "/api/v1/models/unload" and body:
+            server.hold(body.get("instance_id"))
+            return self._json(body)
         if path not in DEMO_SPEECH:
             return self._unexpected()
         if body is None or not demo_texts(body):
             return self._json({"error": "a field is required: 'messages'"}, 400)
-        run = DemoRun(self.server, path, body, self._alive)
+        run = DemoAnswer(server, path, body,
+                         lambda: not server.stopping.is_set() and not has_left(self.connection))
         run.received()
         whole, events = DEMO_SPEECH[path]
-        with self.server.engine:  # one at a time, the others wait
-            try:
-                (self._stream if run.stream else self._whole)(run, events if run.stream else whole)
-            except OSError:     # the client has left, or this server stops
-                run.abandoned()
-                self.close_connection = True
-
-    def _whole(self, run, whole):
-        content = "".join(run.words()) if run.read_prompt() else ""
-        self._insist()
-        run.finished()
-        self._json(whole(run, content.strip()))
+        try:
+            with run.engine.turn:
+                if run.model not in server.loaded.values():
+                    server.load(run.model)
+                if run.stream:
+                    return self._stream(run, events)
+                run.read_prompt()
+                text = "".join(run.words()).strip()
+                run.finished()
+                return self._json(whole(run, text))
+        except OSError:     # the client has left, or this server stops
+            run.abandoned()
+            self.close_connection = True
 
     def _stream(self, run, events):
         self._head(200, "text/event-stream", "Transfer-Encoding", "chunked")
-        if run.read_prompt():
-            for name, data in events(run):
-                self._insist()
-                text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
-                event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
-                self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
-        self._insist()
+        run.read_prompt()
+        for name, data in events(run):
+            run.insist()
+            text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
+            event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
+            self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
         run.finished()
         self.wfile.write(b"0\r\n\r\n")
-
-    def _alive(self):
-        return not self.server.stopping.is_set() and not has_left(self.connection)
-
-    def _insist(self):
-        """Raises OSError when nobody waits for the answer any more."""
-        if not self._alive():
-            raise BrokenPipeError
 
     def _head(self, status, kind, name, value):
         self.send_response(status)
@@ -9530,9 +9660,9 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def _switch(self, namespace):
         self.send_response(101)
-        self.send_header("Upgrade", "websocket")
-        self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", accept_key(self.headers.get("Sec-WebSocket-Key", "")))
+        for header in (("Upgrade", "websocket"), ("Connection", "Upgrade"),
+                       ("Sec-WebSocket-Accept", accept_key(self.headers.get("Sec-WebSocket-Key", "")))):
+            self.send_header(*header)
         self.end_headers()
         self.close_connection = True
         with contextlib.closing(DemoSocket(self, namespace)) as connection, contextlib.suppress(OSError):
@@ -9544,8 +9674,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _unexpected(self):
-        """LM Studio's answer to a path that it does not know: 200 with an error (all versions up to
-        1.1.7)."""
+        """LM Studio's answer to a path that it does not know: 200 with an error (as of 1.1.7)."""
         what = f"Unexpected endpoint or method. ({self.command} {self.path})"
         self.server.log.write("ERROR", what + ". Returning 200 anyway")
         self._json({"error": what})
@@ -9568,18 +9697,32 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, directory, batch_s=0.8, token_s=0.03):
         super().__init__(("127.0.0.1", 0), DemoHandler)
-        self.log, self.tasks = DemoLog(directory), itertools.count(1)
-        self.engine = threading.Semaphore(1)
-        self.loaded = {name: name for name in (*DEMO_MODELS, DEMO_EMBEDDING)}    # by identifier
-        self.stopping = threading.Event()
+        self.log, self.stopping = DemoLog(directory), threading.Event()
+        self.engines = {name: DemoEngine(self.log, pace) for name, pace in zip(DEMO_MODELS, (1.0, 0.4))}
+        self.loaded = {name: name for name in DEMO_MODELS}    # by identifier
         self.batch_s, self.token_s = batch_s, token_s
-        self._prompts: dict[str, str] = {}   # model -> its last prompt
 
-    def cached(self, model, prompt, tokens):
-        """Tokens of a prompt that the model has from its last one: those of the same beginning."""
-        same = os.path.commonprefix([prompt, self._prompts.get(model, "")])
-        self._prompts[model] = prompt
-        return min(tokens - 1, 400 + 7 * len(same)) if same else 0
+    def models(self):
+        """The models as /api/v1/models lists them."""
+        return [{"type": "embedding" if key == DEMO_EMBEDDING else "llm", "publisher": "demo", "key": key,
+                 "quantization": {"name": "Q4_K_M", "bits_per_weight": 4}, "size_bytes": 5_000_000_000,
+                 "max_context_length": DEMO_CONTEXT, "loaded_instances": [
+                     {"id": own, "config": {"context_length": DEMO_CONTEXT}}
+                     for own, name in list(self.loaded.items()) if name == key]}
+                for key in (*DEMO_MODELS, DEMO_EMBEDDING)]
+
+    def hold(self, own, name=None):
+        """A model is loaded under an identifier of its own; without a name it is unloaded."""
+        self.loaded.pop(own, None)
+        if name:
+            self.loaded[own] = name
+        self.log.write("DEBUG", f"[model_kit][INFO]: Model {'' if name else 'un'}loaded successfully")
+
+    def load(self, name):
+        """Load a model that was asked for, which takes a moment."""
+        self.log.write("INFO", f'Requested model ({name}) is not loaded. Loading "{name}" now...', "JIT")
+        self.stopping.wait(50 * self.token_s)
+        self.hold(name, name)
 
     @property
     def url(self):
@@ -9595,37 +9738,125 @@ class DemoServer(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
-class DemoClient(NamedTuple):
-    """One kind of request in the demo's own traffic."""
+# --- 8.1 the story: who asks the imitation ------------------------------------
 
+
+class DemoClient(NamedTuple):
+    """One request of the demo's own traffic."""
+
+    who: str
     agent: str
     model: str
     prompt: str
     answer_tokens: int
+    then_s: float = 1.0     # until the next one asks
     stream: bool = True
     read_bytes: int | None = None   # then it leaves
 
 
-LONG = "The minutes of the garden club, all years. " * 78  # some 24,000 tokens: 37 s to read
-DEMO_STORY = (
-    DemoClient("backup.sh", DEMO_MODELS[1], "Why is the sky dark at night?", 20),
-    DemoClient("OpenWebUI (anna)", DEMO_MODELS[0], "Write a haiku about a patient printer.", 60),
-    DemoClient("Continue (ben)", DEMO_MODELS[0], "Which of these invoices is overdue? " * 12, 80),
-    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "Summarise them.", 90),
-    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "And who was absent most often?", 60),
-    DemoClient("claude-cli (dora)", DEMO_MODELS[0], "Tell me a very long story. " * 9, 400, read_bytes=9000),
-    DemoClient("n8n", DEMO_MODELS[0], "", 40, stream=False),    # refused: it asks nothing
-    DemoClient("n8n", DEMO_MODELS[0], "Sort these letters by urgency. " * 5, 40, stream=False),
+DEMO_KEYS = {"anna": "high", "ben": "normal", "clara": "low", "n8n": "normal", "backup.sh": "low"}
+LONG = "The minutes of the garden club, all years. " * 80  # 24,000 tokens: 38 s to read
+LARGE, SMALL = DEMO_MODELS
+DEMO_STORY = (  # Clara's agent asks for much at once, and the others need not wait for it
+    DemoClient("backup.sh", "backup.sh/2", SMALL, "Why is the sky dark at night?", 20),
+    DemoClient("anna", "OpenWebUI/0.6", LARGE, LONG + "Summarise them.", 90),
+    DemoClient("ben", "Continue/1.2", SMALL, "Which of these invoices is overdue? " * 60, 200),
+    *6 * [DemoClient("clara", "agent/3.1", LARGE, "Sort these letters by urgency. ", 80, 0.4)],
+    DemoClient("ben", "Continue/1.2", LARGE, "Which of these invoices is overdue? " * 6, 80, 4.0),
+    DemoClient("n8n", "n8n", SMALL, "", 40, 6.0, stream=False),    # refused: it asks nothing
+    DemoClient("n8n", "n8n", SMALL, "Sort these letters by urgency. " * 25, 160, 9.0, stream=False),
+    DemoClient("clara", "agent/3.1", SMALL, "Tell me a very long story. " * 30, 400, 12.0, read_bytes=30_000),
+    DemoClient("backup.sh", "backup.sh/2", SMALL, "Why is the sky dark at night?", 20, 6.0),
+    DemoClient("anna", "OpenWebUI/0.6", LARGE, LONG + "And who was absent most often? " * 6, 60, 20.0),
+    DemoClient("ben", "Continue/1.2", SMALL, "Which of these invoices is overdue? " * 60, 200, 30.0),
 )
+PAST_S = 3600.0  # that the demo has behind it when it starts
 
 
-def demo_traffic(address, key, pause):
-    """Thread body: the requests of DEMO_STORY over and over, until pause(seconds) returns True.  A short
-    answer comes first; what follows soon stands in a queue."""
-    for number in itertools.count():
-        if pause(random.uniform(2.0, 6.0) if number else 0.3):
-            return
-        start_thread(demo_request, address, key, DEMO_STORY[number % len(DEMO_STORY)], name="demo-client")
+class Demo:
+    """--demo: the imitation, the people who ask it, and an hour that lies behind them."""
+
+    def __init__(self, cleanup):
+        directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
+        cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
+        self.studio = DemoServer(directory)
+        cleanup.callback(self.studio.stop)
+        self.studio.start()
+        self._behind_s = PAST_S  # the Hub's clocks
+        self._keys = {name: mint_key() for name in DEMO_KEYS}
+
+    def config(self, config):
+        """The Config that points to the imitation.  The user's minted keys count only if their file is named:
+        trying it must not need one."""
+        directory = self.studio.log.directory
+        return config.but(upstream=self.studio.url, log_dir=directory, enable_log_monitoring=True,
+                          max_running=config.max_running or 1,
+                          keys_file=config.keys_file or os.path.join(directory, "keys.json"))
+
+    def now(self):
+        return time.time() - self._behind_s
+
+    def clock(self):
+        return time.monotonic() - self._behind_s
+
+    def furnish(self, gateway):
+        """Give a gateway its people, by the priorities of their keys, and its past, before it serves."""
+        gateway.demo = True
+        gateway.access.guests += [
+            Key(name, digest(self._keys[name]), frozenset(("infer",)), terms=Terms(priority=priority))
+            for name, priority in DEMO_KEYS.items()]
+        for at, tell, *about in sorted(self._past(gateway), key=lambda moment: moment[0]):
+            self._behind_s = PAST_S - at
+            tell(*about)
+        self._behind_s = 0.0
+
+    def _past(self, gateway):
+        """An hour of requests: (second of the hour, what the Hub is told then, its arguments)."""
+        source, hub, began, clock, at = random.Random(3), gateway.hub, self.now(), self.clock(), 20.0
+        kinds, free = list(dict.fromkeys(DEMO_STORY)), dict.fromkeys(DEMO_MODELS, 0.0)
+        weights = [1 if client.prompt and not client.read_bytes else 0.3 for client in kinds]
+        while at < PAST_S - 60:
+            (client,) = source.choices(kinds, weights)
+            record = Record(hub.request_id(), began + at, clock + at, method="POST", client="127.0.0.1",
+                            path="/v1/chat/completions", key=client.who, agent=client.agent,
+                            stream=client.stream, model_asked=client.model, model=client.model)
+            begin, took_s, outcome = max(at, free[client.model]), 0.01, DEMO_REFUSED
+            if client.prompt:
+                pace = self.studio.engines[client.model].pace * source.uniform(0.95, 1.2)
+                took_s = demo_answer(record, client, source, clock + begin, pace)
+                outcome, free[client.model] = DEMO_OUTCOMES[bool(client.read_bytes)], begin + took_s
+                gateway.turns.took(client.model, took_s)
+            yield at, hub.begin, record
+            yield begin + took_s, hub.end, record, outcome
+            at += source.expovariate(1 / 25)
+
+    def traffic(self, address, pause):
+        """Body of a thread: the story over and over, until pause(seconds) returns True."""
+        for client in itertools.cycle(DEMO_STORY):
+            start_thread(demo_request, address, self._keys[client.who], client, name="demo-client")
+            if pause(client.then_s * random.uniform(0.9, 1.1)):
+                return
+
+
+DEMO_REFUSED = Outcome("failed", 400, "LM Studio answered 400 Bad Request", "upstream_error")
+DEMO_OUTCOMES = (Outcome("done", 200),
+                 Outcome("abandoned", 200, "the client left while the answer came", "client_disconnected"))
+
+
+def demo_answer(record, client, source, begin, pace):
+    """What a request of the past was like, whose turn came at a clock reading; gives the s that it took."""
+    prompt = 20 + round(7 * len(client.prompt) * source.uniform(0.5, 1.2))
+    cached = round(prompt * source.choice((0, 0.3, 0.95)))
+    answer = round(client.answer_tokens * source.uniform(0.6, 1.6))
+    read_s, write_s = (prompt - cached) / 640 * pace, answer * 0.03 * pace
+    record.usage = {"promptTokens": prompt, "completionTokens": answer, "totalTokens": prompt + answer}
+    record.cache = {"reused": cached, "total": prompt, "percentage": round(100 * cached / prompt, 1)}
+    record.prompt_tokens, record.context_size, record.finish = prompt, DEMO_CONTEXT, "stop"
+    record.speed, record.read_speed = round(answer / write_s, 2), round((prompt - cached) / read_s, 2)
+    record.waited_ms = round(1000 * (begin - record.clock), 1)
+    record.first_ms = record.waited_ms + round(1000 * read_s, 1)
+    record.entered = {"queued": record.clock, "prompt": begin, "generating": begin + read_s}
+    return read_s + write_s
 
 
 def demo_request(address, key, client):
@@ -10577,16 +10808,18 @@ def serve(args, config):
     stop = Stop()
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(LogWriter(log.handlers[0]))
-        config = start_demo(config, cleanup) if args.demo else find_upstream(config)
+        demo = Demo(cleanup) if args.demo else None
+        config = demo.config(config) if demo else find_upstream(config)
         check_exposure(config)
         check_upstream(config)
         context = tls_context(config)
         history = open_history_file(config, cleanup)
-        hub = Hub(config.requests_kept, history and history.keep)
+        hub = Hub(config.requests_kept, history and history.keep, *((demo.now, demo.clock) if demo else ()))
         upstream = Upstream(config.upstream, config.upstream_token)
         monitor = open_monitor(config, upstream)
         gateway = Gateway(config, hub, upstream, monitor, history)
-        gateway.demo = bool(args.demo)
+        if demo:
+            demo.furnish(gateway)
         server = gateway.server = open_server(gateway, context)
         if monitor:     # only now: a port in use is said in one line
             start_thread(run_monitor, monitor, hub, stop, name="tail")
@@ -10595,9 +10828,8 @@ def serve(args, config):
         start_thread(server.serve_forever, 0.1, name="accept")
         announce(gateway, server.port, args.demo)
         freeze_start_up()
-        if args.demo:
-            start_thread(demo_traffic, page_url(config, server.port), config.api_key.get("demo", ""),
-                         stop.wait, name="demo-traffic")
+        if demo:
+            start_thread(demo.traffic, page_url(config, server.port), stop.wait, name="demo-traffic")
         if args.open:
             start_thread(open_browser, page_url(config, server.port), name="browser")
         notify("READY=1")
@@ -10625,19 +10857,6 @@ def open_history_file(config, cleanup):
         history = History(config.history, config.history_days)
     cleanup.callback(history.close)
     return history
-
-
-def start_demo(config, cleanup):
-    """Start the imitation; gives the Config that points to it, with a key for the demo's own traffic if
-    keys are asked for.  Minted keys count only when their file is named: trying it must not need one."""
-    directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
-    cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
-    demo = DemoServer(directory)
-    cleanup.callback(demo.stop)
-    demo.start()
-    keys = {"demo": mint_key(), **config.api_key} if config.api_key or config.keys_file else {}
-    return config.but(upstream=demo.url, log_dir=directory, enable_log_monitoring=True, api_key=keys,
-                      keys_file=config.keys_file or os.path.join(directory, "keys.json"))
 
 
 def find_upstream(config):
