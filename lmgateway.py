@@ -10,11 +10,11 @@ Words used throughout:
     chunk      bytes that one look at a log file brought
     entry      one log record: a header line and the lines that continue it
     rule       one wording of LM Studio's log, and the fact that it states
-    fact       what a line states, in words that no engine owns ("prompt is read", "client left")
+    fact       the statement of a line, in words that no engine owns ("prompt is read", "client left")
     run        one prediction of an engine, as its DEBUG lines tell it
     chat       one prediction, as the app's INFO lines tell it
     event      a name and JSON, as listeners receive them
-    request    one HTTP request of a client; a record is what is kept of it
+    request    one HTTP request of a client; its record is kept
     dialect    one of the APIs that LM Studio speaks: its places for usage, tokens and errors
     meter      reads a dialect's answer while it passes
     view       a function (gateway, request) -> Response
@@ -22,11 +22,11 @@ Words used throughout:
     finding    one result of --check, with its remedy
     upstream   LM Studio's server
 
-Threads, and what each may write:
+Threads, and the state that each may change:
 
     main       nothing after start-up; it waits for a signal
     accept     takes connections in, and closes some if there are too many
-    tail       the parser, whose figures others only read; Hub.publish_log
+    tail       the parser (others only read its figures); Hub.publish_log
     http       one per connection: its own sockets, its own meter; Hub.begin, Hub.generated, Hub.end
     watcher    shuts down the upstream sockets of clients that left, wakes listeners that did
     question   asks LM Studio for all views that want to know, while they wait a little
@@ -35,9 +35,9 @@ Threads, and what each may write:
     watch      with --watch only: the line to another gateway; a queue to main
     demo-*     the imitation of LM Studio, with --demo only
 
-Hub is the only object that holds what requests and log have in common; it has one lock.  What else
-several threads use (keys, access, kept connections, our own log) guards itself and says how.  CORE is
-pure: no file, no socket, no clock, no thread.
+Hub is the only object that requests and log have in common; it has one lock.  Other state of several
+threads (keys, access, kept connections, our own log) guards itself and says how.  CORE is pure: no file,
+no socket, no clock, no thread.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ VERSION = "1.0.0"
 log = logging.getLogger("lmgateway")
 
 # === 1. ERRORS ===============================================================
-# One class per remedy.  The message tells the user what to do.
+# One class per remedy.  The message tells the user the remedy.
 
 
 class GatewayError(Exception):
@@ -126,8 +126,8 @@ class StartError(GatewayError):
 class HttpError(GatewayError):
     """An answer of the gateway's own with a status of 400 or more.
 
-    code is for programs, message for people; headers are sent along; close ends the connection
-    because what follows on it cannot be trusted."""
+    code is for programs, message for people; headers are sent along; close ends the connection, because the
+    bytes that follow on it cannot be trusted."""
 
     def __init__(self, status, code, message, headers=(), close=False):
         super().__init__(message)
@@ -193,14 +193,19 @@ def whole(low, high, unit=""):
     return parse
 
 
+def http_parts(text):
+    """The parts of an http or https URL with a host (urllib.parse); None for anything else."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(text)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", text):
+            return parts
+    return None
+
+
 def base_url(text):
     """http://HOST[:PORT], without a path."""
-    parts = urllib.parse.urlsplit(text.strip().rstrip("/"))
-    try:
-        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        known = False
-    if not known or parts.path or parts.query or parts.fragment or parts.username or " " in parts.netloc:
+    parts = http_parts(text.strip().rstrip("/"))
+    if not parts or parts.path or parts.query or parts.fragment or parts.username:
         raise ValueError("use the form http://127.0.0.1:1234")
     return f"{parts.scheme}://{parts.netloc}"
 
@@ -2160,7 +2165,7 @@ class Meter:
         self._cut = cut and self._decode is identity
         self.first = self.last = self._now = None  # clocks: first, latest token, piece
         self.pieces = 0  # events with a token
-        # What stood before and behind the text of the last event, if it told no more: most have the same, and
+        # The bytes before and behind the text of the last event, if it told no more: most have the same, and
         # a thread that was just woken takes several times as long for a search as for a comparison.
         self._around: Any = None
 
@@ -2246,7 +2251,7 @@ def whole_event(data):
 
 
 def maybe_ours(beginning, limit=64 * 1024, some_choice=re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')):
-    """True while an event that begins so may become a chunk that carries only usage: short, without a choice."""
+    """True while an event that begins so may become a chunk that has only usage: short, without a choice."""
     data = bytes(beginning[:limit])
     return (len(beginning) < limit and (b"data:".startswith(data) or data.startswith(b"data:"))
             and data[5:].lstrip()[:1] in (b"", b"{") and not some_choice.search(data))
@@ -3531,7 +3536,7 @@ LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progre
          "lmstudio_chat_end": Requests._line_of_end, "lmstudio_prediction_stats": Requests._line_of_end}
 
 
-# --- 3.9 figures: what is counted --------------------------------------------
+# --- 3.9 figures: counters and histograms ------------------------------------
 
 
 class Metric(NamedTuple):
@@ -3553,8 +3558,9 @@ A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000
 A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
-# Names and meanings: lmstudio_* is all that the log or LM Studio's REST API tells, whoever asked, with
-# lmstudio-exporter's names; lmstudio_gateway_* is what passed through us.  Base units, ratios from 0 to 1.
+# Names and meanings: lmstudio_* are figures of the log and of LM Studio's REST API, whether a request came
+# through us or not, with lmstudio-exporter's names; lmstudio_gateway_* are of requests through us.  Base units,
+# ratios from 0 to 1.
 METRICS = (
     Metric("lmstudio_up", "", "1 when LM Studio answered when last asked"),
     Metric("lmstudio_loaded_models", "", "Models that are loaded; absent when unknown"),
@@ -3648,7 +3654,7 @@ def seconds_of(ms):
 class Figures:
     """Counters and histograms since the start.  Pure; Hub's lock guards them."""
 
-    SERIES = 500  # of one metric; what comes beyond them is counted as "other"
+    SERIES = 500  # of one metric; beyond them all count as "other"
     MODELS = 100  # names of models that become labels
 
     def __init__(self):
@@ -4501,7 +4507,7 @@ class Listener:
 
     def __init__(self, seq, owner=None):
         self.seq = self.sent = seq  # of the latest event that it has passed; that it was given
-        self.owner = owner  # the key whose events it may have; None: every event
+        self.owner = owner  # the key that may see its own events alone; None: it may see every event
         self.elsewhere = None  # the id after its latest event, which was another start's; None once told
         self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Ring.wait()
 
@@ -4521,7 +4527,7 @@ class Ring:
         # never across I/O.
         self._lock = threading.Lock()
         self.epoch = secrets.token_hex(4)
-        self._frames = []  # (event name, name of the key that it is about, frame) of the events from _first on
+        self._frames = []  # (event name, name of the key that owns it, frame) of the events from _first on
         self._first = 1  # SEQ of _frames[0]
         self._bytes = 0  # of the frames
         self._waiting = set()  # bells of the listeners that have all there is
@@ -4563,7 +4569,7 @@ class Ring:
             self._append(*encoded)
 
     def _encoded(self, event):
-        """Any thread.  An event's name, the key whose own it is, and its data as JSON."""
+        """Any thread.  An event's name, the key that owns it, and its data as JSON."""
         owner = self._owners.get(event.data.get("requestId", "")) if event.name != "lmstudio_log" else None
         return event.name, owner, to_json(event.data)
 
@@ -4755,7 +4761,7 @@ class Hub(Ring):
         self._give(rows)
 
     def _changed_rows(self):  # lock held
-        """The history rows of the requests that changed after their end, once figures and series have them."""
+        """The history rows of requests that changed after their end; figures and series learn from them."""
         changed = {record.id: record for record in self._requests.changed}
         self._requests.changed = []
         rows = {record.id: history_row(record) for record in changed.values()}
@@ -4776,7 +4782,7 @@ class Hub(Ring):
             with self._lock:
                 self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
 
-    # --- what is known of them
+    # --- for views
 
     def served(self, asked):
         """Any thread.  The model that has answered to a name, else the name."""
@@ -4784,13 +4790,13 @@ class Hub(Ring):
             return self._requests.served(asked)
 
     def comment(self, record):
-        """Any thread.  Where a running request is, as an SSE comment."""
+        """Any thread.  How far a running request is, as an SSE comment."""
         with self._lock:
             return f": {record.told(self._clock())}\n\n".encode()
 
     def shown(self, limit=None, owner=None):
-        """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first; with
-        an owner, those of that key."""
+        """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first;
+        with an owner, those of that key."""
         with self._lock:
             clock, found = self._clock(), self._requests
             records = itertools.chain(reversed(found.running.values()), reversed(found.finished))
@@ -4805,8 +4811,8 @@ class Hub(Ring):
             running, over = (list(reversed(part)) for part in (
                 self._requests.running.values(), self._requests.finished))
             models = (record.model or record.model_asked for record in (*running, *over))
-            return ([record.shown(clock) for record in running], [record.shown(clock) for record in over[:count]],
-                    next(filter(None, models), None))
+            shown = [record.shown(clock) for record in (*running, *over[:count])]
+            return shown[:len(running)], shown[len(running):], next(filter(None, models), None)
 
     def detail(self, request_id):
         """Any thread.  One request with its timeline and sampling parameters; None when it is not known."""
@@ -4832,7 +4838,7 @@ class Hub(Ring):
     def models(self):
         """Any thread.  {model: (running, waiting, when it last answered or None, its state is loading)}."""
         with self._lock:
-            found: dict[Any, list[Any]] = {name: [0, 0, used, False] for name, used in self._series.used.items()}
+            found: dict[Any, list] = {name: [0, 0, used, False] for name, used in self._series.used.items()}
             for record in self._requests.running.values():
                 model = record.model or self._requests.served(record.model_asked)
                 row = found.setdefault(model, [0, 0, None, False])
@@ -7012,6 +7018,7 @@ class AccessControl:
         self._config = config
         self._fixed = [Key(name, digest(key), frozenset(RIGHTS)) for name, key in config.api_key.items()]
         self._file = KeyFile(keys_path(config))
+        self.guests: list[Key] = []  # Keys that are known though none may be asked for
         self._lock = threading.Lock()  # held to change the three below; each look at them is atomic
         self._sessions: dict = {}  # digest of the cookie -> digest of the key
         self._proven: dict = {}  # (address, digest) of keys that were right
@@ -7023,7 +7030,7 @@ class AccessControl:
         return bool(self._fixed) or self._file.keys() is not None
 
     def _keys(self):
-        return [*self._fixed, *(self._file.keys() or ())]
+        return [*self._fixed, *(self._file.keys() or ()), *self.guests]
 
     def terms(self, name):
         """The Terms that the key of this name has at this moment."""
@@ -7051,15 +7058,20 @@ class AccessControl:
 
         It changes nothing, so that a right that is used for long can be asked for again."""
         if not self.need_key:
-            return Identity(None)
+            return self._guest(request)
         with contextlib.suppress(HttpError):
             return self._identity(request, self._find(credentials(request)))
         return None
 
+    def _guest(self, request):
+        """The Identity where no key is asked for."""
+        key = self._find(credentials(request)) if self.guests else None
+        return Identity(key.name, key.rights) if key else Identity(None)
+
     def identify(self, request, offered):
         """The Identity of a request that offers these keys.  Raises HttpError 401, at a guesser's pace."""
         if not offered and not self.need_key:
-            return Identity(None)
+            return self._guest(request)
         identity = self._identity(request, self._check(request, offered) if offered else None)
         if identity is None:
             raise HttpError(401, "key_wrong" if offered else "key_needed",
@@ -7347,6 +7359,13 @@ class Turns:
                 self._scheduler.rename(turn.model, served)
             ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
             turn.about = None
+
+    def took(self, model, seconds):
+        """It is known from before that a request of a model took so long."""
+        turn = Turn(model, None, None, PRIORITIES[1], 0.0)
+        with self._lock:
+            self._scheduler.join(turn, 0.0)
+            self._scheduler.leave(turn, seconds, done=True)
 
     def tell(self):
         """Those that wait hear of their places."""
@@ -9196,9 +9215,10 @@ def shut(sock):
 
 DEMO_MODELS = ("demo/kestrel-8b", "demo/wren-2b")
 DEMO_EMBEDDING = "demo/lark-embed"
-DEMO_TEXT = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
-             "upstairs reads aloud from a letter about copper, rivers and the price of bread. ")
-DEMO_WORDS = re.findall(r"\S+ ", DEMO_TEXT)
+DEMO_CONTEXT = 32768  # tokens
+DEMO_WORDS = re.findall(r"\S+ ", (
+    "The lamp on the harbour wall turns slowly and the boats come home one by one while somebody upstairs "
+    "reads aloud from a letter about copper, rivers and the price of bread. "))
 
 
 class DemoLog:
@@ -9208,7 +9228,6 @@ class DemoLog:
         self.directory = directory
         self.listeners: list[queue.Queue] = []  # of streamLogs
         self._lock = threading.Lock()  # entries do not mix
-        self._started = time.monotonic()
 
     def write(self, level, text, tag=""):
         """Append one entry; its continuation lines are in text."""
@@ -9223,11 +9242,28 @@ class DemoLog:
         for news in list(self.listeners):
             news.put({"type": "server.log", "level": level.lower(), "content": entry})
 
-    def engine(self, *lines):
-        """One entry of engine lines, each after the engine's clock."""
+
+class DemoEngine:
+    """The process that answers for one model: one request after the other, at its own pace."""
+
+    def __init__(self, log, pace):
+        self.pace, self.turn = pace, threading.Lock()
+        # A process of its own for each: their clocks and tasks have nothing in common.
+        self.tasks, self._started = itertools.count(round(3000 * pace)), time.monotonic() - 1000 * pace
+        self._log = log
+        self._prompts: deque[str] = deque(maxlen=8)  # that it still has in its cache
+
+    def write(self, *lines):
+        """One entry of the log, each line after the engine's clock."""
         us = int(1e6 * (time.monotonic() - self._started))
         clock = f"{us // 60_000_000}.{us // 1_000_000 % 60:02}.{us // 1000 % 1000:03}.{us % 1000:03} I "
-        self.write("DEBUG", "\n".join(clock + line for line in lines))
+        self._log.write("DEBUG", "\n".join(clock + line for line in lines))
+
+    def cached(self, prompt, tokens):
+        """Tokens of a prompt that it has from an earlier one: those of the same beginning."""
+        same = max((len(os.path.commonprefix([prompt, known])) for known in self._prompts), default=0)
+        self._prompts.append(prompt)
+        return min(tokens - 1, 20 + 7 * same) if same else 0
 
 
 def demo_texts(body):
@@ -9236,91 +9272,111 @@ def demo_texts(body):
 
 
 class DemoRun:
-    """One answer in the imitation: the same figures in it and in its log."""
+    """One answer of the imitation, at its speed, for as long as alive() says that somebody waits for it."""
+
+    def __init__(self, server, model, texts, limit, alive):
+        self.server, self.texts, self.alive = server, texts, alive
+        self.model = model if model in DEMO_MODELS else DEMO_MODELS[0]
+        self.engine = server.engines[self.model]
+        self.answer = limit if isinstance(limit, int) and 0 < limit < 500 else server.answer_tokens
+        self.prompt, self.cached = 20 + 7 * len("".join(texts)), 0  # tokens
+
+    def reading(self):
+        """How many tokens are read, after each batch of those that the engine has yet to read."""
+        batch = self.server.batch
+        for read in (*range(self.cached + batch, self.prompt, batch), self.prompt):
+            if self._pause(self.server.batch_s):
+                return
+            yield read
+
+    def words(self):
+        """The words of the answer."""
+        for number in range(self.answer):
+            if self._pause(self.server.token_s):
+                return
+            yield DEMO_WORDS[number % len(DEMO_WORDS)]
+
+    def remember(self):
+        """Its turn has come: what is cached now is known."""
+        self.cached = self.engine.cached("".join(self.texts), self.prompt)
+
+    def _pause(self, seconds):
+        return self.server.stopping.wait(seconds * self.engine.pace) or not self.alive()
+
+
+class DemoAnswer(DemoRun):
+    """One answer over HTTP: the same figures in it and in the log."""
 
     def __init__(self, server, path, body, alive):
-        self.server, self.log, self.path, self.body, self._alive = server, server.log, path, body, alive
-        self.model = body.get("model") if body.get("model") in DEMO_MODELS else DEMO_MODELS[0]
-        self.stream = body.get("stream") is True
+        super().__init__(server, body.get("model"), demo_texts(body), body.get("max_tokens"), alive)
+        self.path, self.body, self.stream = path, body, body.get("stream") is True
         self.created, self.id = int(time.time()), secrets.token_hex(12)
-        self.texts = demo_texts(body)
-        limit = body.get("max_tokens")
-        self.completion = limit if isinstance(limit, int) and 0 < limit < 500 else server.answer_tokens
-        self.prompt = 400 + 7 * len("".join(self.texts))
-        self.task = next(server.tasks)
+        self.task = next(self.engine.tasks)
         self.slot = f"id  {self.task % 4} | task {self.task} | "
+
+    def log(self, text):
+        self.server.log.write("INFO", text, self.model)
 
     def received(self):
         shown = json.dumps(self.body, indent=2, ensure_ascii=False)
-        self.log.write("DEBUG", f"Received request: POST to {self.path} with body {shown}")
-        self.log.write("INFO", f"Running chat completion on conversation with {len(self.texts)} messages.",
-                       self.model)
+        self.server.log.write("DEBUG", f"Received request: POST to {self.path} with body {shown}")
+        self.log(f"Running chat completion on conversation with {len(self.texts)} messages.")
         if self.stream:
-            self.log.write("INFO", "Streaming response...", self.model)
+            self.log("Streaming response...")
 
     def read_prompt(self):
-        """The prompt phase, a batch at a time, after the part that the model has from its last prompt.  False
-        when the client has left."""
-        self.cached = self.server.cached(self.model, "".join(self.texts), self.prompt)
-        self.log.engine(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
-                        " repeat_last_n = 64, repeat_penalty = 1.000, presence_penalty = 0.000\n"
-                        " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
-                        " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
-        self.log.engine(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
-                        f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 32768, n_keep = 20, "
-                        f"task.n_tokens = {self.prompt}",
-                        f"slot   operator(): {self.slot}cached n_tokens = {self.cached}, memory_seq_rm "
-                        f"[{self.cached}, end)")
-        for read in (0, *range(self.cached + self.server.batch, self.prompt, self.server.batch), self.prompt):
-            if read and (not self._alive() or self.server.stopping.wait(self.server.batch_s)):
-                return False
-            self.log.write("INFO", f"Prompt processing progress: {100 * read / self.prompt:.1f}%", self.model)
-        self.log.engine(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, "
-                        f"tokens: text = {self.prompt}, total = {self.prompt}")
-        return True
+        self.remember()
+        self.engine.write(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
+                          " repeat_last_n = 64, repeat_penalty = 1.000, presence_penalty = 0.000\n"
+                          " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
+                          " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
+        self.engine.write(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
+                          f"slot   operator(): {self.slot}new prompt, n_ctx_slot = {DEMO_CONTEXT}, "
+                          f"n_keep = 20, task.n_tokens = {self.prompt}")
+        for read in itertools.chain([0], self.reading()):
+            known = max(read, self.cached)
+            if known < self.prompt:     # before each batch
+                self.engine.write(f"slot   operator(): {self.slot}cached n_tokens = {known}, memory_seq_rm "
+                                  f"[{known}, end)")
+            self.log(f"Prompt processing progress: {100 * read / self.prompt:.1f}%")
+        self.insist()
+        self.engine.write(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, "
+                          f"tokens: text = {self.prompt}, total = {self.prompt}")
 
-    def words(self):
-        """The words of the answer at the imitation's speed, until the client has left."""
-        for count in range(self.completion):
-            if self.server.stopping.wait(self.server.token_s) or not self._alive():
-                return
-            yield DEMO_WORDS[count % len(DEMO_WORDS)]
-
-    def timing(self, name, spent_ms, tokens):
-        each_ms, speed = spent_ms / max(1, tokens), 1000 * tokens / spent_ms
-        return (f"slot print_timing: {self.slot}{name} = {spent_ms:10.2f} ms / {tokens:5} tokens "
-                f"({each_ms:8.2f} ms per token, {speed:8.2f} tokens per second)")
+    def insist(self):
+        """Raises OSError when nobody waits for the answer any more."""
+        if not self.alive():
+            raise BrokenPipeError
 
     def finished(self):
         """The engine's timings and the app's last line."""
-        fresh = self.prompt - self.cached
-        read_ms = max(0.01, 1000 * self.server.batch_s * math.ceil(fresh / self.server.batch))
-        write_ms = max(0.01, 1000 * self.server.token_s * self.completion)
-        self.log.engine(self.timing("prompt eval time", read_ms, fresh),
-                        self.timing("       eval time", write_ms, self.completion),
-                        f"slot print_timing: {self.slot}      total time = {read_ms + write_ms:10.2f} ms / "
-                        f"{fresh + self.completion:5} tokens",
-                        f"slot      release: {self.slot}stop processing: n_tokens = "
-                        f"{self.prompt + self.completion - 1}, truncated = 0",
-                        "srv  update_slots: all slots are idle")
+        self.insist()
+        pace, fresh = 1000 * self.engine.pace, self.prompt - self.cached
+        read_ms = max(0.01, pace * self.server.batch_s * math.ceil(fresh / self.server.batch))
+        write_ms = max(0.01, pace * self.server.token_s * self.answer)
+        timed = f"slot print_timing: {self.slot}"
+        lines = [f"{timed}{name} = {ms:10.2f} ms / {tokens:5} tokens ({ms / tokens:8.2f} ms per token, "
+                 f"{1000 * tokens / ms:8.2f} tokens per second)" for name, ms, tokens in (
+                     ("prompt eval time", read_ms, fresh), ("       eval time", write_ms, self.answer))]
+        self.engine.write(*lines, f"{timed}      total time = {read_ms + write_ms:10.2f} ms / "
+                          f"{fresh + self.answer:5} tokens", f"slot      release: {self.slot}stop processing:"
+                          f" n_tokens = {self.prompt + self.answer - 1}, truncated = 0",
+                          "srv  update_slots: all slots are idle")
         if self.stream:
-            self.log.write("INFO", "Finished streaming response", self.model)
-        else:
-            self.log.write("INFO", "Model generated tool calls: []", self.model)
-            shown = json.dumps(chat_whole(self, ""), indent=2)
-            self.log.write("INFO", f"Generated prediction: {shown}", self.model)
-
-    def usage(self):
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion,
-                "total_tokens": self.prompt + self.completion}
+            return self.log("Finished streaming response")
+        self.log("Model generated tool calls: []")
+        return self.log(f"Generated prediction: {json.dumps(chat_whole(self, ''), indent=2)}")
 
     def abandoned(self):
-        self.log.write("INFO",
-                       "Client disconnected. Stopping generation... (If the model is busy processing the "
-                       "prompt, it will finish first.)", SERVER_TAG)
-        self.log.engine(f"srv          stop: cancel task, id_task = {self.task}",
-                        f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
-                        "truncated = 0")
+        self.server.log.write("INFO", "Client disconnected. Stopping generation... (If the model is busy "
+                              "processing the prompt, it will finish first.)", SERVER_TAG)
+        self.engine.write(f"srv          stop: cancel task, id_task = {self.task}",
+                          f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
+                          "truncated = 0")
+
+    def usage(self):
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.answer,
+                "total_tokens": self.prompt + self.answer}
 
 
 # How each dialect says an answer: as a body, and as a stream's events, (name, data), the words as they come.
@@ -9336,21 +9392,19 @@ def chat_whole(run, text, **choice):
 
 
 def chat_events(run):
-    def chunk(delta, finish=None):
-        return chat_whole(run, "", delta=delta, finish_reason=finish)
-
     for word in run.words():
-        yield "", chunk({"role": "assistant", "content": word})
-    yield "", chunk({}, "stop")
+        yield "", chat_whole(run, "", delta={"role": "assistant", "content": word}, finish_reason=None)
+    last = chat_whole(run, "", delta={}, finish_reason="stop")
+    yield "", last
     if (run.body.get("stream_options") or {}).get("include_usage"):
-        yield "", {**chunk({}), "choices": [], "usage": run.usage()}
+        yield "", {**last, "choices": [], "usage": run.usage()}
     yield "", None
 
 
 def message_whole(run, text):
     return {"id": f"msg_{run.id}", "type": "message", "role": "assistant", "model": run.model,
             "content": [{"type": "text", "text": text}], "stop_reason": "end_turn", "stop_sequence": None,
-            "usage": {"input_tokens": run.prompt, "output_tokens": run.completion}}
+            "usage": {"input_tokens": run.prompt, "output_tokens": run.answer}}
 
 
 def message_events(run):
@@ -9361,7 +9415,7 @@ def message_events(run):
         yield "content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": word}}
     yield "content_block_stop", {"index": 0}
     yield "message_delta", {"delta": {"stop_reason": "end_turn", "stop_sequence": None},
-                            "usage": {"output_tokens": run.completion}}
+                            "usage": {"output_tokens": run.answer}}
     yield "message_stop", {}
 
 
@@ -9371,57 +9425,51 @@ DEMO_SPEECH = {  # path -> (body, events)
 }
 
 
-class DemoPrediction(DemoRun):
-    """One answer over a socket: it tells its progress to a channel, and LM Studio's log does not name it."""
+def demo_limit(asked):
+    """llm.prediction.maxPredictedTokens of a prediction over a socket; None without it."""
+    fields = [field for layer in listed(member(asked, "predictionConfigStack").get("layers"))
+              for field in listed(member(layer, "config").get("fields"))]
+    return next((count(member(field, "value"), "value") for field in fields
+                 if field.get("key") == "llm.prediction.maxPredictedTokens"), None)
 
-    def __init__(self, socket, asked, cancelled):
-        self.own = socket.model_of(asked)
-        super().__init__(socket.server, "", {"model": socket.server.loaded.get(self.own), "messages": member(
-            asked, "history").get("messages") or [{"content": asked.get("rawPrompt", "")}]},
-            lambda: not cancelled.is_set())
-        self.cancelled = cancelled
-        for layer in listed(member(asked, "predictionConfigStack").get("layers")):
-            for field in listed(member(layer, "config").get("fields")):
-                limit = field.get("value")
-                if field.get("key") == "llm.prediction.maxPredictedTokens" and isinstance(limit, dict):
-                    self.completion = count(limit, "value", default=self.completion) or self.completion
 
-    def packets(self):
-        """What the channel says, packet by packet."""
-        server, started, first, written = self.server, time.monotonic(), None, 0
-        self.cached = server.cached(self.model, "".join(self.texts), self.prompt)
-        for read in (*range(self.cached + server.batch, self.prompt, server.batch), self.prompt):
-            if server.stopping.wait(server.batch_s) or not self._alive():
-                break
-            yield {"type": "promptProcessingProgress", "progress": read / self.prompt, "details": {
-                "cachedTokenCount": self.cached, "totalPromptTokenCount": self.prompt,
-                "processedPromptTokenCount": read - self.cached,
-                "unprocessedPromptTokenCount": self.prompt - read}}
-        for word in self.words():
+def demo_prediction(socket, asked, cancelled):
+    """One answer over a socket, packet by packet: LM Studio's log does not name it."""
+    server, own = socket.server, socket.model_of(asked)
+    texts = demo_texts(member(asked, "history")) or [str(asked.get("rawPrompt", ""))]
+    run = DemoRun(server, server.loaded.get(own), texts, demo_limit(asked), lambda: not cancelled.is_set())
+    with run.engine.turn:
+        started, first, written = time.monotonic(), None, 0
+        run.remember()
+        for read in run.reading():
+            yield {"type": "promptProcessingProgress", "progress": read / run.prompt, "details": {
+                "cachedTokenCount": run.cached, "totalPromptTokenCount": run.prompt,
+                "processedPromptTokenCount": read - run.cached,
+                "unprocessedPromptTokenCount": run.prompt - read}}
+        for word in run.words():
             first, written = first or time.monotonic(), written + 1
             yield {"type": "fragment", "fragment": {
                 "content": word, "tokensCount": 1, "containsDrafted": False, "reasoningType": "none",
                 "isStructural": False}}
-        now = time.monotonic()
-        yield {"type": "success", "modelInfo": demo_model(self.model, True, self.own),
-               "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
-                   "stopReason": "eosFound" if self._alive() else "userStopped",
-                   "promptTokensCount": self.prompt, "predictedTokensCount": written,
-                   "totalTokensCount": self.prompt + written, "timeToFirstTokenSec": (first or now) - started,
-                   "tokensPerSecond": written / max(0.001, now - (first or now)),
-                   "totalTimeSec": now - started}}
+    now = time.monotonic()
+    yield {"type": "success", "modelInfo": demo_model(run.model, True, own),
+           "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
+               "stopReason": "eosFound" if run.alive() else "userStopped", "promptTokensCount": run.prompt,
+               "predictedTokensCount": written, "totalTokensCount": run.prompt + written,
+               "timeToFirstTokenSec": (first or now) - started, "totalTimeSec": now - started,
+               "tokensPerSecond": written / max(0.001, now - (first or now))}}
 
 
-def demo_model(name, loaded=True, identifier=None):
+def demo_model(name, loaded=False, identifier=None):
     """LM Studio's description of a model, and of the instance of it that is loaded."""
     kind = "embedding" if name == DEMO_EMBEDDING else "llm"
     model = {"type": kind, "modelKey": name, "path": name, "format": "gguf", "displayName": name,
              "publisher": "demo", "sizeBytes": 5_000_000_000, "indexedModelIdentifier": name,
-             "deviceIdentifier": None, "maxContextLength": 32768,
+             "deviceIdentifier": None, "maxContextLength": DEMO_CONTEXT,
              **({"vision": False, "trainedForToolUse": False} if kind == "llm" else {})}
     name = identifier or name
     return {**model, "identifier": name, "instanceReference": f"instance of {name}", "ttlMs": None,
-            "lastUsedTime": None, "contextLength": 32768} if loaded else model
+            "lastUsedTime": None, "contextLength": DEMO_CONTEXT} if loaded else model
 
 
 class DemoSocket:
@@ -9493,12 +9541,6 @@ class DemoSocket:
         return [demo_model(name, True, own) for own, name in self.server.loaded.items()
                 if (name == DEMO_EMBEDDING) == (self._kind == "embedding")]
 
-    def downloaded(self, asked):
-        return [demo_model(name, loaded=False) for name in (*DEMO_MODELS, DEMO_EMBEDDING)]
-
-    def unload(self, asked):
-        self.server.loaded.pop(asked.get("identifier"), None)
-
     def load(self, asked, cancelled):
         """getOrLoad and loadModel, whose packets have other names."""
         name, get = asked.get("modelKey") or asked.get("identifier"), "modelKey" not in asked
@@ -9508,17 +9550,13 @@ class DemoSocket:
             yield {"type": "alreadyLoaded", "info": info}
             return
         yield {"type": "startLoading", "identifier": name, "info": info} if get else {
-            "type": "resolved", "info": demo_model(name, loaded=False)}
+            "type": "resolved", "info": demo_model(name)}
         for step in range(1, 6):
             if cancelled.wait(self.server.token_s):
                 return
             yield {"type": "loadProgress" if get else "progress", "progress": step / 5}
-        self.server.loaded[own] = name
+        self.server.hold(own, name)
         yield {"type": "loadSuccess" if get else "success", "info": info}
-
-    def predict(self, asked, cancelled):
-        with self.server.engine:
-            yield from DemoPrediction(self, asked, cancelled).packets()
 
     def logs(self, asked, cancelled):
         """What the log says from now on."""
@@ -9531,6 +9569,10 @@ class DemoSocket:
         self.server.log.listeners.remove(news)
 
 
+def demo_tokens(socket, asked):
+    return len(str(asked.get("inputString"))) // 4 + 1
+
+
 def demo_vector(socket, asked):
     """The same for the same text."""
     source = random.Random(str(asked.get("inputString")))
@@ -9538,14 +9580,15 @@ def demo_vector(socket, asked):
 
 
 DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
-    "listLoaded": DemoSocket.loaded, "unloadModel": DemoSocket.unload, "embedString": demo_vector,
+    "listLoaded": DemoSocket.loaded, "embedString": demo_vector,
+    "unloadModel": lambda socket, asked: socket.server.hold(asked.get("identifier")),
     "getModelInfo": lambda socket, asked: demo_model(socket.model_of(asked)),
-    "getLoadConfig": lambda socket, asked: {"fields": [
-        {"key": "llm.load.contextLength", "value": 32768}]},
-    "listDownloadedModels": DemoSocket.downloaded,
+    "getLoadConfig": lambda socket, asked: {
+        "fields": [{"key": "llm.load.contextLength", "value": DEMO_CONTEXT}]},
+    "listDownloadedModels": lambda socket, asked: list(map(demo_model, (*DEMO_MODELS, DEMO_EMBEDDING))),
     "version": lambda socket, asked: {"version": VERSION, "build": 1},
-    "tokenize": lambda socket, asked: {"tokens": list(range(len(str(asked.get("inputString"))) // 4 + 1))},
-    "countTokens": lambda socket, asked: {"tokenCount": len(str(asked.get("inputString"))) // 4 + 1},
+    "tokenize": lambda socket, asked: {"tokens": list(range(demo_tokens(socket, asked)))},
+    "countTokens": lambda socket, asked: {"tokenCount": demo_tokens(socket, asked)},
     "applyPromptTemplate": lambda socket, asked: {
         "formatted": " ".join(demo_texts(member(asked, "history")))},
     "uploadFileBase64": lambda socket, asked: {
@@ -9553,7 +9596,7 @@ DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
         "sizeBytes": len(str(asked.get("contentBase64"))) * 3 // 4},
 }
 DEMO_CHANNELS = {  # endpoint -> (socket, parameter, Event of its cancelling) to packets
-    "predict": DemoSocket.predict, "completeRawText": DemoSocket.predict, "getOrLoad": DemoSocket.load,
+    "predict": demo_prediction, "completeRawText": demo_prediction, "getOrLoad": DemoSocket.load,
     "loadModel": DemoSocket.load, "streamLogs": DemoSocket.logs}
 
 
@@ -9565,61 +9608,61 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     server: DemoServer
 
     def do_GET(self):
-        namespace = self.path.partition("?")[0][1:]
+        namespace, server = self.path.partition("?")[0][1:], self.server
         if self.headers.get("Upgrade") and namespace in NAMESPACES:
             return self._switch(namespace)
         if self.path == "/lmstudio-greeting":
             return self._json({"lmstudio": True})
-        if self.path in ("/v1/models", "/api/v0/models"):
-            self.server.log.write("DEBUG", f"Received request: GET to {self.path}")
-            self.server.log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
-            models = [{"id": name, "object": "model", "owned_by": "organization_owner"}
-                      for name in DEMO_MODELS]
-            return self._json({"data": models, "object": "list"})
-        return self._unexpected()
+        if self.path not in ("/v1/models", "/api/v1/models"):
+            return self._unexpected()
+        server.log.write("DEBUG", f"Received request: GET to {self.path}")
+        if self.path == "/api/v1/models":
+            return self._json({"models": server.models()})
+        server.log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
+        return self._json({"data": [{"id": name, "object": "model", "owned_by": "organization_owner"}
+                                    for name in DEMO_MODELS], "object": "list"})
 
     def do_POST(self):
         body = json_object(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
-        path = self.path.partition("?")[0]
+        path, server = self.path.partition("?")[0], self.server
+        if path == "/api/v1/models/load" and body:
+            server.load(body.get("model"))
+            return self._json({"instance_id": body.get("model"), "status": "loaded"})
+        if path == "/api/v1/models/unload" and body:
+            server.hold(body.get("instance_id"))
+            return self._json(body)
         if path not in DEMO_SPEECH:
             return self._unexpected()
         if body is None or not demo_texts(body):
             return self._json({"error": "a field is required: 'messages'"}, 400)
-        run = DemoRun(self.server, path, body, self._alive)
+        run = DemoAnswer(server, path, body,
+                         lambda: not server.stopping.is_set() and not has_left(self.connection))
         run.received()
         whole, events = DEMO_SPEECH[path]
-        with self.server.engine:  # one at a time, the others wait
-            try:
-                (self._stream if run.stream else self._whole)(run, events if run.stream else whole)
-            except OSError:     # the client has left, or this server stops
-                run.abandoned()
-                self.close_connection = True
-
-    def _whole(self, run, whole):
-        content = "".join(run.words()) if run.read_prompt() else ""
-        self._insist()
-        run.finished()
-        self._json(whole(run, content.strip()))
+        try:
+            with run.engine.turn:
+                if run.model not in server.loaded.values():
+                    server.load(run.model)
+                if run.stream:
+                    return self._stream(run, events)
+                run.read_prompt()
+                text = "".join(run.words()).strip()
+                run.finished()
+                return self._json(whole(run, text))
+        except OSError:     # the client has left, or this server stops
+            run.abandoned()
+            self.close_connection = True
 
     def _stream(self, run, events):
         self._head(200, "text/event-stream", "Transfer-Encoding", "chunked")
-        if run.read_prompt():
-            for name, data in events(run):
-                self._insist()
-                text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
-                event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
-                self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
-        self._insist()
+        run.read_prompt()
+        for name, data in events(run):
+            run.insist()
+            text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
+            event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
+            self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
         run.finished()
         self.wfile.write(b"0\r\n\r\n")
-
-    def _alive(self):
-        return not self.server.stopping.is_set() and not has_left(self.connection)
-
-    def _insist(self):
-        """Raises OSError when nobody waits for the answer any more."""
-        if not self._alive():
-            raise BrokenPipeError
 
     def _head(self, status, kind, name, value):
         self.send_response(status)
@@ -9629,9 +9672,9 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def _switch(self, namespace):
         self.send_response(101)
-        self.send_header("Upgrade", "websocket")
-        self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", accept_key(self.headers.get("Sec-WebSocket-Key", "")))
+        for header in (("Upgrade", "websocket"), ("Connection", "Upgrade"),
+                       ("Sec-WebSocket-Accept", accept_key(self.headers.get("Sec-WebSocket-Key", "")))):
+            self.send_header(*header)
         self.end_headers()
         self.close_connection = True
         with contextlib.closing(DemoSocket(self, namespace)) as connection, contextlib.suppress(OSError):
@@ -9643,8 +9686,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _unexpected(self):
-        """LM Studio's answer to a path that it does not know: 200 with an error (all versions up to
-        1.1.7)."""
+        """LM Studio's answer to a path that it does not know: 200 with an error (as of 1.1.7)."""
         what = f"Unexpected endpoint or method. ({self.command} {self.path})"
         self.server.log.write("ERROR", what + ". Returning 200 anyway")
         self._json({"error": what})
@@ -9667,18 +9709,32 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, directory, batch_s=0.8, token_s=0.03):
         super().__init__(("127.0.0.1", 0), DemoHandler)
-        self.log, self.tasks = DemoLog(directory), itertools.count(1)
-        self.engine = threading.Semaphore(1)
-        self.loaded = {name: name for name in (*DEMO_MODELS, DEMO_EMBEDDING)}    # by identifier
-        self.stopping = threading.Event()
+        self.log, self.stopping = DemoLog(directory), threading.Event()
+        self.engines = {name: DemoEngine(self.log, pace) for name, pace in zip(DEMO_MODELS, (1.0, 0.4))}
+        self.loaded = {name: name for name in DEMO_MODELS}    # by identifier
         self.batch_s, self.token_s = batch_s, token_s
-        self._prompts: dict[str, str] = {}   # model -> its last prompt
 
-    def cached(self, model, prompt, tokens):
-        """Tokens of a prompt that the model has from its last one: those of the same beginning."""
-        same = os.path.commonprefix([prompt, self._prompts.get(model, "")])
-        self._prompts[model] = prompt
-        return min(tokens - 1, 400 + 7 * len(same)) if same else 0
+    def models(self):
+        """The models as /api/v1/models lists them."""
+        return [{"type": "embedding" if key == DEMO_EMBEDDING else "llm", "publisher": "demo", "key": key,
+                 "quantization": {"name": "Q4_K_M", "bits_per_weight": 4}, "size_bytes": 5_000_000_000,
+                 "max_context_length": DEMO_CONTEXT, "loaded_instances": [
+                     {"id": own, "config": {"context_length": DEMO_CONTEXT}}
+                     for own, name in list(self.loaded.items()) if name == key]}
+                for key in (*DEMO_MODELS, DEMO_EMBEDDING)]
+
+    def hold(self, own, name=None):
+        """A model is loaded under an identifier of its own; without a name it is unloaded."""
+        self.loaded.pop(own, None)
+        if name:
+            self.loaded[own] = name
+        self.log.write("DEBUG", f"[model_kit][INFO]: Model {'' if name else 'un'}loaded successfully")
+
+    def load(self, name):
+        """Load a model that was asked for, which takes a moment."""
+        self.log.write("INFO", f'Requested model ({name}) is not loaded. Loading "{name}" now...', "JIT")
+        self.stopping.wait(50 * self.token_s)
+        self.hold(name, name)
 
     @property
     def url(self):
@@ -9694,37 +9750,125 @@ class DemoServer(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
-class DemoClient(NamedTuple):
-    """One kind of request in the demo's own traffic."""
+# --- 8.1 the story: who asks the imitation ------------------------------------
 
+
+class DemoClient(NamedTuple):
+    """One request of the demo's own traffic."""
+
+    who: str
     agent: str
     model: str
     prompt: str
     answer_tokens: int
+    then_s: float = 1.0     # until the next one asks
     stream: bool = True
     read_bytes: int | None = None   # then it leaves
 
 
-LONG = "The minutes of the garden club, all years. " * 78  # some 24,000 tokens: 37 s to read
-DEMO_STORY = (
-    DemoClient("backup.sh", DEMO_MODELS[1], "Why is the sky dark at night?", 20),
-    DemoClient("OpenWebUI (anna)", DEMO_MODELS[0], "Write a haiku about a patient printer.", 60),
-    DemoClient("Continue (ben)", DEMO_MODELS[0], "Which of these invoices is overdue? " * 12, 80),
-    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "Summarise them.", 90),
-    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "And who was absent most often?", 60),
-    DemoClient("claude-cli (dora)", DEMO_MODELS[0], "Tell me a very long story. " * 9, 400, read_bytes=9000),
-    DemoClient("n8n", DEMO_MODELS[0], "", 40, stream=False),    # refused: it asks nothing
-    DemoClient("n8n", DEMO_MODELS[0], "Sort these letters by urgency. " * 5, 40, stream=False),
+DEMO_KEYS = {"anna": "high", "ben": "normal", "clara": "low", "n8n": "normal", "backup.sh": "low"}
+LONG = "The minutes of the garden club, all years. " * 80  # 24,000 tokens: 38 s to read
+LARGE, SMALL = DEMO_MODELS
+DEMO_STORY = (  # Clara's agent asks for much at once, and the others need not wait for it
+    DemoClient("backup.sh", "backup.sh/2", SMALL, "Why is the sky dark at night?", 20),
+    DemoClient("anna", "OpenWebUI/0.6", LARGE, LONG + "Summarise them.", 90),
+    DemoClient("ben", "Continue/1.2", SMALL, "Which of these invoices is overdue? " * 60, 200),
+    *6 * [DemoClient("clara", "agent/3.1", LARGE, "Sort these letters by urgency. ", 80, 0.4)],
+    DemoClient("ben", "Continue/1.2", LARGE, "Which of these invoices is overdue? " * 6, 80, 4.0),
+    DemoClient("n8n", "n8n", SMALL, "", 40, 6.0, stream=False),    # refused: it asks nothing
+    DemoClient("n8n", "n8n", SMALL, "Sort these letters by urgency. " * 25, 160, 9.0, stream=False),
+    DemoClient("clara", "agent/3.1", SMALL, "Tell me a very long story. " * 30, 400, 12.0, read_bytes=30_000),
+    DemoClient("backup.sh", "backup.sh/2", SMALL, "Why is the sky dark at night?", 20, 6.0),
+    DemoClient("anna", "OpenWebUI/0.6", LARGE, LONG + "And who was absent most often? " * 6, 60, 20.0),
+    DemoClient("ben", "Continue/1.2", SMALL, "Which of these invoices is overdue? " * 60, 200, 30.0),
 )
+PAST_S = 3600.0  # that the demo has behind it when it starts
 
 
-def demo_traffic(address, key, pause):
-    """Thread body: the requests of DEMO_STORY over and over, until pause(seconds) returns True.  A short
-    answer comes first; what follows soon stands in a queue."""
-    for number in itertools.count():
-        if pause(random.uniform(2.0, 6.0) if number else 0.3):
-            return
-        start_thread(demo_request, address, key, DEMO_STORY[number % len(DEMO_STORY)], name="demo-client")
+class Demo:
+    """--demo: the imitation, the people who ask it, and an hour that lies behind them."""
+
+    def __init__(self, cleanup):
+        directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
+        cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
+        self.studio = DemoServer(directory)
+        cleanup.callback(self.studio.stop)
+        self.studio.start()
+        self._behind_s = PAST_S  # the Hub's clocks
+        self._keys = {name: mint_key() for name in DEMO_KEYS}
+
+    def config(self, config):
+        """The Config that points to the imitation.  The user's minted keys count only if their file is named:
+        trying it must not need one."""
+        directory = self.studio.log.directory
+        return config.but(upstream=self.studio.url, log_dir=directory, enable_log_monitoring=True,
+                          max_running=config.max_running or 1,
+                          keys_file=config.keys_file or os.path.join(directory, "keys.json"))
+
+    def now(self):
+        return time.time() - self._behind_s
+
+    def clock(self):
+        return time.monotonic() - self._behind_s
+
+    def furnish(self, gateway):
+        """Give a gateway its people, by the priorities of their keys, and its past, before it serves."""
+        gateway.demo = True
+        gateway.access.guests += [
+            Key(name, digest(self._keys[name]), frozenset(("infer",)), terms=Terms(priority=priority))
+            for name, priority in DEMO_KEYS.items()]
+        for at, tell, *about in sorted(self._past(gateway), key=lambda moment: moment[0]):
+            self._behind_s = PAST_S - at
+            tell(*about)
+        self._behind_s = 0.0
+
+    def _past(self, gateway):
+        """An hour of requests: (second of the hour, what the Hub is told then, its arguments)."""
+        source, hub, began, clock, at = random.Random(3), gateway.hub, self.now(), self.clock(), 20.0
+        kinds, free = list(dict.fromkeys(DEMO_STORY)), dict.fromkeys(DEMO_MODELS, 0.0)
+        weights = [1 if client.prompt and not client.read_bytes else 0.3 for client in kinds]
+        while at < PAST_S - 60:
+            (client,) = source.choices(kinds, weights)
+            record = Record(hub.request_id(), began + at, clock + at, method="POST", client="127.0.0.1",
+                            path="/v1/chat/completions", key=client.who, agent=client.agent,
+                            stream=client.stream, model_asked=client.model, model=client.model)
+            begin, took_s, outcome = max(at, free[client.model]), 0.01, DEMO_REFUSED
+            if client.prompt:
+                pace = self.studio.engines[client.model].pace * source.uniform(0.95, 1.2)
+                took_s = demo_answer(record, client, source, clock + begin, pace)
+                outcome, free[client.model] = DEMO_OUTCOMES[bool(client.read_bytes)], begin + took_s
+                gateway.turns.took(client.model, took_s)
+            yield at, hub.begin, record
+            yield begin + took_s, hub.end, record, outcome
+            at += source.expovariate(1 / 25)
+
+    def traffic(self, address, pause):
+        """Body of a thread: the story over and over, until pause(seconds) returns True."""
+        for client in itertools.cycle(DEMO_STORY):
+            start_thread(demo_request, address, self._keys[client.who], client, name="demo-client")
+            if pause(client.then_s * random.uniform(0.9, 1.1)):
+                return
+
+
+DEMO_REFUSED = Outcome("failed", 400, "LM Studio answered 400 Bad Request", "upstream_error")
+DEMO_OUTCOMES = (Outcome("done", 200),
+                 Outcome("abandoned", 200, "the client left while the answer came", "client_disconnected"))
+
+
+def demo_answer(record, client, source, begin, pace):
+    """What a request of the past was like, whose turn came at a clock reading; gives the s that it took."""
+    prompt = 20 + round(7 * len(client.prompt) * source.uniform(0.5, 1.2))
+    cached = round(prompt * source.choice((0, 0.3, 0.95)))
+    answer = round(client.answer_tokens * source.uniform(0.6, 1.6))
+    read_s, write_s = (prompt - cached) / 640 * pace, answer * 0.03 * pace
+    record.usage = {"promptTokens": prompt, "completionTokens": answer, "totalTokens": prompt + answer}
+    record.cache = {"reused": cached, "total": prompt, "percentage": round(100 * cached / prompt, 1)}
+    record.prompt_tokens, record.context_size, record.finish = prompt, DEMO_CONTEXT, "stop"
+    record.speed, record.read_speed = round(answer / write_s, 2), round((prompt - cached) / read_s, 2)
+    record.waited_ms = round(1000 * (begin - record.clock), 1)
+    record.first_ms = record.waited_ms + round(1000 * read_s, 1)
+    record.entered = {"queued": record.clock, "prompt": begin, "generating": begin + read_s}
+    return read_s + write_s
 
 
 def demo_request(address, key, client):
@@ -9745,7 +9889,7 @@ def demo_request(address, key, client):
 
 
 def lenient_streams(encoding=None):
-    """Whatever a log holds can be printed: Windows' cp1252 has no place for much of it."""
+    """Any text of a log can be printed: Windows' cp1252 has no place for much of it."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(encoding=encoding, errors="backslashreplace")  # type: ignore[union-attr]
@@ -9759,7 +9903,7 @@ def closed_pipe():
 
 
 class OneLine(logging.Formatter):
-    """A message is one line, whatever names and errors others put into it; a fault's traceback follows."""
+    """A message is one line, also with names and errors of others in it; a fault's traceback follows."""
 
     def formatMessage(self, record):
         record.message = record.message.translate(CONTROL)
@@ -9800,9 +9944,9 @@ class LogQueue(logging.handlers.QueueHandler):
 
 class LogWriter(logging.handlers.QueueListener):
     """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for
-    whoever reads stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
+    the reader of stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
 
-    END_S = 1.0     # for what is left to write
+    END_S = 1.0     # to write the rest
 
     def __init__(self, handler):
         self._lines: Any = queue.SimpleQueue()
@@ -9829,7 +9973,7 @@ class LogWriter(logging.handlers.QueueListener):
                 "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"}))
 
     def __exit__(self, kind, error, traceback):
-        """Write what is left.  A stream that takes nothing would also hold up the interpreter's own end."""
+        """Write the rest.  A stream that takes nothing would also hold up the interpreter's own end."""
         log.handlers = list(self.handlers)
         ending = threading.Thread(target=self.stop, daemon=True)
         ending.start()
@@ -10479,25 +10623,22 @@ def report(args, config):
     return 0
 
 
-REPORT = (  # heading, format, value of a row
-    ("day", "{:10}", lambda row: row["day"]), ("model", "{:32.32}", lambda row: printable(row["model"])),
-    ("requests", "{:>8,}", lambda row: row["requests"]), ("failed", "{:>6,}", lambda row: row["errors"]),
-    ("prompt tok", "{:>12,}", lambda row: row["promptTokens"]),
-    ("cached", "{:>6}", lambda row: share_text(row["cachedTokens"], row["promptTokens"])),
-    ("output tok", "{:>12,}", lambda row: row["completionTokens"]),
-    ("read tok/s", "{:>10}", lambda row: row["promptTokensPerSecond"] or "-"),
-    ("write tok/s", "{:>11}", lambda row: row["tokensPerSecond"] or "-"))
+REPORT = ("{day:10}  {model:32.32}  {requests:>8,}  {errors:>6,}  {promptTokens:>12,}  {cached:>6}  "
+          "{completionTokens:>12,}  {promptTokensPerSecond:>10}  {tokensPerSecond:>11}")
+REPORT_HEADS = {"day": "day", "model": "model", "requests": "requests", "errors": "failed",
+                "promptTokens": "prompt tok", "cached": "cached", "completionTokens": "output tok",
+                "promptTokensPerSecond": "read tok/s", "tokensPerSecond": "write tok/s"}
 
 
 def report_text(rows):
     """Rows as a table for people."""
-    heads = [re.sub(r"[,.]\d*", "", form).format(head) for head, form, _ in REPORT]
-    return "\n".join(["  ".join(heads),
-                      *("  ".join(form.format(value(row)) for _, form, value in REPORT) for row in rows)])
-
-
-def share_text(part, whole):
-    return f"{100 * part / whole:.0f} %" if whole else "-"
+    lines = [REPORT.replace(",}", "}").format(**REPORT_HEADS)]
+    for row in rows:
+        known = {name: "-" if value is None else value for name, value in row.items()}
+        prompt = row["promptTokens"]
+        cached = f"{100 * row['cachedTokens'] / prompt:.0f} %" if prompt else "-"
+        lines.append(REPORT.format(**{**known, "model": printable(row["model"]), "cached": cached}))
+    return "\n".join(lines)
 
 
 def watch(args, config):
@@ -10536,14 +10677,8 @@ def drain(news, timeout_s):
 
 def watched_address(text):
     """The URL of a gateway's stream from an address as people type it.  Raises ConfigError."""
-    url = text if "://" in text else f"http://{text}"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.port != 0 and bool(
-            (parts.hostname or "").encode("idna"))
-    except ValueError:
-        usable = False
-    if not usable or not re.fullmatch(r"[!-~]+", url):
+    parts = http_parts(text if "://" in text else f"http://{text}")
+    if not parts:
         raise ConfigError(f"--watch {text}: no address of a gateway; use the form http://192.168.1.20:8001")
     path = parts.path.rstrip("/")
     return parts._replace(path=path if path.endswith("/debug/stream") else path + "/debug/stream",
@@ -10685,16 +10820,18 @@ def serve(args, config):
     stop = Stop()
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(LogWriter(log.handlers[0]))
-        config = start_demo(config, cleanup) if args.demo else find_upstream(config)
+        demo = Demo(cleanup) if args.demo else None
+        config = demo.config(config) if demo else find_upstream(config)
         check_exposure(config)
         check_upstream(config)
         context = tls_context(config)
         history = open_history_file(config, cleanup)
-        hub = Hub(config.requests_kept, history and history.keep)
+        hub = Hub(config.requests_kept, history and history.keep, *((demo.now, demo.clock) if demo else ()))
         upstream = Upstream(config.upstream, config.upstream_token)
         monitor = open_monitor(config, upstream)
         gateway = Gateway(config, hub, upstream, monitor, history)
-        gateway.demo = bool(args.demo)
+        if demo:
+            demo.furnish(gateway)
         server = gateway.server = open_server(gateway, context)
         if monitor:     # only now: a port in use is said in one line
             start_thread(run_monitor, monitor, hub, stop, name="tail")
@@ -10703,9 +10840,8 @@ def serve(args, config):
         start_thread(server.serve_forever, 0.1, name="accept")
         announce(gateway, server.port, args.demo)
         freeze_start_up()
-        if args.demo:
-            start_thread(demo_traffic, page_url(config, server.port), config.api_key.get("demo", ""),
-                         stop.wait, name="demo-traffic")
+        if demo:
+            start_thread(demo.traffic, page_url(config, server.port), stop.wait, name="demo-traffic")
         if args.open:
             start_thread(open_browser, page_url(config, server.port), name="browser")
         notify("READY=1")
@@ -10718,7 +10854,7 @@ def serve(args, config):
 
 
 def open_browser(url):
-    """--open: show the dashboard.  Body of a thread, because some browsers hold up whoever starts them."""
+    """--open: show the dashboard.  Body of a thread: some browsers hold up the program that starts them."""
     import webbrowser
 
     if not webbrowser.open(url):
@@ -10733,19 +10869,6 @@ def open_history_file(config, cleanup):
         history = History(config.history, config.history_days)
     cleanup.callback(history.close)
     return history
-
-
-def start_demo(config, cleanup):
-    """Start the imitation; gives the Config that points to it, with a key for the demo's own traffic if
-    keys are asked for.  Minted keys count only when their file is named: trying it must not need one."""
-    directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
-    cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
-    demo = DemoServer(directory)
-    cleanup.callback(demo.stop)
-    demo.start()
-    keys = {"demo": mint_key(), **config.api_key} if config.api_key or config.keys_file else {}
-    return config.but(upstream=demo.url, log_dir=directory, enable_log_monitoring=True, api_key=keys,
-                      keys_file=config.keys_file or os.path.join(directory, "keys.json"))
 
 
 def find_upstream(config):
@@ -10771,12 +10894,11 @@ def check_exposure(config):
 def check_upstream(config):
     """Raises ConfigError if the upstream is this gateway itself."""
     parts = urllib.parse.urlsplit(config.upstream)
-    if config.port != (parts.port or (443 if parts.scheme == "https" else 80)):
-        return
-    theirs, ours = resolved(parts.hostname), resolved(config.host)
-    if theirs & ours or config.host in ANYWHERE and any(map(is_own_address, theirs)):
-        raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
-                          "as http://127.0.0.1:1234")
+    if config.port == (parts.port or (443 if parts.scheme == "https" else 80)):
+        ours = {"127.0.0.1", "::1", *lan_addresses()} if config.host in ANYWHERE else resolved(config.host)
+        if ours & resolved(parts.hostname):
+            raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
+                              "as http://127.0.0.1:1234")
 
 
 def open_monitor(config, upstream=None):
@@ -10818,8 +10940,8 @@ def listen_problem(config, error):
         return f"lmgateway already runs there: {url}; open that, stop it, or choose another port with --port"
     tell = {"win32": f"netstat -ano | findstr :{port}", "darwin": f"lsof -i :{port}"}.get(
         sys.platform, f"ss -ltnp 'sport = :{port}'")
-    return (f"port {port} is in use on {host}; stop the program that has it ({tell} tells which it is), or choose "
-            "another with --port (GATEWAY_PORT)")
+    return (f"port {port} is in use on {host}; stop the program that has it ({tell} tells which it is), or "
+            "choose another with --port (GATEWAY_PORT)")
 
 
 def is_lmgateway(url):
@@ -10859,12 +10981,12 @@ def own_url(config, host, port):
 
 
 def page_url(config, port):
-    """Where a browser of this machine finds the dashboard."""
+    """The URL of the dashboard for a browser of this machine."""
     return own_url(config, "127.0.0.1" if config.host in ANYWHERE else config.host, port)
 
 
 def announce(gateway, port, demo):
-    """What a person needs to know first.  Never a key."""
+    """Log the facts that a person needs first.  Never a key."""
     config, monitor = gateway.config, gateway.monitor
     here = page_url(config, port)
     base = gateway.lan_urls[0] if gateway.lan_urls else here
@@ -10914,15 +11036,6 @@ def resolved(host):
     with contextlib.suppress(OSError, UnicodeError):
         return {str(row[4][0]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     return set()
-
-
-def is_own_address(address):
-    """True when this machine has the address."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family) as sock:
-        sock.bind((address, 0))
-        return True
-    return False
 
 
 # --- 9.7 services: systemd and launchd ---------------------------------------
@@ -11054,7 +11167,7 @@ def check_lmstudio(found):
     settings = find_upstream(Config()).upstream
     if is_lmgateway(url):
         yield ("bad", f"another lmgateway answers at {url}",
-               "name LM Studio's own server with --upstream (LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
+               "name LM Studio's own server (http://127.0.0.1:1234, say) with --upstream (LMSTUDIO_BASE_URL)")
     elif not problem:
         yield "ok", f"LM Studio answers at {url}"
     else:
@@ -11201,7 +11314,7 @@ CHECKS: dict[str, Callable[[Installation], Iterator]] = {
 
 
 def run_checks(args, config=None):
-    """--check: every finding in one line; 1 when something is bad, else 0.  Works whatever is broken."""
+    """--check: every finding in one line; 1 when something is bad, else 0.  A broken machine is no fault."""
     installation = Installation(args, os.environ)
     found = [(name, mark, finding, *(remedy or [""])) for name, check in CHECKS.items()
              for mark, finding, *remedy in findings_of(check, installation)]
@@ -11227,7 +11340,7 @@ def findings_of(check, installation):
         found.extend(check(installation))
     except GatewayError as error:
         found.append(refused(error))
-    except Exception as error:  # the end of the line: a broken machine is what --check is for
+    except Exception as error:  # the end of the line: --check is for broken machines
         found.append(("bad", f"this check failed: {type(error).__name__}: {error}", "please report it"))
     return found
 
@@ -11260,28 +11373,15 @@ def prune(args, config):
 
 
 def old_logs(directory, days, today):
-    """[(LogFile, bytes)] of the logs whose names are more than so many days old.
+    """[(LogFile, bytes)] of the logs that are, by their names, more than so many days old.
 
-    Never the newest, and never the one that LM Studio's own note calls its last.  Only plain files, in plain
-    directories, whose names are those of server logs.  Raises OSError when the directory cannot be listed."""
+    Never the newest.  Only plain files in plain directories, with names of server logs.  Raises OSError when the
+    directory cannot be listed."""
     first_kept = (today - datetime.timedelta(days=days)).isoformat()
-    found = list_logs(directory)
-    in_use = {(log_file.day, log_file.number) for log_file in found[-1:]} | last_written(directory)
-    old = [(log_file, os.lstat(log_file.path)) for log_file in found
+    old = [(log_file, os.lstat(log_file.path)) for log_file in list_logs(directory)[:-1]
            if log_file.day < first_kept and log_file.day[:7] == log_file.month
            and not os.path.islink(os.path.dirname(log_file.path))]
-    return [(log_file, state.st_size) for log_file, state in old
-            if stat.S_ISREG(state.st_mode) and (log_file.day, log_file.number) not in in_use]
-
-
-def last_written(directory):
-    """{(day, number)} of the file that LM Studio wrote last, by its own note (server-logs-state.json);
-    often empty."""
-    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
-        note = json.loads(Path(directory, "..", ".internal", "server-logs-state.json").read_bytes())
-        last = note["lastWrittenFile"]
-        return {(re.split(r"[\\/]", last["filePathBase"])[-1], int(last["index"]))}
-    return set()
+    return [(log_file, state.st_size) for log_file, state in old if stat.S_ISREG(state.st_mode)]
 
 
 # --- 9.10 main ---------------------------------------------------------------
@@ -11309,7 +11409,8 @@ COMMANDS = (
     Command("check", run_checks, "look for what commonly goes wrong, and say the remedy",
             companions=("json",)),
     Command("prune", prune, "show which of LM Studio's logs are older; --yes removes them", "DAYS", ("yes",)),
-    Command("new_key", new_key, "mint a key; --rights [infer], --limits, --priority, --models, --expires", "NAME", tuple(TERMS)),
+    Command("new_key", new_key, "mint a key; --rights [infer], --limits, --priority, --models, --expires",
+            "NAME", tuple(TERMS)),
     Command("set_key", set_key, "change what it may, by the same flags", "NAME", tuple(TERMS)),
     Command("list_keys", list_keys, "minted keys: rights, limits, dates; with --history the last use"),
     Command("revoke_key", revoke_key, "take a minted key away", "NAME"),
@@ -11330,9 +11431,10 @@ def build_parser():
                f"Only as variables: {', '.join(row.variable for row in OPTIONS if not row.flag)}. "
                "The README says more.")
     commands = parser.add_argument_group("Commands")
+    one_command = commands.add_mutually_exclusive_group()
     for command in COMMANDS:
         kind: dict[str, Any] = {"metavar": command.value} if command.value else {"action": "store_true"}
-        commands.add_argument(flag_of(command.name), help=command.about, **kind)
+        one_command.add_argument(flag_of(command.name), help=command.about, **kind)
     commands.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)
     for name in TERMS:
         commands.add_argument(flag_of(name), help=argparse.SUPPRESS)
@@ -11358,7 +11460,7 @@ def add_options(parser):
             if row.flag:
                 kind = {"metavar": row.value} if row.value else {"action": "store_const", "const": "true"}
                 default = "" if row.default in (None, False, (), {}) else f" [{shown_default(row)}]"
-                group.add_argument(row.flag, dest=row.name, help=row.about.replace("%", "%%") + default, **kind)
+                group.add_argument(row.flag, dest=row.name, help=row.about + default, **kind)
         if heading == "Gateway":
             group.add_argument("--open", action="store_true", help="open the dashboard in the browser")
             group.add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
@@ -11366,7 +11468,7 @@ def add_options(parser):
 
 def readme_tables():
     """The tables that the README takes from this file: .ci/readme writes them, a test compares them."""
-    options = [[f"`{row.variable}`", f"`{row.flag}`" if row.flag else "", f"`{shown_default(row)}`", row.about]
+    options = [[f"`{row.variable}`", row.flag and f"`{row.flag}`" or "", f"`{shown_default(row)}`", row.about]
                for row in OPTIONS]
     routes = [[f"`{row.method} {row.path.replace('*', 'ID')}`", row.access, row.about] for row in ROUTES]
     events = [[f"`{name}`", row.about] for name, row in EVENTS.items()]
@@ -11399,34 +11501,26 @@ class Arguments(argparse.ArgumentParser):
 
 def chosen_command(args):
     """The Command that args name, None for the gateway.  Raises ConfigError for flags that do not go
-    together."""
-    chosen = [command for command in COMMANDS if getattr(args, command.name) not in (None, False)]
-    if args.paths and not any(command.paths for command in chosen):
+    together, and for a value that cannot be used."""
+    chosen = next((command for command in COMMANDS if getattr(args, command.name) not in (None, False)), None)
+    if args.paths and not (chosen and chosen.paths):
         meant = nearest(args.paths[0], [flag_of(command.name) for command in COMMANDS])[2:]
         raise ConfigError(f"{args.paths[0]}: " + (
             meant or "a path goes with --tail-only or --report; see --help"))
-    if len(chosen) > 1:
-        raise ConfigError(f"{flag_of(chosen[0].name)} and {flag_of(chosen[1].name)} do not go together; "
-                          "choose one")
     for name in COMPANIONS:
         hosts = [command for command in COMMANDS if name in command.companions]
-        if getattr(args, name) not in (None, False) and not set(hosts) & set(chosen) and (chosen or name != "open"):
+        if getattr(args, name) not in (None, False) and chosen not in hosts and (chosen or name != "open"):
             raise ConfigError(f"{flag_of(name)} goes with "
                               f"{' or '.join(flag_of(command.name) for command in hosts)}")
-    return chosen[0] if chosen else None
-
-
-def check_values(args):
-    """Raises ConfigError for a command's value that cannot be used."""
     if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     if args.events is not None and not words(args.events):
         raise ConfigError("--events: name the events to print, comma-separated; see the README")
-    names = [name[1:] if name.startswith("-") else name for name in words(args.events or "")]
-    unknown = [name for name in names if name not in EVENTS]
-    if unknown:
-        raise ConfigError(f"--events: {unknown[0]} is not an event"
-                          + (nearest(unknown[0], EVENTS) or "; see the README"))
+    for name in words(args.events or ""):
+        if re.sub("^-", "", name) not in EVENTS:
+            raise ConfigError(f"--events: {name} is not an event"
+                              + (nearest(name, EVENTS) or "; see the README"))
+    return chosen
 
 
 def main(argv=None):
@@ -11437,7 +11531,6 @@ def main(argv=None):
     try:
         args = build_parser().parse_args(argv)
         command = chosen_command(args)
-        check_values(args)
         if args.check:
             return run_checks(args)     # before anything that can be wrong
         config, warnings, errors = load_config(vars(args), os.environ, args.env_file)
