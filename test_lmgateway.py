@@ -6961,6 +6961,7 @@ def test_a_prediction_is_a_request_like_any_other(front, joined):
 
 def test_tokens_are_counted_however_their_fragments_are_written_and_drafts_as_lm_studio_says(front, joined):
     client, studio = joined()
+    mark = front.hub.last
     client.say(channel("predict"))
     studio.hear()
     (inference,) = front.gateway.inferences.values()
@@ -6974,7 +6975,7 @@ def test_tokens_are_counted_however_their_fragments_are_written_and_drafts_as_lm
     client.hear()
     assert front.hub.shown()[0]["progress"]["outputTokens"] == 7
     studio.say(success(totalDraftTokensCount=8, acceptedDraftTokensCount=6))
-    front.events(0, "inference_complete")
+    front.events(mark, "inference_complete")
     row = front.hub.shown()[0]
     assert (row["draftTokens"], row["acceptedDraftTokens"]) == (8, 6)
 
