@@ -3424,7 +3424,7 @@ def framed(*pieces, end=True):
                     for piece in pieces) + (b"0\r\n\r\n" if end else b"")
 
 
-TICK_S = 0.05   # of a Front's watcher, which looks less often in the program
+LOOK_S = 0.03   # of a Front, which looks less often in the program
 
 
 class Front:
@@ -3436,9 +3436,8 @@ class Front:
         self.hub = lmgateway.Hub()
         upstream = lmgateway.Upstream(self.config.upstream, self.config.upstream_token)
         self.gateway = lmgateway.Gateway(self.config, self.hub, upstream, monitor)
-        self.gateway.watcher.TICK_S = TICK_S
         self.server = lmgateway.open_server(self.gateway, lmgateway.tls_context(self.gateway.config))
-        self.port = self.server.port
+        self.port, self.server.LOOK_S = self.server.port, LOOK_S
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self.thread.start()
 
@@ -3448,6 +3447,11 @@ class Front:
         self.server.server_close()
         self.thread.join(PATIENCE_S)
         assert not self.thread.is_alive()
+
+    @property
+    def watched(self):
+        """Connections whose client must not leave unnoticed."""
+        return [connection for connection in self.server._all() if connection.leave]
 
     def events(self, mark, *names, count=1):
         """The data of the events of these names after the SEQ mark, once there are count of them."""
@@ -3545,7 +3549,7 @@ def front(shared, studio, caplog):
         yield shared[1]
     assert "a fault in lmgateway" not in caplog.text
     assert not shared[1].hub._requests.running
-    until(lambda: not shared[1].gateway.watcher._watched)
+    until(lambda: not shared[1].watched)
 
 
 @pytest.fixture
@@ -4781,7 +4785,7 @@ def test_a_client_that_leaves_ends_the_request_within_a_second(front, studio, ph
     if PHASES[phase]:
         read_until(sock, PHASES[phase][-1][-10:])
     leave(sock)
-    assert ended.get(timeout=PATIENCE_S) < 1.0 - (lmgateway.Watcher.TICK_S - TICK_S)
+    assert ended.get(timeout=PATIENCE_S) < 1.0 - (lmgateway.Server.LOOK_S - LOOK_S)
     (event,) = front.events(mark, "error", "inference_complete")
     assert (event["operation"], event["error"]) == ("client_disconnected", f"the client left {phase.strip()}")
     assert len(studio.peers) == 1
@@ -4795,7 +4799,7 @@ def test_a_client_that_leaves_a_plain_request_frees_lm_studio_too(front, studio,
         sock.sendall(request("POST /api/v1/models/load", b"{}"))
         assert here.wait(PATIENCE_S)
     assert ended.get(timeout=PATIENCE_S) < 1.0 and front.hub.last == mark
-    until(lambda: not front.gateway.watcher._watched and not front.server.working)
+    until(lambda: not front.watched and not front.server.working)
     assert [record.getMessage() for record in caplog.records if "models/load" in record.getMessage()] == [
         "POST /api/v1/models/load: the client left before the answer"]
 
@@ -4875,7 +4879,7 @@ def test_a_client_that_stays_is_not_taken_for_one_that_left(front, studio):
     with dial(front.port) as sock:
         sock.sendall(request(POST_CHAT, b"{}",
                              close=False) + request("GET /health"))     # the second waits unread
-        go.wait(2.5 * front.gateway.watcher.TICK_S)
+        go.wait(2.5 * LOOK_S)
         go.set()
         assert len(re.findall(rb"HTTP/1.1 200 OK", rest_of(sock))) == 2
     front.events(mark, "inference_complete")
@@ -5775,9 +5779,8 @@ def test_the_id_of_an_event_source_that_reconnects_counts_before_the_since_of_it
 
 def frames_for(hub, *names):
     """stream_frames() without a socket."""
-    watcher = types.SimpleNamespace(watch=lambda *args: None, forget=lambda sock: None)
-    return contextlib.closing(
-        lmgateway.stream_frames(hub, "", names, watcher, types.SimpleNamespace(connection=None, identity=lmgateway.Identity(None))))
+    listener = types.SimpleNamespace(connection=types.SimpleNamespace(), identity=lmgateway.Identity(None))
+    return contextlib.closing(lmgateway.stream_frames(hub, "", names, listener))
 
 
 def test_what_is_published_while_a_listener_connects_is_not_lost():
@@ -5885,7 +5888,7 @@ def test_the_stream_ends_in_order_when_the_gateway_stops(fronts):
         next(frames)
         front.hub.close()
         assert list(frames) == []
-    until(lambda: not front.gateway.watcher._watched)       # its connection is not looked after any more
+    until(lambda: not front.watched)       # its connection is not looked after any more
 
 
 def test_a_head_of_the_stream_has_no_end_to_wait_for(front):
@@ -6311,7 +6314,6 @@ def logged_out(front, keys, cookie):
     ("cookie", weakened, True), ("cookie", logged_out, True), ("key", logged_out, False)])
 def test_a_right_that_is_used_for_long_is_asked_for_again(keys, fronts, monkeypatch, how, change, ends):
     assert lmgateway.Server.LOOK_S + 1 < 2
-    monkeypatch.setattr(lmgateway.Server, "LOOK_S", 0.05)
     key = keys("--new-key", "anna", "--rights", "infer,view")[1].strip()
     front = fronts(keys_file=str(keys.path))
     cookie = f"Cookie: {session(front, key)}"
@@ -6327,7 +6329,6 @@ def test_a_right_that_is_used_for_long_is_asked_for_again(keys, fronts, monkeypa
 
 
 def test_the_first_key_ends_the_streams_of_listeners_without_one(keys, fronts, monkeypatch):
-    monkeypatch.setattr(lmgateway.Server, "LOOK_S", 0.05)
     front = fronts(keys_file=str(keys.path))
     with listening(front) as (_, _, frames):
         next(frames)
@@ -6336,7 +6337,6 @@ def test_the_first_key_ends_the_streams_of_listeners_without_one(keys, fronts, m
 
 
 def test_a_listener_that_does_not_read_is_cut_when_its_key_is_revoked(keys, fronts, monkeypatch):
-    monkeypatch.setattr(lmgateway.Server, "LOOK_S", 0.05)
     key = keys("--new-key", "anna", "--rights", "view")[1].strip()
     front = fronts(keys_file=str(keys.path))
     with dial(front.port) as sock:
@@ -7898,7 +7898,6 @@ def test_the_address_that_has_the_most_gives_way(fronts):
 @pytest.mark.parametrize("sent", [STRANGERS["half a login"], request("GET /", close=False) * 200], ids=["half a login", "unread"])
 def test_the_whole_answer_to_a_stranger_has_a_deadline(fronts, studio, monkeypatch, sent):
     monkeypatch.setattr(lmgateway.Connection, "ANSWER_S", 0.2)
-    monkeypatch.setattr(lmgateway.Server, "LOOK_S", 0.05)
     front = fronts(api_key=KEYS)
     with dial(front.port) as guest, contextlib.closing(socket.socket()) as stranger:
         guest.sendall(request("POST /v1/x", b"xx", f"X-API-Key: {ANNA}")[:-1])
