@@ -10,11 +10,11 @@ Words used throughout:
     chunk      bytes that one look at a log file brought
     entry      one log record: a header line and the lines that continue it
     rule       one wording of LM Studio's log, and the fact that it states
-    fact       what a line states, in words that no engine owns ("prompt is read", "client left")
+    fact       the statement of a line, in words that no engine owns ("prompt is read", "client left")
     run        one prediction of an engine, as its DEBUG lines tell it
     chat       one prediction, as the app's INFO lines tell it
     event      a name and JSON, as listeners receive them
-    request    one HTTP request of a client; a record is what is kept of it
+    request    one HTTP request of a client; its record is kept
     dialect    one of the APIs that LM Studio speaks: its places for usage, tokens and errors
     meter      reads a dialect's answer while it passes
     view       a function (gateway, request) -> Response
@@ -22,11 +22,11 @@ Words used throughout:
     finding    one result of --check, with its remedy
     upstream   LM Studio's server
 
-Threads, and what each may write:
+Threads, and the state that each may change:
 
     main       nothing after start-up; it waits for a signal
     accept     takes connections in, closes some if there are too many, notices clients that left
-    tail       the parser, whose figures others only read; Hub.publish_log
+    tail       the parser (others only read its figures); Hub.publish_log
     http       one per connection: its own sockets, its own meter; Hub.begin, Hub.generated, Hub.end
     question   asks LM Studio for all views that want to know, while they wait a little
     history    the SQLite file, fed through a queue
@@ -34,9 +34,9 @@ Threads, and what each may write:
     watch      with --watch only: the line to another gateway; a queue to main
     demo-*     the imitation of LM Studio, with --demo only
 
-Hub is the only object that holds what requests and log have in common; it has one lock.  What else
-several threads use (keys, access, kept connections, our own log) guards itself and says how.  CORE is
-pure: no file, no socket, no clock, no thread.
+Hub is the only object that requests and log have in common; it has one lock.  Other state of several
+threads (keys, access, kept connections, our own log) guards itself and says how.  CORE is pure: no file,
+no socket, no clock, no thread.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ VERSION = "1.0.0"
 log = logging.getLogger("lmgateway")
 
 # === 1. ERRORS ===============================================================
-# One class per remedy.  The message tells the user what to do.
+# One class per remedy.  The message tells the user the remedy.
 
 
 class GatewayError(Exception):
@@ -125,8 +125,8 @@ class StartError(GatewayError):
 class HttpError(GatewayError):
     """An answer of the gateway's own with a status of 400 or more.
 
-    code is for programs, message for people; headers are sent along; close ends the connection
-    because what follows on it cannot be trusted."""
+    code is for programs, message for people; headers are sent along; close ends the connection, because the
+    bytes that follow on it cannot be trusted."""
 
     def __init__(self, status, code, message, headers=(), close=False):
         super().__init__(message)
@@ -192,14 +192,19 @@ def whole(low, high, unit=""):
     return parse
 
 
+def http_parts(text):
+    """The parts of an http or https URL with a host (urllib.parse); None for anything else."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(text)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", text):
+            return parts
+    return None
+
+
 def base_url(text):
     """http://HOST[:PORT], without a path."""
-    parts = urllib.parse.urlsplit(text.strip().rstrip("/"))
-    try:
-        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        known = False
-    if not known or parts.path or parts.query or parts.fragment or parts.username or " " in parts.netloc:
+    parts = http_parts(text.strip().rstrip("/"))
+    if not parts or parts.path or parts.query or parts.fragment or parts.username:
         raise ValueError("use the form http://127.0.0.1:1234")
     return f"{parts.scheme}://{parts.netloc}"
 
@@ -1951,7 +1956,7 @@ MESSAGES = Dialect("messages", joined=True, token=re.compile(
 NATIVE = Dialect("native", joined=True, token=re.compile(
     rb'"type"\s*:\s*"(?:(?:message|reasoning)\.delta|tool_call\.(?:start|arguments))"'))
 OTHER = Dialect("other", OPENAI_TOKEN)
-SOCKET = Dialect("socket", OPENAI_TOKEN)  # of LM Studio's own SDKs: 3.11
+SOCKET = Dialect("socket", OPENAI_TOKEN, joined=True)  # of LM Studio's own SDKs: 3.12
 
 DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.1)
     "/v1/chat/completions": CHAT,
@@ -1966,7 +1971,7 @@ DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.
     "/v1/decisions": OTHER,
     "/v1/systemone": OTHER,
 }
-JOINED = frozenset(dialect.name for dialect in DIALECTS.values() if dialect.joined)
+JOINED = frozenset(dialect.name for dialect in (*DIALECTS.values(), SOCKET) if dialect.joined)
 
 
 def json_object(data, numbers=re.compile(rb"\[[-+.\deE,\s]{64,}\]")):
@@ -2150,7 +2155,7 @@ class Meter:
         self._cut = cut and self._decode is identity
         self.first = self.last = self._now = None  # clocks: first, latest token, piece
         self.pieces = 0  # events with a token
-        # What stood before and behind the text of the last event, if it told no more: most have the same, and
+        # The bytes before and behind the text of the last event, if it told no more: most have the same, and
         # a thread that was just woken takes several times as long for a search as for a comparison.
         self._around: Any = None
 
@@ -2236,7 +2241,7 @@ def whole_event(data):
 
 
 def maybe_ours(beginning, limit=64 * 1024, some_choice=re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')):
-    """True while an event that begins so may become a chunk that carries only usage: short, without a choice."""
+    """True while an event that begins so may become a chunk that has only usage: short, without a choice."""
     data = bytes(beginning[:limit])
     return (len(beginning) < limit and (b"data:".startswith(data) or data.startswith(b"data:"))
             and data[5:].lstrip()[:1] in (b"", b"{") and not some_choice.search(data))
@@ -3170,12 +3175,13 @@ class Requests:
 
     def _is_certain(self, run, record, records, runs):
         """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
-        known a line of the app has to be about the run, which it can't be for a chat inside the app, or nothing
-        else may be at work."""
+        known a line of the app has to be about the run, which it can't be for a chat inside the app or an SDK's, or
+        nothing else may be at work."""
         if runs == 1 and has_counts(record):
             return True
         near = run.cancelled is not None and abs(run.cancelled + run.base - (record.ended or 0)) < FLUSH_S
-        return records == 1 and (near or runs == 1 and (run.is_of_api or self._is_alone(run, record)))
+        shown = record.dialect != SOCKET.name and (run.is_of_api or self._is_alone(run, record))
+        return records == 1 and (near or runs == 1 and shown)
 
     def _has_twin(self, run, record, free, clock):
         """Before its usage is known: another request of its size is out by a few hundredths of a second alone."""
@@ -3360,7 +3366,8 @@ class Requests:
         model = event.data.get("model")
         for record in self._open.values():
             served = record.model or self._names.get(record.model_asked)
-            if record.sent < math.inf and (None in (model, served) or model == served):
+            if record.sent < math.inf and record.dialect != SOCKET.name and (
+                    None in (model, served) or model == served):     # an SDK's has no lines of the app
                 yield record
 
     def _line_of_start(self, event, clock):
@@ -3519,7 +3526,7 @@ LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progre
          "lmstudio_chat_end": Requests._line_of_end, "lmstudio_prediction_stats": Requests._line_of_end}
 
 
-# --- 3.9 figures: what is counted --------------------------------------------
+# --- 3.9 figures: counters and histograms ------------------------------------
 
 
 class Metric(NamedTuple):
@@ -3541,8 +3548,9 @@ A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000
 A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
-# Names and meanings: lmstudio_* is all that the log or LM Studio's REST API tells, whoever asked, with
-# lmstudio-exporter's names; lmstudio_gateway_* is what passed through us.  Base units, ratios from 0 to 1.
+# Names and meanings: lmstudio_* are figures of the log and of LM Studio's REST API, whether a request came
+# through us or not, with lmstudio-exporter's names; lmstudio_gateway_* are of requests through us.  Base units,
+# ratios from 0 to 1.
 METRICS = (
     Metric("lmstudio_up", "", "1 when LM Studio answered when last asked"),
     Metric("lmstudio_loaded_models", "", "Models that are loaded; absent when unknown"),
@@ -3636,7 +3644,7 @@ def seconds_of(ms):
 class Figures:
     """Counters and histograms since the start.  Pure; Hub's lock guards them."""
 
-    SERIES = 500  # of one metric; what comes beyond them is counted as "other"
+    SERIES = 500  # of one metric; beyond them all count as "other"
     MODELS = 100  # names of models that become labels
 
     def __init__(self):
@@ -3969,11 +3977,12 @@ def json_line(event_id, event):
 
 
 
-# --- 3.11 WebSocket: what LM Studio's own SDKs speak --------------------------
+# --- 3.12 WebSocket: what LM Studio's own SDKs speak --------------------------
 
 NAMESPACES = ("llm", "embedding", "system", "files", "diagnostics", "repository", "plugins", "runtime")
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes (RFC 6455, 5.2)
 LONGEST_CONTROL = 125  # bytes of a control frame's payload (RFC 6455, 5.5)
+LONGEST_MESSAGE = 128 * 1024 * 1024  # bytes of one of LM Studio's, whose `ws` refuses more than 100 MiB
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))  # RFC 6455, 7.4; IANA
 
 
@@ -3996,30 +4005,23 @@ class Message(NamedTuple):
 class Frames:
     """Cuts the bytes of one direction into messages (RFC 6455, section 5), strictly.
 
-    masked: as a client's frames are.  limit: bytes of a message; beyond them it is an error of a client, and
-    what LM Studio sends is given without its payload."""
+    masked: as a client's frames are.  limit: bytes of a message."""
 
     def __init__(self, masked, limit):
         self._masked, self.limit = masked, limit
-        self._rest = bytearray()  # of a frame that has not ended
+        self.rest = bytearray()  # of a frame that has not ended
         self._need = 2  # bytes that rest must have before another look is worth it
-        self._skip = 0  # bytes of a frame too long to be kept that are still to come
-        self._opcode, self._parts, self._size = 0, [], 0  # of the message whose pieces are coming
-        self._raw = []
+        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0  # of the message whose pieces are coming
 
     @property
     def between(self):
-        """True where neither a frame nor a message is under way."""
-        return not (self._rest or self._skip or self._opcode)
-
-    @property
-    def in_frame(self):
-        return bool(self._rest or self._skip)
+        """True when neither a frame nor a message is under way."""
+        return not (self.rest or self._opcode)
 
     @property
     def held(self):
         """Bytes of a message that is not whole."""
-        return len(self._rest) + self._size
+        return len(self.rest) + self._size
 
     def feed(self, data):
         """The Messages that data completes.  Raises FrameError, at the first fault."""
@@ -4028,50 +4030,19 @@ class Frames:
                 and (size == data[1] + 2 < 128                                  # most of an answer's are
                      or data[1] == 126 and size == (data[2] << 8 | data[3]) + 4 >= 130)):
             return [Message(TEXT, data[2 if size < 128 else 4:], data)]
-        if self._skip:
-            passed = min(self._skip, size)
-            self._skip -= passed
-            data = data[passed:]
-        self._rest += data
+        self.rest += data
         found: list[Message] = []
-        while len(self._rest) >= self._need and self._frame(found):
-            pass
+        while len(self.rest) >= self._need:
+            start, end = self._bounds()
+            self._need = end or start
+            if end and len(self.rest) >= end:
+                self._take(start, end, found)
         return found
 
-    def _frame(self, found):
-        """Take one frame off rest.  False when that has no whole one."""
-        rest = self._rest
-        final, opcode, start, size = self._head()
-        if size is None:
-            return False
-        whole = start + size
-        if not self._masked and self._size + size > self.limit:
-            self._skip, taken = max(0, whole - len(rest)), min(whole, len(rest))
-            frame, payload, self._size = b"", b"", self.limit
-        elif len(rest) < whole:
-            self._need = whole
-            return False
-        else:
-            frame, taken = bytes(rest[:whole]), whole
-            payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
-        del rest[:taken]
-        self._need = 2
-        if opcode >= CLOSE:
-            check_close(opcode, payload)
-            found.append(Message(opcode, payload, frame))
-            return True
-        self._opcode = opcode or self._opcode
-        self._parts.append(payload)
-        self._raw.append(frame)
-        self._size += size
-        if final:
-            found.append(self._message())
-        return True
-
-    def _head(self):
-        """(final, opcode, where the payload starts, its size) of the frame that rest begins with; the size is
-        None where the head is not whole.  Raises FrameError."""
-        rest = self._rest
+    def _bounds(self):
+        """Where the payload of the frame that rest begins with starts and ends; the end is 0 while its head is
+        not whole.  Raises FrameError."""
+        rest = self.rest
         final, opcode, size = rest[0] >> 7, rest[0] & 15, rest[1] & 127
         if rest[0] & 0x70 or CONTINUATION < opcode > BINARY and opcode not in (CLOSE, PING, PONG):
             raise FrameError(1002, "reserved bits or a reserved opcode")
@@ -4084,22 +4055,37 @@ class Frames:
         extra = {126: 2, 127: 8}.get(size, 0)
         start = 2 + extra + 4 * self._masked
         if len(rest) < start:
-            self._need = start
-            return final, opcode, start, None
+            return start, 0
         if extra:
             size = int.from_bytes(rest[2:2 + extra], "big")
             if size < (126 if extra == 2 else 1 << 16) or size >> 63:
                 raise FrameError(1002, "a length that is not written in its shortest form")
-        if self._masked and self._size + size > self.limit:
+        if self._size + size > self.limit:
             raise FrameError(1009, f"a message of more than {self.limit} bytes")
-        return final, opcode, start, size
+        return start, start + size
 
-    def _message(self):
-        message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
-        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
-        if self._masked and message.opcode == TEXT:
-            check_text_frame(message.payload)
-        return message
+    def _take(self, start, end, found):
+        """Take a whole frame off rest."""
+        with memoryview(self.rest) as rest:
+            frame = bytes(rest[:end])
+        del self.rest[:end]
+        self._need = 2
+        final, opcode = frame[0] >> 7, frame[0] & 15
+        payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
+        if opcode >= CLOSE:
+            check_close(opcode, payload)
+            found.append(Message(opcode, payload, frame))
+            return
+        self._opcode = opcode or self._opcode
+        self._parts.append(payload)
+        self._raw.append(frame)
+        self._size += len(payload)
+        if final:
+            message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
+            self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
+            if self._masked and message.opcode == TEXT:
+                check_text_frame(message.payload)
+            found.append(message)
 
 
 def unmasked(data, mask):
@@ -4156,9 +4142,17 @@ OPENERS = {  # a client's message that begins something -> its id, the message t
 FOLLOWERS = {  # what only makes sense after one of these -> its id
     "channelSend": "channelId", "channelAck": "channelId", "signalUnsubscribe": "subscribeId",
     "writableSignalUpdate": "subscribeId", "writableSignalUnsubscribe": "subscribeId"}
-METERED = {("llm", "channelCreate", "predict"), ("llm", "channelCreate", "completeRawText"),
-              ("embedding", "rpcCall", "embedString")}
-FRAGMENT = re.compile(rb'\{"type":"channelSend",.*"message":\{"type":"fragment"')  # as Node writes it
+METERED = {("llm", "channelCreate", "predict"): SOCKET, ("llm", "channelCreate", "completeRawText"): SOCKET,
+           ("embedding", "rpcCall", "embedString"): EMBEDDINGS}
+# As Node writes most messages of an answer: to find the id and the tokens costs a fifth of reading JSON.
+FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message":\{"type":"fragment","fragment":\{'
+                      rb'"content":"[^"\\]*(?:\\.[^"\\]*)*","tokensCount":(\d{1,9})[,}]')
+STATS_AS_V0 = {  # in the result of a prediction -> as /api/v0 names them
+    "promptTokensCount": "prompt_tokens", "predictedTokensCount": "completion_tokens",
+    "totalTokensCount": "total_tokens", "tokensPerSecond": "tokens_per_second",
+    "timeToFirstTokenSec": "time_to_first_token", "stopReason": "stop_reason",
+    "totalDraftTokensCount": "total_draft_tokens_count",
+    "acceptedDraftTokensCount": "accepted_draft_tokens_count"}
 
 
 def id_of(message, name):
@@ -4168,7 +4162,40 @@ def id_of(message, name):
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and abs(value) < UNSAFE else None
-# --- 3.12 sharing: what a key may use, and whose turn it is -------------------
+
+
+def figures_as_v0(stats):
+    """The stats of a prediction (lmstudio-js, LLMPredictionStats.ts) as an answer of /api/v0 has them."""
+    found = {name: stats[theirs] for theirs, name in STATS_AS_V0.items() if theirs in stats}
+    return {"usage": found, "stats": found}
+
+
+def name_of(value):
+    """A name in a message, as it is kept; None for none."""
+    return bounded_text(value) if value and isinstance(value, str) else None
+
+
+def model_named(specifier, instances):
+    """The model that a specifier means, as it was asked for; None for any."""
+    reference, query = name_of(specifier.get("instanceReference")), member(specifier, "query")
+    return instances.get(reference) or name_of(query.get("identifier")) or name_of(query.get("path"))
+
+
+def named_instances(body):
+    """[(instance reference, identifier)] of the models that a message of LM Studio's describes."""
+    result, content = body.get("result"), member(body, "message")
+    rows = [*(result if isinstance(result, list) else [result]), content.get("info"),
+            content.get("modelInfo")]
+    found = [(name_of(row.get("instanceReference")), name_of(row.get("identifier"))) for row in listed(rows)]
+    return [(reference, model) for reference, model in found if reference and model]
+
+
+def has_files(messages):
+    """True if a history refers to uploaded files, whose size nobody knows."""
+    return any(part.get("type") == "file" for message in messages for part in listed(message.get("content")))
+
+
+# --- 3.13 sharing: what a key may use, and whose turn it is -------------------
 
 PRIORITIES = ("high", "normal", "low")
 RISE_S = 30.0  # of waiting raise a request by one priority
@@ -4192,29 +4219,28 @@ class Window:
 
     def __init__(self):
         self._parts: deque[list] = deque()  # [clock, amount], oldest first
-        self.total = 0
+        self._total = 0
 
     def add(self, clock, amount):
         if self._parts and clock - self._parts[-1][0] < GRAIN_S:
             self._parts[-1][1] += amount
         else:
             self._parts.append([clock, amount])
-        self.total += amount
+        self._total += amount
 
     def used(self, clock):
         while self._parts and clock - self._parts[0][0] >= MINUTE_S:
-            self.total -= self._parts.popleft()[1]
-        return self.total
+            self._total -= self._parts.popleft()[1]
+        return self._total
 
     def free_s(self, clock, limit):
         """Seconds until less than the limit is used."""
-        left = self.used(clock)
+        left, free = self.used(clock), 0.0
         for since, amount in self._parts:
             if left < limit:
                 break
-            left -= amount
-            free = since + MINUTE_S - clock
-        return free if self.total >= limit else 0.0
+            left, free = left - amount, since + MINUTE_S - clock
+        return free
 
 
 class Account:
@@ -4254,10 +4280,9 @@ class Account:
         found = []
         for kind, name, window in (("requests", "rpm", self.requests), ("tokens", "tpm", self.tokens)):
             if name in limits:
-                used = window.used(clock)
+                left, reset_s = max(0, limits[name] - window.used(clock)), window.free_s(clock, 1)
                 found += [(f"x-ratelimit-limit-{kind}", str(limits[name])),
-                          (f"x-ratelimit-remaining-{kind}", str(max(0, limits[name] - used))),
-                          (f"x-ratelimit-reset-{kind}", span(window.free_s(clock, 1)))]
+                          (f"x-ratelimit-remaining-{kind}", str(left)), (f"x-ratelimit-reset-{kind}", span(reset_s))]
         return found
 
 
@@ -4274,12 +4299,22 @@ class Turn:
 
     def __init__(self, model, key, who, priority, clock):
         self.model, self.key, self.who, self.since = model, key, who, clock
-        self.level = PRIORITIES.index(priority)
+        self.level = PRIORITIES.index(priority)  # rises while it waits
         self.number = 0  # in order of arrival
+        self.rank: tuple = ()  # as it stands in its line, while it is the first of its who there
         self.began = None  # clock when its turn came
         self.over = False
         self.bell: Any = None
         self.about: Any = None
+
+
+class Line:
+    """What runs and what waits for one model."""
+
+    def __init__(self):
+        self.running = set()  # of Turns
+        self.queues = {}  # who -> deque of Turns that wait, in order of arrival
+        self.ranks = []  # of the first Turn of each who, sorted: the first is next
 
 
 class Scheduler:
@@ -4290,22 +4325,24 @@ class Scheduler:
 
     def __init__(self, slots=0):
         self._slots = slots or math.inf
-        self._queues: dict = {}  # model -> who -> deque of Turns that wait, in order of arrival
-        self._running: dict = {}  # model -> set of Turns
+        self._lines: dict = {}  # model -> Line, while there is something in it
         self._of_who: Counter[Any] = Counter()  # how many run
         self._of_key: Counter[Any] = Counter()
         self._served: dict = {}  # who -> number of the latest start, longest ago first
         self._times: dict = {}  # model -> deque of s that its latest requests ran
+        self._rises: deque[tuple] = deque()  # (clock when its level rises, Turn), in this order
         self._numbers = itertools.count(1)
         self.limits: dict = {}  # key -> requests at once
-        self.waiting: dict = {}  # Turn -> None, in order of arrival
+        self.waiting = set()  # of Turns
 
     def join(self, turn, clock):
         """A request has come.  Gives the Turns that begin now, among them maybe this one."""
         turn.number = next(self._numbers)
-        self._queues.setdefault(turn.model, {}).setdefault(turn.who, deque()).append(turn)
-        self.waiting[turn] = None
-        return self.start(clock)
+        self._enqueue(turn)
+        begun = self.start(clock)
+        if turn.began is None:
+            self._rises.append((turn.since + RISE_S, turn))
+        return begun
 
     def leave(self, turn, clock, done=False):
         """A request is over, wherever it was.  Gives the Turns that begin now."""
@@ -4315,63 +4352,109 @@ class Scheduler:
         if turn.began is None:
             self._dequeue(turn)
             return []
-        self._running[turn.model].discard(turn)
-        for counter, name in ((self._of_who, turn.who), (self._of_key, turn.key)):
-            counter[name] -= 1
-            if not counter[name]:
-                del counter[name]
+        self._lines[turn.model].running.discard(turn)
+        self._count(turn, -1)
         if done and (turn.model in self._times or len(self._times) < NAMES_KEPT):
             self._times.setdefault(turn.model, deque(maxlen=TIMES_KEPT)).append(clock - turn.began)
-        if not self._running[turn.model]:
-            del self._running[turn.model]
-        return self.start(clock)
+        begun = self.start(clock)
+        self._prune(turn.model)
+        return begun
 
     def start(self, clock):
         """Gives the Turns that begin now: as many as there is room for."""
         begun = []
+        self._rise(clock)
         while self.waiting:
-            first = min((queue[0] for model, queues in self._queues.items()
-                         if len(self._running.get(model, ())) < self._slots for queue in queues.values()
-                         if self._of_key[queue[0].key] < self.limits.get(queue[0].key, math.inf)),
-                        key=lambda turn: self._rank(turn, clock), default=None)
-            if first is None:
+            rank = min(filter(None, map(self._next, self._lines.values())), default=None)
+            if rank is None:
                 break
-            self._dequeue(first)
-            first.began = clock
-            self._running.setdefault(first.model, set()).add(first)
-            self._of_who[first.who] += 1
-            self._of_key[first.key] += 1
-            self._served.pop(first.who, None)
-            self._served[first.who] = next(self._numbers)
+            turn = rank[-1]
+            self._lines[turn.model].running.add(turn)
+            self._dequeue(turn)
+            turn.began = clock
+            self._served.pop(turn.who, None)
+            self._served[turn.who] = next(self._numbers)
             if len(self._served) > NAMES_KEPT:
                 del self._served[next(iter(self._served))]
-            begun.append(first)
+            self._count(turn, 1)
+            begun.append(turn)
         return begun
 
-    def _rank(self, turn, clock, ahead=0):
+    def _next(self, line):
+        """The rank of the Turn that a free slot of a line goes to, None while none may begin."""
+        if len(line.running) < self._slots:
+            for rank in line.ranks:
+                if self._of_key.get(rank[-1].key, 0) < self.limits.get(rank[-1].key, math.inf):
+                    return rank
+        return None
+
+    def _rise(self, clock):
+        while self._rises and self._rises[0][0] <= clock:
+            due, turn = self._rises.popleft()
+            if turn in self.waiting and turn.level:
+                turn.level -= 1
+                self._rises.append((due + RISE_S, turn))
+                self._rank(turn.who)
+
+    def _count(self, turn, more):
+        """One more of somebody's runs, or one less."""
+        for counter, name in ((self._of_who, turn.who), (self._of_key, turn.key)):
+            counter[name] += more
+            if not counter[name]:
+                del counter[name]
+        self._rank(turn.who)
+
+    def _rank(self, who):
+        """Somebody's rank may be another, in every line."""
+        for line in self._lines.values():
+            if who in line.queues:
+                first = line.queues[who][0]
+                self._unrank(line, first)
+                first.rank = self._rank_of(first)
+                bisect.insort(line.ranks, first.rank)
+
+    @staticmethod
+    def _unrank(line, turn):
+        if turn.rank:
+            del line.ranks[bisect.bisect_left(line.ranks, turn.rank)]
+            turn.rank = ()
+
+    def _rank_of(self, turn, ahead=0):
         """Less is sooner; ahead: how many of the same wait before it."""
-        return (max(0, turn.level - int((clock - turn.since) / RISE_S)), self._of_who[turn.who] + ahead,
-                self._served.get(turn.who, 0), turn.number)
+        return (turn.level, self._of_who.get(turn.who, 0) + ahead, self._served.get(turn.who, 0), turn.number, turn)
+
+    def _enqueue(self, turn):
+        self._lines.setdefault(turn.model, Line()).queues.setdefault(turn.who, deque()).append(turn)
+        self.waiting.add(turn)
+        self._rank(turn.who)
 
     def _dequeue(self, turn):
-        queues = self._queues[turn.model]
-        queues[turn.who].remove(turn)
-        del self.waiting[turn]
-        if not queues[turn.who]:
-            del queues[turn.who]
-        if not queues:
-            del self._queues[turn.model]
+        line = self._lines[turn.model]
+        self._unrank(line, turn)
+        line.queues[turn.who].remove(turn)
+        self.waiting.discard(turn)
+        if not line.queues[turn.who]:
+            del line.queues[turn.who]
+        self._rank(turn.who)
+        self._prune(turn.model)
+
+    def _prune(self, model):
+        line = self._lines.get(model)
+        if line and not line.running and not line.queues:
+            del self._lines[model]
 
     def rename(self, old, new):
         """Two names are one model's, as an answer has shown."""
-        for turn in self._running.pop(old, ()):
+        moved = sorted((turn for turn in self.waiting if turn.model in (old, new)), key=lambda turn: turn.number)
+        for turn in moved:
+            self._dequeue(turn)
+        running = self._lines.pop(old, Line()).running
+        for turn in (*moved, *running):
             turn.model = new
-            self._running.setdefault(new, set()).add(turn)
-        for who, line in self._queues.pop(old, {}).items():
-            for turn in line:
-                turn.model = new
-            queues = self._queues.setdefault(new, {})
-            queues[who] = deque(sorted([*queues.get(who, ()), *line], key=lambda turn: turn.number))
+        self._lines.setdefault(new, Line()).running.update(running)
+        for turn in moved:
+            self._enqueue(turn)
+        self._prune(new)
         self._times.setdefault(new, deque(maxlen=TIMES_KEPT)).extend(self._times.pop(old, ()))
 
     def counts(self, key):
@@ -4382,17 +4465,17 @@ class Scheduler:
         """[(Turn, {position, waiting, etaMs})] of those that wait; left_s(turn): what one that runs still
         needs at least."""
         found = []
-        for model, queues in self._queues.items():
-            order = [turn for _, turn in sorted((self._rank(turn, clock, ahead), turn) for queue in queues.values()
-                                                for ahead, turn in enumerate(queue))]
-            for position, (turn, eta_s) in enumerate(zip(order, self._etas(model, clock, left_s)), 1):
+        for model, line in self._lines.items():
+            order = sorted(self._rank_of(turn, ahead) for queue in line.queues.values()
+                           for ahead, turn in enumerate(queue))
+            for position, (rank, eta_s) in enumerate(zip(order, self._etas(model, clock, left_s)), 1):
                 eta = {} if eta_s is None else {"etaMs": 1000 * math.ceil(eta_s)}
-                found.append((turn, {"position": position, "waiting": len(order), **eta}))
+                found.append((rank[-1], {"position": position, "waiting": len(order), **eta}))
         return found
 
     def _etas(self, model, clock, left_s):
         """Seconds until the first, the second ... of those that wait has a slot; None if nothing tells."""
-        times, running = sorted(self._times.get(model, ())), self._running.get(model, ())
+        times, running = sorted(self._times.get(model, ())), self._lines[model].running
         ends = []
         for turn in running if len(times) >= TIMES_NEEDED and len(running) >= self._slots else ():
             ran = clock - turn.began
@@ -4414,7 +4497,7 @@ class Listener:
 
     def __init__(self, seq, owner=None):
         self.seq = self.sent = seq  # of the latest event that it has passed; that it was given
-        self.owner = owner  # the key whose events it may have; None: every event
+        self.owner = owner  # the key that may see its own events alone; None: it may see every event
         self.elsewhere = None  # the id after its latest event, which was another start's; None once told
         self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Ring.wait()
 
@@ -4434,7 +4517,7 @@ class Ring:
         # never across I/O.
         self._lock = threading.Lock()
         self.epoch = secrets.token_hex(4)
-        self._frames = []  # (event name, name of the key that it is about, frame) of the events from _first on
+        self._frames = []  # (event name, name of the key that owns it, frame) of the events from _first on
         self._first = 1  # SEQ of _frames[0]
         self._bytes = 0  # of the frames
         self._waiting = set()  # bells of the listeners that have all there is
@@ -4476,7 +4559,7 @@ class Ring:
             self._append(*encoded)
 
     def _encoded(self, event):
-        """Any thread.  An event's name, the key whose own it is, and its data as JSON."""
+        """Any thread.  An event's name, the key that owns it, and its data as JSON."""
         owner = self._owners.get(event.data.get("requestId", "")) if event.name != "lmstudio_log" else None
         return event.name, owner, to_json(event.data)
 
@@ -4668,7 +4751,7 @@ class Hub(Ring):
         self._give(rows)
 
     def _changed_rows(self):  # lock held
-        """The history rows of the requests that changed after their end, once figures and series have them."""
+        """The history rows of requests that changed after their end; figures and series learn from them."""
         changed = {record.id: record for record in self._requests.changed}
         self._requests.changed = []
         rows = {record.id: history_row(record) for record in changed.values()}
@@ -4689,7 +4772,7 @@ class Hub(Ring):
             with self._lock:
                 self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
 
-    # --- what is known of them
+    # --- for views
 
     def served(self, asked):
         """Any thread.  The model that has answered to a name, else the name."""
@@ -4697,13 +4780,13 @@ class Hub(Ring):
             return self._requests.served(asked)
 
     def comment(self, record):
-        """Any thread.  Where a running request is, as an SSE comment."""
+        """Any thread.  How far a running request is, as an SSE comment."""
         with self._lock:
             return f": {record.told(self._clock())}\n\n".encode()
 
     def shown(self, limit=None, owner=None):
-        """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first; with
-        an owner, those of that key."""
+        """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first;
+        with an owner, those of that key."""
         with self._lock:
             clock, found = self._clock(), self._requests
             records = itertools.chain(reversed(found.running.values()), reversed(found.finished))
@@ -4718,8 +4801,8 @@ class Hub(Ring):
             running, over = (list(reversed(part)) for part in (
                 self._requests.running.values(), self._requests.finished))
             models = (record.model or record.model_asked for record in (*running, *over))
-            return ([record.shown(clock) for record in running], [record.shown(clock) for record in over[:count]],
-                    next(filter(None, models), None))
+            shown = [record.shown(clock) for record in (*running, *over[:count])]
+            return shown[:len(running)], shown[len(running):], next(filter(None, models), None)
 
     def detail(self, request_id):
         """Any thread.  One request with its timeline and sampling parameters; None when it is not known."""
@@ -4745,7 +4828,7 @@ class Hub(Ring):
     def models(self):
         """Any thread.  {model: (running, waiting, when it last answered or None, its state is loading)}."""
         with self._lock:
-            found: dict[Any, list[Any]] = {name: [0, 0, used, False] for name, used in self._series.used.items()}
+            found: dict[Any, list] = {name: [0, 0, used, False] for name, used in self._series.used.items()}
             for record in self._requests.running.values():
                 model = record.model or self._requests.served(record.model_asked)
                 row = found.setdefault(model, [0, 0, None, False])
@@ -6947,6 +7030,7 @@ class AccessControl:
         self._config = config
         self._fixed = [Key(name, digest(key), frozenset(RIGHTS)) for name, key in config.api_key.items()]
         self._file = KeyFile(keys_path(config))
+        self.guests: list[Key] = []  # Keys that are known though none may be asked for
         self._lock = threading.Lock()  # held to change the three below; each look at them is atomic
         self._sessions: dict = {}  # digest of the cookie -> digest of the key
         self._proven: dict = {}  # (address, digest) of keys that were right
@@ -6958,7 +7042,7 @@ class AccessControl:
         return bool(self._fixed) or self._file.keys() is not None
 
     def _keys(self):
-        return [*self._fixed, *(self._file.keys() or ())]
+        return [*self._fixed, *(self._file.keys() or ()), *self.guests]
 
     def terms(self, name):
         """The Terms that the key of this name has at this moment."""
@@ -6986,15 +7070,20 @@ class AccessControl:
 
         It changes nothing, so that a right that is used for long can be asked for again."""
         if not self.need_key:
-            return Identity(None)
+            return self._guest(request)
         with contextlib.suppress(HttpError):
             return self._identity(request, self._find(credentials(request)))
         return None
 
+    def _guest(self, request):
+        """The Identity where no key is asked for."""
+        key = self._find(credentials(request)) if self.guests else None
+        return Identity(key.name, key.rights) if key else Identity(None)
+
     def identify(self, request, offered):
         """The Identity of a request that offers these keys.  Raises HttpError 401, at a guesser's pace."""
         if not offered and not self.need_key:
-            return Identity(None)
+            return self._guest(request)
         identity = self._identity(request, self._check(request, offered) if offered else None)
         if identity is None:
             raise HttpError(401, "key_wrong" if offered else "key_needed",
@@ -7191,6 +7280,7 @@ ALIASES = re.compile(r"/(?:(?:chat/completions|completions|embeddings)/?"
                      r"|(?:models|responses|messages)(?:/.*)?)")
 USER_HEADERS = ("x-openwebui-user-email", "x-openwebui-user-name", "x-openwebui-user-id")    # the first counts
 WITHHELD = HOP_BY_HOP | {"authorization", "x-api-key", "expect"}  # these stop here, credentials included
+QUEUE_RETRY_S = 10  # after which one that found the queue full may try again
 
 
 class Unfinished(GatewayError):
@@ -7202,17 +7292,15 @@ class Stopped(HttpError):
     from trying again."""
 
     def __init__(self, by):
-        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was not you",
-                         [("x-should-retry", "false")])
+        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was not "
+                                         "you", [("x-should-retry", "false")])
         self.by = by
 
 
 class Turns:
     """Lets inferences in, as far as the limits of their keys reach, and one after the other to LM Studio.
 
-    Any thread may call.  One that waits sleeps on its Turn's bell; a slot that becomes free rings one."""
-
-    RETRY_S = 10  # after which one that found the queue full may try again
+    Any thread may call.  A Turn that has to wait has a bell, which rings when a slot is free for it."""
 
     def __init__(self, config, access, hub, history):
         self._config, self._access, self._hub = config, access, hub
@@ -7238,81 +7326,81 @@ class Turns:
         account.turn(day)
         return account
 
-    def enter(self, request, model, user):
-        """The Turn of an inference that is let in; it has a bell if it has to wait.  Raises HttpError."""
-        name, clock = request.identity.name, time.monotonic()
+    def enter(self, request, model, user, bell=threading.Event):
+        """The Turn of an inference that is let in; if it has to wait, with what bell() gives.  Raises
+        HttpError."""
+        name, clock, (day, left_s) = request.identity.name, time.monotonic(), this_day()
         terms = self._access.terms(name)
         if terms.models and not (model and any(fnmatch.fnmatchcase(model.lower(), glob) for glob in terms.models)):
             raise HttpError(403, "model_not_allowed", f"the key {name} may ask {', '.join(terms.models)}; "
                             f"{model or 'a request that names no model'} is not among them")
         turn = Turn(self._hub.served(model), name, (name, user) if name is not None else request.client,
                     terms.priority, clock)
-        day, left_s = this_day()
         with self._lock:
             account = self._account(name, day)
             reached = account.refusal(terms.limits, clock, left_s)
             if not reached:
-                self._join(turn, terms)
+                self._scheduler.limits[name] = terms.limits.get("running", math.inf)
+                self._join(turn, bell)
                 account.let_in(clock)
             request.ratelimit = account.headers(terms.limits, clock)
         if reached:
             raise limit_reached(terms.limits, *reached)
         return turn
 
-    def _join(self, turn, terms):  # lock held
-        scheduler = self._scheduler
-        scheduler.limits[turn.key] = terms.limits.get("running", math.inf)
-        self._ring(scheduler.join(turn, turn.since))
+    def _join(self, turn, bell):  # lock held
+        ring(self._scheduler.join(turn, turn.since))
         if turn.began is None:
-            if len(scheduler.waiting) > self._config.max_waiting:
-                scheduler.leave(turn, turn.since)
+            if len(self._scheduler.waiting) > self._config.max_waiting:
+                self._scheduler.leave(turn, turn.since)
                 raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, as many "
-                                "as MAX_WAITING allows; try again later", [("Retry-After", str(self.RETRY_S))])
-            turn.bell = threading.Event()
-
-    @staticmethod
-    def _ring(turns):
-        for turn in turns:
-            if turn.bell:
-                turn.bell.set()
+                                "as MAX_WAITING allows; try again later", [("Retry-After", str(QUEUE_RETRY_S))])
+            turn.bell = bell()
 
     def leave(self, turn, record=None):
-        """A request is over, in whatever way: its slot is another's."""
+        """A request is over, in whatever way: its slot is another's.  Later calls do nothing."""
         if turn is None or turn.over:
             return
         usage, served = record and record.usage or {}, self._hub.served(turn.model)
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
-            if turn.over:
-                return
-            if usage:
+            if usage and not turn.over:
                 self._account(turn.key, day).spend(clock, usage.get("promptTokens") or 0,
                                                    usage.get("completionTokens") or 0)
             if served != turn.model:
                 self._scheduler.rename(turn.model, served)
-            self._ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
+            ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
+            turn.about = None
+
+    def took(self, model, seconds):
+        """It is known from before that a request of a model took so long."""
+        turn = Turn(model, None, None, PRIORITIES[1], 0.0)
+        with self._lock:
+            self._scheduler.join(turn, 0.0)
+            self._scheduler.leave(turn, seconds, done=True)
 
     def tell(self):
         """Those that wait hear of their places."""
         clock = time.monotonic()
         with self._lock:
             places = self._scheduler.places(clock, lambda turn: (
-                turn.about.progress(clock).get("etaMs", 0) / 1000 if turn.about else 0.0))
-        self._hub.place([(turn.about.record, place) for turn, place in places if turn.about])
+                turn.about.record.progress(clock).get("etaMs", 0) / 1000 if turn.about else 0.0))
+            placed = [(turn.about.record, place) for turn, place in places if turn.about]
+        self._hub.place(placed)
 
     def look(self):
         """Now and then: what has changed about the keys of those that wait counts."""
-        waiting = list(self._scheduler.waiting)
+        with self._lock:
+            waiting = [(turn.key, turn.about) for turn in self._scheduler.waiting]
         if not waiting:
             return
-        limits = {name: self._access.terms(name).limits.get("running", math.inf)
-                  for name in {turn.key for turn in waiting}}
+        limits = {name: self._access.terms(name).limits.get("running", math.inf) for name in dict(waiting)}
         with self._lock:
             self._scheduler.limits.update(limits)
-            self._ring(self._scheduler.start(time.monotonic()))
-        for turn in waiting:
-            if turn.about and self._access.recognize(turn.about.request) is None:
-                turn.about.stop(HttpError(401, "key_wrong", f"the key {turn.key} is no longer valid"))
+            ring(self._scheduler.start(time.monotonic()))
+        for name, inference in waiting:
+            if inference and self._access.recognize(inference.request) is None:
+                inference.stop(HttpError(401, "key_wrong", f"the key {name} is no longer valid"))
         self.tell()
 
     def used(self, name):
@@ -7323,6 +7411,13 @@ class Turns:
             return {"running": running, "waiting": waiting,
                     "minute": {"requests": account.requests.used(clock), "tokens": account.tokens.used(clock)},
                     "day": {kind: account.today[kind] for kind in ("requests", "promptTokens", "completionTokens")}}
+
+
+def ring(turns):
+    """The Turns that begin now hear of it."""
+    for turn in turns:
+        if turn.bell:
+            turn.bell.set()
 
 
 def limit_reached(limits, name, used, free_s):
@@ -7344,7 +7439,7 @@ class Gateway:
         self.address = ""
         self.lan_urls = []
         self.volume = LogVolume(monitor.follower.directory, config.log_dir_warn) if monitor else None
-        self.inferences: dict[str, Any] = {}    # by requestId, while they run; each step is atomic
+        self.inferences: dict[str, Inference] = {}  # by requestId, while they run; each step is atomic
         self.instances: dict[str, str] = {}     # the models that LM Studio named to them, by their references
         self.demo = False  # LM Studio is the imitation
         self.stopping = False  # the end has come: connections are not kept
@@ -7354,6 +7449,68 @@ class Gateway:
     def uptime(self):
         """Seconds since it was built, whatever became of the clock since."""
         return round(time.monotonic() - self._started, 1)
+
+
+class Inference:
+    """A request for a model's answer, from its arrival to its one end: its record, its turn, and what others
+    hear of it.
+
+    owner: the Forward or the Prediction that passes it on.  It has the request, stop(cause) for any thread,
+    which ends it with an HttpError that the client is told or with ClientLeft, the cause, and bell()."""
+
+    def __init__(self, gateway, owner, **about):
+        """Raises HttpError if the limits of its key, or the queue's, do not let it in."""
+        self._gateway, self._owner, self.request = gateway, owner, owner.request
+        request = owner.request
+        self.turn = gateway.turns.enter(request, about["model_asked"], about.get("user"), owner.bell)
+        self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), client=request.client,
+                             key=request.identity.name, agent=request.header("user-agent")[:200] or None,
+                             priority=PRIORITIES[self.turn.level], **about)
+        self.over = False
+        self._due = 0.0     # clock when listeners hear of its tokens again
+
+    def stop(self, cause):
+        self._owner.stop(cause)
+
+    def begin(self):
+        """Others hear of it, and if it has to wait, of its place."""
+        self._gateway.inferences[self.record.id] = self
+        self._gateway.hub.begin(self.record)
+        self.turn.about = self
+        if self.turn.bell:
+            self._gateway.turns.tell()
+
+    def go(self):
+        """It waited, and goes to LM Studio now."""
+        self.turn.bell = None
+        self._gateway.hub.send(self.record)
+
+    def generated(self, tokens, first, now):
+        """Its answer has so many tokens at the clock reading now; the first came at first."""
+        if now >= self._due:
+            self._due = now + COUNT_S
+            self._gateway.hub.generated(self.record, tokens, first)
+
+    def end(self, error, operation, status, meter):
+        """It is over, in whatever way: its turn is another's; the hub and the log are told.  Later calls do
+        nothing."""
+        if self.over:
+            return
+        record = self.record
+        state = "done" if error is None else "failed" if operation not in LEFT else "abandoned"
+        try:
+            self._gateway.hub.end(record, Outcome(state, status, error, operation, meter,
+                                                  getattr(self._owner.cause, "by", None)))
+        finally:
+            self.over = True
+            self._gateway.inferences.pop(record.id, None)
+            self._gateway.turns.leave(self.turn, record)
+        usage = record.usage or {}
+        told = "upstream_error" if operation == "upstream_error" else error     # which can quote a prompt
+        log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
+                record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
+                record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
+                usage.get("completionTokens", "?"), f": {told}" if told else "")
 
 
 def upstream_target(target, keys_are_set):
@@ -7366,6 +7523,11 @@ def upstream_target(target, keys_are_set):
                  if urllib.parse.unquote_plus(part.partition("=")[0]) != "api_key"]
         query, mark = "&".join(parts), "?" if parts else ""
     return path + mark + query
+
+
+def plain_target(target):
+    """The path of a target, as Express compares paths."""
+    return target.partition("?")[0].rstrip("/")
 
 
 def upstream_headers(request, length, upstream, uncompressed, withheld=()):
@@ -7405,52 +7567,47 @@ def client_headers(answer, cut):
 
 def forward(gateway, request):
     """Any other path: LM Studio's answer, unchanged, metered if it is an inference."""
-    return Forward(gateway, request).response()
+    target = upstream_target(request.target, gateway.access.need_key)
+    dialect = DIALECTS.get(plain_target(target).lower()) if request.method == "POST" else None
+    asked = parse_body(dialect, request.body) if dialect else ParsedBody(request.body)
+    kind = CommentedForward if asked.stream and gateway.config.prefill_comments else Forward
+    return kind(gateway, request, target, asked).response(dialect)
 
 
 class Forward:
     """A request on its way to LM Studio, and the body of the Response: its answer's pieces as they come.
 
-    It lives in the thread of the client's connection: it begins, is sent, waits for the answer's head, relays
-    the pieces, and ends once, in _end().  Until it is sent it may wait for as long as need be; stop() is for
-    other threads and ends it at any point.  An inference has a record, a meter and events besides.
+    It lives in the thread of the client's connection: it begins, waits for its turn, is sent, waits for the
+    answer's head, relays the pieces, and ends once, in _end().  stop() is for other threads and ends it at
+    any point.  An inference has a meter besides, and an Inference that others hear of."""
 
-    With PREFILL_COMMENTS a stream whose LM Studio is silent is filled with SSE comments, which every client
-    ignores and which keep idle timers awake.  A client without a byte for SILENCE_S gets a head of
-    ours; a failure after that is told inside the stream."""
+    alters = False  # it may add to the answer
+    bell = threading.Event
 
-    SILENCE_S = 5.0  # before each comment
-
-    def __init__(self, gateway, request):
-        self._gateway, self.request, upstream = gateway, request, gateway.upstream
-        target = upstream_target(request.target, gateway.access.need_key)
-        path = target.partition("?")[0].rstrip("/").lower()     # as Express compares paths
-        self._dialect: Any = DIALECTS.get(path) if request.method == "POST" else None
-        self._anthropic = path == "/v1/messages"
-        self._asked = parse_body(self._dialect, request.body) if self._dialect else ParsedBody(request.body)
-        self._comments = bool(self._asked.stream and gateway.config.prefill_comments)
-        shared = request.identity.name in gateway.config.users_from
-        headers = upstream_headers(request, len(self._asked.data), upstream,
-                                   self._asked.asks_usage or self._comments, USER_HEADERS if shared else ())
-        self._call = Call(upstream.origin, request.method, target, headers, self._asked.data)
-        self._choose_timeout(self._asked.stream)
-        self.record: Any = self._new_record(user_of(request, self._asked) if shared else None) if self._dialect else None
-        self._turn: Any = None
-        self._sent: Any = None      # the Answer before its head is there
+    def __init__(self, gateway, request, target, asked):
+        self._gateway, self.request, self._asked, upstream = gateway, request, asked, gateway.upstream
+        self._shared = request.identity.name in gateway.config.users_from
+        headers = upstream_headers(request, len(asked.data), upstream, asked.asks_usage or self.alters,
+                                   USER_HEADERS if self._shared else ())
+        self._call = Call(upstream.origin, request.method, target, headers, asked.data)
+        self._choose_timeout(asked.stream)
+        self._inference: Any = None
+        self._dialect: Any = None
         self._answer: Any = None
         self._meter: Any = None
-        self._cause: Any = None     # the GatewayError for which it was stopped
-        self.over = False
-        self._silent_s = 0.0    # for how long LM Studio has said nothing
+        self.cause: Any = None     # the GatewayError for which it was stopped
+        self._anthropic = plain_target(target).lower() == "/v1/messages"
+        self._over = False
 
-    def _new_record(self, user):
-        hub, request, asked = self._gateway.hub, self.request, self._asked
-        return Record(hub.request_id(), time.time(), time.monotonic(), method=request.method,
-                      path=request.path, target=self._call.selector.partition("?")[0].rstrip("/"),
-                      dialect=self._dialect.name, client=request.client, key=request.identity.name, user=user,
-                      agent=request.header("user-agent")[:200] or None, model_asked=asked.model,
-                      messages=asked.messages, fingerprint=asked.fingerprint, stream=bool(asked.stream),
-                      size=asked.size, tools=asked.tools)
+    def _infer(self, dialect):
+        """It is an inference.  Raises HttpError if that is not let in."""
+        request, asked, self._dialect = self.request, self._asked, dialect
+        self._inference = Inference(
+            self._gateway, self, method=request.method, path=request.path, target=plain_target(self._call.selector),
+            dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
+            model_asked=asked.model, messages=asked.messages, fingerprint=asked.fingerprint,
+            stream=bool(asked.stream), size=asked.size, tools=asked.tools)
+        request.turn = self._inference.turn
 
     def _choose_timeout(self, stream):
         self._timeout_option = "PROXY_STREAM_TIMEOUT" if stream else "PROXY_TIMEOUT"
@@ -7458,73 +7615,60 @@ class Forward:
 
     # --- to LM Studio
 
-    def response(self):
-        """LM Studio's own head if it comes in time, else one of ours.  Raises HttpError, ClientLeft."""
-        if self.record:
-            request = self.request
-            self._turn = request.turn = self._gateway.turns.enter(request, self._asked.model, self.record.user)
+    def response(self, dialect):
+        """LM Studio's own head; dialect: of an inference.  Raises HttpError, ClientLeft."""
+        if dialect:
+            self._infer(dialect)
         try:
-            self._begin()
-            if not self._comments:
-                self._take_turn()
-            else:
-                if self._is_silent():
-                    headers = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")]
-                    return Response(200, headers, self)
-            answer = self._take_head()
-            headers = client_headers(answer, self._comments or self._cuts)
-            if self.request.method != "HEAD" and answer.status not in (204, 304):
-                return Response(answer.status, headers, self, answer.reason, date=False)
-            self._finish()
-            return Response(answer.status, headers, None, answer.reason, date=False)
+            if self._inference:
+                self._inference.begin()
+                self._inference.record.overhead_s = time.monotonic() - self.request.arrived
+            self.request.connection.leave = lambda: self.stop(ClientLeft())
+            return self._respond()
         except BaseException as error:
             self._fail(error)
-            raise self._cause from None
-
-    def _begin(self):
-        if self.record:
-            self.record.priority = PRIORITIES[self._turn.level]
-            self._gateway.inferences[self.record.id] = self
-            self._gateway.hub.begin(self.record)
-            self.record.overhead_s = time.monotonic() - self.request.arrived
-        self.request.connection.leave = lambda: self.stop(ClientLeft())
+            raise self.cause from None
 
     def stop(self, cause):
         """Any thread.  Ends it, unless it is over: with an HttpError, which the client is told, or
         ClientLeft."""
-        self._cause = self._cause or cause
+        self.cause = self.cause or cause
         self._call.cancel()
-        bell = self._turn and self._turn.bell
+        bell = self._inference and self._inference.turn.bell
         if bell:
             bell.set()
 
-    def progress(self, clock):
-        """What is known of how far it is."""
-        return self.record.progress(clock)
+    def _respond(self):
+        self._has_turn(None)
+        answer = self._take_head()
+        headers = client_headers(answer, self.alters or self._cuts)
+        if self.request.method != "HEAD" and answer.status not in (204, 304):
+            return Response(answer.status, headers, self, answer.reason, date=False)
+        self._finish()
+        return Response(answer.status, headers, None, answer.reason, date=False)
 
-    def _take_turn(self, wait_s=None):
-        """True once it may be sent, False after so many s.  Raises what it was stopped for."""
-        turn = self._turn
-        if turn and turn.bell:
-            if turn.about is None:
-                turn.about = self
-                self._gateway.turns.tell()
-            if not turn.bell.wait(wait_s):
+    def _has_turn(self, wait_s):
+        """True once it may be sent, False after so many s.  Raises the cause for which it was stopped."""
+        bell = self._inference and self._inference.turn.bell
+        if bell:
+            if not bell.wait(wait_s):
                 return False
-            if self._cause:
-                raise self._cause
-            turn.bell = None
-            self._gateway.hub.send(self.record)
+            if self.cause:
+                raise self.cause
+            self._inference.go()
         return True
+
+    def _open(self):
+        return self._gateway.upstream.open(self._call)
 
     def _take_head(self):
         """LM Studio's Answer.  If we could not read the request, it shows whether a stream was asked for."""
-        answer = self._sent.begin() if self._sent else self._gateway.upstream.open(self._call)
-        self._answer = answer
-        if self._asked.stream is None:
+        self._answer, asked = self._open(), self._asked.stream
+        answer = self._answer
+        if asked is None:
             self._choose_timeout(answer.streams)
-        if self.record:
-            self.record.stream = self.record.stream if self._asked.stream is not None else answer.streams
+        if self._inference:
+            self._inference.record.stream = answer.streams if asked is None else asked
             self._meter = Meter(self._dialect, answer.streams, self._cuts, answer.header("content-encoding"))
         return answer
 
@@ -7543,78 +7687,41 @@ class Forward:
     def __iter__(self):
         """The pieces.  Raises Unfinished when it breaks off, ClientLeft."""
         try:
-            if self._comments:
-                yield from self._commented()
-            else:
-                yield from self._relay()
+            yield from self._pieces()
         except Exception as error:
-            stopped = self._cause is not None
+            stopped = self.cause is not None
             yield self._fail(error)
-            told = isinstance(self._cause, HttpError) and (
+            told = isinstance(self.cause, HttpError) and (
                 self._answer is None or stopped and self._answer.streams)
             if told:
-                told = error_response(self._cause, self._anthropic).body
-                yield stream_event(told, self._anthropic)
-            if not isinstance(self._cause, HttpError):
-                raise self._cause from None
+                yield stream_event(error_response(self.cause, self._anthropic).body, self._anthropic)
+            if not isinstance(self.cause, HttpError):
+                raise self.cause from None
             if not told or stopped:
                 raise Unfinished from None
 
-    def _relay(self):
+    def _pieces(self):
         """The answer's pieces, metered.  A request is over before its last piece leaves, so that whoever has
         the answer finds it counted."""
-        answer, meter, due = self._answer, self._meter, 0.0     # clock when listeners hear of its tokens
+        answer, meter = self._answer, self._meter
         for piece in answer.pieces():
             out = piece
             if meter:
                 now = time.monotonic()
                 out = meter.feed(piece, now)
-                if now >= due and meter.first is not None:
-                    due = now + COUNT_S
-                    self._gateway.hub.generated(self.record, meter.pieces, meter.first)
+                if meter.first is not None:
+                    self._inference.generated(meter.pieces, meter.first, now)
             yield out + self._finish() if answer.over else out
-        if self._cause:     # an answer that ends with its connection cannot tell
-            raise self._cause
-        if not self.over:
+        if self.cause:     # an answer that ends with its connection cannot tell
+            raise self.cause
+        if not self._over:
             yield self._finish()
-
-    def _commented(self):
-        """Comments until LM Studio speaks, then its answer; if the client has a head of ours, as a stream."""
-        late = self._answer is None
-        while late and self._is_silent():
-            yield self._gateway.hub.comment(self.record)
-        if late:
-            self._take_head()
-        while self._is_silent():
-            yield self._gateway.hub.comment(self.record)
-        if not late or self._answer.streams:
-            return (yield from self._relay())
-        body = b""
-        for piece in self._relay():
-            body += piece[:WHOLE_LIMIT - len(body)]
-        yield stream_event(body, self._anthropic)
-
-    def _is_silent(self):
-        """True after SILENCE_S without its turn or a byte of LM Studio's.  Raises TimeoutError."""
-        if not self._sent:
-            if not self._take_turn(self.SILENCE_S):
-                return True
-            self._sent = self._gateway.upstream.send(self._call)
-        limit_s = self._call.timeout_s or math.inf
-        wait_s = min(self.SILENCE_S, limit_s - self._silent_s)
-        if self._answer and self._answer.ready or self._call.wait(wait_s):
-            self._silent_s = 0.0
-            return False
-        self._silent_s += wait_s
-        if self._silent_s >= limit_s:
-            raise TimeoutError
-        return True
 
     # --- the end
 
     def close(self):
         """The client has all, or wants no more."""
-        if not self.over:
+        if not self._over:
             self._fail(ClientLeft())
 
     def _finish(self):
@@ -7628,19 +7735,17 @@ class Forward:
         return held
 
     def _fail(self, error):
-        """It ends in error; _cause is to be raised for it.  Gives bytes that were held back."""
+        """It ends in error; the cause is to be raised for it.  Gives bytes that were held back."""
         if isinstance(error, BROKEN):
             error = upstream_error(error, self._timeout_option, self._answer is not None)
-        cause = self._cause = self._cause or error
+        cause = self.cause = self.cause or error
         held = self._meter.end() if self._meter else b""
         if isinstance(cause, ClientLeft):
             phase = ("before the answer" if self._answer is None else "while the prompt was read"
                      if self._meter and self._meter.stream and self._meter.first is None
                      else "during the answer")
-            if self._gateway.cutting_off:
-                self._end(f"lmgateway stopped {phase}", "gateway_stopped")
-            else:
-                self._end(f"the client left {phase}", "client_disconnected")
+            self._end(*(f"lmgateway stopped {phase}", "gateway_stopped") if self._gateway.cutting_off else
+                      (f"the client left {phase}", "client_disconnected"))
         elif isinstance(cause, HttpError):
             self._end(str(cause), cause.code)
         else:
@@ -7649,47 +7754,74 @@ class Forward:
 
     def _end(self, error, operation):
         """It is over, once: LM Studio's connection is free, the hub and the log are told."""
-        if self.over:
+        if self._over:
             return
-        self.over = True
-        try:
-            self.request.connection.leave = None
-            self._gateway.upstream.done(self._call, self._answer)
-            if self.record:
-                self._end_record(error, operation)
-            elif error:
-                self._log(error, operation, f"{self.request.method} {self.request.path}: {error}")
-        finally:
-            self._gateway.turns.leave(self._turn, self.record)
-
-    def _end_record(self, error, operation):
-        self.request.told = True
-        end_record(self._gateway, self.record,
-                   Outcome(state_after(error, operation), self._answer and self._answer.status, error,
-                           operation, self._meter, getattr(self._cause, "by", None)))
-
-    def _log(self, error, operation, line):
-        left = operation == "client_disconnected" and not self.record
-        log.log(logging.WARNING if error and not left else logging.INFO, "%s", line)
-        self.request.told = True
+        self._over = True
+        self.request.connection.leave = None
+        self._gateway.upstream.done(self._call, self._answer)
+        self.request.told = bool(self._inference or error)
+        if self._inference:
+            self._inference.end(error, operation, self._answer and self._answer.status, self._meter)
+        elif error:
+            log.log(logging.INFO if operation == "client_disconnected" else logging.WARNING, "%s %s: %s",
+                    self.request.method, self.request.path, error)
 
 
-def state_after(error, operation):
-    if error is None:
-        return "done"
-    return "abandoned" if operation in ("client_disconnected", "stopped") else "failed"
+class CommentedForward(Forward):
+    """A Forward whose stream is filled with SSE comments while LM Studio is silent (PREFILL_COMMENTS): every
+    client ignores them, and they keep idle timers awake.
 
+    A client without a byte for SILENCE_S gets a head of ours; a failure after that is told inside the
+    stream."""
 
-def end_record(gateway, record, outcome):
-    """An inference is over: the hub and the log are told."""
-    gateway.inferences.pop(record.id, None)
-    gateway.hub.end(record, outcome)
-    usage, error = record.usage or {}, outcome.error
-    told = "upstream_error" if outcome.operation == "upstream_error" else error    # that can quote a prompt
-    log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
-            record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
-            record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
-            usage.get("completionTokens", "?"), f": {told}" if told else "")
+    SILENCE_S = 5.0  # before each comment
+    alters = True
+
+    _sent: Any = None   # the Answer before its head is there
+    _silent_s = 0.0     # for how long LM Studio has said nothing
+
+    def _respond(self):
+        if self._is_silent():
+            return Response(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")], self)
+        return super()._respond()
+
+    def _open(self):
+        return self._sent.begin()
+
+    def _pieces(self):
+        """Comments until LM Studio speaks, then its answer; if the client has a head of ours, as a stream."""
+        late = self._answer is None
+        while late and self._is_silent():
+            yield self._comment()
+        if late:
+            self._take_head()
+        while self._is_silent():
+            yield self._comment()
+        if not late or self._answer.streams:
+            return (yield from super()._pieces())
+        body = b""
+        for piece in super()._pieces():
+            body += piece[:WHOLE_LIMIT - len(body)]
+        yield stream_event(body, self._anthropic)
+
+    def _comment(self):
+        return self._gateway.hub.comment(self._inference.record)
+
+    def _is_silent(self):
+        """True after SILENCE_S without its turn or a byte of LM Studio's.  Raises TimeoutError."""
+        if not self._sent:
+            if not self._has_turn(self.SILENCE_S):
+                return True
+            self._sent = self._gateway.upstream.send(self._call)
+        limit_s = self._call.timeout_s or math.inf
+        wait_s = min(self.SILENCE_S, limit_s - self._silent_s)
+        if self._answer and self._answer.ready or self._call.wait(wait_s):
+            self._silent_s = 0.0
+            return False
+        self._silent_s += wait_s
+        if self._silent_s >= limit_s:
+            raise TimeoutError
+        return True
 
 
 def stream_event(body, anthropic):
@@ -8133,12 +8265,10 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 
 FIRST_LIMIT = 4096  # bytes of a client's first message
 PARTING_S = 0.5  # for the other side's close frame once one side has sent its own
-SETTLE_S = 0.25  # fragments wait at most so long to be read, and a stop to be noticed
-SETTLE_COUNT = 64  # fragments that wait at most
 UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read,
 UNSAID_LIMIT = 64  # and beyond so many packets of ours that wait for the end of a message of LM Studio's
 REFUSALS_KEPT = 1000  # of calls whose later messages must not go on either
-READ, WRITE, GONE = 1, 4, 8 | 16 | getattr(select, "POLLRDHUP", 0)  # of poll(2)
+READ, WRITE = 1, 4  # of poll(2)
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 OPERATIONS = {1001: "gateway_stopped", 1008: "key_revoked", 1011: "upstream_reset"}  # by close code
 KEY_REMEDY = ("this gateway asks for a key: give a client that takes a token (apiToken, LM_API_TOKEN) one of "
@@ -8178,30 +8308,37 @@ def key_in(first):
 
 
 class Prediction:
-    """One inference over a socket, from its call to its end: a record, and the meter that its end asks.
+    """One inference over a socket, from its call to its end, and the meter that its end asks: LM Studio's own
+    figures come with the result, and what is counted here is for an end without one."""
 
-    LM Studio's own figures come with the result: what was measured here is for an end without one."""
+    first = last = None
 
-    dialect, first, last = SOCKET, None, None
-
-    def __init__(self, gateway, **about):
-        self._gateway = gateway
-        self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), **about)
-        self.usage, self.pieces = Usage(), 0
-        self._begun = None  # clock of the first token
-        self._told = -math.inf  # clock when listeners heard of its tokens
-        self.cancelled = self.over = False  # cancelled: by the client
+    def __init__(self, talk, kind, body, message):
+        """Raises HttpError if it is not let in."""
+        self.request, self._hub, self.bell, self.kind = talk.request, talk.gateway.hub, lambda: talk.bell, kind
         self.cause: Any = None  # the HttpError with which it was stopped
-        gateway.inferences[self.record.id] = self
-        gateway.hub.begin(self.record)
+        self.cancelled = False  # by the client
+        self.usage, self.pieces, self._begun = Usage(), 0, None     # begun: clock of the first token
+        endpoint = body["endpoint"]
+        self.dialect = METERED[talk.namespace, kind, endpoint]
+        asked = member(body, "parameter" if kind == "rpcCall" else "creationParameter")
+        path, messages = f"/{talk.namespace}/{endpoint}", member(asked, "history").get("messages")
+        self.inference = Inference(
+            talk.gateway, self, method="GET", path=path, target=path, dialect=self.dialect.name,
+            stream=kind == "channelCreate", messages=len(messages) if isinstance(messages, list) else None,
+            model_asked=model_named(member(asked, "modelSpecifier"), talk.gateway.instances),
+            size=None if has_files(listed(messages)) else text_size([messages, asked.get("rawPrompt")]),
+            tools=b'"llm.prediction.tools"' in message.payload)
+        self.held = message.raw if self.inference.turn.bell else b""    # while it waits for its turn
 
     def stop(self, cause):
         """Any thread.  Ends it, unless it is over, with an HttpError of which the client is told."""
         self.cause = self.cause or cause
+        self.bell().set()
 
-    def take(self, kind, body, now):
+    def take(self, body, now):
         """Learn from a message of LM Studio's that answers it."""
-        content = member(body, "message")
+        kind, content = body.get("type"), member(body, "message")
         if kind == "channelSend":
             learn = PACKETS.get(str(content.get("type")))
             if learn:
@@ -8215,14 +8352,12 @@ class Prediction:
             self.end("LM Studio closed the channel without a result", "upstream_error")
 
     def on_fragment(self, content, now):
-        self.pieces += count(member(content, "fragment"), "tokensCount", default=1)
-        self.on_token(content, now)
+        self.generated(count(member(content, "fragment"), "tokensCount", default=1), now)
 
-    def on_token(self, content, now):
-        self._begun = self._begun or now
-        if now - self._told >= COUNT_S:
-            self._told = now
-            self._gateway.hub.generated(self.record, self.pieces, self._begun)
+    def generated(self, tokens, now):
+        """So many tokens more, at the clock reading now."""
+        self.pieces, self._begun = self.pieces + tokens, self._begun or now
+        self.inference.generated(self.pieces, self._begun, now)
 
     def on_progress(self, content, now):
         """How much of the prompt has been read; what of it came from the cache is said nowhere else."""
@@ -8235,186 +8370,180 @@ class Prediction:
                 "reused": cached, "total": total, "percentage": round(100 * cached / total, 2)}))
         if read is not None:
             events.append(Event("lmstudio_prompt_progress", {"progress": round(100 * min(read, 1), 2)}))
-        self._gateway.hub.learned(self.record, events)
+        self._hub.learned(self.inference.record, events)
 
     def on_success(self, content, now):
-        stats, usage = member(content, "stats"), self.usage
-        usage.prompt, usage.completion, usage.total = (count(stats, name) for name in (
-            "promptTokensCount", "predictedTokensCount", "totalTokensCount"))
-        speed, first_s = usable(stats.get("tokensPerSecond")), usable(stats.get("timeToFirstTokenSec"))
-        usage.speed, usage.first_ms = speed and round(speed, 2), first_s and round(1000 * first_s, 1)
-        usage.finish = name_of(stats.get("stopReason"))
-        usage.model = name_of(member(content, "modelInfo").get("identifier"))
+        figures = figures_as_v0(member(content, "stats"))
+        self.usage.take({**figures, "model": member(content, "modelInfo").get("identifier")})
+        drafts = count(figures["stats"], "total_draft_tokens_count")
+        if drafts:
+            self._hub.learned(self.inference.record, [Event("lmstudio_prediction_stats", {
+                "draftTokens": drafts,
+                "acceptedDraftTokens": count(figures["stats"], "accepted_draft_tokens_count")})])
         self.pieces = 0  # estimates are for what has no figures
-        if usage.finish == "userStopped":
-            self.cancelled = True
-            self.end("the client cancelled it", "client_disconnected")
-        else:
-            self.end()
+        self.cancelled = self.usage.finish == "userStopped"
+        self.end("the client cancelled it" if self.cancelled else None)
 
     def end(self, error=None, operation=None):
         """It is over, in whatever way.  Later calls do nothing."""
-        if self.over:
-            return
-        self.over = True
-        self._gateway.inferences.pop(self.record.id, None)
         if self.cause:
             error, operation = str(self.cause), self.cause.code
         elif error and self.cancelled:
             error, operation = "the client cancelled it", "client_disconnected"
-        end_record(self._gateway, self.record, Outcome(state_after(error, operation), None if error else 200,
-                                                       error, operation, self))
+        self.inference.end(error, operation, None if error else 200, self)
 
 
 PACKETS: dict[str, Callable] = {  # of a prediction's channel
     "fragment": Prediction.on_fragment, "promptProcessingProgress": Prediction.on_progress,
-    "success": Prediction.on_success, "toolCallGenerationStart": Prediction.on_token,
-    "toolCallGenerationArgumentFragmentGenerated": Prediction.on_token}
+    "success": Prediction.on_success,
+    "toolCallGenerationStart": lambda prediction, content, now: prediction.generated(0, now),
+    "toolCallGenerationArgumentFragmentGenerated": lambda prediction, content, now: prediction.generated(0, now)}
 
 
 class Conversation:
-    """What is said over one socket: which calls may go on, and what they cost."""
+    """What is said over one socket: which calls may go on, and when, and what they cost."""
 
-    def __init__(self, gateway, request):
-        self._gateway, self._request, self._namespace = gateway, request, request.path[1:]
+    def __init__(self, gateway, request, bell):
+        self.gateway, self.request, self.bell, self.namespace = gateway, request, bell, request.path[1:]
         self.running = {}  # (name of the id, id) -> Prediction
         self._refused: dict = {}  # ids of calls that LM Studio never heard of, in the same form
-        self._later: list[bytes] = []  # fragments that the client has and that are not read yet
-        self._settled = -math.inf  # clock when they were read last
         self.words: list[bytes] = []  # packets of ours for the client
+
+    @property
+    def held(self):
+        """Bytes of calls that wait for their turn."""
+        return sum(len(prediction.held) for prediction in self.running.values())
 
     def check_key(self):
         """Raises FrameError when the client's key is no longer what it was."""
-        if self._gateway.access.recognize(self._request) != self._request.identity:
+        if self.gateway.access.recognize(self.request) != self.request.identity:
             raise FrameError(1008, "the key was revoked or has other rights now")
 
     def admits(self, message):
-        """True when a client's message may go on to LM Studio.  Raises FrameError for one that cannot be
+        """True when a client's message may go on to LM Studio now.  Raises FrameError for one that cannot be
         judged: what this program cannot read LM Studio may."""
         self.check_key()
-        text, rights = message.payload, self._request.identity.rights
+        text = message.payload
         if message.opcode == BINARY:    # LM Studio reads it as text
             text = str(text, "utf-8", "replace").encode()
         body = json_object(text)
-        if body is None and "admin" not in rights:
+        if body is None and "admin" not in self.request.identity.rights:
             raise FrameError(1008, "a message that is no JSON object")
         kind = str((body or {}).get("type"))
         if kind in OPENERS:
-            return self._opens(kind, body, rights)
+            return self._opens(kind, body, message)
         return kind not in FOLLOWERS or self._follows(kind, body)
 
-    def _opens(self, kind, body, rights):
-        (name, refusal), endpoint = OPENERS[kind], str(body.get("endpoint"))
-        number = id_of(body, name)
-        if number is None or kind == "rpcCall" and (name, number) in self.running:
+    def _opens(self, kind, body, message):
+        name, endpoint = OPENERS[kind][0], str(body.get("endpoint"))
+        key = name, id_of(body, name)
+        before, metered = self.running.get(key), (self.namespace, kind, endpoint) in METERED
+        if key[1] is None or before and (kind == "rpcCall" or before.held):
             return False    # LM Studio drops such a call, too
-        right = RIGHT_OF.get((self._namespace, endpoint), "admin")
-        if not rights & {right, "admin"}:
-            remember(self._refused, (name, number), True, REFUSALS_KEPT)
-            title = f"{bounded_text(endpoint, 60)}: {right_missing(self._request.identity, right)}"
-            self.words.append(packet(type=refusal, **{name: number}, error={"title": title}))
+        try:
+            right = RIGHT_OF.get((self.namespace, endpoint), "admin")
+            if not self.request.identity.rights & {right, "admin"}:
+                raise right_missing(self.request.identity, right)
+            self._refused.pop(key, None)
+            if metered and not before:
+                self.running[key] = Prediction(self, kind, body, message)
+                self.running[key].inference.begin()
+                return not self.running[key].held
+            return True
+        except HttpError as error:
+            self.gateway.hub.reject(error.code)
+            remember(self._refused, key, True, REFUSALS_KEPT)
+            self._refuse(kind, key[1], f"{bounded_text(endpoint, 60)}: {error}")
             return False
-        self._refused.pop((name, number), None)
-        if (self._namespace, kind, endpoint) in METERED and (name, number) not in self.running:
-            self.running[name, number] = self._prediction(kind, endpoint, body)
-        return True
 
-    def _prediction(self, kind, endpoint, body):
-        asked = member(body, "parameter" if kind == "rpcCall" else "creationParameter")
-        request = self._request
-        messages = member(asked, "history").get("messages")
-        path = f"/{self._namespace}/{endpoint}"
-        return Prediction(self._gateway, method="GET", path=path, target=path, dialect=SOCKET.name,
-                          client=request.client, key=request.identity.name,
-                          agent=request.header("user-agent")[:200] or None, stream=kind == "channelCreate",
-                          model_asked=model_named(member(asked, "modelSpecifier"), self._gateway.instances),
-                          messages=len(messages) if isinstance(messages, list) else None)
+    def _refuse(self, kind, number, title):
+        name, refusal = OPENERS[kind]
+        self.words.append(packet(type=refusal, **{name: number}, error={"title": title}))
 
     def _follows(self, kind, body):
         key = FOLLOWERS[kind], id_of(body, FOLLOWERS[kind])
         prediction = self.running.get(key)
         if prediction and member(body, "message").get("type") == "cancel":
             prediction.cancelled = True
-        return key not in self._refused
+            if prediction.held:
+                self._drop(key, "it was cancelled while it waited for its turn")
+                return False
+        return key not in self._refused and not (prediction and prediction.held)
+
+    def _drop(self, key, title):
+        """A call ends here; its client is told why."""
+        prediction = self.running.pop(key)
+        prediction.end(title)
+        self._refuse(prediction.kind, key[1], title)
+
+    def tend(self):
+        """Frames for LM Studio: of the calls whose turn has come, and to cancel those that somebody has
+        stopped."""
+        frames = []
+        for key, prediction in list(self.running.items()):
+            if prediction.cause:
+                self._drop(key, str(prediction.cause))
+                if not prediction.held and prediction.kind == "channelCreate":
+                    frames.append(packet(secrets.token_bytes(4), type="channelSend", channelId=key[1],
+                                         message={"type": "cancel"}))
+            elif prediction.held and prediction.inference.turn.began is not None:
+                frames.append(prediction.held)
+                prediction.held = b""
+                prediction.inference.go()
+        return frames
 
     def heard(self, messages, now):
         """LM Studio's messages, before the client has them: a client may leave the moment it has the last."""
         for message in messages:
-            if FRAGMENT.match(message.payload):
-                self._later.append(message.payload)
+            fragment = FRAGMENT.match(message.payload)
+            if fragment:
+                prediction = self.running.get(("channelId", int(fragment[1])))
+                if prediction:
+                    prediction.generated(int(fragment[2]), now)
             elif message.opcode in (TEXT, BINARY):
-                self.settle(now)
                 self._take(json_object(message.payload) or {}, now)
-        if self._later and (now - self._settled >= SETTLE_S or len(self._later) >= SETTLE_COUNT):
-            self.settle(now)
-
-    def settle(self, now):
-        """Read the fragments that wait, at once: one by one they cost twice as much."""
-        later, self._later, self._settled = self._later, [], now
-        if later and self.running:
-            whole = json_object(b'{"all":[' + b",".join(later) + b"]}")
-            for body in listed(whole["all"]) if whole else [json_object(text) or {} for text in later]:
-                self._take(body, now)
 
     def _take(self, body, now):
-        kind = body.get("type")
         name = "callId" if "callId" in body else "channelId"
         key = name, id_of(body, name)
         prediction = self.running.get(key)
         if prediction:
-            prediction.take(kind, body, now)
-            if prediction.over:
+            prediction.take(body, now)
+            if prediction.inference.over:
                 del self.running[key]
         for reference, model in named_instances(body):
-            remember(self._gateway.instances, reference, model)
-
-    def stop(self):
-        """What somebody has stopped ends: packets for LM Studio that cancel it; its client hears in words."""
-        cancels = []
-        for (name, number), prediction in list(self.running.items()):
-            if prediction.cause:
-                prediction.end()
-                del self.running[name, number]
-                self.words.append(packet(type="rpcError" if name == "callId" else "channelError",
-                                         **{name: number}, error={"title": str(prediction.cause)}))
-                if name == "channelId":
-                    cancels.append(packet(secrets.token_bytes(4), type="channelSend", channelId=number,
-                                          message={"type": "cancel"}))
-        return cancels
+            remember(self.gateway.instances, reference, model)
 
     def end(self, error, operation):
-        """The socket is over, and with it all that runs."""
-        self.settle(time.monotonic())
-        for prediction in self.running.values():
-            prediction.end(error, operation)
-        self.running.clear()
+        """The socket is over, and with it all that runs or waits."""
+        with contextlib.ExitStack() as stack:   # each of them, whatever becomes of another
+            while self.running:
+                stack.callback(self.running.popitem()[1].end, error, operation)
 
 
-def name_of(value):
-    """A name in a message, as it is kept; None for none."""
-    return bounded_text(value) if value and isinstance(value, str) else None
+class Bell:
+    """Wakes the thread of a tunnel.  Any thread may ring, also when nobody waits."""
 
+    def __init__(self):
+        self.sock, self._rope = socket.socketpair()
+        for end in (self.sock, self._rope):
+            end.setblocking(False)
 
-def model_named(specifier, instances):
-    """The model that a specifier means, as it was asked for; None for any."""
-    reference, query = name_of(specifier.get("instanceReference")), member(specifier, "query")
-    return instances.get(reference) or name_of(query.get("identifier")) or name_of(query.get("path"))
+    def set(self):
+        with contextlib.suppress(OSError):  # it rings already, or there is nobody left
+            self._rope.send(b"!")
 
-
-def named_instances(body):
-    """[(instance reference, identifier)] of the models that a message of LM Studio's describes."""
-    result, content = body.get("result"), member(body, "message")
-    rows = [*(result if isinstance(result, list) else [result]), content.get("info"),
-            content.get("modelInfo")]
-    found = [(name_of(row.get("instanceReference")), name_of(row.get("identifier"))) for row in listed(rows)]
-    return [(reference, model) for reference, model in found if reference and model]
+    def close(self):
+        self.sock.close()
+        self._rope.close()
 
 
 class Side:
     """One of a tunnel's two connections, read and written without waiting."""
 
-    def __init__(self, sock):
-        self.sock, self.pending = sock, bytearray()     # pending: what it has not taken
+    def __init__(self, sock, frames):
+        self.sock, self.frames = sock, frames
+        self.pending = bytearray()  # what it has not taken
 
     def receive(self):
         """What has come: None for nothing, b"" for the end."""
@@ -8440,28 +8569,19 @@ class Side:
             self.pending += data[sent:]
 
 
-class Poll:
-    """Waits for several sockets: poll(2), select(2) where there is none."""
-
-    def __init__(self):
-        self._poll = select.poll() if hasattr(select, "poll") else None
-        self._wanted: dict = {}
-        self._socks: dict = {}
-
-    def wait(self, wanted, timeout_s):
-        """{socket: what happened} within timeout_s, None for ever; wanted: {socket: READ, WRITE, GONE}."""
-        if self._poll is None:
-            reads, writes, _ = select.select([sock for sock in wanted if wanted[sock] & READ],
-                                             [sock for sock in wanted if wanted[sock] & WRITE], [], timeout_s)
-            return {sock: (sock in reads) * READ | (sock in writes) * WRITE for sock in {*reads, *writes}}
-        if wanted != self._wanted:
-            for sock in self._wanted:
-                self._poll.unregister(sock)
-            for sock, mask in wanted.items():
-                self._poll.register(sock, mask)
-            self._wanted, self._socks = wanted, {sock.fileno(): sock for sock in wanted}
-        found = self._poll.poll(None if timeout_s is None else math.ceil(1000 * max(0.0, timeout_s)))
-        return {self._socks[number]: mask for number, mask in found}
+def ready_sockets(wanted, timeout_s):
+    """The set of sockets that can be read or written, or have ended, within timeout_s, None for ever; wanted:
+    {socket: READ, WRITE, both or 0}."""
+    if not hasattr(select, "poll"):
+        reads, writes, _ = select.select([sock for sock in wanted if wanted[sock] & READ],
+                                         [sock for sock in wanted if wanted[sock] & WRITE], [], timeout_s)
+        return {*reads, *writes}
+    look, socks = select.poll(), {}
+    for sock, mask in wanted.items():
+        if mask:
+            socks[sock.fileno()] = sock
+            look.register(sock, mask)
+    return {socks[number] for number, _ in look.poll(None if timeout_s is None else math.ceil(1000 * timeout_s))}
 
 
 class Tunnel:
@@ -8469,24 +8589,24 @@ class Tunnel:
     not taken holds up the other.  TLS would not bear two threads (SSL_read(3) beside SSL_write(3))."""
 
     def __init__(self, gateway, request, studio, early):
-        self._gateway, self._request = gateway, request
-        self.client, self.studio = Side(request.connection.sock), Side(studio)
-        self._up, self._down = Frames(True, FIRST_LIMIT), Frames(False, WHOLE_LIMIT)
+        self._gateway, self._request, self._bell = gateway, request, Bell()
+        self.client = Side(request.connection.sock, Frames(True, FIRST_LIMIT))
+        self.studio = Side(studio, Frames(False, LONGEST_MESSAGE))
         self._early = early  # bytes of LM Studio's that came with its 101
-        self.talk = Conversation(gateway, request)
-        self._poll = Poll()
-        self._memory, self._held = BodyMemory(0), 0     # held: bytes of a message that it counts
-        self._deaf = False  # the client is read no more
+        self.talk = Conversation(gateway, request, self._bell)
+        self._memory, self._held = BodyMemory(0), 0     # held: bytes of messages that it counts
+        self._dismissed = False     # the client has left, or is to go
+        self._said_goodbye = False  # the client is read no more
         self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
 
     # --- who is there
 
     def admit(self, early):
         """Take the client's first message, early the bytes of it that are there, and give LM Studio one of
-        ours.  True once LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
+        ours, until LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
         request = self._request
         try:
-            first, calls = first_message(self.client.sock, self._up, early)
+            first, calls = first_message(self.client.sock, self.client.frames, early)
         except TIMEOUTS:
             raise HttpError(408, "authentication_timeout", "authentication timed out") from None
         said = json_object(first.payload) or {}
@@ -8499,14 +8619,14 @@ class Tunnel:
         who = [request.identity.name, said.get("clientIdentifier"), said.get("clientPasskey")]
         try:
             self.studio.sock.sendall(self._gateway.upstream.introduction(json.dumps(who)))
-            answer, news = first_message(self.studio.sock, self._down, self._early)
+            answer, news = first_message(self.studio.sock, self.studio.frames, self._early)
         except (ClientLeft, FrameError, OSError):
             raise FrameError(1011, "LM Studio let nobody in") from None
         said = json_object(answer.payload) or {}
         if said.get("success") is not True:
             raise HttpError(403, "upstream_refused", str(said.get("error") or "LM Studio let nobody in"))
         self.client.sock.sendall(b"".join(message.raw for message in (answer, *news)))
-        self._up.limit = self._gateway.config.max_body
+        self.client.frames.limit = self._gateway.config.max_body
         for side in (self.client, self.studio):
             side.sock.setblocking(False)
         self._pass_on(calls)
@@ -8521,83 +8641,80 @@ class Tunnel:
 
     def run(self, connection, memory):
         """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
-        self._memory = memory
+        self._memory, talk = memory, self.talk
         connection.leave = self.dismiss
-        self._say()
         while time.monotonic() < self._parting:
-            connection.state = WORKING if self.talk.running else TUNNELLING
-            if self._gateway.stopping and not self.talk.running:
+            connection.state = WORKING if talk.running else TUNNELLING
+            if self._gateway.stopping and not talk.running:
                 raise FrameError(1001, "lmgateway stops")
             self._step()
 
     def dismiss(self):
         """Any thread.  The client has left, or is to go."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.client.sock, socket.SHUT_RD)
+        self._dismissed = True
+        self._bell.set()
 
     def _step(self):
         client, studio, talk = self.client, self.studio, self.talk
-        reads = not (self._deaf or studio.pending or len(client.pending) > UNREAD_LIMIT
+        while talk.words and studio.frames.between:     # ours stand between two messages of LM Studio's
+            client.send(talk.words.pop(0))
+        reads = not (self._said_goodbye or studio.pending or len(client.pending) > UNREAD_LIMIT
                      or len(talk.words) > UNSAID_LIMIT)
-        wanted = {client.sock: (0 if self._deaf else GONE) | READ * reads | WRITE * bool(client.pending),
-                  studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)}
-        left_s = SETTLE_S if talk.running else None
-        if self._parting < math.inf:
-            left_s = self._parting - time.monotonic()
-        happened = self._poll.wait({sock: mask for sock, mask in wanted.items() if mask}, left_s)
-        now = time.monotonic()
+        found = ready_sockets({
+            self._bell.sock: READ, client.sock: READ * reads | WRITE * bool(client.pending),
+            studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)},
+            max(0.0, self._parting - time.monotonic()) if self._parting < math.inf else None)
         client.send()
         self._to_studio()
-        if happened.get(studio.sock, 0) & ~WRITE:
-            self._from_studio(now)
-        elif talk.running and not happened:
-            talk.settle(now)
-        if happened.get(client.sock, 0) & ~WRITE and not self._deaf:
-            self._from_client(reads)
-        for cancel in talk.stop():
-            self._to_studio(cancel)
-        self._say()
+        if self._bell.sock in found:
+            self._bell.sock.recv(PIECE)
+            self._wake()
+        if studio.sock in found:
+            self._from_studio(time.monotonic())
+        if client.sock in found and reads:
+            self._from_client()
+        self._weigh()
+
+    def _wake(self):
+        """Another thread has rung."""
+        if self._dismissed and not self._gateway.stopping:
+            self.talk.check_key()
+            raise ClientLeft
+        for data in self.talk.tend():
+            self._to_studio(data)
 
     def _from_studio(self, now):
         data = self.studio.receive()
         if data is None:
             return
         try:
-            messages = self._down.feed(data)
+            messages = self.studio.frames.feed(data)
         except FrameError as fault:
             raise FrameError(1011, f"LM Studio sent {fault}") from None
-        if not data:
-            self._end_of_studio()
+        if not data and self._parting == math.inf:
+            raise FrameError(1011, "LM Studio closed the connection")
         self.talk.heard(messages, now)
         self.client.send(data)
-        if messages and messages[-1].opcode == CLOSE:
+        if not data or messages and messages[-1].opcode == CLOSE:
             self._closes()
 
-    def _end_of_studio(self):
-        if self._parting == math.inf:
-            raise FrameError(1011, "LM Studio closed the connection")
-        self._parting = 0.0
-
-    def _from_client(self, reads):
-        data = self.client.receive() if reads else b""
+    def _from_client(self):
+        data = self.client.receive()
         if data:
-            messages = self._up.feed(data)
-            self._weigh(self._up.held)
-            self._pass_on(messages)
+            self._pass_on(self.client.frames.feed(data))
         elif data is not None:
-            self.talk.check_key()
-            if not self._gateway.stopping:
-                raise ClientLeft
-            self._deaf = True
+            raise ClientLeft
 
-    def _weigh(self, held):
-        """What has come of a message counts in the budget of all bodies."""
-        more, self._held = held - self._held, held
-        try:
-            self._memory.take(more)
-        except HttpError as error:
-            self._held -= more
-            raise FrameError(1009, str(error)) from None
+    def _weigh(self):
+        """What is held of a client's messages counts in the budget of all bodies."""
+        held = self.client.frames.held + self.talk.held
+        more = held - self._held
+        if more:
+            try:
+                self._memory.take(more)
+            except HttpError as error:
+                raise FrameError(1009, str(error)) from None
+            self._held = held
 
     def _pass_on(self, messages):
         """A client's messages, to LM Studio or not."""
@@ -8605,7 +8722,7 @@ class Tunnel:
             if message.opcode >= CLOSE or self.talk.admits(message):
                 self._to_studio(message.raw)
             if message.opcode == CLOSE:
-                self._deaf = True
+                self._said_goodbye = True
                 self.talk.end("the client closed the socket", "client_disconnected")
                 return self._closes()
 
@@ -8620,32 +8737,27 @@ class Tunnel:
         both = self._parting < math.inf
         self._parting = 0.0 if both else time.monotonic() + PARTING_S
 
-    def _say(self):
-        """Words of ours, between two messages of LM Studio's."""
-        words = self.talk.words
-        while words and self._down.between:
-            self.client.send(words.pop(0))
-
     # --- the end
 
     def part(self, fault):
         """It is over, for the FrameError, HttpError or ClientLeft given, or because a side has closed."""
         self._request.connection.leave = None
         self._memory.give_back(self._held)
+        close_quietly(self.studio.sock)
         if isinstance(fault, FrameError):
             log.debug("%s %s: closed with %d: %s", self._request.client, self._request.path, fault.code,
                       fault)
-            self.talk.end(str(fault), OPERATIONS.get(fault.code, "protocol_error"))
-            if not self._down.in_frame:
+            why = str(fault), OPERATIONS.get(fault.code, "protocol_error")
+            if not self.studio.frames.rest:
                 self.client.pending += frame(CLOSE, fault.code.to_bytes(2, "big")
                                              + str(fault).encode()[:LONGEST_CONTROL - 2])
         elif self._gateway.cutting_off:
-            self.talk.end("lmgateway stopped during the answer", "gateway_stopped")
-        elif fault:
-            self.talk.end("the client left", "client_disconnected")
+            why = "lmgateway stopped during the answer", "gateway_stopped"
         else:
-            self.talk.end("LM Studio closed the socket", "upstream_reset")
-        close_quietly(self.studio.sock)
+            why = ("the client left", "client_disconnected") if fault else (
+                "LM Studio closed the socket", "upstream_reset")
+        self.talk.end(*why)
+        self._bell.close()
         with contextlib.suppress(OSError):
             self.client.sock.settimeout(PARTING_S)
             self.client.sock.sendall(self.client.pending)
@@ -9073,9 +9185,10 @@ def wait_until(holds, seconds):
 
 DEMO_MODELS = ("demo/kestrel-8b", "demo/wren-2b")
 DEMO_EMBEDDING = "demo/lark-embed"
-DEMO_TEXT = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
-             "upstairs reads aloud from a letter about copper, rivers and the price of bread. ")
-DEMO_WORDS = re.findall(r"\S+ ", DEMO_TEXT)
+DEMO_CONTEXT = 32768  # tokens
+DEMO_WORDS = re.findall(r"\S+ ", (
+    "The lamp on the harbour wall turns slowly and the boats come home one by one while somebody upstairs "
+    "reads aloud from a letter about copper, rivers and the price of bread. "))
 
 
 class DemoLog:
@@ -9085,7 +9198,6 @@ class DemoLog:
         self.directory = directory
         self.listeners: list[queue.Queue] = []  # of streamLogs
         self._lock = threading.Lock()  # entries do not mix
-        self._started = time.monotonic()
 
     def write(self, level, text, tag=""):
         """Append one entry; its continuation lines are in text."""
@@ -9100,11 +9212,28 @@ class DemoLog:
         for news in list(self.listeners):
             news.put({"type": "server.log", "level": level.lower(), "content": entry})
 
-    def engine(self, *lines):
-        """One entry of engine lines, each after the engine's clock."""
+
+class DemoEngine:
+    """The process that answers for one model: one request after the other, at its own pace."""
+
+    def __init__(self, log, pace):
+        self.pace, self.turn = pace, threading.Lock()
+        # A process of its own for each: their clocks and tasks have nothing in common.
+        self.tasks, self._started = itertools.count(round(3000 * pace)), time.monotonic() - 1000 * pace
+        self._log = log
+        self._prompts: deque[str] = deque(maxlen=8)  # that it still has in its cache
+
+    def write(self, *lines):
+        """One entry of the log, each line after the engine's clock."""
         us = int(1e6 * (time.monotonic() - self._started))
         clock = f"{us // 60_000_000}.{us // 1_000_000 % 60:02}.{us // 1000 % 1000:03}.{us % 1000:03} I "
-        self.write("DEBUG", "\n".join(clock + line for line in lines))
+        self._log.write("DEBUG", "\n".join(clock + line for line in lines))
+
+    def cached(self, prompt, tokens):
+        """Tokens of a prompt that it has from an earlier one: those of the same beginning."""
+        same = max((len(os.path.commonprefix([prompt, known])) for known in self._prompts), default=0)
+        self._prompts.append(prompt)
+        return min(tokens - 1, 20 + 7 * same) if same else 0
 
 
 def demo_texts(body):
@@ -9113,91 +9242,111 @@ def demo_texts(body):
 
 
 class DemoRun:
-    """One answer in the imitation: the same figures in it and in its log."""
+    """One answer of the imitation, at its speed, for as long as alive() says that somebody waits for it."""
+
+    def __init__(self, server, model, texts, limit, alive):
+        self.server, self.texts, self.alive = server, texts, alive
+        self.model = model if model in DEMO_MODELS else DEMO_MODELS[0]
+        self.engine = server.engines[self.model]
+        self.answer = limit if isinstance(limit, int) and 0 < limit < 500 else server.answer_tokens
+        self.prompt, self.cached = 20 + 7 * len("".join(texts)), 0  # tokens
+
+    def reading(self):
+        """How many tokens are read, after each batch of those that the engine has yet to read."""
+        batch = self.server.batch
+        for read in (*range(self.cached + batch, self.prompt, batch), self.prompt):
+            if self._pause(self.server.batch_s):
+                return
+            yield read
+
+    def words(self):
+        """The words of the answer."""
+        for number in range(self.answer):
+            if self._pause(self.server.token_s):
+                return
+            yield DEMO_WORDS[number % len(DEMO_WORDS)]
+
+    def remember(self):
+        """Its turn has come: what is cached now is known."""
+        self.cached = self.engine.cached("".join(self.texts), self.prompt)
+
+    def _pause(self, seconds):
+        return self.server.stopping.wait(seconds * self.engine.pace) or not self.alive()
+
+
+class DemoAnswer(DemoRun):
+    """One answer over HTTP: the same figures in it and in the log."""
 
     def __init__(self, server, path, body, alive):
-        self.server, self.log, self.path, self.body, self._alive = server, server.log, path, body, alive
-        self.model = body.get("model") if body.get("model") in DEMO_MODELS else DEMO_MODELS[0]
-        self.stream = body.get("stream") is True
+        super().__init__(server, body.get("model"), demo_texts(body), body.get("max_tokens"), alive)
+        self.path, self.body, self.stream = path, body, body.get("stream") is True
         self.created, self.id = int(time.time()), secrets.token_hex(12)
-        self.texts = demo_texts(body)
-        limit = body.get("max_tokens")
-        self.completion = limit if isinstance(limit, int) and 0 < limit < 500 else server.answer_tokens
-        self.prompt = 400 + 7 * len("".join(self.texts))
-        self.task = next(server.tasks)
+        self.task = next(self.engine.tasks)
         self.slot = f"id  {self.task % 4} | task {self.task} | "
+
+    def log(self, text):
+        self.server.log.write("INFO", text, self.model)
 
     def received(self):
         shown = json.dumps(self.body, indent=2, ensure_ascii=False)
-        self.log.write("DEBUG", f"Received request: POST to {self.path} with body {shown}")
-        self.log.write("INFO", f"Running chat completion on conversation with {len(self.texts)} messages.",
-                       self.model)
+        self.server.log.write("DEBUG", f"Received request: POST to {self.path} with body {shown}")
+        self.log(f"Running chat completion on conversation with {len(self.texts)} messages.")
         if self.stream:
-            self.log.write("INFO", "Streaming response...", self.model)
+            self.log("Streaming response...")
 
     def read_prompt(self):
-        """The prompt phase, a batch at a time, after the part that the model has from its last prompt.  False
-        when the client has left."""
-        self.cached = self.server.cached(self.model, "".join(self.texts), self.prompt)
-        self.log.engine(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
-                        " repeat_last_n = 64, repeat_penalty = 1.000, presence_penalty = 0.000\n"
-                        " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
-                        " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
-        self.log.engine(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
-                        f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 32768, n_keep = 20, "
-                        f"task.n_tokens = {self.prompt}",
-                        f"slot   operator(): {self.slot}cached n_tokens = {self.cached}, memory_seq_rm "
-                        f"[{self.cached}, end)")
-        for read in (0, *range(self.cached + self.server.batch, self.prompt, self.server.batch), self.prompt):
-            if read and (not self._alive() or self.server.stopping.wait(self.server.batch_s)):
-                return False
-            self.log.write("INFO", f"Prompt processing progress: {100 * read / self.prompt:.1f}%", self.model)
-        self.log.engine(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, "
-                        f"tokens: text = {self.prompt}, total = {self.prompt}")
-        return True
+        self.remember()
+        self.engine.write(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
+                          " repeat_last_n = 64, repeat_penalty = 1.000, presence_penalty = 0.000\n"
+                          " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
+                          " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
+        self.engine.write(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
+                          f"slot   operator(): {self.slot}new prompt, n_ctx_slot = {DEMO_CONTEXT}, "
+                          f"n_keep = 20, task.n_tokens = {self.prompt}")
+        for read in itertools.chain([0], self.reading()):
+            known = max(read, self.cached)
+            if known < self.prompt:     # before each batch
+                self.engine.write(f"slot   operator(): {self.slot}cached n_tokens = {known}, memory_seq_rm "
+                                  f"[{known}, end)")
+            self.log(f"Prompt processing progress: {100 * read / self.prompt:.1f}%")
+        self.insist()
+        self.engine.write(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, "
+                          f"tokens: text = {self.prompt}, total = {self.prompt}")
 
-    def words(self):
-        """The words of the answer at the imitation's speed, until the client has left."""
-        for count in range(self.completion):
-            if self.server.stopping.wait(self.server.token_s) or not self._alive():
-                return
-            yield DEMO_WORDS[count % len(DEMO_WORDS)]
-
-    def timing(self, name, spent_ms, tokens):
-        each_ms, speed = spent_ms / max(1, tokens), 1000 * tokens / spent_ms
-        return (f"slot print_timing: {self.slot}{name} = {spent_ms:10.2f} ms / {tokens:5} tokens "
-                f"({each_ms:8.2f} ms per token, {speed:8.2f} tokens per second)")
+    def insist(self):
+        """Raises OSError when nobody waits for the answer any more."""
+        if not self.alive():
+            raise BrokenPipeError
 
     def finished(self):
         """The engine's timings and the app's last line."""
-        fresh = self.prompt - self.cached
-        read_ms = max(0.01, 1000 * self.server.batch_s * math.ceil(fresh / self.server.batch))
-        write_ms = max(0.01, 1000 * self.server.token_s * self.completion)
-        self.log.engine(self.timing("prompt eval time", read_ms, fresh),
-                        self.timing("       eval time", write_ms, self.completion),
-                        f"slot print_timing: {self.slot}      total time = {read_ms + write_ms:10.2f} ms / "
-                        f"{fresh + self.completion:5} tokens",
-                        f"slot      release: {self.slot}stop processing: n_tokens = "
-                        f"{self.prompt + self.completion - 1}, truncated = 0",
-                        "srv  update_slots: all slots are idle")
+        self.insist()
+        pace, fresh = 1000 * self.engine.pace, self.prompt - self.cached
+        read_ms = max(0.01, pace * self.server.batch_s * math.ceil(fresh / self.server.batch))
+        write_ms = max(0.01, pace * self.server.token_s * self.answer)
+        timed = f"slot print_timing: {self.slot}"
+        lines = [f"{timed}{name} = {ms:10.2f} ms / {tokens:5} tokens ({ms / tokens:8.2f} ms per token, "
+                 f"{1000 * tokens / ms:8.2f} tokens per second)" for name, ms, tokens in (
+                     ("prompt eval time", read_ms, fresh), ("       eval time", write_ms, self.answer))]
+        self.engine.write(*lines, f"{timed}      total time = {read_ms + write_ms:10.2f} ms / "
+                          f"{fresh + self.answer:5} tokens", f"slot      release: {self.slot}stop processing:"
+                          f" n_tokens = {self.prompt + self.answer - 1}, truncated = 0",
+                          "srv  update_slots: all slots are idle")
         if self.stream:
-            self.log.write("INFO", "Finished streaming response", self.model)
-        else:
-            self.log.write("INFO", "Model generated tool calls: []", self.model)
-            shown = json.dumps(chat_whole(self, ""), indent=2)
-            self.log.write("INFO", f"Generated prediction: {shown}", self.model)
-
-    def usage(self):
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion,
-                "total_tokens": self.prompt + self.completion}
+            return self.log("Finished streaming response")
+        self.log("Model generated tool calls: []")
+        return self.log(f"Generated prediction: {json.dumps(chat_whole(self, ''), indent=2)}")
 
     def abandoned(self):
-        self.log.write("INFO",
-                       "Client disconnected. Stopping generation... (If the model is busy processing the "
-                       "prompt, it will finish first.)", SERVER_TAG)
-        self.log.engine(f"srv          stop: cancel task, id_task = {self.task}",
-                        f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
-                        "truncated = 0")
+        self.server.log.write("INFO", "Client disconnected. Stopping generation... (If the model is busy "
+                              "processing the prompt, it will finish first.)", SERVER_TAG)
+        self.engine.write(f"srv          stop: cancel task, id_task = {self.task}",
+                          f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
+                          "truncated = 0")
+
+    def usage(self):
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.answer,
+                "total_tokens": self.prompt + self.answer}
 
 
 # How each dialect says an answer: as a body, and as a stream's events, (name, data), the words as they come.
@@ -9213,21 +9362,19 @@ def chat_whole(run, text, **choice):
 
 
 def chat_events(run):
-    def chunk(delta, finish=None):
-        return chat_whole(run, "", delta=delta, finish_reason=finish)
-
     for word in run.words():
-        yield "", chunk({"role": "assistant", "content": word})
-    yield "", chunk({}, "stop")
+        yield "", chat_whole(run, "", delta={"role": "assistant", "content": word}, finish_reason=None)
+    last = chat_whole(run, "", delta={}, finish_reason="stop")
+    yield "", last
     if (run.body.get("stream_options") or {}).get("include_usage"):
-        yield "", {**chunk({}), "choices": [], "usage": run.usage()}
+        yield "", {**last, "choices": [], "usage": run.usage()}
     yield "", None
 
 
 def message_whole(run, text):
     return {"id": f"msg_{run.id}", "type": "message", "role": "assistant", "model": run.model,
             "content": [{"type": "text", "text": text}], "stop_reason": "end_turn", "stop_sequence": None,
-            "usage": {"input_tokens": run.prompt, "output_tokens": run.completion}}
+            "usage": {"input_tokens": run.prompt, "output_tokens": run.answer}}
 
 
 def message_events(run):
@@ -9238,7 +9385,7 @@ def message_events(run):
         yield "content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": word}}
     yield "content_block_stop", {"index": 0}
     yield "message_delta", {"delta": {"stop_reason": "end_turn", "stop_sequence": None},
-                            "usage": {"output_tokens": run.completion}}
+                            "usage": {"output_tokens": run.answer}}
     yield "message_stop", {}
 
 
@@ -9248,57 +9395,51 @@ DEMO_SPEECH = {  # path -> (body, events)
 }
 
 
-class DemoPrediction(DemoRun):
-    """One answer over a socket: it tells its progress to a channel, and LM Studio's log does not name it."""
+def demo_limit(asked):
+    """llm.prediction.maxPredictedTokens of a prediction over a socket; None without it."""
+    fields = [field for layer in listed(member(asked, "predictionConfigStack").get("layers"))
+              for field in listed(member(layer, "config").get("fields"))]
+    return next((count(member(field, "value"), "value") for field in fields
+                 if field.get("key") == "llm.prediction.maxPredictedTokens"), None)
 
-    def __init__(self, socket, asked, cancelled):
-        self.own = socket.model_of(asked)
-        super().__init__(socket.server, "", {"model": socket.server.loaded.get(self.own), "messages": member(
-            asked, "history").get("messages") or [{"content": asked.get("rawPrompt", "")}]},
-            lambda: not cancelled.is_set())
-        self.cancelled = cancelled
-        for layer in listed(member(asked, "predictionConfigStack").get("layers")):
-            for field in listed(member(layer, "config").get("fields")):
-                limit = field.get("value")
-                if field.get("key") == "llm.prediction.maxPredictedTokens" and isinstance(limit, dict):
-                    self.completion = count(limit, "value", default=self.completion) or self.completion
 
-    def packets(self):
-        """What the channel says, packet by packet."""
-        server, started, first, written = self.server, time.monotonic(), None, 0
-        self.cached = server.cached(self.model, "".join(self.texts), self.prompt)
-        for read in (*range(self.cached + server.batch, self.prompt, server.batch), self.prompt):
-            if server.stopping.wait(server.batch_s) or not self._alive():
-                break
-            yield {"type": "promptProcessingProgress", "progress": read / self.prompt, "details": {
-                "cachedTokenCount": self.cached, "totalPromptTokenCount": self.prompt,
-                "processedPromptTokenCount": read - self.cached,
-                "unprocessedPromptTokenCount": self.prompt - read}}
-        for word in self.words():
+def demo_prediction(socket, asked, cancelled):
+    """One answer over a socket, packet by packet: LM Studio's log does not name it."""
+    server, own = socket.server, socket.model_of(asked)
+    texts = demo_texts(member(asked, "history")) or [str(asked.get("rawPrompt", ""))]
+    run = DemoRun(server, server.loaded.get(own), texts, demo_limit(asked), lambda: not cancelled.is_set())
+    with run.engine.turn:
+        started, first, written = time.monotonic(), None, 0
+        run.remember()
+        for read in run.reading():
+            yield {"type": "promptProcessingProgress", "progress": read / run.prompt, "details": {
+                "cachedTokenCount": run.cached, "totalPromptTokenCount": run.prompt,
+                "processedPromptTokenCount": read - run.cached,
+                "unprocessedPromptTokenCount": run.prompt - read}}
+        for word in run.words():
             first, written = first or time.monotonic(), written + 1
             yield {"type": "fragment", "fragment": {
                 "content": word, "tokensCount": 1, "containsDrafted": False, "reasoningType": "none",
                 "isStructural": False}}
-        now = time.monotonic()
-        yield {"type": "success", "modelInfo": demo_model(self.model, True, self.own),
-               "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
-                   "stopReason": "eosFound" if self._alive() else "userStopped",
-                   "promptTokensCount": self.prompt, "predictedTokensCount": written,
-                   "totalTokensCount": self.prompt + written, "timeToFirstTokenSec": (first or now) - started,
-                   "tokensPerSecond": written / max(0.001, now - (first or now)),
-                   "totalTimeSec": now - started}}
+    now = time.monotonic()
+    yield {"type": "success", "modelInfo": demo_model(run.model, True, own),
+           "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
+               "stopReason": "eosFound" if run.alive() else "userStopped", "promptTokensCount": run.prompt,
+               "predictedTokensCount": written, "totalTokensCount": run.prompt + written,
+               "timeToFirstTokenSec": (first or now) - started, "totalTimeSec": now - started,
+               "tokensPerSecond": written / max(0.001, now - (first or now))}}
 
 
-def demo_model(name, loaded=True, identifier=None):
+def demo_model(name, loaded=False, identifier=None):
     """LM Studio's description of a model, and of the instance of it that is loaded."""
     kind = "embedding" if name == DEMO_EMBEDDING else "llm"
     model = {"type": kind, "modelKey": name, "path": name, "format": "gguf", "displayName": name,
              "publisher": "demo", "sizeBytes": 5_000_000_000, "indexedModelIdentifier": name,
-             "deviceIdentifier": None, "maxContextLength": 32768,
+             "deviceIdentifier": None, "maxContextLength": DEMO_CONTEXT,
              **({"vision": False, "trainedForToolUse": False} if kind == "llm" else {})}
     name = identifier or name
     return {**model, "identifier": name, "instanceReference": f"instance of {name}", "ttlMs": None,
-            "lastUsedTime": None, "contextLength": 32768} if loaded else model
+            "lastUsedTime": None, "contextLength": DEMO_CONTEXT} if loaded else model
 
 
 class DemoSocket:
@@ -9370,12 +9511,6 @@ class DemoSocket:
         return [demo_model(name, True, own) for own, name in self.server.loaded.items()
                 if (name == DEMO_EMBEDDING) == (self._kind == "embedding")]
 
-    def downloaded(self, asked):
-        return [demo_model(name, loaded=False) for name in (*DEMO_MODELS, DEMO_EMBEDDING)]
-
-    def unload(self, asked):
-        self.server.loaded.pop(asked.get("identifier"), None)
-
     def load(self, asked, cancelled):
         """getOrLoad and loadModel, whose packets have other names."""
         name, get = asked.get("modelKey") or asked.get("identifier"), "modelKey" not in asked
@@ -9385,17 +9520,13 @@ class DemoSocket:
             yield {"type": "alreadyLoaded", "info": info}
             return
         yield {"type": "startLoading", "identifier": name, "info": info} if get else {
-            "type": "resolved", "info": demo_model(name, loaded=False)}
+            "type": "resolved", "info": demo_model(name)}
         for step in range(1, 6):
             if cancelled.wait(self.server.token_s):
                 return
             yield {"type": "loadProgress" if get else "progress", "progress": step / 5}
-        self.server.loaded[own] = name
+        self.server.hold(own, name)
         yield {"type": "loadSuccess" if get else "success", "info": info}
-
-    def predict(self, asked, cancelled):
-        with self.server.engine:
-            yield from DemoPrediction(self, asked, cancelled).packets()
 
     def logs(self, asked, cancelled):
         """What the log says from now on."""
@@ -9408,6 +9539,10 @@ class DemoSocket:
         self.server.log.listeners.remove(news)
 
 
+def demo_tokens(socket, asked):
+    return len(str(asked.get("inputString"))) // 4 + 1
+
+
 def demo_vector(socket, asked):
     """The same for the same text."""
     source = random.Random(str(asked.get("inputString")))
@@ -9415,14 +9550,15 @@ def demo_vector(socket, asked):
 
 
 DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
-    "listLoaded": DemoSocket.loaded, "unloadModel": DemoSocket.unload, "embedString": demo_vector,
+    "listLoaded": DemoSocket.loaded, "embedString": demo_vector,
+    "unloadModel": lambda socket, asked: socket.server.hold(asked.get("identifier")),
     "getModelInfo": lambda socket, asked: demo_model(socket.model_of(asked)),
-    "getLoadConfig": lambda socket, asked: {"fields": [
-        {"key": "llm.load.contextLength", "value": 32768}]},
-    "listDownloadedModels": DemoSocket.downloaded,
+    "getLoadConfig": lambda socket, asked: {
+        "fields": [{"key": "llm.load.contextLength", "value": DEMO_CONTEXT}]},
+    "listDownloadedModels": lambda socket, asked: list(map(demo_model, (*DEMO_MODELS, DEMO_EMBEDDING))),
     "version": lambda socket, asked: {"version": VERSION, "build": 1},
-    "tokenize": lambda socket, asked: {"tokens": list(range(len(str(asked.get("inputString"))) // 4 + 1))},
-    "countTokens": lambda socket, asked: {"tokenCount": len(str(asked.get("inputString"))) // 4 + 1},
+    "tokenize": lambda socket, asked: {"tokens": list(range(demo_tokens(socket, asked)))},
+    "countTokens": lambda socket, asked: {"tokenCount": demo_tokens(socket, asked)},
     "applyPromptTemplate": lambda socket, asked: {
         "formatted": " ".join(demo_texts(member(asked, "history")))},
     "uploadFileBase64": lambda socket, asked: {
@@ -9430,7 +9566,7 @@ DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
         "sizeBytes": len(str(asked.get("contentBase64"))) * 3 // 4},
 }
 DEMO_CHANNELS = {  # endpoint -> (socket, parameter, Event of its cancelling) to packets
-    "predict": DemoSocket.predict, "completeRawText": DemoSocket.predict, "getOrLoad": DemoSocket.load,
+    "predict": demo_prediction, "completeRawText": demo_prediction, "getOrLoad": DemoSocket.load,
     "loadModel": DemoSocket.load, "streamLogs": DemoSocket.logs}
 
 
@@ -9442,61 +9578,61 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     server: DemoServer
 
     def do_GET(self):
-        namespace = self.path.partition("?")[0][1:]
+        namespace, server = self.path.partition("?")[0][1:], self.server
         if self.headers.get("Upgrade") and namespace in NAMESPACES:
             return self._switch(namespace)
         if self.path == "/lmstudio-greeting":
             return self._json({"lmstudio": True})
-        if self.path in ("/v1/models", "/api/v0/models"):
-            self.server.log.write("DEBUG", f"Received request: GET to {self.path}")
-            self.server.log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
-            models = [{"id": name, "object": "model", "owned_by": "organization_owner"}
-                      for name in DEMO_MODELS]
-            return self._json({"data": models, "object": "list"})
-        return self._unexpected()
+        if self.path not in ("/v1/models", "/api/v1/models"):
+            return self._unexpected()
+        server.log.write("DEBUG", f"Received request: GET to {self.path}")
+        if self.path == "/api/v1/models":
+            return self._json({"models": server.models()})
+        server.log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
+        return self._json({"data": [{"id": name, "object": "model", "owned_by": "organization_owner"}
+                                    for name in DEMO_MODELS], "object": "list"})
 
     def do_POST(self):
         body = json_object(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
-        path = self.path.partition("?")[0]
+        path, server = self.path.partition("?")[0], self.server
+        if path == "/api/v1/models/load" and body:
+            server.load(body.get("model"))
+            return self._json({"instance_id": body.get("model"), "status": "loaded"})
+        if path == "/api/v1/models/unload" and body:
+            server.hold(body.get("instance_id"))
+            return self._json(body)
         if path not in DEMO_SPEECH:
             return self._unexpected()
         if body is None or not demo_texts(body):
             return self._json({"error": "a field is required: 'messages'"}, 400)
-        run = DemoRun(self.server, path, body, self._alive)
+        run = DemoAnswer(server, path, body,
+                         lambda: not server.stopping.is_set() and not has_left(self.connection))
         run.received()
         whole, events = DEMO_SPEECH[path]
-        with self.server.engine:  # one at a time, the others wait
-            try:
-                (self._stream if run.stream else self._whole)(run, events if run.stream else whole)
-            except OSError:     # the client has left, or this server stops
-                run.abandoned()
-                self.close_connection = True
-
-    def _whole(self, run, whole):
-        content = "".join(run.words()) if run.read_prompt() else ""
-        self._insist()
-        run.finished()
-        self._json(whole(run, content.strip()))
+        try:
+            with run.engine.turn:
+                if run.model not in server.loaded.values():
+                    server.load(run.model)
+                if run.stream:
+                    return self._stream(run, events)
+                run.read_prompt()
+                text = "".join(run.words()).strip()
+                run.finished()
+                return self._json(whole(run, text))
+        except OSError:     # the client has left, or this server stops
+            run.abandoned()
+            self.close_connection = True
 
     def _stream(self, run, events):
         self._head(200, "text/event-stream", "Transfer-Encoding", "chunked")
-        if run.read_prompt():
-            for name, data in events(run):
-                self._insist()
-                text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
-                event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
-                self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
-        self._insist()
+        run.read_prompt()
+        for name, data in events(run):
+            run.insist()
+            text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
+            event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
+            self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
         run.finished()
         self.wfile.write(b"0\r\n\r\n")
-
-    def _alive(self):
-        return not self.server.stopping.is_set() and not has_left(self.connection)
-
-    def _insist(self):
-        """Raises OSError when nobody waits for the answer any more."""
-        if not self._alive():
-            raise BrokenPipeError
 
     def _head(self, status, kind, name, value):
         self.send_response(status)
@@ -9506,9 +9642,9 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def _switch(self, namespace):
         self.send_response(101)
-        self.send_header("Upgrade", "websocket")
-        self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", accept_key(self.headers.get("Sec-WebSocket-Key", "")))
+        for header in (("Upgrade", "websocket"), ("Connection", "Upgrade"),
+                       ("Sec-WebSocket-Accept", accept_key(self.headers.get("Sec-WebSocket-Key", "")))):
+            self.send_header(*header)
         self.end_headers()
         self.close_connection = True
         with contextlib.closing(DemoSocket(self, namespace)) as connection, contextlib.suppress(OSError):
@@ -9520,8 +9656,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _unexpected(self):
-        """LM Studio's answer to a path that it does not know: 200 with an error (all versions up to
-        1.1.7)."""
+        """LM Studio's answer to a path that it does not know: 200 with an error (as of 1.1.7)."""
         what = f"Unexpected endpoint or method. ({self.command} {self.path})"
         self.server.log.write("ERROR", what + ". Returning 200 anyway")
         self._json({"error": what})
@@ -9544,18 +9679,32 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, directory, batch_s=0.8, token_s=0.03):
         super().__init__(("127.0.0.1", 0), DemoHandler)
-        self.log, self.tasks = DemoLog(directory), itertools.count(1)
-        self.engine = threading.Semaphore(1)
-        self.loaded = {name: name for name in (*DEMO_MODELS, DEMO_EMBEDDING)}    # by identifier
-        self.stopping = threading.Event()
+        self.log, self.stopping = DemoLog(directory), threading.Event()
+        self.engines = {name: DemoEngine(self.log, pace) for name, pace in zip(DEMO_MODELS, (1.0, 0.4))}
+        self.loaded = {name: name for name in DEMO_MODELS}    # by identifier
         self.batch_s, self.token_s = batch_s, token_s
-        self._prompts: dict[str, str] = {}   # model -> its last prompt
 
-    def cached(self, model, prompt, tokens):
-        """Tokens of a prompt that the model has from its last one: those of the same beginning."""
-        same = os.path.commonprefix([prompt, self._prompts.get(model, "")])
-        self._prompts[model] = prompt
-        return min(tokens - 1, 400 + 7 * len(same)) if same else 0
+    def models(self):
+        """The models as /api/v1/models lists them."""
+        return [{"type": "embedding" if key == DEMO_EMBEDDING else "llm", "publisher": "demo", "key": key,
+                 "quantization": {"name": "Q4_K_M", "bits_per_weight": 4}, "size_bytes": 5_000_000_000,
+                 "max_context_length": DEMO_CONTEXT, "loaded_instances": [
+                     {"id": own, "config": {"context_length": DEMO_CONTEXT}}
+                     for own, name in list(self.loaded.items()) if name == key]}
+                for key in (*DEMO_MODELS, DEMO_EMBEDDING)]
+
+    def hold(self, own, name=None):
+        """A model is loaded under an identifier of its own; without a name it is unloaded."""
+        self.loaded.pop(own, None)
+        if name:
+            self.loaded[own] = name
+        self.log.write("DEBUG", f"[model_kit][INFO]: Model {'' if name else 'un'}loaded successfully")
+
+    def load(self, name):
+        """Load a model that was asked for, which takes a moment."""
+        self.log.write("INFO", f'Requested model ({name}) is not loaded. Loading "{name}" now...', "JIT")
+        self.stopping.wait(50 * self.token_s)
+        self.hold(name, name)
 
     @property
     def url(self):
@@ -9571,37 +9720,125 @@ class DemoServer(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
-class DemoClient(NamedTuple):
-    """One kind of request in the demo's own traffic."""
+# --- 8.1 the story: who asks the imitation ------------------------------------
 
+
+class DemoClient(NamedTuple):
+    """One request of the demo's own traffic."""
+
+    who: str
     agent: str
     model: str
     prompt: str
     answer_tokens: int
+    then_s: float = 1.0     # until the next one asks
     stream: bool = True
     read_bytes: int | None = None   # then it leaves
 
 
-LONG = "The minutes of the garden club, all years. " * 78  # some 24,000 tokens: 37 s to read
-DEMO_STORY = (
-    DemoClient("backup.sh", DEMO_MODELS[1], "Why is the sky dark at night?", 20),
-    DemoClient("OpenWebUI (anna)", DEMO_MODELS[0], "Write a haiku about a patient printer.", 60),
-    DemoClient("Continue (ben)", DEMO_MODELS[0], "Which of these invoices is overdue? " * 12, 80),
-    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "Summarise them.", 90),
-    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "And who was absent most often?", 60),
-    DemoClient("claude-cli (dora)", DEMO_MODELS[0], "Tell me a very long story. " * 9, 400, read_bytes=9000),
-    DemoClient("n8n", DEMO_MODELS[0], "", 40, stream=False),    # refused: it asks nothing
-    DemoClient("n8n", DEMO_MODELS[0], "Sort these letters by urgency. " * 5, 40, stream=False),
+DEMO_KEYS = {"anna": "high", "ben": "normal", "clara": "low", "n8n": "normal", "backup.sh": "low"}
+LONG = "The minutes of the garden club, all years. " * 80  # 24,000 tokens: 38 s to read
+LARGE, SMALL = DEMO_MODELS
+DEMO_STORY = (  # Clara's agent asks for much at once, and the others need not wait for it
+    DemoClient("backup.sh", "backup.sh/2", SMALL, "Why is the sky dark at night?", 20),
+    DemoClient("anna", "OpenWebUI/0.6", LARGE, LONG + "Summarise them.", 90),
+    DemoClient("ben", "Continue/1.2", SMALL, "Which of these invoices is overdue? " * 60, 200),
+    *6 * [DemoClient("clara", "agent/3.1", LARGE, "Sort these letters by urgency. ", 80, 0.4)],
+    DemoClient("ben", "Continue/1.2", LARGE, "Which of these invoices is overdue? " * 6, 80, 4.0),
+    DemoClient("n8n", "n8n", SMALL, "", 40, 6.0, stream=False),    # refused: it asks nothing
+    DemoClient("n8n", "n8n", SMALL, "Sort these letters by urgency. " * 25, 160, 9.0, stream=False),
+    DemoClient("clara", "agent/3.1", SMALL, "Tell me a very long story. " * 30, 400, 12.0, read_bytes=30_000),
+    DemoClient("backup.sh", "backup.sh/2", SMALL, "Why is the sky dark at night?", 20, 6.0),
+    DemoClient("anna", "OpenWebUI/0.6", LARGE, LONG + "And who was absent most often? " * 6, 60, 20.0),
+    DemoClient("ben", "Continue/1.2", SMALL, "Which of these invoices is overdue? " * 60, 200, 30.0),
 )
+PAST_S = 3600.0  # that the demo has behind it when it starts
 
 
-def demo_traffic(address, key, pause):
-    """Thread body: the requests of DEMO_STORY over and over, until pause(seconds) returns True.  A short
-    answer comes first; what follows soon stands in a queue."""
-    for number in itertools.count():
-        if pause(random.uniform(2.0, 6.0) if number else 0.3):
-            return
-        start_thread(demo_request, address, key, DEMO_STORY[number % len(DEMO_STORY)], name="demo-client")
+class Demo:
+    """--demo: the imitation, the people who ask it, and an hour that lies behind them."""
+
+    def __init__(self, cleanup):
+        directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
+        cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
+        self.studio = DemoServer(directory)
+        cleanup.callback(self.studio.stop)
+        self.studio.start()
+        self._behind_s = PAST_S  # the Hub's clocks
+        self._keys = {name: mint_key() for name in DEMO_KEYS}
+
+    def config(self, config):
+        """The Config that points to the imitation.  The user's minted keys count only if their file is named:
+        trying it must not need one."""
+        directory = self.studio.log.directory
+        return config.but(upstream=self.studio.url, log_dir=directory, enable_log_monitoring=True,
+                          max_running=config.max_running or 1,
+                          keys_file=config.keys_file or os.path.join(directory, "keys.json"))
+
+    def now(self):
+        return time.time() - self._behind_s
+
+    def clock(self):
+        return time.monotonic() - self._behind_s
+
+    def furnish(self, gateway):
+        """Give a gateway its people, by the priorities of their keys, and its past, before it serves."""
+        gateway.demo = True
+        gateway.access.guests += [
+            Key(name, digest(self._keys[name]), frozenset(("infer",)), terms=Terms(priority=priority))
+            for name, priority in DEMO_KEYS.items()]
+        for at, tell, *about in sorted(self._past(gateway), key=lambda moment: moment[0]):
+            self._behind_s = PAST_S - at
+            tell(*about)
+        self._behind_s = 0.0
+
+    def _past(self, gateway):
+        """An hour of requests: (second of the hour, what the Hub is told then, its arguments)."""
+        source, hub, began, clock, at = random.Random(3), gateway.hub, self.now(), self.clock(), 20.0
+        kinds, free = list(dict.fromkeys(DEMO_STORY)), dict.fromkeys(DEMO_MODELS, 0.0)
+        weights = [1 if client.prompt and not client.read_bytes else 0.3 for client in kinds]
+        while at < PAST_S - 60:
+            (client,) = source.choices(kinds, weights)
+            record = Record(hub.request_id(), began + at, clock + at, method="POST", client="127.0.0.1",
+                            path="/v1/chat/completions", key=client.who, agent=client.agent,
+                            stream=client.stream, model_asked=client.model, model=client.model)
+            begin, took_s, outcome = max(at, free[client.model]), 0.01, DEMO_REFUSED
+            if client.prompt:
+                pace = self.studio.engines[client.model].pace * source.uniform(0.95, 1.2)
+                took_s = demo_answer(record, client, source, clock + begin, pace)
+                outcome, free[client.model] = DEMO_OUTCOMES[bool(client.read_bytes)], begin + took_s
+                gateway.turns.took(client.model, took_s)
+            yield at, hub.begin, record
+            yield begin + took_s, hub.end, record, outcome
+            at += source.expovariate(1 / 25)
+
+    def traffic(self, address, pause):
+        """Body of a thread: the story over and over, until pause(seconds) returns True."""
+        for client in itertools.cycle(DEMO_STORY):
+            start_thread(demo_request, address, self._keys[client.who], client, name="demo-client")
+            if pause(client.then_s * random.uniform(0.9, 1.1)):
+                return
+
+
+DEMO_REFUSED = Outcome("failed", 400, "LM Studio answered 400 Bad Request", "upstream_error")
+DEMO_OUTCOMES = (Outcome("done", 200),
+                 Outcome("abandoned", 200, "the client left while the answer came", "client_disconnected"))
+
+
+def demo_answer(record, client, source, begin, pace):
+    """What a request of the past was like, whose turn came at a clock reading; gives the s that it took."""
+    prompt = 20 + round(7 * len(client.prompt) * source.uniform(0.5, 1.2))
+    cached = round(prompt * source.choice((0, 0.3, 0.95)))
+    answer = round(client.answer_tokens * source.uniform(0.6, 1.6))
+    read_s, write_s = (prompt - cached) / 640 * pace, answer * 0.03 * pace
+    record.usage = {"promptTokens": prompt, "completionTokens": answer, "totalTokens": prompt + answer}
+    record.cache = {"reused": cached, "total": prompt, "percentage": round(100 * cached / prompt, 1)}
+    record.prompt_tokens, record.context_size, record.finish = prompt, DEMO_CONTEXT, "stop"
+    record.speed, record.read_speed = round(answer / write_s, 2), round((prompt - cached) / read_s, 2)
+    record.waited_ms = round(1000 * (begin - record.clock), 1)
+    record.first_ms = record.waited_ms + round(1000 * read_s, 1)
+    record.entered = {"queued": record.clock, "prompt": begin, "generating": begin + read_s}
+    return read_s + write_s
 
 
 def demo_request(address, key, client):
@@ -9622,7 +9859,7 @@ def demo_request(address, key, client):
 
 
 def lenient_streams(encoding=None):
-    """Whatever a log holds can be printed: Windows' cp1252 has no place for much of it."""
+    """Any text of a log can be printed: Windows' cp1252 has no place for much of it."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(encoding=encoding, errors="backslashreplace")  # type: ignore[union-attr]
@@ -9636,7 +9873,7 @@ def closed_pipe():
 
 
 class OneLine(logging.Formatter):
-    """A message is one line, whatever names and errors others put into it; a fault's traceback follows."""
+    """A message is one line, also with names and errors of others in it; a fault's traceback follows."""
 
     def formatMessage(self, record):
         record.message = record.message.translate(CONTROL)
@@ -9677,9 +9914,9 @@ class LogQueue(logging.handlers.QueueHandler):
 
 class LogWriter(logging.handlers.QueueListener):
     """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for
-    whoever reads stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
+    the reader of stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
 
-    END_S = 1.0     # for what is left to write
+    END_S = 1.0     # to write the rest
 
     def __init__(self, handler):
         self._lines: Any = queue.SimpleQueue()
@@ -9706,7 +9943,7 @@ class LogWriter(logging.handlers.QueueListener):
                 "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"}))
 
     def __exit__(self, kind, error, traceback):
-        """Write what is left.  A stream that takes nothing would also hold up the interpreter's own end."""
+        """Write the rest.  A stream that takes nothing would also hold up the interpreter's own end."""
         log.handlers = list(self.handlers)
         ending = threading.Thread(target=self.stop, daemon=True)
         ending.start()
@@ -10356,25 +10593,22 @@ def report(args, config):
     return 0
 
 
-REPORT = (  # heading, format, value of a row
-    ("day", "{:10}", lambda row: row["day"]), ("model", "{:32.32}", lambda row: printable(row["model"])),
-    ("requests", "{:>8,}", lambda row: row["requests"]), ("failed", "{:>6,}", lambda row: row["errors"]),
-    ("prompt tok", "{:>12,}", lambda row: row["promptTokens"]),
-    ("cached", "{:>6}", lambda row: share_text(row["cachedTokens"], row["promptTokens"])),
-    ("output tok", "{:>12,}", lambda row: row["completionTokens"]),
-    ("read tok/s", "{:>10}", lambda row: row["promptTokensPerSecond"] or "-"),
-    ("write tok/s", "{:>11}", lambda row: row["tokensPerSecond"] or "-"))
+REPORT = ("{day:10}  {model:32.32}  {requests:>8,}  {errors:>6,}  {promptTokens:>12,}  {cached:>6}  "
+          "{completionTokens:>12,}  {promptTokensPerSecond:>10}  {tokensPerSecond:>11}")
+REPORT_HEADS = {"day": "day", "model": "model", "requests": "requests", "errors": "failed",
+                "promptTokens": "prompt tok", "cached": "cached", "completionTokens": "output tok",
+                "promptTokensPerSecond": "read tok/s", "tokensPerSecond": "write tok/s"}
 
 
 def report_text(rows):
     """Rows as a table for people."""
-    heads = [re.sub(r"[,.]\d*", "", form).format(head) for head, form, _ in REPORT]
-    return "\n".join(["  ".join(heads),
-                      *("  ".join(form.format(value(row)) for _, form, value in REPORT) for row in rows)])
-
-
-def share_text(part, whole):
-    return f"{100 * part / whole:.0f} %" if whole else "-"
+    lines = [REPORT.replace(",}", "}").format(**REPORT_HEADS)]
+    for row in rows:
+        known = {name: "-" if value is None else value for name, value in row.items()}
+        prompt = row["promptTokens"]
+        cached = f"{100 * row['cachedTokens'] / prompt:.0f} %" if prompt else "-"
+        lines.append(REPORT.format(**{**known, "model": printable(row["model"]), "cached": cached}))
+    return "\n".join(lines)
 
 
 def watch(args, config):
@@ -10387,13 +10621,13 @@ def watch(args, config):
     freeze_start_up()
     try:
         while not stop.wait(0):
-            for item in drain(news, 0.1):
+            items = drain(news, 0.1)
+            printer.write([item for item in items if isinstance(item, tuple)])
+            for item in items:
                 if isinstance(item, GatewayError):
                     raise item
                 if isinstance(item, str):
                     log.warning(item)
-                else:
-                    printer.write(item)
             printer.tick()
         return stop.status
     finally:
@@ -10402,27 +10636,19 @@ def watch(args, config):
 
 
 def drain(news, timeout_s):
-    """The items of a queue, in order: runs of pairs as lists, all else as it is.  Waits for the first."""
+    """The items of a queue, in order.  Waits for the first."""
     found: list[Any] = []
     with contextlib.suppress(queue.Empty):
         found.append(news.get(timeout=timeout_s))
         while len(found) < 500:
             found.append(news.get_nowait())
-    for pairs, run in itertools.groupby(found, lambda item: isinstance(item, tuple)):
-        items = list(run)
-        yield from [items] if pairs else items
+    return found
 
 
 def watched_address(text):
     """The URL of a gateway's stream from an address as people type it.  Raises ConfigError."""
-    url = text if "://" in text else f"http://{text}"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.port != 0 and bool(
-            (parts.hostname or "").encode("idna"))
-    except ValueError:
-        usable = False
-    if not usable or not re.fullmatch(r"[!-~]+", url):
+    parts = http_parts(text if "://" in text else f"http://{text}")
+    if not parts:
         raise ConfigError(f"--watch {text}: no address of a gateway; use the form http://192.168.1.20:8001")
     path = parts.path.rstrip("/")
     return parts._replace(path=path if path.endswith("/debug/stream") else path + "/debug/stream",
@@ -10564,16 +10790,18 @@ def serve(args, config):
     stop = Stop()
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(LogWriter(log.handlers[0]))
-        config = start_demo(config, cleanup) if args.demo else find_upstream(config)
+        demo = Demo(cleanup) if args.demo else None
+        config = demo.config(config) if demo else find_upstream(config)
         check_exposure(config)
         check_upstream(config)
         context = tls_context(config)
         history = open_history_file(config, cleanup)
-        hub = Hub(config.requests_kept, history and history.keep)
+        hub = Hub(config.requests_kept, history and history.keep, *((demo.now, demo.clock) if demo else ()))
         upstream = Upstream(config.upstream, config.upstream_token)
         monitor = open_monitor(config, upstream)
         gateway = Gateway(config, hub, upstream, monitor, history)
-        gateway.demo = bool(args.demo)
+        if demo:
+            demo.furnish(gateway)
         server = gateway.server = open_server(gateway, context)
         if monitor:     # only now: a port in use is said in one line
             start_thread(run_monitor, monitor, hub, stop, name="tail")
@@ -10582,9 +10810,8 @@ def serve(args, config):
         start_thread(server.serve_forever, 0.1, name="accept")
         announce(gateway, server.port, args.demo)
         freeze_start_up()
-        if args.demo:
-            start_thread(demo_traffic, page_url(config, server.port), config.api_key.get("demo", ""),
-                         stop.wait, name="demo-traffic")
+        if demo:
+            start_thread(demo.traffic, page_url(config, server.port), stop.wait, name="demo-traffic")
         if args.open:
             start_thread(open_browser, page_url(config, server.port), name="browser")
         notify("READY=1")
@@ -10597,7 +10824,7 @@ def serve(args, config):
 
 
 def open_browser(url):
-    """--open: show the dashboard.  Body of a thread, because some browsers hold up whoever starts them."""
+    """--open: show the dashboard.  Body of a thread: some browsers hold up the program that starts them."""
     import webbrowser
 
     if not webbrowser.open(url):
@@ -10612,19 +10839,6 @@ def open_history_file(config, cleanup):
         history = History(config.history, config.history_days)
     cleanup.callback(history.close)
     return history
-
-
-def start_demo(config, cleanup):
-    """Start the imitation; gives the Config that points to it, with a key for the demo's own traffic if
-    keys are asked for.  Minted keys count only when their file is named: trying it must not need one."""
-    directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
-    cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
-    demo = DemoServer(directory)
-    cleanup.callback(demo.stop)
-    demo.start()
-    keys = {"demo": mint_key(), **config.api_key} if config.api_key or config.keys_file else {}
-    return config.but(upstream=demo.url, log_dir=directory, enable_log_monitoring=True, api_key=keys,
-                      keys_file=config.keys_file or os.path.join(directory, "keys.json"))
 
 
 def find_upstream(config):
@@ -10643,19 +10857,18 @@ def check_exposure(config):
     open_key_file(config)
     if not loopback(config.host) and not AccessControl(config).need_key and not config.no_auth:
         raise ConfigError(f"{config.named('host')} listens beyond this machine, and no key "
-                          "is set: mint one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to "
+                          "is set; mint one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to "
                           "let everybody in")
 
 
 def check_upstream(config):
     """Raises ConfigError if the upstream is this gateway itself."""
     parts = urllib.parse.urlsplit(config.upstream)
-    if config.port != (parts.port or (443 if parts.scheme == "https" else 80)):
-        return
-    theirs, ours = resolved(parts.hostname), resolved(config.host)
-    if theirs & ours or config.host in ANYWHERE and any(map(is_own_address, theirs)):
-        raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
-                          "as http://127.0.0.1:1234")
+    if config.port == (parts.port or (443 if parts.scheme == "https" else 80)):
+        ours = {"127.0.0.1", "::1", *lan_addresses()} if config.host in ANYWHERE else resolved(config.host)
+        if ours & resolved(parts.hostname):
+            raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
+                              "as http://127.0.0.1:1234")
 
 
 def open_monitor(config, upstream=None):
@@ -10684,46 +10897,32 @@ def open_server(gateway, context):
     try:
         return Server(gateway, config.host, config.port, context)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StartError(port_in_use(config)) from None
-        raise StartError(f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose "
-                         "another address with --host (GATEWAY_HOST) and --port") from None
+        raise StartError(listen_problem(config, error)) from None
 
 
-def port_in_use(config):
-    """Who has our port, with the remedy."""
-    url = page_url(config, config.port)
+def listen_problem(config, error):
+    """Why nobody can listen at our address, with the remedy."""
+    host, port, url = config.host, config.port, page_url(config, config.port)
+    if error.errno != errno.EADDRINUSE:
+        return (f"cannot listen on {host}:{port}: {error_text(error)}; choose another address with --host "
+                "(GATEWAY_HOST) and --port")
     if is_lmgateway(url):
         return f"lmgateway already runs there: {url}; open that, stop it, or choose another port with --port"
-    return (f"port {config.port} is in use on {config.host}: stop the program that has it "
-            f"({port_question(config.port)} tells which it is) or choose another with --port (GATEWAY_PORT)")
-
-
-def port_question(port):
-    """The command that names the holder of a port."""
-    if os.name == "nt":
-        return f"netstat -ano | findstr :{port}"
-    return f"lsof -i :{port}" if sys.platform == "darwin" else f"ss -ltnp 'sport = :{port}'"
-
-
-def fetch(url, path):
-    """(status, body) of a GET; (0, b"") without an answer within a second."""
-    parts, context = urllib.parse.urlsplit(url), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing secret is sent
-    with contextlib.suppress(*BROKEN, ValueError):
-        connection = (functools.partial(http.client.HTTPSConnection, context=context)
-                      if parts.scheme == "https" else http.client.HTTPConnection)
-        with contextlib.closing(connection(parts.hostname, parts.port, timeout=1.0)) as asked:
-            asked.request("GET", path)
-            answer = asked.getresponse()
-            return answer.status, answer.read(65536)
-    return 0, b""
+    tell = {"win32": f"netstat -ano | findstr :{port}", "darwin": f"lsof -i :{port}"}.get(
+        sys.platform, f"ss -ltnp 'sport = :{port}'")
+    return (f"port {port} is in use on {host}; stop the program that has it ({tell} tells which it is), or "
+            "choose another with --port (GATEWAY_PORT)")
 
 
 def is_lmgateway(url):
-    """True when an lmgateway answers there: its /health names a version, its page itself."""
-    known = json_object(fetch(url, "/health")[1]) or {}
-    return {"uptime", "version"} <= known.keys() or b"<title>lmgateway" in fetch(url, "/")[1]
+    """True when the page of an lmgateway answers there within a second."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing secret is sent
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}),
+                                         urllib.request.HTTPSHandler(context=context))
+    with contextlib.suppress(*BROKEN, ValueError), opener.open(url, timeout=1.0) as page:
+        return b"<title>lmgateway" in page.read(4096)
+    return False
 
 
 def tls_context(config):
@@ -10752,12 +10951,12 @@ def own_url(config, host, port):
 
 
 def page_url(config, port):
-    """Where a browser of this machine finds the dashboard."""
+    """The URL of the dashboard for a browser of this machine."""
     return own_url(config, "127.0.0.1" if config.host in ANYWHERE else config.host, port)
 
 
 def announce(gateway, port, demo):
-    """What a person needs to know first.  Never a key."""
+    """Log the facts that a person needs first.  Never a key."""
     config, monitor = gateway.config, gateway.monitor
     here = page_url(config, port)
     base = gateway.lan_urls[0] if gateway.lan_urls else here
@@ -10807,15 +11006,6 @@ def resolved(host):
     with contextlib.suppress(OSError, UnicodeError):
         return {str(row[4][0]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     return set()
-
-
-def is_own_address(address):
-    """True when this machine has the address."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family) as sock:
-        sock.bind((address, 0))
-        return True
-    return False
 
 
 # --- 9.7 services: systemd and launchd ---------------------------------------
@@ -10874,306 +11064,243 @@ def print_launchd(args, config):
 
 
 # --- 9.8 --check -------------------------------------------------------------
-# A check is one row of CHECKS: a function that looks at one thing and yields its findings.
+# A check is one row of CHECKS: it looks at one thing and yields its findings, (mark, finding, remedy).
 
-
-class Finding(NamedTuple):
-    mark: str  # "ok", "warn" or "bad"
-    what: str
-    remedy: str = ""
-
-
-fine, concern, amiss = map(functools.partial, [Finding] * 3, ("ok", "warn", "bad"))
-SETTINGS_MENU = "LM Studio: Developer > Server settings"
+SERVER_MENU = "LM Studio: Developer > Server settings"
 LOGS_MENU = 'LM Studio: Developer Logs, "..." menu'
 
 
 class Installation:
-    """What the checks look at, each part looked at once, when a check first asks for it."""
-
-    CHECKED_BYTES = 4_000_000  # of the newest log
+    """Everything that several checks look at."""
 
     def __init__(self, args, environ):
         self.config, self.warnings, self.errors = load_config(vars(args), environ, args.env_file)
         self.env_file, self.home = args.env_file or ".env", find_home()
         self.log_dir = self.config.log_dir or find_log_dir(self.home)
-        self.exposed = not loopback(self.config.host)
+        self.upstream = Upstream(find_upstream(self.config).upstream, self.config.upstream_token)
 
     @functools.cached_property
-    def settings(self):
-        """LM Studio's settings, or the exception that says why there are none."""
-        return value_or_error(read_settings, self.home)
-
-    @functools.cached_property
-    def newest(self):
-        """The newest LogFile, None without any, or the OSError of the directory."""
-        logs = value_or_error(list_logs, self.log_dir)
-        return logs if isinstance(logs, OSError) else logs[-1] if logs else None
-
-    @functools.cached_property
-    def parser(self):
-        """A Parser that has read the end of the newest log, or the OSError of that file."""
-        return value_or_error(self._read_newest)
-
-    def _read_newest(self):
-        parser = Parser()
-        with open(self.newest.path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - self.CHECKED_BYTES))
-            parser.feed(file.read(self.CHECKED_BYTES))
+    def log(self):
+        """(path, stat, Parser of its last 4 MB) of the newest log, None without any.  Raises OSError."""
+        logs, parser, most = list_logs(self.log_dir), Parser(), 4_000_000
+        if not logs:
+            return None
+        with open(logs[-1].path, "rb") as file:
+            state = os.fstat(file.fileno())
+            file.seek(max(0, state.st_size - most))
+            parser.feed(file.read(most))
         parser.end()
-        return parser
-
-
-def value_or_error(function, *args):
-    try:
-        return function(*args)
-    except (OSError, ValueError) as error:
-        return error
-
-
-def check_python(found):
-    yield fine(f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
-               f"lmgateway {VERSION}")
+        return logs[-1].path, state, parser
 
 
 def refused(error):
-    """The Finding of an error of ours, whose remedy stands behind its last semicolon."""
-    what, _, remedy = str(error).rpartition("; ")
-    return amiss(what or remedy, remedy if what else "see --help and the README")
+    """The finding of an error of ours: its remedy stands behind the last semicolon."""
+    finding, _, remedy = str(error).rpartition("; ")
+    return "bad", finding or remedy, remedy if finding else "see --help and the README"
+
+
+def check_python(found):
+    yield "ok", (f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
+                 f"lmgateway {VERSION}")
 
 
 def check_options(found):
     yield from map(refused, found.errors)
     for warning in found.warnings:
-        yield concern(warning, "correct it, or take it away")
+        yield "warn", warning, "correct it, or take it away"
     for name, source in found.config.sources.items():
         variable = next(row.variable for row in OPTIONS if row.name == name)
         value = "set" if variable in SECRET else getattr(found.config, name)
-        yield fine(f"{variable}: {value} (from {source})")
+        yield "ok", f"{variable}: {value} (from {source})"
     log_file = found.config.log_file
     if log_file and not os.access(os.path.dirname(os.path.abspath(log_file)), os.W_OK):
-        yield amiss(f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours")
+        yield "bad", f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours"
     if not found.config.sources and not found.errors:
-        yield fine("each has its default")
+        yield "ok", "each has its default"
 
 
 def check_port(found):
-    config, own = found.config, f"port {found.config.port} of {found.config.host}"
+    host, port = found.config.host, found.config.port
     try:
-        with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as sock:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
             if os.name != "nt":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((config.host, config.port))
-        yield fine(f"{own} is free" if config.port else "the system will choose one")
+            sock.bind((host, port))
+        yield "ok", f"port {port} of {host} is free" if port else "the system will choose one"
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            yield amiss(f"cannot listen on {own}: {error_text(error)}",
-                        "choose others with --host and --port")
-        elif is_lmgateway(page_url(config, config.port)):
-            yield fine(f"{own} is held by a running lmgateway")
-        else:
-            yield amiss(f"{own} is held by another program", f"stop it ({port_question(config.port)} tells "
-                        "which it is), or choose another with --port")
+        problem, url = listen_problem(found.config, error), page_url(found.config, port)
+        yield ("ok", f"a running lmgateway has it: {url}") if url in problem else refused(problem)
 
 
 def check_lmstudio(found):
-    upstream = find_upstream(found.config).upstream
-    what, _, remedy = Upstream(upstream).health().partition(". ")
-    port = settings_port(found.settings) if isinstance(found.settings, dict) else None
-    if is_lmgateway(upstream):
-        yield amiss(f"another lmgateway answers at {upstream}", "name LM Studio's own server with --upstream "
-                    "(LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
-    elif not what:
-        yield fine(f"LM Studio answers at {upstream}")
-    elif port and not upstream.endswith(f":{port}"):
-        yield amiss(what, f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). "
-                    + remedy)
+    url, (problem, _, remedy) = found.upstream.base, found.upstream.health().partition(". ")
+    settings = find_upstream(Config()).upstream
+    if is_lmgateway(url):
+        yield ("bad", f"another lmgateway answers at {url}",
+               "name LM Studio's own server (http://127.0.0.1:1234, say) with --upstream (LMSTUDIO_BASE_URL)")
+    elif not problem:
+        yield "ok", f"LM Studio answers at {url}"
     else:
-        yield amiss(what, remedy)
+        yield "bad", problem, remedy if settings in (url, Config().upstream) else (
+            f"its settings say {settings}: give that to --upstream (LMSTUDIO_BASE_URL). {remedy}")
 
 
 def check_settings(found):
-    settings, path = found.settings, settings_path(found.home)
-    if not isinstance(settings, dict):
-        yield concern(f"LM Studio's settings {path} cannot be read: {error_text(settings)}",
-                      "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
+    path = settings_path(found.home)
+    try:
+        settings = read_settings(found.home)
+    except (OSError, ValueError) as error:
+        yield ("warn", f"LM Studio's settings {path} cannot be read: {error_text(error)}",
+               "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
         return
     network = settings.get("networkInterface")
     network = network if isinstance(network, str) else ""
-    yield fine(f"{path}: port {settings_port(settings) or 'not named'}, interface {network or 'not named'}")
+    yield "ok", f"{path}: port {settings_port(settings) or 'not named'}, interface {network or 'not named'}"
     if network and not loopback(network):
-        yield concern(f"LM Studio itself listens on the network ({network}): requests that go there pass by "
-                      "this gateway, its keys and figures", f"{SETTINGS_MENU} > Serve on Local Network: off")
-    for name, value, finding in SETTINGS:
+        yield ("warn", f"LM Studio itself listens on the network ({network}): requests that go there pass by "
+               "this gateway, its keys and figures", f"{SERVER_MENU} > Serve on Local Network: off")
+    for name, value, *finding in SETTINGS:
         if settings.get(name) == value and type(settings.get(name)) is type(value):
             yield finding
 
 
-SETTINGS = (  # (a setting of LM Studio, its value, what to say of that)
-    ("cors", True, concern(
-        "LM Studio allows every web page to call it (CORS)", f"{SETTINGS_MENU} > Enable CORS: off; name the "
-        "origins that may call the gateway with --cors-origins")),
-    ("fileLoggingMode", "off", amiss(
-        "LM Studio writes no log files: there is nothing to monitor",
-        f"{LOGS_MENU} > File Logging Mode: Succinct")),
-    ("verbose", False, concern(
-        "verbose logging is off: no cache, token and speed figures of streams",
-        f"{LOGS_MENU} > Verbose Logging: on")),
-    ("verbose", True, fine("verbose logging is on")),
-    ("logSensitiveData", True, concern(
-        "prompts and answers stand in LM Studio's logs in clear text", f"{LOGS_MENU} > Redact Content: on, "
-        "if others can read this disk (figures of plain requests then go, too)")),
-    ("logSensitiveData", False, fine("prompts and answers are redacted in LM Studio's logs")),
-    ("logIncomingTokens", True, concern(
-        "every token is logged: the files grow with the square of an answer's length",
-        f"{LOGS_MENU} > Log Incoming Tokens: off")),
+SETTINGS = (  # (a setting of LM Studio, its value, mark, finding, remedy)
+    ("cors", True, "warn", "LM Studio allows every web page to call it (CORS)",
+     f"{SERVER_MENU} > Enable CORS: off; name the origins that may call the gateway with --cors-origins"),
+    ("fileLoggingMode", "off", "bad", "LM Studio writes no log files: there is nothing to monitor",
+     f"{LOGS_MENU} > File Logging Mode: Succinct"),
+    ("verbose", False, "warn", "verbose logging is off: no cache, token and speed figures of streams",
+     f"{LOGS_MENU} > Verbose Logging: on"),
+    ("verbose", True, "ok", "verbose logging is on"),
+    ("logSensitiveData", True, "warn", "prompts and answers stand in LM Studio's logs in clear text",
+     f"{LOGS_MENU} > Redact Content: on, if others can read this disk (plain requests then have no figures)"),
+    ("logSensitiveData", False, "ok", "prompts and answers are redacted in LM Studio's logs"),
+    ("logIncomingTokens", True, "warn", "every token is logged: files grow with the square of an answer",
+     f"{LOGS_MENU} > Log Incoming Tokens: off"),
 )
 
 
 def check_logs(found):
-    newest, directory = found.newest, found.log_dir
     if not found.config.enable_log_monitoring:
-        yield concern("the log monitor is switched off", "ENABLE_LOG_MONITORING=true")
-    if isinstance(newest, OSError):
-        yield amiss(f"log directory {directory}: {error_text(newest)}", "start LM Studio's server once; name "
-                    "another directory with --log-dir (LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
-    elif newest is None:
-        yield amiss(f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
-                    f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
-    elif isinstance(found.parser, OSError):
-        yield amiss(f"{newest.path}: {error_text(found.parser)}",
-                    "let this user read it, or run as the user who runs LM Studio")
-    else:
-        yield from check_newest_log(newest.path, found.parser)
+        yield "warn", "the log monitor is switched off", "ENABLE_LOG_MONITORING=true"
+    try:
+        yield from check_newest_log(*found.log) if found.log else [(
+            "bad", f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {found.log_dir}",
+            f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")]
+    except OSError as error:
+        yield ("bad", f"{error.filename}: {error_text(error)}", "start LM Studio's server once; name another "
+               "directory with --log-dir (LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
     if found.config.log_source != "files":
-        upstream = Upstream(find_upstream(found.config).upstream, found.config.upstream_token)
-        stream = LogStream(upstream, None, False)
+        stream = LogStream(found.upstream, None, False)
         stream.next_news(time.monotonic())
-        yield concern(stream.problem, "LOG_SOURCE=files, or look at LM Studio") if stream.problem else fine(
-            "LM Studio gives its log as a stream, too")
-    for other in other_log_dirs(found.home, directory):
-        yield concern(f"{other} holds a newer log than {directory}", f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
+        yield ("warn", stream.problem, "LOG_SOURCE=files, or look at LM Studio") if stream.problem else (
+            "ok", "LM Studio gives its log as a stream, too")
+    written = newest_write(found.log_dir)
+    homes = {found.home, own_home() / ".lmstudio", own_home() / ".cache" / "lm-studio"}
+    for other in sorted(map(find_log_dir, homes)):
+        if newest_write(other) > written + 3600:
+            yield ("warn", f"{other} holds a newer log than {found.log_dir}",
+                   f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
 
 
-def check_newest_log(path, parser):
-    state = os.stat(path)
-    age_s = time.time() - state.st_mtime
-    age = f"{age_s / 86400:.0f} days" if age_s >= 2 * 86400 else duration(max(0, age_s))
+def check_newest_log(path, state, parser):
+    age_s = max(0, time.time() - state.st_mtime)
+    age = f"{age_s / 86400:.0f} days" if age_s >= 2 * 86400 else duration(age_s)
     written = f"{path}: {shown_bytes(state.st_size)}, written {age} ago"
-    yield fine(written) if age_s <= 86400 else concern(
-        written, "see that LM Studio's server runs under this user and gets requests")
+    yield ("ok", written) if age_s <= 86400 else (
+        "warn", written, "see that LM Studio's server runs under this user and gets requests")
     if not parser.entries:
-        yield concern("no log entry in it that lmgateway knows", "send LM Studio a request and look again")
+        yield "warn", "no log entry in it that lmgateway knows", "send LM Studio a request and look again"
         return
     engines = ", ".join(sorted(name for name in parser.by_engine if name != "App")) or "the app alone"
-    yield fine(f"{parser.entries:,} entries looked at, written by: {engines}")
+    yield "ok", f"{parser.entries:,} entries looked at, written by: {engines}"
     if not parser.by_level["DEBUG"]:
-        yield concern("no DEBUG lines: no cache, token and speed figures of streams",
-                      f"{LOGS_MENU} > Verbose Logging: on")
+        yield ("warn", "no DEBUG lines: no cache, token and speed figures of streams",
+               f"{LOGS_MENU} > Verbose Logging: on")
     if parser.unknown > parser.lines / 10:
-        yield concern(f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version does "
-                      "not know", "look for a newer lmgateway; /debug/status shows samples")
-
-
-def other_log_dirs(home, directory):
-    """Log directories at LM Studio's usual places that were written more than an hour after this one."""
-    bases = {home, own_home() / ".lmstudio", own_home() / ".cache" / "lm-studio"}
-    places = {str(base / below) for base in bases for below in ("server-logs", "apps/bionic/server-logs")}
-    ours = newest_write(directory)
-    return sorted(place for place in places if newest_write(place) > ours + 3600
-                  and os.path.realpath(place) != os.path.realpath(directory))
+        yield ("warn", f"{parser.unknown:,} of {parser.lines:,} lines have a wording that is not known here",
+               "look for a newer lmgateway; /debug/status shows samples")
 
 
 def check_room(found):
     facts = LogVolume(found.log_dir, found.config.log_dir_warn).facts()
-    if facts["directoryBytes"] is not None:
-        free = "unknown" if facts["freeBytes"] is None else shown_bytes(facts["freeBytes"])
-        yield fine(f"logs take {shown_bytes(facts['directoryBytes'])}, grow by "
-                   f"{shown_bytes(facts['growthBytesPerDay'])} a day; {free} are free on that disk")
+    taken, growth, free = ("unknown" if facts[name] is None else shown_bytes(facts[name])
+                           for name in ("directoryBytes", "growthBytesPerDay", "freeBytes"))
+    yield "ok", f"logs take {taken}, grow by {growth} a day; {free} are free on that disk"
     for warning in facts["warnings"]:
-        yield concern(*warning.split(": ", 1))
+        yield "warn", *warning.split(": ", 1)
 
 
 def check_keys(found):
     config, path = found.config, keys_path(found.config)
-    minted, needed = open_key_file(config)[1], AccessControl(config).need_key
-    rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted]
-    rows += [f"{name} (all rights)" for name in config.api_key]
+    rows = [*(f"{key.name} ({', '.join(sorted(key.rights))})" for key in open_key_file(config)[1]),
+            *(f"{name} (all rights)" for name in config.api_key)]
+    needed = AccessControl(config).need_key
     if needed and not rows:
-        yield concern(f"a key is asked for, and there is none: all of {path} were revoked",
-                      "mint one with --new-key NAME, or remove that file")
+        yield ("warn", f"a key is asked for, and there is none: all of {path} were revoked",
+               "mint one with --new-key NAME, or remove that file")
     else:
-        yield fine(f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
-    if found.exposed and not needed:
-        yield (concern if config.no_auth else amiss)(
-            f"{config.host} is open to the network, and no key is set",
-            "mint one with --new-key NAME" + ", or say --no-auth to let everybody in" * (not config.no_auth))
-    for file in (path, Path(found.env_file)):
+        yield "ok", f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for"
+    for file in (path, found.env_file):
         if os.name != "nt" and os.path.exists(file) and os.stat(file).st_mode & 0o044:
-            yield concern(f"{file} can be read by other users of this machine", f"chmod 600 {file}")
-
-
-FIREWALL = {"Windows": "lmgateway.ps1 -OpenFirewall",
-            "Linux": "let the port through the firewall (sudo ufw allow {port}/tcp)",
-            "Darwin": "System Settings > Network > Firewall: allow Python"}
+            yield "warn", f"{file} can be read by other users of this machine", f"chmod 600 {file}"
+    check_exposure(config)
+    if not needed and not loopback(config.host):
+        yield ("warn", f"{config.host} is open to the network, and no key is asked for",
+               "mint one with --new-key NAME")
 
 
 def check_network(found):
     config = found.config
-    encrypted = tls_context(config) is not None
-    if not found.exposed:
-        yield fine(f"{config.host}: only this machine can connect")
+    encrypted, urls = tls_context(config), [own_url(config, host, config.port) for host in reachable(config)]
+    if loopback(config.host):
+        yield "ok", f"{config.host}: only this machine can connect"
         return
-    urls = [own_url(config, address, config.port) for address in reachable(config)]
-    firewall = FIREWALL.get(platform.system(), FIREWALL["Linux"]).format(port=config.port)
-    yield fine(f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
-               f"if they do not: {firewall}")
+    firewall = {"Windows": "lmgateway.ps1 -OpenFirewall",
+                "Darwin": "System Settings > Network > Firewall: allow Python"}.get(
+        platform.system(), f"let the port through the firewall (sudo ufw allow {config.port}/tcp)")
+    yield ("ok", f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
+           f"if they do not: {firewall}")
     if not encrypted:
-        yield concern("keys and prompts pass over the LAN in clear text",
-                      "--tls-cert and --tls-key (see the README)")
-    if config.allow is None:
-        yield fine("every address may connect; IP_ALLOWLIST (--allow) can narrow that")
+        yield ("warn", "keys and prompts pass over the LAN in clear text",
+               "--tls-cert and --tls-key (see the README)")
 
 
 def check_clock(found):
-    yield fine(f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {time.strftime('%Z %z')}")
-    moment = getattr(isinstance(found.newest, LogFile) and found.parser, "last_moment", None)
-    written = moment and os.stat(found.newest.path).st_mtime
-    if moment and abs(moment.epoch - written) > 900:
-        yield concern(f"the newest log's last entry says {moment.utc}, its file {utc_text(written)}",
-                      "give lmgateway LM Studio's time zone (environment variable TZ), or set the clock")
+    yield "ok", f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {time.strftime('%Z %z')}"
+    with contextlib.suppress(OSError):      # another check has said so
+        if found.log and found.log[2].last_moment:
+            _, state, parser = found.log
+            if abs(parser.last_moment.epoch - state.st_mtime) > 900:
+                yield ("warn", f"the newest log's last entry says {parser.last_moment.utc}, its file "
+                       f"{utc_text(state.st_mtime)}",
+                       "give lmgateway LM Studio's time zone (environment variable TZ), or set the clock")
 
 
-CHECKS: dict[str, Callable[[Installation], Iterator[Finding]]] = {
-    "Python": check_python,         # version and system
-    "Options": check_options,       # values, where each comes from, mistakes in .env
-    "Port": check_port,             # ours is free, or taken
-    "LM Studio": check_lmstudio,    # its server answers, and it is LM Studio
-    "Settings": check_settings,     # LM Studio's own: port, interface, CORS, logging
-    "Logs": check_logs,             # directory, newest file, engine, verbose lines
-    "Room": check_room,             # size and growth of the logs, free disk
-    "Keys": check_keys,             # the keys and their rights, and whether one is needed
-    "Network": check_network,       # addresses for others, TLS
-    "Clock": check_clock,           # time, time zone, and whether the log agrees
-}
-MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
+CHECKS: dict[str, Callable[[Installation], Iterator]] = {
+    "Python": check_python, "Options": check_options, "Port": check_port, "LM Studio": check_lmstudio,
+    "Settings": check_settings, "Logs": check_logs, "Room": check_room, "Keys": check_keys,
+    "Network": check_network, "Clock": check_clock}
 
 
 def run_checks(args, config=None):
-    """--check: every finding in one line; 1 when something is bad, else 0.  Works whatever is broken."""
+    """--check: every finding in one line; 1 when something is bad, else 0.  A broken machine is no fault."""
     installation = Installation(args, os.environ)
-    found = [(name, finding) for name, check in CHECKS.items()
-             for finding in findings_of(check, installation)]
-    failed = any(finding.mark == "bad" for _, finding in found)
+    found = [(name, mark, finding, *(remedy or [""])) for name, check in CHECKS.items()
+             for mark, finding, *remedy in findings_of(check, installation)]
+    failed = any(mark == "bad" for _, mark, _, _ in found)
     if args.json:
-        rows = [{"check": name, **finding._asdict()} for name, finding in found]
+        rows = [dict(zip(("check", "mark", "what", "remedy"), row)) for row in found]
         print(json.dumps({"status": "bad" if failed else "ok", "version": VERSION, "findings": rows}))
         return int(failed)
-    colour = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
-    for name, (mark, what, remedy) in found:
-        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if colour else f"{mark:4}"
-        print(f"{shown}  {name:9}  " + printable(what + (f"  ->  {remedy}" if remedy else "")))
+    coloured = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+    for name, mark, finding, remedy in found:
+        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if coloured else f"{mark:4}"
+        print(f"{shown}  {name:9}  " + printable(finding + (f"  ->  {remedy}" if remedy else "")))
     return int(failed)
+
+
+MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
 
 
 def findings_of(check, installation):
@@ -11183,8 +11310,8 @@ def findings_of(check, installation):
         found.extend(check(installation))
     except GatewayError as error:
         found.append(refused(error))
-    except Exception as error:  # the end of the line: a broken machine is what --check is for
-        found.append(amiss(f"this check failed: {type(error).__name__}: {error}", "please report it"))
+    except Exception as error:  # the end of the line: --check is for broken machines
+        found.append(("bad", f"this check failed: {type(error).__name__}: {error}", "please report it"))
     return found
 
 
@@ -11201,10 +11328,13 @@ def prune(args, config):
                           "--log-dir (LMSTUDIO_LOG_DIR)") from None
     total = failed = 0
     for log_file, size in old:
-        problem = value_or_error(os.remove, log_file.path) if args.yes else None
-        failed += problem is not None
-        total += size if problem is None else 0
-        fate = f"kept, {error_text(problem)}" if problem else "removed" if args.yes else "would go"
+        fate = "removed" if args.yes else "would go"
+        try:
+            if args.yes:
+                os.remove(log_file.path)
+            total += size
+        except OSError as error:
+            fate, failed = f"kept, {error_text(error)}", failed + 1
         print(f"{fate}  {shown_bytes(size):>9}  {log_file.path}")
     count = f"{len(old) - failed} file{'s' * (len(old) - failed != 1)}, {shown_bytes(total)}"
     print(f"removed {count}" if args.yes else f"{count} older than {args.prune} days in {directory}"
@@ -11213,28 +11343,15 @@ def prune(args, config):
 
 
 def old_logs(directory, days, today):
-    """[(LogFile, bytes)] of the logs whose names are more than so many days old.
+    """[(LogFile, bytes)] of the logs that are, by their names, more than so many days old.
 
-    Never the newest, and never the one that LM Studio's own note calls its last.  Only plain files, in plain
-    directories, whose names are those of server logs.  Raises OSError when the directory cannot be listed."""
+    Never the newest.  Only plain files in plain directories, with names of server logs.  Raises OSError when the
+    directory cannot be listed."""
     first_kept = (today - datetime.timedelta(days=days)).isoformat()
-    found = list_logs(directory)
-    in_use = {(log_file.day, log_file.number) for log_file in found[-1:]} | last_written(directory)
-    old = [(log_file, os.lstat(log_file.path)) for log_file in found
+    old = [(log_file, os.lstat(log_file.path)) for log_file in list_logs(directory)[:-1]
            if log_file.day < first_kept and log_file.day[:7] == log_file.month
            and not os.path.islink(os.path.dirname(log_file.path))]
-    return [(log_file, state.st_size) for log_file, state in old
-            if stat.S_ISREG(state.st_mode) and (log_file.day, log_file.number) not in in_use]
-
-
-def last_written(directory):
-    """{(day, number)} of the file that LM Studio wrote last, by its own note (server-logs-state.json);
-    often empty."""
-    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
-        note = json.loads(Path(directory, "..", ".internal", "server-logs-state.json").read_bytes())
-        last = note["lastWrittenFile"]
-        return {(re.split(r"[\\/]", last["filePathBase"])[-1], int(last["index"]))}
-    return set()
+    return [(log_file, state.st_size) for log_file, state in old if stat.S_ISREG(state.st_mode)]
 
 
 # --- 9.10 main ---------------------------------------------------------------
@@ -11262,7 +11379,8 @@ COMMANDS = (
     Command("check", run_checks, "look for what commonly goes wrong, and say the remedy",
             companions=("json",)),
     Command("prune", prune, "show which of LM Studio's logs are older; --yes removes them", "DAYS", ("yes",)),
-    Command("new_key", new_key, "mint a key; --rights [infer], --limits, --priority, --models, --expires", "NAME", tuple(TERMS)),
+    Command("new_key", new_key, "mint a key; --rights [infer], --limits, --priority, --models, --expires",
+            "NAME", tuple(TERMS)),
     Command("set_key", set_key, "change what it may, by the same flags", "NAME", tuple(TERMS)),
     Command("list_keys", list_keys, "minted keys: rights, limits, dates; with --history the last use"),
     Command("revoke_key", revoke_key, "take a minted key away", "NAME"),
@@ -11283,9 +11401,10 @@ def build_parser():
                f"Only as variables: {', '.join(row.variable for row in OPTIONS if not row.flag)}. "
                "The README says more.")
     commands = parser.add_argument_group("Commands")
+    one_command = commands.add_mutually_exclusive_group()
     for command in COMMANDS:
         kind: dict[str, Any] = {"metavar": command.value} if command.value else {"action": "store_true"}
-        commands.add_argument(flag_of(command.name), help=command.about, **kind)
+        one_command.add_argument(flag_of(command.name), help=command.about, **kind)
     commands.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)
     for name in TERMS:
         commands.add_argument(flag_of(name), help=argparse.SUPPRESS)
@@ -11311,7 +11430,7 @@ def add_options(parser):
             if row.flag:
                 kind = {"metavar": row.value} if row.value else {"action": "store_const", "const": "true"}
                 default = "" if row.default in (None, False, (), {}) else f" [{shown_default(row)}]"
-                group.add_argument(row.flag, dest=row.name, help=row.about.replace("%", "%%") + default, **kind)
+                group.add_argument(row.flag, dest=row.name, help=row.about + default, **kind)
         if heading == "Gateway":
             group.add_argument("--open", action="store_true", help="open the dashboard in the browser")
             group.add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
@@ -11319,7 +11438,7 @@ def add_options(parser):
 
 def readme_tables():
     """The tables that the README takes from this file: .ci/readme writes them, a test compares them."""
-    options = [[f"`{row.variable}`", f"`{row.flag}`" if row.flag else "", f"`{shown_default(row)}`", row.about]
+    options = [[f"`{row.variable}`", row.flag and f"`{row.flag}`" or "", f"`{shown_default(row)}`", row.about]
                for row in OPTIONS]
     routes = [[f"`{row.method} {row.path.replace('*', 'ID')}`", row.access, row.about] for row in ROUTES]
     events = [[f"`{name}`", row.about] for name, row in EVENTS.items()]
@@ -11352,34 +11471,26 @@ class Arguments(argparse.ArgumentParser):
 
 def chosen_command(args):
     """The Command that args name, None for the gateway.  Raises ConfigError for flags that do not go
-    together."""
-    chosen = [command for command in COMMANDS if getattr(args, command.name) not in (None, False)]
-    if args.paths and not any(command.paths for command in chosen):
+    together, and for a value that cannot be used."""
+    chosen = next((command for command in COMMANDS if getattr(args, command.name) not in (None, False)), None)
+    if args.paths and not (chosen and chosen.paths):
         meant = nearest(args.paths[0], [flag_of(command.name) for command in COMMANDS])[2:]
         raise ConfigError(f"{args.paths[0]}: " + (
             meant or "a path goes with --tail-only or --report; see --help"))
-    if len(chosen) > 1:
-        raise ConfigError(f"{flag_of(chosen[0].name)} and {flag_of(chosen[1].name)} do not go together; "
-                          "choose one")
     for name in COMPANIONS:
         hosts = [command for command in COMMANDS if name in command.companions]
-        if getattr(args, name) not in (None, False) and not set(hosts) & set(chosen) and (chosen or name != "open"):
+        if getattr(args, name) not in (None, False) and chosen not in hosts and (chosen or name != "open"):
             raise ConfigError(f"{flag_of(name)} goes with "
                               f"{' or '.join(flag_of(command.name) for command in hosts)}")
-    return chosen[0] if chosen else None
-
-
-def check_values(args):
-    """Raises ConfigError for a command's value that cannot be used."""
     if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     if args.events is not None and not words(args.events):
         raise ConfigError("--events: name the events to print, comma-separated; see the README")
-    names = [name[1:] if name.startswith("-") else name for name in words(args.events or "")]
-    unknown = [name for name in names if name not in EVENTS]
-    if unknown:
-        raise ConfigError(f"--events: {unknown[0]} is not an event"
-                          + (nearest(unknown[0], EVENTS) or "; see the README"))
+    for name in words(args.events or ""):
+        if re.sub("^-", "", name) not in EVENTS:
+            raise ConfigError(f"--events: {name} is not an event"
+                              + (nearest(name, EVENTS) or "; see the README"))
+    return chosen
 
 
 def main(argv=None):
@@ -11390,7 +11501,6 @@ def main(argv=None):
     try:
         args = build_parser().parse_args(argv)
         command = chosen_command(args)
-        check_values(args)
         if args.check:
             return run_checks(args)     # before anything that can be wrong
         config, warnings, errors = load_config(vars(args), os.environ, args.env_file)
