@@ -494,6 +494,7 @@ RULES = (
          "First token generated. Continuing to stream response.."),
     Rule("finish", "app", "line", "App", r"Finished streaming response", "Finished streaming response"),
     Rule("prediction", "app", "json", "App", r"Generated prediction: ", "Generated prediction: {"),
+    Rule("output", "app", "json", "App", r"Prediction stats: ", "Prediction stats: {"),  # by LogStream, of any answer
     Rule("response", "app", "json", "App", r"Generated synchronous v1/responses response: ",
          "Generated synchronous v1/responses response: {"),
     Rule("disconnect", "app", "line", "App", r"Client disconnected\. Stopping generation",
@@ -1803,6 +1804,14 @@ class ChatTracker(EngineLines):
     def on_response(self, entry):
         self._answer(entry, entry.line)
 
+    def on_output(self, entry):
+        """Figures of an answer, all that MLX tells of a stream.  They end nothing, and name no request."""
+        found = [chat for chat in self._of(entry, *self._ended) if chat.stream is not False and not (
+            chat.abandoned or chat.has_said("lmstudio_prediction_stats"))]
+        if len(found) == 1:
+            found[0].counts, found[0].speeds = prediction_figures(prediction_of(entry.text))
+            self._settle(found[0], entry.moment)
+
     def _answer(self, entry, message):
         """A whole answer.  A client that has left gets one, too."""
         body = prediction_of(entry.text)
@@ -2047,21 +2056,27 @@ def error_message(error):
 
 # --- 3.5 meter: the tokens of an answer, read while it passes ------------------
 
-FIGURES = {  # figure -> the names of its count, in order: OpenAI's, Anthropic's, LM Studio's own
-    "prompt": ("prompt_tokens", "input_tokens", "inputTokens"),
-    "completion": ("completion_tokens", "total_output_tokens", "output_tokens", "outputTokens"),
-    "total": ("total_tokens", "totalTokens"),
+FIGURES = {  # figure -> the names of its count, in order: OpenAI's, Anthropic's, LM Studio's own, its SDKs'
+    "prompt": ("prompt_tokens", "input_tokens", "inputTokens", "promptTokensCount"),
+    "completion": ("completion_tokens", "total_output_tokens", "output_tokens", "outputTokens",
+                   "predictedTokensCount"),
+    "total": ("total_tokens", "totalTokens", "totalTokensCount"),
     "cached": ("cached_tokens", "cache_read_input_tokens"),
     "reasoning": ("reasoning_tokens", "reasoning_output_tokens"),
-    "drafted": ("total_draft_tokens_count",),
-    "accepted": ("accepted_draft_tokens_count",),
+    "drafted": ("total_draft_tokens_count", "totalDraftTokensCount"),
+    "accepted": ("accepted_draft_tokens_count", "acceptedDraftTokensCount"),
+}
+RATES = {  # the same for what is no count
+    "speed": ("tokens_per_second", "tokensPerSecond"),
+    "first_s": ("time_to_first_token", "time_to_first_token_seconds", "timeToFirstTokenSec"),
 }
 
 
 def answer_figures(body):
     """{name: number} of the usage and stats in an answer, an event or a logged answer.
 
-    /v1 has usage, /api/v0 also stats with speeds, /api/v1/chat only stats; speed is in tokens a second,
+    /v1 has usage, /api/v0 also stats with speeds, /api/v1/chat and the SDKs only stats (lmstudio-js,
+    LLMPredictionStats.ts); speed is in tokens a second,
     first_s the time to the first token in seconds."""
     usage, stats = member(body, "usage"), member(body, "stats")
     if not usage and not stats:
@@ -2073,8 +2088,8 @@ def answer_figures(body):
         # Anthropic counts tokens apart that come from a cache or go into it
         found["prompt"] += sum(count(usage, f"cache_{kind}_input_tokens", default=0)
                                for kind in ("read", "creation"))
-    first_s = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
-    return without_none(**found, speed=usable(stats.get("tokens_per_second")), first_s=usable(first_s))
+    rates = {figure: usable(stats[name]) for figure, names in RATES.items() for name in names if name in stats}
+    return without_none(**found, **rates)
 
 
 class Usage:
@@ -2082,7 +2097,7 @@ class Usage:
 
     def __init__(self):
         self.prompt = self.completion = self.total = None
-        self.cached = self.reasoning = None
+        self.cached = self.reasoning = self.drafted = self.accepted = None
         self.finish = self.model = self.error = self.answer_id = None
         self.speed = None  # tokens a second and ms to the first token, as LM Studio reports them
         self.first_ms = None
@@ -2625,6 +2640,8 @@ class Record:
         usage = meter.usage
         self.model, self.finish = usage.model or self.model, usage.finish
         self.answer_id = usage.answer_id
+        if usage.drafted is not None:
+            self.drafted, self.accepted = usage.drafted, usage.accepted
         self.usage = usage.tokens(meter.dialect) or self.usage
         begun = not whole and usage.completion is not None and usage.completion < meter.pieces
         self.first_ms = self.first_ms if usage.first_ms is None else usage.first_ms
@@ -4072,8 +4089,9 @@ class Frames:
         self._need = 2
         final, opcode = frame[0] >> 7, frame[0] & 15
         payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
+        if opcode == CLOSE:
+            check_payload(opcode, payload)
         if opcode >= CLOSE:
-            check_close(opcode, payload)
             found.append(Message(opcode, payload, frame))
             return
         self._opcode = opcode or self._opcode
@@ -4084,7 +4102,7 @@ class Frames:
             message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
             self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
             if self._masked and message.opcode == TEXT:
-                check_text_frame(message.payload)
+                check_payload(TEXT, message.payload)
             found.append(message)
 
 
@@ -4095,20 +4113,16 @@ def unmasked(data, mask):
     return (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
 
 
-def check_text_frame(data):
-    """Raises FrameError for bytes that are not UTF-8."""
+def check_payload(opcode, payload):
+    """Raises FrameError for a close frame that may not be sent (RFC 6455, 5.5.1 and 7.4), and for text that is
+    not UTF-8."""
+    code = payload[:2] if opcode == CLOSE else b""
+    if code and (len(code) == 1 or int.from_bytes(code, "big") not in CLOSE_CODES):
+        raise FrameError(1002, "a close code that nobody may send")
     try:
-        str(data, "utf-8")
+        str(payload[len(code):], "utf-8")
     except UnicodeDecodeError:
         raise FrameError(1007, "a text that is not UTF-8") from None
-
-
-def check_close(opcode, payload):
-    """Raises FrameError for a close frame that may not be sent (RFC 6455, 5.5.1 and 7.4)."""
-    if opcode == CLOSE and payload:
-        if len(payload) == 1 or int.from_bytes(payload[:2], "big") not in CLOSE_CODES:
-            raise FrameError(1002, "a close code that nobody may send")
-        check_text_frame(payload[2:])
 
 
 def frame(opcode, payload, mask=b""):
@@ -4147,12 +4161,6 @@ METERED = {("llm", "channelCreate", "predict"): SOCKET, ("llm", "channelCreate",
 # As Node writes most messages of an answer: to find the id and the tokens costs a fifth of reading JSON.
 FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message":\{"type":"fragment","fragment":\{'
                       rb'"content":"[^"\\]*(?:\\.[^"\\]*)*","tokensCount":(\d{1,9})[,}]')
-STATS_AS_V0 = {  # in the result of a prediction -> as /api/v0 names them
-    "promptTokensCount": "prompt_tokens", "predictedTokensCount": "completion_tokens",
-    "totalTokensCount": "total_tokens", "tokensPerSecond": "tokens_per_second",
-    "timeToFirstTokenSec": "time_to_first_token", "stopReason": "stop_reason",
-    "totalDraftTokensCount": "total_draft_tokens_count",
-    "acceptedDraftTokensCount": "accepted_draft_tokens_count"}
 
 
 def id_of(message, name):
@@ -4162,12 +4170,6 @@ def id_of(message, name):
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and abs(value) < UNSAFE else None
-
-
-def figures_as_v0(stats):
-    """The stats of a prediction (lmstudio-js, LLMPredictionStats.ts) as an answer of /api/v0 has them."""
-    found = {name: stats[theirs] for theirs, name in STATS_AS_V0.items() if theirs in stats}
-    return {"usage": found, "stats": found}
 
 
 def name_of(value):
@@ -6302,15 +6304,18 @@ class LogStream:
 
     @classmethod
     def _line(cls, message):
-        """What a packet of the stream would be in a log file."""
+        """What a packet of the stream would be in a log file; of an answer its figures, which no file has."""
         entry = member(member(json_object(message.payload) or {}, "message"), "log")
         data = member(entry, "data")
-        text, level = data.get(cls.LINES.get(str(data.get("type")))), str(data.get("level")).upper()
+        kind, level = str(data.get("type")), str(data.get("level")).upper()
+        text, level = data.get(cls.LINES.get(kind)), level if level in cls.LEVELS else "INFO"
+        model, stats = name_of(data.get("modelIdentifier")), member(data, "stats")
+        if kind == "llm.prediction.output" and model and stats and not CONTROLS.search(model):
+            text, level = f"Prediction stats: {json.dumps({'stats': stats}, indent=2)}", f"INFO][{model}"
         if not isinstance(text, str):
             return b""
         if not re.match(r"\[\d{4}-\d\d-\d\d ", text):
             stamp = time.localtime(min(usable(entry.get("timestamp")) or 0, 4e12) / 1000)
-            level = level if level in cls.LEVELS else "INFO"
             text = f"[{time.strftime('%Y-%m-%d %H:%M:%S', stamp)}][{level}] {text}"
         return text.rstrip("\n").encode("utf-8", "replace") + b"\n"
 
@@ -8351,9 +8356,6 @@ class Prediction:
         elif kind == "channelClose":
             self.end("LM Studio closed the channel without a result", "upstream_error")
 
-    def on_fragment(self, content, now):
-        self.generated(count(member(content, "fragment"), "tokensCount", default=1), now)
-
     def generated(self, tokens, now):
         """So many tokens more, at the clock reading now."""
         self.pieces, self._begun = self.pieces + tokens, self._begun or now
@@ -8373,13 +8375,8 @@ class Prediction:
         self._hub.learned(self.inference.record, events)
 
     def on_success(self, content, now):
-        figures = figures_as_v0(member(content, "stats"))
-        self.usage.take({**figures, "model": member(content, "modelInfo").get("identifier")})
-        drafts = count(figures["stats"], "total_draft_tokens_count")
-        if drafts:
-            self._hub.learned(self.inference.record, [Event("lmstudio_prediction_stats", {
-                "draftTokens": drafts,
-                "acceptedDraftTokens": count(figures["stats"], "accepted_draft_tokens_count")})])
+        stats, model = member(content, "stats"), member(content, "modelInfo").get("identifier")
+        self.usage.take({"stats": stats, "stop_reason": stats.get("stopReason"), "model": model})
         self.pieces = 0  # estimates are for what has no figures
         self.cancelled = self.usage.finish == "userStopped"
         self.end("the client cancelled it" if self.cancelled else None)
@@ -8394,8 +8391,9 @@ class Prediction:
 
 
 PACKETS: dict[str, Callable] = {  # of a prediction's channel
-    "fragment": Prediction.on_fragment, "promptProcessingProgress": Prediction.on_progress,
-    "success": Prediction.on_success,
+    "promptProcessingProgress": Prediction.on_progress, "success": Prediction.on_success,
+    "fragment": lambda prediction, content, now: prediction.generated(
+        count(member(content, "fragment"), "tokensCount", default=1), now),
     "toolCallGenerationStart": lambda prediction, content, now: prediction.generated(0, now),
     "toolCallGenerationArgumentFragmentGenerated": lambda prediction, content, now: prediction.generated(0, now)}
 

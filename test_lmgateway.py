@@ -6964,6 +6964,7 @@ def test_a_prediction_is_a_request_like_any_other(front, joined):
 
 def test_tokens_are_counted_however_their_fragments_are_written_and_drafts_as_lm_studio_says(front, joined):
     client, studio = joined()
+    mark = front.hub.last
     client.say(channel("predict"))
     studio.hear()
     (inference,) = front.gateway.inferences.values()
@@ -6977,7 +6978,7 @@ def test_tokens_are_counted_however_their_fragments_are_written_and_drafts_as_lm
     client.hear()
     assert front.hub.shown()[0]["progress"]["outputTokens"] == 7
     studio.say(success(totalDraftTokensCount=8, acceptedDraftTokensCount=6))
-    front.events(0, "inference_complete")
+    front.events(mark, "inference_complete")
     row = front.hub.shown()[0]
     assert (row["draftTokens"], row["acceptedDraftTokens"]) == (8, 6)
 
@@ -7279,6 +7280,28 @@ def test_the_stream_gives_the_lines_of_a_log_file(diagnostics, utc, line, text):
         side.say(other)
     side.say(line)
     assert until_news(stream) == text and stream.problem == ""
+
+
+def test_the_figures_of_an_answer_fill_what_its_lines_leave_out(diagnostics, utc):
+    stream, side = diagnostics
+    parser, events = Parser(), []
+    lines = [f"[2026-05-01 10:00:0{second}][INFO][m/one] {text}" for second, text in enumerate((
+        "Running chat completion on conversation with 1 messages.", "Streaming response...", "Finished streaming response"))]
+    output = {"output": "secret", "modelIdentifier": "m/one", "stats": {**SOCKET_STATS, "totalDraftTokensCount": 4}}
+    for packet in (*(logged_line("server.log", content=line) for line in lines), logged_line("llm.prediction.output", **output),
+                   logged_line("llm.prediction.output", **output),      # of no request
+                   logged_line("llm.prediction.output", **{**output, "modelIdentifier": "a\n[2026-05-01 10:00:00][ERROR] b"})):
+        side.say(packet)
+    side.say(logged_line("server.log", content="[2026-05-01 10:00:09][INFO] last"))
+    while not events or events[-1].data["message"] != "last":
+        events += parser.feed(until_news(stream)) + parser.quiet()
+    (stats,) = [event.data for event in events if event.name == "lmstudio_prediction_stats"]
+    assert {name: stats[name] for name in ("promptTokens", "completionTokens", "tokensPerSecond", "timeToFirstTokenMs",
+                                           "draftTokens", "model")} == {
+        "promptTokens": 30, "completionTokens": 5, "tokensPerSecond": 12.345, "timeToFirstTokenMs": 250.0,
+        "draftTokens": 4, "model": "m/one"}
+    assert [event.name for event in events].count("lmstudio_chat_end") == 1 and not parser.faults
+    assert "secret" not in str(events) and not [event for event in events if event.name == "lmstudio_error"]
 
 
 def test_a_stream_that_breaks_is_said_and_comes_back(diagnostics, scripted):
