@@ -25,10 +25,9 @@ Words used throughout:
 Threads, and the state that each may change:
 
     main       nothing after start-up; it waits for a signal
-    accept     takes connections in, and closes some if there are too many
+    accept     takes connections in, closes some if there are too many, notices clients that left
     tail       the parser (others only read its figures); Hub.publish_log
     http       one per connection: its own sockets, its own meter; Hub.begin, Hub.generated, Hub.end
-    watcher    shuts down the upstream sockets of clients that left, wakes listeners that did
     question   asks LM Studio for all views that want to know, while they wait a little
     history    the SQLite file, fed through a queue
     log        our own log's file or stderr, fed through a queue
@@ -6418,7 +6417,7 @@ class Request:
         self.told = False  # the log has its line
         self.turn: Any = None  # of an inference
         self.ratelimit: list = []  # headers for its answer that tell of its key's limits
-        self.connection: Any = None  # the client's socket
+        self.connection: Any = None  # the client's Connection
         self.pause: Callable[[float], Any] = time.sleep  # for so many s, or until the connection ends
 
     @property
@@ -6746,42 +6745,67 @@ def reason_of(status):
         return ""
 
 
-# --- 7.2 watcher: clients that leave while nobody reads from them ------------
+# --- 7.2 connections, and clients that leave while nobody reads from them ------
+
+RESTING, READING, WORKING, STREAMING, TUNNELLING = "resting", "reading", "working", "streaming", "tunnelling"
 
 
-class Watcher:
-    """One thread that notices when a client leaves while its handler waits for something else.
+class Connection:
+    """A client's connection: its handler's thread writes the state, the accept thread reads it and may end the
+    connection.  A guest has shown a right key, or needs none; others are strangers.
 
-    Watching costs a request two dictionary operations; the thread looks at all sockets four times a
-    second, so that a client that left is known within half a second.  A client that only closes its sending
-    side has left, too: nginx and Node see it so, and a browser or an SDK that gives up looks like that."""
+    A client that only closes its sending side has left, too: nginx and Node see it so, and a browser or an SDK
+    that gives up looks like that."""
 
-    TICK_S = 0.25
+    __slots__ = ("sock", "place", "state", "since", "proven", "deadline", "request", "ended", "leave")
+    ANSWER_S = 20.0  # for a stranger's request: its body, our answer
 
-    def __init__(self):
-        # socket -> callback.  No lock: a dict's pop is atomic, and the thread that pops an item calls it.
-        self._watched = {}
-        threading.Thread(target=self._run, name="watcher", daemon=True).start()
+    def __init__(self, sock, address):
+        self.sock, self.place = sock, network_of(address)
+        self.state = RESTING    # without a request; or READING one, or WORKING on its answer, or STREAMING
+        self.since = time.monotonic()   # clock when it came or last rested
+        self.proven = False     # it is a guest's
+        self.deadline = math.inf    # clock when it is ended
+        self.request: Any = None    # while STREAMING or TUNNELLING
+        self.ended = threading.Event()
+        self.leave: Any = None      # called by dismiss()
 
-    def watch(self, sock, callback):
-        """Any thread.  Until forget(), callback() is called once if the client leaves."""
-        self._watched[sock] = callback
+    def reads(self, now):
+        """The head of a request is there."""
+        self.state = READING
+        if not self.proven:
+            self.deadline = now + self.ANSWER_S
 
-    def forget(self, sock):
-        """Any thread.  The client may leave as it likes."""
-        self._watched.pop(sock, None)
+    def works(self, request, streams):
+        """Its request has been read whole."""
+        self.request = request if streams else None
+        self.state = STREAMING if streams else WORKING
 
-    def dismiss(self, sock):
-        """Any thread.  Calls the callback, as if the client had left."""
-        callback = self._watched.pop(sock, None)
-        if callback:
-            callback()
+    def tunnels(self, request):
+        """It is a WebSocket from now on: TUNNELLING, or WORKING while it has an inference."""
+        self.request, self.state, self.deadline = request, TUNNELLING, math.inf
 
-    def _run(self):
-        while True:
-            time.sleep(self.TICK_S)
-            for sock in those_left(list(self._watched)):
-                self.dismiss(sock)
+    def rests(self):
+        """Its request has been answered."""
+        self.state, self.request, self.deadline, self.since = RESTING, None, math.inf, time.monotonic()
+
+    def dismiss(self):
+        """Any thread.  The client has left, or is to go: whoever waits for something else is told."""
+        leave = self.leave
+        if leave:
+            self.leave = None
+            leave()
+
+    def end(self):
+        """Any thread.  Its handler notices, whatever it waits for."""
+        self.ended.set()
+        shut(self.sock)
+
+
+def shut(sock):
+    """Any thread.  Ends a connection; its handler notices.  Below TLS, whose objects are the handler's."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def those_left(sockets):
@@ -7416,7 +7440,6 @@ class Gateway:
         self.history, self.server = history, None
         self.access = AccessControl(config)
         self.turns = Turns(config, self.access, hub, history)
-        self.watcher = Watcher()
         self.started, self._started = time.time(), time.monotonic()
         self.address = ""
         self.lan_urls = []
@@ -7605,7 +7628,7 @@ class Forward:
             if self._inference:
                 self._inference.begin()
                 self._inference.record.overhead_s = time.monotonic() - self.request.arrived
-            self._gateway.watcher.watch(self.request.connection, lambda: self.stop(ClientLeft()))
+            self.request.connection.leave = lambda: self.stop(ClientLeft())
             return self._respond()
         except BaseException as error:
             self._fail(error)
@@ -7739,7 +7762,7 @@ class Forward:
         if self._over:
             return
         self._over = True
-        self._gateway.watcher.forget(self.request.connection)
+        self.request.connection.leave = None
         self._gateway.upstream.done(self._call, self._answer)
         self.request.told = bool(self._inference or error)
         if self._inference:
@@ -7872,14 +7895,14 @@ def event_stream(gateway, request):
     names = frozenset(words(",".join(asked)))
     since = request.header("last-event-id") or request.query.get("since", "")
     return Response(200, [("Content-Type", "text/event-stream; charset=utf-8"), ("X-Accel-Buffering", "no")],
-                    stream_frames(gateway.hub, since, names, gateway.watcher, request))
+                    stream_frames(gateway.hub, since, names, request))
 
 
-def stream_frames(hub, since, names, watcher, request):
+def stream_frames(hub, since, names, request):
     """Bytes for one listener until the hub closes: connected, what it missed, what comes, pings.
 
     No piece is longer than PIECE: so much does a client cost that does not read."""
-    with hub.listening(since, request.identity.owner) as listener, watching(watcher, request, listener.bell) as left:
+    with hub.listening(since, request.identity.owner) as listener, watching(request, listener.bell) as left:
         held = hub.event_id(listener.sent)  # the client's latest id: repeated by frames that are no event
         yield own_frame(hub, held, "connected", {"message": "Connected to lmgateway"}, f"retry: {RETRY_MS}\n")
         heard = time.monotonic()    # when the client last had a byte
@@ -7911,7 +7934,7 @@ def own_frame(hub, held, name, data, retry=""):
 
 
 @contextlib.contextmanager
-def watching(watcher, request, bell):
+def watching(request, bell):
     """Ring the bell when the listener leaves, so that its thread ends at once and not with the next ping."""
     left = threading.Event()
 
@@ -7919,11 +7942,11 @@ def watching(watcher, request, bell):
         left.set()
         wake([bell])
 
-    watcher.watch(request.connection, leave)
+    request.connection.leave = leave
     try:
         yield left
     finally:
-        watcher.forget(request.connection)
+        request.connection.leave = None
 
 
 STATUS_REQUESTS = 10    # that are over, in /debug/status
@@ -8565,7 +8588,7 @@ class Tunnel:
 
     def __init__(self, gateway, request, studio, early):
         self._gateway, self._request, self._bell = gateway, request, Bell()
-        self.client = Side(request.connection, Frames(True, FIRST_LIMIT))
+        self.client = Side(request.connection.sock, Frames(True, FIRST_LIMIT))
         self.studio = Side(studio, Frames(False, LONGEST_MESSAGE))
         self._early = early  # bytes of LM Studio's that came with its 101
         self.talk = Conversation(gateway, request, self._bell)
@@ -8617,7 +8640,7 @@ class Tunnel:
     def run(self, connection, memory):
         """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
         self._memory, talk = memory, self.talk
-        self._gateway.watcher.watch(self.client.sock, self.dismiss)
+        connection.leave = self.dismiss
         while time.monotonic() < self._parting:
             connection.state = WORKING if talk.running else TUNNELLING
             if self._gateway.stopping and not talk.running:
@@ -8716,7 +8739,7 @@ class Tunnel:
 
     def part(self, fault):
         """It is over, for the FrameError, HttpError or ClientLeft given, or because a side has closed."""
-        self._gateway.watcher.forget(self.client.sock)
+        self._request.connection.leave = None
         self._memory.give_back(self._held)
         close_quietly(self.studio.sock)
         if isinstance(fault, FrameError):
@@ -8833,7 +8856,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _respond(self, gateway, request):
         """The Response to a request that access control lets pass."""
         access = gateway.access
-        request.client, request.connection = self.client_address[0], self.request
+        request.client, request.connection = self.client_address[0], self.connection
         request.port, request.pause = self.server.port, self.connection.ended.wait
         request.client = access.client_of(request)
         request.encrypted = isinstance(self.request, ssl.SSLSocket)
@@ -8977,50 +9000,6 @@ def http_date():
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
-RESTING, READING, WORKING, STREAMING, TUNNELLING = "resting", "reading", "working", "streaming", "tunnelling"
-
-
-class Connection:
-    """The state of a client's connection: its handler's thread writes it, the accept thread reads it and may
-    end the connection.  A guest has shown a right key, or needs none; others are strangers."""
-
-    __slots__ = ("sock", "place", "state", "since", "proven", "deadline", "request", "ended")
-    ANSWER_S = 20.0  # for a stranger's request: its body, our answer
-
-    def __init__(self, sock, address):
-        self.sock, self.place = sock, network_of(address)
-        self.state = RESTING    # without a request; or READING one, or WORKING on its answer, or STREAMING
-        self.since = time.monotonic()   # clock when it came or last rested
-        self.proven = False     # it is a guest's
-        self.deadline = math.inf    # clock when it is ended
-        self.request: Any = None    # while STREAMING
-        self.ended = threading.Event()
-
-    def reads(self, now):
-        """The head of a request is there."""
-        self.state = READING
-        if not self.proven:
-            self.deadline = now + self.ANSWER_S
-
-    def works(self, request, streams):
-        """Its request has been read whole."""
-        self.request = request if streams else None
-        self.state = STREAMING if streams else WORKING
-
-    def tunnels(self, request):
-        """It is a WebSocket from now on: TUNNELLING, or WORKING while it has an inference."""
-        self.request, self.state, self.deadline = request, TUNNELLING, math.inf
-
-    def rests(self):
-        """Its request has been answered."""
-        self.state, self.request, self.deadline, self.since = RESTING, None, math.inf, time.monotonic()
-
-    def end(self):
-        """Any thread.  Its handler notices, whatever it waits for."""
-        self.ended.set()
-        shut(self.sock)
-
-
 class Server(http.server.ThreadingHTTPServer):
     """Carries the gateway to its handlers, and decides whose connection gives way when there are too many."""
 
@@ -9028,7 +9007,8 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 256
     allow_reuse_address = os.name != "nt"   # there it would let two servers share a port,
     allow_reuse_port = False                # which this would do elsewhere
-    LOOK_S = 0.5    # between two looks at deadlines and at the rights of listeners
+    LOOK_S = 0.25   # between two looks at clients, deadlines and the rights of listeners
+    LEAVE_S = 1.0   # for a listener whose right has changed
     SPARE = 32  # connections beyond the limit that may still be on their way out
     NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -9055,15 +9035,18 @@ class Server(http.server.ThreadingHTTPServer):
                 self.gateway.turns.look()
 
     def _look(self, now):
-        """End connections that are over their time, and streams whose listener's right has changed: in order
-        if the stream can be woken, else a second later."""
+        """Notice clients that left.  End connections that are over their time, and streams whose listener's
+        right has changed: in order if the stream can be woken, else LEAVE_S later."""
+        watched = {connection.sock: connection for connection in self._all() if connection.leave}
+        for sock in those_left(list(watched)):
+            watched[sock].dismiss()
         for connection in self._all():
             request = connection.request
             if now >= connection.deadline:
                 connection.end()
             elif request and self.gateway.access.recognize(request) != request.identity:
-                connection.deadline = min(connection.deadline, now + 1.0)
-                self.gateway.watcher.dismiss(connection.sock)
+                connection.deadline = min(connection.deadline, now + self.LEAVE_S)
+                connection.dismiss()
 
     def get_request(self):
         """A new connection.  A TLS handshake is left to its handler: a slow one must not hold up others."""
@@ -9152,14 +9135,19 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in self._all(RESTING):
             connection.end()
         for connection in self._all(TUNNELLING):
-            self.gateway.watcher.dismiss(connection.sock)
-        wait_until(lambda: not self._all(READING, WORKING, TUNNELLING), seconds)
+            connection.dismiss()
+        wait_until(lambda: self._are_over(READING, WORKING, TUNNELLING), seconds)
         self.gateway.cutting_off = True
         for connection in self._all(READING, WORKING):
             shut(connection.sock)   # it counts until its handler has told of its end
-        wait_until(lambda: not self.working, 1.0)
+        wait_until(lambda: self._are_over(READING, WORKING), 1.0)
         self.gateway.hub.close()
-        wait_until(lambda: not self._all(STREAMING), 1.0)
+        wait_until(lambda: self._are_over(STREAMING), 1.0)
+
+    def _are_over(self, *states):
+        """True when no connection is in one of the states.  The accept thread, which looks after them, has ended."""
+        self.service_actions()
+        return not self._all(*states)
 
 
 def connection_limit(wanted):
@@ -9187,12 +9175,6 @@ def wait_until(holds, seconds):
     deadline = time.monotonic() + seconds
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.02)
-
-
-def shut(sock):
-    """Any thread.  Ends a connection; its handler notices.  Below TLS, whose objects are the handler's."""
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 # === 8. DEMO: an imitation of LM Studio ======================================
