@@ -10,11 +10,11 @@ Words used throughout:
     chunk      bytes that one look at a log file brought
     entry      one log record: a header line and the lines that continue it
     rule       one wording of LM Studio's log, and the fact that it states
-    fact       what a line states, in words that no engine owns ("prompt is read", "client left")
+    fact       the statement of a line, in words that no engine owns ("prompt is read", "client left")
     run        one prediction of an engine, as its DEBUG lines tell it
     chat       one prediction, as the app's INFO lines tell it
     event      a name and JSON, as listeners receive them
-    request    one HTTP request of a client; a record is what is kept of it
+    request    one HTTP request of a client; its record is kept
     dialect    one of the APIs that LM Studio speaks: its places for usage, tokens and errors
     meter      reads a dialect's answer while it passes
     view       a function (gateway, request) -> Response
@@ -22,22 +22,21 @@ Words used throughout:
     finding    one result of --check, with its remedy
     upstream   LM Studio's server
 
-Threads, and what each may write:
+Threads, and the state that each may change:
 
     main       nothing after start-up; it waits for a signal
-    accept     takes connections in, and closes some if there are too many
-    tail       the parser, whose figures others only read; Hub.publish_log
+    accept     takes connections in, closes some if there are too many, notices clients that left
+    tail       the parser (others only read its figures); Hub.publish_log
     http       one per connection: its own sockets, its own meter; Hub.begin, Hub.generated, Hub.end
-    watcher    shuts down the upstream sockets of clients that left, wakes listeners that did
     question   asks LM Studio for all views that want to know, while they wait a little
     history    the SQLite file, fed through a queue
     log        our own log's file or stderr, fed through a queue
     watch      with --watch only: the line to another gateway; a queue to main
     demo-*     the imitation of LM Studio, with --demo only
 
-Hub is the only object that holds what requests and log have in common; it has one lock.  What else
-several threads use (keys, access, kept connections, our own log) guards itself and says how.  CORE is
-pure: no file, no socket, no clock, no thread.
+Hub is the only object that requests and log have in common; it has one lock.  Other state of several
+threads (keys, access, kept connections, our own log) guards itself and says how.  CORE is pure: no file,
+no socket, no clock, no thread.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ VERSION = "1.0.0"
 log = logging.getLogger("lmgateway")
 
 # === 1. ERRORS ===============================================================
-# One class per remedy.  The message tells the user what to do.
+# One class per remedy.  The message tells the user the remedy.
 
 
 class GatewayError(Exception):
@@ -126,8 +125,8 @@ class StartError(GatewayError):
 class HttpError(GatewayError):
     """An answer of the gateway's own with a status of 400 or more.
 
-    code is for programs, message for people; headers are sent along; close ends the connection
-    because what follows on it cannot be trusted."""
+    code is for programs, message for people; headers are sent along; close ends the connection, because the
+    bytes that follow on it cannot be trusted."""
 
     def __init__(self, status, code, message, headers=(), close=False):
         super().__init__(message)
@@ -193,14 +192,19 @@ def whole(low, high, unit=""):
     return parse
 
 
+def http_parts(text):
+    """The parts of an http or https URL with a host (urllib.parse); None for anything else."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(text)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", text):
+            return parts
+    return None
+
+
 def base_url(text):
     """http://HOST[:PORT], without a path."""
-    parts = urllib.parse.urlsplit(text.strip().rstrip("/"))
-    try:
-        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        known = False
-    if not known or parts.path or parts.query or parts.fragment or parts.username or " " in parts.netloc:
+    parts = http_parts(text.strip().rstrip("/"))
+    if not parts or parts.path or parts.query or parts.fragment or parts.username:
         raise ValueError("use the form http://127.0.0.1:1234")
     return f"{parts.scheme}://{parts.netloc}"
 
@@ -490,6 +494,7 @@ RULES = (
          "First token generated. Continuing to stream response.."),
     Rule("finish", "app", "line", "App", r"Finished streaming response", "Finished streaming response"),
     Rule("prediction", "app", "json", "App", r"Generated prediction: ", "Generated prediction: {"),
+    Rule("output", "app", "json", "App", r"Prediction stats: ", "Prediction stats: {"),  # by LogStream, of any answer
     Rule("response", "app", "json", "App", r"Generated synchronous v1/responses response: ",
          "Generated synchronous v1/responses response: {"),
     Rule("disconnect", "app", "line", "App", r"Client disconnected\. Stopping generation",
@@ -1799,6 +1804,14 @@ class ChatTracker(EngineLines):
     def on_response(self, entry):
         self._answer(entry, entry.line)
 
+    def on_output(self, entry):
+        """Figures of an answer, all that MLX tells of a stream.  They end nothing, and name no request."""
+        found = [chat for chat in self._of(entry, *self._ended) if chat.stream is not False and not (
+            chat.abandoned or chat.has_said("lmstudio_prediction_stats"))]
+        if len(found) == 1:
+            found[0].counts, found[0].speeds = prediction_figures(prediction_of(entry.text))
+            self._settle(found[0], entry.moment)
+
     def _answer(self, entry, message):
         """A whole answer.  A client that has left gets one, too."""
         body = prediction_of(entry.text)
@@ -2043,21 +2056,27 @@ def error_message(error):
 
 # --- 3.5 meter: the tokens of an answer, read while it passes ------------------
 
-FIGURES = {  # figure -> the names of its count, in order: OpenAI's, Anthropic's, LM Studio's own
-    "prompt": ("prompt_tokens", "input_tokens", "inputTokens"),
-    "completion": ("completion_tokens", "total_output_tokens", "output_tokens", "outputTokens"),
-    "total": ("total_tokens", "totalTokens"),
+FIGURES = {  # figure -> the names of its count, in order: OpenAI's, Anthropic's, LM Studio's own, its SDKs'
+    "prompt": ("prompt_tokens", "input_tokens", "inputTokens", "promptTokensCount"),
+    "completion": ("completion_tokens", "total_output_tokens", "output_tokens", "outputTokens",
+                   "predictedTokensCount"),
+    "total": ("total_tokens", "totalTokens", "totalTokensCount"),
     "cached": ("cached_tokens", "cache_read_input_tokens"),
     "reasoning": ("reasoning_tokens", "reasoning_output_tokens"),
-    "drafted": ("total_draft_tokens_count",),
-    "accepted": ("accepted_draft_tokens_count",),
+    "drafted": ("total_draft_tokens_count", "totalDraftTokensCount"),
+    "accepted": ("accepted_draft_tokens_count", "acceptedDraftTokensCount"),
+}
+RATES = {  # the same for what is no count
+    "speed": ("tokens_per_second", "tokensPerSecond"),
+    "first_s": ("time_to_first_token", "time_to_first_token_seconds", "timeToFirstTokenSec"),
 }
 
 
 def answer_figures(body):
     """{name: number} of the usage and stats in an answer, an event or a logged answer.
 
-    /v1 has usage, /api/v0 also stats with speeds, /api/v1/chat only stats; speed is in tokens a second,
+    /v1 has usage, /api/v0 also stats with speeds, /api/v1/chat and the SDKs only stats (lmstudio-js,
+    LLMPredictionStats.ts); speed is in tokens a second,
     first_s the time to the first token in seconds."""
     usage, stats = member(body, "usage"), member(body, "stats")
     if not usage and not stats:
@@ -2069,8 +2088,8 @@ def answer_figures(body):
         # Anthropic counts tokens apart that come from a cache or go into it
         found["prompt"] += sum(count(usage, f"cache_{kind}_input_tokens", default=0)
                                for kind in ("read", "creation"))
-    first_s = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
-    return without_none(**found, speed=usable(stats.get("tokens_per_second")), first_s=usable(first_s))
+    rates = {figure: usable(stats[name]) for figure, names in RATES.items() for name in names if name in stats}
+    return without_none(**found, **rates)
 
 
 class Usage:
@@ -2078,7 +2097,7 @@ class Usage:
 
     def __init__(self):
         self.prompt = self.completion = self.total = None
-        self.cached = self.reasoning = None
+        self.cached = self.reasoning = self.drafted = self.accepted = None
         self.finish = self.model = self.error = self.answer_id = None
         self.speed = None  # tokens a second and ms to the first token, as LM Studio reports them
         self.first_ms = None
@@ -2151,7 +2170,7 @@ class Meter:
         self._cut = cut and self._decode is identity
         self.first = self.last = self._now = None  # clocks: first, latest token, piece
         self.pieces = 0  # events with a token
-        # What stood before and behind the text of the last event, if it told no more: most have the same, and
+        # The bytes before and behind the text of the last event, if it told no more: most have the same, and
         # a thread that was just woken takes several times as long for a search as for a comparison.
         self._around: Any = None
 
@@ -2237,7 +2256,7 @@ def whole_event(data):
 
 
 def maybe_ours(beginning, limit=64 * 1024, some_choice=re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')):
-    """True while an event that begins so may become a chunk that carries only usage: short, without a choice."""
+    """True while an event that begins so may become a chunk that has only usage: short, without a choice."""
     data = bytes(beginning[:limit])
     return (len(beginning) < limit and (b"data:".startswith(data) or data.startswith(b"data:"))
             and data[5:].lstrip()[:1] in (b"", b"{") and not some_choice.search(data))
@@ -2621,6 +2640,8 @@ class Record:
         usage = meter.usage
         self.model, self.finish = usage.model or self.model, usage.finish
         self.answer_id = usage.answer_id
+        if usage.drafted is not None:
+            self.drafted, self.accepted = usage.drafted, usage.accepted
         self.usage = usage.tokens(meter.dialect) or self.usage
         begun = not whole and usage.completion is not None and usage.completion < meter.pieces
         self.first_ms = self.first_ms if usage.first_ms is None else usage.first_ms
@@ -3522,7 +3543,7 @@ LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progre
          "lmstudio_chat_end": Requests._line_of_end, "lmstudio_prediction_stats": Requests._line_of_end}
 
 
-# --- 3.9 figures: what is counted --------------------------------------------
+# --- 3.9 figures: counters and histograms ------------------------------------
 
 
 class Metric(NamedTuple):
@@ -3544,8 +3565,9 @@ A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000
 A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
-# Names and meanings: lmstudio_* is all that the log or LM Studio's REST API tells, whoever asked, with
-# lmstudio-exporter's names; lmstudio_gateway_* is what passed through us.  Base units, ratios from 0 to 1.
+# Names and meanings: lmstudio_* are figures of the log and of LM Studio's REST API, whether a request came
+# through us or not, with lmstudio-exporter's names; lmstudio_gateway_* are of requests through us.  Base units,
+# ratios from 0 to 1.
 METRICS = (
     Metric("lmstudio_up", "", "1 when LM Studio answered when last asked"),
     Metric("lmstudio_loaded_models", "", "Models that are loaded; absent when unknown"),
@@ -3639,7 +3661,7 @@ def seconds_of(ms):
 class Figures:
     """Counters and histograms since the start.  Pure; Hub's lock guards them."""
 
-    SERIES = 500  # of one metric; what comes beyond them is counted as "other"
+    SERIES = 500  # of one metric; beyond them all count as "other"
     MODELS = 100  # names of models that become labels
 
     def __init__(self):
@@ -4067,8 +4089,9 @@ class Frames:
         self._need = 2
         final, opcode = frame[0] >> 7, frame[0] & 15
         payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
+        if opcode == CLOSE:
+            check_payload(opcode, payload)
         if opcode >= CLOSE:
-            check_close(opcode, payload)
             found.append(Message(opcode, payload, frame))
             return
         self._opcode = opcode or self._opcode
@@ -4079,7 +4102,7 @@ class Frames:
             message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
             self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
             if self._masked and message.opcode == TEXT:
-                check_text_frame(message.payload)
+                check_payload(TEXT, message.payload)
             found.append(message)
 
 
@@ -4090,20 +4113,16 @@ def unmasked(data, mask):
     return (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
 
 
-def check_text_frame(data):
-    """Raises FrameError for bytes that are not UTF-8."""
+def check_payload(opcode, payload):
+    """Raises FrameError for a close frame that may not be sent (RFC 6455, 5.5.1 and 7.4), and for text that is
+    not UTF-8."""
+    code = payload[:2] if opcode == CLOSE else b""
+    if code and (len(code) == 1 or int.from_bytes(code, "big") not in CLOSE_CODES):
+        raise FrameError(1002, "a close code that nobody may send")
     try:
-        str(data, "utf-8")
+        str(payload[len(code):], "utf-8")
     except UnicodeDecodeError:
         raise FrameError(1007, "a text that is not UTF-8") from None
-
-
-def check_close(opcode, payload):
-    """Raises FrameError for a close frame that may not be sent (RFC 6455, 5.5.1 and 7.4)."""
-    if opcode == CLOSE and payload:
-        if len(payload) == 1 or int.from_bytes(payload[:2], "big") not in CLOSE_CODES:
-            raise FrameError(1002, "a close code that nobody may send")
-        check_text_frame(payload[2:])
 
 
 def frame(opcode, payload, mask=b""):
@@ -4142,12 +4161,6 @@ METERED = {("llm", "channelCreate", "predict"): SOCKET, ("llm", "channelCreate",
 # As Node writes most messages of an answer: to find the id and the tokens costs a fifth of reading JSON.
 FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message":\{"type":"fragment","fragment":\{'
                       rb'"content":"[^"\\]*(?:\\.[^"\\]*)*","tokensCount":(\d{1,9})[,}]')
-STATS_AS_V0 = {  # in the result of a prediction -> as /api/v0 names them
-    "promptTokensCount": "prompt_tokens", "predictedTokensCount": "completion_tokens",
-    "totalTokensCount": "total_tokens", "tokensPerSecond": "tokens_per_second",
-    "timeToFirstTokenSec": "time_to_first_token", "stopReason": "stop_reason",
-    "totalDraftTokensCount": "total_draft_tokens_count",
-    "acceptedDraftTokensCount": "accepted_draft_tokens_count"}
 
 
 def id_of(message, name):
@@ -4157,12 +4170,6 @@ def id_of(message, name):
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and abs(value) < UNSAFE else None
-
-
-def figures_as_v0(stats):
-    """The stats of a prediction (lmstudio-js, LLMPredictionStats.ts) as an answer of /api/v0 has them."""
-    found = {name: stats[theirs] for theirs, name in STATS_AS_V0.items() if theirs in stats}
-    return {"usage": found, "stats": found}
 
 
 def name_of(value):
@@ -4492,7 +4499,7 @@ class Listener:
 
     def __init__(self, seq, owner=None):
         self.seq = self.sent = seq  # of the latest event that it has passed; that it was given
-        self.owner = owner  # the key whose events it may have; None: every event
+        self.owner = owner  # the key that may see its own events alone; None: it may see every event
         self.elsewhere = None  # the id after its latest event, which was another start's; None once told
         self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Ring.wait()
 
@@ -4512,7 +4519,7 @@ class Ring:
         # never across I/O.
         self._lock = threading.Lock()
         self.epoch = secrets.token_hex(4)
-        self._frames = []  # (event name, name of the key that it is about, frame) of the events from _first on
+        self._frames = []  # (event name, name of the key that owns it, frame) of the events from _first on
         self._first = 1  # SEQ of _frames[0]
         self._bytes = 0  # of the frames
         self._waiting = set()  # bells of the listeners that have all there is
@@ -4554,7 +4561,7 @@ class Ring:
             self._append(*encoded)
 
     def _encoded(self, event):
-        """Any thread.  An event's name, the key whose own it is, and its data as JSON."""
+        """Any thread.  An event's name, the key that owns it, and its data as JSON."""
         owner = self._owners.get(event.data.get("requestId", "")) if event.name != "lmstudio_log" else None
         return event.name, owner, to_json(event.data)
 
@@ -4746,7 +4753,7 @@ class Hub(Ring):
         self._give(rows)
 
     def _changed_rows(self):  # lock held
-        """The history rows of the requests that changed after their end, once figures and series have them."""
+        """The history rows of requests that changed after their end; figures and series learn from them."""
         changed = {record.id: record for record in self._requests.changed}
         self._requests.changed = []
         rows = {record.id: history_row(record) for record in changed.values()}
@@ -4767,7 +4774,7 @@ class Hub(Ring):
             with self._lock:
                 self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
 
-    # --- what is known of them
+    # --- for views
 
     def served(self, asked):
         """Any thread.  The model that has answered to a name, else the name."""
@@ -4775,13 +4782,13 @@ class Hub(Ring):
             return self._requests.served(asked)
 
     def comment(self, record):
-        """Any thread.  Where a running request is, as an SSE comment."""
+        """Any thread.  How far a running request is, as an SSE comment."""
         with self._lock:
             return f": {record.told(self._clock())}\n\n".encode()
 
     def shown(self, limit=None, owner=None):
-        """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first; with
-        an owner, those of that key."""
+        """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first;
+        with an owner, those of that key."""
         with self._lock:
             clock, found = self._clock(), self._requests
             records = itertools.chain(reversed(found.running.values()), reversed(found.finished))
@@ -4796,8 +4803,8 @@ class Hub(Ring):
             running, over = (list(reversed(part)) for part in (
                 self._requests.running.values(), self._requests.finished))
             models = (record.model or record.model_asked for record in (*running, *over))
-            return ([record.shown(clock) for record in running], [record.shown(clock) for record in over[:count]],
-                    next(filter(None, models), None))
+            shown = [record.shown(clock) for record in (*running, *over[:count])]
+            return shown[:len(running)], shown[len(running):], next(filter(None, models), None)
 
     def detail(self, request_id):
         """Any thread.  One request with its timeline and sampling parameters; None when it is not known."""
@@ -4823,7 +4830,7 @@ class Hub(Ring):
     def models(self):
         """Any thread.  {model: (running, waiting, when it last answered or None, its state is loading)}."""
         with self._lock:
-            found: dict[Any, list[Any]] = {name: [0, 0, used, False] for name, used in self._series.used.items()}
+            found: dict[Any, list] = {name: [0, 0, used, False] for name, used in self._series.used.items()}
             for record in self._requests.running.values():
                 model = record.model or self._requests.served(record.model_asked)
                 row = found.setdefault(model, [0, 0, None, False])
@@ -6297,15 +6304,18 @@ class LogStream:
 
     @classmethod
     def _line(cls, message):
-        """What a packet of the stream would be in a log file."""
+        """What a packet of the stream would be in a log file; of an answer its figures, which no file has."""
         entry = member(member(json_object(message.payload) or {}, "message"), "log")
         data = member(entry, "data")
-        text, level = data.get(cls.LINES.get(str(data.get("type")))), str(data.get("level")).upper()
+        kind, level = str(data.get("type")), str(data.get("level")).upper()
+        text, level = data.get(cls.LINES.get(kind)), level if level in cls.LEVELS else "INFO"
+        model, stats = name_of(data.get("modelIdentifier")), member(data, "stats")
+        if kind == "llm.prediction.output" and model and stats and not CONTROLS.search(model):
+            text, level = f"Prediction stats: {json.dumps({'stats': stats}, indent=2)}", f"INFO][{model}"
         if not isinstance(text, str):
             return b""
         if not re.match(r"\[\d{4}-\d\d-\d\d ", text):
             stamp = time.localtime(min(usable(entry.get("timestamp")) or 0, 4e12) / 1000)
-            level = level if level in cls.LEVELS else "INFO"
             text = f"[{time.strftime('%Y-%m-%d %H:%M:%S', stamp)}][{level}] {text}"
         return text.rstrip("\n").encode("utf-8", "replace") + b"\n"
 
@@ -6407,7 +6417,7 @@ class Request:
         self.told = False  # the log has its line
         self.turn: Any = None  # of an inference
         self.ratelimit: list = []  # headers for its answer that tell of its key's limits
-        self.connection: Any = None  # the client's socket
+        self.connection: Any = None  # the client's Connection
         self.pause: Callable[[float], Any] = time.sleep  # for so many s, or until the connection ends
 
     @property
@@ -6735,42 +6745,67 @@ def reason_of(status):
         return ""
 
 
-# --- 7.2 watcher: clients that leave while nobody reads from them ------------
+# --- 7.2 connections, and clients that leave while nobody reads from them ------
+
+RESTING, READING, WORKING, STREAMING, TUNNELLING = "resting", "reading", "working", "streaming", "tunnelling"
 
 
-class Watcher:
-    """One thread that notices when a client leaves while its handler waits for something else.
+class Connection:
+    """A client's connection: its handler's thread writes the state, the accept thread reads it and may end the
+    connection.  A guest has shown a right key, or needs none; others are strangers.
 
-    Watching costs a request two dictionary operations; the thread looks at all sockets four times a
-    second, so that a client that left is known within half a second.  A client that only closes its sending
-    side has left, too: nginx and Node see it so, and a browser or an SDK that gives up looks like that."""
+    A client that only closes its sending side has left, too: nginx and Node see it so, and a browser or an SDK
+    that gives up looks like that."""
 
-    TICK_S = 0.25
+    __slots__ = ("sock", "place", "state", "since", "proven", "deadline", "request", "ended", "leave")
+    ANSWER_S = 20.0  # for a stranger's request: its body, our answer
 
-    def __init__(self):
-        # socket -> callback.  No lock: a dict's pop is atomic, and the thread that pops an item calls it.
-        self._watched = {}
-        threading.Thread(target=self._run, name="watcher", daemon=True).start()
+    def __init__(self, sock, address):
+        self.sock, self.place = sock, network_of(address)
+        self.state = RESTING    # without a request; or READING one, or WORKING on its answer, or STREAMING
+        self.since = time.monotonic()   # clock when it came or last rested
+        self.proven = False     # it is a guest's
+        self.deadline = math.inf    # clock when it is ended
+        self.request: Any = None    # while STREAMING or TUNNELLING
+        self.ended = threading.Event()
+        self.leave: Any = None      # called by dismiss()
 
-    def watch(self, sock, callback):
-        """Any thread.  Until forget(), callback() is called once if the client leaves."""
-        self._watched[sock] = callback
+    def reads(self, now):
+        """The head of a request is there."""
+        self.state = READING
+        if not self.proven:
+            self.deadline = now + self.ANSWER_S
 
-    def forget(self, sock):
-        """Any thread.  The client may leave as it likes."""
-        self._watched.pop(sock, None)
+    def works(self, request, streams):
+        """Its request has been read whole."""
+        self.request = request if streams else None
+        self.state = STREAMING if streams else WORKING
 
-    def dismiss(self, sock):
-        """Any thread.  Calls the callback, as if the client had left."""
-        callback = self._watched.pop(sock, None)
-        if callback:
-            callback()
+    def tunnels(self, request):
+        """It is a WebSocket from now on: TUNNELLING, or WORKING while it has an inference."""
+        self.request, self.state, self.deadline = request, TUNNELLING, math.inf
 
-    def _run(self):
-        while True:
-            time.sleep(self.TICK_S)
-            for sock in those_left(list(self._watched)):
-                self.dismiss(sock)
+    def rests(self):
+        """Its request has been answered."""
+        self.state, self.request, self.deadline, self.since = RESTING, None, math.inf, time.monotonic()
+
+    def dismiss(self):
+        """Any thread.  The client has left, or is to go: whoever waits for something else is told."""
+        leave = self.leave
+        if leave:
+            self.leave = None
+            leave()
+
+    def end(self):
+        """Any thread.  Its handler notices, whatever it waits for."""
+        self.ended.set()
+        shut(self.sock)
+
+
+def shut(sock):
+    """Any thread.  Ends a connection; its handler notices.  Below TLS, whose objects are the handler's."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def those_left(sockets):
@@ -7405,7 +7440,6 @@ class Gateway:
         self.history, self.server = history, None
         self.access = AccessControl(config)
         self.turns = Turns(config, self.access, hub, history)
-        self.watcher = Watcher()
         self.started, self._started = time.time(), time.monotonic()
         self.address = ""
         self.lan_urls = []
@@ -7594,7 +7628,7 @@ class Forward:
             if self._inference:
                 self._inference.begin()
                 self._inference.record.overhead_s = time.monotonic() - self.request.arrived
-            self._gateway.watcher.watch(self.request.connection, lambda: self.stop(ClientLeft()))
+            self.request.connection.leave = lambda: self.stop(ClientLeft())
             return self._respond()
         except BaseException as error:
             self._fail(error)
@@ -7728,7 +7762,7 @@ class Forward:
         if self._over:
             return
         self._over = True
-        self._gateway.watcher.forget(self.request.connection)
+        self.request.connection.leave = None
         self._gateway.upstream.done(self._call, self._answer)
         self.request.told = bool(self._inference or error)
         if self._inference:
@@ -7861,14 +7895,14 @@ def event_stream(gateway, request):
     names = frozenset(words(",".join(asked)))
     since = request.header("last-event-id") or request.query.get("since", "")
     return Response(200, [("Content-Type", "text/event-stream; charset=utf-8"), ("X-Accel-Buffering", "no")],
-                    stream_frames(gateway.hub, since, names, gateway.watcher, request))
+                    stream_frames(gateway.hub, since, names, request))
 
 
-def stream_frames(hub, since, names, watcher, request):
+def stream_frames(hub, since, names, request):
     """Bytes for one listener until the hub closes: connected, what it missed, what comes, pings.
 
     No piece is longer than PIECE: so much does a client cost that does not read."""
-    with hub.listening(since, request.identity.owner) as listener, watching(watcher, request, listener.bell) as left:
+    with hub.listening(since, request.identity.owner) as listener, watching(request, listener.bell) as left:
         held = hub.event_id(listener.sent)  # the client's latest id: repeated by frames that are no event
         yield own_frame(hub, held, "connected", {"message": "Connected to lmgateway"}, f"retry: {RETRY_MS}\n")
         heard = time.monotonic()    # when the client last had a byte
@@ -7900,7 +7934,7 @@ def own_frame(hub, held, name, data, retry=""):
 
 
 @contextlib.contextmanager
-def watching(watcher, request, bell):
+def watching(request, bell):
     """Ring the bell when the listener leaves, so that its thread ends at once and not with the next ping."""
     left = threading.Event()
 
@@ -7908,11 +7942,11 @@ def watching(watcher, request, bell):
         left.set()
         wake([bell])
 
-    watcher.watch(request.connection, leave)
+    request.connection.leave = leave
     try:
         yield left
     finally:
-        watcher.forget(request.connection)
+        request.connection.leave = None
 
 
 STATUS_REQUESTS = 10    # that are over, in /debug/status
@@ -8322,9 +8356,6 @@ class Prediction:
         elif kind == "channelClose":
             self.end("LM Studio closed the channel without a result", "upstream_error")
 
-    def on_fragment(self, content, now):
-        self.generated(count(member(content, "fragment"), "tokensCount", default=1), now)
-
     def generated(self, tokens, now):
         """So many tokens more, at the clock reading now."""
         self.pieces, self._begun = self.pieces + tokens, self._begun or now
@@ -8344,13 +8375,8 @@ class Prediction:
         self._hub.learned(self.inference.record, events)
 
     def on_success(self, content, now):
-        figures = figures_as_v0(member(content, "stats"))
-        self.usage.take({**figures, "model": member(content, "modelInfo").get("identifier")})
-        drafts = count(figures["stats"], "total_draft_tokens_count")
-        if drafts:
-            self._hub.learned(self.inference.record, [Event("lmstudio_prediction_stats", {
-                "draftTokens": drafts,
-                "acceptedDraftTokens": count(figures["stats"], "accepted_draft_tokens_count")})])
+        stats, model = member(content, "stats"), member(content, "modelInfo").get("identifier")
+        self.usage.take({"stats": stats, "stop_reason": stats.get("stopReason"), "model": model})
         self.pieces = 0  # estimates are for what has no figures
         self.cancelled = self.usage.finish == "userStopped"
         self.end("the client cancelled it" if self.cancelled else None)
@@ -8365,8 +8391,9 @@ class Prediction:
 
 
 PACKETS: dict[str, Callable] = {  # of a prediction's channel
-    "fragment": Prediction.on_fragment, "promptProcessingProgress": Prediction.on_progress,
-    "success": Prediction.on_success,
+    "promptProcessingProgress": Prediction.on_progress, "success": Prediction.on_success,
+    "fragment": lambda prediction, content, now: prediction.generated(
+        count(member(content, "fragment"), "tokensCount", default=1), now),
     "toolCallGenerationStart": lambda prediction, content, now: prediction.generated(0, now),
     "toolCallGenerationArgumentFragmentGenerated": lambda prediction, content, now: prediction.generated(0, now)}
 
@@ -8561,7 +8588,7 @@ class Tunnel:
 
     def __init__(self, gateway, request, studio, early):
         self._gateway, self._request, self._bell = gateway, request, Bell()
-        self.client = Side(request.connection, Frames(True, FIRST_LIMIT))
+        self.client = Side(request.connection.sock, Frames(True, FIRST_LIMIT))
         self.studio = Side(studio, Frames(False, LONGEST_MESSAGE))
         self._early = early  # bytes of LM Studio's that came with its 101
         self.talk = Conversation(gateway, request, self._bell)
@@ -8613,7 +8640,7 @@ class Tunnel:
     def run(self, connection, memory):
         """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
         self._memory, talk = memory, self.talk
-        self._gateway.watcher.watch(self.client.sock, self.dismiss)
+        connection.leave = self.dismiss
         while time.monotonic() < self._parting:
             connection.state = WORKING if talk.running else TUNNELLING
             if self._gateway.stopping and not talk.running:
@@ -8712,7 +8739,7 @@ class Tunnel:
 
     def part(self, fault):
         """It is over, for the FrameError, HttpError or ClientLeft given, or because a side has closed."""
-        self._gateway.watcher.forget(self.client.sock)
+        self._request.connection.leave = None
         self._memory.give_back(self._held)
         close_quietly(self.studio.sock)
         if isinstance(fault, FrameError):
@@ -8829,7 +8856,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _respond(self, gateway, request):
         """The Response to a request that access control lets pass."""
         access = gateway.access
-        request.client, request.connection = self.client_address[0], self.request
+        request.client, request.connection = self.client_address[0], self.connection
         request.port, request.pause = self.server.port, self.connection.ended.wait
         request.client = access.client_of(request)
         request.encrypted = isinstance(self.request, ssl.SSLSocket)
@@ -8973,50 +9000,6 @@ def http_date():
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
-RESTING, READING, WORKING, STREAMING, TUNNELLING = "resting", "reading", "working", "streaming", "tunnelling"
-
-
-class Connection:
-    """The state of a client's connection: its handler's thread writes it, the accept thread reads it and may
-    end the connection.  A guest has shown a right key, or needs none; others are strangers."""
-
-    __slots__ = ("sock", "place", "state", "since", "proven", "deadline", "request", "ended")
-    ANSWER_S = 20.0  # for a stranger's request: its body, our answer
-
-    def __init__(self, sock, address):
-        self.sock, self.place = sock, network_of(address)
-        self.state = RESTING    # without a request; or READING one, or WORKING on its answer, or STREAMING
-        self.since = time.monotonic()   # clock when it came or last rested
-        self.proven = False     # it is a guest's
-        self.deadline = math.inf    # clock when it is ended
-        self.request: Any = None    # while STREAMING
-        self.ended = threading.Event()
-
-    def reads(self, now):
-        """The head of a request is there."""
-        self.state = READING
-        if not self.proven:
-            self.deadline = now + self.ANSWER_S
-
-    def works(self, request, streams):
-        """Its request has been read whole."""
-        self.request = request if streams else None
-        self.state = STREAMING if streams else WORKING
-
-    def tunnels(self, request):
-        """It is a WebSocket from now on: TUNNELLING, or WORKING while it has an inference."""
-        self.request, self.state, self.deadline = request, TUNNELLING, math.inf
-
-    def rests(self):
-        """Its request has been answered."""
-        self.state, self.request, self.deadline, self.since = RESTING, None, math.inf, time.monotonic()
-
-    def end(self):
-        """Any thread.  Its handler notices, whatever it waits for."""
-        self.ended.set()
-        shut(self.sock)
-
-
 class Server(http.server.ThreadingHTTPServer):
     """Carries the gateway to its handlers, and decides whose connection gives way when there are too many."""
 
@@ -9024,7 +9007,8 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 256
     allow_reuse_address = os.name != "nt"   # there it would let two servers share a port,
     allow_reuse_port = False                # which this would do elsewhere
-    LOOK_S = 0.5    # between two looks at deadlines and at the rights of listeners
+    LOOK_S = 0.25   # between two looks at clients, deadlines and the rights of listeners
+    LEAVE_S = 1.0   # for a listener whose right has changed
     SPARE = 32  # connections beyond the limit that may still be on their way out
     NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -9051,15 +9035,18 @@ class Server(http.server.ThreadingHTTPServer):
                 self.gateway.turns.look()
 
     def _look(self, now):
-        """End connections that are over their time, and streams whose listener's right has changed: in order
-        if the stream can be woken, else a second later."""
+        """Notice clients that left.  End connections that are over their time, and streams whose listener's
+        right has changed: in order if the stream can be woken, else LEAVE_S later."""
+        watched = {connection.sock: connection for connection in self._all() if connection.leave}
+        for sock in those_left(list(watched)):
+            watched[sock].dismiss()
         for connection in self._all():
             request = connection.request
             if now >= connection.deadline:
                 connection.end()
             elif request and self.gateway.access.recognize(request) != request.identity:
-                connection.deadline = min(connection.deadline, now + 1.0)
-                self.gateway.watcher.dismiss(connection.sock)
+                connection.deadline = min(connection.deadline, now + self.LEAVE_S)
+                connection.dismiss()
 
     def get_request(self):
         """A new connection.  A TLS handshake is left to its handler: a slow one must not hold up others."""
@@ -9148,14 +9135,19 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in self._all(RESTING):
             connection.end()
         for connection in self._all(TUNNELLING):
-            self.gateway.watcher.dismiss(connection.sock)
-        wait_until(lambda: not self._all(READING, WORKING, TUNNELLING), seconds)
+            connection.dismiss()
+        wait_until(lambda: self._are_over(READING, WORKING, TUNNELLING), seconds)
         self.gateway.cutting_off = True
         for connection in self._all(READING, WORKING):
             shut(connection.sock)   # it counts until its handler has told of its end
-        wait_until(lambda: not self.working, 1.0)
+        wait_until(lambda: self._are_over(READING, WORKING), 1.0)
         self.gateway.hub.close()
-        wait_until(lambda: not self._all(STREAMING), 1.0)
+        wait_until(lambda: self._are_over(STREAMING), 1.0)
+
+    def _are_over(self, *states):
+        """True when no connection is in one of the states.  The accept thread, which looks after them, has ended."""
+        self.service_actions()
+        return not self._all(*states)
 
 
 def connection_limit(wanted):
@@ -9183,12 +9175,6 @@ def wait_until(holds, seconds):
     deadline = time.monotonic() + seconds
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.02)
-
-
-def shut(sock):
-    """Any thread.  Ends a connection; its handler notices.  Below TLS, whose objects are the handler's."""
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 # === 8. DEMO: an imitation of LM Studio ======================================
@@ -9871,7 +9857,7 @@ def demo_request(address, key, client):
 
 
 def lenient_streams(encoding=None):
-    """Whatever a log holds can be printed: Windows' cp1252 has no place for much of it."""
+    """Any text of a log can be printed: Windows' cp1252 has no place for much of it."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(encoding=encoding, errors="backslashreplace")  # type: ignore[union-attr]
@@ -9885,7 +9871,7 @@ def closed_pipe():
 
 
 class OneLine(logging.Formatter):
-    """A message is one line, whatever names and errors others put into it; a fault's traceback follows."""
+    """A message is one line, also with names and errors of others in it; a fault's traceback follows."""
 
     def formatMessage(self, record):
         record.message = record.message.translate(CONTROL)
@@ -9926,9 +9912,9 @@ class LogQueue(logging.handlers.QueueHandler):
 
 class LogWriter(logging.handlers.QueueListener):
     """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for
-    whoever reads stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
+    the reader of stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
 
-    END_S = 1.0     # for what is left to write
+    END_S = 1.0     # to write the rest
 
     def __init__(self, handler):
         self._lines: Any = queue.SimpleQueue()
@@ -9955,7 +9941,7 @@ class LogWriter(logging.handlers.QueueListener):
                 "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"}))
 
     def __exit__(self, kind, error, traceback):
-        """Write what is left.  A stream that takes nothing would also hold up the interpreter's own end."""
+        """Write the rest.  A stream that takes nothing would also hold up the interpreter's own end."""
         log.handlers = list(self.handlers)
         ending = threading.Thread(target=self.stop, daemon=True)
         ending.start()
@@ -10605,25 +10591,22 @@ def report(args, config):
     return 0
 
 
-REPORT = (  # heading, format, value of a row
-    ("day", "{:10}", lambda row: row["day"]), ("model", "{:32.32}", lambda row: printable(row["model"])),
-    ("requests", "{:>8,}", lambda row: row["requests"]), ("failed", "{:>6,}", lambda row: row["errors"]),
-    ("prompt tok", "{:>12,}", lambda row: row["promptTokens"]),
-    ("cached", "{:>6}", lambda row: share_text(row["cachedTokens"], row["promptTokens"])),
-    ("output tok", "{:>12,}", lambda row: row["completionTokens"]),
-    ("read tok/s", "{:>10}", lambda row: row["promptTokensPerSecond"] or "-"),
-    ("write tok/s", "{:>11}", lambda row: row["tokensPerSecond"] or "-"))
+REPORT = ("{day:10}  {model:32.32}  {requests:>8,}  {errors:>6,}  {promptTokens:>12,}  {cached:>6}  "
+          "{completionTokens:>12,}  {promptTokensPerSecond:>10}  {tokensPerSecond:>11}")
+REPORT_HEADS = {"day": "day", "model": "model", "requests": "requests", "errors": "failed",
+                "promptTokens": "prompt tok", "cached": "cached", "completionTokens": "output tok",
+                "promptTokensPerSecond": "read tok/s", "tokensPerSecond": "write tok/s"}
 
 
 def report_text(rows):
     """Rows as a table for people."""
-    heads = [re.sub(r"[,.]\d*", "", form).format(head) for head, form, _ in REPORT]
-    return "\n".join(["  ".join(heads),
-                      *("  ".join(form.format(value(row)) for _, form, value in REPORT) for row in rows)])
-
-
-def share_text(part, whole):
-    return f"{100 * part / whole:.0f} %" if whole else "-"
+    lines = [REPORT.replace(",}", "}").format(**REPORT_HEADS)]
+    for row in rows:
+        known = {name: "-" if value is None else value for name, value in row.items()}
+        prompt = row["promptTokens"]
+        cached = f"{100 * row['cachedTokens'] / prompt:.0f} %" if prompt else "-"
+        lines.append(REPORT.format(**{**known, "model": printable(row["model"]), "cached": cached}))
+    return "\n".join(lines)
 
 
 def watch(args, config):
@@ -10662,14 +10645,8 @@ def drain(news, timeout_s):
 
 def watched_address(text):
     """The URL of a gateway's stream from an address as people type it.  Raises ConfigError."""
-    url = text if "://" in text else f"http://{text}"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.port != 0 and bool(
-            (parts.hostname or "").encode("idna"))
-    except ValueError:
-        usable = False
-    if not usable or not re.fullmatch(r"[!-~]+", url):
+    parts = http_parts(text if "://" in text else f"http://{text}")
+    if not parts:
         raise ConfigError(f"--watch {text}: no address of a gateway; use the form http://192.168.1.20:8001")
     path = parts.path.rstrip("/")
     return parts._replace(path=path if path.endswith("/debug/stream") else path + "/debug/stream",
@@ -10845,7 +10822,7 @@ def serve(args, config):
 
 
 def open_browser(url):
-    """--open: show the dashboard.  Body of a thread, because some browsers hold up whoever starts them."""
+    """--open: show the dashboard.  Body of a thread: some browsers hold up the program that starts them."""
     import webbrowser
 
     if not webbrowser.open(url):
@@ -10885,12 +10862,11 @@ def check_exposure(config):
 def check_upstream(config):
     """Raises ConfigError if the upstream is this gateway itself."""
     parts = urllib.parse.urlsplit(config.upstream)
-    if config.port != (parts.port or (443 if parts.scheme == "https" else 80)):
-        return
-    theirs, ours = resolved(parts.hostname), resolved(config.host)
-    if theirs & ours or config.host in ANYWHERE and any(map(is_own_address, theirs)):
-        raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
-                          "as http://127.0.0.1:1234")
+    if config.port == (parts.port or (443 if parts.scheme == "https" else 80)):
+        ours = {"127.0.0.1", "::1", *lan_addresses()} if config.host in ANYWHERE else resolved(config.host)
+        if ours & resolved(parts.hostname):
+            raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
+                              "as http://127.0.0.1:1234")
 
 
 def open_monitor(config, upstream=None):
@@ -10932,8 +10908,8 @@ def listen_problem(config, error):
         return f"lmgateway already runs there: {url}; open that, stop it, or choose another port with --port"
     tell = {"win32": f"netstat -ano | findstr :{port}", "darwin": f"lsof -i :{port}"}.get(
         sys.platform, f"ss -ltnp 'sport = :{port}'")
-    return (f"port {port} is in use on {host}; stop the program that has it ({tell} tells which it is), or choose "
-            "another with --port (GATEWAY_PORT)")
+    return (f"port {port} is in use on {host}; stop the program that has it ({tell} tells which it is), or "
+            "choose another with --port (GATEWAY_PORT)")
 
 
 def is_lmgateway(url):
@@ -10973,12 +10949,12 @@ def own_url(config, host, port):
 
 
 def page_url(config, port):
-    """Where a browser of this machine finds the dashboard."""
+    """The URL of the dashboard for a browser of this machine."""
     return own_url(config, "127.0.0.1" if config.host in ANYWHERE else config.host, port)
 
 
 def announce(gateway, port, demo):
-    """What a person needs to know first.  Never a key."""
+    """Log the facts that a person needs first.  Never a key."""
     config, monitor = gateway.config, gateway.monitor
     here = page_url(config, port)
     base = gateway.lan_urls[0] if gateway.lan_urls else here
@@ -11028,15 +11004,6 @@ def resolved(host):
     with contextlib.suppress(OSError, UnicodeError):
         return {str(row[4][0]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     return set()
-
-
-def is_own_address(address):
-    """True when this machine has the address."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family) as sock:
-        sock.bind((address, 0))
-        return True
-    return False
 
 
 # --- 9.7 services: systemd and launchd ---------------------------------------
@@ -11168,7 +11135,7 @@ def check_lmstudio(found):
     settings = find_upstream(Config()).upstream
     if is_lmgateway(url):
         yield ("bad", f"another lmgateway answers at {url}",
-               "name LM Studio's own server with --upstream (LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
+               "name LM Studio's own server (http://127.0.0.1:1234, say) with --upstream (LMSTUDIO_BASE_URL)")
     elif not problem:
         yield "ok", f"LM Studio answers at {url}"
     else:
@@ -11315,7 +11282,7 @@ CHECKS: dict[str, Callable[[Installation], Iterator]] = {
 
 
 def run_checks(args, config=None):
-    """--check: every finding in one line; 1 when something is bad, else 0.  Works whatever is broken."""
+    """--check: every finding in one line; 1 when something is bad, else 0.  A broken machine is no fault."""
     installation = Installation(args, os.environ)
     found = [(name, mark, finding, *(remedy or [""])) for name, check in CHECKS.items()
              for mark, finding, *remedy in findings_of(check, installation)]
@@ -11341,7 +11308,7 @@ def findings_of(check, installation):
         found.extend(check(installation))
     except GatewayError as error:
         found.append(refused(error))
-    except Exception as error:  # the end of the line: a broken machine is what --check is for
+    except Exception as error:  # the end of the line: --check is for broken machines
         found.append(("bad", f"this check failed: {type(error).__name__}: {error}", "please report it"))
     return found
 
@@ -11374,28 +11341,15 @@ def prune(args, config):
 
 
 def old_logs(directory, days, today):
-    """[(LogFile, bytes)] of the logs whose names are more than so many days old.
+    """[(LogFile, bytes)] of the logs that are, by their names, more than so many days old.
 
-    Never the newest, and never the one that LM Studio's own note calls its last.  Only plain files, in plain
-    directories, whose names are those of server logs.  Raises OSError when the directory cannot be listed."""
+    Never the newest.  Only plain files in plain directories, with names of server logs.  Raises OSError when the
+    directory cannot be listed."""
     first_kept = (today - datetime.timedelta(days=days)).isoformat()
-    found = list_logs(directory)
-    in_use = {(log_file.day, log_file.number) for log_file in found[-1:]} | last_written(directory)
-    old = [(log_file, os.lstat(log_file.path)) for log_file in found
+    old = [(log_file, os.lstat(log_file.path)) for log_file in list_logs(directory)[:-1]
            if log_file.day < first_kept and log_file.day[:7] == log_file.month
            and not os.path.islink(os.path.dirname(log_file.path))]
-    return [(log_file, state.st_size) for log_file, state in old
-            if stat.S_ISREG(state.st_mode) and (log_file.day, log_file.number) not in in_use]
-
-
-def last_written(directory):
-    """{(day, number)} of the file that LM Studio wrote last, by its own note (server-logs-state.json);
-    often empty."""
-    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
-        note = json.loads(Path(directory, "..", ".internal", "server-logs-state.json").read_bytes())
-        last = note["lastWrittenFile"]
-        return {(re.split(r"[\\/]", last["filePathBase"])[-1], int(last["index"]))}
-    return set()
+    return [(log_file, state.st_size) for log_file, state in old if stat.S_ISREG(state.st_mode)]
 
 
 # --- 9.10 main ---------------------------------------------------------------
@@ -11423,7 +11377,8 @@ COMMANDS = (
     Command("check", run_checks, "look for what commonly goes wrong, and say the remedy",
             companions=("json",)),
     Command("prune", prune, "show which of LM Studio's logs are older; --yes removes them", "DAYS", ("yes",)),
-    Command("new_key", new_key, "mint a key; --rights [infer], --limits, --priority, --models, --expires", "NAME", tuple(TERMS)),
+    Command("new_key", new_key, "mint a key; --rights [infer], --limits, --priority, --models, --expires",
+            "NAME", tuple(TERMS)),
     Command("set_key", set_key, "change what it may, by the same flags", "NAME", tuple(TERMS)),
     Command("list_keys", list_keys, "minted keys: rights, limits, dates; with --history the last use"),
     Command("revoke_key", revoke_key, "take a minted key away", "NAME"),
@@ -11444,9 +11399,10 @@ def build_parser():
                f"Only as variables: {', '.join(row.variable for row in OPTIONS if not row.flag)}. "
                "The README says more.")
     commands = parser.add_argument_group("Commands")
+    one_command = commands.add_mutually_exclusive_group()
     for command in COMMANDS:
         kind: dict[str, Any] = {"metavar": command.value} if command.value else {"action": "store_true"}
-        commands.add_argument(flag_of(command.name), help=command.about, **kind)
+        one_command.add_argument(flag_of(command.name), help=command.about, **kind)
     commands.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)
     for name in TERMS:
         commands.add_argument(flag_of(name), help=argparse.SUPPRESS)
@@ -11472,7 +11428,7 @@ def add_options(parser):
             if row.flag:
                 kind = {"metavar": row.value} if row.value else {"action": "store_const", "const": "true"}
                 default = "" if row.default in (None, False, (), {}) else f" [{shown_default(row)}]"
-                group.add_argument(row.flag, dest=row.name, help=row.about.replace("%", "%%") + default, **kind)
+                group.add_argument(row.flag, dest=row.name, help=row.about + default, **kind)
         if heading == "Gateway":
             group.add_argument("--open", action="store_true", help="open the dashboard in the browser")
             group.add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
@@ -11480,7 +11436,7 @@ def add_options(parser):
 
 def readme_tables():
     """The tables that the README takes from this file: .ci/readme writes them, a test compares them."""
-    options = [[f"`{row.variable}`", f"`{row.flag}`" if row.flag else "", f"`{shown_default(row)}`", row.about]
+    options = [[f"`{row.variable}`", row.flag and f"`{row.flag}`" or "", f"`{shown_default(row)}`", row.about]
                for row in OPTIONS]
     routes = [[f"`{row.method} {row.path.replace('*', 'ID')}`", row.access, row.about] for row in ROUTES]
     events = [[f"`{name}`", row.about] for name, row in EVENTS.items()]
@@ -11513,34 +11469,26 @@ class Arguments(argparse.ArgumentParser):
 
 def chosen_command(args):
     """The Command that args name, None for the gateway.  Raises ConfigError for flags that do not go
-    together."""
-    chosen = [command for command in COMMANDS if getattr(args, command.name) not in (None, False)]
-    if args.paths and not any(command.paths for command in chosen):
+    together, and for a value that cannot be used."""
+    chosen = next((command for command in COMMANDS if getattr(args, command.name) not in (None, False)), None)
+    if args.paths and not (chosen and chosen.paths):
         meant = nearest(args.paths[0], [flag_of(command.name) for command in COMMANDS])[2:]
         raise ConfigError(f"{args.paths[0]}: " + (
             meant or "a path goes with --tail-only or --report; see --help"))
-    if len(chosen) > 1:
-        raise ConfigError(f"{flag_of(chosen[0].name)} and {flag_of(chosen[1].name)} do not go together; "
-                          "choose one")
     for name in COMPANIONS:
         hosts = [command for command in COMMANDS if name in command.companions]
-        if getattr(args, name) not in (None, False) and not set(hosts) & set(chosen) and (chosen or name != "open"):
+        if getattr(args, name) not in (None, False) and chosen not in hosts and (chosen or name != "open"):
             raise ConfigError(f"{flag_of(name)} goes with "
                               f"{' or '.join(flag_of(command.name) for command in hosts)}")
-    return chosen[0] if chosen else None
-
-
-def check_values(args):
-    """Raises ConfigError for a command's value that cannot be used."""
     if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     if args.events is not None and not words(args.events):
         raise ConfigError("--events: name the events to print, comma-separated; see the README")
-    names = [name[1:] if name.startswith("-") else name for name in words(args.events or "")]
-    unknown = [name for name in names if name not in EVENTS]
-    if unknown:
-        raise ConfigError(f"--events: {unknown[0]} is not an event"
-                          + (nearest(unknown[0], EVENTS) or "; see the README"))
+    for name in words(args.events or ""):
+        if re.sub("^-", "", name) not in EVENTS:
+            raise ConfigError(f"--events: {name} is not an event"
+                              + (nearest(name, EVENTS) or "; see the README"))
+    return chosen
 
 
 def main(argv=None):
@@ -11551,7 +11499,6 @@ def main(argv=None):
     try:
         args = build_parser().parse_args(argv)
         command = chosen_command(args)
-        check_values(args)
         if args.check:
             return run_checks(args)     # before anything that can be wrong
         config, warnings, errors = load_config(vars(args), os.environ, args.env_file)

@@ -202,6 +202,12 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
     "an origin without a scheme": (["--cors-origins", "chat.example"], "", ["--cors-origins", "https://"]),
     "an origin with a path": (["--cors-origins", "https://x/y"], "", ["--cors-origins", "https://chat"]),
     "no rights": (["--new-key", "x", "--rights", ""], "", ["--rights", "infer"]),
+    "no days": (["--prune", "0"], "", ["--prune 0", "days"]),
+    "days that are no number": (["--prune=-1"], "", ["--prune -1", "days"]),
+    "no logs to prune": (["--prune", "30", "--log-dir", "/nowhere"], "", ["--prune", "/nowhere", "--log-dir"]),
+    "yes to nothing": (["--yes"], "", ["--yes", "--prune"]),
+    "rights of nobody": (["--rights", "infer"], "", ["--rights", "--new-key"]),
+    "an address that is none": (["--watch", "ftp://x"], "", ["--watch ftp://x", "http://"]),
 }
 
 
@@ -343,6 +349,14 @@ def test_lm_studios_port_is_read_from_its_settings_where_none_is_given(home, set
 # === 3. CORE =================================================================
 
 SAMPLES = sorted((HERE / ".ci" / "samples").glob("*.log"))
+
+
+def sample(name):
+    """The path of a saved log; without it the test is skipped."""
+    path = HERE / ".ci" / "samples" / f"{name}.log"
+    if not path.exists():
+        pytest.skip(f"there is no {path}")
+    return path
 
 
 @pytest.fixture
@@ -1104,8 +1118,6 @@ def test_local_time_becomes_utc_in_file_order(monkeypatch, zone, times, expected
         time.tzset()
 
 
-
-
 # --- 3.11 wire formats
 
 def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_readers_take_for_a_line_end():
@@ -1579,9 +1591,9 @@ def test_a_body_costs_no_more_than_a_few_times_its_size(body):
 
 
 def test_a_body_in_chunks_of_a_byte_costs_time_in_proportion():
-    chunks, data, started = lmgateway.Chunks(), b"1\r\nx\r\n" * 1_000_000 + b"0\r\n\r\n", time.thread_time()
-    assert sum(len(chunks.feed(data[at:at + 65536])) for at in range(0, len(data), 65536)) == 1_000_000
-    assert chunks.over and time.thread_time() - started < 3.0
+    chunks, data, started = lmgateway.Chunks(), b"1\r\nx\r\n" * 200_000 + b"0\r\n\r\n", time.thread_time()
+    assert sum(len(chunks.feed(data[at:at + 65536])) for at in range(0, len(data), 65536)) == 200_000
+    assert chunks.over and time.thread_time() - started < 0.6
 
 
 CHUNKED = b"5;name=\"x\"\r\nhello\r\n1 \r\n!\r\n0\r\nTrailer: x\r\n\r\nNEXT"
@@ -2264,8 +2276,6 @@ def test_tokens_that_the_log_tells_later_are_counted_once():
 def test_percentiles_are_values_that_occur(share, value):
     assert lmgateway.rank(list(range(1, 11)), share) == value
     assert lmgateway.rank([], share) is None
-
-
 
 
 # === 4. HUB ==================================================================
@@ -3326,7 +3336,6 @@ def test_sizes_are_shown_as_disks_are_sold(count, shown):
 # === 6. UPSTREAM =============================================================
 
 
-
 # A scripted LM Studio, a gateway before it, a client that speaks bytes
 
 class Peer:
@@ -3433,7 +3442,7 @@ def framed(*pieces, end=True):
                     for piece in pieces) + (b"0\r\n\r\n" if end else b"")
 
 
-TICK_S = 0.05   # of a Front's watcher, which looks less often in the program
+LOOK_S = 0.03   # of a Front, which looks less often in the program
 
 
 class Front:
@@ -3445,10 +3454,9 @@ class Front:
         self.hub = lmgateway.Hub()
         upstream = lmgateway.Upstream(self.config.upstream, self.config.upstream_token)
         self.gateway = lmgateway.Gateway(self.config, self.hub, upstream, monitor)
-        self.gateway.watcher.TICK_S = TICK_S
         self.server = lmgateway.open_server(self.gateway, lmgateway.tls_context(self.gateway.config))
-        self.port = self.server.port
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.port, self.server.LOOK_S = self.server.port, LOOK_S
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.003,))
         self.thread.start()
 
     def close(self):
@@ -3457,6 +3465,11 @@ class Front:
         self.server.server_close()
         self.thread.join(PATIENCE_S)
         assert not self.thread.is_alive()
+
+    @property
+    def watched(self):
+        """Connections whose client must not leave unnoticed."""
+        return [connection for connection in self.server._all() if connection.leave]
 
     def events(self, mark, *names, count=1):
         """The data of the events of these names after the SEQ mark, once there are count of them."""
@@ -3554,7 +3567,7 @@ def front(shared, studio, caplog):
         yield shared[1]
     assert "a fault in lmgateway" not in caplog.text
     assert not shared[1].hub._requests.running
-    until(lambda: not shared[1].gateway.watcher._watched)
+    until(lambda: not shared[1].watched)
 
 
 @pytest.fixture
@@ -4448,10 +4461,10 @@ def test_who_waits_in_vain_for_an_answer_is_told_which_patience_ended(fronts, st
 def test_a_large_body_that_nobody_reads_is_given_up_in_time(fronts):
     """Each part of it that found room must not begin the wait anew."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        front = fronts(f"http://127.0.0.1:{listener.getsockname()[1]}", proxy_timeout=500)
+        front = fronts(f"http://127.0.0.1:{listener.getsockname()[1]}", proxy_timeout=200)
         started = time.monotonic()
         answer = talk(front.port, request("POST /v1/audio", bytes(20_000_000)))
-        assert status_of(answer) == 504 and 0.4 < time.monotonic() - started < 1.3
+        assert status_of(answer) == 504 and 0.15 < time.monotonic() - started < 0.6
 
 
 def test_each_slice_of_a_large_body_has_the_timeout_for_itself():
@@ -4510,7 +4523,7 @@ def test_the_time_to_connect_is_not_the_time_to_answer(fronts, studio, monkeypat
 
 @pytest.mark.parametrize("late", ["body", "reader"])
 def test_a_head_that_came_in_pieces_leaves_what_follows_its_own_time(fronts, studio, monkeypatch, late):
-    monkeypatch.setattr(lmgateway.Wire, "HEAD_S", 0.1)
+    monkeypatch.setattr(lmgateway.Wire, "HEAD_S", 0.05)
     front, nothing = fronts(), threading.Event()
     studio.script = lambda peer: peer.send(plain(b"x" * 8_000_000))
     sent = request("POST /v1/audio", b"{}") if late == "body" else request()
@@ -4519,8 +4532,8 @@ def test_a_head_that_came_in_pieces_leaves_what_follows_its_own_time(fronts, stu
         for part in (sent[:9], sent[9:-2], sent[-2:]):
             sock.sendall(part)
             until(lambda: front.server.connections or studio.peers)
-            nothing.wait(0.2 if part == sent[9:-2] and late == "body" else 0.02)
-        nothing.wait(0.4 if late == "reader" else 0.0)
+            nothing.wait(0.1 if part == sent[9:-2] and late == "body" else 0.01)
+        nothing.wait(0.15 if late == "reader" else 0.0)
         assert len(split_answer(rest_of(sock))[2]) == 8_000_000
 
 
@@ -4535,10 +4548,10 @@ def test_the_answer_to_a_body_that_we_cannot_read_shows_whether_it_is_a_stream(f
 
     def script(peer):
         peer.send(STREAM_HEAD, framed(*CHAT_STREAM[:2], end=False))
-        silent.wait(0.5)    # longer than an answer that is no stream may
+        silent.wait(0.1)    # longer than an answer that is no stream may
         peer.send(framed(*CHAT_STREAM[2:]))
 
-    front, studio.script = fronts(proxy_timeout=200, proxy_stream_timeout=0), script
+    front, studio.script = fronts(proxy_timeout=50, proxy_stream_timeout=0), script
     assert unchunked(split_answer(talk(front.port, request(POST_CHAT, body)))[2]) == b"".join(CHAT_STREAM)
     (done,) = front.events(0, "inference_complete", "error")
     assert (done.get("error"), done["tokenUsage"], done["model"]) == (None, COUNTS, "qwen/qwen3-8b")
@@ -4593,7 +4606,7 @@ def age(remembered, seconds):
 
 @pytest.mark.parametrize("script", [drips, endless_news, silence], ids=lambda script: script.__name__)
 def test_a_question_ends_in_time_and_the_next_one_is_asked(fronts, studio, monkeypatch, script):
-    monkeypatch.setattr(lmgateway, "QUESTION_S", 0.3)
+    monkeypatch.setattr(lmgateway, "QUESTION_S", 0.1)
     front, studio.script, started = fronts(), script, time.monotonic()
     assert ask(front, "GET /ready")[0] == 503
     assert front.gateway.upstream.models()[0] is None and time.monotonic() - started < 2.0
@@ -4790,7 +4803,7 @@ def test_a_client_that_leaves_ends_the_request_within_a_second(front, studio, ph
     if PHASES[phase]:
         read_until(sock, PHASES[phase][-1][-10:])
     leave(sock)
-    assert ended.get(timeout=PATIENCE_S) < 1.0 - (lmgateway.Watcher.TICK_S - TICK_S)
+    assert ended.get(timeout=PATIENCE_S) < 1.0 - (lmgateway.Server.LOOK_S - LOOK_S)
     (event,) = front.events(mark, "error", "inference_complete")
     assert (event["operation"], event["error"]) == ("client_disconnected", f"the client left {phase.strip()}")
     assert len(studio.peers) == 1
@@ -4804,7 +4817,7 @@ def test_a_client_that_leaves_a_plain_request_frees_lm_studio_too(front, studio,
         sock.sendall(request("POST /api/v1/models/load", b"{}"))
         assert here.wait(PATIENCE_S)
     assert ended.get(timeout=PATIENCE_S) < 1.0 and front.hub.last == mark
-    until(lambda: not front.gateway.watcher._watched and not front.server.working)
+    until(lambda: not front.watched and not front.server.working)
     assert [record.getMessage() for record in caplog.records if "models/load" in record.getMessage()] == [
         "POST /api/v1/models/load: the client left before the answer"]
 
@@ -4834,7 +4847,7 @@ def test_waiting_requests_share_one_watcher(front, studio):
 
 
 def test_a_client_that_stays_and_does_not_read_is_given_up(fronts, studio, monkeypatch):
-    monkeypatch.setattr(lmgateway.Wire, "CLIENT_S", 0.2)
+    monkeypatch.setattr(lmgateway.Wire, "CLIENT_S", 0.05)
     front, ended = fronts(), threading.Event()
 
     def script(peer):
@@ -4884,7 +4897,7 @@ def test_a_client_that_stays_is_not_taken_for_one_that_left(front, studio):
     with dial(front.port) as sock:
         sock.sendall(request(POST_CHAT, b"{}",
                              close=False) + request("GET /health"))     # the second waits unread
-        go.wait(2.5 * front.gateway.watcher.TICK_S)
+        go.wait(2.5 * LOOK_S)
         go.set()
         assert len(re.findall(rb"HTTP/1.1 200 OK", rest_of(sock))) == 2
     front.events(mark, "inference_complete")
@@ -5612,17 +5625,19 @@ def test_ready_when_lm_studio_answers(fronts, studio, answer, up):
     assert ask(front, "GET /ready")[0] == (200 if up else 503) and len(studio.peers) == 2
 
 
-def test_a_slow_lm_studio_is_ready_and_greets_from_what_is_known(fronts, studio):
+def test_a_slow_lm_studio_is_ready_and_greets_from_what_is_known(fronts, studio, monkeypatch):
+    assert lmgateway.GREETING_S < 0.5
+    monkeypatch.setattr(lmgateway, "GREETING_S", 0.1)
     front, go, pause = fronts(), threading.Event(), threading.Event()
     go.set()
-    studio.script = lambda peer: (pause.wait(0.4), go.wait(PATIENCE_S),
+    studio.script = lambda peer: (pause.wait(0.15), go.wait(PATIENCE_S),
                                   peer.send(plain(b'{"lmstudio":true}')))
     assert ask(front, "GET /ready")[0] == 200
     front.gateway.upstream._health._known = (-1e9, "")
     go.clear()
     started = time.monotonic()
     assert ask(front, "GET /lmstudio-greeting")[0] == ask(front, "GET /lmstudio-greeting")[0] == 200
-    assert time.monotonic() - started < 0.9 and len(studio.peers) == 2      # two answers, one question
+    assert time.monotonic() - started < 0.5 and len(studio.peers) == 2      # two answers, one question
     go.set()
     until(lambda: front.gateway.upstream._health._asking is None)
 
@@ -5784,9 +5799,8 @@ def test_the_id_of_an_event_source_that_reconnects_counts_before_the_since_of_it
 
 def frames_for(hub, *names):
     """stream_frames() without a socket."""
-    watcher = types.SimpleNamespace(watch=lambda *args: None, forget=lambda sock: None)
-    return contextlib.closing(
-        lmgateway.stream_frames(hub, "", names, watcher, types.SimpleNamespace(connection=None, identity=lmgateway.Identity(None))))
+    listener = types.SimpleNamespace(connection=types.SimpleNamespace(), identity=lmgateway.Identity(None))
+    return contextlib.closing(lmgateway.stream_frames(hub, "", names, listener))
 
 
 def test_what_is_published_while_a_listener_connects_is_not_lost():
@@ -5894,7 +5908,7 @@ def test_the_stream_ends_in_order_when_the_gateway_stops(fronts):
         next(frames)
         front.hub.close()
         assert list(frames) == []
-    until(lambda: not front.gateway.watcher._watched)       # its connection is not looked after any more
+    until(lambda: not front.watched)       # its connection is not looked after any more
 
 
 def test_a_head_of_the_stream_has_no_end_to_wait_for(front):
@@ -6033,7 +6047,7 @@ def test_login_with_anything_else_is_401(guarded, body):
 
 def test_a_guesser_waits_and_its_neighbours_do_not(fronts, monkeypatch):
     """They share an address: its NAT's.  A right key that is new there waits like a wrong one, and is answered."""
-    monkeypatch.setattr(lmgateway.AccessControl, "LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr(lmgateway.AccessControl, "LONGEST_PAUSE_S", 0.2)
     front, known, new = fronts(api_key=KEYS), f"X-API-Key: {ANNA}", "X-API-Key: other="
 
     def timed(*headers):
@@ -6043,17 +6057,17 @@ def test_a_guesser_waits_and_its_neighbours_do_not(fronts, monkeypatch):
     cookie = f"Cookie: {session(front)}"
     assert timed(known)[0] == 200
     for _ in range(lmgateway.AccessControl.FREE_FAILURES):
-        assert timed("X-API-Key: wrong")[1] < 0.15
+        assert timed("X-API-Key: wrong")[1] < 0.1
     with contextlib.ExitStack() as guesses:
         for number in range(8):
             guesses.enter_context(dial(front.port)).sendall(
                 request("GET /debug/status", b"", f"X-API-Key: wrong{number}"))
         until(lambda: front.gateway.access._failures["127.0.0.1"][0] > 8)
         for headers, status in ((known, 200), (cookie, 200), ("X: none", 401)):
-            assert timed(headers) == (status, pytest.approx(0, abs=0.3))
-        assert timed("X-API-Key: wrong") == (401, pytest.approx(0.6, abs=0.2))
-        assert timed(new) == (200, pytest.approx(0.6, abs=0.2))
-        assert timed(new) == (200, pytest.approx(0, abs=0.3))
+            assert timed(headers) == (status, pytest.approx(0, abs=0.15))
+        assert timed("X-API-Key: wrong") == (401, pytest.approx(0.3, abs=0.12))
+        assert timed(new) == (200, pytest.approx(0.3, abs=0.12))
+        assert timed(new) == (200, pytest.approx(0, abs=0.15))
 
 
 @pytest.mark.parametrize(("one", "other", "same"), [
@@ -6074,12 +6088,12 @@ def test_each_key_is_compared_in_constant_time_whichever_is_offered(guarded, mon
 
 
 def test_guesses_are_forgotten_after_a_while_and_any_number_of_them_is_a_pause(guarded, monkeypatch):
-    monkeypatch.setattr(lmgateway.AccessControl, "LONGEST_PAUSE_S", 0.3)
+    monkeypatch.setattr(lmgateway.AccessControl, "LONGEST_PAUSE_S", 0.1)
     guarded.gateway.access._failures["127.0.0.1"] = 5000, time.monotonic()
-    for minimum in (0.3, 0):
+    for minimum in (0.1, 0):
         started = time.monotonic()
         assert ask(guarded, "POST /login", body=b'{"key":"wrong"}')[0] == 401
-        assert minimum <= time.monotonic() - started < minimum + 0.3
+        assert minimum <= time.monotonic() - started < minimum + 0.1
         monkeypatch.setattr(lmgateway.AccessControl, "FAILURES_S", -1.0)
 
 
@@ -6320,7 +6334,6 @@ def logged_out(front, keys, cookie):
     ("cookie", weakened, True), ("cookie", logged_out, True), ("key", logged_out, False)])
 def test_a_right_that_is_used_for_long_is_asked_for_again(keys, fronts, monkeypatch, how, change, ends):
     assert lmgateway.Server.LOOK_S + 1 < 2
-    monkeypatch.setattr(lmgateway.Server, "LOOK_S", 0.05)
     key = keys("--new-key", "anna", "--rights", "infer,view")[1].strip()
     front = fronts(keys_file=str(keys.path))
     cookie = f"Cookie: {session(front, key)}"
@@ -6329,14 +6342,13 @@ def test_a_right_that_is_used_for_long_is_asked_for_again(keys, fronts, monkeypa
         next(frames)
         change(front, keys, cookie)
         tell(front.hub, "one")
-        sock.settimeout(0.5 if not ends else PATIENCE_S)
+        sock.settimeout(0.2 if not ends else PATIENCE_S)
         with contextlib.nullcontext() if ends else pytest.raises(socket.timeout):
             assert {frame[1] for frame in frames} <= {"one"}    # it ends in order, and then ...
             assert sock.recv(1) == b""      # ... so does the connection
 
 
 def test_the_first_key_ends_the_streams_of_listeners_without_one(keys, fronts, monkeypatch):
-    monkeypatch.setattr(lmgateway.Server, "LOOK_S", 0.05)
     front = fronts(keys_file=str(keys.path))
     with listening(front) as (_, _, frames):
         next(frames)
@@ -6345,7 +6357,7 @@ def test_the_first_key_ends_the_streams_of_listeners_without_one(keys, fronts, m
 
 
 def test_a_listener_that_does_not_read_is_cut_when_its_key_is_revoked(keys, fronts, monkeypatch):
-    monkeypatch.setattr(lmgateway.Server, "LOOK_S", 0.05)
+    monkeypatch.setattr(lmgateway.Server, "LEAVE_S", 0.1)
     key = keys("--new-key", "anna", "--rights", "view")[1].strip()
     front = fronts(keys_file=str(keys.path))
     with dial(front.port) as sock:
@@ -6356,7 +6368,7 @@ def test_a_listener_that_does_not_read_is_cut_when_its_key_is_revoked(keys, fron
         keys("--revoke-key", "anna")
         started = time.monotonic()
         until(lambda: not front.server._connections)
-        assert time.monotonic() - started < 2.5
+        assert time.monotonic() - started < 1.5
 
 
 @pytest.mark.parametrize(("args", "said"), [
@@ -6750,7 +6762,7 @@ def test_a_piece_of_a_frame_of_lm_studios_waits_for_nothing(joined):
 def test_who_does_not_read_holds_up_the_other_side(joined, way):
     ends = joined("/files")
     sender = ends[way]
-    sender.sock.settimeout(1.0)
+    sender.sock.settimeout(0.2)
     data, sent = lmgateway.frame(2, b'{"x":"' + b"a" * 60_000 + b'"}', sender.mask), 0
     with pytest.raises(lmgateway.TIMEOUTS):
         while sent < 200_000_000:
@@ -6961,6 +6973,7 @@ def test_a_prediction_is_a_request_like_any_other(front, joined):
 
 def test_tokens_are_counted_however_their_fragments_are_written_and_drafts_as_lm_studio_says(front, joined):
     client, studio = joined()
+    mark = front.hub.last
     client.say(channel("predict"))
     studio.hear()
     (inference,) = front.gateway.inferences.values()
@@ -6974,7 +6987,7 @@ def test_tokens_are_counted_however_their_fragments_are_written_and_drafts_as_lm
     client.hear()
     assert front.hub.shown()[0]["progress"]["outputTokens"] == 7
     studio.say(success(totalDraftTokensCount=8, acceptedDraftTokensCount=6))
-    front.events(0, "inference_complete")
+    front.events(mark, "inference_complete")
     row = front.hub.shown()[0]
     assert (row["draftTokens"], row["acceptedDraftTokens"]) == (8, 6)
 
@@ -7276,6 +7289,28 @@ def test_the_stream_gives_the_lines_of_a_log_file(diagnostics, utc, line, text):
         side.say(other)
     side.say(line)
     assert until_news(stream) == text and stream.problem == ""
+
+
+def test_the_figures_of_an_answer_fill_what_its_lines_leave_out(diagnostics, utc):
+    stream, side = diagnostics
+    parser, events = Parser(), []
+    lines = [f"[2026-05-01 10:00:0{second}][INFO][m/one] {text}" for second, text in enumerate((
+        "Running chat completion on conversation with 1 messages.", "Streaming response...", "Finished streaming response"))]
+    output = {"output": "secret", "modelIdentifier": "m/one", "stats": {**SOCKET_STATS, "totalDraftTokensCount": 4}}
+    for packet in (*(logged_line("server.log", content=line) for line in lines), logged_line("llm.prediction.output", **output),
+                   logged_line("llm.prediction.output", **output),      # of no request
+                   logged_line("llm.prediction.output", **{**output, "modelIdentifier": "a\n[2026-05-01 10:00:00][ERROR] b"})):
+        side.say(packet)
+    side.say(logged_line("server.log", content="[2026-05-01 10:00:09][INFO] last"))
+    while not events or events[-1].data["message"] != "last":
+        events += parser.feed(until_news(stream)) + parser.quiet()
+    (stats,) = [event.data for event in events if event.name == "lmstudio_prediction_stats"]
+    assert {name: stats[name] for name in ("promptTokens", "completionTokens", "tokensPerSecond", "timeToFirstTokenMs",
+                                           "draftTokens", "model")} == {
+        "promptTokens": 30, "completionTokens": 5, "tokensPerSecond": 12.345, "timeToFirstTokenMs": 250.0,
+        "draftTokens": 4, "model": "m/one"}
+    assert [event.name for event in events].count("lmstudio_chat_end") == 1 and not parser.faults
+    assert "secret" not in str(events) and not [event for event in events if event.name == "lmstudio_error"]
 
 
 def test_a_stream_that_breaks_is_said_and_comes_back(diagnostics, scripted):
@@ -7952,7 +7987,7 @@ def test_the_body_of_a_refused_request_is_no_request(guarded, studio, line):
 
 
 def test_bodies_that_stop_coming_end_in_408_and_silent_clients_without_a_word(front, monkeypatch):
-    monkeypatch.setattr(lmgateway.Wire, "CLIENT_S", 0.1)
+    monkeypatch.setattr(lmgateway.Wire, "CLIENT_S", 0.04)
     for framing in (b"Content-Length: 5\r\n\r\nab", b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"):
         with dial(front.port) as sock:
             sock.sendall(POST + framing)
@@ -8022,8 +8057,7 @@ def test_the_address_that_has_the_most_gives_way(fronts):
 
 @pytest.mark.parametrize("sent", [STRANGERS["half a login"], request("GET /", close=False) * 200], ids=["half a login", "unread"])
 def test_the_whole_answer_to_a_stranger_has_a_deadline(fronts, studio, monkeypatch, sent):
-    monkeypatch.setattr(lmgateway.Connection, "ANSWER_S", 0.2)
-    monkeypatch.setattr(lmgateway.Server, "LOOK_S", 0.05)
+    monkeypatch.setattr(lmgateway.Connection, "ANSWER_S", 0.1)
     front = fronts(api_key=KEYS)
     with dial(front.port) as guest, contextlib.closing(socket.socket()) as stranger:
         guest.sendall(request("POST /v1/x", b"xx", f"X-API-Key: {ANNA}")[:-1])
@@ -8533,13 +8567,14 @@ def test_the_imitation_speaks_the_readmes_dialects_and_its_log_agrees(demo, path
         assert record["binding"] == "exact" and record["cache"]["reused"] == reused
 
 
-@pytest.mark.parametrize(("sought", "found"), [("client-1", 1), ("127.0.0.1", 2), ("", 2), ("CLIENT-0", 1), ("anna", 0)])
-def test_requests_are_found_by_who_sent_them(demo, sought, found):
-    front, _ = demo
+def test_requests_are_found_by_who_sent_them(front, studio):
+    mark = front.hub.last
     for number in (0, 1):
-        ask_demo(front, number, lmgateway.DEMO_MODELS[0])
-    rows = json_of(talk(front.port, request(f"GET /debug/requests?client={sought}")))["requests"]
-    assert len(rows) == found
+        talk(front.port, request(POST_CHAT, b"{}", f"User-Agent: who-{number}"))
+    front.events(mark, "inference_complete", count=2)
+    for sought, found in (("who-1", 1), ("127.0.0.1", None), ("", None), ("WHO-0", 1), ("anna", 0)):
+        rows = json_of(talk(front.port, request(f"GET /debug/requests?client={sought}")))["requests"]
+        assert len(rows) == (len(front.hub.shown()) if found is None else found), sought
 
 
 def test_the_demos_own_traffic_tells_its_story(studio):
@@ -8861,7 +8896,7 @@ def stream_server(hub, port=0, **options):
         server.finish_requests(PATIENCE_S)
         server.server_close()
         thread.join(PATIENCE_S)
-        hub._closed = False
+        hub.closed = False
 
 
 class Reached(Exception):
@@ -8945,13 +8980,8 @@ def test_watch_without_the_right_key_ends_with_the_remedy(key, said):
         assert named("connected")(brought(f"127.0.0.1:{port}", lambda item: True, key="right")[0])
 
 
-def test_watch_of_lm_studio_itself_is_a_wrong_address(tmp_path):
-    demo = lmgateway.DemoServer(str(tmp_path))
-    demo.start()
-    try:
-        (error,) = brought(demo.url, lambda item: True)
-    finally:
-        demo.stop()
+def test_watch_of_lm_studio_itself_is_a_wrong_address(studio):
+    (error,) = brought(studio.url, lambda item: True)
     assert isinstance(error, lmgateway.ConfigError) and "no lmgateway" in str(error)
 
 
@@ -8982,9 +9012,7 @@ def watching(port, *flags):
 def test_watch_prints_the_gateways_ids_and_ends_quietly_on_a_signal(number, status):
     hub = lmgateway.Hub()
     with stream_server(hub) as port, watching(port, "--events", "lmstudio_error") as process:
-        deadline = time.monotonic() + PATIENCE_S
-        while not hub.listeners and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: hub.listeners)
         hub.publish([Event("lmstudio_log", {"timestamp": "t"}),
                      Event("lmstudio_error", {"timestamp": "t", "message": "ж"})])
         assert json.loads(process.stdout.readline()) == {
@@ -8998,27 +9026,22 @@ def test_watch_ends_quietly_when_nobody_reads_it_any_more():
     with stream_server(hub) as port, watching(port, "--from-start") as process:
         assert json.loads(process.stdout.readline())["event"] == "connected"
         process.stdout.close()
-        deadline = time.monotonic() + PATIENCE_S
-        while process.poll() is None and time.monotonic() < deadline:
-            tell(hub, "more", message="x" * 65536)
-            time.sleep(0.01)
+        until(lambda: tell(hub, "more", message="x" * 65536) or process.poll() is not None)
         assert (process.wait(PATIENCE_S), process.stderr.read()) == (0, "")
 
 
-@pytest.mark.parametrize("text", ["", "ftp://x", "http://", "http://h:0", "http://h:x", "http://a b",
-                                  "http://h:1/\x07",
-                                  "http://" + "x" * 64, "http://[::1"])
-def test_watch_refuses_what_is_no_address(text):
-    with pytest.raises(lmgateway.ConfigError, match="--watch"):
-        lmgateway.watched_address(text)
-
-
 @pytest.mark.parametrize(("text", "url"), [
+    *((text, None) for text in ("", "ftp://x", "http://", "http://h:0", "http://h:x", "http://a b", "http://h:1/\x07",
+                                "http://[::1")),
     ("192.168.1.20:8001", "http://192.168.1.20:8001/debug/stream"), ("http://h/", "http://h/debug/stream"),
     ("https://h/llm/?x=1#y", "https://h/llm/debug/stream"), ("h:1/debug/stream", "http://h:1/debug/stream"),
     ("http://[::1]:8001", "http://[::1]:8001/debug/stream")])
 def test_watch_takes_an_address_as_people_type_it(text, url):
-    assert lmgateway.watched_address(text).geturl() == url
+    if url is None:
+        with pytest.raises(lmgateway.ConfigError, match="--watch"):
+            lmgateway.watched_address(text)
+    else:
+        assert lmgateway.watched_address(text).geturl() == url
 
 
 def test_stream_events_are_the_same_however_their_bytes_arrive():
@@ -9037,11 +9060,11 @@ def test_stream_events_are_the_same_however_their_bytes_arrive():
 
 
 def test_report_of_saved_logs_sums_by_day_and_model(tmp_path, capsys, utc):
-    for name in ("g2-nonstream-cache-hit.log", "g3-stream-split-lines.log"):
-        (tmp_path / name).write_bytes((HERE / ".ci" / "samples" / name).read_bytes())
-    assert lmgateway.main(["--report", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [
+    for name in ("g2-nonstream-cache-hit", "g3-stream-split-lines"):
+        shutil.copy(sample(name), tmp_path)
+    status, out, _ = run(capsys, "--report", str(tmp_path))
+    lines = out.splitlines()
+    assert status == 0 and [line.split()[:2] for line in lines] == [
         ["day", "model"], ["2026-08-08", "tundra/nimbus-14b-coder"], ["2026-04-08", "desk"], ["total", "2"]]
     assert lines[1].split()[2:] == ["1", "0", "1,500", "41", "%", "55", "737.9", "139.3"]
     assert len({len(line) for line in lines}) == 1
@@ -9099,30 +9122,24 @@ def test_the_address_for_others_is_the_way_out_else_those_of_the_machines_name(m
 def test_this_machine_is_asked_for_its_addresses_without_an_error():
     assert all(map(lmgateway.ipaddress.ip_address, lmgateway.lan_addresses()))
     assert "127.0.0.1" in lmgateway.resolved("localhost") and lmgateway.resolved("no such host") == set()
-    assert lmgateway.is_own_address("127.0.0.1") and not lmgateway.is_own_address("192.0.2.77")
 
 
-@pytest.mark.parametrize("argv", [("--port", "8123", "--upstream", "http://127.0.0.1:8123"),
-                                  ("--port", "8123", "--upstream", "http://localhost:8123"),
-                                  ("--port", "80", "--upstream", "http://127.0.0.1"),
-                                  ("--port", "8123", "--upstream", "http://127.0.0.1:8123", "--host", "0.0.0.0",
-                                   "--no-auth")], ids=" ".join)
-def test_an_upstream_that_is_the_gateway_itself_is_refused(home, capsys, stopped, argv):
-    status, _, err = run(capsys, *argv)
-    assert status == 2 and re.fullmatch(r"lmgateway: --upstream .* is this gateway's own address; name .*\n", err)
+@pytest.mark.parametrize(("upstream", "options", "itself"), [
+    ("http://127.0.0.1:81", {}, True), ("http://localhost:81", {}, True), ("http://127.0.0.1", {"port": 80}, True),
+    ("http://127.0.0.1:81", {"host": "0.0.0.0"}, True), ("http://192.0.2.7:81", {}, False),
+    ("http://127.0.0.1:82", {}, False), ("http://127.0.0.1:81", {"host": "192.0.2.77"}, False)])
+def test_an_upstream_that_is_the_gateway_itself_is_refused(upstream, options, itself):
+    with pytest.raises(lmgateway.ConfigError, match="--upstream .* is this gateway's own") if itself else (
+            contextlib.nullcontext()):
+        lmgateway.check_upstream(lmgateway.Config(upstream=upstream, **{"port": 81, **options}))
 
 
-@pytest.mark.parametrize(("upstream", "options"), [
-    ("http://192.0.2.7:81", {}), ("http://127.0.0.1:82", {}), ("http://127.0.0.1:81", {"host": "192.0.2.77"})])
-def test_another_upstream_is_not_the_gateway_itself(upstream, options):
-    lmgateway.check_upstream(lmgateway.Config(port=81, upstream=upstream, **options))
-
-
-def test_a_port_in_use_is_one_line_also_where_there_is_no_log_directory(tmp_path):
+def test_a_port_in_use_is_one_line_also_without_a_log_directory(home, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        run = command(tmp_path, "--port", str(taken.getsockname()[1]), "--log-dir", tmp_path / "none")
-    assert run.returncode == 1
-    assert re.fullmatch(rb"lmgateway: port \d+ is in use on 127\.0\.0\.1; stop .* or choose another with --port .*\r?\n", run.stderr)
+        threading.Thread(target=lambda: taken.accept()[0].close(), daemon=True).start()
+        status, _, err = run(capsys, "--port", str(taken.getsockname()[1]), "--log-dir", "none")
+    assert status == 1 and err.count("\n") == 1
+    assert re.fullmatch(r"lmgateway: port \d+ is in use on 127\.0\.0\.1; stop .* or choose another with --port .*", err.strip())
 
 
 def test_a_port_that_the_system_chose_is_printed_whatever_the_level(tmp_path):
@@ -9253,12 +9270,15 @@ def home(tmp_path, monkeypatch):
 
 
 def run(capsys, *argv):
-    """(exit status, stdout, stderr) of a command."""
+    """(exit status, stdout, stderr) of a command in this process, whose signals stay its own."""
     handlers = list(lmgateway.log.handlers)
-    try:
-        status = lmgateway.main(list(argv))
-    finally:
-        lmgateway.log.handlers = handlers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *args: None)
+        patch.setattr(lmgateway, "freeze_start_up", lambda: None)
+        try:
+            status = lmgateway.main(list(map(str, argv)))
+        finally:
+            lmgateway.log.handlers = handlers
     return (status, *capsys.readouterr())
 
 
@@ -9478,9 +9498,6 @@ def test_prune_shows_and_then_removes_only_old_server_logs(home, capsys):
     stay = [put(logs / day[:7] / name, "x")
             for name in (f"{day}.log", f"{day}.4.log.txt", "notes.txt", f"x{day}.1.log")]
     stay += [put(logs / name / f"{day}.1.log", "x") for name in ("backup", "2020-01", f"{day[:7]}x")]
-    stay.append(put(logs / day[:7] / f"{day}.3.log", "LM Studio's note says that it wrote this last"))
-    put(home / ".lmstudio/.internal/server-logs-state.json", json.dumps(
-        {"lastWrittenFile": {"filePathBase": f"C:\\logs\\{day[:7]}\\{day}", "index": 3}}))
     stay.append(put(logs / kept[:7] / f"{kept}.1.log", "30 days old, not more"))
     stay.append(put(logs / f"{datetime.date.today()}"[:7] / f"{datetime.date.today()}.1.log", "the newest"))
     status, out, _ = run(capsys, "--prune", "30")
@@ -9493,10 +9510,7 @@ def test_prune_shows_and_then_removes_only_old_server_logs(home, capsys):
     assert "nothing to do" in run(capsys, "--prune", "30")[1]
 
 
-@pytest.mark.parametrize("note", [b"", b"[]", b'{"lastWrittenFile": 7}',
-                                  b'{"lastWrittenFile": {"filePathBase": 1, "index": "x"}}'])
-def test_prune_keeps_the_newest_also_when_lm_studio_notes_nothing(home, capsys, note):
-    put(home / ".lmstudio/.internal/server-logs-state.json", note)
+def test_prune_keeps_the_newest_however_old_it_is(home, capsys):
     paths = [put_log(home, "x", f"2020-01/2020-01-01.{number}.log") for number in (9, 10)]
     assert run(capsys, "--prune", "30", "--yes")[0] == 0
     assert [path.exists() for path in paths] == [False, True]
@@ -9524,29 +9538,24 @@ def test_prune_says_which_file_could_not_go_and_goes_on(home, capsys, monkeypatc
     assert [path.exists() for path in paths] == [True, False, True]
 
 
-@pytest.mark.parametrize("argv", [("--prune", "0"), ("--prune", "x"), ("--prune", "-1"), ("--prune=",),
-                                  ("--prune", "30"),
-                                  ("--yes",), ("--prune", "30", "--check"), ("--watch", ""),
-                                  ("--watch", "ftp://x"),
-                                  ("--watch", "h", "--tail-only"), ("--rights", "infer"), ("--json",)])
-def test_what_cannot_be_done_is_one_line_and_status_2(home, capsys, stopped, argv):
-    status, out, err = run(capsys, *argv)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("lmgateway: ")
-
-
 def test_help_fits_one_screen(capsys):
     with pytest.raises(SystemExit) as end:
         lmgateway.main(["--help"])
     lines = capsys.readouterr().out.splitlines()
     assert end.value.code == 0 and len(lines) <= 51 and max(map(len, lines)) <= 100
     assert all(row.flag in "\n".join(lines) for row in lmgateway.OPTIONS if row.flag)
+    with pytest.raises(SystemExit):
+        lmgateway.main(["--version"])
+    assert capsys.readouterr().out == f"lmgateway {lmgateway.VERSION}\n"
 
 
 # --- 9.x the tail, the demo, and how they end
 
 
 PROGRAM = [sys.executable, str(HERE / "lmgateway.py")]
+PROGRESS_LOG = b"".join(HEADER + line.encode() + b"\n" for line in (
+    "[m] Running chat completion on conversation with 1 messages.",
+    *(f"[m] Prompt processing progress: {done}.0%" for done in (1, 2, 3))))
 
 
 def alone(home, **more):
@@ -9589,73 +9598,57 @@ def line_with(stream, words):
     raise AssertionError(f"{words!r} did not come")
 
 
-def sample(name):
-    return HERE / ".ci" / "samples" / f"{name}.log"
-
-
 def json_lines(data):
-    return [json.loads(line, parse_constant=no_constant) for line in data.decode().splitlines()]
+    text = data if isinstance(data, str) else data.decode()
+    return [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
 
 
-def test_a_saved_log_is_replayed_as_json_lines(tmp_path):
-    run = command(tmp_path, "--tail-only", "--json", sample("g1-full-cache-inf"))
-    assert (run.returncode, run.stderr) == (0, b"")
-    lines = json_lines(run.stdout)
+@pytest.mark.parametrize("name", ["g1-full-cache-inf", "splash-stream"])
+def test_a_saved_log_is_replayed_as_json_lines_from_a_file_or_standard_input(tmp_path, capsys, utc, name):
+    if name == "splash-stream":
+        found = command(tmp_path, "--tail-only", "--json", "-", input=sample(name).read_bytes())
+        status, out, err = found.returncode, found.stdout, found.stderr.decode()
+    else:
+        status, out, err = run(capsys, "--tail-only", "--json", sample(name))
+    lines = json_lines(out)
+    assert (status, err) == (0, "")
     assert [line["id"].partition("-")[2] for line in lines] == [str(seq) for seq in range(1, len(lines) + 1)]
     assert len({line["id"].partition("-")[0] for line in lines}) == 1
-    assert unmet(expected_of(sample("g1-full-cache-inf")),
-                 [Event(line["event"], line["data"]) for line in lines]) == []
+    assert unmet(expected_of(sample(name)), [Event(line["event"], line["data"]) for line in lines]) == []
 
 
-def test_events_are_filtered_and_keep_their_ids(tmp_path):
-    run = command(tmp_path, "--tail-only", "--json", "--events", "lmstudio_chat_end,lmstudio_chat_start",
-                  sample("errors"))
-    lines = json_lines(run.stdout)
+def test_events_are_filtered_and_keep_their_ids(capsys):
+    lines = json_lines(run(capsys, "--tail-only", "--json", "--events", "lmstudio_chat_end,lmstudio_chat_start",
+                           sample("errors"))[1])
     assert [line["event"] for line in lines] == ["lmstudio_chat_start", "lmstudio_chat_end"] * 2
     assert [line["id"].partition("-")[2] for line in lines] == ["2", "6", "11", "15"]
 
 
-def test_standard_input_is_replayed(tmp_path):
-    data = sample("splash-stream").read_bytes()
-    run = command(tmp_path, "--tail-only", "--json", "-", input=data)
-    assert run.returncode == 0
-    assert unmet(expected_of(sample("splash-stream")),
-                 [Event(line["event"], line["data"]) for line in json_lines(run.stdout)]) == []
-
-
 @pytest.mark.parametrize("start, said", [
     (b"\xff\xfew\0", "UTF-16"), (b"\xfe\xff\0w", "UTF-16"), (gzip.compress(b"words"), "packed"),
-    (b"PK\3\4\24\0", "packed"),
-    (b"\x28\xb5\x2f\xfd\4", "packed")])
-def test_what_is_no_log_is_said(tmp_path, capfd, monkeypatch, start, said):
-    monkeypatch.setattr("signal.signal", lambda *args: None)
-    (tmp_path / "x.log").write_bytes(start)
-    assert lmgateway.main(["--tail-only", str(tmp_path / "x.log")]) == 2
-    out, err = capfd.readouterr()
-    assert (out, len(err.splitlines())) == ("", 1) and said in err
+    (b"PK\3\4\24\0", "packed"), (b"\x28\xb5\x2f\xfd\4", "packed")])
+def test_what_is_no_log_is_said(tmp_path, capsys, start, said):
+    status, out, err = run(capsys, "--tail-only", put(tmp_path / "x.log", start))
+    assert (status, out, err.count("\n")) == (2, "", 1) and said in err
 
 
-def test_directories_are_replayed_in_date_order_with_their_switches(tmp_path):
+def test_directories_are_replayed_in_date_order_with_their_switches(tmp_path, capsys):
     logs = Logs(tmp_path / "server-logs")
     for name in ("2026-05-01.10", "2026-04-30.1", "2026-05-01.9", "2026-05-02.1"):
         logs.write(name, name)
-    run = command(tmp_path, "--tail-only", "--json", logs.directory)
-    assert [Logs.words(Event(line["event"], line["data"])) for line in json_lines(run.stdout)] == [
-        "2026-04-30.1", "2026-04 >> 2026-05-01.9", "2026-05-01.9", "2026-05-01.9 > 2026-05-01.10",
-        "2026-05-01.10",
+    lines = json_lines(run(capsys, "--tail-only", "--json", logs.directory)[1])
+    assert [Logs.words(Event(line["event"], line["data"])) for line in lines] == [
+        "2026-04-30.1", "2026-04 >> 2026-05-01.9", "2026-05-01.9", "2026-05-01.9 > 2026-05-01.10", "2026-05-01.10",
         "2026-05-01.10 > 2026-05-02.1", "2026-05-02.1"]
-    (tmp_path / "flat").mkdir()
     for name in ("2026-05-01.10.log", "2026-05-01.9.log", "b.txt"):
-        (tmp_path / "flat" / name).write_bytes(HEADER + name.encode() + b"\n")
-    run = command(tmp_path, "--tail-only", "--json", "--events", "lmstudio_log", tmp_path / "flat",
-                  sample("bystanders"))
-    assert [line["data"]["message"]
-            for line in json_lines(run.stdout)][:2] == ["2026-05-01.9.log", "2026-05-01.10.log"]
-    assert json_lines(run.stdout)[2]["data"]["message"] == "Server stopped."
+        put(tmp_path / "flat" / name, HEADER + name.encode() + b"\n")
+    lines = json_lines(run(capsys, "--tail-only", "--json", "--events", "lmstudio_log", tmp_path / "flat",
+                           put(tmp_path / "x.log", HEADER + b"x\n"))[1])
+    assert [line["data"]["message"] for line in lines] == ["2026-05-01.9.log", "2026-05-01.10.log", "x"]
     assert lmgateway.saved_logs(["-", str(tmp_path / "flat"), __file__]) == [
         "-", *(str(tmp_path / "flat" / f"2026-05-01.{number}.log") for number in (9, 10)), __file__]
     (tmp_path / "empty").mkdir()
-    assert command(tmp_path, "--tail-only", tmp_path / "empty").returncode == 2
+    assert run(capsys, "--tail-only", tmp_path / "empty")[0] == 2
 
 
 @pytest.mark.parametrize(("names", "told"), [
@@ -9673,14 +9666,12 @@ def test_a_saved_log_goes_on_with_the_entry_of_the_one_before_it_where_lm_studio
             switch["newLogFile"]) == (found[0].data["timestamp"].replace(" ", "T") + "Z", str(paths[1]))
 
 
-def test_a_file_that_is_no_log_of_lm_studio_is_said(tmp_path, capsys, home):
-    (tmp_path / "notes.txt").write_text("Buy milk\n")
-    (tmp_path / "empty.log").write_text("")
-    assert lmgateway.main(["--tail-only", str(tmp_path / "notes.txt")]) == 0
-    assert "no entries in" in (err := capsys.readouterr().err) and "notes.txt" in err and err.count("\n") == 1
-    for path in (tmp_path / "empty.log", sample("errors")):
-        assert lmgateway.main(["--tail-only", str(path)]) == 0
-        assert "no entries" not in capsys.readouterr().err
+def test_a_file_that_is_no_log_of_lm_studio_is_said(tmp_path, capsys):
+    status, _, err = run(capsys, "--tail-only", put(tmp_path / "notes.txt", "Buy milk\n"))
+    assert (status, err.count("\n")) == (0, 1) and "no entries in" in err and "notes.txt" in err
+    for content in (b"", HEADER + b"x\n"):
+        status, _, err = run(capsys, "--tail-only", put(tmp_path / "x.log", content))
+        assert status == 0 and "no entries" not in err
 
 
 def test_a_saved_directory_that_cannot_be_read_is_status_2_with_a_remedy(tmp_path, monkeypatch, capsys):
@@ -9692,46 +9683,37 @@ def test_a_saved_directory_that_cannot_be_read_is_status_2_with_a_remedy(tmp_pat
     assert f"{tmp_path} cannot be read (Permission denied); name" in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_read_in_the_middle_is_status_1_after_what_came_before(tmp_path, monkeypatch, capfd):
+def test_a_file_that_cannot_be_read_in_the_middle_is_status_1_after_what_came_before(tmp_path, monkeypatch, capsys):
     def opened(path, *args, original=open, **kwargs):
         if str(path).endswith("2.log"):
             raise PermissionError(13, "Permission denied")
         return original(path, *args, **kwargs)
 
-    for name in ("1.log", "2.log"):
-        (tmp_path / name).write_bytes(HEADER + name.encode() + b"\n")
+    paths = [put(tmp_path / name, HEADER + name.encode() + b"\n") for name in ("1.log", "2.log")]
     monkeypatch.setattr("builtins.open", opened)
-    monkeypatch.setattr(lmgateway, "freeze_start_up", lambda: None)
-    monkeypatch.setattr("signal.signal", lambda *args: None)
-    assert lmgateway.main(["--tail-only", str(tmp_path / "1.log"), str(tmp_path / "2.log")]) == 1
-    out, err = capfd.readouterr()
-    assert "1.log" in out and "2.log: Permission denied" in err and len(err.splitlines()) == 1
+    status, out, err = run(capsys, "--tail-only", *paths)
+    assert (status, "1.log" in out, err.count("\n")) == (1, True, 1) and "2.log: Permission denied" in err
 
 
 def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
-    log = tmp_path / "long.log"
-    log.write_bytes(b"".join(path.read_bytes() for path in SAMPLES) * 30)
-    with started(tmp_path, "--tail-only", "--json", log) as process:
+    with started(tmp_path, "--tail-only", "--json", put(tmp_path / "long.log", PROGRESS_LOG * 5000)) as process:
         assert process.stdout.readline().startswith(b'{"id": ')
         process.stdout.close()
-        assert process.wait(PATIENCE_S) == 0
-        assert process.stderr.read() == b""
+        assert (process.wait(PATIENCE_S), process.stderr.read()) == (0, b"")
 
 
-@pytest.mark.parametrize("words", [[sample("errors")],
-                                   ["--json", sample("traps"), sample("errors")]], ids=["people", "json"])
-def test_a_short_output_into_a_closed_pipe_ends_quietly_too(tmp_path, words):
+def test_a_short_output_into_a_closed_pipe_ends_quietly_too(tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
-    run = command(tmp_path, "--tail-only", *words, capture_output=False, stdout=writing,
-                  stderr=subprocess.PIPE)
+    run = command(tmp_path, "--tail-only", put(tmp_path / "x.log", PROGRESS_LOG), capture_output=False,
+                  stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert (run.returncode, run.stderr) == (0, b"")
 
 
-def test_a_process_without_standard_output_says_so(monkeypatch, capsys):
+def test_a_process_without_standard_output_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", None)
-    assert lmgateway.main(["--tail-only", str(sample("errors"))]) == 1
+    assert lmgateway.main(["--tail-only", str(put(tmp_path / "x.log", PROGRESS_LOG))]) == 1
     err = capsys.readouterr().err
     assert err.startswith("lmgateway: there is no standard output") and err.count("\n") == 1
 
@@ -9739,21 +9721,19 @@ def test_a_process_without_standard_output_says_so(monkeypatch, capsys):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path):
     with open("/dev/full", "wb") as full:
-        run = command(tmp_path, "--tail-only", "--json", sample("errors"), capture_output=False, stdout=full,
-                      stderr=subprocess.PIPE)
+        run = command(tmp_path, "--tail-only", "--json", put(tmp_path / "x.log", PROGRESS_LOG), capture_output=False,
+                      stdout=full, stderr=subprocess.PIPE)
     assert run.returncode == 1
     assert re.fullmatch(rb"lmgateway: .*No space left on device\n", run.stderr)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", 0)])
-@pytest.mark.parametrize("path", [[], ["-"]], ids=["following", "replaying"])
+@pytest.mark.parametrize("number, status, path", [("SIGINT", 130, []), ("SIGTERM", 0, []), ("SIGINT", 130, ["-"])])
 def test_signals_end_the_tail_quietly(tmp_path, number, status, path):
     logs = Logs(tmp_path / "server-logs")
     logs.write("2026-05-01.1", "a", "b")
     with started(tmp_path, "--tail-only", "--json", *([] if path else ["--from-start"]), "--log-dir",
-                 logs.directory, *path,
-                 stdin=subprocess.PIPE) as process:
+                 logs.directory, *path, stdin=subprocess.PIPE) as process:
         if path:
             process.stdin.write((HEADER + b"x" * 600 + b"\n") * 200)
             process.stdin.flush()
@@ -9835,22 +9815,19 @@ def test_start_up_lines_have_the_form_of_the_contract(tmp_path, command_flags):
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eabc\u2066\u2028\x7f\r\b\0"
 
 
-def test_control_characters_of_a_log_never_reach_the_terminal(tmp_path):
-    log = tmp_path / "hostile.log"
-    log.write_bytes((f"[2026-05-01 10:00:00][INFO][{HOSTILE}] Running chat completion on conversation with 1 messages.\n"
-                     f"[2026-05-01 10:00:00][ERROR] {HOSTILE}\n{HOSTILE}\n[2026-05-01 10:00:00][INFO] {HOSTILE}\n").encode())
-    out = command(tmp_path, "--tail-only", log, environ={"PYTHONIOENCODING": "utf-8"}).stdout.decode("utf-8")
-    assert not re.search("[\0-\t\x0b-\x1f\x7f-\x9f\u2028\u202e\u2066]", out.replace("\r\n", "\n"))
-    assert out.count("owned") >= 3
+def test_control_characters_of_a_log_never_reach_the_terminal(tmp_path, capsys):
+    log = put(tmp_path / "hostile.log", (
+        f"[2026-05-01 10:00:00][INFO][{HOSTILE}] Running chat completion on conversation with 1 messages.\n"
+        f"[2026-05-01 10:00:00][ERROR] {HOSTILE}\n{HOSTILE}\n[2026-05-01 10:00:00][INFO] {HOSTILE}\n").encode())
+    out = run(capsys, "--tail-only", log)[1]
+    assert not re.search("[\0-\t\x0b-\x1f\x7f-\x9f\u2028\u202e\u2066]", out) and out.count("owned") >= 3
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-16"])
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
 def test_any_text_can_be_printed_whatever_the_output_can_show(tmp_path, encoding):
-    log = tmp_path / "words.log"
-    log.write_bytes(HEADER + "東京 🦊 é\n".encode() + HEADER + b"\xff\xfe\n")
+    log = put(tmp_path / "words.log", HEADER + "\u6771\u4eac \U0001f98a \xe9\n".encode() + HEADER + b"\xff\xfe\n")
     run = command(tmp_path, "--tail-only", log, environ={"PYTHONIOENCODING": encoding})
-    assert (run.returncode, run.stderr) == (0, b"")
-    assert len(run.stdout.decode(encoding).splitlines()) == 2
+    assert (run.returncode, run.stderr, len(run.stdout.decode(encoding).splitlines())) == (0, b"", 2)
 
 
 @pytest.mark.parametrize("names, coloured", [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True),
@@ -9888,11 +9865,6 @@ def test_progress_of_a_replay_is_one_line_until_something_else_comes(terminal):
     printer.finish()
     assert [row.split()[:1] + row.split()[-2:-1] for row in terminal.rows] == [
         ["prompt_progress", "100.0"], ["error", "error"], ["prompt_progress", "10.0"], []]
-
-
-PROGRESS_LOG = b"".join(HEADER + line.encode() + b"\n" for line in (
-    "[m] Running chat completion on conversation with 1 messages.",
-    *(f"[m] Prompt processing progress: {done}.0%" for done in (1, 2, 3))))
 
 
 @pytest.fixture
@@ -9945,10 +9917,6 @@ def test_the_clocks_of_cards_go_on_in_silence_and_lines_are_never_wider_than_the
     printer.tick()
     assert [row for row in terminal.rows if "elapsed 1m01s" in row] and max(map(len, terminal.rows)) == 79
     printer.finish()
-
-
-def test_the_version_is_printed(tmp_path):
-    assert command(tmp_path, "--version").stdout.decode().strip() == f"lmgateway {lmgateway.VERSION}"
 
 
 def test_the_demo_shows_everything_and_leaves_nothing_behind(tmp_path):
@@ -10033,7 +10001,7 @@ def test_a_server_whose_stderr_nobody_reads_answers_and_ends_on_one_signal(tmp_p
         line_with(process.stderr, b"Log directory")
         import fcntl
         fcntl.fcntl(process.stderr, 1031, 4096)     # F_SETPIPE_SZ: full after some sixty lines
-        status = [status_of(talk(port, request("GET /v1/models"))) for _ in range(150)]
+        status = [status_of(talk(port, request("GET /v1/models"))) for _ in range(90)]
         process.send_signal(signal.SIGTERM)
         assert (set(status), process.wait(PATIENCE_S)) == ({200}, 0)
 
