@@ -3825,7 +3825,7 @@ def performance(records, requests, tokens):
 
 DAY_MINUTES = 24 * 60
 MOST_MINUTES = 7 * DAY_MINUTES  # that one can ask for
-CELLS = 20_000  # (minute, model, key, who) that are kept apart; beyond them the oldest minutes lose names
+CELLS = 30  # (model, key, who) of one minute that are kept apart; the others are "other"
 BUCKET = 1.1  # a histogram's buckets are so much wider each: a percentile of it is right to 5 %
 BY = ("", "model", "key", "user")  # what rows can be told apart by
 STEPS = (60, 300, 3600)  # seconds of a row
@@ -3886,7 +3886,6 @@ class Series:
     def __init__(self, since, kept=DAY_MINUTES):
         self.since, self._kept = since, kept  # epoch seconds, from then on it holds every request; minutes
         self._minutes: dict[int, dict[tuple, Counter]] = {}
-        self._size = 0  # cells in all
         self.used: dict[str, float] = {}  # model -> when it last answered, epoch seconds
 
     def take(self, row, before=None):
@@ -3894,41 +3893,23 @@ class Series:
         the log can tell more of a request after its end."""
         ended = row["started"] + (row["total_ms"] or 0) / 1000
         model = row["model"] or row["model_asked"] or "unknown"
-        beside = row["source"] == "lmstudio"
-        key = row["key"] or ("not via gateway" if beside else "no key")
+        key = row["key"] or ("not via gateway" if row["source"] == "lmstudio" else "no key")
         person = who(row["source"], row.get("user"), row["key"], row.get("agent"), row["client"]) or "unknown"
         minute, names, amounts = int(ended // 60), ("", model, key, person), tally(row)
         if before and before[0] in self._minutes:
-            self._cell(*before[:2]).subtract(before[2])
-        self._cell(minute, names).update(amounts)
-        if len(self.used) < NAMES_KEPT or model in self.used:
-            self.used[model] = max(ended, self.used.get(model, 0))
-        return minute, names, amounts
-
-    def _cell(self, minute, names):
+            self._minutes[before[0]][before[1]].subtract(before[2])
         if minute not in self._minutes:
             self._minutes[minute] = {}
             self.since = max(self.since, 60 * (minute - self._kept + 1))
             for old in [one for one in self._minutes if one <= minute - self._kept]:
-                self._size -= len(self._minutes.pop(old))
+                del self._minutes[old]
         cells = self._minutes[minute]
-        if names not in cells:
-            cells[names] = Counter()
-            self._size += 1
-            if self._size > CELLS:
-                self._fold()
-                return self._cell(minute, names if names in cells else next(iter(cells)))
-        return cells[names]
-
-    def _fold(self):
-        """Make one cell of the oldest minute that has several."""
-        cells = next(self._minutes[one] for one in sorted(self._minutes) if len(self._minutes[one]) > 1)
-        whole: Counter[Any] = Counter()
-        for amounts in cells.values():
-            whole.update(amounts)
-        self._size -= len(cells) - 1
-        cells.clear()
-        cells["", "other", "other", "other"] = whole
+        if names not in cells and len(cells) >= CELLS:
+            names = ("", "other", "other", "other")
+        cells.setdefault(names, Counter()).update(amounts)
+        if len(self.used) < NAMES_KEPT or model in self.used:
+            self.used[model] = max(ended, self.used.get(model, 0))
+        return minute, names, amounts
 
     def cells(self, begin):
         """A copy of what ended from the minute of begin (epoch seconds) on: [(minute, names, tally)]."""
@@ -3943,17 +3924,16 @@ def series_step(minutes):
 
 def series_rows(cells, step, by):
     """`rows` and `total` of /debug/series: of all, or with by ("model", "key", "user") of each name."""
-    place = BY.index(by)
+    place, asked = BY.index(by), Counter()
+    for _, names, amounts in cells:
+        asked[names[place]] += amounts["requests"]
+    known = {name for name, _ in asked.most_common(MOST_NAMES)}
     sums: dict[str, dict] = {}
     totals: dict[str, Counter] = {}
     for minute, names, amounts in cells:
-        name = names[place]
+        name = names[place] if names[place] in known else "other"
         totals.setdefault(name, Counter()).update(amounts)
         sums.setdefault(name, {}).setdefault(60 * minute // step * step, Counter()).update(amounts)
-    for name in sorted(totals, key=lambda name: -totals[name]["requests"])[MOST_NAMES:]:
-        totals.setdefault("other", Counter()).update(totals.pop(name))
-        for t, amounts in sums.pop(name).items():
-            sums.setdefault("other", {}).setdefault(t, Counter()).update(amounts)
     rows = {name: [{"t": utc_text(t), **series_row(found[t])} for t in sorted(found) if found[t]["requests"]]
             [-MOST_ROWS:] for name, found in sums.items()}
     total = {name: series_row(amounts) for name, amounts in totals.items()}
@@ -10164,21 +10144,21 @@ def chosen_events(text):
 class Printer:
     """Events as JSON lines, or as aligned lines for people.  Flushes after each batch.
 
-    On a terminal with live, the running requests stand below the lines as cards, redrawn in place."""
+    On a terminal something stands below the lines and is redrawn in place: with live the running requests
+    as cards, else the latest progress, which becomes a line when something else comes."""
 
     TICK_S = 0.5    # the cards' clocks are redrawn so often
 
     def __init__(self, out, as_json, chosen, live):
         self._out, self._json, self._chosen = out, as_json, chosen
         self._epoch, self._seq = secrets.token_hex(4), 0
-        capable = is_terminal(out) and not as_json
-        if capable and os.name == "nt":
+        self._redraws = is_terminal(out) and not as_json
+        if self._redraws and os.name == "nt":
             os.system("")  # Windows' console understands escape sequences from here on
-        self._colour = capable and not os.environ.get("NO_COLOR")
-        self.cards: Any = Cards(bar_marks(out.encoding)) if capable and live else None
-        self._inline = capable and not live     # progress is redrawn in its line
-        self._unended = False  # such a line stands there
-        self._drawn = []  # the lines of the cards that stand on the screen
+        self._colour = self._redraws and not os.environ.get("NO_COLOR")
+        self.cards: Any = Cards(bar_marks(out.encoding)) if self._redraws and live else None
+        self._progress = []  # without cards: the latest
+        self._drawn = []  # (line, its colour) of what stands below
         self._ticked = 0.0
 
     def __call__(self, events):
@@ -10193,10 +10173,17 @@ class Printer:
         for event_id, event in identified:
             if self.cards:
                 self.cards.take(event, time.monotonic())
-            if self._chosen(event.name):
-                parts.append(json_line(event_id, event) if self._json else self._line(event))
+            if not self._chosen(event.name):
+                continue
+            if self._json:
+                parts.append(json_line(event_id, event))
+            elif not self._redraws or not shown_on_cards(event):
+                parts += itertools.starmap(self._painted, [*self._progress, self._line(event)])
+                self._progress = []
+            elif event.name in PROGRESS and not self.cards:
+                self._progress = [self._line(event)]
         text = "".join(parts)
-        if self.cards:
+        if self._redraws:
             text = self._screen(text)
         if text:
             self._out.write(text)
@@ -10209,44 +10196,35 @@ class Printer:
 
     def finish(self):
         """Take the cards off the screen."""
-        if self._drawn or self._unended:
-            self._out.write(erasure(self._drawn, shutil.get_terminal_size()) + "\n" * self._unended)
+        if self.cards and self._drawn:
+            self._out.write(self._erasure(shutil.get_terminal_size()))
             self._out.flush()
-            self._drawn, self._unended = [], False
+            self._drawn = []
 
     def _screen(self, text):
-        """The bytes that show text above the cards; empty when nothing changed."""
+        """The bytes that show text above what is redrawn; empty when nothing changed."""
         size, self._ticked = shutil.get_terminal_size(), time.monotonic()
-        cards = self.cards.lines(self._ticked, size.columns - 1, size.lines - 1)
-        if not text and cards == self._drawn:
+        below = self._progress if not self.cards else [
+            (line, CARD_COLOURS.get(line.partition(" ")[0], "0"))
+            for line in self.cards.lines(self._ticked, size.columns - 1, size.lines - 1)]
+        if not text and below == self._drawn:
             return ""
-        text = erasure(self._drawn, size) + text + "".join(
-            self._painted(line, CARD_COLOURS.get(line.partition(" ")[0], "0")) for line in cards)
-        self._drawn = cards
+        text = self._erasure(size) + text + "".join(itertools.starmap(self._painted, below))
+        self._drawn = below
         return text
 
+    def _erasure(self, size):
+        return erasure([line for line, _ in self._drawn], size)
+
     def _line(self, event):
-        """A line for people.  What may be redrawn, and an excerpt of the log, is cut at the edge of a
+        """(line for people, its colour).  What may be redrawn, and an excerpt of the log, is cut at the edge of a
         terminal; any other line goes on in the next row."""
-        if self.cards and shown_on_cards(event):
-            return ""
         time_of_day = printable(str(event.data.get("timestamp", ""))[11:19])
         name = printable(event.name.replace("lmstudio_", ""))
         line = f"{time_of_day:8}  {name:18}  {summary(event)}".rstrip()
-        if (self.cards or self._inline) and event.name in (*PROGRESS, "lmstudio_log"):
+        if self._redraws and event.name in (*PROGRESS, "lmstudio_log"):
             line = clipped(line, shutil.get_terminal_size().columns - 1)
-        painted = self._painted(line, EVENTS[event.name].colour if event.name in EVENTS else "0")
-        return self._in_place(event, painted) if self._inline else painted
-
-    def _in_place(self, event, painted):
-        """A line of a replay: one of progress takes the place of the one before it."""
-        before, self._unended = self._unended, shown_on_cards(event)
-        if not self._unended:
-            return "\n" * before + painted
-        if event.name not in PROGRESS:
-            self._unended = before
-            return ""
-        return "\r\x1b[J" * before + painted[:-1]
+        return line, EVENTS[event.name].colour if event.name in EVENTS else "0"
 
     def _painted(self, line, colour):
         return f"\x1b[{colour}m{line}\x1b[0m\n" if self._colour and colour != "0" else line + "\n"
@@ -10360,7 +10338,7 @@ def doing(record, age_s, marks):
         percent, total, read = (known.get(name) for name in ("percent", "promptTokens", "promptTokensRead"))
         full = max(0, min(8, round((percent or 0) / 12.5)))
         words = ["PREFILL", marks[0] * full + marks[1] * (8 - full), f"{percent or 0:.0f} %", eta,
-                 "" if not total or read is None else f"{read:,}/{total:,} tok",
+                 "" if not total or read is None else f"{read:,}/{total:,}",
                  per_second(known.get("promptTokensPerSecond")), elapsed]     # fits into 80 columns
     else:
         place = f"{record['position']} of {record['waiting']}" if record.get("position") else ""
