@@ -3839,9 +3839,9 @@ def tally(row):
     written = row["completion_tokens"] or 0
     fresh, read_ms, write_ms = max(0, prompt - cached), row["prompt_ms"] or 0, row["generation_ms"] or 0
     left = was_left(row["outcome"], row["operation"])
-    found: Counter[Any] = Counter(requests=1, abandoned=int(left), errors=int(row["outcome"] != "done" and not left),
-                    promptTokens=prompt, cachedTokens=cached, completionTokens=written,
-                    gpuMs=read_ms + write_ms)
+    found: Counter[Any] = Counter(
+        requests=1, abandoned=int(left), errors=int(row["outcome"] != "done" and not left),
+        promptTokens=prompt, cachedTokens=cached, completionTokens=written, gpuMs=read_ms + write_ms)
     speeds = {}
     if fresh and read_ms:
         found.update(readTokens=fresh, readMs=read_ms)
@@ -8013,8 +8013,9 @@ def me(gateway, request):
     """The key that asks: what it may, and what it has used."""
     identity = request.identity
     terms = gateway.access.terms(identity.name)
-    return json_response({"name": identity.name, "rights": [name for name in RIGHTS if name in identity.rights],
-                          "priority": terms.priority, "limits": terms.limits, "models": terms.models,
+    rights = [name for name in RIGHTS if name in identity.rights]
+    return json_response({"name": identity.name, "rights": rights, "priority": terms.priority,
+                          "limits": terms.limits, "models": terms.models,
                           "expires": terms.expires or None, **gateway.turns.used(identity.name)})
 
 
@@ -8060,19 +8061,14 @@ def doings(ours, state):
 
 
 def metrics_json(gateway, request):
-    """Figures for people and scripts; those of /metrics agree with them."""
-    return json_response({"timestamp": gateway.hub.now(), "performance": gateway.hub.performance(),
-                          "system": system_figures(gateway)})
-
-
-def system_figures(gateway):
-    """The resources of this process; sizes in bytes, times in s.  A figure that the system does not tell is
-    None."""
-    return {"uptime": gateway.uptime, "version": VERSION,
-            "python": platform.python_version(), "platform": platform.platform(), "pid": os.getpid(),
-            "cpuSeconds": round(time.process_time(), 2), "memoryBytes": resident_bytes(),
-            "threads": threading.active_count(), "streamClients": gateway.hub.listeners,
-            "connections": gateway.server and gateway.server.connections}
+    """Figures for people and scripts, which agree with those of /metrics, and the resources of this process;
+    sizes in bytes, times in s.  A figure that the system does not tell is None."""
+    hub = gateway.hub
+    return json_response({"timestamp": hub.now(), "performance": hub.performance(), "system": {
+        "uptime": gateway.uptime, "version": VERSION, "python": platform.python_version(),
+        "platform": platform.platform(), "pid": os.getpid(), "cpuSeconds": round(time.process_time(), 2),
+        "memoryBytes": resident_bytes(), "threads": threading.active_count(), "streamClients": hub.listeners,
+        "connections": gateway.server and gateway.server.connections}})
 
 
 def resident_bytes():
@@ -8209,10 +8205,13 @@ ROUTES = (
     Route("GET", "/debug/requests/*", request_detail, "own", "one request with its timeline"),
     Route("DELETE", "/debug/requests/*", stop_request, "own", "stop a request: one's own, with admin any"),
     Route("GET", "/me", me, "own", "the key that asks: rights, limits, what it has used"),
-    Route("GET", "/debug/series", series_page, "view", "figures by minute: ?minutes=60, ?by=model, key or user"),
-    Route("GET", "/debug/models", models_page, "view", "LM Studio's models: state, context, running, waiting"),
+    Route("GET", "/debug/series", series_page, "view",
+          "figures by minute: ?minutes=60, ?by=model, key or user"),
+    Route("GET", "/debug/models", models_page, "view",
+          "LM Studio's models: state, context, running, waiting"),
     Route("GET", "/debug/metrics", metrics_json, "view", "figures as JSON: performance and system"),
-    Route("GET", "/debug/usage", usage_page, "view", "what was used, by key, user, model or day (with --history)"),
+    Route("GET", "/debug/usage", usage_page, "view",
+          "what was used, by key, user, model or day (with --history)"),
     Route("GET", "/metrics", prometheus, "view", "figures for Prometheus"),
     Route("POST", "/login", login, "open", "a session cookie for a key"),
     Route("POST", "/logout", logout, "open", "ends the session"),
@@ -9400,7 +9399,7 @@ def demo_prediction(socket, asked, cancelled):
                 "content": word, "tokensCount": 1, "containsDrafted": False, "reasoningType": "none",
                 "isStructural": False}}
     now = time.monotonic()
-    yield {"type": "success", "modelInfo": demo_model(run.model, True, own),
+    yield {"type": "success", "modelInfo": demo_model(run.model, own),
            "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
                "stopReason": "eosFound" if run.alive() else "userStopped", "promptTokensCount": run.prompt,
                "predictedTokensCount": written, "totalTokensCount": run.prompt + written,
@@ -9408,16 +9407,14 @@ def demo_prediction(socket, asked, cancelled):
                "tokensPerSecond": written / max(0.001, now - (first or now))}}
 
 
-def demo_model(name, loaded=False, identifier=None):
-    """LM Studio's description of a model, and of the instance of it that is loaded."""
-    kind = "embedding" if name == DEMO_EMBEDDING else "llm"
-    model = {"type": kind, "modelKey": name, "path": name, "format": "gguf", "displayName": name,
-             "publisher": "demo", "sizeBytes": 5_000_000_000, "indexedModelIdentifier": name,
-             "deviceIdentifier": None, "maxContextLength": DEMO_CONTEXT,
-             **({"vision": False, "trainedForToolUse": False} if kind == "llm" else {})}
-    name = identifier or name
-    return {**model, "identifier": name, "instanceReference": f"instance of {name}", "ttlMs": None,
-            "lastUsedTime": None, "contextLength": DEMO_CONTEXT} if loaded else model
+def demo_model(name, identifier=None):
+    """LM Studio's description of a model; with an identifier, of its instance that is loaded under that."""
+    model = {"type": "embedding" if name == DEMO_EMBEDDING else "llm", "modelKey": name, "path": name,
+             "format": "gguf", "displayName": name, "publisher": "demo", "sizeBytes": 5_000_000_000,
+             "indexedModelIdentifier": name, "deviceIdentifier": None, "maxContextLength": DEMO_CONTEXT,
+             **({} if name == DEMO_EMBEDDING else {"vision": False, "trainedForToolUse": False})}
+    return {**model, "identifier": identifier, "instanceReference": f"instance of {identifier}",
+            "ttlMs": None, "lastUsedTime": None, "contextLength": DEMO_CONTEXT} if identifier else model
 
 
 class DemoSocket:
@@ -9486,14 +9483,14 @@ class DemoSocket:
         return name or DEMO_MODELS[0]
 
     def loaded(self, asked):
-        return [demo_model(name, True, own) for own, name in self.server.loaded.items()
+        return [demo_model(name, own) for own, name in self.server.loaded.items()
                 if (name == DEMO_EMBEDDING) == (self._kind == "embedding")]
 
     def load(self, asked, cancelled):
         """getOrLoad and loadModel, whose packets have other names."""
         name, get = asked.get("modelKey") or asked.get("identifier"), "modelKey" not in asked
         own = asked.get("identifier") or name
-        info = demo_model(name, True, own)
+        info = demo_model(name, own)
         if get and name in self.server.loaded:
             yield {"type": "alreadyLoaded", "info": info}
             return
@@ -9517,10 +9514,6 @@ class DemoSocket:
         self.server.log.listeners.remove(news)
 
 
-def demo_tokens(socket, asked):
-    return len(str(asked.get("inputString"))) // 4 + 1
-
-
 def demo_vector(socket, asked):
     """The same for the same text."""
     source = random.Random(str(asked.get("inputString")))
@@ -9535,13 +9528,6 @@ DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
         "fields": [{"key": "llm.load.contextLength", "value": DEMO_CONTEXT}]},
     "listDownloadedModels": lambda socket, asked: list(map(demo_model, (*DEMO_MODELS, DEMO_EMBEDDING))),
     "version": lambda socket, asked: {"version": VERSION, "build": 1},
-    "tokenize": lambda socket, asked: {"tokens": list(range(demo_tokens(socket, asked)))},
-    "countTokens": lambda socket, asked: {"tokenCount": demo_tokens(socket, asked)},
-    "applyPromptTemplate": lambda socket, asked: {
-        "formatted": " ".join(demo_texts(member(asked, "history")))},
-    "uploadFileBase64": lambda socket, asked: {
-        "identifier": f"file-{secrets.token_hex(4)}", "fileType": "image",
-        "sizeBytes": len(str(asked.get("contentBase64"))) * 3 // 4},
 }
 DEMO_CHANNELS = {  # endpoint -> (socket, parameter, Event of its cancelling) to packets
     "predict": demo_prediction, "completeRawText": demo_prediction, "getOrLoad": DemoSocket.load,
@@ -10217,8 +10203,8 @@ class Printer:
         return erasure([line for line, _ in self._drawn], size)
 
     def _line(self, event):
-        """(line for people, its colour).  What may be redrawn, and an excerpt of the log, is cut at the edge of a
-        terminal; any other line goes on in the next row."""
+        """(line for people, its colour).  What may be redrawn, and an excerpt of the log, is cut at the edge
+        of a terminal; any other line goes on in the next row."""
         time_of_day = printable(str(event.data.get("timestamp", ""))[11:19])
         name = printable(event.name.replace("lmstudio_", ""))
         line = f"{time_of_day:8}  {name:18}  {summary(event)}".rstrip()
