@@ -93,12 +93,12 @@ def own_log():
 
 
 def config_of(flags=(), environ=None, env_file=None):
-    """(Config, sources, warnings) of a command line, an environment and a `.env` file's path."""
+    """(Config, warnings) of a command line, an environment and a `.env` file's path."""
     args = lmgateway.build_parser().parse_args(list(flags))
     config, warnings, errors = lmgateway.load_config(vars(args), environ or {}, env_file)
     if errors:
         raise lmgateway.ConfigError(errors[0])
-    return config, config.sources, warnings
+    return config, warnings
 
 
 @pytest.fixture
@@ -122,24 +122,21 @@ def env_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, environ, text, port, source", [
-    ([], {}, "", 8001, None),
-    ([], {}, "GATEWAY_PORT=1", 1, "line 1"),
+    ([], {}, "", 8001, None), ([], {}, "GATEWAY_PORT=1", 1, "@ line 1"),
     ([], {"GATEWAY_PORT": "2"}, "GATEWAY_PORT=1", 2, "environment variable GATEWAY_PORT"),
-    (["--port", "3"], {"GATEWAY_PORT": "2"}, "GATEWAY_PORT=1", 3, "--port"),
-    (["--port=3"], {}, "", 3, "--port"),
-    ([], {"GATEWAY_PORT": " "}, "GATEWAY_PORT=1", 1, "line 1"),
-    ([], {}, "GATEWAY_PORT=\nGATEWAY_PORT=7\nGATEWAY_PORT=", 7, "line 2")])
+    (["--port", "3"], {"GATEWAY_PORT": "2"}, "GATEWAY_PORT=1", 3, "--port"), (["--port=3"], {}, "", 3, "--port"),
+    ([], {"GATEWAY_PORT": " "}, "GATEWAY_PORT=1", 1, "@ line 1"),
+    ([], {}, "GATEWAY_PORT=\nGATEWAY_PORT=7\nGATEWAY_PORT=", 7, "@ line 2")])
 def test_flag_beats_environment_beats_env_file_beats_default(env_file, flags, environ, text, port, source):
-    config, sources, warnings = config_of(flags, environ, env_file(text))
-    assert (config.port, warnings) == (port, [])
-    assert source is None or source in sources["port"]
+    path = env_file(text)
+    config, warnings = config_of(flags, environ, path)
+    assert (config.port, config.sources.get("port"), warnings) == (port, source and source.replace("@", path), [])
 
 
 def test_the_working_directorys_env_file_is_read_and_need_not_be_there(env_file, tmp_path):
     assert config_of()[0].port == 8001
     (tmp_path / ".env").write_text("GATEWAY_PORT=9", encoding="utf-8")
-    config, sources, _ = config_of()
-    assert (config.port, sources["port"]) == (9, ".env line 1")
+    assert (config_of()[0].port, config_of()[0].sources["port"]) == (9, ".env line 1")
 
 
 @pytest.mark.parametrize("line, value", [
@@ -153,10 +150,9 @@ def test_env_files_are_read_as_people_write_them(env_file, line, value):
     assert config_of(env_file=env_file(line))[0].log_file == value
 
 
-@pytest.mark.parametrize("variable", [row.variable for row in lmgateway.OPTIONS if "_" in row.variable
-                                      and row.variable != "NO_AUTH"])
+@pytest.mark.parametrize("variable", [row.variable for row in lmgateway.OPTIONS if row.variable != "NO_AUTH"])
 def test_a_slip_in_any_name_of_ours_is_a_warning(env_file, variable):
-    [warning] = config_of(env_file=env_file(f"OTHERS_OPTION=2\n{variable}S=1"))[2]
+    [warning] = config_of(env_file=env_file(f"OTHERS_OPTION=2\n{variable}S=1"))[1]
     assert f"line 2: {variable}S is not a known option; did you mean {variable}?" in warning
 
 
@@ -193,14 +189,7 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
     "LAN without a key by .env": ([], "GATEWAY_HOST=0.0.0.0",
                                  ["GATEWAY_HOST", "settings.env line 1", "--no-auth"]),
     "an empty key": (["--api-key", "anna=,bob=K"], "", ["--api-key", "NAME=KEY"]),
-    "a key of equals signs": (["--api-key", "==,bob=K"], "", ["--api-key", "NAME=KEY"]),
-    "a key without its name": ([], "GATEWAY_API_KEY==abc", ["line 1", "NAME=KEY"]),
-    "address with a blank": (["--upstream", "http://a b"], "", ["--upstream", "http://127.0.0.1:1234"]),
-    "port, as Python writes numbers": (["--port", "80_01"], "", ["--port", "65535"]),
-    "port, in other digits": (["--port", "\u0668\u0660"], "", ["--port", "65535"]),
     "nobody allowed": (["--allow", ""], "", ["--allow", "192.168.1.0/24"]),
-    "an origin without a scheme": (["--cors-origins", "chat.example"], "", ["--cors-origins", "https://"]),
-    "an origin with a path": (["--cors-origins", "https://x/y"], "", ["--cors-origins", "https://chat"]),
     "no rights": (["--new-key", "x", "--rights", ""], "", ["--rights", "infer"]),
     "no days": (["--prune", "0"], "", ["--prune 0", "days"]),
     "days that are no number": (["--prune=-1"], "", ["--prune -1", "days"]),
@@ -221,10 +210,9 @@ def test_what_is_wrong_is_one_line_with_option_source_and_remedy_and_status_2(en
         assert word in lines[0]
 
 
-@pytest.mark.parametrize("options",
-                         [{"host": "localhost"}, {"host": "::1"}, {"host": "0.0.0.0", "no_auth": True},
+@pytest.mark.parametrize("options", [{"host": "localhost"}, {"host": "::1"}, {"host": "0.0.0.0", "no_auth": True},
                                      {"host": "0.0.0.0", "api_key": {"anna": "secret"}}], ids=str)
-def test_who_listens_on_loopback_has_a_key_or_says_no_auth_may_start(home, options):
+def test_a_gateway_on_loopback_with_a_key_or_without_auth_may_start(home, options):
     lmgateway.check_exposure(lmgateway.Config(**options))
     with pytest.raises(lmgateway.ConfigError, match="--no-auth"):
         lmgateway.check_exposure(lmgateway.Config(host="192.168.1.5"))
@@ -235,32 +223,18 @@ def test_an_env_file_in_another_encoding_is_read_as_far_as_it_goes(env_file):
     assert (config.log_file, config.port) == ("d\ufffdj\ufffd", 7)
 
 
-def test_a_wrong_secret_is_not_shown(env_file, capfd):
-    assert lmgateway.main(["--env-file", env_file("GATEWAY_API_KEY=kl\u00e9bold")]) == 2
-    err = capfd.readouterr().err
-    assert "bold" not in err and "GATEWAY_API_KEY" in err
-
-
 def test_rows_of_options_are_complete_and_their_names_unique(env_file):
-    rows = lmgateway.OPTIONS
-    for field in ("name", "variable", "flag"):
-        named = [getattr(row, field) for row in rows if getattr(row, field)]
-        assert len(named) == len(set(named))
-    for row in rows:
-        assert row.about and re.fullmatch(r"[A-Z][A-Z0-9_]+", row.variable)
-        assert row.flag is None or re.fullmatch(r"--[a-z][a-z-]+", row.flag)
-    fixed = {"LMSTUDIO_BASE_URL": ("--upstream", "http://127.0.0.1:1234"),
-             "GATEWAY_HOST": ("--host", "127.0.0.1"),
-             "GATEWAY_PORT": ("--port", 8001), "GATEWAY_API_KEY": ("--api-key", {}),
-             "IP_ALLOWLIST": ("--allow", None),
+    rows, config = lmgateway.OPTIONS, config_of()[0]
+    for field in ("name", "variable"):
+        assert len({getattr(row, field) for row in rows}) == len(rows)
+    assert all(row.about and re.fullmatch(r"[A-Z][A-Z0-9_]+", row.variable) for row in rows)
+    fixed = {"LMSTUDIO_BASE_URL": ("--upstream", "http://127.0.0.1:1234"), "GATEWAY_HOST": ("--host", "127.0.0.1"),
+             "GATEWAY_PORT": ("--port", 8001), "GATEWAY_API_KEY": ("--api-key", {}), "IP_ALLOWLIST": ("--allow", None),
              "REQUIRE_AUTH_FOR_HEALTH": (None, False), "LOG_LEVEL": ("--log-level", "info"),
-             "PROXY_TIMEOUT": (None, 600000),
-             "PROXY_STREAM_TIMEOUT": (None, 0), "LMSTUDIO_LOG_DIR": ("--log-dir", None),
-             "ENABLE_LOG_MONITORING": (None, True)}
-    config = config_of()[0]
-    assert fixed == {row.variable: (row.flag, getattr(config, row.name)) for row in rows
-                     if row.variable in fixed}
-    assert config.max_body == 256 * 1024 * 1024 and config.requests_kept == 100
+             "PROXY_TIMEOUT": (None, 600000), "PROXY_STREAM_TIMEOUT": (None, 0), "LMSTUDIO_LOG_DIR": ("--log-dir", None),
+             "ENABLE_LOG_MONITORING": (None, True), "MAX_BODY_BYTES": (None, 256 * 1024 * 1024),
+             "REQUESTS_KEPT": (None, 100)}
+    assert fixed == {row.variable: (row.flag, getattr(config, row.name)) for row in rows if row.variable in fixed}
 
 
 def nets(*texts):
@@ -268,16 +242,15 @@ def nets(*texts):
 
 
 @pytest.mark.parametrize("variable, text", [
-    *(("GATEWAY_PORT", text) for text in ("-1", "65536", "1.5", "x")), ("MAX_CONNECTIONS", "7"),
-    ("MAX_BODY_BYTES", "0"),
-    ("REQUESTS_KEPT", "0"), ("HISTORY_DAYS", "-1"), ("NO_AUTH", "2"), ("LOG_LEVEL", "trace"),
-    ("PROXY_TIMEOUT", "-1"),
-    *(("LMSTUDIO_BASE_URL", text) for text in ("ftp://h:1", "//h:1", "http://", "http://h:0",
-                                               "http://h:1/v1", "http://h?x", "http://u@h")),
-    ("IP_ALLOWLIST", "localhost"), ("GATEWAY_API_KEY", "a=1,a=2"), ("GATEWAY_API_KEY", "a b"),
-    ("GATEWAY_API_KEY", "a\x07"),
+    *(("GATEWAY_PORT", text) for text in ("-1", "65536", "1.5", "x", "80_01", "\u0668\u0660")), ("MAX_CONNECTIONS", "7"),
+    ("MAX_BODY_BYTES", "0"), ("REQUESTS_KEPT", "0"), ("HISTORY_DAYS", "-1"), ("NO_AUTH", "2"), ("LOG_LEVEL", "trace"),
+    ("PROXY_TIMEOUT", "-1"), ("LOG_SOURCE", "file"),
+    *(("LMSTUDIO_BASE_URL", text) for text in ("ftp://h:1", "//h:1", "http://", "http://h:0", "http://h:1/v1", "http://h?x",
+                                               "http://u@h", "http://a b")),
+    ("IP_ALLOWLIST", "localhost"), *(("CORS_ORIGINS", text) for text in ("chat.example", "https://x/y")),
+    *(("GATEWAY_API_KEY", text) for text in ("a=1,a=2", "a b", "a\x07", "kl\u00e9bold", "==,bob=K", "=abc")),
     *(("UPSTREAM_TOKEN", text) for text in ("a b", "kl\u00e9", "a\x07"))])
-def test_other_values_are_refused_with_what_to_write_and_secrets_are_not_shown(variable, text):
+def test_other_values_are_refused_with_the_form_and_secrets_are_not_shown(variable, text):
     with pytest.raises(lmgateway.ConfigError, match=variable) as refused:
         config_of(environ={variable: text})
     assert re.search(r"use |stands there twice|is made of", str(refused.value))
@@ -295,15 +268,12 @@ def test_loopback_is_what_only_this_machine_reaches(host, alone):
 
 @pytest.mark.parametrize("variable, text, value", [
     ("LOG_LEVEL", "WARN", "warn"), ("LMSTUDIO_BASE_URL", "http://a:1/", "http://a:1"),
-    ("IP_ALLOWLIST", "10.0.0.1, *", None),
-    ("ENABLE_LOG_MONITORING", "No", False), ("REQUIRE_AUTH_FOR_HEALTH", "yes", True), ("NO_AUTH", "ON", True),
-    ("CORS_ORIGINS", "https://A/, https://b", ("https://a", "https://b")), ("CORS_ORIGINS", "*", ("*",)),
-    ("PROXY_TIMEOUT", " 0 ", 0),
-    ("GATEWAY_PORT", "65535", 65535), ("HISTORY_DAYS", "0", 0),
-    ("LMSTUDIO_BASE_URL", "https://[::1]", "https://[::1]"),
-    *(("NO_AUTH", text, True) for text in ("true", "1", "yes")),
+    ("LMSTUDIO_BASE_URL", "https://[::1]", "https://[::1]"), ("IP_ALLOWLIST", "10.0.0.1, *", None),
+    ("ENABLE_LOG_MONITORING", "No", False), ("CORS_ORIGINS", "https://A/, https://b", ("https://a", "https://b")),
+    ("CORS_ORIGINS", "*", ("*",)), ("PROXY_TIMEOUT", " 0 ", 0), ("GATEWAY_PORT", "65535", 65535),
+    ("HISTORY_DAYS", "0", 0), ("UPSTREAM_TOKEN", " x ", "x"),
+    *(("NO_AUTH", text, True) for text in ("true", "1", "yes", "ON")),
     *(("NO_AUTH", text, False) for text in ("False", "0", "off")),
-    ("UPSTREAM_TOKEN", " x ", "x"),
     ("IP_ALLOWLIST", "192.168.1.7/24, fd00::/8", nets("192.168.1.0/24", "fd00::/8")),
     ("IP_ALLOWLIST", "::ffff:192.168.1.0/120", nets("192.168.1.0/24")),
     ("IP_ALLOWLIST", "::ffff:0:0/95", nets("::fffe:0:0/95"))])
@@ -335,14 +305,10 @@ def test_one_key_or_several_with_names(text, keys):
 @pytest.mark.parametrize("settings, environ, upstream", [
     ('{"port": 4321}', {}, "http://127.0.0.1:4321"),
     ('{"port": 4321}', {"LMSTUDIO_BASE_URL": "http://x:1"}, "http://x:1"),
-    ("{", {}, "http://127.0.0.1:1234"), ('{"port": "x"}', {}, "http://127.0.0.1:1234"),
-    ("[]", {}, "http://127.0.0.1:1234"),
-    ('{"port": 99999}', {}, "http://127.0.0.1:1234"), (None, {}, "http://127.0.0.1:1234")])
-def test_lm_studios_port_is_read_from_its_settings_where_none_is_given(home, settings, environ, upstream):
+    *((settings, {}, "http://127.0.0.1:1234") for settings in ("{", "[]", '{"port": "x"}', '{"port": 99999}', None))])
+def test_lm_studios_port_is_read_from_its_settings_if_none_is_given(home, settings, environ, upstream):
     if settings is not None:
-        path = home / ".lmstudio" / ".internal" / "http-server-config.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(settings, encoding="utf-8")
+        put(home / ".lmstudio/.internal/http-server-config.json", settings)
     assert lmgateway.find_upstream(config_of(environ=environ)[0]).upstream == upstream
 
 
