@@ -1204,113 +1204,46 @@ def typed(kind, **data):
 
 
 MESSAGES_USAGE = typed("message_delta", delta={}, usage={"input_tokens": 21, "output_tokens": 3})
+MESSAGES_START = typed("message_start", message={"model": "qwen/qwen3-8b", "content": [],
+                                                 "usage": {"input_tokens": 21, "output_tokens": 0}})
 COUNTS = {"promptTokens": 21, "completionTokens": 3, "totalTokens": 24}
 THINKING = {**COUNTS, "reasoningTokens": 2}
 CACHED = {**THINKING, "cachedTokens": 20}
+
+
+def block_delta(kind, **delta):
+    return typed("content_block_delta", index=0, delta={"type": f"{kind}_delta", **delta})
+
+
+def text_chunk(text, finish=None):
+    return event({"model": "qwen/qwen3-8b", "choices": [{"text": text, "finish_reason": finish}]})
+
+
 METERED = {     # path, the answer's events or its whole body, tokenUsage, finishReason, which event is the first token
     "chat": ("/v1/chat/completions", CHAT_WHOLE, THINKING, "stop", None),
     "chat stream": ("/v1/chat/completions", CHAT_STREAM, COUNTS, "stop", 1),
-    "chat reasoning": ("/v1/chat/completions", [chunk({"role": "assistant"}),
-                                                chunk({"reasoning_content": "Hm"}),
-                                                chunk({"content": "Hi"}, "length"), USAGE_CHUNK], COUNTS,
-                                                "length", 1),
-    "chat gpt-oss": ("/v1/chat/completions", [chunk({"content": None, "reasoning": "Hm"}), chunk({}, "stop"),
-                                              USAGE_CHUNK],
+    "chat reasoning": ("/v1/chat/completions", [
+        chunk({"role": "assistant"}), chunk({"reasoning_content": "Hm"}), chunk({"content": "Hi"}, "length"), USAGE_CHUNK],
+        COUNTS, "length", 1),
+    "chat gpt-oss": ("/v1/chat/completions", [chunk({"content": None, "reasoning": "Hm"}), chunk({}, "stop"), USAGE_CHUNK],
                      COUNTS, "stop", 0),
-    "chat tools": ("/v1/chat/completions",
-                   [chunk({"role": "assistant", "content": None}),
-                    chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": ""}}]}),
-                    chunk({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}),
-                    chunk({}, "tool_calls"),
-                    USAGE_CHUNK], COUNTS, "tool_calls", 1),
-    "chat usage with choices": ("/v1/chat/completions", [chunk({"content": "Hi"}),
-                                                         chunk({"content": "."}, "stop", usage={
+    "chat tools": ("/v1/chat/completions", [
+        chunk({"role": "assistant", "content": None}),
+        chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": ""}}]}),
+        chunk({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}), chunk({}, "tool_calls"), USAGE_CHUNK],
+        COUNTS, "tool_calls", 1),
+    "chat usage with choices": ("/v1/chat/completions", [chunk({"content": "Hi"}), chunk({"content": "."}, "stop", usage={
         "prompt_tokens": 21, "completion_tokens": 3, "total_tokens": 24})], COUNTS, "stop", 0),
-    "chat that quotes": ("/v1/chat/completions", [chunk({"content": ""}),
-                                                  chunk({"content": '{"usage": {"content": "x"}}'}),
-                                                  chunk({"content": '"error": 1'}), USAGE_CHUNK], COUNTS,
-                                                  None, 1),
-    "completions": ("/v1/completions", COMPLETION_WHOLE, COUNTS, "length", None),
-    "completions stream": ("/v1/completions",
-                           [event({"model": "qwen/qwen3-8b",
-                                   "choices": [{"text": "", "finish_reason": None}]}),
-                            event({"model": "qwen/qwen3-8b",
-                                   "choices": [{"text": "Hi", "finish_reason": None}]}),
-                            event({"choices": [{"text": "", "finish_reason": "stop"}]}), USAGE_CHUNK], COUNTS,
-                            "stop", 1),
-    "embeddings": ("/v1/embeddings",
-                   b'{"model":"qwen/qwen3-8b","data":[],"usage":{"prompt_tokens":8,"total_tokens":8}}',
-                   {"promptTokens": 8, "completionTokens": 0, "totalTokens": 8}, None, None),
-    "embeddings of LM Studio": ("/api/v0/embeddings", (b'{"data":[],"model":"qwen/qwen3-8b","usage":'
-                                                       b'{"prompt_tokens":0,"total_tokens":0}}'),
-                                {"promptTokens": 0, "completionTokens": 0, "totalTokens": 0}, None, None),
-    "v0": ("/api/v0/chat/completions", V0_WHOLE, COUNTS, "stop", None),
-    "responses": ("/v1/responses", RESPONSES_WHOLE, CACHED, None, None),
-    "responses cut short": ("/v1/responses", RESPONSES_WHOLE.replace(
-        b'"completed"', b'"incomplete","incomplete_details":{"reason":"max_output_tokens"}'), CACHED,
-        "max_output_tokens", None),
-    "responses stream": ("/v1/responses", [
-        typed("response.created", response={"id": "resp_1", "model": "qwen/qwen3-8b", "output": []}),
-        typed("response.output_item.added", item={"content": []}),
-        typed("response.output_text.delta", delta=""),
-        typed("response.reasoning_text.delta", delta="Hm"), typed("response.output_text.delta", delta="Hi"),
-        typed("response.output_text.done", text="Hi"),
-        typed("response.completed", response=json.loads(RESPONSES_WHOLE))], CACHED, None, 3),
-    "responses tools": ("/v1/responses", [typed("response.created", response={"model": "qwen/qwen3-8b"}),
-                                          typed("response.function_call_arguments.delta", delta="{"),
-                                          typed("response.completed", response=json.loads(RESPONSES_WHOLE))],
-                        CACHED, None, 1),
-    "messages": ("/v1/messages", MESSAGES_WHOLE, COUNTS, "end_turn", None),
-    "messages stream": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "content": [],
-                                        "usage": {"input_tokens": 21, "output_tokens": 0}}),
-        typed("ping"), typed("content_block_start", index=0, content_block={"type": "text", "text": ""}),
-        typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hi"}),
-        typed("content_block_stop", index=0),
-        typed("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 3}),
-        typed("message_stop")],
-        COUNTS, "max_tokens", 3),
-    "messages from a cache": ("/v1/messages", MESSAGES_WHOLE.replace(
-        b'"input_tokens":21',
-        b'"cache_creation_input_tokens":5,"cache_read_input_tokens":15,"input_tokens":1'),
-        {**COUNTS, "cachedTokens": 15}, "end_turn", None),
-    "messages stream from a cache": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "content": [], "usage": {
-            "input_tokens": 6, "cache_read_input_tokens": 15, "output_tokens": 0}}),
-        typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hi"}),
-        typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 3}),
-        typed("message_stop")], {**COUNTS, "cachedTokens": 15}, "end_turn", 1),
-    "more pieces than tokens": ("/v1/chat/completions", [
-        *CHAT_STREAM[:2], *CHAT_STREAM[1:2] * 4, *CHAT_STREAM[2:]], COUNTS, "stop", 1),
-    "messages thinking": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b",
-                                        "usage": {"input_tokens": 21, "output_tokens": 1}}),
-        typed("content_block_delta", index=0, delta={"type": "thinking_delta", "thinking": "Hm"}),
-        typed("message_delta", delta={"stop_reason": "tool_use"},
-              usage={"input_tokens": 21, "output_tokens": 3})],
-        COUNTS, "tool_use", 1),
-    "native": ("/api/v1/chat", NATIVE_WHOLE, THINKING, None, None),
-    "native stream": ("/api/v1/chat", [
-        typed("chat.start", model_instance_id="qwen/qwen3-8b"),
-        typed("prompt_processing.progress", progress=0.4),
-        typed("reasoning.start"), typed("reasoning.delta", content="Hm"),
-        typed("message.delta", content="Hi"),
-        typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 3),
-    "v0 without a reason of OpenAI's": ("/api/v0/completions", V0_WHOLE.replace(
-        b'"finish_reason":"stop",', b""), COUNTS, "eosFound", None),
+    "chat that quotes": ("/v1/chat/completions", [
+        chunk({"content": ""}), chunk({"content": '{"usage": {"content": "x"}}'}), chunk({"content": '"error": 1'}),
+        USAGE_CHUNK], COUNTS, None, 1),
     "chat cached": ("/v1/chat/completions", CHAT_WHOLE.replace(
-        b'"completion_tokens_details"', b'"prompt_tokens_details":{"cached_tokens":20},'
-        b'"completion_tokens_details"'), CACHED, "stop", None),
-    "chat over two lines": ("/v1/chat/completions", [
-        CHAT_STREAM[1], USAGE_CHUNK.replace(b', "usage"', b',\ndata: "usage"')], COUNTS, None, 0),
+        b'"completion_tokens_details"', b'"prompt_tokens_details":{"cached_tokens":20},"completion_tokens_details"'),
+        CACHED, "stop", None),
+    "chat over two lines": ("/v1/chat/completions", [CHAT_STREAM[1], USAGE_CHUNK.replace(b', "usage"', b',\ndata: "usage"')],
+                            COUNTS, None, 0),
     "chat with a function": ("/v1/chat/completions", [
-        chunk({"content": None}), chunk({"function_call": {"name": "f", "arguments": ""}}), USAGE_CHUNK],
-        COUNTS, None, 1),
-    "messages that count down": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "usage": {"input_tokens": 21}}),
-        typed("message_delta", delta={}, usage={"output_tokens": 3}),
-        typed("message_delta", delta={"stop_reason": "end_turn"},
-              usage={"input_tokens": 0, "output_tokens": 0})], COUNTS, "end_turn", None),
+        chunk({"content": None}), chunk({"function_call": {"name": "f", "arguments": ""}}), USAGE_CHUNK], COUNTS, None, 1),
     "two choices": ("/v1/chat/completions", [
         event({"model": "qwen/qwen3-8b", "choices": [{"index": 0, "finish_reason": "length", "delta": {}},
                                                      {"index": 1, "finish_reason": "stop", "delta": {}}]}),
@@ -1319,30 +1252,79 @@ METERED = {     # path, the answer's events or its whole body, tokenUsage, finis
         event({"model": "qwen/qwen3-8b", "choices": [], "usage": {
             "prompt_tokens": 21, "prompt_tokens_details": {"cached_tokens": 20},
             "completion_tokens_details": {"reasoning_tokens": 2}}}),
-        event({"choices": [], "usage": {
-            "completion_tokens": 3, "total_tokens": 24, "prompt_tokens_details": {},
-            "completion_tokens_details": {"audio_tokens": 0}}})], CACHED, None, None),
+        event({"choices": [], "usage": {"completion_tokens": 3, "total_tokens": 24, "prompt_tokens_details": {},
+                                        "completion_tokens_details": {"audio_tokens": 0}}})], CACHED, None, None),
+    "completions": ("/v1/completions", COMPLETION_WHOLE, COUNTS, "length", None),
+    "completions stream": ("/v1/completions", [text_chunk(""), text_chunk("Hi"), text_chunk("", "stop"), USAGE_CHUNK],
+                           COUNTS, "stop", 1),
+    "embeddings": ("/v1/embeddings", b'{"model":"qwen/qwen3-8b","data":[],"usage":{"prompt_tokens":8,"total_tokens":8}}',
+                   {"promptTokens": 8, "completionTokens": 0, "totalTokens": 8}, None, None),
+    "embeddings of LM Studio": ("/api/v0/embeddings", (
+        b'{"data":[],"model":"qwen/qwen3-8b","usage":{"prompt_tokens":0,"total_tokens":0}}'),
+        {"promptTokens": 0, "completionTokens": 0, "totalTokens": 0}, None, None),
+    "v0": ("/api/v0/chat/completions", V0_WHOLE, COUNTS, "stop", None),
+    "v0 without a reason of OpenAI's": ("/api/v0/completions", V0_WHOLE.replace(b'"finish_reason":"stop",', b""), COUNTS,
+                                        "eosFound", None),
+    "responses": ("/v1/responses", RESPONSES_WHOLE, CACHED, None, None),
+    "responses cut short": ("/v1/responses", RESPONSES_WHOLE.replace(
+        b'"completed"', b'"incomplete","incomplete_details":{"reason":"max_output_tokens"}'), CACHED,
+        "max_output_tokens", None),
+    "responses stream": ("/v1/responses", [
+        typed("response.created", response={"id": "resp_1", "model": "qwen/qwen3-8b", "output": []}),
+        typed("response.output_item.added", item={"content": []}), typed("response.output_text.delta", delta=""),
+        typed("response.reasoning_text.delta", delta="Hm"), typed("response.output_text.delta", delta="Hi"),
+        typed("response.output_text.done", text="Hi"),
+        typed("response.completed", response=json.loads(RESPONSES_WHOLE))], CACHED, None, 3),
+    "responses tools": ("/v1/responses", [
+        typed("response.created", response={"model": "qwen/qwen3-8b"}),
+        typed("response.function_call_arguments.delta", delta="{"),
+        typed("response.completed", response=json.loads(RESPONSES_WHOLE))], CACHED, None, 1),
+    "messages": ("/v1/messages", MESSAGES_WHOLE, COUNTS, "end_turn", None),
+    "messages stream": ("/v1/messages", [
+        MESSAGES_START, typed("ping"), typed("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+        block_delta("text", text="Hi"), typed("content_block_stop", index=0),
+        typed("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 3}), typed("message_stop")],
+        COUNTS, "max_tokens", 3),
+    "messages from a cache": ("/v1/messages", MESSAGES_WHOLE.replace(
+        b'"input_tokens":21', b'"cache_creation_input_tokens":5,"cache_read_input_tokens":15,"input_tokens":1'),
+        {**COUNTS, "cachedTokens": 15}, "end_turn", None),
+    "messages stream from a cache": ("/v1/messages", [
+        typed("message_start", message={"model": "qwen/qwen3-8b", "content": [], "usage": {
+            "input_tokens": 6, "cache_read_input_tokens": 15, "output_tokens": 0}}),
+        block_delta("text", text="Hi"),
+        typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 3})],
+        {**COUNTS, "cachedTokens": 15}, "end_turn", 1),
+    "messages thinking": ("/v1/messages", [
+        MESSAGES_START, block_delta("thinking", thinking="Hm"), typed(
+            "message_delta", delta={"stop_reason": "tool_use"}, usage={"input_tokens": 21, "output_tokens": 3})],
+        COUNTS, "tool_use", 1),
+    "messages that count down": ("/v1/messages", [
+        MESSAGES_START, typed("message_delta", delta={}, usage={"output_tokens": 3}),
+        typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"input_tokens": 0, "output_tokens": 0})],
+        COUNTS, "end_turn", None),
     "messages tools": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "content": []}),
-        typed("content_block_start", index=0, content_block={"type": "tool_use", "name": "f", "input": {}}),
+        MESSAGES_START, typed("content_block_start", index=0, content_block={"type": "tool_use", "name": "f", "input": {}}),
         MESSAGES_USAGE], COUNTS, None, 1),
     "messages tools, arguments": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "content": []}),
-        typed("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": ""}),
-        typed("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": "{}"}),
+        MESSAGES_START, block_delta("input_json", partial_json=""), block_delta("input_json", partial_json="{}"),
         MESSAGES_USAGE], COUNTS, None, 2),
+    "native": ("/api/v1/chat", NATIVE_WHOLE, THINKING, None, None),
+    "native stream": ("/api/v1/chat", [
+        typed("chat.start", model_instance_id="qwen/qwen3-8b"), typed("prompt_processing.progress", progress=0.4),
+        typed("reasoning.start"), typed("reasoning.delta", content="Hm"), typed("message.delta", content="Hi"),
+        typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 3),
     "native tools": ("/api/v1/chat", [
         typed("chat.start", model_instance_id="qwen/qwen3-8b"), typed("tool_call.start", tool="f"),
         typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 1),
-    "odd counts": ("/v1/chat/completions", (b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":true,'
-                                            b'"completion_tokens":"3","total_tokens":null}}'), None, None, None),
-    "counts that nobody can mean": (
-        "/v1/chat/completions", b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":-1,"completion_tokens":'
-        + b"9" * 400 + b',"total_tokens":1e999}}', None, None, None),
-    "decisions": ("/v1/decisions", b'{"model":"qwen/qwen3-8b","usage":{"inputTokens":21}}',
-                  {"promptTokens": 21}, None, None),
-    "no usage": ("/v1/chat/completions", b'{"model":"qwen/qwen3-8b","choices":[{"finish_reason":"stop"}]}',
-                 None, "stop",
+    "decisions": ("/v1/decisions", b'{"model":"qwen/qwen3-8b","usage":{"inputTokens":21}}', {"promptTokens": 21}, None,
+                  None),
+    "odd counts": ("/v1/chat/completions", (
+        b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":true,"completion_tokens":"3","total_tokens":null}}'),
+        None, None, None),
+    "counts that nobody can mean": ("/v1/chat/completions", (
+        b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":-1,"completion_tokens":' + b"9" * 400
+        + b',"total_tokens":1e999}}'), None, None, None),
+    "no usage": ("/v1/chat/completions", b'{"model":"qwen/qwen3-8b","choices":[{"finish_reason":"stop"}]}', None, "stop",
                  None),
 }
 
@@ -1366,8 +1348,7 @@ def test_meter_times_tokens_only_from_the_first_to_the_last():
     meter = lmgateway.Meter(lmgateway.CHAT, stream=True)
     for number, part in enumerate(CHAT_STREAM):
         meter.feed(part, 10.0 + number)
-    assert (meter.first, meter.last, meter.pieces) == (11.0, 12.0,
-                                                       2)   # neither role, finish, usage nor [DONE]
+    assert (meter.first, meter.last, meter.pieces) == (11.0, 12.0, 2)   # neither role, finish, usage nor [DONE]
 
 
 TOKEN = chunk({"content": "x"})
@@ -1461,10 +1442,10 @@ def test_the_beginning_of_an_event_is_held_back_only_while_it_may_be_ours(beginn
     assert meter.feed(CHAT_STREAM[1] + USAGE_CHUNK, 1.0) == CHAT_STREAM[1]
 
 
-def test_an_endless_event_passes_unread_in_linear_time_and_bounded_memory():
-    meter, piece = lmgateway.Meter(lmgateway.CHAT, True, cut=True), b"x" * 4096
-    got = sum(len(meter.feed(piece, 1.0)) for _ in range(2000))
-    assert len(meter._rest) <= lmgateway.STREAM_LIMIT and got + len(meter.end()) == 2000 * len(piece)
+def test_an_endless_event_passes_unread_in_bounded_memory():
+    meter, piece = lmgateway.Meter(lmgateway.CHAT, True, cut=True), b"x" * 65536
+    got = sum(len(meter.feed(piece, 1.0)) for _ in range(120))
+    assert len(meter._rest) <= lmgateway.STREAM_LIMIT and got + len(meter.end()) == 120 * len(piece)
 
 
 def test_a_huge_body_passes_unread(monkeypatch):
@@ -2101,48 +2082,45 @@ def exposition(figures, **gauges):
 
 
 def test_no_client_can_invent_a_series():
-    figures = lmgateway.Figures()
-    for number in range(lmgateway.Figures.SERIES + 50):
+    figures, most = lmgateway.Figures(), lmgateway.Figures.SERIES
+    for number in range(most + 50):
         record = lmgateway.Record(f"r{number}", 0, 0, model_asked=f"invented-{number}", target="/v1/made-up")
         record.end(1, lmgateway.Outcome("failed", 404, "no", "upstream_error"))
         figures.count_request(record)
         figures.count_event(Event("lmstudio_cache_stats", {"model": f"tag-{number}", "reused": 1}))
-    requests = [line for line in exposition(figures) if line.startswith("lmstudio_gateway_requests_total{")]
-    assert requests == ['lmstudio_gateway_requests_total{key="none",model="other",endpoint="other",code="404"} '
-                        f"{lmgateway.Figures.SERIES + 50}"]
-    cached = [line for line in exposition(figures) if line.startswith("lmstudio_cached_input_tokens_total{")]
-    assert len(cached) == lmgateway.Figures.MODELS + 1
-
-
-def test_a_metric_has_a_bounded_number_of_series_and_stands_there_once_it_has_one():
-    figures = lmgateway.Figures()
-    assert exposition(figures) == [""]
-    for number in range(lmgateway.Figures.SERIES + 50):
         figures.add("lmstudio_log_rotations_total", f"reason {number}")
-    assert len(exposition(figures)) == 2 + lmgateway.Figures.SERIES + 1
-    assert exposition(figures)[-1] == 'lmstudio_log_rotations_total{reason="other"} 50'
+    lines = exposition(figures)
+    assert [line for line in lines if line.startswith("lmstudio_gateway_requests_total{")] == [
+        f'lmstudio_gateway_requests_total{{key="none",model="other",endpoint="other",code="404"}} {most + 50}']
+    cached, rotations = ([line for line in lines if line.startswith(name)]
+                         for name in ("lmstudio_cached_input_tokens_total{", "lmstudio_log_rotations_total{"))
+    assert len(cached) == lmgateway.Figures.MODELS + 1
+    assert len(rotations) == most + 1 and rotations[-1] == 'lmstudio_log_rotations_total{reason="other"} 50'
+    assert exposition(lmgateway.Figures()) == [""]
 
 
 def test_figures_of_the_engine_are_summed_in_seconds_and_by_kind_of_token():
     figures = lmgateway.Figures()
-    figures.count_event(Event("lmstudio_prediction_stats",
-                              {"model": "m", "timeToFirstTokenMs": 500, "reasoningTokens": 3,
-                                                            "acceptedDraftTokens": 4}))
-    for line in ("time_to_first_token_seconds_sum{model=\"m\"} 0.5", 'reasoning_tokens_total{model="m"} 3',
-                 'accepted_draft_tokens_total{model="m"} 4'):
-        assert f"lmstudio_{line}" in exposition(figures)
+    figures.count_event(Event("lmstudio_prediction_stats", {
+        "model": "m", "timeToFirstTokenMs": 500, "promptMs": 250, "reasoningTokens": 3, "acceptedDraftTokens": 4,
+        "completionTokens": 60, "tokensPerSecond": 20.0, "promptTokensPerSecond": 800.0}))
+    figures.count_event(Event("lmstudio_chat_end", {"model": "m"}, about={"requests": 1, "input": 7}))
+    found = dict(line.rsplit(" ", 1) for line in exposition(figures) if "_sum" in line or "_total{" in line)
+    assert found == {f'lmstudio_{name}{{model="m"}}': value for name, value in {
+        "time_to_first_token_seconds_sum": "0.5", "prompt_eval_seconds_sum": "0.25", "generation_seconds_sum": "3.0",
+        "prompt_tokens_per_second_sum": "800.0", "tokens_per_second_sum": "20.0", "output_tokens_total": "60",
+        "reasoning_tokens_total": "3", "accepted_draft_tokens_total": "4", "requests_total": "1",
+        "input_tokens_total": "7"}.items()}
 
 
 def test_histograms_are_cumulative_and_labels_escaped():
     figures = lmgateway.Figures()
     for value in (0.05, 0.3, 9999):
         figures.add("lmstudio_time_to_first_token_seconds", 'a"b\\c\nd', amount=value)
-    text = exposition(figures)
-    label = r'model="a\"b\\c\nd"'
-    assert f'lmstudio_time_to_first_token_seconds_bucket{{{label},le="0.05"}} 1' in text
-    assert f'lmstudio_time_to_first_token_seconds_bucket{{{label},le="0.5"}} 2' in text
-    assert f'lmstudio_time_to_first_token_seconds_bucket{{{label},le="+Inf"}} 3' in text
-    assert f'lmstudio_time_to_first_token_seconds_count{{{label}}} 3' in text
+    text, label = exposition(figures), r'model="a\"b\\c\nd"'
+    for line in (f'bucket{{{label},le="0.05"}} 1', f'bucket{{{label},le="0.5"}} 2', f'bucket{{{label},le="+Inf"}} 3',
+                 f"count{{{label}}} 3"):
+        assert f"lmstudio_time_to_first_token_seconds_{line}" in text
 
 
 def test_time_in_lm_studios_queue_is_counted_where_the_log_shows_it(utc):
@@ -2159,19 +2137,11 @@ def test_time_in_lm_studios_queue_is_counted_where_the_log_shows_it(utc):
 
 
 @pytest.mark.parametrize(("state", "outcome", "line"), [
-    ("waiting", ("failed", None, "x", "upstream_unreachable"), 'upstream_errors_total{kind="refused"} 1'),
-    ("waiting", ("failed", 504, "x", "upstream_timeout"), 'upstream_errors_total{kind="timeout"} 1'),
-    ("generating", ("failed", 200, "x", "upstream_reset"), 'upstream_errors_total{kind="reset"} 1'),
-    ("waiting", ("failed", 500, "x", "upstream_error"), 'upstream_errors_total{kind="bad_status"} 1'),
-    ("waiting", ("failed", 200, "x", "upstream_error"), 'upstream_errors_total{kind="error_in_200"} 1'),
-    ("waiting", ("abandoned", None, "x", "client_disconnected"),
-     'client_disconnects_total{phase="queued"} 1'),
-    ("loading", ("abandoned", None, "x", "client_disconnected"),
-     'client_disconnects_total{phase="queued"} 1'),
-    ("prompt", ("abandoned", None, "x", "client_disconnected"),
-     'client_disconnects_total{phase="prefill"} 1'),
-    ("generating", ("abandoned", 200, "x", "client_disconnected"),
-     'client_disconnects_total{phase="decode"} 1')])
+    *(("waiting", ("failed", status, "x", f"upstream_{operation}"), f'upstream_errors_total{{kind="{kind}"}} 1')
+      for status, operation, kind in ((None, "unreachable", "refused"), (504, "timeout", "timeout"),
+                                      (200, "reset", "reset"), (500, "error", "bad_status"), (200, "error", "error_in_200"))),
+    *((state, ("abandoned", None, "x", "client_disconnected"), f'client_disconnects_total{{phase="{phase}"}} 1')
+      for state, phase in (("waiting", "queued"), ("loading", "queued"), ("prompt", "prefill"), ("generating", "decode")))])
 def test_a_request_that_fails_is_counted_by_its_cause_and_one_that_is_left_by_its_phase(state, outcome, line):
     figures, record = lmgateway.Figures(), lmgateway.Record("r1", 0, 0)
     record.enter(state, 0.5)
@@ -2207,25 +2177,20 @@ def test_times_of_a_request_are_seconds_and_running_ones_are_gauges(utc):
 
 
 def test_performance_is_of_the_requests_that_are_kept():
-    records = [lmgateway.Record(f"r{number}", 0, 0, speed=speed, first_ms=first)
-               for number, speed,
-               first in ((1, 10.0, 100.0), (2, None, None), (3, 30.0, 300.0), (4, None, 200.0))]
+    records = [lmgateway.Record(f"r{number}", 0, 0, speed=speed, first_ms=first) for number, (speed, first) in enumerate(
+        ((10.0, 100.0), (None, None), (30.0, 300.0), (None, 200.0)))]
     for number, record in enumerate(records, 1):
         record.end(number, lmgateway.Outcome("done", 200))
     tokens = Counter({"input": 7, "output": 5, "cached_input": 3, "reasoning": 2})
     counts = types.SimpleNamespace(total=40, errors=10, abandoned=3)
     assert lmgateway.performance(records, counts, tokens) == {
         "totalRequests": 40, "totalErrors": 10, "totalAbandoned": 3, "errorRate": 0.25, "keptRequests": 4,
-        "avgResponseTimeMs": 2500.0,
-        "minResponseTimeMs": 1000, "maxResponseTimeMs": 4000, "medianResponseTimeMs": 2000,
-        "p95ResponseTimeMs": 4000,
-        "p99ResponseTimeMs": 4000, "medianTimeToFirstTokenMs": 200.0, "p95TimeToFirstTokenMs": 300.0,
-        "avgTokensPerSec": 20.0,
-        "totalTokensProcessed": 12,
+        "avgResponseTimeMs": 2500.0, "minResponseTimeMs": 1000, "maxResponseTimeMs": 4000, "medianResponseTimeMs": 2000,
+        "p95ResponseTimeMs": 4000, "p99ResponseTimeMs": 4000, "medianTimeToFirstTokenMs": 200.0,
+        "p95TimeToFirstTokenMs": 300.0, "avgTokensPerSec": 20.0, "totalTokensProcessed": 12,
         "tokenStats": {"promptTokens": 7, "completionTokens": 5, "cachedTokens": 3, "reasoningTokens": 2}}
     nothing = lmgateway.performance([], lmgateway.Requests("", 1), Counter())
-    assert (nothing["errorRate"], nothing["avgResponseTimeMs"],
-            nothing["p95ResponseTimeMs"]) == (0, None, None)
+    assert (nothing["errorRate"], nothing["avgResponseTimeMs"], nothing["p95ResponseTimeMs"]) == (0, None, None)
 
 
 def test_tokens_that_the_log_tells_later_are_counted_once():
@@ -2316,25 +2281,16 @@ def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_fig
 
 def test_requests_are_shown_running_ones_first_and_each_newest_first():
     hub = lmgateway.Hub()
-    records = [lmgateway.Record(f"r{number}", 0, 0) for number in range(4)]
+    records = [lmgateway.Record(f"r{number}", 0, 0, model_asked="m/old" if number == 1 else None) for number in range(5)]
     for record in records:
         hub.begin(record)
-    for record in records[:2]:
+    for record in records[:3]:
         hub.end(record, lmgateway.Outcome("done", 200))
-    assert [shown["requestId"] for shown in hub.shown()] == ["r3", "r2", "r1", "r0"]
-    assert [shown["requestId"] for shown in hub.shown(3)] == ["r3", "r2", "r1"]
-
-
-def test_the_overview_has_all_running_requests_the_latest_ended_ones_and_the_latest_model():
-    hub = lmgateway.Hub()
-    records = [lmgateway.Record(f"r{number}", 0, 0, model_asked="m/old" if number == 1 else None)
-               for number in range(5)]
-    for record in records:
-        hub.begin(record)
-    for record in records[:4]:
-        hub.end(record, lmgateway.Outcome("done", 200))
-    running, over, model = hub.overview(2)
-    assert [shown["requestId"] for shown in running + over] == ["r4", "r3", "r2"] and model == "m/old"
+    assert [shown["requestId"] for shown in hub.shown()] == ["r4", "r3", "r2", "r1", "r0"]
+    assert [shown["requestId"] for shown in hub.shown(3)] == ["r4", "r3", "r2"]
+    running, over, model = hub.overview(1)
+    assert ([shown["requestId"] for shown in running], [shown["requestId"] for shown in over]) == (["r4", "r3"], ["r2"])
+    assert model == "m/old"     # of the newest that has one
 
 
 def test_nothing_is_told_of_the_progress_of_a_request_after_its_end(monkeypatch):
