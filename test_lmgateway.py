@@ -1084,86 +1084,6 @@ def test_local_time_becomes_utc_in_file_order(monkeypatch, zone, times, expected
         time.tzset()
 
 
-# --- 3.11 wire formats
-
-def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_readers_take_for_a_line_end():
-    data = {"message": 'é "🦊"\n\\\x7f\ud800 \u2028\u2029\x85\x0c', "tags": [], "a": -0.5, "b": True, "c": None}
-    line = lmgateway.to_utf8(lmgateway.json_line("e-1", Event("n", data)))
-    assert json.loads(line, parse_constant=no_constant) == {"id": "e-1", "event": "n", "data": data}
-    text = line.decode()
-    assert len(text.splitlines()) == 1 and 'é \\"🦊\\"' in text and "\\ud800" in text
-    fox = lmgateway.sse_frame("e-1", "n", lmgateway.to_json({"message": "🦊" * 1000}))
-    assert len(fox) < 4100      # not 12 bytes a character
-
-
-# --- 3.12 WebSocket
-
-MASK = b"\x01\x7f\x80\xfe"
-
-
-def fed(frames, data, size):
-    """What Frames gives for the bytes in pieces of that size."""
-    return [message for at in range(0, len(data), size) for message in frames.feed(data[at:at + size])]
-
-
-@pytest.mark.parametrize("mask", [b"", MASK])
-@pytest.mark.parametrize("length", [0, 1, 125, 126, 300, 65535, 65536])
-def test_a_frame_is_read_as_it_was_written(mask, length):
-    payload = (b"\xc3\xa9x" * length)[:length // 3 * 3] + b"a" * (length % 3)
-    data = lmgateway.frame(lmgateway.TEXT, payload, mask)
-    whole = lmgateway.Message(lmgateway.TEXT, payload, data)
-    for size in (1, 2, 7, 1000) if length < 1000 else (7777, 200_000):
-        frames = lmgateway.Frames(bool(mask), 100_000)
-        assert fed(frames, data + data[:1], size) == [whole] and not frames.between
-
-
-def test_rfc_6455s_own_examples():
-    hello, ping = bytes.fromhex("818537fa213d7f9f4d5158"), bytes.fromhex("898537fa213d7f9f4d5158")
-    assert [message[:2] for message in lmgateway.Frames(True, 99).feed(hello + ping)] == [(1, b"Hello"), (9, b"Hello")]
-    pieces = bytes.fromhex("010348656c") + bytes.fromhex("80026c6f")
-    assert lmgateway.Frames(False, 99).feed(pieces) == [(1, b"Hello", pieces)]
-    assert lmgateway.accept_key("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
-
-
-def test_a_control_frame_may_stand_between_the_pieces_of_a_message():
-    first, ping, last = (lmgateway.frame(op, text, MASK) for op, text in ((1, b"a"), (9, b"p"), (0, b"b")))
-    first = bytes([first[0] & 0x7F]) + first[1:]
-    for size in (1, 3, 100):
-        frames = lmgateway.Frames(True, 99)
-        assert fed(frames, first + ping + last, size) == [(9, b"p", ping), (1, b"ab", first + last)]
-
-
-@pytest.mark.parametrize(("code", "faulty"), [
-    (1002, "8100"), (1002, "c180 00000000"), (1002, "9180 00000000"), (1002, "8380 00000000"), (1002, "8b80 00000000"),
-    (1002, "0980 00000000"), (1002, "89fe 0080 00000000"), (1002, "8080 00000000"),
-    (1002, "0180 00000000 8180 00000000"), (1002, "81fe 007d 00000000"), (1002, "81ff 000000000000ffff 00000000"),
-    (1002, "81ff 8000000000000000 00000000"), (1002, "8881 00000000 03"), (1002, "8882 00000000 03ee"),
-    (1002, "8882 00000000 0000"), (1002, "8882 00000000 0bb7"), (1002, "8882 00000000 1388"),
-    (1007, "8181 00000000 ff"), (1007, "8883 00000000 03e8 ff"), (1007, "0181 00000000 c3 8081 00000000 41"),
-    (1009, "82fe 0400 00000000"), (1009, "0281 00000000 41 80fe 03e8 00000000"),
-    (1009, "82ff 7fffffffffffffff 00000000")])
-def test_faulty_frames_have_their_close_code(code, faulty):
-    data = bytes.fromhex(faulty)
-    for size in (1, 2, 100):
-        with pytest.raises(lmgateway.FrameError) as fault:
-            fed(lmgateway.Frames(True, 1000), data, size)
-        assert fault.value.code == code
-
-
-@pytest.mark.parametrize(("code", "data"), [(1002, lmgateway.frame(1, b"x", MASK)), (1009, b"\x81\x7e\x03\xe9")])
-def test_a_servers_frame_has_no_mask_and_a_limit_too(code, data):
-    with pytest.raises(lmgateway.FrameError) as fault:
-        lmgateway.Frames(False, 1000).feed(data)
-    assert fault.value.code == code
-
-
-@pytest.mark.parametrize(("value", "found"), [
-    (1, 1), (5.0, 5), (0, 0), (-3, -3), (2**53 - 1, 2**53 - 1), (2**53, None), (True, None), (1.5, None),
-    ("1", None), (None, None), ([], None), ({}, None), (float("inf"), None)])
-def test_ids_are_whole_numbers(value, found):
-    assert lmgateway.id_of({"callId": value}, "callId") == found
-
-
 # --- 3.4 to 3.6: dialects, meter, request bodies
 
 def event(data, name=None):
@@ -1537,36 +1457,84 @@ def test_a_body_costs_no_more_than_a_few_times_its_size(body):
         assert time.thread_time() - started < 1.5 and peak() < 2.5 * len(body) + 5_000_000
 
 
-def test_a_body_in_chunks_of_a_byte_costs_time_in_proportion():
-    chunks, data, started = lmgateway.Chunks(), b"1\r\nx\r\n" * 200_000 + b"0\r\n\r\n", time.thread_time()
-    assert sum(len(chunks.feed(data[at:at + 65536])) for at in range(0, len(data), 65536)) == 200_000
-    assert chunks.over and time.thread_time() - started < 0.6
+# --- 3.11 wire formats
+
+def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_readers_take_for_a_line_end():
+    data = {"message": 'é "🦊"\n\\\x7f\ud800 \u2028\u2029\x85\x0c', "tags": [], "a": -0.5, "b": True, "c": None}
+    line = lmgateway.to_utf8(lmgateway.json_line("e-1", Event("n", data)))
+    assert json.loads(line, parse_constant=no_constant) == {"id": "e-1", "event": "n", "data": data}
+    text = line.decode()
+    assert len(text.splitlines()) == 1 and 'é \\"🦊\\"' in text and "\\ud800" in text
+    fox = lmgateway.sse_frame("e-1", "n", lmgateway.to_json({"message": "🦊" * 1000}))
+    assert len(fox) < 4100      # not 12 bytes a character
 
 
-CHUNKED = b"5;name=\"x\"\r\nhello\r\n1 \r\n!\r\n0\r\nTrailer: x\r\n\r\nNEXT"
+# --- 3.12 WebSocket
+
+MASK = b"\x01\x7f\x80\xfe"
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
-def test_chunked_bodies_are_decoded_at_every_split(size):
-    chunks, got = lmgateway.Chunks(), b""
-    for at in range(0, len(CHUNKED), size):
-        got += chunks.feed(CHUNKED[at:at + size])
-    assert (got, chunks.over, chunks.rest) == (b"hello!", True, b"NEXT")
+def fed(frames, data, size):
+    """What Frames gives for the bytes in pieces of that size."""
+    return [message for at in range(0, len(data), size) for message in frames.feed(data[at:at + size])]
 
 
-@pytest.mark.parametrize("data", [
-    b"\r\n", b"x\r\n", b"-1\r\n", b"+1\r\n", b"0x1\r\n", b" 1\r\n", b"1\n", b"1\rx", b"1_0\r\n", b"\xb9\r\n",
-    b"1;\x00\r\n",
-    b"11111111111111111\r\n", b"1\r\nab", b"1\r\na\nb", b"1\r\na\rb", b"0\r\nno colon\r\n", b"0\r\n x: y\r\n",
-    b"0\r\nx: y\n",
-    b"0\r\na: b\rc", b"0\r\n" + b"x: y\r\n" * 3000, b"1;" + b"x" * 9000, b"0\r\nx:" + b"x" * 9000],
-    ids=lambda data: repr(data[:20]))
-def test_chunked_bodies_that_can_be_read_in_two_ways_are_refused(data):
-    for size in (1 if len(data) < 5000 else 100, len(data)):
-        with pytest.raises(ValueError, match="chunk|trailers"):     # noqa: PT012
-            chunks = lmgateway.Chunks()
-            for at in range(0, len(data), size):
-                chunks.feed(data[at:at + size])
+@pytest.mark.parametrize("mask", [b"", MASK])
+@pytest.mark.parametrize("length", [0, 1, 125, 126, 300, 65535, 65536])
+def test_a_frame_is_read_as_it_was_written(mask, length):
+    payload = (b"\xc3\xa9x" * length)[:length // 3 * 3] + b"a" * (length % 3)
+    data = lmgateway.frame(lmgateway.TEXT, payload, mask)
+    whole = lmgateway.Message(lmgateway.TEXT, payload, data)
+    for size in (1, 2, 7, 1000) if length < 1000 else (7777, 200_000):
+        frames = lmgateway.Frames(bool(mask), 100_000)
+        assert fed(frames, data + data[:1], size) == [whole] and not frames.between
+
+
+def test_rfc_6455s_own_examples():
+    hello, ping = bytes.fromhex("818537fa213d7f9f4d5158"), bytes.fromhex("898537fa213d7f9f4d5158")
+    assert [message[:2] for message in lmgateway.Frames(True, 99).feed(hello + ping)] == [(1, b"Hello"), (9, b"Hello")]
+    pieces = bytes.fromhex("010348656c") + bytes.fromhex("80026c6f")
+    assert lmgateway.Frames(False, 99).feed(pieces) == [(1, b"Hello", pieces)]
+    assert lmgateway.accept_key("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+
+def test_a_control_frame_may_stand_between_the_pieces_of_a_message():
+    first, ping, last = (lmgateway.frame(op, text, MASK) for op, text in ((1, b"a"), (9, b"p"), (0, b"b")))
+    first = bytes([first[0] & 0x7F]) + first[1:]
+    for size in (1, 3, 100):
+        frames = lmgateway.Frames(True, 99)
+        assert fed(frames, first + ping + last, size) == [(9, b"p", ping), (1, b"ab", first + last)]
+
+
+@pytest.mark.parametrize(("code", "faulty"), [
+    (1002, "8100"), (1002, "c180 00000000"), (1002, "9180 00000000"), (1002, "8380 00000000"), (1002, "8b80 00000000"),
+    (1002, "0980 00000000"), (1002, "89fe 0080 00000000"), (1002, "8080 00000000"),
+    (1002, "0180 00000000 8180 00000000"), (1002, "81fe 007d 00000000"), (1002, "81ff 000000000000ffff 00000000"),
+    (1002, "81ff 8000000000000000 00000000"), (1002, "8881 00000000 03"), (1002, "8882 00000000 03ee"),
+    (1002, "8882 00000000 0000"), (1002, "8882 00000000 0bb7"), (1002, "8882 00000000 1388"),
+    (1007, "8181 00000000 ff"), (1007, "8883 00000000 03e8 ff"), (1007, "0181 00000000 c3 8081 00000000 41"),
+    (1009, "82fe 0400 00000000"), (1009, "0281 00000000 41 80fe 03e8 00000000"),
+    (1009, "82ff 7fffffffffffffff 00000000")])
+def test_faulty_frames_have_their_close_code(code, faulty):
+    data = bytes.fromhex(faulty)
+    for size in (1, 2, 100):
+        with pytest.raises(lmgateway.FrameError) as fault:
+            fed(lmgateway.Frames(True, 1000), data, size)
+        assert fault.value.code == code
+
+
+@pytest.mark.parametrize(("code", "data"), [(1002, lmgateway.frame(1, b"x", MASK)), (1009, b"\x81\x7e\x03\xe9")])
+def test_a_servers_frame_has_no_mask_and_a_limit_too(code, data):
+    with pytest.raises(lmgateway.FrameError) as fault:
+        lmgateway.Frames(False, 1000).feed(data)
+    assert fault.value.code == code
+
+
+@pytest.mark.parametrize(("value", "found"), [
+    (1, 1), (5.0, 5), (0, 0), (-3, -3), (2**53 - 1, 2**53 - 1), (2**53, None), (True, None), (1.5, None),
+    ("1", None), (None, None), ([], None), ({}, None), (float("inf"), None)])
+def test_ids_are_whole_numbers(value, found):
+    assert lmgateway.id_of({"callId": value}, "callId") == found
 
 
 # --- 3.8 the join
@@ -4855,6 +4823,40 @@ def test_who_left_is_seen_on_every_system(monkeypatch, system, row):
 
 
 # === 7. HTTP =================================================================
+
+
+# --- 7.1 wire
+
+def test_a_body_in_chunks_of_a_byte_costs_time_in_proportion():
+    chunks, data, started = lmgateway.Chunks(), b"1\r\nx\r\n" * 200_000 + b"0\r\n\r\n", time.thread_time()
+    assert sum(len(chunks.feed(data[at:at + 65536])) for at in range(0, len(data), 65536)) == 200_000
+    assert chunks.over and time.thread_time() - started < 0.6
+
+
+CHUNKED = b"5;name=\"x\"\r\nhello\r\n1 \r\n!\r\n0\r\nTrailer: x\r\n\r\nNEXT"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_chunked_bodies_are_decoded_at_every_split(size):
+    chunks, got = lmgateway.Chunks(), b""
+    for at in range(0, len(CHUNKED), size):
+        got += chunks.feed(CHUNKED[at:at + size])
+    assert (got, chunks.over, chunks.rest) == (b"hello!", True, b"NEXT")
+
+
+@pytest.mark.parametrize("data", [
+    b"\r\n", b"x\r\n", b"-1\r\n", b"+1\r\n", b"0x1\r\n", b" 1\r\n", b"1\n", b"1\rx", b"1_0\r\n", b"\xb9\r\n",
+    b"1;\x00\r\n",
+    b"11111111111111111\r\n", b"1\r\nab", b"1\r\na\nb", b"1\r\na\rb", b"0\r\nno colon\r\n", b"0\r\n x: y\r\n",
+    b"0\r\nx: y\n",
+    b"0\r\na: b\rc", b"0\r\n" + b"x: y\r\n" * 3000, b"1;" + b"x" * 9000, b"0\r\nx:" + b"x" * 9000],
+    ids=lambda data: repr(data[:20]))
+def test_chunked_bodies_that_can_be_read_in_two_ways_are_refused(data):
+    for size in (1 if len(data) < 5000 else 100, len(data)):
+        with pytest.raises(ValueError, match="chunk|trailers"):     # noqa: PT012
+            chunks = lmgateway.Chunks()
+            for at in range(0, len(data), size):
+                chunks.feed(data[at:at + size])
 
 
 # --- what a waiting client may see (PREFILL_COMMENTS)
