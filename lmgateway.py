@@ -11219,9 +11219,10 @@ def check_newest_log(path, state, parser):
 
 def check_room(found):
     facts = LogVolume(found.log_dir, found.config.log_dir_warn).facts()
-    taken, growth, free = ("unknown" if facts[name] is None else shown_bytes(facts[name])
-                           for name in ("directoryBytes", "growthBytesPerDay", "freeBytes"))
-    yield "ok", f"logs take {taken}, grow by {growth} a day; {free} are free on that disk"
+    if facts["directoryBytes"] is not None:
+        taken, growth, free = ("unknown" if facts[name] is None else shown_bytes(facts[name])
+                               for name in ("directoryBytes", "growthBytesPerDay", "freeBytes"))
+        yield "ok", f"logs take {taken}, grow by {growth} a day; {free} are free on that disk"
     for warning in facts["warnings"]:
         yield "warn", *warning.split(": ", 1)
 
@@ -11475,8 +11476,8 @@ def chosen_command(args):
     for name in COMPANIONS:
         hosts = [command for command in COMMANDS if name in command.companions]
         if getattr(args, name) not in (None, False) and chosen not in hosts and (chosen or name != "open"):
-            raise ConfigError(f"{flag_of(name)} goes with "
-                              f"{' or '.join(flag_of(command.name) for command in hosts)}")
+            raise ConfigError(f"{flag_of(name)} goes with {' or '.join(flag_of(command.name) for command in hosts)}"
+                              + " or no command" * (name == "open"))
     if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     if args.events is not None and not words(args.events):
