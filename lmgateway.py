@@ -2364,7 +2364,6 @@ def ask_usage(data, options):
 
 FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
 LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
-LOG_KEEPS = 50  # UTF-16 units before and after it
 
 
 class Fingerprint(NamedTuple):
@@ -2398,16 +2397,17 @@ def json_hash(value):
     return hash(f"\0{int(value) if kind is float and value.is_integer() else value}")  # like no string
 
 
-def log_text(text):
-    """A string of a request body as the log shows it, without the mark for its missing middle."""
+def log_text(text, keeps=100):
+    """A string of a request body as the log shows it, without the mark for its missing middle: 50 UTF-16 units (100
+    bytes) before and after it."""
     head, cut, tail = text.partition(LOG_CUT)
     if cut:
         return head + tail
     units = text.encode("utf-16-le", "surrogatepass")
-    if len(units) <= 4 * LOG_KEEPS:
+    if len(units) <= 2 * keeps:
         return text
-    return (units[:2 * LOG_KEEPS].decode("utf-16-le", "replace")
-            + units[-2 * LOG_KEEPS:].decode("utf-16-le", "replace"))
+    return units[:keeps].decode("utf-16-le", "replace") + units[-keeps:].decode("utf-16-le", "replace")
+
 
 
 # --- 3.7 records: the life of a request --------------------------------------
@@ -10497,6 +10497,7 @@ EVENTS = {  # every event of the stream; a test holds the README's table to it
 # --- 9.4 commands that print events: --tail-only and --watch -----------------
 
 
+@contextlib.contextmanager
 def open_printer(args, live):
     """A Printer on stdout that makes room for our log on the same terminal.  Raises StartError."""
     if sys.stdout is None:
@@ -10506,7 +10507,11 @@ def open_printer(args, live):
     printer = Printer(sys.stdout, args.json, chosen_events(args.events), live)
     for handler in log.handlers:
         handler.addFilter(lambda record: printer.finish() or True)
-    return printer
+    try:
+        yield printer
+    finally:
+        with contextlib.suppress(OSError):
+            printer.finish()
 
 
 class LogRecords:
@@ -10524,23 +10529,18 @@ class LogRecords:
 
 def tail_only(args, config):
     """--tail-only: replay PATHs, or follow the live log until a signal.  Returns the exit status."""
-    printer = open_printer(args, live=not args.paths)
-    try:
+    with open_printer(args, live=not args.paths) as printer:
         if args.paths:
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
             freeze_start_up()
             replay(saved_logs(args.paths), printer)
             return 0
-        stop = Stop()
-        directory = log_dir_of(config)
+        stop, directory = Stop(), log_dir_of(config)
         follower = Follower(directory, args.from_start, time.time())
         log.info("lmgateway %s, log directory: %s", VERSION, directory)
         freeze_start_up()
         Monitor(follower).run(with_cards(printer), lambda seconds: printer.tick() or stop.wait(seconds))
         return stop.status
-    finally:
-        with contextlib.suppress(OSError):
-            printer.finish()
 
 
 def with_cards(printer):
@@ -10611,13 +10611,13 @@ def report_text(rows):
 
 def watch(args, config):
     """--watch URL: print the events of another gateway until a signal.  Returns the exit status."""
-    stop, printer = Stop(), open_printer(args, live=True)
+    stop = Stop()
     news: queue.Queue[Any] = queue.Queue(1000)
     stream = GatewayStream(watched_address(args.watch), next(iter(config.api_key.values()), None),
                            "0" if args.from_start else None)
-    start_thread(stream.run, news.put, stop.wait, name="watch")
-    freeze_start_up()
-    try:
+    with open_printer(args, live=True) as printer:
+        start_thread(stream.run, news.put, stop.wait, name="watch")
+        freeze_start_up()
         while not stop.wait(0):
             items = drain(news, 0.1)
             printer.write([item for item in items if isinstance(item, tuple)])
@@ -10627,10 +10627,7 @@ def watch(args, config):
                 if isinstance(item, str):
                     log.warning(item)
             printer.tick()
-        return stop.status
-    finally:
-        with contextlib.suppress(OSError):
-            printer.finish()
+    return stop.status
 
 
 def drain(news, timeout_s):
@@ -10978,7 +10975,6 @@ def announce(gateway, port, demo):
 # --- 9.6 addresses of this machine -------------------------------------------
 
 ANYWHERE = ("", "0.0.0.0", "::")
-NOWHERE = ("192.0.2.1", 9)  # kept for documentation (RFC 5737); to connect UDP there sends nothing
 
 
 def reachable(config):
@@ -10992,7 +10988,7 @@ def lan_addresses():
     """The IPv4 address with which this machine goes out; without a way out, those of its name."""
     found = set()
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(NOWHERE)
+        sock.connect(("192.0.2.1", 9))  # kept for documentation (RFC 5737); to connect UDP sends nothing
         found.add(sock.getsockname()[0])
     usable = map(ipaddress.ip_address, sorted(found or resolved(socket.gethostname())))
     return [str(address) for address in usable
@@ -11289,14 +11285,12 @@ def run_checks(args, config=None):
         rows = [dict(zip(("check", "mark", "what", "remedy"), row)) for row in found]
         print(json.dumps({"status": "bad" if failed else "ok", "version": VERSION, "findings": rows}))
         return int(failed)
+    colours = {"ok": GREEN, "warn": YELLOW, "bad": RED}
     coloured = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
     for name, mark, finding, remedy in found:
-        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if coloured else f"{mark:4}"
+        shown = f"\x1b[{colours[mark]}m{mark:4}\x1b[0m" if coloured else f"{mark:4}"
         print(f"{shown}  {name:9}  " + printable(finding + (f"  ->  {remedy}" if remedy else "")))
     return int(failed)
-
-
-MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
 
 
 def findings_of(check, installation):
@@ -11382,7 +11376,6 @@ COMMANDS = (
     Command("revoke_key", revoke_key, "take a minted key away", "NAME"),
     Command("print_launchd", print_launchd, "a launchd agent for macOS; see the README"),
 )
-COMPANIONS = tuple(dict.fromkeys(name for command in COMMANDS for name in command.companions))
 USAGE = """\
 lmgateway.py [options]              gateway, log monitor and dashboard beside LM Studio
        lmgateway.py COMMAND [options]      one of the commands below"""
@@ -11473,7 +11466,7 @@ def chosen_command(args):
         meant = nearest(args.paths[0], [flag_of(command.name) for command in COMMANDS])[2:]
         raise ConfigError(f"{args.paths[0]}: " + (
             meant or "a path goes with --tail-only or --report; see --help"))
-    for name in COMPANIONS:
+    for name in dict.fromkeys(name for command in COMMANDS for name in command.companions):
         hosts = [command for command in COMMANDS if name in command.companions]
         if getattr(args, name) not in (None, False) and chosen not in hosts and (chosen or name != "open"):
             raise ConfigError(f"{flag_of(name)} goes with {' or '.join(flag_of(command.name) for command in hosts)}"

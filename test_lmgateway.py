@@ -9824,11 +9824,11 @@ def test_a_tail_on_a_terminal_has_cards_and_takes_them_off_at_the_end(on_termina
 def test_our_log_takes_the_cards_off_the_screen_before_it_writes(terminal, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", terminal)
     lmgateway.set_up_logging(lmgateway.Config())
-    printer = lmgateway.open_printer(types.SimpleNamespace(json=False, events=None), live=True)
-    printer([READING])
-    assert [row for row in terminal.rows if "PREFILL" in row]
-    lmgateway.log.warning("beside them")
-    assert not [row for row in terminal.rows if "PREFILL" in row]
+    with lmgateway.open_printer(types.SimpleNamespace(json=False, events=None), live=True) as printer:
+        printer([READING])
+        assert [row for row in terminal.rows if "PREFILL" in row]
+        lmgateway.log.warning("beside them")
+        assert not [row for row in terminal.rows if "PREFILL" in row]
     assert "beside them" in capsys.readouterr().err
 
 
