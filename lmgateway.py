@@ -11101,10 +11101,7 @@ def check_options(found):
 def check_port(found):
     host, port = found.config.host, found.config.port
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-            if os.name != "nt":
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((host, port))
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
         yield "ok", f"port {port} of {host} is free" if port else "the system will choose one"
     except OSError as error:
         problem, url = listen_problem(found.config, error), page_url(found.config, port)
@@ -11552,89 +11549,77 @@ code, pre, .mono { font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Conso
 .skip:focus { left: 1rem; top: .5rem; z-index: 9; padding: .5rem 1rem; background: var(--panel); }
 :focus-visible { outline: 2px solid var(--focus); outline-offset: 2px; border-radius: 3px; }
 svg.mark { width: .95em; height: .95em; flex: none; fill: currentColor; vertical-align: -.1em; }
-.ok { color: var(--ok); } .warn { color: var(--warn); } .error { color: var(--error); }
-.queued { color: var(--queued); } .prefill { color: var(--prefill); } .decode { color: var(--decode); }
-.cached { color: var(--cached); } button, select, input { font: inherit; color: inherit; }
+/* A meaning: ink for its words and marks, fill for its areas. */
+.ok { --ink: var(--ok); } .warn { --ink: var(--warn); } .error { --ink: var(--error); --fill: var(--error); }
+.queued { --ink: var(--queued); --fill: var(--queued); } .prefill { --ink: var(--prefill); --fill: var(--fill-prefill); }
+.decode { --ink: var(--decode); --fill: var(--fill-decode); } .cached { --ink: var(--cached); --fill: var(--fill-cached); }
+.rest { --fill: var(--track); } .tone-0 { --ink: var(--tone-0); } .tone-1 { --ink: var(--tone-1); } .tone-2 { --ink: var(--tone-2); }
+.tone-3 { --ink: var(--tone-3); } .tone-4 { --ink: var(--tone-4); } .tone-5 { --ink: var(--tone-5); }
+:is(.ok, .warn, .error, .queued, .prefill, .decode, .cached, [class*="tone-"]) { color: var(--ink); }
+.swatch, .bar i, .fall .track i { background: var(--fill, currentColor); } rect { fill: var(--fill); }
+/* Things in a row */
+.head, .row, .toolbar, .states, .states li, .legend, .legend li, .details, .tools, .range, .models, .tiles, .copy, .left, .name, .banner,
+.login div, .drawer-head, .top h1, .top > div, .top nav { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem .5rem; }
+.head, .left, .name, .banner { align-items: baseline; } .top h1, .states li, .range, .left { white-space: nowrap; flex-wrap: nowrap; }
+button, select, input { font: inherit; color: inherit; }
 button, select, input[type="search"], input[type="password"] { min-height: 2rem; padding: .15rem .65rem;
   background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
-button { cursor: pointer; } button:hover, select:hover { border-color: var(--muted); }
+button { cursor: pointer; white-space: nowrap; } button:hover, select:hover { border-color: var(--muted); }
 button[aria-pressed="true"] { border-color: var(--text); box-shadow: inset 0 0 0 1px var(--text); }
-button.plain { min-height: 0; padding: 0; border: 0; background: none; color: inherit; text-align: inherit; }
+button.plain { min-height: 0; padding: 0; border: 0; background: none; color: inherit; text-align: inherit; white-space: inherit; }
 button.plain:hover { text-decoration: underline; }
 button.dark { background: var(--text); border-color: var(--text); color: var(--panel); }
 button.quiet { min-height: 1.75rem; padding: .05rem .55rem; font-size: .857rem; }
 button:disabled { opacity: .5; cursor: default; } input[type="search"] { width: 15rem; max-width: 100%; }
 /* Header */
 .top { position: sticky; top: 0; z-index: 5; background: var(--panel); border-bottom: 1px solid var(--line); }
-.top > div, .top nav { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem 1.25rem; min-height: 46px;
-  max-width: 120rem; margin: 0 auto; padding: 0 1.5rem; }
+.top > div, .top nav, .states { column-gap: 1.25rem; } .top h1 { font-size: 1.15rem; font-weight: 650; } .top h1 small { font-size: .857rem; }
+.top > div, .top nav { min-height: 46px; max-width: 120rem; margin: 0 auto; padding: 0 1.5rem; }
 .top nav { min-height: 38px; padding-bottom: .35rem; }
-.top h1 { display: flex; align-items: center; gap: .5rem; font-size: 1.15rem; font-weight: 650;
-  white-space: nowrap; }
-.top h1 small { font-size: .857rem; }
 .demo { padding: 0 .5rem; border-radius: 4px; background: var(--text); color: var(--panel); font-size: .857rem; }
 .top nav a { color: var(--muted); text-decoration: none; padding: .2rem 0; }
 .top nav a:hover { color: var(--text); text-decoration: underline; }
-.states { display: flex; flex-wrap: wrap; gap: 0 1.25rem; margin-left: auto; }
-.states li { display: flex; align-items: center; gap: .4rem; white-space: nowrap; }
-.push { margin-left: auto; } .tools, .range { display: flex; align-items: center; gap: .5rem; }
-.range { gap: 0; margin-left: auto; }
+.states, .push, .range, .left { margin-left: auto; } .range { gap: 0; }
 .range button { min-height: 1.85rem; border-radius: 0; margin-left: -1px; font-size: .93rem; }
 .range button:first-child { border-radius: 6px 0 0 6px; }
 .range button:last-child { border-radius: 0 6px 6px 0; }
-.banner { display: flex; gap: .6rem; align-items: baseline; max-width: 120rem; margin: 0 auto;
-  padding: .55rem 1.5rem; border-bottom: 1px solid var(--line); background: var(--panel); }
+.banner { flex-wrap: nowrap; max-width: 120rem; margin: 0 auto; padding: .55rem 1.5rem; border-bottom: 1px solid var(--line); background: var(--panel); }
 .banner.dead { max-width: none; background: #B3261E; color: #FFFFFF; font-weight: 600; }
 main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: grid; gap: 1.5rem;
   grid-template-columns: minmax(0, 1fr); }
 .column { display: contents; }
-.head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem .75rem; margin-bottom: .6rem; }
+.head { column-gap: .75rem; margin-bottom: .6rem; }
 .box { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; }
-.empty { padding: 1.5rem 1rem; color: var(--muted); } body.dead #now, body.dead #models { opacity: .55; }
+.empty { padding: 1.5rem 1rem; color: var(--muted); } body.dead #now, body.dead #models, #models.away { opacity: .55; }
 /* Models */
-.models { display: flex; flex-wrap: wrap; gap: .6rem; }
-.models > li { flex: 1 1 19rem; max-width: 32rem; padding: .6rem .9rem; display: flex; flex-wrap: wrap;
-  align-items: center; gap: .1rem .75rem; }
-.models h3 { flex: 1 1 60%; overflow-wrap: anywhere; } .models > li.rest { flex: 0 1 auto; max-width: none; }
-.models details { width: 100%; } .models summary { cursor: pointer; }
-.models details li { display: flex; align-items: center; justify-content: space-between; gap: 1rem; padding: .2rem 0; }
+.models, .tiles { gap: .6rem; align-items: stretch; }
+.models > li { flex: 1 1 19rem; max-width: 36rem; padding: .6rem .9rem; }
+.models .row { flex-wrap: nowrap; min-height: 2rem; } .models h3 { overflow-wrap: anywhere; } .models button { flex: none; }
+.models > li.rest { flex: 0 1 auto; max-width: none; } .models summary { cursor: pointer; line-height: 2rem; }
 /* Now: how long still is the largest thing on the page */
 .cards { display: grid; gap: .75rem; }
-.card { display: grid; gap: .6rem; padding: .8rem 1.1rem .85rem; border-left: 5px solid var(--queued); }
-.card.prefill { border-left-color: var(--fill-prefill); color: inherit; }
-.card.decode { border-left-color: var(--fill-decode); color: inherit; }
-.card.ok, .card.warn, .card.error, .card.queued { color: inherit; }
-.card.ok, .card.warn { border-left-color: var(--line); } .card.error { border-left-color: var(--error); }
-.row { display: flex; flex-wrap: wrap; align-items: center; justify-content: space-between; gap: .1rem 1.25rem; }
-.row > * { min-width: 0; } .card h3 { font-size: 1.3rem; line-height: 1.25; overflow-wrap: anywhere; }
-.left { display: flex; align-items: baseline; gap: .5rem; margin-left: auto; }
-.left strong { font-size: 2.4rem; line-height: 1.05; font-weight: 650; letter-spacing: -.01em; white-space: nowrap; }
+.card { display: grid; gap: .6rem; padding: .8rem 1.1rem .85rem; border-left: 5px solid var(--fill, var(--line)); color: var(--text); }
+.row { justify-content: space-between; column-gap: 1.25rem; } .row > * { min-width: 0; } .card h3 { font-size: 1.3rem; line-height: 1.25; overflow-wrap: anywhere; }
+.left strong { font-size: 2.4rem; line-height: 1.05; font-weight: 650; letter-spacing: -.01em; }
 .bar { display: flex; height: 22px; border-radius: 5px; background: var(--track); overflow: hidden; gap: 1px; }
-.bar i { flex: 0 1 0; min-width: 0; } .bar i.cached, .swatch.cached { background: var(--fill-cached); }
-.bar i.prefill, .swatch.prefill { background: var(--fill-prefill); }
-.bar i.decode, .swatch.decode { background: var(--fill-decode); }
-.bar i.queued, .swatch.queued { background: var(--queued); }
-.legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; color: var(--muted); font-size: .93rem; }
-.legend li { display: flex; align-items: center; gap: .4rem; }
-.swatch { display: inline-block; flex: none; width: .75em; height: .75em; border-radius: 2px; background: var(--track); }
-.details { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem 1.25rem; }
-.details .speed { font-weight: 600; }
-.lines li { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .9rem; padding: .4rem 1.1rem;
-  border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+.bar i { flex: 0 1 0; min-width: 0; } .legend, .details { column-gap: 1.2rem; } .legend { color: var(--muted); font-size: .93rem; }
+.swatch { display: inline-block; flex: none; width: .75em; height: .75em; border-radius: 2px; }
+.details .speed { font-weight: 600; } .details :empty { display: none; }
+.lines li { display: grid; grid-template-columns: 1rem minmax(0, 1fr) auto; align-items: center; gap: .9rem;
+  padding: .4rem 1.1rem; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 .lines li:first-child { border-top: 0; }
 .lines + .lines, .cards + .lines, .lines + .cards { margin-top: .75rem; } .lines:empty { display: none; }
 /* First run and login */
 .guide { padding: 1.25rem 1.5rem 1.5rem; display: grid; gap: 1rem; } .guide h3 { font-size: 1.3rem; }
-.copy { display: flex; align-items: stretch; gap: .5rem; max-width: 62rem; }
+.copy { align-items: stretch; flex-wrap: nowrap; max-width: 62rem; }
 .copy code { flex: 1; min-width: 0; padding: .45rem .7rem; background: var(--page); border: 1px solid var(--line);
   border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .checks li { display: grid; grid-template-columns: 1.2rem minmax(0, 1fr); gap: .1rem .5rem; padding: .2rem 0; }
 .checks p { grid-column: 2; }
 .login { width: min(34rem, 100%); justify-self: center; padding: 1.25rem 1.5rem 1.5rem; display: grid; gap: .8rem; }
-.login div { display: flex; flex-wrap: wrap; gap: .5rem; } .login input { flex: 1; min-width: 12rem; }
+.login input { flex: 1; min-width: 12rem; }
 /* Figures */
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.4rem, 1fr)); gap: .75rem; }
-.tile { padding: .65rem .75rem; min-height: 6.2rem; } .tile dt, .tile .note { color: var(--muted); }
+.tile { flex: 1 1 10.4rem; padding: .65rem .75rem; min-height: 6.2rem; } .tile dt, .tile .note { color: var(--muted); }
 .tile .figure { font-size: 1.6rem; font-weight: 600; line-height: 1.35; }
 .tile .figure small { font-size: .93rem; font-weight: 400; color: var(--muted); }
 .tile .note { font-size: .8rem; }
@@ -11644,30 +11629,27 @@ main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: 
 .plots svg { display: block; width: 100%; } .plots text { fill: var(--muted); font-size: 11px; }
 .plots line { stroke: var(--line); }
 .none { display: grid; place-items: center; min-height: 236px; color: var(--muted); }
-rect.prefill { fill: var(--fill-prefill); } rect.decode { fill: var(--fill-decode); }
-rect.cached { fill: var(--fill-cached); } .tone-0 { color: var(--tone-0); } .tone-1 { color: var(--tone-1); }
-.tone-2 { color: var(--tone-2); } .tone-3 { color: var(--tone-3); } .tone-4 { color: var(--tone-4); }
-.tone-5 { color: var(--tone-5); }
-.swatch[class*="tone-"], .plots circle { background: currentColor; fill: currentColor; }
+.plots circle { fill: currentColor; }
 .plots path { fill: none; stroke: currentColor; stroke-width: 1.75; }
 .plots path.band { fill: currentColor; stroke: none; opacity: .16; }
 .twin { max-height: 260px; overflow: auto; } .wide { overflow-x: auto; }
-.people td:has(.bar) { width: 26%; } .people .bar { height: 12px; min-width: 4rem; } .people .name { display: flex; align-items: baseline; gap: .5rem; }
-.people td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7.5rem; }
+.people td:first-child { white-space: normal; overflow-wrap: anywhere; width: 30%; min-width: 6rem; } .people .bar { height: 8px; margin: .2rem 0; }
+.people th, .people td { padding: .3rem; }
 /* Tables */
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .32rem .55rem; text-align: left; white-space: nowrap; vertical-align: baseline; }
 th { font-weight: 600; color: var(--muted); font-size: .857rem; border-bottom: 1px solid var(--line); }
 td { border-bottom: 1px solid var(--line); } tbody tr:last-child td { border-bottom: 0; }
 .num { text-align: right; }
-#table td.c-who, #table td.c-model { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+#table td.c-who, #table td.c-model { white-space: normal; overflow-wrap: anywhere; min-width: 6.6rem; }
+#table td.c-model { min-width: 9.3rem; }
 #table th { white-space: normal; vertical-align: bottom; position: sticky; top: 85px; z-index: 2; background: var(--panel); }
 #table tbody tr { cursor: pointer; }
 #table tbody tr:hover, #table tbody tr:focus-visible { background: var(--page); }
 #table tbody tr:focus-visible { outline-offset: -2px; } th button.plain { font-weight: 600; }
 th[aria-sort="ascending"] button::after { content: " \2191"; }
 th[aria-sort="descending"] button::after { content: " \2193"; }
-.toolbar { display: flex; flex-wrap: wrap; gap: .4rem .5rem; align-items: center; margin-bottom: .6rem; }
+.toolbar { row-gap: .4rem; margin-bottom: .6rem; }
 .toolbar select { max-width: 15rem; }
 .newer { position: sticky; top: 94px; z-index: 3; display: flex; justify-content: center; height: 0; }
 .newer button, #log-newer { height: 2rem; background: var(--text); color: var(--panel); border-color: var(--text);
@@ -11676,7 +11658,7 @@ th[aria-sort="descending"] button::after { content: " \2193"; }
 /* Event log */
 .log-box { position: relative; }
 #log-lines { height: 24rem; overflow: auto; padding: .4rem 0; overflow-anchor: none; overscroll-behavior: contain; }
-#log-lines li { display: grid; grid-template-columns: 5rem 1.2rem minmax(0, 1fr); gap: 0 .5rem; padding: .08rem .9rem; }
+#log-lines:empty { height: 5rem; } #log-lines li { display: grid; grid-template-columns: 5rem 1.2rem minmax(0, 1fr); gap: 0 .5rem; padding: .08rem .9rem; }
 #log-lines li[data-id] { cursor: pointer; } #log-lines li[data-id]:hover { background: var(--page); }
 #log-lines li > :last-child { overflow-wrap: anywhere; white-space: pre-wrap; }
 #log-lines li.raw > :last-child { font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace;
@@ -11693,16 +11675,13 @@ dialog::backdrop { background: rgba(10, 14, 20, .35); }
 dialog.drawer { width: min(50rem, 100vw); max-width: none; height: 100vh; max-height: none; margin: 0 0 0 auto;
   border-width: 0 0 0 1px; overflow: auto; overscroll-behavior: contain; }
 dialog.help { border-radius: 8px; max-width: 34rem; padding: 1.25rem 1.5rem; }
-.drawer-head { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .3rem .5rem; align-items: center;
-  min-height: 48px; padding: .5rem 1.25rem; background: var(--panel); border-bottom: 1px solid var(--line); z-index: 1; }
+.drawer-head { position: sticky; top: 0; min-height: 48px; padding: .5rem 1.25rem; background: var(--panel); border-bottom: 1px solid var(--line); z-index: 1; }
 .drawer-body { padding: 1rem 1.25rem 3rem; display: grid; gap: 1.4rem; grid-template-columns: minmax(0, 1fr); }
 .drawer-body h3 { margin-bottom: .4rem; } .drawer-body .facts { padding: 0; }
 .fall { display: grid; grid-template-columns: max-content minmax(0, 1fr) max-content; gap: .3rem .9rem;
   align-items: center; }
 .fall .track { position: relative; height: 14px; background: var(--track); border-radius: 4px; }
-.fall .track i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 3px; background: var(--queued); }
-.fall .track i.prefill { background: var(--fill-prefill); }
-.fall .track i.decode { background: var(--fill-decode); }
+.fall .track i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 3px; }
 .fall .ticks { background: none; border-top: 1px solid var(--line); border-radius: 0; }
 .fall .ticks i { width: 1px; min-width: 1px; bottom: 5px; background: var(--muted); }
 .timeline td { white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
@@ -11714,7 +11693,7 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
 @media (min-width: 1600px) {
   main { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); } main > .all { grid-column: 1 / -1; }
   .column { display: grid; gap: 1.5rem; align-content: start; min-width: 0; }
-  #table .c-prefill, #table .c-queue { display: none; }
+  #table .c-prefill, #table .c-queue, #table .c-path { display: none; } .tile { flex-basis: 21%; }
 }
 @media (max-width: 1599px) { #login, #models, #now { order: -2; } #figures { order: -1; } }
 @media (max-width: 1120px) { #table .c-queue, #table .c-path { display: none; } }
@@ -11725,8 +11704,9 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
     padding: .55rem .8rem; border-bottom: 1px solid var(--line); }
   #table td, #table td.c-who, #table td.c-model { padding: 0; border: 0; text-align: left; white-space: normal;
     min-width: 0; overflow-wrap: anywhere; }
-  #table td[data-label]::before { content: attr(data-label); display: block; color: var(--muted); font-size: .857rem; }
-  #table .c-who, #table .c-status { grid-column: span 1; } #table .c-model { color: var(--muted); }
+  #table .c-model { color: var(--muted); }
+  #table td[data-label]::before, .people td[data-label]::before { display: block; color: var(--muted); font-size: .857rem; }
+  #table td[data-label]::before { content: attr(data-label); }
 }
 @media (max-width: 640px) {
   html { scroll-padding-top: 7rem; } .top { position: static; } .top > div, .top nav { padding: .3rem 1rem; }
@@ -11734,9 +11714,13 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
   .states { order: 3; width: 100%; margin: 0; gap: 0 .8rem; font-size: .93rem; } .tools { margin-left: auto; }
   .range { width: 100%; } .range button { flex: 1; padding: .15rem .2rem; } .banner { padding: .5rem 1rem; }
   main { padding: 1rem 1rem 3rem; } .left strong { font-size: 2.1rem; } .left { margin-left: 0; }
-  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .people .bar { display: none; } .people td:has(.bar) { width: 0; }
-  .people th { white-space: normal; vertical-align: bottom; } .people th, .people td { padding: .3rem .3rem; }
+  .tile { flex-basis: 40%; }
+  #table tr { column-gap: .4rem; } #table .c-status { grid-column: span 3; }
+  #table .c-who, #table td.c-model { grid-column: span 2; }
+  .people table, .people tbody { display: block; } .people thead { display: none; }
+  .people tr { display: grid; grid-template-columns: repeat(auto-fit, minmax(4.2rem, 1fr)); border-bottom: 1px solid var(--line); }
+  .people td { border: 0; text-align: left; } .people td:first-child { grid-column: 1 / -1; width: auto; }
+  .people td[data-label]::before { content: attr(data-label); }
   #log-lines li { grid-template-columns: 4.9rem 1rem minmax(0, 1fr); padding: .15rem .6rem; }
   .facts, .drawer-body .facts { grid-template-columns: minmax(0, 1fr); }
   .facts > div { grid-template-columns: 7.5rem minmax(0, 1fr); } .copy { flex-wrap: wrap; }
@@ -11754,8 +11738,8 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
 }
 @media print {
   .top { position: static; }
-  .tools, .toolbar, .range, .skip, nav, .newer, dialog { display: none !important; }
-  #log-lines { height: auto; overflow: visible; } #table th { position: static; }
+  button:not(.plain), .toolbar, .skip, nav, dialog, #log-lines li:nth-last-child(n + 41) { display: none !important; }
+  #log-lines { height: auto; } #table th { position: static; }
   .box { break-inside: avoid; }
 }
 </style>
@@ -12033,7 +12017,11 @@ function heading(text, spec = "th") {
 function table(head, rows) {
   const kind = (tag, at) => tag + (at ? ".num" : ".isolate");
   return el("table", el("thead", el("tr", ...head.map((text, at) => heading(text, kind("th", at))))),
-    el("tbody", ...rows.map(row => el("tr", ...row.map((text, at) => el(kind("td", at), text))))));
+    el("tbody", ...rows.map(row => el("tr", ...row.map((text, at) => {
+      const cell = el(kind("td", at), text);
+      if (at) cell.dataset.label = head[at];
+      return cell;
+    })))));
 }
 
 /* Children in this order; one that is in its place is not touched, one that is not among them goes. */
@@ -12042,9 +12030,6 @@ function arrange(box, nodes) {
   nodes.forEach((node, at) => {
     if (box.children[at] !== node) box.insertBefore(node, box.children[at] ?? null);
   });
-}
-function options(select, rows, chosen) {
-  select.replaceChildren(...rows.map(([value, text]) => new Option(text, value, false, value === chosen)));
 }
 function store(name, value) {
   try { localStorage.setItem(name, value); } catch { /* storage may be forbidden */ }
@@ -12106,8 +12091,7 @@ const LEFT = ["client_disconnected", "stopped"];
 const nameOfState = r => r.state === "failed" && LEFT.includes(r.operation) ? "abandoned" : r.state;
 const stateOf = r => STATES[nameOfState(r)] ?? [words(r.state), "queued", "queued"];
 const ended = r => ["done", "failed", "abandoned", "lost"].includes(r.state);
-const program = agent => /^[A-Za-z][\w.-]*(?:\/[A-Za-z][\w.-]*)?/.exec(agent ?? "")?.[0];
-const who = r => r.who ?? r.user ?? r.key ?? program(r.userAgent) ?? words(r.client);
+const who = r => r.who ?? r.user ?? r.key ?? words(r.client);
 const modelOf = r => words(r.model);
 const promptOf = r => r.tokenUsage?.promptTokens ?? r.progress?.promptTokens ?? r.cache?.total;
 const cachedOf = r => r.cachedTokens ?? r.cache?.reused;
@@ -12134,7 +12118,7 @@ const canStop = r => !ended(r) && r.source !== "lmstudio" && page.me !== null
 function learn(id, news) {
   let r = page.requests.get(id);
   if (!r) {
-    r = {requestId: id, state: "waiting", version: 0, began: Date.parse(news.startedAt ?? "") || Date.now()};
+    r = {requestId: id, state: "waiting", version: 0, began: Date.parse(news.startedAt ?? news.timestamp ?? "") || Date.now()};
     page.requests.set(id, r);
     forget();
   }
@@ -12143,6 +12127,7 @@ function learn(id, news) {
   const progress = news.progress && Object.keys(news.progress).length ? news.progress : r.progress;
   Object.assign(r, news, {progress, state: over ? r.state : news.state ?? r.state});
   if (!ended(r) && known(news.elapsedMs)) [r.began, r.heard] = [Date.now() - news.elapsedMs, Date.now()];
+  else if (news.startedAt) r.began = Date.parse(news.startedAt);
   if (!over && ended(r)) r.seenEnd = page.loaded ? Date.now() : 0;
   r.version += 1;
   dirty.add("now").add("requests").add("title").add("models");
@@ -12173,34 +12158,34 @@ function tokensSaid(data) {
 
 /* Each event that the stream sends: kind, colour, its sentence, and what it changes. */
 const EVENTS = {
-  connected: ["link", "ok", () => "The page listens.", () => { wantRequests(); wantStatus(); }],
+  connected: ["", "", () => "", () => { wantRequests(); wantStatus(); }],
   ping: ["", "", () => ""],
   gap: ["link", "warn", gapText, data => { page.missed += data.count ?? 0; wantRequests(); }],
-  inference_start: ["request", "queued", data => `${who(asks(data))} asks${on(data)}: ${whatOf(data)}`,
+  inference_start: ["requests", "queued", data => `${who(asks(data))} asks${on(data)}: ${whatOf(data)}`,
     data => { learn(data.requestId, {...data, source: "gateway", modelAsked: data.model}); wantRequests(); }],
-  inference_progress: ["request", "prefill", data => listed([who(data), modelOf(data), ...progressSaid(data)]),
+  inference_progress: ["requests", "prefill", data => listed([who(data), modelOf(data), ...progressSaid(data)]),
     data => learn(data.requestId, data)],
-  inference_complete: ["request", "ok", data => listed([`${who(asks(data))} was answered in ${span(data.totalTimeMs)}`,
+  inference_complete: ["requests", "ok", data => listed([`${who(asks(data))} was answered in ${span(data.totalTimeMs)}`,
     modelOf(data), tokensSaid(data)]), data => finished(data, "done")],
-  error: ["error", "error", data => LEFT.includes(data.operation)
+  error: ["errors", "error", data => LEFT.includes(data.operation)
     ? `${who(asks(data))}: stopped${data.by ? " by " + data.by : ""} after ${span(data.totalTimeMs)}: ${words(data.error)}`
     : `${who(asks(data))}: failed after ${span(data.totalTimeMs)}: ${words(data.error)}`,
     data => finished(data, LEFT.includes(data.operation) ? "abandoned" : "failed")],
   lmstudio_log: ["raw", "", message],
-  lmstudio_chat_start: ["engine", "queued", data =>
+  lmstudio_chat_start: ["LM Studio", "queued", data =>
     `LM Studio takes a chat of ${plural(data.messages ?? 0, "message")}${on(data)}`],
-  lmstudio_sampling_params: ["engine", "queued", data => "It samples with " + pairs(data)],
-  lmstudio_token_info: ["engine", "queued", data =>
+  lmstudio_sampling_params: ["LM Studio", "queued", data => "It samples with " + pairs(data)],
+  lmstudio_token_info: ["LM Studio", "queued", data =>
     `The engine has ${tokens(data.totalPromptTokens)} prompt tokens, ${tokens(data.promptTokensToDecode)} of them to read; context ${tokens(data.n_ctx)}`],
-  lmstudio_cache_stats: ["engine", "ok", data =>
+  lmstudio_cache_stats: ["LM Studio", "ok", data =>
     `${tokens(data.reused)} of ${tokens(data.total)} prompt tokens were in the cache (${percent(data.percentage)})${on(data)}`],
-  lmstudio_processing_start: ["engine", "prefill", data => "The engine begins to read" + on(data)],
-  lmstudio_prompt_progress: ["engine", "prefill", data => `${percent(data.progress)} of a prompt is read${on(data)}`],
-  lmstudio_generation_start: ["engine", "decode", data => "The prompt is read, the answer begins" + on(data)],
-  lmstudio_prediction_stats: ["engine", "decode", data => listed(["The engine: "
+  lmstudio_processing_start: ["LM Studio", "prefill", data => "The engine begins to read" + on(data)],
+  lmstudio_prompt_progress: ["LM Studio", "prefill", data => `${percent(data.progress)} of a prompt is read${on(data)}`],
+  lmstudio_generation_start: ["LM Studio", "decode", data => "The prompt is read, the answer begins" + on(data)],
+  lmstudio_prediction_stats: ["LM Studio", "decode", data => listed(["The engine: "
     + tokensSaid({...data, tokenUsage: data}) + on(data), known(data.promptTokensPerSecond) && "read at " + speed(data.promptTokensPerSecond)])],
-  lmstudio_chat_end: ["engine", "queued", data => `The chat is over: ${words(data.outcome)}${on(data)}`],
-  lmstudio_error: ["error", "error", data => "LM Studio: " + message(data)],
+  lmstudio_chat_end: ["LM Studio", "queued", data => `The chat is over: ${words(data.outcome)}${on(data)}`],
+  lmstudio_error: ["errors", "error", data => "LM Studio: " + message(data)],
   lmstudio_file_switch: ["link", "queued", data => "The log goes on in " + words(data.newLogFile), () => wantStatus()],
   lmstudio_month_transition: ["link", "queued", data => "The log goes on in " + words(data.newLogFile), () => wantStatus()],
 };
@@ -12215,15 +12200,15 @@ function progressSaid(r) {
   return [stateOf(r)[0], known(r.progress?.outputTokens) && plural(r.progress.outputTokens, "token")];
 }
 
-/* What is one moving line: the progress of a request, or of a prompt that is nobody's. */
-const foldOf = (name, data) => name === "inference_progress" ? data.requestId
+/* What is one moving line: the progress of a request, or of a prompt that is nobody's.  A place in the line is none. */
+const foldOf = (name, data) => name === "inference_progress" ? data.state === "queued" ? "" : data.requestId
   : name === "lmstudio_prompt_progress" ? data.requestId ? "" : "prompt " + data.model : null;
 const folds = new Map();
 function receive(name, data, id) {
   page.total += 1;
   EVENTS[name][3]?.(data);
   const fold = foldOf(name, data);
-  if (name === "ping" || fold === "") return;       // its request's own progress says the same
+  if (name === "ping" || name === "connected" || fold === "") return;   // its request's own progress says the same
   if (name === "lmstudio_log") page.raw += 1;
   if (typeof data.message === "string") data.message = bounded(data.message);
   const entry = {n: page.total, id, name, data}, before = fold && folds.get(fold);
@@ -12521,26 +12506,27 @@ const FILE_LOGGING = DEVELOPER + "Developer Logs \u25b8 \u2026 \u25b8 File Loggi
   + "LMSTUDIO_LOG_DIR names another directory.";
 const MONITORING = "Set ENABLE_LOG_MONITORING=true to see prompts being read and what was cached.";
 
-/* What is wrong and how to mend it, the worst first: [colour, what, remedy]. */
-function problems() {
-  const {lmstudio = {}, log = {}} = page.status ?? {};
-  const warnings = Array.isArray(log.warnings) ? log.warnings.map(text => String(text).split(/: (.*)/s)) : [];
-  const rows = [
-    [lmstudio.up === false, "error", "LM Studio is not answering",
-      (lmstudio.reason ? lmstudio.reason + ". " : "") + START],
-    [log.problem, "error", "The log cannot be followed", log.problem],
-    [log.enabled === false, "warn", "The log is not followed", MONITORING],
-    [terse(log), "warn", "LM Studio writes no DEBUG lines, so most figures of its engine are missing", VERBOSE],
-    ...warnings.map(([what, remedy = ""]) => [true, "warn", what, remedy]),
+/* What the page needs of LM Studio, the worst first: [is it so, null while nobody knows; colour where not; what; what
+   not; remedy]. */
+function checks() {
+  const {lmstudio = {}, log = {}} = page.status ?? {}, because = why => why ? why + ". " : "";
+  return [
+    [lmstudio.up, "error", "LM Studio answers", "LM Studio does not answer", lmstudio.reason || START],
+    log.enabled === false ? [false, "warn", "", "Its log is not followed", MONITORING]
+      : [Boolean(log.file) && !log.problem, log.problem ? "error" : "warn", "Its log is followed",
+        log.problem ? "Its log cannot be followed" : "No log file was found", because(log.problem) + FILE_LOGGING],
+    [terse(log) ? false : log.verbose || null, "warn", `Verbose logging: ${log.verbose ? "on" : "not known yet"}`,
+      "Verbose logging: off, so most figures of its engine are missing", VERBOSE],
   ];
-  return rows.filter(([is]) => is).map(row => row.slice(1));
 }
 PANELS.banners = () => {
-  const told = page.signedOut || !$("first-run").hidden;      // the first run says the same in its own way
-  const found = told ? [] : problems().slice(0, 2), box = $("banners");
+  const told = !page.status || page.signedOut || !$("first-run").hidden;    // the first run says the same in its own way
+  const warnings = Array.isArray(page.status?.log?.warnings) ? page.status.log.warnings : [], box = $("banners");
+  const found = told ? [] : [...checks().filter(([good]) => good === false).map(([, tone, , what, remedy]) => [tone, what, remedy]),
+    ...warnings.map(text => ["warn", ...String(text).split(/: (.*)/s)])].slice(0, 2);
   if (!outdated(box, JSON.stringify(found))) return;
   box.replaceChildren(...found.map(([tone, what, remedy]) =>
-    el("p.banner", mark(tone, tone), el("span", el("b", what + ". "), remedy))));
+    el("p.banner", mark(tone, tone), el("span", el("b", what + ". "), remedy ?? ""))));
 };
 
 // --- 9. models
@@ -12550,37 +12536,43 @@ PANELS.models = () => {
   const loaded = shown.filter(model => model.state !== "not-loaded" || busy.has(model.id));
   const rest = shown.filter(model => !loaded.includes(model));
   $("models").hidden = !shown.length || !canView();
+  $("models").classList.toggle("away", page.status?.lmstudio?.up === false);
   const key = JSON.stringify([shown.map(({mine, ...model}) => [model, mine.map(r => [r.state, Math.round(decodeOf(r) ?? 0),
     Math.round(prefillOf(r) ?? 0)])]), isAdmin()]);
   if (!outdated(box, key)) return;
   const open = box.querySelector("details")?.open;
   box.replaceChildren(...loaded.map(modelBox), ...rest.length ? [restBox(rest, open)] : []);
 };
-function modelBox({id, state, mine, contextLength, quantization, running: slots = 0, waiting = 0}) {
+function modelBox({id, state, mine, contextLength, running: slots = 0, waiting = 0}) {
   const states = mine.map(r => r.state), writing = sum(mine.filter(r => r.state === "generating").map(decodeOf));
   const reading = sum(mine.filter(r => r.state === "prompt").map(prefillOf));
   const name = state === "loading" || states.includes("loading") ? "loading" : states.includes("generating") ? "generating"
     : states.includes("prompt") ? "prompt" : mine.length ? "answering" : "";
   const [word, icon, tone] = name ? STATES[name] : ["idle", "ok", "queued"];
-  return el("li.box", el("h3.isolate", id),
-    isAdmin() && state === "loaded" && button("Unload", event => change(event, "unload", {instance_id: id}), "button.quiet.push"),
-    el("span." + tone, mark(icon, tone), " " + word),
-    el("span", listed([reading && speed(reading) + " read", writing && speed(writing) + " written"])),
-    el("span.muted", listed([(slots || mine.length) && `${slots || mine.length} running`, waiting && `${waiting} waiting`,
-      known(contextLength) && short(contextLength) + " context", quantization])));
+  return el("li.box", el("div.row", el("h3.isolate", id), el("span." + tone, mark(icon, tone), " " + word)),
+    el("div.row", el("span", el("b", listed([reading && speed(reading) + " read", writing && speed(writing) + " written"])), " ",
+      el("span.muted", listed([(slots || mine.length) && `${slots || mine.length} running`, waiting && `${waiting} waiting`,
+        known(contextLength) && short(contextLength) + " context"]))),
+      isAdmin() && state === "loaded" && button("Unload", event => change(event, "unload", () => instancesOf(id)), "button.quiet")));
 }
 function restBox(rest, open) {
   const list = el("details", el("summary.muted", `${rest.length} more, not loaded`), el("ul", ...rest.map(({id, sizeBytes}) =>
-    el("li", el("span.isolate", listed([id, known(sizeBytes) && bytes(sizeBytes)])),
-      isAdmin() && button("Load", event => change(event, "load", {model: id}), "button.quiet")))));
+    el("li.row", el("span.isolate", listed([id, known(sizeBytes) && bytes(sizeBytes)])),
+      isAdmin() && button("Load", event => change(event, "load", () => [{model: id}]), "button.quiet")))));
   list.open = Boolean(open);
   return el("li.box.rest", list);
 }
-async function change(event, what, body) {
-  const from = event.currentTarget;
+
+/* A loaded model goes by the names of its instances, which need not be its own. */
+async function instancesOf(id) {
+  const found = (await get("/api/v1/models"))?.models?.find(model => model.key === id)?.loaded_instances ?? [{id}];
+  return found.map(instance => ({instance_id: instance.id}));
+}
+async function change({currentTarget: from}, what, bodies) {
   from.disabled = true;
   put(from, what + "ing \u2026");
-  const why = await act("POST", "/api/v1/models/" + what, body);
+  let why = "";
+  for (const body of await bodies()) why = await act("POST", "/api/v1/models/" + what, body) || why;
   put(from, why ? "failed" : "done");
   from.title = why;
   wantModels();
@@ -12602,7 +12594,8 @@ PANELS.now = () => {
   for (const id of cards.keys()) if (!seats.some(r => r.requestId === id)) cards.delete(id);
   arrange($("cards"), seats.map(r => cardOf(r).node));
   seats.forEach(paintCard);
-  const queue = all.filter(inLine).sort((a, b) => (a.position ?? 1e9) - (b.position ?? 1e9) || a.began - b.began);
+  const queue = all.filter(inLine).sort((a, b) => (modelOf(a) > modelOf(b)) - (modelOf(a) < modelOf(b))
+    || (a.position ?? 1e9) - (b.position ?? 1e9) || a.began - b.began);
   lines($("queue"), queue.slice(0, 30), r => listed([placeOf(r), who(r), modelOf(r), running(elapsedOf(r)),
     known(etaOf(r)) && "about " + about(etaOf(r))]), queue.length - 30);
   lines($("ended"), over.filter(r => !seats.includes(r)).slice(0, 3), r => listed([`${who(r)}: ${stateOf(r)[0]}`,
@@ -12672,7 +12665,7 @@ function headline(r) {
   const left = leftOf(r), read = r.progress?.percent, took = span(r.totalTimeMs);
   if (ended(r)) return [took, stateOf(r)[0]];
   if (r.state === "prompt") {
-    if (read > 99.4) return ["almost read", ""];
+    if (read > 99.4 || left < 500) return ["almost read", ""];
     return known(left) ? [(left < 10000 ? "~" : "") + running(left), "left to read"]
       : known(read) ? [percent(read), "read"] : [running(elapsedOf(r)), "reading"];
   }
@@ -12735,7 +12728,7 @@ function paintFirstRun() {
     copyLine(`curl ${here}/v1/chat/completions${secret} -H "Content-Type: application/json" -d `
       + '\'{"messages": [{"role": "user", "content": "Say hello."}], "stream": true}\'',
       "Or from a terminal"),
-    el("ul.checks", ...checks(lmstudio, log).map(checkLine)));
+    el("ul.checks", ...checks().map(checkLine)));
 }
 const lanUrls = () => (page.status?.gateway?.lanUrls ?? []).filter(url => url !== location.origin);
 function copyLine(text, label = "") {
@@ -12743,21 +12736,9 @@ function copyLine(text, label = "") {
     el("div.copy", el("code", text), button("Copy", event => copy(text, event.currentTarget))));
 }
 
-/* What the page needs of LM Studio: [is it so, null while nobody knows; what; what not; remedy]. */
-function checks(lmstudio, log) {
-  const followed = Boolean(log.file) && !log.problem, why = log.problem ? log.problem + ". " : "";
-  return [
-    [lmstudio.up, "LM Studio answers", "LM Studio does not answer", START],
-    log.enabled === false ? [false, "", "Its log is not followed", MONITORING]
-      : [followed, "Its log is followed", "No log file was found", why + FILE_LOGGING],
-    [terse(log) ? false : log.verbose || null, log.verbose ? "Verbose logging: on" : "Verbose logging: not known yet",
-      "Verbose logging: off", VERBOSE],
-  ];
-}
-function checkLine([good, fine, wrong, remedy]) {
-  const tone = good ? "ok" : good === null ? "queued" : "warn";
-  return el("li", mark(tone, tone), el("span", tone === "warn" ? wrong : fine),
-    tone === "warn" ? el("p.muted", remedy) : null);
+function checkLine([good, tone, fine, wrong, remedy]) {
+  const shown = good === false ? tone : good ? "ok" : "queued";
+  return el("li", mark(shown, shown), el("span", good === false ? wrong : fine), good === false && el("p.muted", remedy));
 }
 
 // --- 12. figures: tiles and charts of a range, from /debug/series
@@ -12809,14 +12790,10 @@ const CHARTS = [
 PANELS.figures = () => {
   const {all} = figures;
   if (!all || $("figures").hidden) return;
-  const old = $("tiles").children;
-  TILES.forEach(([label, figure, unit, note], at) => {
-    if (!old[at]) $("tiles").append(el("div.box.tile", el("dt", label), el("dd.figure", el("span"), el("small")), el("dd.note")));
-    const [, value, said] = old[at].children, text = figure(all.total);
-    put(value.firstChild, text);
-    put(value.lastChild, text === NONE ? "" : unit);
-    put(said, note(all.total));
-  });
+  $("tiles").replaceChildren(...TILES.map(([label, figure, unit, note]) => {
+    const text = figure(all.total);
+    return el("div.box.tile", el("dt", label), el("dd.figure", text, el("small", text === NONE ? "" : unit)), el("dd.note", note(all.total)));
+  }));
   const first = all.rows[0] && Date.parse(all.rows[0].t), begin = Date.parse(all.from);
   put($("figures-note"), first - begin > 60000 * minutesOf() / 4 ? "since " + clockTime(first, false) : "");
   const {history} = page.status?.gateway ?? {};
@@ -12981,9 +12958,9 @@ function paintPeople() {
       refilter({[by === "user" ? "who" : "model"]: name});
       $("requests").scrollIntoView();
     }, "button.plain");
-    return [el("span.name", swatch(toneOf(name)), filter), ...by === "user" ? [bar] : [], ...columns.map(([, show]) => show(t))];
+    return [el("div", el("span.name", swatch(toneOf(name)), filter), bar), ...columns.map(([, show]) => show(t))];
   });
-  figures.people.replaceChildren(rows.length ? table([...by === "user" ? ["Who", ""] : ["Model"], ...columns.map(([text]) => text)], rows)
+  figures.people.replaceChildren(rows.length ? table([by === "user" ? "Who" : "Model", ...columns.map(([text]) => text)], rows)
     : el("p.none", "No data yet"));
 }
 
@@ -13130,7 +13107,7 @@ function paintFilters(found) {
   choices($("by-who"), "Anybody", different(all.map(who)), view.who);
   choices($("by-model"), "Any model", different(all.map(modelOf)), view.model);
   put($("requests-note"), filtered ? `${whole(found)} of ${whole(all.length)}`
-    : all.length ? `the latest ${whole(all.length)}${canView() ? "" : " of your own"}` : "");
+    : !all.length ? "" : canView() ? "the latest " + whole(all.length) : whole(all.length) + " of your own");
   put($("rows-empty"), filtered ? "No request fits the filter." : page.loaded ? "No request yet." : "");
   $("clear").hidden = !filtered;
   $("rows-empty").hidden = found > 0;
@@ -13142,7 +13119,7 @@ function choices(select, any, values, chosen) {
   const list = chosen && !values.includes(chosen) ? [chosen, ...values] : values;
   if (!outdated(select, [any, ...list, chosen].join("\n"))) return;
   const shown = value => value.length > 40 ? value.slice(0, 39) + "\u2026" : value;
-  options(select, [["", any], ...list.map(value => [value, shown(value)])], chosen);
+  select.replaceChildren(...["", ...list].map(value => new Option(value ? shown(value) : any, value, false, value === chosen)));
 }
 
 // --- 14. one request, in a drawer
@@ -13224,8 +13201,9 @@ function summaryOf(r) {
     ["Cached", known(cached) && plural(cached, "token") + (promptOf(r) ? ` (${percent(100 * cached / promptOf(r))})` : "")],
     ["Written", listed([known(outputOf(r)) && outputText(r) + " tokens", known(decodeOf(r)) && speed(decodeOf(r)),
       r.reasoningTokens && tokens(r.reasoningTokens) + " of them reasoning"])],
-    ["Held up by", r.boundBy], ["Context", known(size) && `${tokens(used)} of ${tokens(size)} tokens`],
-    ["Log", r.binding === "exact" ? "matched to the log: exact" : "not matched to the log"],
+    ["Context", known(size) && `${tokens(used)} of ${tokens(size)} tokens`],
+    ["Log", r.binding !== "exact" ? "not matched to the log"
+      : "matched to the log: exact" + (/^\d/.test(r.boundBy) ? ` (by ${r.boundBy})` : "")],
     ["Id", r.requestId],
   ];
   return el("dl.facts", ...r.error ? [fact("Reason", r.error)] : [],
@@ -13244,12 +13222,11 @@ function timelineOf(r) {
 }
 
 // --- 15. the event log
-const KINDS = [["", "All events"], ["request", "Requests"], ["engine", "LM Studio"], ["error", "Errors"]];
 const logView = {needle: "", pattern: null, kind: "", raw: false, follow: true, top: 0, painted: 0};
 function fitsLog({name, data, gone}) {
   const {needle, pattern, kind, raw} = logView, [kindOf] = EVENTS[name];
   if (gone || kindOf === "raw" && !raw) return false;
-  if (kind && kindOf !== kind && !(kind === "error" && data.level === "ERROR") && !(kind === "request" && name === "error")) return false;
+  if (kind && kindOf !== kind && !(kind === "errors" && data.level === "ERROR") && !(kind === "requests" && name === "error")) return false;
   if (!pattern && !needle) return true;
   const text = [name, data.requestId, EVENTS[name][2](data)].join(" ");
   return pattern ? pattern.test(text) : text.toLowerCase().includes(needle);
@@ -13489,7 +13466,7 @@ function tick() {
   if (active.some(r => r.requestId === drawer.id)) readDetail();
 }
 
-options($("log-kind"), KINDS, "");
+choices($("log-kind"), "All events", ["requests", "LM Studio", "errors"], "");
 $("keys-on").checked = stored("keys", "on") === "on";
 attribute($("notify"), "aria-pressed", stored("notify", "off") === "on");
 setTheme(stored("theme", "auto"));
