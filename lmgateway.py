@@ -8270,8 +8270,7 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 
 FIRST_LIMIT = 4096  # bytes of a client's first message
 PARTING_S = 0.5  # for the other side's close frame once one side has sent its own
-UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read,
-UNSAID_LIMIT = 64  # and beyond so many packets of ours that wait for the end of a message of LM Studio's
+UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read
 REFUSALS_KEPT = 1000  # of calls whose later messages must not go on either
 READ, WRITE = 1, 4  # of poll(2)
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -8405,7 +8404,7 @@ class Conversation:
         self.gateway, self.request, self.bell, self.namespace = gateway, request, bell, request.path[1:]
         self.running = {}  # (name of the id, id) -> Prediction
         self._refused: dict = {}  # ids of calls that LM Studio never heard of, in the same form
-        self.words: list[bytes] = []  # packets of ours for the client
+        self.words = bytearray()  # packets of ours for the client
 
     @property
     def held(self):
@@ -8456,7 +8455,7 @@ class Conversation:
 
     def _refuse(self, kind, number, title):
         name, refusal = OPENERS[kind]
-        self.words.append(packet(type=refusal, **{name: number}, error={"title": title}))
+        self.words += packet(type=refusal, **{name: number}, error={"title": title})
 
     def _follows(self, kind, body):
         key = FOLLOWERS[kind], id_of(body, FOLLOWERS[kind])
@@ -8537,34 +8536,38 @@ class Bell:
 
 
 class Side:
-    """One of a tunnel's two connections, read and written without waiting."""
+    """One of a tunnel's two connections, read and written without waiting.  gone: the error that its end is."""
 
-    def __init__(self, sock, frames):
-        self.sock, self.frames = sock, frames
+    def __init__(self, sock, frames, gone):
+        self.sock, self.frames, self._gone = sock, frames, gone
         self.pending = bytearray()  # what it has not taken
 
     def receive(self):
-        """What has come: None for nothing, b"" for the end."""
-        try:
-            return self.sock.recv(PIECE)
-        except NOT_NOW:
-            return None
-        except OSError:
-            return b""
+        """What has come, b"" for nothing."""
+        data = self._call(self.sock.recv, PIECE)
+        if data == b"":
+            raise self._gone
+        return data or b""
 
     def send(self, data=b""):
-        """Send what there is room for, and keep the rest.  Raises OSError."""
+        """Send what there is room for, and keep the rest."""
         if self.pending:
             self.pending += data
             data = self.pending
-        try:
-            sent = self.sock.send(data) if data else 0
-        except NOT_NOW:
-            sent = 0
+        sent = self._call(self.sock.send, data) or 0 if data else 0
         if data is self.pending:
             del data[:sent]
         elif sent < len(data):
             self.pending += data[sent:]
+
+    def _call(self, function, argument):
+        """None if that would have to wait."""
+        try:
+            return function(argument)
+        except NOT_NOW:
+            return None
+        except OSError:
+            raise self._gone from None
 
 
 def ready_sockets(wanted, timeout_s):
@@ -8588,8 +8591,9 @@ class Tunnel:
 
     def __init__(self, gateway, request, studio, early):
         self._gateway, self._request, self._bell = gateway, request, Bell()
-        self.client = Side(request.connection.sock, Frames(True, FIRST_LIMIT))
-        self.studio = Side(studio, Frames(False, LONGEST_MESSAGE))
+        self.client = Side(request.connection.sock, Frames(True, FIRST_LIMIT), ClientLeft())
+        self.studio = Side(studio, Frames(False, LONGEST_MESSAGE),
+                           FrameError(1011, "LM Studio closed the connection"))
         self._early = early  # bytes of LM Studio's that came with its 101
         self.talk = Conversation(gateway, request, self._bell)
         self._memory, self._held = BodyMemory(0), 0     # held: bytes of messages that it counts
@@ -8645,7 +8649,10 @@ class Tunnel:
             connection.state = WORKING if talk.running else TUNNELLING
             if self._gateway.stopping and not talk.running:
                 raise FrameError(1001, "lmgateway stops")
-            self._step()
+            try:
+                self._step()
+            except HttpError as error:  # of the memory for bodies
+                raise FrameError(1009, str(error)) from None
 
     def dismiss(self):
         """Any thread.  The client has left, or is to go."""
@@ -8654,24 +8661,26 @@ class Tunnel:
 
     def _step(self):
         client, studio, talk = self.client, self.studio, self.talk
-        while talk.words and studio.frames.between:     # ours stand between two messages of LM Studio's
-            client.send(talk.words.pop(0))
-        reads = not (self._said_goodbye or studio.pending or len(client.pending) > UNREAD_LIMIT
-                     or len(talk.words) > UNSAID_LIMIT)
+        if talk.words and studio.frames.between:    # ours stand between two messages of LM Studio's
+            client.send(bytes(talk.words))
+            talk.words.clear()
+        reads = not (self._said_goodbye or studio.pending or len(client.pending) + len(talk.words) > UNREAD_LIMIT)
         found = ready_sockets({
             self._bell.sock: READ, client.sock: READ * reads | WRITE * bool(client.pending),
             studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)},
             max(0.0, self._parting - time.monotonic()) if self._parting < math.inf else None)
         client.send()
-        self._to_studio()
+        studio.send()
         if self._bell.sock in found:
             self._bell.sock.recv(PIECE)
             self._wake()
         if studio.sock in found:
-            self._from_studio(time.monotonic())
+            self._from_studio(studio.receive())
         if client.sock in found and reads:
-            self._from_client()
-        self._weigh()
+            self._pass_on(client.frames.feed(client.receive()))
+        held = client.frames.held + talk.held
+        self._memory.take(held - self._held)
+        self._held = held
 
     def _wake(self):
         """Another thread has rung."""
@@ -8679,56 +8688,27 @@ class Tunnel:
             self.talk.check_key()
             raise ClientLeft
         for data in self.talk.tend():
-            self._to_studio(data)
+            self.studio.send(data)
 
-    def _from_studio(self, now):
-        data = self.studio.receive()
-        if data is None:
-            return
+    def _from_studio(self, data):
         try:
             messages = self.studio.frames.feed(data)
         except FrameError as fault:
             raise FrameError(1011, f"LM Studio sent {fault}") from None
-        if not data and self._parting == math.inf:
-            raise FrameError(1011, "LM Studio closed the connection")
-        self.talk.heard(messages, now)
+        self.talk.heard(messages, time.monotonic())
         self.client.send(data)
-        if not data or messages and messages[-1].opcode == CLOSE:
+        if messages and messages[-1].opcode == CLOSE:
             self._closes()
-
-    def _from_client(self):
-        data = self.client.receive()
-        if data:
-            self._pass_on(self.client.frames.feed(data))
-        elif data is not None:
-            raise ClientLeft
-
-    def _weigh(self):
-        """What is held of a client's messages counts in the budget of all bodies."""
-        held = self.client.frames.held + self.talk.held
-        more = held - self._held
-        if more:
-            try:
-                self._memory.take(more)
-            except HttpError as error:
-                raise FrameError(1009, str(error)) from None
-            self._held = held
 
     def _pass_on(self, messages):
         """A client's messages, to LM Studio or not."""
         for message in messages:
             if message.opcode >= CLOSE or self.talk.admits(message):
-                self._to_studio(message.raw)
+                self.studio.send(message.raw)
             if message.opcode == CLOSE:
                 self._said_goodbye = True
                 self.talk.end("the client closed the socket", "client_disconnected")
                 return self._closes()
-
-    def _to_studio(self, data=b""):
-        try:
-            self.studio.send(data)
-        except OSError:     # not the client's fault, whose connection is written to in the same way
-            raise FrameError(1011, "LM Studio closed the connection") from None
 
     def _closes(self):
         """One side has sent its close frame; after both, or soon, all is over."""
@@ -8738,11 +8718,11 @@ class Tunnel:
     # --- the end
 
     def part(self, fault):
-        """It is over, for the FrameError, HttpError or ClientLeft given, or because a side has closed."""
+        """It is over, for the exception given, or because a side has closed."""
         self._request.connection.leave = None
         self._memory.give_back(self._held)
         close_quietly(self.studio.sock)
-        if isinstance(fault, FrameError):
+        if isinstance(fault, FrameError) and self._parting == math.inf:
             log.debug("%s %s: closed with %d: %s", self._request.client, self._request.path, fault.code,
                       fault)
             why = str(fault), OPERATIONS.get(fault.code, "protocol_error")
@@ -8751,9 +8731,10 @@ class Tunnel:
                                              + str(fault).encode()[:LONGEST_CONTROL - 2])
         elif self._gateway.cutting_off:
             why = "lmgateway stopped during the answer", "gateway_stopped"
+        elif isinstance(fault, (ClientLeft, OSError)):
+            why = "the client left", "client_disconnected"
         else:
-            why = ("the client left", "client_disconnected") if fault else (
-                "LM Studio closed the socket", "upstream_reset")
+            why = "LM Studio closed the socket", "upstream_reset"
         self.talk.end(*why)
         self._bell.close()
         with contextlib.suppress(OSError):
@@ -8957,7 +8938,7 @@ class Handler(socketserver.BaseRequestHandler):
         finally:
             tunnel.part(fault)
             self._note(request, 101)
-        if not isinstance(fault, (ClientLeft, OSError)):
+        if not isinstance(fault, (ClientLeft, OSError)) and not self.server.gateway.stopping:
             self.wire.linger()
         return False
 
