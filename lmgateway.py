@@ -2364,7 +2364,6 @@ def ask_usage(data, options):
 
 FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
 LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
-LOG_KEEPS = 50  # UTF-16 units before and after it
 
 
 class Fingerprint(NamedTuple):
@@ -2398,16 +2397,17 @@ def json_hash(value):
     return hash(f"\0{int(value) if kind is float and value.is_integer() else value}")  # like no string
 
 
-def log_text(text):
-    """A string of a request body as the log shows it, without the mark for its missing middle."""
+def log_text(text, keeps=100):
+    """A string of a request body as the log shows it, without the mark for its missing middle: 50 UTF-16 units (100
+    bytes) before and after it."""
     head, cut, tail = text.partition(LOG_CUT)
     if cut:
         return head + tail
     units = text.encode("utf-16-le", "surrogatepass")
-    if len(units) <= 4 * LOG_KEEPS:
+    if len(units) <= 2 * keeps:
         return text
-    return (units[:2 * LOG_KEEPS].decode("utf-16-le", "replace")
-            + units[-2 * LOG_KEEPS:].decode("utf-16-le", "replace"))
+    return units[:keeps].decode("utf-16-le", "replace") + units[-keeps:].decode("utf-16-le", "replace")
+
 
 
 # --- 3.7 records: the life of a request --------------------------------------
@@ -8249,8 +8249,7 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 
 FIRST_LIMIT = 4096  # bytes of a client's first message
 PARTING_S = 0.5  # for the other side's close frame once one side has sent its own
-UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read,
-UNSAID_LIMIT = 64  # and beyond so many packets of ours that wait for the end of a message of LM Studio's
+UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read
 REFUSALS_KEPT = 1000  # of calls whose later messages must not go on either
 READ, WRITE = 1, 4  # of poll(2)
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -8384,7 +8383,7 @@ class Conversation:
         self.gateway, self.request, self.bell, self.namespace = gateway, request, bell, request.path[1:]
         self.running = {}  # (name of the id, id) -> Prediction
         self._refused: dict = {}  # ids of calls that LM Studio never heard of, in the same form
-        self.words: list[bytes] = []  # packets of ours for the client
+        self.words = bytearray()  # packets of ours for the client
 
     @property
     def held(self):
@@ -8435,7 +8434,7 @@ class Conversation:
 
     def _refuse(self, kind, number, title):
         name, refusal = OPENERS[kind]
-        self.words.append(packet(type=refusal, **{name: number}, error={"title": title}))
+        self.words += packet(type=refusal, **{name: number}, error={"title": title})
 
     def _follows(self, kind, body):
         key = FOLLOWERS[kind], id_of(body, FOLLOWERS[kind])
@@ -8516,34 +8515,38 @@ class Bell:
 
 
 class Side:
-    """One of a tunnel's two connections, read and written without waiting."""
+    """One of a tunnel's two connections, read and written without waiting.  gone: the error that its end is."""
 
-    def __init__(self, sock, frames):
-        self.sock, self.frames = sock, frames
+    def __init__(self, sock, frames, gone):
+        self.sock, self.frames, self._gone = sock, frames, gone
         self.pending = bytearray()  # what it has not taken
 
     def receive(self):
-        """What has come: None for nothing, b"" for the end."""
-        try:
-            return self.sock.recv(PIECE)
-        except NOT_NOW:
-            return None
-        except OSError:
-            return b""
+        """What has come, b"" for nothing."""
+        data = self._call(self.sock.recv, PIECE)
+        if data == b"":
+            raise self._gone
+        return data or b""
 
     def send(self, data=b""):
-        """Send what there is room for, and keep the rest.  Raises OSError."""
+        """Send what there is room for, and keep the rest."""
         if self.pending:
             self.pending += data
             data = self.pending
-        try:
-            sent = self.sock.send(data) if data else 0
-        except NOT_NOW:
-            sent = 0
+        sent = self._call(self.sock.send, data) or 0 if data else 0
         if data is self.pending:
             del data[:sent]
         elif sent < len(data):
             self.pending += data[sent:]
+
+    def _call(self, function, argument):
+        """None if that would have to wait."""
+        try:
+            return function(argument)
+        except NOT_NOW:
+            return None
+        except OSError:
+            raise self._gone from None
 
 
 def ready_sockets(wanted, timeout_s):
@@ -8567,8 +8570,9 @@ class Tunnel:
 
     def __init__(self, gateway, request, studio, early):
         self._gateway, self._request, self._bell = gateway, request, Bell()
-        self.client = Side(request.connection.sock, Frames(True, FIRST_LIMIT))
-        self.studio = Side(studio, Frames(False, LONGEST_MESSAGE))
+        self.client = Side(request.connection.sock, Frames(True, FIRST_LIMIT), ClientLeft())
+        self.studio = Side(studio, Frames(False, LONGEST_MESSAGE),
+                           FrameError(1011, "LM Studio closed the connection"))
         self._early = early  # bytes of LM Studio's that came with its 101
         self.talk = Conversation(gateway, request, self._bell)
         self._memory, self._held = BodyMemory(0), 0     # held: bytes of messages that it counts
@@ -8624,7 +8628,10 @@ class Tunnel:
             connection.state = WORKING if talk.running else TUNNELLING
             if self._gateway.stopping and not talk.running:
                 raise FrameError(1001, "lmgateway stops")
-            self._step()
+            try:
+                self._step()
+            except HttpError as error:  # of the memory for bodies
+                raise FrameError(1009, str(error)) from None
 
     def dismiss(self):
         """Any thread.  The client has left, or is to go."""
@@ -8633,24 +8640,26 @@ class Tunnel:
 
     def _step(self):
         client, studio, talk = self.client, self.studio, self.talk
-        while talk.words and studio.frames.between:     # ours stand between two messages of LM Studio's
-            client.send(talk.words.pop(0))
-        reads = not (self._said_goodbye or studio.pending or len(client.pending) > UNREAD_LIMIT
-                     or len(talk.words) > UNSAID_LIMIT)
+        if talk.words and studio.frames.between:    # ours stand between two messages of LM Studio's
+            client.send(bytes(talk.words))
+            talk.words.clear()
+        reads = not (self._said_goodbye or studio.pending or len(client.pending) + len(talk.words) > UNREAD_LIMIT)
         found = ready_sockets({
             self._bell.sock: READ, client.sock: READ * reads | WRITE * bool(client.pending),
             studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)},
             max(0.0, self._parting - time.monotonic()) if self._parting < math.inf else None)
         client.send()
-        self._to_studio()
+        studio.send()
         if self._bell.sock in found:
             self._bell.sock.recv(PIECE)
             self._wake()
         if studio.sock in found:
-            self._from_studio(time.monotonic())
+            self._from_studio(studio.receive())
         if client.sock in found and reads:
-            self._from_client()
-        self._weigh()
+            self._pass_on(client.frames.feed(client.receive()))
+        held = client.frames.held + talk.held
+        self._memory.take(held - self._held)
+        self._held = held
 
     def _wake(self):
         """Another thread has rung."""
@@ -8658,56 +8667,27 @@ class Tunnel:
             self.talk.check_key()
             raise ClientLeft
         for data in self.talk.tend():
-            self._to_studio(data)
+            self.studio.send(data)
 
-    def _from_studio(self, now):
-        data = self.studio.receive()
-        if data is None:
-            return
+    def _from_studio(self, data):
         try:
             messages = self.studio.frames.feed(data)
         except FrameError as fault:
             raise FrameError(1011, f"LM Studio sent {fault}") from None
-        if not data and self._parting == math.inf:
-            raise FrameError(1011, "LM Studio closed the connection")
-        self.talk.heard(messages, now)
+        self.talk.heard(messages, time.monotonic())
         self.client.send(data)
-        if not data or messages and messages[-1].opcode == CLOSE:
+        if messages and messages[-1].opcode == CLOSE:
             self._closes()
-
-    def _from_client(self):
-        data = self.client.receive()
-        if data:
-            self._pass_on(self.client.frames.feed(data))
-        elif data is not None:
-            raise ClientLeft
-
-    def _weigh(self):
-        """What is held of a client's messages counts in the budget of all bodies."""
-        held = self.client.frames.held + self.talk.held
-        more = held - self._held
-        if more:
-            try:
-                self._memory.take(more)
-            except HttpError as error:
-                raise FrameError(1009, str(error)) from None
-            self._held = held
 
     def _pass_on(self, messages):
         """A client's messages, to LM Studio or not."""
         for message in messages:
             if message.opcode >= CLOSE or self.talk.admits(message):
-                self._to_studio(message.raw)
+                self.studio.send(message.raw)
             if message.opcode == CLOSE:
                 self._said_goodbye = True
                 self.talk.end("the client closed the socket", "client_disconnected")
                 return self._closes()
-
-    def _to_studio(self, data=b""):
-        try:
-            self.studio.send(data)
-        except OSError:     # not the client's fault, whose connection is written to in the same way
-            raise FrameError(1011, "LM Studio closed the connection") from None
 
     def _closes(self):
         """One side has sent its close frame; after both, or soon, all is over."""
@@ -8717,11 +8697,11 @@ class Tunnel:
     # --- the end
 
     def part(self, fault):
-        """It is over, for the FrameError, HttpError or ClientLeft given, or because a side has closed."""
+        """It is over, for the exception given, or because a side has closed."""
         self._request.connection.leave = None
         self._memory.give_back(self._held)
         close_quietly(self.studio.sock)
-        if isinstance(fault, FrameError):
+        if isinstance(fault, FrameError) and self._parting == math.inf:
             log.debug("%s %s: closed with %d: %s", self._request.client, self._request.path, fault.code,
                       fault)
             why = str(fault), OPERATIONS.get(fault.code, "protocol_error")
@@ -8730,9 +8710,10 @@ class Tunnel:
                                              + str(fault).encode()[:LONGEST_CONTROL - 2])
         elif self._gateway.cutting_off:
             why = "lmgateway stopped during the answer", "gateway_stopped"
+        elif isinstance(fault, (ClientLeft, OSError)):
+            why = "the client left", "client_disconnected"
         else:
-            why = ("the client left", "client_disconnected") if fault else (
-                "LM Studio closed the socket", "upstream_reset")
+            why = "LM Studio closed the socket", "upstream_reset"
         self.talk.end(*why)
         self._bell.close()
         with contextlib.suppress(OSError):
@@ -8936,7 +8917,7 @@ class Handler(socketserver.BaseRequestHandler):
         finally:
             tunnel.part(fault)
             self._note(request, 101)
-        if not isinstance(fault, (ClientLeft, OSError)):
+        if not isinstance(fault, (ClientLeft, OSError)) and not self.server.gateway.stopping:
             self.wire.linger()
         return False
 
@@ -10461,6 +10442,7 @@ EVENTS = {  # every event of the stream; a test holds the README's table to it
 # --- 9.4 commands that print events: --tail-only and --watch -----------------
 
 
+@contextlib.contextmanager
 def open_printer(args, live):
     """A Printer on stdout that makes room for our log on the same terminal.  Raises StartError."""
     if sys.stdout is None:
@@ -10470,7 +10452,11 @@ def open_printer(args, live):
     printer = Printer(sys.stdout, args.json, chosen_events(args.events), live)
     for handler in log.handlers:
         handler.addFilter(lambda record: printer.finish() or True)
-    return printer
+    try:
+        yield printer
+    finally:
+        with contextlib.suppress(OSError):
+            printer.finish()
 
 
 class LogRecords:
@@ -10488,23 +10474,18 @@ class LogRecords:
 
 def tail_only(args, config):
     """--tail-only: replay PATHs, or follow the live log until a signal.  Returns the exit status."""
-    printer = open_printer(args, live=not args.paths)
-    try:
+    with open_printer(args, live=not args.paths) as printer:
         if args.paths:
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
             freeze_start_up()
             replay(saved_logs(args.paths), printer)
             return 0
-        stop = Stop()
-        directory = log_dir_of(config)
+        stop, directory = Stop(), log_dir_of(config)
         follower = Follower(directory, args.from_start, time.time())
         log.info("lmgateway %s, log directory: %s", VERSION, directory)
         freeze_start_up()
         Monitor(follower).run(with_cards(printer), lambda seconds: printer.tick() or stop.wait(seconds))
         return stop.status
-    finally:
-        with contextlib.suppress(OSError):
-            printer.finish()
 
 
 def with_cards(printer):
@@ -10575,13 +10556,13 @@ def report_text(rows):
 
 def watch(args, config):
     """--watch URL: print the events of another gateway until a signal.  Returns the exit status."""
-    stop, printer = Stop(), open_printer(args, live=True)
+    stop = Stop()
     news: queue.Queue[Any] = queue.Queue(1000)
     stream = GatewayStream(watched_address(args.watch), next(iter(config.api_key.values()), None),
                            "0" if args.from_start else None)
-    start_thread(stream.run, news.put, stop.wait, name="watch")
-    freeze_start_up()
-    try:
+    with open_printer(args, live=True) as printer:
+        start_thread(stream.run, news.put, stop.wait, name="watch")
+        freeze_start_up()
         while not stop.wait(0):
             items = drain(news, 0.1)
             printer.write([item for item in items if isinstance(item, tuple)])
@@ -10591,10 +10572,7 @@ def watch(args, config):
                 if isinstance(item, str):
                     log.warning(item)
             printer.tick()
-        return stop.status
-    finally:
-        with contextlib.suppress(OSError):
-            printer.finish()
+    return stop.status
 
 
 def drain(news, timeout_s):
@@ -10942,7 +10920,6 @@ def announce(gateway, port, demo):
 # --- 9.6 addresses of this machine -------------------------------------------
 
 ANYWHERE = ("", "0.0.0.0", "::")
-NOWHERE = ("192.0.2.1", 9)  # kept for documentation (RFC 5737); to connect UDP there sends nothing
 
 
 def reachable(config):
@@ -10956,7 +10933,7 @@ def lan_addresses():
     """The IPv4 address with which this machine goes out; without a way out, those of its name."""
     found = set()
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(NOWHERE)
+        sock.connect(("192.0.2.1", 9))  # kept for documentation (RFC 5737); to connect UDP sends nothing
         found.add(sock.getsockname()[0])
     usable = map(ipaddress.ip_address, sorted(found or resolved(socket.gethostname())))
     return [str(address) for address in usable
@@ -11084,10 +11061,7 @@ def check_options(found):
 def check_port(found):
     host, port = found.config.host, found.config.port
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-            if os.name != "nt":
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((host, port))
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
         yield "ok", f"port {port} of {host} is free" if port else "the system will choose one"
     except OSError as error:
         problem, url = listen_problem(found.config, error), page_url(found.config, port)
@@ -11186,9 +11160,10 @@ def check_newest_log(path, state, parser):
 
 def check_room(found):
     facts = LogVolume(found.log_dir, found.config.log_dir_warn).facts()
-    taken, growth, free = ("unknown" if facts[name] is None else shown_bytes(facts[name])
-                           for name in ("directoryBytes", "growthBytesPerDay", "freeBytes"))
-    yield "ok", f"logs take {taken}, grow by {growth} a day; {free} are free on that disk"
+    if facts["directoryBytes"] is not None:
+        taken, growth, free = ("unknown" if facts[name] is None else shown_bytes(facts[name])
+                               for name in ("directoryBytes", "growthBytesPerDay", "freeBytes"))
+        yield "ok", f"logs take {taken}, grow by {growth} a day; {free} are free on that disk"
     for warning in facts["warnings"]:
         yield "warn", *warning.split(": ", 1)
 
@@ -11255,14 +11230,12 @@ def run_checks(args, config=None):
         rows = [dict(zip(("check", "mark", "what", "remedy"), row)) for row in found]
         print(json.dumps({"status": "bad" if failed else "ok", "version": VERSION, "findings": rows}))
         return int(failed)
+    colours = {"ok": GREEN, "warn": YELLOW, "bad": RED}
     coloured = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
     for name, mark, finding, remedy in found:
-        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if coloured else f"{mark:4}"
+        shown = f"\x1b[{colours[mark]}m{mark:4}\x1b[0m" if coloured else f"{mark:4}"
         print(f"{shown}  {name:9}  " + printable(finding + (f"  ->  {remedy}" if remedy else "")))
     return int(failed)
-
-
-MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
 
 
 def findings_of(check, installation):
@@ -11348,7 +11321,6 @@ COMMANDS = (
     Command("revoke_key", revoke_key, "take a minted key away", "NAME"),
     Command("print_launchd", print_launchd, "a launchd agent for macOS; see the README"),
 )
-COMPANIONS = tuple(dict.fromkeys(name for command in COMMANDS for name in command.companions))
 USAGE = """\
 lmgateway.py [options]              gateway, log monitor and dashboard beside LM Studio
        lmgateway.py COMMAND [options]      one of the commands below"""
@@ -11439,11 +11411,11 @@ def chosen_command(args):
         meant = nearest(args.paths[0], [flag_of(command.name) for command in COMMANDS])[2:]
         raise ConfigError(f"{args.paths[0]}: " + (
             meant or "a path goes with --tail-only or --report; see --help"))
-    for name in COMPANIONS:
+    for name in dict.fromkeys(name for command in COMMANDS for name in command.companions):
         hosts = [command for command in COMMANDS if name in command.companions]
         if getattr(args, name) not in (None, False) and chosen not in hosts and (chosen or name != "open"):
-            raise ConfigError(f"{flag_of(name)} goes with "
-                              f"{' or '.join(flag_of(command.name) for command in hosts)}")
+            raise ConfigError(f"{flag_of(name)} goes with {' or '.join(flag_of(command.name) for command in hosts)}"
+                              + " or no command" * (name == "open"))
     if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     if args.events is not None and not words(args.events):
