@@ -3156,7 +3156,7 @@ class Requests:
 
     def settle(self, clock):
         """Bind what has become certain by now.  The more there is to compare, the less often it is done."""
-        if clock >= self._settle_at:
+        if clock >= self._settle_at and (self._runs or self._lines):
             self._pairs = 0
             while self._bind_one(clock):
                 pass
@@ -3839,9 +3839,9 @@ def tally(row):
     written = row["completion_tokens"] or 0
     fresh, read_ms, write_ms = max(0, prompt - cached), row["prompt_ms"] or 0, row["generation_ms"] or 0
     left = was_left(row["outcome"], row["operation"])
-    found: Counter[Any] = Counter(requests=1, abandoned=int(left), errors=int(row["outcome"] != "done" and not left),
-                    promptTokens=prompt, cachedTokens=cached, completionTokens=written,
-                    gpuMs=read_ms + write_ms)
+    found: dict[Any, Any] = {"requests": 1, "abandoned": int(left),
+                             "errors": int(row["outcome"] != "done" and not left), "promptTokens": prompt,
+                             "cachedTokens": cached, "completionTokens": written, "gpuMs": read_ms + write_ms}
     speeds = {}
     if fresh and read_ms:
         found.update(readTokens=fresh, readMs=read_ms)
@@ -3900,7 +3900,9 @@ class Series:
         minute, names, amounts = int(ended // 60), ("", model, key, person), tally(row)
         if before and before[0] in self._minutes:
             self._cell(*before[:2]).subtract(before[2])
-        self._cell(minute, names).update(amounts)
+        cell = self._cell(minute, names)
+        for name, amount in amounts.items():
+            cell[name] += amount
         if len(self.used) < NAMES_KEPT or model in self.used:
             self.used[model] = max(ended, self.used.get(model, 0))
         return minute, names, amounts
@@ -4275,7 +4277,8 @@ class Account:
     def spend(self, clock, prompt, completion):
         """A request has ended."""
         self.tokens.add(clock, prompt + completion)
-        self.today.update(promptTokens=prompt, completionTokens=completion)
+        self.today["promptTokens"] += prompt
+        self.today["completionTokens"] += completion
 
     def headers(self, limits, clock):
         """x-ratelimit-*, as OpenAI's API has them, for the limits by the minute."""
@@ -4340,6 +4343,9 @@ class Scheduler:
     def join(self, turn, clock):
         """A request has come.  Gives the Turns that begin now, among them maybe this one."""
         turn.number = next(self._numbers)
+        if not self.waiting and self._may_begin(turn, self._lines.setdefault(turn.model, Line())):
+            self._begin(turn, clock)    # without a detour over the queue
+            return [turn]
         self._enqueue(turn)
         begun = self.start(clock)
         if turn.began is None:
@@ -4371,24 +4377,27 @@ class Scheduler:
             if rank is None:
                 break
             turn = rank[-1]
-            self._lines[turn.model].running.add(turn)
             self._dequeue(turn)
-            turn.began = clock
-            self._served.pop(turn.who, None)
-            self._served[turn.who] = next(self._numbers)
-            if len(self._served) > NAMES_KEPT:
-                del self._served[next(iter(self._served))]
-            self._count(turn, 1)
+            self._begin(turn, clock)
             begun.append(turn)
         return begun
 
+    def _begin(self, turn, clock):
+        self._lines.setdefault(turn.model, Line()).running.add(turn)
+        turn.began = clock
+        self._served.pop(turn.who, None)
+        self._served[turn.who] = next(self._numbers)
+        if len(self._served) > NAMES_KEPT:
+            del self._served[next(iter(self._served))]
+        self._count(turn, 1)
+
     def _next(self, line):
         """The rank of the Turn that a free slot of a line goes to, None while none may begin."""
-        if len(line.running) < self._slots:
-            for rank in line.ranks:
-                if self._of_key.get(rank[-1].key, 0) < self.limits.get(rank[-1].key, math.inf):
-                    return rank
-        return None
+        return next((rank for rank in line.ranks if self._may_begin(rank[-1], line)), None)
+
+    def _may_begin(self, turn, line):
+        return (len(line.running) < self._slots
+                and self._of_key.get(turn.key, 0) < self.limits.get(turn.key, math.inf))
 
     def _rise(self, clock):
         while self._rises and self._rises[0][0] <= clock:
@@ -4756,13 +4765,13 @@ class Hub(Ring):
         """The history rows of requests that changed after their end; figures and series learn from them."""
         changed = {record.id: record for record in self._requests.changed}
         self._requests.changed = []
-        rows = {record.id: history_row(record) for record in changed.values()}
-        for record in changed.values():
+        rows = [history_row(record) for record in changed.values()]
+        for record, row in zip(changed.values(), rows):
             if record.source == "gateway":
                 self._figures.count_tokens(record)
-            about = {**dict(zip(HISTORY_NAMES, rows[record.id])), "agent": record.agent}
-            record.tallied = self._series.take(about, record.tallied)
-        return list(rows.values())
+            record.tallied = self._series.take(dict(zip(HISTORY_NAMES, row), agent=record.agent),
+                                               record.tallied)
+        return rows
 
     def _give(self, rows):
         if rows and self._keep:
@@ -4878,7 +4887,7 @@ HISTORY = (  # column, type, what it holds; no prompt and no answer
     ("user", "TEXT", lambda record: record.user),
     ("queued_ms", "REAL", lambda record: record.queued_ms()),
 )
-HISTORY_NAMES = next(zip(*HISTORY))
+HISTORY_NAMES, _, HISTORY_VALUES = zip(*HISTORY)
 ADDED = {"user", "queued_ms"}  # columns that files of an earlier version lack
 GROUPS = {  # what usage can be summed by
     "key": "COALESCE(key, CASE source WHEN 'lmstudio' THEN 'not via gateway' ELSE 'no key' END)",
@@ -4904,14 +4913,16 @@ TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cache
 
 
 def history_row(record):
-    return tuple(storable(value(record)) for _, _, value in HISTORY)
+    return tuple([storable(value(record)) for value in HISTORY_VALUES])
 
 
 def storable(value):
     """A value that SQLite takes and can sum: a client or LM Studio may name any text and any number."""
+    if value is None or value.__class__ is str and value.isascii():
+        return value
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    return value if value is None else max(-10**12, min(value, 10**12))
+    return value if -10**12 < value < 10**12 else max(-10**12, min(value, 10**12))
 
 
 def since_epoch(text, now):
