@@ -9895,7 +9895,7 @@ class LogWriter(logging.handlers.QueueListener):
     """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for
     the reader of stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
 
-    END_S = 1.0     # to write the rest
+    END_S = 0.5     # to write the rest
 
     def __init__(self, handler):
         self._lines: Any = queue.SimpleQueue()
