@@ -3825,7 +3825,7 @@ def performance(records, requests, tokens):
 
 DAY_MINUTES = 24 * 60
 MOST_MINUTES = 7 * DAY_MINUTES  # that one can ask for
-CELLS = 20_000  # (minute, model, key, who) that are kept apart; beyond them the oldest minutes lose names
+CELLS = 30  # (model, key, who) of one minute that are kept apart; the others are "other"
 BUCKET = 1.1  # a histogram's buckets are so much wider each: a percentile of it is right to 5 %
 BY = ("", "model", "key", "user")  # what rows can be told apart by
 STEPS = (60, 300, 3600)  # seconds of a row
@@ -3839,9 +3839,9 @@ def tally(row):
     written = row["completion_tokens"] or 0
     fresh, read_ms, write_ms = max(0, prompt - cached), row["prompt_ms"] or 0, row["generation_ms"] or 0
     left = was_left(row["outcome"], row["operation"])
-    found: Counter[Any] = Counter(requests=1, abandoned=int(left), errors=int(row["outcome"] != "done" and not left),
-                    promptTokens=prompt, cachedTokens=cached, completionTokens=written,
-                    gpuMs=read_ms + write_ms)
+    found: Counter[Any] = Counter(
+        requests=1, abandoned=int(left), errors=int(row["outcome"] != "done" and not left),
+        promptTokens=prompt, cachedTokens=cached, completionTokens=written, gpuMs=read_ms + write_ms)
     speeds = {}
     if fresh and read_ms:
         found.update(readTokens=fresh, readMs=read_ms)
@@ -3886,7 +3886,6 @@ class Series:
     def __init__(self, since, kept=DAY_MINUTES):
         self.since, self._kept = since, kept  # epoch seconds, from then on it holds every request; minutes
         self._minutes: dict[int, dict[tuple, Counter]] = {}
-        self._size = 0  # cells in all
         self.used: dict[str, float] = {}  # model -> when it last answered, epoch seconds
 
     def take(self, row, before=None):
@@ -3894,41 +3893,23 @@ class Series:
         the log can tell more of a request after its end."""
         ended = row["started"] + (row["total_ms"] or 0) / 1000
         model = row["model"] or row["model_asked"] or "unknown"
-        beside = row["source"] == "lmstudio"
-        key = row["key"] or ("not via gateway" if beside else "no key")
+        key = row["key"] or ("not via gateway" if row["source"] == "lmstudio" else "no key")
         person = who(row["source"], row.get("user"), row["key"], row.get("agent"), row["client"]) or "unknown"
         minute, names, amounts = int(ended // 60), ("", model, key, person), tally(row)
         if before and before[0] in self._minutes:
-            self._cell(*before[:2]).subtract(before[2])
-        self._cell(minute, names).update(amounts)
-        if len(self.used) < NAMES_KEPT or model in self.used:
-            self.used[model] = max(ended, self.used.get(model, 0))
-        return minute, names, amounts
-
-    def _cell(self, minute, names):
+            self._minutes[before[0]][before[1]].subtract(before[2])
         if minute not in self._minutes:
             self._minutes[minute] = {}
             self.since = max(self.since, 60 * (minute - self._kept + 1))
             for old in [one for one in self._minutes if one <= minute - self._kept]:
-                self._size -= len(self._minutes.pop(old))
+                del self._minutes[old]
         cells = self._minutes[minute]
-        if names not in cells:
-            cells[names] = Counter()
-            self._size += 1
-            if self._size > CELLS:
-                self._fold()
-                return self._cell(minute, names if names in cells else next(iter(cells)))
-        return cells[names]
-
-    def _fold(self):
-        """Make one cell of the oldest minute that has several."""
-        cells = next(self._minutes[one] for one in sorted(self._minutes) if len(self._minutes[one]) > 1)
-        whole: Counter[Any] = Counter()
-        for amounts in cells.values():
-            whole.update(amounts)
-        self._size -= len(cells) - 1
-        cells.clear()
-        cells["", "other", "other", "other"] = whole
+        if names not in cells and len(cells) >= CELLS:
+            names = ("", "other", "other", "other")
+        cells.setdefault(names, Counter()).update(amounts)
+        if len(self.used) < NAMES_KEPT or model in self.used:
+            self.used[model] = max(ended, self.used.get(model, 0))
+        return minute, names, amounts
 
     def cells(self, begin):
         """A copy of what ended from the minute of begin (epoch seconds) on: [(minute, names, tally)]."""
@@ -3943,17 +3924,16 @@ def series_step(minutes):
 
 def series_rows(cells, step, by):
     """`rows` and `total` of /debug/series: of all, or with by ("model", "key", "user") of each name."""
-    place = BY.index(by)
+    place, asked = BY.index(by), Counter()
+    for _, names, amounts in cells:
+        asked[names[place]] += amounts["requests"]
+    known = {name for name, _ in asked.most_common(MOST_NAMES)}
     sums: dict[str, dict] = {}
     totals: dict[str, Counter] = {}
     for minute, names, amounts in cells:
-        name = names[place]
+        name = names[place] if names[place] in known else "other"
         totals.setdefault(name, Counter()).update(amounts)
         sums.setdefault(name, {}).setdefault(60 * minute // step * step, Counter()).update(amounts)
-    for name in sorted(totals, key=lambda name: -totals[name]["requests"])[MOST_NAMES:]:
-        totals.setdefault("other", Counter()).update(totals.pop(name))
-        for t, amounts in sums.pop(name).items():
-            sums.setdefault("other", {}).setdefault(t, Counter()).update(amounts)
     rows = {name: [{"t": utc_text(t), **series_row(found[t])} for t in sorted(found) if found[t]["requests"]]
             [-MOST_ROWS:] for name, found in sums.items()}
     total = {name: series_row(amounts) for name, amounts in totals.items()}
@@ -8033,8 +8013,9 @@ def me(gateway, request):
     """The key that asks: what it may, and what it has used."""
     identity = request.identity
     terms = gateway.access.terms(identity.name)
-    return json_response({"name": identity.name, "rights": [name for name in RIGHTS if name in identity.rights],
-                          "priority": terms.priority, "limits": terms.limits, "models": terms.models,
+    rights = [name for name in RIGHTS if name in identity.rights]
+    return json_response({"name": identity.name, "rights": rights, "priority": terms.priority,
+                          "limits": terms.limits, "models": terms.models,
                           "expires": terms.expires or None, **gateway.turns.used(identity.name)})
 
 
@@ -8080,19 +8061,14 @@ def doings(ours, state):
 
 
 def metrics_json(gateway, request):
-    """Figures for people and scripts; those of /metrics agree with them."""
-    return json_response({"timestamp": gateway.hub.now(), "performance": gateway.hub.performance(),
-                          "system": system_figures(gateway)})
-
-
-def system_figures(gateway):
-    """The resources of this process; sizes in bytes, times in s.  A figure that the system does not tell is
-    None."""
-    return {"uptime": gateway.uptime, "version": VERSION,
-            "python": platform.python_version(), "platform": platform.platform(), "pid": os.getpid(),
-            "cpuSeconds": round(time.process_time(), 2), "memoryBytes": resident_bytes(),
-            "threads": threading.active_count(), "streamClients": gateway.hub.listeners,
-            "connections": gateway.server and gateway.server.connections}
+    """Figures for people and scripts, which agree with those of /metrics, and the resources of this process;
+    sizes in bytes, times in s.  A figure that the system does not tell is None."""
+    hub = gateway.hub
+    return json_response({"timestamp": hub.now(), "performance": hub.performance(), "system": {
+        "uptime": gateway.uptime, "version": VERSION, "python": platform.python_version(),
+        "platform": platform.platform(), "pid": os.getpid(), "cpuSeconds": round(time.process_time(), 2),
+        "memoryBytes": resident_bytes(), "threads": threading.active_count(), "streamClients": hub.listeners,
+        "connections": gateway.server and gateway.server.connections}})
 
 
 def resident_bytes():
@@ -8229,10 +8205,13 @@ ROUTES = (
     Route("GET", "/debug/requests/*", request_detail, "own", "one request with its timeline"),
     Route("DELETE", "/debug/requests/*", stop_request, "own", "stop a request: one's own, with admin any"),
     Route("GET", "/me", me, "own", "the key that asks: rights, limits, what it has used"),
-    Route("GET", "/debug/series", series_page, "view", "figures by minute: ?minutes=60, ?by=model, key or user"),
-    Route("GET", "/debug/models", models_page, "view", "LM Studio's models: state, context, running, waiting"),
+    Route("GET", "/debug/series", series_page, "view",
+          "figures by minute: ?minutes=60, ?by=model, key or user"),
+    Route("GET", "/debug/models", models_page, "view",
+          "LM Studio's models: state, context, running, waiting"),
     Route("GET", "/debug/metrics", metrics_json, "view", "figures as JSON: performance and system"),
-    Route("GET", "/debug/usage", usage_page, "view", "what was used, by key, user, model or day (with --history)"),
+    Route("GET", "/debug/usage", usage_page, "view",
+          "what was used, by key, user, model or day (with --history)"),
     Route("GET", "/metrics", prometheus, "view", "figures for Prometheus"),
     Route("POST", "/login", login, "open", "a session cookie for a key"),
     Route("POST", "/logout", logout, "open", "ends the session"),
@@ -9401,7 +9380,7 @@ def demo_prediction(socket, asked, cancelled):
                 "content": word, "tokensCount": 1, "containsDrafted": False, "reasoningType": "none",
                 "isStructural": False}}
     now = time.monotonic()
-    yield {"type": "success", "modelInfo": demo_model(run.model, True, own),
+    yield {"type": "success", "modelInfo": demo_model(run.model, own),
            "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
                "stopReason": "eosFound" if run.alive() else "userStopped", "promptTokensCount": run.prompt,
                "predictedTokensCount": written, "totalTokensCount": run.prompt + written,
@@ -9409,16 +9388,14 @@ def demo_prediction(socket, asked, cancelled):
                "tokensPerSecond": written / max(0.001, now - (first or now))}}
 
 
-def demo_model(name, loaded=False, identifier=None):
-    """LM Studio's description of a model, and of the instance of it that is loaded."""
-    kind = "embedding" if name == DEMO_EMBEDDING else "llm"
-    model = {"type": kind, "modelKey": name, "path": name, "format": "gguf", "displayName": name,
-             "publisher": "demo", "sizeBytes": 5_000_000_000, "indexedModelIdentifier": name,
-             "deviceIdentifier": None, "maxContextLength": DEMO_CONTEXT,
-             **({"vision": False, "trainedForToolUse": False} if kind == "llm" else {})}
-    name = identifier or name
-    return {**model, "identifier": name, "instanceReference": f"instance of {name}", "ttlMs": None,
-            "lastUsedTime": None, "contextLength": DEMO_CONTEXT} if loaded else model
+def demo_model(name, identifier=None):
+    """LM Studio's description of a model; with an identifier, of its instance that is loaded under that."""
+    model = {"type": "embedding" if name == DEMO_EMBEDDING else "llm", "modelKey": name, "path": name,
+             "format": "gguf", "displayName": name, "publisher": "demo", "sizeBytes": 5_000_000_000,
+             "indexedModelIdentifier": name, "deviceIdentifier": None, "maxContextLength": DEMO_CONTEXT,
+             **({} if name == DEMO_EMBEDDING else {"vision": False, "trainedForToolUse": False})}
+    return {**model, "identifier": identifier, "instanceReference": f"instance of {identifier}",
+            "ttlMs": None, "lastUsedTime": None, "contextLength": DEMO_CONTEXT} if identifier else model
 
 
 class DemoSocket:
@@ -9487,14 +9464,14 @@ class DemoSocket:
         return name or DEMO_MODELS[0]
 
     def loaded(self, asked):
-        return [demo_model(name, True, own) for own, name in self.server.loaded.items()
+        return [demo_model(name, own) for own, name in self.server.loaded.items()
                 if (name == DEMO_EMBEDDING) == (self._kind == "embedding")]
 
     def load(self, asked, cancelled):
         """getOrLoad and loadModel, whose packets have other names."""
         name, get = asked.get("modelKey") or asked.get("identifier"), "modelKey" not in asked
         own = asked.get("identifier") or name
-        info = demo_model(name, True, own)
+        info = demo_model(name, own)
         if get and name in self.server.loaded:
             yield {"type": "alreadyLoaded", "info": info}
             return
@@ -9518,10 +9495,6 @@ class DemoSocket:
         self.server.log.listeners.remove(news)
 
 
-def demo_tokens(socket, asked):
-    return len(str(asked.get("inputString"))) // 4 + 1
-
-
 def demo_vector(socket, asked):
     """The same for the same text."""
     source = random.Random(str(asked.get("inputString")))
@@ -9536,13 +9509,6 @@ DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
         "fields": [{"key": "llm.load.contextLength", "value": DEMO_CONTEXT}]},
     "listDownloadedModels": lambda socket, asked: list(map(demo_model, (*DEMO_MODELS, DEMO_EMBEDDING))),
     "version": lambda socket, asked: {"version": VERSION, "build": 1},
-    "tokenize": lambda socket, asked: {"tokens": list(range(demo_tokens(socket, asked)))},
-    "countTokens": lambda socket, asked: {"tokenCount": demo_tokens(socket, asked)},
-    "applyPromptTemplate": lambda socket, asked: {
-        "formatted": " ".join(demo_texts(member(asked, "history")))},
-    "uploadFileBase64": lambda socket, asked: {
-        "identifier": f"file-{secrets.token_hex(4)}", "fileType": "image",
-        "sizeBytes": len(str(asked.get("contentBase64"))) * 3 // 4},
 }
 DEMO_CHANNELS = {  # endpoint -> (socket, parameter, Event of its cancelling) to packets
     "predict": demo_prediction, "completeRawText": demo_prediction, "getOrLoad": DemoSocket.load,
@@ -10145,21 +10111,21 @@ def chosen_events(text):
 class Printer:
     """Events as JSON lines, or as aligned lines for people.  Flushes after each batch.
 
-    On a terminal with live, the running requests stand below the lines as cards, redrawn in place."""
+    On a terminal something stands below the lines and is redrawn in place: with live the running requests
+    as cards, else the latest progress, which becomes a line when something else comes."""
 
     TICK_S = 0.5    # the cards' clocks are redrawn so often
 
     def __init__(self, out, as_json, chosen, live):
         self._out, self._json, self._chosen = out, as_json, chosen
         self._epoch, self._seq = secrets.token_hex(4), 0
-        capable = is_terminal(out) and not as_json
-        if capable and os.name == "nt":
+        self._redraws = is_terminal(out) and not as_json
+        if self._redraws and os.name == "nt":
             os.system("")  # Windows' console understands escape sequences from here on
-        self._colour = capable and not os.environ.get("NO_COLOR")
-        self.cards: Any = Cards(bar_marks(out.encoding)) if capable and live else None
-        self._inline = capable and not live     # progress is redrawn in its line
-        self._unended = False  # such a line stands there
-        self._drawn = []  # the lines of the cards that stand on the screen
+        self._colour = self._redraws and not os.environ.get("NO_COLOR")
+        self.cards: Any = Cards(bar_marks(out.encoding)) if self._redraws and live else None
+        self._progress = []  # without cards: the latest
+        self._drawn = []  # (line, its colour) of what stands below
         self._ticked = 0.0
 
     def __call__(self, events):
@@ -10174,10 +10140,17 @@ class Printer:
         for event_id, event in identified:
             if self.cards:
                 self.cards.take(event, time.monotonic())
-            if self._chosen(event.name):
-                parts.append(json_line(event_id, event) if self._json else self._line(event))
+            if not self._chosen(event.name):
+                continue
+            if self._json:
+                parts.append(json_line(event_id, event))
+            elif not self._redraws or not shown_on_cards(event):
+                parts += itertools.starmap(self._painted, [*self._progress, self._line(event)])
+                self._progress = []
+            elif event.name in PROGRESS and not self.cards:
+                self._progress = [self._line(event)]
         text = "".join(parts)
-        if self.cards:
+        if self._redraws:
             text = self._screen(text)
         if text:
             self._out.write(text)
@@ -10190,44 +10163,35 @@ class Printer:
 
     def finish(self):
         """Take the cards off the screen."""
-        if self._drawn or self._unended:
-            self._out.write(erasure(self._drawn, shutil.get_terminal_size()) + "\n" * self._unended)
+        if self.cards and self._drawn:
+            self._out.write(self._erasure(shutil.get_terminal_size()))
             self._out.flush()
-            self._drawn, self._unended = [], False
+            self._drawn = []
 
     def _screen(self, text):
-        """The bytes that show text above the cards; empty when nothing changed."""
+        """The bytes that show text above what is redrawn; empty when nothing changed."""
         size, self._ticked = shutil.get_terminal_size(), time.monotonic()
-        cards = self.cards.lines(self._ticked, size.columns - 1, size.lines - 1)
-        if not text and cards == self._drawn:
+        below = self._progress if not self.cards else [
+            (line, CARD_COLOURS.get(line.partition(" ")[0], "0"))
+            for line in self.cards.lines(self._ticked, size.columns - 1, size.lines - 1)]
+        if not text and below == self._drawn:
             return ""
-        text = erasure(self._drawn, size) + text + "".join(
-            self._painted(line, CARD_COLOURS.get(line.partition(" ")[0], "0")) for line in cards)
-        self._drawn = cards
+        text = self._erasure(size) + text + "".join(itertools.starmap(self._painted, below))
+        self._drawn = below
         return text
 
+    def _erasure(self, size):
+        return erasure([line for line, _ in self._drawn], size)
+
     def _line(self, event):
-        """A line for people.  What may be redrawn, and an excerpt of the log, is cut at the edge of a
-        terminal; any other line goes on in the next row."""
-        if self.cards and shown_on_cards(event):
-            return ""
+        """(line for people, its colour).  What may be redrawn, and an excerpt of the log, is cut at the edge
+        of a terminal; any other line goes on in the next row."""
         time_of_day = printable(str(event.data.get("timestamp", ""))[11:19])
         name = printable(event.name.replace("lmstudio_", ""))
         line = f"{time_of_day:8}  {name:18}  {summary(event)}".rstrip()
-        if (self.cards or self._inline) and event.name in (*PROGRESS, "lmstudio_log"):
+        if self._redraws and event.name in (*PROGRESS, "lmstudio_log"):
             line = clipped(line, shutil.get_terminal_size().columns - 1)
-        painted = self._painted(line, EVENTS[event.name].colour if event.name in EVENTS else "0")
-        return self._in_place(event, painted) if self._inline else painted
-
-    def _in_place(self, event, painted):
-        """A line of a replay: one of progress takes the place of the one before it."""
-        before, self._unended = self._unended, shown_on_cards(event)
-        if not self._unended:
-            return "\n" * before + painted
-        if event.name not in PROGRESS:
-            self._unended = before
-            return ""
-        return "\r\x1b[J" * before + painted[:-1]
+        return line, EVENTS[event.name].colour if event.name in EVENTS else "0"
 
     def _painted(self, line, colour):
         return f"\x1b[{colour}m{line}\x1b[0m\n" if self._colour and colour != "0" else line + "\n"
@@ -10341,7 +10305,7 @@ def doing(record, age_s, marks):
         percent, total, read = (known.get(name) for name in ("percent", "promptTokens", "promptTokensRead"))
         full = max(0, min(8, round((percent or 0) / 12.5)))
         words = ["PREFILL", marks[0] * full + marks[1] * (8 - full), f"{percent or 0:.0f} %", eta,
-                 "" if not total or read is None else f"{read:,}/{total:,} tok",
+                 "" if not total or read is None else f"{read:,}/{total:,}",
                  per_second(known.get("promptTokensPerSecond")), elapsed]     # fits into 80 columns
     else:
         place = f"{record['position']} of {record['waiting']}" if record.get("position") else ""
