@@ -2364,7 +2364,6 @@ def ask_usage(data, options):
 
 FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
 LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
-LOG_KEEPS = 50  # UTF-16 units before and after it
 
 
 class Fingerprint(NamedTuple):
@@ -2398,16 +2397,17 @@ def json_hash(value):
     return hash(f"\0{int(value) if kind is float and value.is_integer() else value}")  # like no string
 
 
-def log_text(text):
-    """A string of a request body as the log shows it, without the mark for its missing middle."""
+def log_text(text, keeps=100):
+    """A string of a request body as the log shows it, without the mark for its missing middle: 50 UTF-16 units (100
+    bytes) before and after it."""
     head, cut, tail = text.partition(LOG_CUT)
     if cut:
         return head + tail
     units = text.encode("utf-16-le", "surrogatepass")
-    if len(units) <= 4 * LOG_KEEPS:
+    if len(units) <= 2 * keeps:
         return text
-    return (units[:2 * LOG_KEEPS].decode("utf-16-le", "replace")
-            + units[-2 * LOG_KEEPS:].decode("utf-16-le", "replace"))
+    return units[:keeps].decode("utf-16-le", "replace") + units[-keeps:].decode("utf-16-le", "replace")
+
 
 
 # --- 3.7 records: the life of a request --------------------------------------
@@ -3825,7 +3825,7 @@ def performance(records, requests, tokens):
 
 DAY_MINUTES = 24 * 60
 MOST_MINUTES = 7 * DAY_MINUTES  # that one can ask for
-CELLS = 20_000  # (minute, model, key, who) that are kept apart; beyond them the oldest minutes lose names
+CELLS = 30  # (model, key, who) of one minute that are kept apart; the others are "other"
 BUCKET = 1.1  # a histogram's buckets are so much wider each: a percentile of it is right to 5 %
 BY = ("", "model", "key", "user")  # what rows can be told apart by
 STEPS = (60, 300, 3600)  # seconds of a row
@@ -3886,7 +3886,6 @@ class Series:
     def __init__(self, since, kept=DAY_MINUTES):
         self.since, self._kept = since, kept  # epoch seconds, from then on it holds every request; minutes
         self._minutes: dict[int, dict[tuple, Counter]] = {}
-        self._size = 0  # cells in all
         self.used: dict[str, float] = {}  # model -> when it last answered, epoch seconds
 
     def take(self, row, before=None):
@@ -3894,43 +3893,25 @@ class Series:
         the log can tell more of a request after its end."""
         ended = row["started"] + (row["total_ms"] or 0) / 1000
         model = row["model"] or row["model_asked"] or "unknown"
-        beside = row["source"] == "lmstudio"
-        key = row["key"] or ("not via gateway" if beside else "no key")
+        key = row["key"] or ("not via gateway" if row["source"] == "lmstudio" else "no key")
         person = who(row["source"], row.get("user"), row["key"], row.get("agent"), row["client"]) or "unknown"
         minute, names, amounts = int(ended // 60), ("", model, key, person), tally(row)
         if before and before[0] in self._minutes:
-            self._cell(*before[:2]).subtract(before[2])
-        cell = self._cell(minute, names)
-        for name, amount in amounts.items():
-            cell[name] += amount
-        if len(self.used) < NAMES_KEPT or model in self.used:
-            self.used[model] = max(ended, self.used.get(model, 0))
-        return minute, names, amounts
-
-    def _cell(self, minute, names):
+            self._minutes[before[0]][before[1]].subtract(before[2])
         if minute not in self._minutes:
             self._minutes[minute] = {}
             self.since = max(self.since, 60 * (minute - self._kept + 1))
             for old in [one for one in self._minutes if one <= minute - self._kept]:
-                self._size -= len(self._minutes.pop(old))
+                del self._minutes[old]
         cells = self._minutes[minute]
-        if names not in cells:
-            cells[names] = Counter()
-            self._size += 1
-            if self._size > CELLS:
-                self._fold()
-                return self._cell(minute, names if names in cells else next(iter(cells)))
-        return cells[names]
-
-    def _fold(self):
-        """Make one cell of the oldest minute that has several."""
-        cells = next(self._minutes[one] for one in sorted(self._minutes) if len(self._minutes[one]) > 1)
-        whole: Counter[Any] = Counter()
-        for amounts in cells.values():
-            whole.update(amounts)
-        self._size -= len(cells) - 1
-        cells.clear()
-        cells["", "other", "other", "other"] = whole
+        if names not in cells and len(cells) >= CELLS:
+            names = ("", "other", "other", "other")
+        cell = cells.setdefault(names, Counter())
+        for name, amount in amounts.items():    # Counter.update() takes three times as long
+            cell[name] += amount
+        if len(self.used) < NAMES_KEPT or model in self.used:
+            self.used[model] = max(ended, self.used.get(model, 0))
+        return minute, names, amounts
 
     def cells(self, begin):
         """A copy of what ended from the minute of begin (epoch seconds) on: [(minute, names, tally)]."""
@@ -3945,17 +3926,16 @@ def series_step(minutes):
 
 def series_rows(cells, step, by):
     """`rows` and `total` of /debug/series: of all, or with by ("model", "key", "user") of each name."""
-    place = BY.index(by)
+    place, asked = BY.index(by), Counter()
+    for _, names, amounts in cells:
+        asked[names[place]] += amounts["requests"]
+    known = {name for name, _ in asked.most_common(MOST_NAMES)}
     sums: dict[str, dict] = {}
     totals: dict[str, Counter] = {}
     for minute, names, amounts in cells:
-        name = names[place]
+        name = names[place] if names[place] in known else "other"
         totals.setdefault(name, Counter()).update(amounts)
         sums.setdefault(name, {}).setdefault(60 * minute // step * step, Counter()).update(amounts)
-    for name in sorted(totals, key=lambda name: -totals[name]["requests"])[MOST_NAMES:]:
-        totals.setdefault("other", Counter()).update(totals.pop(name))
-        for t, amounts in sums.pop(name).items():
-            sums.setdefault("other", {}).setdefault(t, Counter()).update(amounts)
     rows = {name: [{"t": utc_text(t), **series_row(found[t])} for t in sorted(found) if found[t]["requests"]]
             [-MOST_ROWS:] for name, found in sums.items()}
     total = {name: series_row(amounts) for name, amounts in totals.items()}
@@ -4887,7 +4867,7 @@ HISTORY = (  # column, type, what it holds; no prompt and no answer
     ("user", "TEXT", lambda record: record.user),
     ("queued_ms", "REAL", lambda record: record.queued_ms()),
 )
-HISTORY_NAMES, _, HISTORY_VALUES = zip(*HISTORY)
+HISTORY_NAMES, HISTORY_TYPES, HISTORY_VALUES = zip(*HISTORY)
 ADDED = {"user", "queued_ms"}  # columns that files of an earlier version lack
 GROUPS = {  # what usage can be summed by
     "key": "COALESCE(key, CASE source WHEN 'lmstudio' THEN 'not via gateway' ELSE 'no key' END)",
@@ -8022,8 +8002,9 @@ def me(gateway, request):
     """The key that asks: what it may, and what it has used."""
     identity = request.identity
     terms = gateway.access.terms(identity.name)
-    return json_response({"name": identity.name, "rights": [name for name in RIGHTS if name in identity.rights],
-                          "priority": terms.priority, "limits": terms.limits, "models": terms.models,
+    rights = [name for name in RIGHTS if name in identity.rights]
+    return json_response({"name": identity.name, "rights": rights, "priority": terms.priority,
+                          "limits": terms.limits, "models": terms.models,
                           "expires": terms.expires or None, **gateway.turns.used(identity.name)})
 
 
@@ -8069,19 +8050,14 @@ def doings(ours, state):
 
 
 def metrics_json(gateway, request):
-    """Figures for people and scripts; those of /metrics agree with them."""
-    return json_response({"timestamp": gateway.hub.now(), "performance": gateway.hub.performance(),
-                          "system": system_figures(gateway)})
-
-
-def system_figures(gateway):
-    """The resources of this process; sizes in bytes, times in s.  A figure that the system does not tell is
-    None."""
-    return {"uptime": gateway.uptime, "version": VERSION,
-            "python": platform.python_version(), "platform": platform.platform(), "pid": os.getpid(),
-            "cpuSeconds": round(time.process_time(), 2), "memoryBytes": resident_bytes(),
-            "threads": threading.active_count(), "streamClients": gateway.hub.listeners,
-            "connections": gateway.server and gateway.server.connections}
+    """Figures for people and scripts, which agree with those of /metrics, and the resources of this process;
+    sizes in bytes, times in s.  A figure that the system does not tell is None."""
+    hub = gateway.hub
+    return json_response({"timestamp": hub.now(), "performance": hub.performance(), "system": {
+        "uptime": gateway.uptime, "version": VERSION, "python": platform.python_version(),
+        "platform": platform.platform(), "pid": os.getpid(), "cpuSeconds": round(time.process_time(), 2),
+        "memoryBytes": resident_bytes(), "threads": threading.active_count(), "streamClients": hub.listeners,
+        "connections": gateway.server and gateway.server.connections}})
 
 
 def resident_bytes():
@@ -8218,10 +8194,13 @@ ROUTES = (
     Route("GET", "/debug/requests/*", request_detail, "own", "one request with its timeline"),
     Route("DELETE", "/debug/requests/*", stop_request, "own", "stop a request: one's own, with admin any"),
     Route("GET", "/me", me, "own", "the key that asks: rights, limits, what it has used"),
-    Route("GET", "/debug/series", series_page, "view", "figures by minute: ?minutes=60, ?by=model, key or user"),
-    Route("GET", "/debug/models", models_page, "view", "LM Studio's models: state, context, running, waiting"),
+    Route("GET", "/debug/series", series_page, "view",
+          "figures by minute: ?minutes=60, ?by=model, key or user"),
+    Route("GET", "/debug/models", models_page, "view",
+          "LM Studio's models: state, context, running, waiting"),
     Route("GET", "/debug/metrics", metrics_json, "view", "figures as JSON: performance and system"),
-    Route("GET", "/debug/usage", usage_page, "view", "what was used, by key, user, model or day (with --history)"),
+    Route("GET", "/debug/usage", usage_page, "view",
+          "what was used, by key, user, model or day (with --history)"),
     Route("GET", "/metrics", prometheus, "view", "figures for Prometheus"),
     Route("POST", "/login", login, "open", "a session cookie for a key"),
     Route("POST", "/logout", logout, "open", "ends the session"),
@@ -8259,8 +8238,7 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 
 FIRST_LIMIT = 4096  # bytes of a client's first message
 PARTING_S = 0.5  # for the other side's close frame once one side has sent its own
-UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read,
-UNSAID_LIMIT = 64  # and beyond so many packets of ours that wait for the end of a message of LM Studio's
+UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read
 REFUSALS_KEPT = 1000  # of calls whose later messages must not go on either
 READ, WRITE = 1, 4  # of poll(2)
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -8394,7 +8372,7 @@ class Conversation:
         self.gateway, self.request, self.bell, self.namespace = gateway, request, bell, request.path[1:]
         self.running = {}  # (name of the id, id) -> Prediction
         self._refused: dict = {}  # ids of calls that LM Studio never heard of, in the same form
-        self.words: list[bytes] = []  # packets of ours for the client
+        self.words = bytearray()  # packets of ours for the client
 
     @property
     def held(self):
@@ -8445,7 +8423,7 @@ class Conversation:
 
     def _refuse(self, kind, number, title):
         name, refusal = OPENERS[kind]
-        self.words.append(packet(type=refusal, **{name: number}, error={"title": title}))
+        self.words += packet(type=refusal, **{name: number}, error={"title": title})
 
     def _follows(self, kind, body):
         key = FOLLOWERS[kind], id_of(body, FOLLOWERS[kind])
@@ -8526,34 +8504,38 @@ class Bell:
 
 
 class Side:
-    """One of a tunnel's two connections, read and written without waiting."""
+    """One of a tunnel's two connections, read and written without waiting.  gone: the error that its end is."""
 
-    def __init__(self, sock, frames):
-        self.sock, self.frames = sock, frames
+    def __init__(self, sock, frames, gone):
+        self.sock, self.frames, self._gone = sock, frames, gone
         self.pending = bytearray()  # what it has not taken
 
     def receive(self):
-        """What has come: None for nothing, b"" for the end."""
-        try:
-            return self.sock.recv(PIECE)
-        except NOT_NOW:
-            return None
-        except OSError:
-            return b""
+        """What has come, b"" for nothing."""
+        data = self._call(self.sock.recv, PIECE)
+        if data == b"":
+            raise self._gone
+        return data or b""
 
     def send(self, data=b""):
-        """Send what there is room for, and keep the rest.  Raises OSError."""
+        """Send what there is room for, and keep the rest."""
         if self.pending:
             self.pending += data
             data = self.pending
-        try:
-            sent = self.sock.send(data) if data else 0
-        except NOT_NOW:
-            sent = 0
+        sent = self._call(self.sock.send, data) or 0 if data else 0
         if data is self.pending:
             del data[:sent]
         elif sent < len(data):
             self.pending += data[sent:]
+
+    def _call(self, function, argument):
+        """None if that would have to wait."""
+        try:
+            return function(argument)
+        except NOT_NOW:
+            return None
+        except OSError:
+            raise self._gone from None
 
 
 def ready_sockets(wanted, timeout_s):
@@ -8577,8 +8559,9 @@ class Tunnel:
 
     def __init__(self, gateway, request, studio, early):
         self._gateway, self._request, self._bell = gateway, request, Bell()
-        self.client = Side(request.connection.sock, Frames(True, FIRST_LIMIT))
-        self.studio = Side(studio, Frames(False, LONGEST_MESSAGE))
+        self.client = Side(request.connection.sock, Frames(True, FIRST_LIMIT), ClientLeft())
+        self.studio = Side(studio, Frames(False, LONGEST_MESSAGE),
+                           FrameError(1011, "LM Studio closed the connection"))
         self._early = early  # bytes of LM Studio's that came with its 101
         self.talk = Conversation(gateway, request, self._bell)
         self._memory, self._held = BodyMemory(0), 0     # held: bytes of messages that it counts
@@ -8634,7 +8617,10 @@ class Tunnel:
             connection.state = WORKING if talk.running else TUNNELLING
             if self._gateway.stopping and not talk.running:
                 raise FrameError(1001, "lmgateway stops")
-            self._step()
+            try:
+                self._step()
+            except HttpError as error:  # of the memory for bodies
+                raise FrameError(1009, str(error)) from None
 
     def dismiss(self):
         """Any thread.  The client has left, or is to go."""
@@ -8643,24 +8629,26 @@ class Tunnel:
 
     def _step(self):
         client, studio, talk = self.client, self.studio, self.talk
-        while talk.words and studio.frames.between:     # ours stand between two messages of LM Studio's
-            client.send(talk.words.pop(0))
-        reads = not (self._said_goodbye or studio.pending or len(client.pending) > UNREAD_LIMIT
-                     or len(talk.words) > UNSAID_LIMIT)
+        if talk.words and studio.frames.between:    # ours stand between two messages of LM Studio's
+            client.send(bytes(talk.words))
+            talk.words.clear()
+        reads = not (self._said_goodbye or studio.pending or len(client.pending) + len(talk.words) > UNREAD_LIMIT)
         found = ready_sockets({
             self._bell.sock: READ, client.sock: READ * reads | WRITE * bool(client.pending),
             studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)},
             max(0.0, self._parting - time.monotonic()) if self._parting < math.inf else None)
         client.send()
-        self._to_studio()
+        studio.send()
         if self._bell.sock in found:
             self._bell.sock.recv(PIECE)
             self._wake()
         if studio.sock in found:
-            self._from_studio(time.monotonic())
+            self._from_studio(studio.receive())
         if client.sock in found and reads:
-            self._from_client()
-        self._weigh()
+            self._pass_on(client.frames.feed(client.receive()))
+        held = client.frames.held + talk.held
+        self._memory.take(held - self._held)
+        self._held = held
 
     def _wake(self):
         """Another thread has rung."""
@@ -8668,56 +8656,27 @@ class Tunnel:
             self.talk.check_key()
             raise ClientLeft
         for data in self.talk.tend():
-            self._to_studio(data)
+            self.studio.send(data)
 
-    def _from_studio(self, now):
-        data = self.studio.receive()
-        if data is None:
-            return
+    def _from_studio(self, data):
         try:
             messages = self.studio.frames.feed(data)
         except FrameError as fault:
             raise FrameError(1011, f"LM Studio sent {fault}") from None
-        if not data and self._parting == math.inf:
-            raise FrameError(1011, "LM Studio closed the connection")
-        self.talk.heard(messages, now)
+        self.talk.heard(messages, time.monotonic())
         self.client.send(data)
-        if not data or messages and messages[-1].opcode == CLOSE:
+        if messages and messages[-1].opcode == CLOSE:
             self._closes()
-
-    def _from_client(self):
-        data = self.client.receive()
-        if data:
-            self._pass_on(self.client.frames.feed(data))
-        elif data is not None:
-            raise ClientLeft
-
-    def _weigh(self):
-        """What is held of a client's messages counts in the budget of all bodies."""
-        held = self.client.frames.held + self.talk.held
-        more = held - self._held
-        if more:
-            try:
-                self._memory.take(more)
-            except HttpError as error:
-                raise FrameError(1009, str(error)) from None
-            self._held = held
 
     def _pass_on(self, messages):
         """A client's messages, to LM Studio or not."""
         for message in messages:
             if message.opcode >= CLOSE or self.talk.admits(message):
-                self._to_studio(message.raw)
+                self.studio.send(message.raw)
             if message.opcode == CLOSE:
                 self._said_goodbye = True
                 self.talk.end("the client closed the socket", "client_disconnected")
                 return self._closes()
-
-    def _to_studio(self, data=b""):
-        try:
-            self.studio.send(data)
-        except OSError:     # not the client's fault, whose connection is written to in the same way
-            raise FrameError(1011, "LM Studio closed the connection") from None
 
     def _closes(self):
         """One side has sent its close frame; after both, or soon, all is over."""
@@ -8727,11 +8686,11 @@ class Tunnel:
     # --- the end
 
     def part(self, fault):
-        """It is over, for the FrameError, HttpError or ClientLeft given, or because a side has closed."""
+        """It is over, for the exception given, or because a side has closed."""
         self._request.connection.leave = None
         self._memory.give_back(self._held)
         close_quietly(self.studio.sock)
-        if isinstance(fault, FrameError):
+        if isinstance(fault, FrameError) and self._parting == math.inf:
             log.debug("%s %s: closed with %d: %s", self._request.client, self._request.path, fault.code,
                       fault)
             why = str(fault), OPERATIONS.get(fault.code, "protocol_error")
@@ -8740,9 +8699,10 @@ class Tunnel:
                                              + str(fault).encode()[:LONGEST_CONTROL - 2])
         elif self._gateway.cutting_off:
             why = "lmgateway stopped during the answer", "gateway_stopped"
+        elif isinstance(fault, (ClientLeft, OSError)):
+            why = "the client left", "client_disconnected"
         else:
-            why = ("the client left", "client_disconnected") if fault else (
-                "LM Studio closed the socket", "upstream_reset")
+            why = "LM Studio closed the socket", "upstream_reset"
         self.talk.end(*why)
         self._bell.close()
         with contextlib.suppress(OSError):
@@ -8946,7 +8906,7 @@ class Handler(socketserver.BaseRequestHandler):
         finally:
             tunnel.part(fault)
             self._note(request, 101)
-        if not isinstance(fault, (ClientLeft, OSError)):
+        if not isinstance(fault, (ClientLeft, OSError)) and not self.server.gateway.stopping:
             self.wire.linger()
         return False
 
@@ -9409,7 +9369,7 @@ def demo_prediction(socket, asked, cancelled):
                 "content": word, "tokensCount": 1, "containsDrafted": False, "reasoningType": "none",
                 "isStructural": False}}
     now = time.monotonic()
-    yield {"type": "success", "modelInfo": demo_model(run.model, True, own),
+    yield {"type": "success", "modelInfo": demo_model(run.model, own),
            "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
                "stopReason": "eosFound" if run.alive() else "userStopped", "promptTokensCount": run.prompt,
                "predictedTokensCount": written, "totalTokensCount": run.prompt + written,
@@ -9417,16 +9377,14 @@ def demo_prediction(socket, asked, cancelled):
                "tokensPerSecond": written / max(0.001, now - (first or now))}}
 
 
-def demo_model(name, loaded=False, identifier=None):
-    """LM Studio's description of a model, and of the instance of it that is loaded."""
-    kind = "embedding" if name == DEMO_EMBEDDING else "llm"
-    model = {"type": kind, "modelKey": name, "path": name, "format": "gguf", "displayName": name,
-             "publisher": "demo", "sizeBytes": 5_000_000_000, "indexedModelIdentifier": name,
-             "deviceIdentifier": None, "maxContextLength": DEMO_CONTEXT,
-             **({"vision": False, "trainedForToolUse": False} if kind == "llm" else {})}
-    name = identifier or name
-    return {**model, "identifier": name, "instanceReference": f"instance of {name}", "ttlMs": None,
-            "lastUsedTime": None, "contextLength": DEMO_CONTEXT} if loaded else model
+def demo_model(name, identifier=None):
+    """LM Studio's description of a model; with an identifier, of its instance that is loaded under that."""
+    model = {"type": "embedding" if name == DEMO_EMBEDDING else "llm", "modelKey": name, "path": name,
+             "format": "gguf", "displayName": name, "publisher": "demo", "sizeBytes": 5_000_000_000,
+             "indexedModelIdentifier": name, "deviceIdentifier": None, "maxContextLength": DEMO_CONTEXT,
+             **({} if name == DEMO_EMBEDDING else {"vision": False, "trainedForToolUse": False})}
+    return {**model, "identifier": identifier, "instanceReference": f"instance of {identifier}",
+            "ttlMs": None, "lastUsedTime": None, "contextLength": DEMO_CONTEXT} if identifier else model
 
 
 class DemoSocket:
@@ -9495,14 +9453,14 @@ class DemoSocket:
         return name or DEMO_MODELS[0]
 
     def loaded(self, asked):
-        return [demo_model(name, True, own) for own, name in self.server.loaded.items()
+        return [demo_model(name, own) for own, name in self.server.loaded.items()
                 if (name == DEMO_EMBEDDING) == (self._kind == "embedding")]
 
     def load(self, asked, cancelled):
         """getOrLoad and loadModel, whose packets have other names."""
         name, get = asked.get("modelKey") or asked.get("identifier"), "modelKey" not in asked
         own = asked.get("identifier") or name
-        info = demo_model(name, True, own)
+        info = demo_model(name, own)
         if get and name in self.server.loaded:
             yield {"type": "alreadyLoaded", "info": info}
             return
@@ -9526,10 +9484,6 @@ class DemoSocket:
         self.server.log.listeners.remove(news)
 
 
-def demo_tokens(socket, asked):
-    return len(str(asked.get("inputString"))) // 4 + 1
-
-
 def demo_vector(socket, asked):
     """The same for the same text."""
     source = random.Random(str(asked.get("inputString")))
@@ -9544,13 +9498,6 @@ DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
         "fields": [{"key": "llm.load.contextLength", "value": DEMO_CONTEXT}]},
     "listDownloadedModels": lambda socket, asked: list(map(demo_model, (*DEMO_MODELS, DEMO_EMBEDDING))),
     "version": lambda socket, asked: {"version": VERSION, "build": 1},
-    "tokenize": lambda socket, asked: {"tokens": list(range(demo_tokens(socket, asked)))},
-    "countTokens": lambda socket, asked: {"tokenCount": demo_tokens(socket, asked)},
-    "applyPromptTemplate": lambda socket, asked: {
-        "formatted": " ".join(demo_texts(member(asked, "history")))},
-    "uploadFileBase64": lambda socket, asked: {
-        "identifier": f"file-{secrets.token_hex(4)}", "fileType": "image",
-        "sizeBytes": len(str(asked.get("contentBase64"))) * 3 // 4},
 }
 DEMO_CHANNELS = {  # endpoint -> (socket, parameter, Event of its cancelling) to packets
     "predict": demo_prediction, "completeRawText": demo_prediction, "getOrLoad": DemoSocket.load,
@@ -9903,7 +9850,7 @@ class LogWriter(logging.handlers.QueueListener):
     """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for
     the reader of stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
 
-    END_S = 1.0     # to write the rest
+    END_S = 0.5     # to write the rest
 
     def __init__(self, handler):
         self._lines: Any = queue.SimpleQueue()
@@ -10153,21 +10100,21 @@ def chosen_events(text):
 class Printer:
     """Events as JSON lines, or as aligned lines for people.  Flushes after each batch.
 
-    On a terminal with live, the running requests stand below the lines as cards, redrawn in place."""
+    On a terminal something stands below the lines and is redrawn in place: with live the running requests
+    as cards, else the latest progress, which becomes a line when something else comes."""
 
     TICK_S = 0.5    # the cards' clocks are redrawn so often
 
     def __init__(self, out, as_json, chosen, live):
         self._out, self._json, self._chosen = out, as_json, chosen
         self._epoch, self._seq = secrets.token_hex(4), 0
-        capable = is_terminal(out) and not as_json
-        if capable and os.name == "nt":
+        self._redraws = is_terminal(out) and not as_json
+        if self._redraws and os.name == "nt":
             os.system("")  # Windows' console understands escape sequences from here on
-        self._colour = capable and not os.environ.get("NO_COLOR")
-        self.cards: Any = Cards(bar_marks(out.encoding)) if capable and live else None
-        self._inline = capable and not live     # progress is redrawn in its line
-        self._unended = False  # such a line stands there
-        self._drawn = []  # the lines of the cards that stand on the screen
+        self._colour = self._redraws and not os.environ.get("NO_COLOR")
+        self.cards: Any = Cards(bar_marks(out.encoding)) if self._redraws and live else None
+        self._progress = []  # without cards: the latest
+        self._drawn = []  # (line, its colour) of what stands below
         self._ticked = 0.0
 
     def __call__(self, events):
@@ -10182,10 +10129,17 @@ class Printer:
         for event_id, event in identified:
             if self.cards:
                 self.cards.take(event, time.monotonic())
-            if self._chosen(event.name):
-                parts.append(json_line(event_id, event) if self._json else self._line(event))
+            if not self._chosen(event.name):
+                continue
+            if self._json:
+                parts.append(json_line(event_id, event))
+            elif not self._redraws or not shown_on_cards(event):
+                parts += itertools.starmap(self._painted, [*self._progress, self._line(event)])
+                self._progress = []
+            elif event.name in PROGRESS and not self.cards:
+                self._progress = [self._line(event)]
         text = "".join(parts)
-        if self.cards:
+        if self._redraws:
             text = self._screen(text)
         if text:
             self._out.write(text)
@@ -10198,44 +10152,35 @@ class Printer:
 
     def finish(self):
         """Take the cards off the screen."""
-        if self._drawn or self._unended:
-            self._out.write(erasure(self._drawn, shutil.get_terminal_size()) + "\n" * self._unended)
+        if self.cards and self._drawn:
+            self._out.write(self._erasure(shutil.get_terminal_size()))
             self._out.flush()
-            self._drawn, self._unended = [], False
+            self._drawn = []
 
     def _screen(self, text):
-        """The bytes that show text above the cards; empty when nothing changed."""
+        """The bytes that show text above what is redrawn; empty when nothing changed."""
         size, self._ticked = shutil.get_terminal_size(), time.monotonic()
-        cards = self.cards.lines(self._ticked, size.columns - 1, size.lines - 1)
-        if not text and cards == self._drawn:
+        below = self._progress if not self.cards else [
+            (line, CARD_COLOURS.get(line.partition(" ")[0], "0"))
+            for line in self.cards.lines(self._ticked, size.columns - 1, size.lines - 1)]
+        if not text and below == self._drawn:
             return ""
-        text = erasure(self._drawn, size) + text + "".join(
-            self._painted(line, CARD_COLOURS.get(line.partition(" ")[0], "0")) for line in cards)
-        self._drawn = cards
+        text = self._erasure(size) + text + "".join(itertools.starmap(self._painted, below))
+        self._drawn = below
         return text
 
+    def _erasure(self, size):
+        return erasure([line for line, _ in self._drawn], size)
+
     def _line(self, event):
-        """A line for people.  What may be redrawn, and an excerpt of the log, is cut at the edge of a
-        terminal; any other line goes on in the next row."""
-        if self.cards and shown_on_cards(event):
-            return ""
+        """(line for people, its colour).  What may be redrawn, and an excerpt of the log, is cut at the edge
+        of a terminal; any other line goes on in the next row."""
         time_of_day = printable(str(event.data.get("timestamp", ""))[11:19])
         name = printable(event.name.replace("lmstudio_", ""))
         line = f"{time_of_day:8}  {name:18}  {summary(event)}".rstrip()
-        if (self.cards or self._inline) and event.name in (*PROGRESS, "lmstudio_log"):
+        if self._redraws and event.name in (*PROGRESS, "lmstudio_log"):
             line = clipped(line, shutil.get_terminal_size().columns - 1)
-        painted = self._painted(line, EVENTS[event.name].colour if event.name in EVENTS else "0")
-        return self._in_place(event, painted) if self._inline else painted
-
-    def _in_place(self, event, painted):
-        """A line of a replay: one of progress takes the place of the one before it."""
-        before, self._unended = self._unended, shown_on_cards(event)
-        if not self._unended:
-            return "\n" * before + painted
-        if event.name not in PROGRESS:
-            self._unended = before
-            return ""
-        return "\r\x1b[J" * before + painted[:-1]
+        return line, EVENTS[event.name].colour if event.name in EVENTS else "0"
 
     def _painted(self, line, colour):
         return f"\x1b[{colour}m{line}\x1b[0m\n" if self._colour and colour != "0" else line + "\n"
@@ -10349,7 +10294,7 @@ def doing(record, age_s, marks):
         percent, total, read = (known.get(name) for name in ("percent", "promptTokens", "promptTokensRead"))
         full = max(0, min(8, round((percent or 0) / 12.5)))
         words = ["PREFILL", marks[0] * full + marks[1] * (8 - full), f"{percent or 0:.0f} %", eta,
-                 "" if not total or read is None else f"{read:,}/{total:,} tok",
+                 "" if not total or read is None else f"{read:,}/{total:,}",
                  per_second(known.get("promptTokensPerSecond")), elapsed]     # fits into 80 columns
     else:
         place = f"{record['position']} of {record['waiting']}" if record.get("position") else ""
@@ -10486,6 +10431,7 @@ EVENTS = {  # every event of the stream; a test holds the README's table to it
 # --- 9.4 commands that print events: --tail-only and --watch -----------------
 
 
+@contextlib.contextmanager
 def open_printer(args, live):
     """A Printer on stdout that makes room for our log on the same terminal.  Raises StartError."""
     if sys.stdout is None:
@@ -10495,7 +10441,11 @@ def open_printer(args, live):
     printer = Printer(sys.stdout, args.json, chosen_events(args.events), live)
     for handler in log.handlers:
         handler.addFilter(lambda record: printer.finish() or True)
-    return printer
+    try:
+        yield printer
+    finally:
+        with contextlib.suppress(OSError):
+            printer.finish()
 
 
 class LogRecords:
@@ -10513,23 +10463,18 @@ class LogRecords:
 
 def tail_only(args, config):
     """--tail-only: replay PATHs, or follow the live log until a signal.  Returns the exit status."""
-    printer = open_printer(args, live=not args.paths)
-    try:
+    with open_printer(args, live=not args.paths) as printer:
         if args.paths:
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
             freeze_start_up()
             replay(saved_logs(args.paths), printer)
             return 0
-        stop = Stop()
-        directory = log_dir_of(config)
+        stop, directory = Stop(), log_dir_of(config)
         follower = Follower(directory, args.from_start, time.time())
         log.info("lmgateway %s, log directory: %s", VERSION, directory)
         freeze_start_up()
         Monitor(follower).run(with_cards(printer), lambda seconds: printer.tick() or stop.wait(seconds))
         return stop.status
-    finally:
-        with contextlib.suppress(OSError):
-            printer.finish()
 
 
 def with_cards(printer):
@@ -10600,13 +10545,13 @@ def report_text(rows):
 
 def watch(args, config):
     """--watch URL: print the events of another gateway until a signal.  Returns the exit status."""
-    stop, printer = Stop(), open_printer(args, live=True)
+    stop = Stop()
     news: queue.Queue[Any] = queue.Queue(1000)
     stream = GatewayStream(watched_address(args.watch), next(iter(config.api_key.values()), None),
                            "0" if args.from_start else None)
-    start_thread(stream.run, news.put, stop.wait, name="watch")
-    freeze_start_up()
-    try:
+    with open_printer(args, live=True) as printer:
+        start_thread(stream.run, news.put, stop.wait, name="watch")
+        freeze_start_up()
         while not stop.wait(0):
             items = drain(news, 0.1)
             printer.write([item for item in items if isinstance(item, tuple)])
@@ -10616,10 +10561,7 @@ def watch(args, config):
                 if isinstance(item, str):
                     log.warning(item)
             printer.tick()
-        return stop.status
-    finally:
-        with contextlib.suppress(OSError):
-            printer.finish()
+    return stop.status
 
 
 def drain(news, timeout_s):
@@ -10967,7 +10909,6 @@ def announce(gateway, port, demo):
 # --- 9.6 addresses of this machine -------------------------------------------
 
 ANYWHERE = ("", "0.0.0.0", "::")
-NOWHERE = ("192.0.2.1", 9)  # kept for documentation (RFC 5737); to connect UDP there sends nothing
 
 
 def reachable(config):
@@ -10981,7 +10922,7 @@ def lan_addresses():
     """The IPv4 address with which this machine goes out; without a way out, those of its name."""
     found = set()
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(NOWHERE)
+        sock.connect(("192.0.2.1", 9))  # kept for documentation (RFC 5737); to connect UDP sends nothing
         found.add(sock.getsockname()[0])
     usable = map(ipaddress.ip_address, sorted(found or resolved(socket.gethostname())))
     return [str(address) for address in usable
@@ -11109,10 +11050,7 @@ def check_options(found):
 def check_port(found):
     host, port = found.config.host, found.config.port
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-            if os.name != "nt":
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((host, port))
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
         yield "ok", f"port {port} of {host} is free" if port else "the system will choose one"
     except OSError as error:
         problem, url = listen_problem(found.config, error), page_url(found.config, port)
@@ -11211,9 +11149,10 @@ def check_newest_log(path, state, parser):
 
 def check_room(found):
     facts = LogVolume(found.log_dir, found.config.log_dir_warn).facts()
-    taken, growth, free = ("unknown" if facts[name] is None else shown_bytes(facts[name])
-                           for name in ("directoryBytes", "growthBytesPerDay", "freeBytes"))
-    yield "ok", f"logs take {taken}, grow by {growth} a day; {free} are free on that disk"
+    if facts["directoryBytes"] is not None:
+        taken, growth, free = ("unknown" if facts[name] is None else shown_bytes(facts[name])
+                               for name in ("directoryBytes", "growthBytesPerDay", "freeBytes"))
+        yield "ok", f"logs take {taken}, grow by {growth} a day; {free} are free on that disk"
     for warning in facts["warnings"]:
         yield "warn", *warning.split(": ", 1)
 
@@ -11280,14 +11219,12 @@ def run_checks(args, config=None):
         rows = [dict(zip(("check", "mark", "what", "remedy"), row)) for row in found]
         print(json.dumps({"status": "bad" if failed else "ok", "version": VERSION, "findings": rows}))
         return int(failed)
+    colours = {"ok": GREEN, "warn": YELLOW, "bad": RED}
     coloured = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
     for name, mark, finding, remedy in found:
-        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if coloured else f"{mark:4}"
+        shown = f"\x1b[{colours[mark]}m{mark:4}\x1b[0m" if coloured else f"{mark:4}"
         print(f"{shown}  {name:9}  " + printable(finding + (f"  ->  {remedy}" if remedy else "")))
     return int(failed)
-
-
-MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
 
 
 def findings_of(check, installation):
@@ -11373,7 +11310,6 @@ COMMANDS = (
     Command("revoke_key", revoke_key, "take a minted key away", "NAME"),
     Command("print_launchd", print_launchd, "a launchd agent for macOS; see the README"),
 )
-COMPANIONS = tuple(dict.fromkeys(name for command in COMMANDS for name in command.companions))
 USAGE = """\
 lmgateway.py [options]              gateway, log monitor and dashboard beside LM Studio
        lmgateway.py COMMAND [options]      one of the commands below"""
@@ -11464,11 +11400,11 @@ def chosen_command(args):
         meant = nearest(args.paths[0], [flag_of(command.name) for command in COMMANDS])[2:]
         raise ConfigError(f"{args.paths[0]}: " + (
             meant or "a path goes with --tail-only or --report; see --help"))
-    for name in COMPANIONS:
+    for name in dict.fromkeys(name for command in COMMANDS for name in command.companions):
         hosts = [command for command in COMMANDS if name in command.companions]
         if getattr(args, name) not in (None, False) and chosen not in hosts and (chosen or name != "open"):
-            raise ConfigError(f"{flag_of(name)} goes with "
-                              f"{' or '.join(flag_of(command.name) for command in hosts)}")
+            raise ConfigError(f"{flag_of(name)} goes with {' or '.join(flag_of(command.name) for command in hosts)}"
+                              + " or no command" * (name == "open"))
     if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     if args.events is not None and not words(args.events):
@@ -11560,89 +11496,77 @@ code, pre, .mono { font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Conso
 .skip:focus { left: 1rem; top: .5rem; z-index: 9; padding: .5rem 1rem; background: var(--panel); }
 :focus-visible { outline: 2px solid var(--focus); outline-offset: 2px; border-radius: 3px; }
 svg.mark { width: .95em; height: .95em; flex: none; fill: currentColor; vertical-align: -.1em; }
-.ok { color: var(--ok); } .warn { color: var(--warn); } .error { color: var(--error); }
-.queued { color: var(--queued); } .prefill { color: var(--prefill); } .decode { color: var(--decode); }
-.cached { color: var(--cached); } button, select, input { font: inherit; color: inherit; }
+/* A meaning: ink for its words and marks, fill for its areas. */
+.ok { --ink: var(--ok); } .warn { --ink: var(--warn); } .error { --ink: var(--error); --fill: var(--error); }
+.queued { --ink: var(--queued); --fill: var(--queued); } .prefill { --ink: var(--prefill); --fill: var(--fill-prefill); }
+.decode { --ink: var(--decode); --fill: var(--fill-decode); } .cached { --ink: var(--cached); --fill: var(--fill-cached); }
+.rest { --fill: var(--track); } .tone-0 { --ink: var(--tone-0); } .tone-1 { --ink: var(--tone-1); } .tone-2 { --ink: var(--tone-2); }
+.tone-3 { --ink: var(--tone-3); } .tone-4 { --ink: var(--tone-4); } .tone-5 { --ink: var(--tone-5); }
+:is(.ok, .warn, .error, .queued, .prefill, .decode, .cached, [class*="tone-"]) { color: var(--ink); }
+.swatch, .bar i, .fall .track i { background: var(--fill, currentColor); } rect { fill: var(--fill); }
+/* Things in a row */
+.head, .row, .toolbar, .states, .states li, .legend, .legend li, .details, .tools, .range, .models, .tiles, .copy, .left, .name, .banner,
+.login div, .drawer-head, .top h1, .top > div, .top nav { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem .5rem; }
+.head, .left, .name, .banner { align-items: baseline; } .top h1, .states li, .range, .left { white-space: nowrap; flex-wrap: nowrap; }
+button, select, input { font: inherit; color: inherit; }
 button, select, input[type="search"], input[type="password"] { min-height: 2rem; padding: .15rem .65rem;
   background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
-button { cursor: pointer; } button:hover, select:hover { border-color: var(--muted); }
+button { cursor: pointer; white-space: nowrap; } button:hover, select:hover { border-color: var(--muted); }
 button[aria-pressed="true"] { border-color: var(--text); box-shadow: inset 0 0 0 1px var(--text); }
-button.plain { min-height: 0; padding: 0; border: 0; background: none; color: inherit; text-align: inherit; }
+button.plain { min-height: 0; padding: 0; border: 0; background: none; color: inherit; text-align: inherit; white-space: inherit; }
 button.plain:hover { text-decoration: underline; }
 button.dark { background: var(--text); border-color: var(--text); color: var(--panel); }
 button.quiet { min-height: 1.75rem; padding: .05rem .55rem; font-size: .857rem; }
 button:disabled { opacity: .5; cursor: default; } input[type="search"] { width: 15rem; max-width: 100%; }
 /* Header */
 .top { position: sticky; top: 0; z-index: 5; background: var(--panel); border-bottom: 1px solid var(--line); }
-.top > div, .top nav { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem 1.25rem; min-height: 46px;
-  max-width: 120rem; margin: 0 auto; padding: 0 1.5rem; }
+.top > div, .top nav, .states { column-gap: 1.25rem; } .top h1 { font-size: 1.15rem; font-weight: 650; } .top h1 small { font-size: .857rem; }
+.top > div, .top nav { min-height: 46px; max-width: 120rem; margin: 0 auto; padding: 0 1.5rem; }
 .top nav { min-height: 38px; padding-bottom: .35rem; }
-.top h1 { display: flex; align-items: center; gap: .5rem; font-size: 1.15rem; font-weight: 650;
-  white-space: nowrap; }
-.top h1 small { font-size: .857rem; }
 .demo { padding: 0 .5rem; border-radius: 4px; background: var(--text); color: var(--panel); font-size: .857rem; }
 .top nav a { color: var(--muted); text-decoration: none; padding: .2rem 0; }
 .top nav a:hover { color: var(--text); text-decoration: underline; }
-.states { display: flex; flex-wrap: wrap; gap: 0 1.25rem; margin-left: auto; }
-.states li { display: flex; align-items: center; gap: .4rem; white-space: nowrap; }
-.push { margin-left: auto; } .tools, .range { display: flex; align-items: center; gap: .5rem; }
-.range { gap: 0; margin-left: auto; }
+.states, .push, .range, .left { margin-left: auto; } .range { gap: 0; }
 .range button { min-height: 1.85rem; border-radius: 0; margin-left: -1px; font-size: .93rem; }
 .range button:first-child { border-radius: 6px 0 0 6px; }
 .range button:last-child { border-radius: 0 6px 6px 0; }
-.banner { display: flex; gap: .6rem; align-items: baseline; max-width: 120rem; margin: 0 auto;
-  padding: .55rem 1.5rem; border-bottom: 1px solid var(--line); background: var(--panel); }
+.banner { flex-wrap: nowrap; max-width: 120rem; margin: 0 auto; padding: .55rem 1.5rem; border-bottom: 1px solid var(--line); background: var(--panel); }
 .banner.dead { max-width: none; background: #B3261E; color: #FFFFFF; font-weight: 600; }
 main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: grid; gap: 1.5rem;
   grid-template-columns: minmax(0, 1fr); }
 .column { display: contents; }
-.head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem .75rem; margin-bottom: .6rem; }
+.head { column-gap: .75rem; margin-bottom: .6rem; }
 .box { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; }
-.empty { padding: 1.5rem 1rem; color: var(--muted); } body.dead #now, body.dead #models { opacity: .55; }
+.empty { padding: 1.5rem 1rem; color: var(--muted); } body.dead #now, body.dead #models, #models.away { opacity: .55; }
 /* Models */
-.models { display: flex; flex-wrap: wrap; gap: .6rem; }
-.models > li { flex: 1 1 19rem; max-width: 32rem; padding: .6rem .9rem; display: flex; flex-wrap: wrap;
-  align-items: center; gap: .1rem .75rem; }
-.models h3 { flex: 1 1 60%; overflow-wrap: anywhere; } .models > li.rest { flex: 0 1 auto; max-width: none; }
-.models details { width: 100%; } .models summary { cursor: pointer; }
-.models details li { display: flex; align-items: center; justify-content: space-between; gap: 1rem; padding: .2rem 0; }
+.models, .tiles { gap: .6rem; align-items: stretch; }
+.models > li { flex: 1 1 19rem; max-width: 36rem; padding: .6rem .9rem; }
+.models .row { flex-wrap: nowrap; min-height: 2rem; } .models h3 { overflow-wrap: anywhere; } .models button { flex: none; }
+.models > li.rest { flex: 0 1 auto; max-width: none; } .models summary { cursor: pointer; line-height: 2rem; }
 /* Now: how long still is the largest thing on the page */
 .cards { display: grid; gap: .75rem; }
-.card { display: grid; gap: .6rem; padding: .8rem 1.1rem .85rem; border-left: 5px solid var(--queued); }
-.card.prefill { border-left-color: var(--fill-prefill); color: inherit; }
-.card.decode { border-left-color: var(--fill-decode); color: inherit; }
-.card.ok, .card.warn, .card.error, .card.queued { color: inherit; }
-.card.ok, .card.warn { border-left-color: var(--line); } .card.error { border-left-color: var(--error); }
-.row { display: flex; flex-wrap: wrap; align-items: center; justify-content: space-between; gap: .1rem 1.25rem; }
-.row > * { min-width: 0; } .card h3 { font-size: 1.3rem; line-height: 1.25; overflow-wrap: anywhere; }
-.left { display: flex; align-items: baseline; gap: .5rem; margin-left: auto; }
-.left strong { font-size: 2.4rem; line-height: 1.05; font-weight: 650; letter-spacing: -.01em; white-space: nowrap; }
+.card { display: grid; gap: .6rem; padding: .8rem 1.1rem .85rem; border-left: 5px solid var(--fill, var(--line)); color: var(--text); }
+.row { justify-content: space-between; column-gap: 1.25rem; } .row > * { min-width: 0; } .card h3 { font-size: 1.3rem; line-height: 1.25; overflow-wrap: anywhere; }
+.left strong { font-size: 2.4rem; line-height: 1.05; font-weight: 650; letter-spacing: -.01em; }
 .bar { display: flex; height: 22px; border-radius: 5px; background: var(--track); overflow: hidden; gap: 1px; }
-.bar i { flex: 0 1 0; min-width: 0; } .bar i.cached, .swatch.cached { background: var(--fill-cached); }
-.bar i.prefill, .swatch.prefill { background: var(--fill-prefill); }
-.bar i.decode, .swatch.decode { background: var(--fill-decode); }
-.bar i.queued, .swatch.queued { background: var(--queued); }
-.legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; color: var(--muted); font-size: .93rem; }
-.legend li { display: flex; align-items: center; gap: .4rem; }
-.swatch { display: inline-block; flex: none; width: .75em; height: .75em; border-radius: 2px; background: var(--track); }
-.details { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem 1.25rem; }
-.details .speed { font-weight: 600; }
-.lines li { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .9rem; padding: .4rem 1.1rem;
-  border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+.bar i { flex: 0 1 0; min-width: 0; } .legend, .details { column-gap: 1.2rem; } .legend { color: var(--muted); font-size: .93rem; }
+.swatch { display: inline-block; flex: none; width: .75em; height: .75em; border-radius: 2px; }
+.details .speed { font-weight: 600; } .details :empty { display: none; }
+.lines li { display: grid; grid-template-columns: 1rem minmax(0, 1fr) auto; align-items: center; gap: .9rem;
+  padding: .4rem 1.1rem; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 .lines li:first-child { border-top: 0; }
 .lines + .lines, .cards + .lines, .lines + .cards { margin-top: .75rem; } .lines:empty { display: none; }
 /* First run and login */
 .guide { padding: 1.25rem 1.5rem 1.5rem; display: grid; gap: 1rem; } .guide h3 { font-size: 1.3rem; }
-.copy { display: flex; align-items: stretch; gap: .5rem; max-width: 62rem; }
+.copy { align-items: stretch; flex-wrap: nowrap; max-width: 62rem; }
 .copy code { flex: 1; min-width: 0; padding: .45rem .7rem; background: var(--page); border: 1px solid var(--line);
   border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .checks li { display: grid; grid-template-columns: 1.2rem minmax(0, 1fr); gap: .1rem .5rem; padding: .2rem 0; }
 .checks p { grid-column: 2; }
 .login { width: min(34rem, 100%); justify-self: center; padding: 1.25rem 1.5rem 1.5rem; display: grid; gap: .8rem; }
-.login div { display: flex; flex-wrap: wrap; gap: .5rem; } .login input { flex: 1; min-width: 12rem; }
+.login input { flex: 1; min-width: 12rem; }
 /* Figures */
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.4rem, 1fr)); gap: .75rem; }
-.tile { padding: .65rem .75rem; min-height: 6.2rem; } .tile dt, .tile .note { color: var(--muted); }
+.tile { flex: 1 1 10.4rem; padding: .65rem .75rem; min-height: 6.2rem; } .tile dt, .tile .note { color: var(--muted); }
 .tile .figure { font-size: 1.6rem; font-weight: 600; line-height: 1.35; }
 .tile .figure small { font-size: .93rem; font-weight: 400; color: var(--muted); }
 .tile .note { font-size: .8rem; }
@@ -11652,30 +11576,27 @@ main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: 
 .plots svg { display: block; width: 100%; } .plots text { fill: var(--muted); font-size: 11px; }
 .plots line { stroke: var(--line); }
 .none { display: grid; place-items: center; min-height: 236px; color: var(--muted); }
-rect.prefill { fill: var(--fill-prefill); } rect.decode { fill: var(--fill-decode); }
-rect.cached { fill: var(--fill-cached); } .tone-0 { color: var(--tone-0); } .tone-1 { color: var(--tone-1); }
-.tone-2 { color: var(--tone-2); } .tone-3 { color: var(--tone-3); } .tone-4 { color: var(--tone-4); }
-.tone-5 { color: var(--tone-5); }
-.swatch[class*="tone-"], .plots circle { background: currentColor; fill: currentColor; }
+.plots circle { fill: currentColor; }
 .plots path { fill: none; stroke: currentColor; stroke-width: 1.75; }
 .plots path.band { fill: currentColor; stroke: none; opacity: .16; }
 .twin { max-height: 260px; overflow: auto; } .wide { overflow-x: auto; }
-.people td:has(.bar) { width: 26%; } .people .bar { height: 12px; min-width: 4rem; } .people .name { display: flex; align-items: baseline; gap: .5rem; }
-.people td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7.5rem; }
+.people td:first-child { white-space: normal; overflow-wrap: anywhere; width: 30%; min-width: 6rem; } .people .bar { height: 8px; margin: .2rem 0; }
+.people th, .people td { padding: .3rem; }
 /* Tables */
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .32rem .55rem; text-align: left; white-space: nowrap; vertical-align: baseline; }
 th { font-weight: 600; color: var(--muted); font-size: .857rem; border-bottom: 1px solid var(--line); }
 td { border-bottom: 1px solid var(--line); } tbody tr:last-child td { border-bottom: 0; }
 .num { text-align: right; }
-#table td.c-who, #table td.c-model { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+#table td.c-who, #table td.c-model { white-space: normal; overflow-wrap: anywhere; min-width: 6.6rem; }
+#table td.c-model { min-width: 9.3rem; }
 #table th { white-space: normal; vertical-align: bottom; position: sticky; top: 85px; z-index: 2; background: var(--panel); }
 #table tbody tr { cursor: pointer; }
 #table tbody tr:hover, #table tbody tr:focus-visible { background: var(--page); }
 #table tbody tr:focus-visible { outline-offset: -2px; } th button.plain { font-weight: 600; }
 th[aria-sort="ascending"] button::after { content: " \2191"; }
 th[aria-sort="descending"] button::after { content: " \2193"; }
-.toolbar { display: flex; flex-wrap: wrap; gap: .4rem .5rem; align-items: center; margin-bottom: .6rem; }
+.toolbar { row-gap: .4rem; margin-bottom: .6rem; }
 .toolbar select { max-width: 15rem; }
 .newer { position: sticky; top: 94px; z-index: 3; display: flex; justify-content: center; height: 0; }
 .newer button, #log-newer { height: 2rem; background: var(--text); color: var(--panel); border-color: var(--text);
@@ -11684,7 +11605,7 @@ th[aria-sort="descending"] button::after { content: " \2193"; }
 /* Event log */
 .log-box { position: relative; }
 #log-lines { height: 24rem; overflow: auto; padding: .4rem 0; overflow-anchor: none; overscroll-behavior: contain; }
-#log-lines li { display: grid; grid-template-columns: 5rem 1.2rem minmax(0, 1fr); gap: 0 .5rem; padding: .08rem .9rem; }
+#log-lines:empty { height: 5rem; } #log-lines li { display: grid; grid-template-columns: 5rem 1.2rem minmax(0, 1fr); gap: 0 .5rem; padding: .08rem .9rem; }
 #log-lines li[data-id] { cursor: pointer; } #log-lines li[data-id]:hover { background: var(--page); }
 #log-lines li > :last-child { overflow-wrap: anywhere; white-space: pre-wrap; }
 #log-lines li.raw > :last-child { font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace;
@@ -11701,16 +11622,13 @@ dialog::backdrop { background: rgba(10, 14, 20, .35); }
 dialog.drawer { width: min(50rem, 100vw); max-width: none; height: 100vh; max-height: none; margin: 0 0 0 auto;
   border-width: 0 0 0 1px; overflow: auto; overscroll-behavior: contain; }
 dialog.help { border-radius: 8px; max-width: 34rem; padding: 1.25rem 1.5rem; }
-.drawer-head { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .3rem .5rem; align-items: center;
-  min-height: 48px; padding: .5rem 1.25rem; background: var(--panel); border-bottom: 1px solid var(--line); z-index: 1; }
+.drawer-head { position: sticky; top: 0; min-height: 48px; padding: .5rem 1.25rem; background: var(--panel); border-bottom: 1px solid var(--line); z-index: 1; }
 .drawer-body { padding: 1rem 1.25rem 3rem; display: grid; gap: 1.4rem; grid-template-columns: minmax(0, 1fr); }
 .drawer-body h3 { margin-bottom: .4rem; } .drawer-body .facts { padding: 0; }
 .fall { display: grid; grid-template-columns: max-content minmax(0, 1fr) max-content; gap: .3rem .9rem;
   align-items: center; }
 .fall .track { position: relative; height: 14px; background: var(--track); border-radius: 4px; }
-.fall .track i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 3px; background: var(--queued); }
-.fall .track i.prefill { background: var(--fill-prefill); }
-.fall .track i.decode { background: var(--fill-decode); }
+.fall .track i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 3px; }
 .fall .ticks { background: none; border-top: 1px solid var(--line); border-radius: 0; }
 .fall .ticks i { width: 1px; min-width: 1px; bottom: 5px; background: var(--muted); }
 .timeline td { white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
@@ -11722,7 +11640,7 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
 @media (min-width: 1600px) {
   main { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); } main > .all { grid-column: 1 / -1; }
   .column { display: grid; gap: 1.5rem; align-content: start; min-width: 0; }
-  #table .c-prefill, #table .c-queue { display: none; }
+  #table .c-prefill, #table .c-queue, #table .c-path { display: none; } .tile { flex-basis: 21%; }
 }
 @media (max-width: 1599px) { #login, #models, #now { order: -2; } #figures { order: -1; } }
 @media (max-width: 1120px) { #table .c-queue, #table .c-path { display: none; } }
@@ -11733,8 +11651,9 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
     padding: .55rem .8rem; border-bottom: 1px solid var(--line); }
   #table td, #table td.c-who, #table td.c-model { padding: 0; border: 0; text-align: left; white-space: normal;
     min-width: 0; overflow-wrap: anywhere; }
-  #table td[data-label]::before { content: attr(data-label); display: block; color: var(--muted); font-size: .857rem; }
-  #table .c-who, #table .c-status { grid-column: span 1; } #table .c-model { color: var(--muted); }
+  #table .c-model { color: var(--muted); }
+  #table td[data-label]::before, .people td[data-label]::before { display: block; color: var(--muted); font-size: .857rem; }
+  #table td[data-label]::before { content: attr(data-label); }
 }
 @media (max-width: 640px) {
   html { scroll-padding-top: 7rem; } .top { position: static; } .top > div, .top nav { padding: .3rem 1rem; }
@@ -11742,9 +11661,13 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
   .states { order: 3; width: 100%; margin: 0; gap: 0 .8rem; font-size: .93rem; } .tools { margin-left: auto; }
   .range { width: 100%; } .range button { flex: 1; padding: .15rem .2rem; } .banner { padding: .5rem 1rem; }
   main { padding: 1rem 1rem 3rem; } .left strong { font-size: 2.1rem; } .left { margin-left: 0; }
-  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .people .bar { display: none; } .people td:has(.bar) { width: 0; }
-  .people th { white-space: normal; vertical-align: bottom; } .people th, .people td { padding: .3rem .3rem; }
+  .tile { flex-basis: 40%; }
+  #table tr { column-gap: .4rem; } #table .c-status { grid-column: span 3; }
+  #table .c-who, #table td.c-model { grid-column: span 2; }
+  .people table, .people tbody { display: block; } .people thead { display: none; }
+  .people tr { display: grid; grid-template-columns: repeat(auto-fit, minmax(4.2rem, 1fr)); border-bottom: 1px solid var(--line); }
+  .people td { border: 0; text-align: left; } .people td:first-child { grid-column: 1 / -1; width: auto; }
+  .people td[data-label]::before { content: attr(data-label); }
   #log-lines li { grid-template-columns: 4.9rem 1rem minmax(0, 1fr); padding: .15rem .6rem; }
   .facts, .drawer-body .facts { grid-template-columns: minmax(0, 1fr); }
   .facts > div { grid-template-columns: 7.5rem minmax(0, 1fr); } .copy { flex-wrap: wrap; }
@@ -11762,8 +11685,8 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
 }
 @media print {
   .top { position: static; }
-  .tools, .toolbar, .range, .skip, nav, .newer, dialog { display: none !important; }
-  #log-lines { height: auto; overflow: visible; } #table th { position: static; }
+  button:not(.plain), .toolbar, .skip, nav, dialog, #log-lines li:nth-last-child(n + 41) { display: none !important; }
+  #log-lines { height: auto; } #table th { position: static; }
   .box { break-inside: avoid; }
 }
 </style>
@@ -12041,7 +11964,11 @@ function heading(text, spec = "th") {
 function table(head, rows) {
   const kind = (tag, at) => tag + (at ? ".num" : ".isolate");
   return el("table", el("thead", el("tr", ...head.map((text, at) => heading(text, kind("th", at))))),
-    el("tbody", ...rows.map(row => el("tr", ...row.map((text, at) => el(kind("td", at), text))))));
+    el("tbody", ...rows.map(row => el("tr", ...row.map((text, at) => {
+      const cell = el(kind("td", at), text);
+      if (at) cell.dataset.label = head[at];
+      return cell;
+    })))));
 }
 
 /* Children in this order; one that is in its place is not touched, one that is not among them goes. */
@@ -12050,9 +11977,6 @@ function arrange(box, nodes) {
   nodes.forEach((node, at) => {
     if (box.children[at] !== node) box.insertBefore(node, box.children[at] ?? null);
   });
-}
-function options(select, rows, chosen) {
-  select.replaceChildren(...rows.map(([value, text]) => new Option(text, value, false, value === chosen)));
 }
 function store(name, value) {
   try { localStorage.setItem(name, value); } catch { /* storage may be forbidden */ }
@@ -12114,8 +12038,7 @@ const LEFT = ["client_disconnected", "stopped"];
 const nameOfState = r => r.state === "failed" && LEFT.includes(r.operation) ? "abandoned" : r.state;
 const stateOf = r => STATES[nameOfState(r)] ?? [words(r.state), "queued", "queued"];
 const ended = r => ["done", "failed", "abandoned", "lost"].includes(r.state);
-const program = agent => /^[A-Za-z][\w.-]*(?:\/[A-Za-z][\w.-]*)?/.exec(agent ?? "")?.[0];
-const who = r => r.who ?? r.user ?? r.key ?? program(r.userAgent) ?? words(r.client);
+const who = r => r.who ?? r.user ?? r.key ?? words(r.client);
 const modelOf = r => words(r.model);
 const promptOf = r => r.tokenUsage?.promptTokens ?? r.progress?.promptTokens ?? r.cache?.total;
 const cachedOf = r => r.cachedTokens ?? r.cache?.reused;
@@ -12142,7 +12065,7 @@ const canStop = r => !ended(r) && r.source !== "lmstudio" && page.me !== null
 function learn(id, news) {
   let r = page.requests.get(id);
   if (!r) {
-    r = {requestId: id, state: "waiting", version: 0, began: Date.parse(news.startedAt ?? "") || Date.now()};
+    r = {requestId: id, state: "waiting", version: 0, began: Date.parse(news.startedAt ?? news.timestamp ?? "") || Date.now()};
     page.requests.set(id, r);
     forget();
   }
@@ -12151,6 +12074,7 @@ function learn(id, news) {
   const progress = news.progress && Object.keys(news.progress).length ? news.progress : r.progress;
   Object.assign(r, news, {progress, state: over ? r.state : news.state ?? r.state});
   if (!ended(r) && known(news.elapsedMs)) [r.began, r.heard] = [Date.now() - news.elapsedMs, Date.now()];
+  else if (news.startedAt) r.began = Date.parse(news.startedAt);
   if (!over && ended(r)) r.seenEnd = page.loaded ? Date.now() : 0;
   r.version += 1;
   dirty.add("now").add("requests").add("title").add("models");
@@ -12181,34 +12105,34 @@ function tokensSaid(data) {
 
 /* Each event that the stream sends: kind, colour, its sentence, and what it changes. */
 const EVENTS = {
-  connected: ["link", "ok", () => "The page listens.", () => { wantRequests(); wantStatus(); }],
+  connected: ["", "", () => "", () => { wantRequests(); wantStatus(); }],
   ping: ["", "", () => ""],
   gap: ["link", "warn", gapText, data => { page.missed += data.count ?? 0; wantRequests(); }],
-  inference_start: ["request", "queued", data => `${who(asks(data))} asks${on(data)}: ${whatOf(data)}`,
+  inference_start: ["requests", "queued", data => `${who(asks(data))} asks${on(data)}: ${whatOf(data)}`,
     data => { learn(data.requestId, {...data, source: "gateway", modelAsked: data.model}); wantRequests(); }],
-  inference_progress: ["request", "prefill", data => listed([who(data), modelOf(data), ...progressSaid(data)]),
+  inference_progress: ["requests", "prefill", data => listed([who(data), modelOf(data), ...progressSaid(data)]),
     data => learn(data.requestId, data)],
-  inference_complete: ["request", "ok", data => listed([`${who(asks(data))} was answered in ${span(data.totalTimeMs)}`,
+  inference_complete: ["requests", "ok", data => listed([`${who(asks(data))} was answered in ${span(data.totalTimeMs)}`,
     modelOf(data), tokensSaid(data)]), data => finished(data, "done")],
-  error: ["error", "error", data => LEFT.includes(data.operation)
+  error: ["errors", "error", data => LEFT.includes(data.operation)
     ? `${who(asks(data))}: stopped${data.by ? " by " + data.by : ""} after ${span(data.totalTimeMs)}: ${words(data.error)}`
     : `${who(asks(data))}: failed after ${span(data.totalTimeMs)}: ${words(data.error)}`,
     data => finished(data, LEFT.includes(data.operation) ? "abandoned" : "failed")],
   lmstudio_log: ["raw", "", message],
-  lmstudio_chat_start: ["engine", "queued", data =>
+  lmstudio_chat_start: ["LM Studio", "queued", data =>
     `LM Studio takes a chat of ${plural(data.messages ?? 0, "message")}${on(data)}`],
-  lmstudio_sampling_params: ["engine", "queued", data => "It samples with " + pairs(data)],
-  lmstudio_token_info: ["engine", "queued", data =>
+  lmstudio_sampling_params: ["LM Studio", "queued", data => "It samples with " + pairs(data)],
+  lmstudio_token_info: ["LM Studio", "queued", data =>
     `The engine has ${tokens(data.totalPromptTokens)} prompt tokens, ${tokens(data.promptTokensToDecode)} of them to read; context ${tokens(data.n_ctx)}`],
-  lmstudio_cache_stats: ["engine", "ok", data =>
+  lmstudio_cache_stats: ["LM Studio", "ok", data =>
     `${tokens(data.reused)} of ${tokens(data.total)} prompt tokens were in the cache (${percent(data.percentage)})${on(data)}`],
-  lmstudio_processing_start: ["engine", "prefill", data => "The engine begins to read" + on(data)],
-  lmstudio_prompt_progress: ["engine", "prefill", data => `${percent(data.progress)} of a prompt is read${on(data)}`],
-  lmstudio_generation_start: ["engine", "decode", data => "The prompt is read, the answer begins" + on(data)],
-  lmstudio_prediction_stats: ["engine", "decode", data => listed(["The engine: "
+  lmstudio_processing_start: ["LM Studio", "prefill", data => "The engine begins to read" + on(data)],
+  lmstudio_prompt_progress: ["LM Studio", "prefill", data => `${percent(data.progress)} of a prompt is read${on(data)}`],
+  lmstudio_generation_start: ["LM Studio", "decode", data => "The prompt is read, the answer begins" + on(data)],
+  lmstudio_prediction_stats: ["LM Studio", "decode", data => listed(["The engine: "
     + tokensSaid({...data, tokenUsage: data}) + on(data), known(data.promptTokensPerSecond) && "read at " + speed(data.promptTokensPerSecond)])],
-  lmstudio_chat_end: ["engine", "queued", data => `The chat is over: ${words(data.outcome)}${on(data)}`],
-  lmstudio_error: ["error", "error", data => "LM Studio: " + message(data)],
+  lmstudio_chat_end: ["LM Studio", "queued", data => `The chat is over: ${words(data.outcome)}${on(data)}`],
+  lmstudio_error: ["errors", "error", data => "LM Studio: " + message(data)],
   lmstudio_file_switch: ["link", "queued", data => "The log goes on in " + words(data.newLogFile), () => wantStatus()],
   lmstudio_month_transition: ["link", "queued", data => "The log goes on in " + words(data.newLogFile), () => wantStatus()],
 };
@@ -12223,15 +12147,15 @@ function progressSaid(r) {
   return [stateOf(r)[0], known(r.progress?.outputTokens) && plural(r.progress.outputTokens, "token")];
 }
 
-/* What is one moving line: the progress of a request, or of a prompt that is nobody's. */
-const foldOf = (name, data) => name === "inference_progress" ? data.requestId
+/* What is one moving line: the progress of a request, or of a prompt that is nobody's.  A place in the line is none. */
+const foldOf = (name, data) => name === "inference_progress" ? data.state === "queued" ? "" : data.requestId
   : name === "lmstudio_prompt_progress" ? data.requestId ? "" : "prompt " + data.model : null;
 const folds = new Map();
 function receive(name, data, id) {
   page.total += 1;
   EVENTS[name][3]?.(data);
   const fold = foldOf(name, data);
-  if (name === "ping" || fold === "") return;       // its request's own progress says the same
+  if (name === "ping" || name === "connected" || fold === "") return;   // its request's own progress says the same
   if (name === "lmstudio_log") page.raw += 1;
   if (typeof data.message === "string") data.message = bounded(data.message);
   const entry = {n: page.total, id, name, data}, before = fold && folds.get(fold);
@@ -12529,26 +12453,27 @@ const FILE_LOGGING = DEVELOPER + "Developer Logs \u25b8 \u2026 \u25b8 File Loggi
   + "LMSTUDIO_LOG_DIR names another directory.";
 const MONITORING = "Set ENABLE_LOG_MONITORING=true to see prompts being read and what was cached.";
 
-/* What is wrong and how to mend it, the worst first: [colour, what, remedy]. */
-function problems() {
-  const {lmstudio = {}, log = {}} = page.status ?? {};
-  const warnings = Array.isArray(log.warnings) ? log.warnings.map(text => String(text).split(/: (.*)/s)) : [];
-  const rows = [
-    [lmstudio.up === false, "error", "LM Studio is not answering",
-      (lmstudio.reason ? lmstudio.reason + ". " : "") + START],
-    [log.problem, "error", "The log cannot be followed", log.problem],
-    [log.enabled === false, "warn", "The log is not followed", MONITORING],
-    [terse(log), "warn", "LM Studio writes no DEBUG lines, so most figures of its engine are missing", VERBOSE],
-    ...warnings.map(([what, remedy = ""]) => [true, "warn", what, remedy]),
+/* What the page needs of LM Studio, the worst first: [is it so, null while nobody knows; colour where not; what; what
+   not; remedy]. */
+function checks() {
+  const {lmstudio = {}, log = {}} = page.status ?? {}, because = why => why ? why + ". " : "";
+  return [
+    [lmstudio.up, "error", "LM Studio answers", "LM Studio does not answer", lmstudio.reason || START],
+    log.enabled === false ? [false, "warn", "", "Its log is not followed", MONITORING]
+      : [Boolean(log.file) && !log.problem, log.problem ? "error" : "warn", "Its log is followed",
+        log.problem ? "Its log cannot be followed" : "No log file was found", because(log.problem) + FILE_LOGGING],
+    [terse(log) ? false : log.verbose || null, "warn", `Verbose logging: ${log.verbose ? "on" : "not known yet"}`,
+      "Verbose logging: off, so most figures of its engine are missing", VERBOSE],
   ];
-  return rows.filter(([is]) => is).map(row => row.slice(1));
 }
 PANELS.banners = () => {
-  const told = page.signedOut || !$("first-run").hidden;      // the first run says the same in its own way
-  const found = told ? [] : problems().slice(0, 2), box = $("banners");
+  const told = !page.status || page.signedOut || !$("first-run").hidden;    // the first run says the same in its own way
+  const warnings = Array.isArray(page.status?.log?.warnings) ? page.status.log.warnings : [], box = $("banners");
+  const found = told ? [] : [...checks().filter(([good]) => good === false).map(([, tone, , what, remedy]) => [tone, what, remedy]),
+    ...warnings.map(text => ["warn", ...String(text).split(/: (.*)/s)])].slice(0, 2);
   if (!outdated(box, JSON.stringify(found))) return;
   box.replaceChildren(...found.map(([tone, what, remedy]) =>
-    el("p.banner", mark(tone, tone), el("span", el("b", what + ". "), remedy))));
+    el("p.banner", mark(tone, tone), el("span", el("b", what + ". "), remedy ?? ""))));
 };
 
 // --- 9. models
@@ -12558,37 +12483,43 @@ PANELS.models = () => {
   const loaded = shown.filter(model => model.state !== "not-loaded" || busy.has(model.id));
   const rest = shown.filter(model => !loaded.includes(model));
   $("models").hidden = !shown.length || !canView();
+  $("models").classList.toggle("away", page.status?.lmstudio?.up === false);
   const key = JSON.stringify([shown.map(({mine, ...model}) => [model, mine.map(r => [r.state, Math.round(decodeOf(r) ?? 0),
     Math.round(prefillOf(r) ?? 0)])]), isAdmin()]);
   if (!outdated(box, key)) return;
   const open = box.querySelector("details")?.open;
   box.replaceChildren(...loaded.map(modelBox), ...rest.length ? [restBox(rest, open)] : []);
 };
-function modelBox({id, state, mine, contextLength, quantization, running: slots = 0, waiting = 0}) {
+function modelBox({id, state, mine, contextLength, running: slots = 0, waiting = 0}) {
   const states = mine.map(r => r.state), writing = sum(mine.filter(r => r.state === "generating").map(decodeOf));
   const reading = sum(mine.filter(r => r.state === "prompt").map(prefillOf));
   const name = state === "loading" || states.includes("loading") ? "loading" : states.includes("generating") ? "generating"
     : states.includes("prompt") ? "prompt" : mine.length ? "answering" : "";
   const [word, icon, tone] = name ? STATES[name] : ["idle", "ok", "queued"];
-  return el("li.box", el("h3.isolate", id),
-    isAdmin() && state === "loaded" && button("Unload", event => change(event, "unload", {instance_id: id}), "button.quiet.push"),
-    el("span." + tone, mark(icon, tone), " " + word),
-    el("span", listed([reading && speed(reading) + " read", writing && speed(writing) + " written"])),
-    el("span.muted", listed([(slots || mine.length) && `${slots || mine.length} running`, waiting && `${waiting} waiting`,
-      known(contextLength) && short(contextLength) + " context", quantization])));
+  return el("li.box", el("div.row", el("h3.isolate", id), el("span." + tone, mark(icon, tone), " " + word)),
+    el("div.row", el("span", el("b", listed([reading && speed(reading) + " read", writing && speed(writing) + " written"])), " ",
+      el("span.muted", listed([(slots || mine.length) && `${slots || mine.length} running`, waiting && `${waiting} waiting`,
+        known(contextLength) && short(contextLength) + " context"]))),
+      isAdmin() && state === "loaded" && button("Unload", event => change(event, "unload", () => instancesOf(id)), "button.quiet")));
 }
 function restBox(rest, open) {
   const list = el("details", el("summary.muted", `${rest.length} more, not loaded`), el("ul", ...rest.map(({id, sizeBytes}) =>
-    el("li", el("span.isolate", listed([id, known(sizeBytes) && bytes(sizeBytes)])),
-      isAdmin() && button("Load", event => change(event, "load", {model: id}), "button.quiet")))));
+    el("li.row", el("span.isolate", listed([id, known(sizeBytes) && bytes(sizeBytes)])),
+      isAdmin() && button("Load", event => change(event, "load", () => [{model: id}]), "button.quiet")))));
   list.open = Boolean(open);
   return el("li.box.rest", list);
 }
-async function change(event, what, body) {
-  const from = event.currentTarget;
+
+/* A loaded model goes by the names of its instances, which need not be its own. */
+async function instancesOf(id) {
+  const found = (await get("/api/v1/models"))?.models?.find(model => model.key === id)?.loaded_instances ?? [{id}];
+  return found.map(instance => ({instance_id: instance.id}));
+}
+async function change({currentTarget: from}, what, bodies) {
   from.disabled = true;
   put(from, what + "ing \u2026");
-  const why = await act("POST", "/api/v1/models/" + what, body);
+  let why = "";
+  for (const body of await bodies()) why = await act("POST", "/api/v1/models/" + what, body) || why;
   put(from, why ? "failed" : "done");
   from.title = why;
   wantModels();
@@ -12610,7 +12541,8 @@ PANELS.now = () => {
   for (const id of cards.keys()) if (!seats.some(r => r.requestId === id)) cards.delete(id);
   arrange($("cards"), seats.map(r => cardOf(r).node));
   seats.forEach(paintCard);
-  const queue = all.filter(inLine).sort((a, b) => (a.position ?? 1e9) - (b.position ?? 1e9) || a.began - b.began);
+  const queue = all.filter(inLine).sort((a, b) => (modelOf(a) > modelOf(b)) - (modelOf(a) < modelOf(b))
+    || (a.position ?? 1e9) - (b.position ?? 1e9) || a.began - b.began);
   lines($("queue"), queue.slice(0, 30), r => listed([placeOf(r), who(r), modelOf(r), running(elapsedOf(r)),
     known(etaOf(r)) && "about " + about(etaOf(r))]), queue.length - 30);
   lines($("ended"), over.filter(r => !seats.includes(r)).slice(0, 3), r => listed([`${who(r)}: ${stateOf(r)[0]}`,
@@ -12680,7 +12612,7 @@ function headline(r) {
   const left = leftOf(r), read = r.progress?.percent, took = span(r.totalTimeMs);
   if (ended(r)) return [took, stateOf(r)[0]];
   if (r.state === "prompt") {
-    if (read > 99.4) return ["almost read", ""];
+    if (read > 99.4 || left < 500) return ["almost read", ""];
     return known(left) ? [(left < 10000 ? "~" : "") + running(left), "left to read"]
       : known(read) ? [percent(read), "read"] : [running(elapsedOf(r)), "reading"];
   }
@@ -12743,7 +12675,7 @@ function paintFirstRun() {
     copyLine(`curl ${here}/v1/chat/completions${secret} -H "Content-Type: application/json" -d `
       + '\'{"messages": [{"role": "user", "content": "Say hello."}], "stream": true}\'',
       "Or from a terminal"),
-    el("ul.checks", ...checks(lmstudio, log).map(checkLine)));
+    el("ul.checks", ...checks().map(checkLine)));
 }
 const lanUrls = () => (page.status?.gateway?.lanUrls ?? []).filter(url => url !== location.origin);
 function copyLine(text, label = "") {
@@ -12751,21 +12683,9 @@ function copyLine(text, label = "") {
     el("div.copy", el("code", text), button("Copy", event => copy(text, event.currentTarget))));
 }
 
-/* What the page needs of LM Studio: [is it so, null while nobody knows; what; what not; remedy]. */
-function checks(lmstudio, log) {
-  const followed = Boolean(log.file) && !log.problem, why = log.problem ? log.problem + ". " : "";
-  return [
-    [lmstudio.up, "LM Studio answers", "LM Studio does not answer", START],
-    log.enabled === false ? [false, "", "Its log is not followed", MONITORING]
-      : [followed, "Its log is followed", "No log file was found", why + FILE_LOGGING],
-    [terse(log) ? false : log.verbose || null, log.verbose ? "Verbose logging: on" : "Verbose logging: not known yet",
-      "Verbose logging: off", VERBOSE],
-  ];
-}
-function checkLine([good, fine, wrong, remedy]) {
-  const tone = good ? "ok" : good === null ? "queued" : "warn";
-  return el("li", mark(tone, tone), el("span", tone === "warn" ? wrong : fine),
-    tone === "warn" ? el("p.muted", remedy) : null);
+function checkLine([good, tone, fine, wrong, remedy]) {
+  const shown = good === false ? tone : good ? "ok" : "queued";
+  return el("li", mark(shown, shown), el("span", good === false ? wrong : fine), good === false && el("p.muted", remedy));
 }
 
 // --- 12. figures: tiles and charts of a range, from /debug/series
@@ -12817,14 +12737,10 @@ const CHARTS = [
 PANELS.figures = () => {
   const {all} = figures;
   if (!all || $("figures").hidden) return;
-  const old = $("tiles").children;
-  TILES.forEach(([label, figure, unit, note], at) => {
-    if (!old[at]) $("tiles").append(el("div.box.tile", el("dt", label), el("dd.figure", el("span"), el("small")), el("dd.note")));
-    const [, value, said] = old[at].children, text = figure(all.total);
-    put(value.firstChild, text);
-    put(value.lastChild, text === NONE ? "" : unit);
-    put(said, note(all.total));
-  });
+  $("tiles").replaceChildren(...TILES.map(([label, figure, unit, note]) => {
+    const text = figure(all.total);
+    return el("div.box.tile", el("dt", label), el("dd.figure", text, el("small", text === NONE ? "" : unit)), el("dd.note", note(all.total)));
+  }));
   const first = all.rows[0] && Date.parse(all.rows[0].t), begin = Date.parse(all.from);
   put($("figures-note"), first - begin > 60000 * minutesOf() / 4 ? "since " + clockTime(first, false) : "");
   const {history} = page.status?.gateway ?? {};
@@ -12989,9 +12905,9 @@ function paintPeople() {
       refilter({[by === "user" ? "who" : "model"]: name});
       $("requests").scrollIntoView();
     }, "button.plain");
-    return [el("span.name", swatch(toneOf(name)), filter), ...by === "user" ? [bar] : [], ...columns.map(([, show]) => show(t))];
+    return [el("div", el("span.name", swatch(toneOf(name)), filter), bar), ...columns.map(([, show]) => show(t))];
   });
-  figures.people.replaceChildren(rows.length ? table([...by === "user" ? ["Who", ""] : ["Model"], ...columns.map(([text]) => text)], rows)
+  figures.people.replaceChildren(rows.length ? table([by === "user" ? "Who" : "Model", ...columns.map(([text]) => text)], rows)
     : el("p.none", "No data yet"));
 }
 
@@ -13138,7 +13054,7 @@ function paintFilters(found) {
   choices($("by-who"), "Anybody", different(all.map(who)), view.who);
   choices($("by-model"), "Any model", different(all.map(modelOf)), view.model);
   put($("requests-note"), filtered ? `${whole(found)} of ${whole(all.length)}`
-    : all.length ? `the latest ${whole(all.length)}${canView() ? "" : " of your own"}` : "");
+    : !all.length ? "" : canView() ? "the latest " + whole(all.length) : whole(all.length) + " of your own");
   put($("rows-empty"), filtered ? "No request fits the filter." : page.loaded ? "No request yet." : "");
   $("clear").hidden = !filtered;
   $("rows-empty").hidden = found > 0;
@@ -13150,7 +13066,7 @@ function choices(select, any, values, chosen) {
   const list = chosen && !values.includes(chosen) ? [chosen, ...values] : values;
   if (!outdated(select, [any, ...list, chosen].join("\n"))) return;
   const shown = value => value.length > 40 ? value.slice(0, 39) + "\u2026" : value;
-  options(select, [["", any], ...list.map(value => [value, shown(value)])], chosen);
+  select.replaceChildren(...["", ...list].map(value => new Option(value ? shown(value) : any, value, false, value === chosen)));
 }
 
 // --- 14. one request, in a drawer
@@ -13232,8 +13148,9 @@ function summaryOf(r) {
     ["Cached", known(cached) && plural(cached, "token") + (promptOf(r) ? ` (${percent(100 * cached / promptOf(r))})` : "")],
     ["Written", listed([known(outputOf(r)) && outputText(r) + " tokens", known(decodeOf(r)) && speed(decodeOf(r)),
       r.reasoningTokens && tokens(r.reasoningTokens) + " of them reasoning"])],
-    ["Held up by", r.boundBy], ["Context", known(size) && `${tokens(used)} of ${tokens(size)} tokens`],
-    ["Log", r.binding === "exact" ? "matched to the log: exact" : "not matched to the log"],
+    ["Context", known(size) && `${tokens(used)} of ${tokens(size)} tokens`],
+    ["Log", r.binding !== "exact" ? "not matched to the log"
+      : "matched to the log: exact" + (/^\d/.test(r.boundBy) ? ` (by ${r.boundBy})` : "")],
     ["Id", r.requestId],
   ];
   return el("dl.facts", ...r.error ? [fact("Reason", r.error)] : [],
@@ -13252,12 +13169,11 @@ function timelineOf(r) {
 }
 
 // --- 15. the event log
-const KINDS = [["", "All events"], ["request", "Requests"], ["engine", "LM Studio"], ["error", "Errors"]];
 const logView = {needle: "", pattern: null, kind: "", raw: false, follow: true, top: 0, painted: 0};
 function fitsLog({name, data, gone}) {
   const {needle, pattern, kind, raw} = logView, [kindOf] = EVENTS[name];
   if (gone || kindOf === "raw" && !raw) return false;
-  if (kind && kindOf !== kind && !(kind === "error" && data.level === "ERROR") && !(kind === "request" && name === "error")) return false;
+  if (kind && kindOf !== kind && !(kind === "errors" && data.level === "ERROR") && !(kind === "requests" && name === "error")) return false;
   if (!pattern && !needle) return true;
   const text = [name, data.requestId, EVENTS[name][2](data)].join(" ");
   return pattern ? pattern.test(text) : text.toLowerCase().includes(needle);
@@ -13497,7 +13413,7 @@ function tick() {
   if (active.some(r => r.requestId === drawer.id)) readDetail();
 }
 
-options($("log-kind"), KINDS, "");
+choices($("log-kind"), "All events", ["requests", "LM Studio", "errors"], "");
 $("keys-on").checked = stored("keys", "on") === "on";
 attribute($("notify"), "aria-pressed", stored("notify", "off") === "on");
 setTheme(stored("theme", "auto"));

@@ -93,12 +93,12 @@ def own_log():
 
 
 def config_of(flags=(), environ=None, env_file=None):
-    """(Config, sources, warnings) of a command line, an environment and a `.env` file's path."""
+    """(Config, warnings) of a command line, an environment and a `.env` file's path."""
     args = lmgateway.build_parser().parse_args(list(flags))
     config, warnings, errors = lmgateway.load_config(vars(args), environ or {}, env_file)
     if errors:
         raise lmgateway.ConfigError(errors[0])
-    return config, config.sources, warnings
+    return config, warnings
 
 
 @pytest.fixture
@@ -122,24 +122,21 @@ def env_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, environ, text, port, source", [
-    ([], {}, "", 8001, None),
-    ([], {}, "GATEWAY_PORT=1", 1, "line 1"),
+    ([], {}, "", 8001, None), ([], {}, "GATEWAY_PORT=1", 1, "@ line 1"),
     ([], {"GATEWAY_PORT": "2"}, "GATEWAY_PORT=1", 2, "environment variable GATEWAY_PORT"),
-    (["--port", "3"], {"GATEWAY_PORT": "2"}, "GATEWAY_PORT=1", 3, "--port"),
-    (["--port=3"], {}, "", 3, "--port"),
-    ([], {"GATEWAY_PORT": " "}, "GATEWAY_PORT=1", 1, "line 1"),
-    ([], {}, "GATEWAY_PORT=\nGATEWAY_PORT=7\nGATEWAY_PORT=", 7, "line 2")])
+    (["--port", "3"], {"GATEWAY_PORT": "2"}, "GATEWAY_PORT=1", 3, "--port"), (["--port=3"], {}, "", 3, "--port"),
+    ([], {"GATEWAY_PORT": " "}, "GATEWAY_PORT=1", 1, "@ line 1"),
+    ([], {}, "GATEWAY_PORT=\nGATEWAY_PORT=7\nGATEWAY_PORT=", 7, "@ line 2")])
 def test_flag_beats_environment_beats_env_file_beats_default(env_file, flags, environ, text, port, source):
-    config, sources, warnings = config_of(flags, environ, env_file(text))
-    assert (config.port, warnings) == (port, [])
-    assert source is None or source in sources["port"]
+    path = env_file(text)
+    config, warnings = config_of(flags, environ, path)
+    assert (config.port, config.sources.get("port"), warnings) == (port, source and source.replace("@", path), [])
 
 
 def test_the_working_directorys_env_file_is_read_and_need_not_be_there(env_file, tmp_path):
     assert config_of()[0].port == 8001
     (tmp_path / ".env").write_text("GATEWAY_PORT=9", encoding="utf-8")
-    config, sources, _ = config_of()
-    assert (config.port, sources["port"]) == (9, ".env line 1")
+    assert (config_of()[0].port, config_of()[0].sources["port"]) == (9, ".env line 1")
 
 
 @pytest.mark.parametrize("line, value", [
@@ -153,10 +150,9 @@ def test_env_files_are_read_as_people_write_them(env_file, line, value):
     assert config_of(env_file=env_file(line))[0].log_file == value
 
 
-@pytest.mark.parametrize("variable", [row.variable for row in lmgateway.OPTIONS if "_" in row.variable
-                                      and row.variable != "NO_AUTH"])
+@pytest.mark.parametrize("variable", [row.variable for row in lmgateway.OPTIONS if row.variable != "NO_AUTH"])
 def test_a_slip_in_any_name_of_ours_is_a_warning(env_file, variable):
-    [warning] = config_of(env_file=env_file(f"OTHERS_OPTION=2\n{variable}S=1"))[2]
+    [warning] = config_of(env_file=env_file(f"OTHERS_OPTION=2\n{variable}S=1"))[1]
     assert f"line 2: {variable}S is not a known option; did you mean {variable}?" in warning
 
 
@@ -193,14 +189,7 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
     "LAN without a key by .env": ([], "GATEWAY_HOST=0.0.0.0",
                                  ["GATEWAY_HOST", "settings.env line 1", "--no-auth"]),
     "an empty key": (["--api-key", "anna=,bob=K"], "", ["--api-key", "NAME=KEY"]),
-    "a key of equals signs": (["--api-key", "==,bob=K"], "", ["--api-key", "NAME=KEY"]),
-    "a key without its name": ([], "GATEWAY_API_KEY==abc", ["line 1", "NAME=KEY"]),
-    "address with a blank": (["--upstream", "http://a b"], "", ["--upstream", "http://127.0.0.1:1234"]),
-    "port, as Python writes numbers": (["--port", "80_01"], "", ["--port", "65535"]),
-    "port, in other digits": (["--port", "\u0668\u0660"], "", ["--port", "65535"]),
     "nobody allowed": (["--allow", ""], "", ["--allow", "192.168.1.0/24"]),
-    "an origin without a scheme": (["--cors-origins", "chat.example"], "", ["--cors-origins", "https://"]),
-    "an origin with a path": (["--cors-origins", "https://x/y"], "", ["--cors-origins", "https://chat"]),
     "no rights": (["--new-key", "x", "--rights", ""], "", ["--rights", "infer"]),
     "no days": (["--prune", "0"], "", ["--prune 0", "days"]),
     "days that are no number": (["--prune=-1"], "", ["--prune -1", "days"]),
@@ -221,10 +210,9 @@ def test_what_is_wrong_is_one_line_with_option_source_and_remedy_and_status_2(en
         assert word in lines[0]
 
 
-@pytest.mark.parametrize("options",
-                         [{"host": "localhost"}, {"host": "::1"}, {"host": "0.0.0.0", "no_auth": True},
+@pytest.mark.parametrize("options", [{"host": "localhost"}, {"host": "::1"}, {"host": "0.0.0.0", "no_auth": True},
                                      {"host": "0.0.0.0", "api_key": {"anna": "secret"}}], ids=str)
-def test_who_listens_on_loopback_has_a_key_or_says_no_auth_may_start(home, options):
+def test_a_gateway_on_loopback_with_a_key_or_without_auth_may_start(home, options):
     lmgateway.check_exposure(lmgateway.Config(**options))
     with pytest.raises(lmgateway.ConfigError, match="--no-auth"):
         lmgateway.check_exposure(lmgateway.Config(host="192.168.1.5"))
@@ -235,32 +223,18 @@ def test_an_env_file_in_another_encoding_is_read_as_far_as_it_goes(env_file):
     assert (config.log_file, config.port) == ("d\ufffdj\ufffd", 7)
 
 
-def test_a_wrong_secret_is_not_shown(env_file, capfd):
-    assert lmgateway.main(["--env-file", env_file("GATEWAY_API_KEY=kl\u00e9bold")]) == 2
-    err = capfd.readouterr().err
-    assert "bold" not in err and "GATEWAY_API_KEY" in err
-
-
 def test_rows_of_options_are_complete_and_their_names_unique(env_file):
-    rows = lmgateway.OPTIONS
-    for field in ("name", "variable", "flag"):
-        named = [getattr(row, field) for row in rows if getattr(row, field)]
-        assert len(named) == len(set(named))
-    for row in rows:
-        assert row.about and re.fullmatch(r"[A-Z][A-Z0-9_]+", row.variable)
-        assert row.flag is None or re.fullmatch(r"--[a-z][a-z-]+", row.flag)
-    fixed = {"LMSTUDIO_BASE_URL": ("--upstream", "http://127.0.0.1:1234"),
-             "GATEWAY_HOST": ("--host", "127.0.0.1"),
-             "GATEWAY_PORT": ("--port", 8001), "GATEWAY_API_KEY": ("--api-key", {}),
-             "IP_ALLOWLIST": ("--allow", None),
+    rows, config = lmgateway.OPTIONS, config_of()[0]
+    for field in ("name", "variable"):
+        assert len({getattr(row, field) for row in rows}) == len(rows)
+    assert all(row.about and re.fullmatch(r"[A-Z][A-Z0-9_]+", row.variable) for row in rows)
+    fixed = {"LMSTUDIO_BASE_URL": ("--upstream", "http://127.0.0.1:1234"), "GATEWAY_HOST": ("--host", "127.0.0.1"),
+             "GATEWAY_PORT": ("--port", 8001), "GATEWAY_API_KEY": ("--api-key", {}), "IP_ALLOWLIST": ("--allow", None),
              "REQUIRE_AUTH_FOR_HEALTH": (None, False), "LOG_LEVEL": ("--log-level", "info"),
-             "PROXY_TIMEOUT": (None, 600000),
-             "PROXY_STREAM_TIMEOUT": (None, 0), "LMSTUDIO_LOG_DIR": ("--log-dir", None),
-             "ENABLE_LOG_MONITORING": (None, True)}
-    config = config_of()[0]
-    assert fixed == {row.variable: (row.flag, getattr(config, row.name)) for row in rows
-                     if row.variable in fixed}
-    assert config.max_body == 256 * 1024 * 1024 and config.requests_kept == 100
+             "PROXY_TIMEOUT": (None, 600000), "PROXY_STREAM_TIMEOUT": (None, 0), "LMSTUDIO_LOG_DIR": ("--log-dir", None),
+             "ENABLE_LOG_MONITORING": (None, True), "MAX_BODY_BYTES": (None, 256 * 1024 * 1024),
+             "REQUESTS_KEPT": (None, 100)}
+    assert fixed == {row.variable: (row.flag, getattr(config, row.name)) for row in rows if row.variable in fixed}
 
 
 def nets(*texts):
@@ -268,16 +242,15 @@ def nets(*texts):
 
 
 @pytest.mark.parametrize("variable, text", [
-    *(("GATEWAY_PORT", text) for text in ("-1", "65536", "1.5", "x")), ("MAX_CONNECTIONS", "7"),
-    ("MAX_BODY_BYTES", "0"),
-    ("REQUESTS_KEPT", "0"), ("HISTORY_DAYS", "-1"), ("NO_AUTH", "2"), ("LOG_LEVEL", "trace"),
-    ("PROXY_TIMEOUT", "-1"),
-    *(("LMSTUDIO_BASE_URL", text) for text in ("ftp://h:1", "//h:1", "http://", "http://h:0",
-                                               "http://h:1/v1", "http://h?x", "http://u@h")),
-    ("IP_ALLOWLIST", "localhost"), ("GATEWAY_API_KEY", "a=1,a=2"), ("GATEWAY_API_KEY", "a b"),
-    ("GATEWAY_API_KEY", "a\x07"),
+    *(("GATEWAY_PORT", text) for text in ("-1", "65536", "1.5", "x", "80_01", "\u0668\u0660")), ("MAX_CONNECTIONS", "7"),
+    ("MAX_BODY_BYTES", "0"), ("REQUESTS_KEPT", "0"), ("HISTORY_DAYS", "-1"), ("NO_AUTH", "2"), ("LOG_LEVEL", "trace"),
+    ("PROXY_TIMEOUT", "-1"), ("LOG_SOURCE", "file"),
+    *(("LMSTUDIO_BASE_URL", text) for text in ("ftp://h:1", "//h:1", "http://", "http://h:0", "http://h:1/v1", "http://h?x",
+                                               "http://u@h", "http://a b")),
+    ("IP_ALLOWLIST", "localhost"), *(("CORS_ORIGINS", text) for text in ("chat.example", "https://x/y")),
+    *(("GATEWAY_API_KEY", text) for text in ("a=1,a=2", "a b", "a\x07", "kl\u00e9bold", "==,bob=K", "=abc")),
     *(("UPSTREAM_TOKEN", text) for text in ("a b", "kl\u00e9", "a\x07"))])
-def test_other_values_are_refused_with_what_to_write_and_secrets_are_not_shown(variable, text):
+def test_other_values_are_refused_with_the_form_and_secrets_are_not_shown(variable, text):
     with pytest.raises(lmgateway.ConfigError, match=variable) as refused:
         config_of(environ={variable: text})
     assert re.search(r"use |stands there twice|is made of", str(refused.value))
@@ -295,15 +268,12 @@ def test_loopback_is_what_only_this_machine_reaches(host, alone):
 
 @pytest.mark.parametrize("variable, text, value", [
     ("LOG_LEVEL", "WARN", "warn"), ("LMSTUDIO_BASE_URL", "http://a:1/", "http://a:1"),
-    ("IP_ALLOWLIST", "10.0.0.1, *", None),
-    ("ENABLE_LOG_MONITORING", "No", False), ("REQUIRE_AUTH_FOR_HEALTH", "yes", True), ("NO_AUTH", "ON", True),
-    ("CORS_ORIGINS", "https://A/, https://b", ("https://a", "https://b")), ("CORS_ORIGINS", "*", ("*",)),
-    ("PROXY_TIMEOUT", " 0 ", 0),
-    ("GATEWAY_PORT", "65535", 65535), ("HISTORY_DAYS", "0", 0),
-    ("LMSTUDIO_BASE_URL", "https://[::1]", "https://[::1]"),
-    *(("NO_AUTH", text, True) for text in ("true", "1", "yes")),
+    ("LMSTUDIO_BASE_URL", "https://[::1]", "https://[::1]"), ("IP_ALLOWLIST", "10.0.0.1, *", None),
+    ("ENABLE_LOG_MONITORING", "No", False), ("CORS_ORIGINS", "https://A/, https://b", ("https://a", "https://b")),
+    ("CORS_ORIGINS", "*", ("*",)), ("PROXY_TIMEOUT", " 0 ", 0), ("GATEWAY_PORT", "65535", 65535),
+    ("HISTORY_DAYS", "0", 0), ("UPSTREAM_TOKEN", " x ", "x"),
+    *(("NO_AUTH", text, True) for text in ("true", "1", "yes", "ON")),
     *(("NO_AUTH", text, False) for text in ("False", "0", "off")),
-    ("UPSTREAM_TOKEN", " x ", "x"),
     ("IP_ALLOWLIST", "192.168.1.7/24, fd00::/8", nets("192.168.1.0/24", "fd00::/8")),
     ("IP_ALLOWLIST", "::ffff:192.168.1.0/120", nets("192.168.1.0/24")),
     ("IP_ALLOWLIST", "::ffff:0:0/95", nets("::fffe:0:0/95"))])
@@ -335,14 +305,10 @@ def test_one_key_or_several_with_names(text, keys):
 @pytest.mark.parametrize("settings, environ, upstream", [
     ('{"port": 4321}', {}, "http://127.0.0.1:4321"),
     ('{"port": 4321}', {"LMSTUDIO_BASE_URL": "http://x:1"}, "http://x:1"),
-    ("{", {}, "http://127.0.0.1:1234"), ('{"port": "x"}', {}, "http://127.0.0.1:1234"),
-    ("[]", {}, "http://127.0.0.1:1234"),
-    ('{"port": 99999}', {}, "http://127.0.0.1:1234"), (None, {}, "http://127.0.0.1:1234")])
-def test_lm_studios_port_is_read_from_its_settings_where_none_is_given(home, settings, environ, upstream):
+    *((settings, {}, "http://127.0.0.1:1234") for settings in ("{", "[]", '{"port": "x"}', '{"port": 99999}', None))])
+def test_lm_studios_port_is_read_from_its_settings_if_none_is_given(home, settings, environ, upstream):
     if settings is not None:
-        path = home / ".lmstudio" / ".internal" / "http-server-config.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(settings, encoding="utf-8")
+        put(home / ".lmstudio/.internal/http-server-config.json", settings)
     assert lmgateway.find_upstream(config_of(environ=environ)[0]).upstream == upstream
 
 
@@ -1118,86 +1084,6 @@ def test_local_time_becomes_utc_in_file_order(monkeypatch, zone, times, expected
         time.tzset()
 
 
-# --- 3.11 wire formats
-
-def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_readers_take_for_a_line_end():
-    data = {"message": 'é "🦊"\n\\\x7f\ud800 \u2028\u2029\x85\x0c', "tags": [], "a": -0.5, "b": True, "c": None}
-    line = lmgateway.to_utf8(lmgateway.json_line("e-1", Event("n", data)))
-    assert json.loads(line, parse_constant=no_constant) == {"id": "e-1", "event": "n", "data": data}
-    text = line.decode()
-    assert len(text.splitlines()) == 1 and 'é \\"🦊\\"' in text and "\\ud800" in text
-    fox = lmgateway.sse_frame("e-1", "n", lmgateway.to_json({"message": "🦊" * 1000}))
-    assert len(fox) < 4100      # not 12 bytes a character
-
-
-# --- 3.12 WebSocket
-
-MASK = b"\x01\x7f\x80\xfe"
-
-
-def fed(frames, data, size):
-    """What Frames gives for the bytes in pieces of that size."""
-    return [message for at in range(0, len(data), size) for message in frames.feed(data[at:at + size])]
-
-
-@pytest.mark.parametrize("mask", [b"", MASK])
-@pytest.mark.parametrize("length", [0, 1, 125, 126, 300, 65535, 65536])
-def test_a_frame_is_read_as_it_was_written(mask, length):
-    payload = (b"\xc3\xa9x" * length)[:length // 3 * 3] + b"a" * (length % 3)
-    data = lmgateway.frame(lmgateway.TEXT, payload, mask)
-    whole = lmgateway.Message(lmgateway.TEXT, payload, data)
-    for size in (1, 2, 7, 1000) if length < 1000 else (7777, 200_000):
-        frames = lmgateway.Frames(bool(mask), 100_000)
-        assert fed(frames, data + data[:1], size) == [whole] and not frames.between
-
-
-def test_rfc_6455s_own_examples():
-    hello, ping = bytes.fromhex("818537fa213d7f9f4d5158"), bytes.fromhex("898537fa213d7f9f4d5158")
-    assert [message[:2] for message in lmgateway.Frames(True, 99).feed(hello + ping)] == [(1, b"Hello"), (9, b"Hello")]
-    pieces = bytes.fromhex("010348656c") + bytes.fromhex("80026c6f")
-    assert lmgateway.Frames(False, 99).feed(pieces) == [(1, b"Hello", pieces)]
-    assert lmgateway.accept_key("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
-
-
-def test_a_control_frame_may_stand_between_the_pieces_of_a_message():
-    first, ping, last = (lmgateway.frame(op, text, MASK) for op, text in ((1, b"a"), (9, b"p"), (0, b"b")))
-    first = bytes([first[0] & 0x7F]) + first[1:]
-    for size in (1, 3, 100):
-        frames = lmgateway.Frames(True, 99)
-        assert fed(frames, first + ping + last, size) == [(9, b"p", ping), (1, b"ab", first + last)]
-
-
-@pytest.mark.parametrize(("code", "faulty"), [
-    (1002, "8100"), (1002, "c180 00000000"), (1002, "9180 00000000"), (1002, "8380 00000000"), (1002, "8b80 00000000"),
-    (1002, "0980 00000000"), (1002, "89fe 0080 00000000"), (1002, "8080 00000000"),
-    (1002, "0180 00000000 8180 00000000"), (1002, "81fe 007d 00000000"), (1002, "81ff 000000000000ffff 00000000"),
-    (1002, "81ff 8000000000000000 00000000"), (1002, "8881 00000000 03"), (1002, "8882 00000000 03ee"),
-    (1002, "8882 00000000 0000"), (1002, "8882 00000000 0bb7"), (1002, "8882 00000000 1388"),
-    (1007, "8181 00000000 ff"), (1007, "8883 00000000 03e8 ff"), (1007, "0181 00000000 c3 8081 00000000 41"),
-    (1009, "82fe 0400 00000000"), (1009, "0281 00000000 41 80fe 03e8 00000000"),
-    (1009, "82ff 7fffffffffffffff 00000000")])
-def test_faulty_frames_have_their_close_code(code, faulty):
-    data = bytes.fromhex(faulty)
-    for size in (1, 2, 100):
-        with pytest.raises(lmgateway.FrameError) as fault:
-            fed(lmgateway.Frames(True, 1000), data, size)
-        assert fault.value.code == code
-
-
-@pytest.mark.parametrize(("code", "data"), [(1002, lmgateway.frame(1, b"x", MASK)), (1009, b"\x81\x7e\x03\xe9")])
-def test_a_servers_frame_has_no_mask_and_a_limit_too(code, data):
-    with pytest.raises(lmgateway.FrameError) as fault:
-        lmgateway.Frames(False, 1000).feed(data)
-    assert fault.value.code == code
-
-
-@pytest.mark.parametrize(("value", "found"), [
-    (1, 1), (5.0, 5), (0, 0), (-3, -3), (2**53 - 1, 2**53 - 1), (2**53, None), (True, None), (1.5, None),
-    ("1", None), (None, None), ([], None), ({}, None), (float("inf"), None)])
-def test_ids_are_whole_numbers(value, found):
-    assert lmgateway.id_of({"callId": value}, "callId") == found
-
-
 # --- 3.4 to 3.6: dialects, meter, request bodies
 
 def event(data, name=None):
@@ -1238,113 +1124,46 @@ def typed(kind, **data):
 
 
 MESSAGES_USAGE = typed("message_delta", delta={}, usage={"input_tokens": 21, "output_tokens": 3})
+MESSAGES_START = typed("message_start", message={"model": "qwen/qwen3-8b", "content": [],
+                                                 "usage": {"input_tokens": 21, "output_tokens": 0}})
 COUNTS = {"promptTokens": 21, "completionTokens": 3, "totalTokens": 24}
 THINKING = {**COUNTS, "reasoningTokens": 2}
 CACHED = {**THINKING, "cachedTokens": 20}
+
+
+def block_delta(kind, **delta):
+    return typed("content_block_delta", index=0, delta={"type": f"{kind}_delta", **delta})
+
+
+def text_chunk(text, finish=None):
+    return event({"model": "qwen/qwen3-8b", "choices": [{"text": text, "finish_reason": finish}]})
+
+
 METERED = {     # path, the answer's events or its whole body, tokenUsage, finishReason, which event is the first token
     "chat": ("/v1/chat/completions", CHAT_WHOLE, THINKING, "stop", None),
     "chat stream": ("/v1/chat/completions", CHAT_STREAM, COUNTS, "stop", 1),
-    "chat reasoning": ("/v1/chat/completions", [chunk({"role": "assistant"}),
-                                                chunk({"reasoning_content": "Hm"}),
-                                                chunk({"content": "Hi"}, "length"), USAGE_CHUNK], COUNTS,
-                                                "length", 1),
-    "chat gpt-oss": ("/v1/chat/completions", [chunk({"content": None, "reasoning": "Hm"}), chunk({}, "stop"),
-                                              USAGE_CHUNK],
+    "chat reasoning": ("/v1/chat/completions", [
+        chunk({"role": "assistant"}), chunk({"reasoning_content": "Hm"}), chunk({"content": "Hi"}, "length"), USAGE_CHUNK],
+        COUNTS, "length", 1),
+    "chat gpt-oss": ("/v1/chat/completions", [chunk({"content": None, "reasoning": "Hm"}), chunk({}, "stop"), USAGE_CHUNK],
                      COUNTS, "stop", 0),
-    "chat tools": ("/v1/chat/completions",
-                   [chunk({"role": "assistant", "content": None}),
-                    chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": ""}}]}),
-                    chunk({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}),
-                    chunk({}, "tool_calls"),
-                    USAGE_CHUNK], COUNTS, "tool_calls", 1),
-    "chat usage with choices": ("/v1/chat/completions", [chunk({"content": "Hi"}),
-                                                         chunk({"content": "."}, "stop", usage={
+    "chat tools": ("/v1/chat/completions", [
+        chunk({"role": "assistant", "content": None}),
+        chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": ""}}]}),
+        chunk({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}), chunk({}, "tool_calls"), USAGE_CHUNK],
+        COUNTS, "tool_calls", 1),
+    "chat usage with choices": ("/v1/chat/completions", [chunk({"content": "Hi"}), chunk({"content": "."}, "stop", usage={
         "prompt_tokens": 21, "completion_tokens": 3, "total_tokens": 24})], COUNTS, "stop", 0),
-    "chat that quotes": ("/v1/chat/completions", [chunk({"content": ""}),
-                                                  chunk({"content": '{"usage": {"content": "x"}}'}),
-                                                  chunk({"content": '"error": 1'}), USAGE_CHUNK], COUNTS,
-                                                  None, 1),
-    "completions": ("/v1/completions", COMPLETION_WHOLE, COUNTS, "length", None),
-    "completions stream": ("/v1/completions",
-                           [event({"model": "qwen/qwen3-8b",
-                                   "choices": [{"text": "", "finish_reason": None}]}),
-                            event({"model": "qwen/qwen3-8b",
-                                   "choices": [{"text": "Hi", "finish_reason": None}]}),
-                            event({"choices": [{"text": "", "finish_reason": "stop"}]}), USAGE_CHUNK], COUNTS,
-                            "stop", 1),
-    "embeddings": ("/v1/embeddings",
-                   b'{"model":"qwen/qwen3-8b","data":[],"usage":{"prompt_tokens":8,"total_tokens":8}}',
-                   {"promptTokens": 8, "completionTokens": 0, "totalTokens": 8}, None, None),
-    "embeddings of LM Studio": ("/api/v0/embeddings", (b'{"data":[],"model":"qwen/qwen3-8b","usage":'
-                                                       b'{"prompt_tokens":0,"total_tokens":0}}'),
-                                {"promptTokens": 0, "completionTokens": 0, "totalTokens": 0}, None, None),
-    "v0": ("/api/v0/chat/completions", V0_WHOLE, COUNTS, "stop", None),
-    "responses": ("/v1/responses", RESPONSES_WHOLE, CACHED, None, None),
-    "responses cut short": ("/v1/responses", RESPONSES_WHOLE.replace(
-        b'"completed"', b'"incomplete","incomplete_details":{"reason":"max_output_tokens"}'), CACHED,
-        "max_output_tokens", None),
-    "responses stream": ("/v1/responses", [
-        typed("response.created", response={"id": "resp_1", "model": "qwen/qwen3-8b", "output": []}),
-        typed("response.output_item.added", item={"content": []}),
-        typed("response.output_text.delta", delta=""),
-        typed("response.reasoning_text.delta", delta="Hm"), typed("response.output_text.delta", delta="Hi"),
-        typed("response.output_text.done", text="Hi"),
-        typed("response.completed", response=json.loads(RESPONSES_WHOLE))], CACHED, None, 3),
-    "responses tools": ("/v1/responses", [typed("response.created", response={"model": "qwen/qwen3-8b"}),
-                                          typed("response.function_call_arguments.delta", delta="{"),
-                                          typed("response.completed", response=json.loads(RESPONSES_WHOLE))],
-                        CACHED, None, 1),
-    "messages": ("/v1/messages", MESSAGES_WHOLE, COUNTS, "end_turn", None),
-    "messages stream": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "content": [],
-                                        "usage": {"input_tokens": 21, "output_tokens": 0}}),
-        typed("ping"), typed("content_block_start", index=0, content_block={"type": "text", "text": ""}),
-        typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hi"}),
-        typed("content_block_stop", index=0),
-        typed("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 3}),
-        typed("message_stop")],
-        COUNTS, "max_tokens", 3),
-    "messages from a cache": ("/v1/messages", MESSAGES_WHOLE.replace(
-        b'"input_tokens":21',
-        b'"cache_creation_input_tokens":5,"cache_read_input_tokens":15,"input_tokens":1'),
-        {**COUNTS, "cachedTokens": 15}, "end_turn", None),
-    "messages stream from a cache": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "content": [], "usage": {
-            "input_tokens": 6, "cache_read_input_tokens": 15, "output_tokens": 0}}),
-        typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hi"}),
-        typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 3}),
-        typed("message_stop")], {**COUNTS, "cachedTokens": 15}, "end_turn", 1),
-    "more pieces than tokens": ("/v1/chat/completions", [
-        *CHAT_STREAM[:2], *CHAT_STREAM[1:2] * 4, *CHAT_STREAM[2:]], COUNTS, "stop", 1),
-    "messages thinking": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b",
-                                        "usage": {"input_tokens": 21, "output_tokens": 1}}),
-        typed("content_block_delta", index=0, delta={"type": "thinking_delta", "thinking": "Hm"}),
-        typed("message_delta", delta={"stop_reason": "tool_use"},
-              usage={"input_tokens": 21, "output_tokens": 3})],
-        COUNTS, "tool_use", 1),
-    "native": ("/api/v1/chat", NATIVE_WHOLE, THINKING, None, None),
-    "native stream": ("/api/v1/chat", [
-        typed("chat.start", model_instance_id="qwen/qwen3-8b"),
-        typed("prompt_processing.progress", progress=0.4),
-        typed("reasoning.start"), typed("reasoning.delta", content="Hm"),
-        typed("message.delta", content="Hi"),
-        typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 3),
-    "v0 without a reason of OpenAI's": ("/api/v0/completions", V0_WHOLE.replace(
-        b'"finish_reason":"stop",', b""), COUNTS, "eosFound", None),
+    "chat that quotes": ("/v1/chat/completions", [
+        chunk({"content": ""}), chunk({"content": '{"usage": {"content": "x"}}'}), chunk({"content": '"error": 1'}),
+        USAGE_CHUNK], COUNTS, None, 1),
     "chat cached": ("/v1/chat/completions", CHAT_WHOLE.replace(
-        b'"completion_tokens_details"', b'"prompt_tokens_details":{"cached_tokens":20},'
-        b'"completion_tokens_details"'), CACHED, "stop", None),
-    "chat over two lines": ("/v1/chat/completions", [
-        CHAT_STREAM[1], USAGE_CHUNK.replace(b', "usage"', b',\ndata: "usage"')], COUNTS, None, 0),
+        b'"completion_tokens_details"', b'"prompt_tokens_details":{"cached_tokens":20},"completion_tokens_details"'),
+        CACHED, "stop", None),
+    "chat over two lines": ("/v1/chat/completions", [CHAT_STREAM[1], USAGE_CHUNK.replace(b', "usage"', b',\ndata: "usage"')],
+                            COUNTS, None, 0),
     "chat with a function": ("/v1/chat/completions", [
-        chunk({"content": None}), chunk({"function_call": {"name": "f", "arguments": ""}}), USAGE_CHUNK],
-        COUNTS, None, 1),
-    "messages that count down": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "usage": {"input_tokens": 21}}),
-        typed("message_delta", delta={}, usage={"output_tokens": 3}),
-        typed("message_delta", delta={"stop_reason": "end_turn"},
-              usage={"input_tokens": 0, "output_tokens": 0})], COUNTS, "end_turn", None),
+        chunk({"content": None}), chunk({"function_call": {"name": "f", "arguments": ""}}), USAGE_CHUNK], COUNTS, None, 1),
     "two choices": ("/v1/chat/completions", [
         event({"model": "qwen/qwen3-8b", "choices": [{"index": 0, "finish_reason": "length", "delta": {}},
                                                      {"index": 1, "finish_reason": "stop", "delta": {}}]}),
@@ -1353,30 +1172,79 @@ METERED = {     # path, the answer's events or its whole body, tokenUsage, finis
         event({"model": "qwen/qwen3-8b", "choices": [], "usage": {
             "prompt_tokens": 21, "prompt_tokens_details": {"cached_tokens": 20},
             "completion_tokens_details": {"reasoning_tokens": 2}}}),
-        event({"choices": [], "usage": {
-            "completion_tokens": 3, "total_tokens": 24, "prompt_tokens_details": {},
-            "completion_tokens_details": {"audio_tokens": 0}}})], CACHED, None, None),
+        event({"choices": [], "usage": {"completion_tokens": 3, "total_tokens": 24, "prompt_tokens_details": {},
+                                        "completion_tokens_details": {"audio_tokens": 0}}})], CACHED, None, None),
+    "completions": ("/v1/completions", COMPLETION_WHOLE, COUNTS, "length", None),
+    "completions stream": ("/v1/completions", [text_chunk(""), text_chunk("Hi"), text_chunk("", "stop"), USAGE_CHUNK],
+                           COUNTS, "stop", 1),
+    "embeddings": ("/v1/embeddings", b'{"model":"qwen/qwen3-8b","data":[],"usage":{"prompt_tokens":8,"total_tokens":8}}',
+                   {"promptTokens": 8, "completionTokens": 0, "totalTokens": 8}, None, None),
+    "embeddings of LM Studio": ("/api/v0/embeddings", (
+        b'{"data":[],"model":"qwen/qwen3-8b","usage":{"prompt_tokens":0,"total_tokens":0}}'),
+        {"promptTokens": 0, "completionTokens": 0, "totalTokens": 0}, None, None),
+    "v0": ("/api/v0/chat/completions", V0_WHOLE, COUNTS, "stop", None),
+    "v0 without a reason of OpenAI's": ("/api/v0/completions", V0_WHOLE.replace(b'"finish_reason":"stop",', b""), COUNTS,
+                                        "eosFound", None),
+    "responses": ("/v1/responses", RESPONSES_WHOLE, CACHED, None, None),
+    "responses cut short": ("/v1/responses", RESPONSES_WHOLE.replace(
+        b'"completed"', b'"incomplete","incomplete_details":{"reason":"max_output_tokens"}'), CACHED,
+        "max_output_tokens", None),
+    "responses stream": ("/v1/responses", [
+        typed("response.created", response={"id": "resp_1", "model": "qwen/qwen3-8b", "output": []}),
+        typed("response.output_item.added", item={"content": []}), typed("response.output_text.delta", delta=""),
+        typed("response.reasoning_text.delta", delta="Hm"), typed("response.output_text.delta", delta="Hi"),
+        typed("response.output_text.done", text="Hi"),
+        typed("response.completed", response=json.loads(RESPONSES_WHOLE))], CACHED, None, 3),
+    "responses tools": ("/v1/responses", [
+        typed("response.created", response={"model": "qwen/qwen3-8b"}),
+        typed("response.function_call_arguments.delta", delta="{"),
+        typed("response.completed", response=json.loads(RESPONSES_WHOLE))], CACHED, None, 1),
+    "messages": ("/v1/messages", MESSAGES_WHOLE, COUNTS, "end_turn", None),
+    "messages stream": ("/v1/messages", [
+        MESSAGES_START, typed("ping"), typed("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+        block_delta("text", text="Hi"), typed("content_block_stop", index=0),
+        typed("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 3}), typed("message_stop")],
+        COUNTS, "max_tokens", 3),
+    "messages from a cache": ("/v1/messages", MESSAGES_WHOLE.replace(
+        b'"input_tokens":21', b'"cache_creation_input_tokens":5,"cache_read_input_tokens":15,"input_tokens":1'),
+        {**COUNTS, "cachedTokens": 15}, "end_turn", None),
+    "messages stream from a cache": ("/v1/messages", [
+        typed("message_start", message={"model": "qwen/qwen3-8b", "content": [], "usage": {
+            "input_tokens": 6, "cache_read_input_tokens": 15, "output_tokens": 0}}),
+        block_delta("text", text="Hi"),
+        typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 3})],
+        {**COUNTS, "cachedTokens": 15}, "end_turn", 1),
+    "messages thinking": ("/v1/messages", [
+        MESSAGES_START, block_delta("thinking", thinking="Hm"), typed(
+            "message_delta", delta={"stop_reason": "tool_use"}, usage={"input_tokens": 21, "output_tokens": 3})],
+        COUNTS, "tool_use", 1),
+    "messages that count down": ("/v1/messages", [
+        MESSAGES_START, typed("message_delta", delta={}, usage={"output_tokens": 3}),
+        typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"input_tokens": 0, "output_tokens": 0})],
+        COUNTS, "end_turn", None),
     "messages tools": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "content": []}),
-        typed("content_block_start", index=0, content_block={"type": "tool_use", "name": "f", "input": {}}),
+        MESSAGES_START, typed("content_block_start", index=0, content_block={"type": "tool_use", "name": "f", "input": {}}),
         MESSAGES_USAGE], COUNTS, None, 1),
     "messages tools, arguments": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "content": []}),
-        typed("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": ""}),
-        typed("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": "{}"}),
+        MESSAGES_START, block_delta("input_json", partial_json=""), block_delta("input_json", partial_json="{}"),
         MESSAGES_USAGE], COUNTS, None, 2),
+    "native": ("/api/v1/chat", NATIVE_WHOLE, THINKING, None, None),
+    "native stream": ("/api/v1/chat", [
+        typed("chat.start", model_instance_id="qwen/qwen3-8b"), typed("prompt_processing.progress", progress=0.4),
+        typed("reasoning.start"), typed("reasoning.delta", content="Hm"), typed("message.delta", content="Hi"),
+        typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 3),
     "native tools": ("/api/v1/chat", [
         typed("chat.start", model_instance_id="qwen/qwen3-8b"), typed("tool_call.start", tool="f"),
         typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 1),
-    "odd counts": ("/v1/chat/completions", (b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":true,'
-                                            b'"completion_tokens":"3","total_tokens":null}}'), None, None, None),
-    "counts that nobody can mean": (
-        "/v1/chat/completions", b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":-1,"completion_tokens":'
-        + b"9" * 400 + b',"total_tokens":1e999}}', None, None, None),
-    "decisions": ("/v1/decisions", b'{"model":"qwen/qwen3-8b","usage":{"inputTokens":21}}',
-                  {"promptTokens": 21}, None, None),
-    "no usage": ("/v1/chat/completions", b'{"model":"qwen/qwen3-8b","choices":[{"finish_reason":"stop"}]}',
-                 None, "stop",
+    "decisions": ("/v1/decisions", b'{"model":"qwen/qwen3-8b","usage":{"inputTokens":21}}', {"promptTokens": 21}, None,
+                  None),
+    "odd counts": ("/v1/chat/completions", (
+        b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":true,"completion_tokens":"3","total_tokens":null}}'),
+        None, None, None),
+    "counts that nobody can mean": ("/v1/chat/completions", (
+        b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":-1,"completion_tokens":' + b"9" * 400
+        + b',"total_tokens":1e999}}'), None, None, None),
+    "no usage": ("/v1/chat/completions", b'{"model":"qwen/qwen3-8b","choices":[{"finish_reason":"stop"}]}', None, "stop",
                  None),
 }
 
@@ -1400,8 +1268,7 @@ def test_meter_times_tokens_only_from_the_first_to_the_last():
     meter = lmgateway.Meter(lmgateway.CHAT, stream=True)
     for number, part in enumerate(CHAT_STREAM):
         meter.feed(part, 10.0 + number)
-    assert (meter.first, meter.last, meter.pieces) == (11.0, 12.0,
-                                                       2)   # neither role, finish, usage nor [DONE]
+    assert (meter.first, meter.last, meter.pieces) == (11.0, 12.0, 2)   # neither role, finish, usage nor [DONE]
 
 
 TOKEN = chunk({"content": "x"})
@@ -1495,10 +1362,10 @@ def test_the_beginning_of_an_event_is_held_back_only_while_it_may_be_ours(beginn
     assert meter.feed(CHAT_STREAM[1] + USAGE_CHUNK, 1.0) == CHAT_STREAM[1]
 
 
-def test_an_endless_event_passes_unread_in_linear_time_and_bounded_memory():
-    meter, piece = lmgateway.Meter(lmgateway.CHAT, True, cut=True), b"x" * 4096
-    got = sum(len(meter.feed(piece, 1.0)) for _ in range(2000))
-    assert len(meter._rest) <= lmgateway.STREAM_LIMIT and got + len(meter.end()) == 2000 * len(piece)
+def test_an_endless_event_passes_unread_in_bounded_memory():
+    meter, piece = lmgateway.Meter(lmgateway.CHAT, True, cut=True), b"x" * 65536
+    got = sum(len(meter.feed(piece, 1.0)) for _ in range(120))
+    assert len(meter._rest) <= lmgateway.STREAM_LIMIT and got + len(meter.end()) == 120 * len(piece)
 
 
 def test_a_huge_body_passes_unread(monkeypatch):
@@ -1590,36 +1457,84 @@ def test_a_body_costs_no_more_than_a_few_times_its_size(body):
         assert time.thread_time() - started < 1.5 and peak() < 2.5 * len(body) + 5_000_000
 
 
-def test_a_body_in_chunks_of_a_byte_costs_time_in_proportion():
-    chunks, data, started = lmgateway.Chunks(), b"1\r\nx\r\n" * 200_000 + b"0\r\n\r\n", time.thread_time()
-    assert sum(len(chunks.feed(data[at:at + 65536])) for at in range(0, len(data), 65536)) == 200_000
-    assert chunks.over and time.thread_time() - started < 0.6
+# --- 3.11 wire formats
+
+def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_readers_take_for_a_line_end():
+    data = {"message": 'é "🦊"\n\\\x7f\ud800 \u2028\u2029\x85\x0c', "tags": [], "a": -0.5, "b": True, "c": None}
+    line = lmgateway.to_utf8(lmgateway.json_line("e-1", Event("n", data)))
+    assert json.loads(line, parse_constant=no_constant) == {"id": "e-1", "event": "n", "data": data}
+    text = line.decode()
+    assert len(text.splitlines()) == 1 and 'é \\"🦊\\"' in text and "\\ud800" in text
+    fox = lmgateway.sse_frame("e-1", "n", lmgateway.to_json({"message": "🦊" * 1000}))
+    assert len(fox) < 4100      # not 12 bytes a character
 
 
-CHUNKED = b"5;name=\"x\"\r\nhello\r\n1 \r\n!\r\n0\r\nTrailer: x\r\n\r\nNEXT"
+# --- 3.12 WebSocket
+
+MASK = b"\x01\x7f\x80\xfe"
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
-def test_chunked_bodies_are_decoded_at_every_split(size):
-    chunks, got = lmgateway.Chunks(), b""
-    for at in range(0, len(CHUNKED), size):
-        got += chunks.feed(CHUNKED[at:at + size])
-    assert (got, chunks.over, chunks.rest) == (b"hello!", True, b"NEXT")
+def fed(frames, data, size):
+    """What Frames gives for the bytes in pieces of that size."""
+    return [message for at in range(0, len(data), size) for message in frames.feed(data[at:at + size])]
 
 
-@pytest.mark.parametrize("data", [
-    b"\r\n", b"x\r\n", b"-1\r\n", b"+1\r\n", b"0x1\r\n", b" 1\r\n", b"1\n", b"1\rx", b"1_0\r\n", b"\xb9\r\n",
-    b"1;\x00\r\n",
-    b"11111111111111111\r\n", b"1\r\nab", b"1\r\na\nb", b"1\r\na\rb", b"0\r\nno colon\r\n", b"0\r\n x: y\r\n",
-    b"0\r\nx: y\n",
-    b"0\r\na: b\rc", b"0\r\n" + b"x: y\r\n" * 3000, b"1;" + b"x" * 9000, b"0\r\nx:" + b"x" * 9000],
-    ids=lambda data: repr(data[:20]))
-def test_chunked_bodies_that_can_be_read_in_two_ways_are_refused(data):
-    for size in (1 if len(data) < 5000 else 100, len(data)):
-        with pytest.raises(ValueError, match="chunk|trailers"):     # noqa: PT012
-            chunks = lmgateway.Chunks()
-            for at in range(0, len(data), size):
-                chunks.feed(data[at:at + size])
+@pytest.mark.parametrize("mask", [b"", MASK])
+@pytest.mark.parametrize("length", [0, 1, 125, 126, 300, 65535, 65536])
+def test_a_frame_is_read_as_it_was_written(mask, length):
+    payload = (b"\xc3\xa9x" * length)[:length // 3 * 3] + b"a" * (length % 3)
+    data = lmgateway.frame(lmgateway.TEXT, payload, mask)
+    whole = lmgateway.Message(lmgateway.TEXT, payload, data)
+    for size in (1, 2, 7, 1000) if length < 1000 else (7777, 200_000):
+        frames = lmgateway.Frames(bool(mask), 100_000)
+        assert fed(frames, data + data[:1], size) == [whole] and not frames.between
+
+
+def test_rfc_6455s_own_examples():
+    hello, ping = bytes.fromhex("818537fa213d7f9f4d5158"), bytes.fromhex("898537fa213d7f9f4d5158")
+    assert [message[:2] for message in lmgateway.Frames(True, 99).feed(hello + ping)] == [(1, b"Hello"), (9, b"Hello")]
+    pieces = bytes.fromhex("010348656c") + bytes.fromhex("80026c6f")
+    assert lmgateway.Frames(False, 99).feed(pieces) == [(1, b"Hello", pieces)]
+    assert lmgateway.accept_key("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+
+def test_a_control_frame_may_stand_between_the_pieces_of_a_message():
+    first, ping, last = (lmgateway.frame(op, text, MASK) for op, text in ((1, b"a"), (9, b"p"), (0, b"b")))
+    first = bytes([first[0] & 0x7F]) + first[1:]
+    for size in (1, 3, 100):
+        frames = lmgateway.Frames(True, 99)
+        assert fed(frames, first + ping + last, size) == [(9, b"p", ping), (1, b"ab", first + last)]
+
+
+@pytest.mark.parametrize(("code", "faulty"), [
+    (1002, "8100"), (1002, "c180 00000000"), (1002, "9180 00000000"), (1002, "8380 00000000"), (1002, "8b80 00000000"),
+    (1002, "0980 00000000"), (1002, "89fe 0080 00000000"), (1002, "8080 00000000"),
+    (1002, "0180 00000000 8180 00000000"), (1002, "81fe 007d 00000000"), (1002, "81ff 000000000000ffff 00000000"),
+    (1002, "81ff 8000000000000000 00000000"), (1002, "8881 00000000 03"), (1002, "8882 00000000 03ee"),
+    (1002, "8882 00000000 0000"), (1002, "8882 00000000 0bb7"), (1002, "8882 00000000 1388"),
+    (1007, "8181 00000000 ff"), (1007, "8883 00000000 03e8 ff"), (1007, "0181 00000000 c3 8081 00000000 41"),
+    (1009, "82fe 0400 00000000"), (1009, "0281 00000000 41 80fe 03e8 00000000"),
+    (1009, "82ff 7fffffffffffffff 00000000")])
+def test_faulty_frames_have_their_close_code(code, faulty):
+    data = bytes.fromhex(faulty)
+    for size in (1, 2, 100):
+        with pytest.raises(lmgateway.FrameError) as fault:
+            fed(lmgateway.Frames(True, 1000), data, size)
+        assert fault.value.code == code
+
+
+@pytest.mark.parametrize(("code", "data"), [(1002, lmgateway.frame(1, b"x", MASK)), (1009, b"\x81\x7e\x03\xe9")])
+def test_a_servers_frame_has_no_mask_and_a_limit_too(code, data):
+    with pytest.raises(lmgateway.FrameError) as fault:
+        lmgateway.Frames(False, 1000).feed(data)
+    assert fault.value.code == code
+
+
+@pytest.mark.parametrize(("value", "found"), [
+    (1, 1), (5.0, 5), (0, 0), (-3, -3), (2**53 - 1, 2**53 - 1), (2**53, None), (True, None), (1.5, None),
+    ("1", None), (None, None), ([], None), ({}, None), (float("inf"), None)])
+def test_ids_are_whole_numbers(value, found):
+    assert lmgateway.id_of({"callId": value}, "callId") == found
 
 
 # --- 3.8 the join
@@ -2135,48 +2050,45 @@ def exposition(figures, **gauges):
 
 
 def test_no_client_can_invent_a_series():
-    figures = lmgateway.Figures()
-    for number in range(lmgateway.Figures.SERIES + 50):
+    figures, most = lmgateway.Figures(), lmgateway.Figures.SERIES
+    for number in range(most + 50):
         record = lmgateway.Record(f"r{number}", 0, 0, model_asked=f"invented-{number}", target="/v1/made-up")
         record.end(1, lmgateway.Outcome("failed", 404, "no", "upstream_error"))
         figures.count_request(record)
         figures.count_event(Event("lmstudio_cache_stats", {"model": f"tag-{number}", "reused": 1}))
-    requests = [line for line in exposition(figures) if line.startswith("lmstudio_gateway_requests_total{")]
-    assert requests == ['lmstudio_gateway_requests_total{key="none",model="other",endpoint="other",code="404"} '
-                        f"{lmgateway.Figures.SERIES + 50}"]
-    cached = [line for line in exposition(figures) if line.startswith("lmstudio_cached_input_tokens_total{")]
-    assert len(cached) == lmgateway.Figures.MODELS + 1
-
-
-def test_a_metric_has_a_bounded_number_of_series_and_stands_there_once_it_has_one():
-    figures = lmgateway.Figures()
-    assert exposition(figures) == [""]
-    for number in range(lmgateway.Figures.SERIES + 50):
         figures.add("lmstudio_log_rotations_total", f"reason {number}")
-    assert len(exposition(figures)) == 2 + lmgateway.Figures.SERIES + 1
-    assert exposition(figures)[-1] == 'lmstudio_log_rotations_total{reason="other"} 50'
+    lines = exposition(figures)
+    assert [line for line in lines if line.startswith("lmstudio_gateway_requests_total{")] == [
+        f'lmstudio_gateway_requests_total{{key="none",model="other",endpoint="other",code="404"}} {most + 50}']
+    cached, rotations = ([line for line in lines if line.startswith(name)]
+                         for name in ("lmstudio_cached_input_tokens_total{", "lmstudio_log_rotations_total{"))
+    assert len(cached) == lmgateway.Figures.MODELS + 1
+    assert len(rotations) == most + 1 and rotations[-1] == 'lmstudio_log_rotations_total{reason="other"} 50'
+    assert exposition(lmgateway.Figures()) == [""]
 
 
 def test_figures_of_the_engine_are_summed_in_seconds_and_by_kind_of_token():
     figures = lmgateway.Figures()
-    figures.count_event(Event("lmstudio_prediction_stats",
-                              {"model": "m", "timeToFirstTokenMs": 500, "reasoningTokens": 3,
-                                                            "acceptedDraftTokens": 4}))
-    for line in ("time_to_first_token_seconds_sum{model=\"m\"} 0.5", 'reasoning_tokens_total{model="m"} 3',
-                 'accepted_draft_tokens_total{model="m"} 4'):
-        assert f"lmstudio_{line}" in exposition(figures)
+    figures.count_event(Event("lmstudio_prediction_stats", {
+        "model": "m", "timeToFirstTokenMs": 500, "promptMs": 250, "reasoningTokens": 3, "acceptedDraftTokens": 4,
+        "completionTokens": 60, "tokensPerSecond": 20.0, "promptTokensPerSecond": 800.0}))
+    figures.count_event(Event("lmstudio_chat_end", {"model": "m"}, about={"requests": 1, "input": 7}))
+    found = dict(line.rsplit(" ", 1) for line in exposition(figures) if "_sum" in line or "_total{" in line)
+    assert found == {f'lmstudio_{name}{{model="m"}}': value for name, value in {
+        "time_to_first_token_seconds_sum": "0.5", "prompt_eval_seconds_sum": "0.25", "generation_seconds_sum": "3.0",
+        "prompt_tokens_per_second_sum": "800.0", "tokens_per_second_sum": "20.0", "output_tokens_total": "60",
+        "reasoning_tokens_total": "3", "accepted_draft_tokens_total": "4", "requests_total": "1",
+        "input_tokens_total": "7"}.items()}
 
 
 def test_histograms_are_cumulative_and_labels_escaped():
     figures = lmgateway.Figures()
     for value in (0.05, 0.3, 9999):
         figures.add("lmstudio_time_to_first_token_seconds", 'a"b\\c\nd', amount=value)
-    text = exposition(figures)
-    label = r'model="a\"b\\c\nd"'
-    assert f'lmstudio_time_to_first_token_seconds_bucket{{{label},le="0.05"}} 1' in text
-    assert f'lmstudio_time_to_first_token_seconds_bucket{{{label},le="0.5"}} 2' in text
-    assert f'lmstudio_time_to_first_token_seconds_bucket{{{label},le="+Inf"}} 3' in text
-    assert f'lmstudio_time_to_first_token_seconds_count{{{label}}} 3' in text
+    text, label = exposition(figures), r'model="a\"b\\c\nd"'
+    for line in (f'bucket{{{label},le="0.05"}} 1', f'bucket{{{label},le="0.5"}} 2', f'bucket{{{label},le="+Inf"}} 3',
+                 f"count{{{label}}} 3"):
+        assert f"lmstudio_time_to_first_token_seconds_{line}" in text
 
 
 def test_time_in_lm_studios_queue_is_counted_where_the_log_shows_it(utc):
@@ -2193,19 +2105,11 @@ def test_time_in_lm_studios_queue_is_counted_where_the_log_shows_it(utc):
 
 
 @pytest.mark.parametrize(("state", "outcome", "line"), [
-    ("waiting", ("failed", None, "x", "upstream_unreachable"), 'upstream_errors_total{kind="refused"} 1'),
-    ("waiting", ("failed", 504, "x", "upstream_timeout"), 'upstream_errors_total{kind="timeout"} 1'),
-    ("generating", ("failed", 200, "x", "upstream_reset"), 'upstream_errors_total{kind="reset"} 1'),
-    ("waiting", ("failed", 500, "x", "upstream_error"), 'upstream_errors_total{kind="bad_status"} 1'),
-    ("waiting", ("failed", 200, "x", "upstream_error"), 'upstream_errors_total{kind="error_in_200"} 1'),
-    ("waiting", ("abandoned", None, "x", "client_disconnected"),
-     'client_disconnects_total{phase="queued"} 1'),
-    ("loading", ("abandoned", None, "x", "client_disconnected"),
-     'client_disconnects_total{phase="queued"} 1'),
-    ("prompt", ("abandoned", None, "x", "client_disconnected"),
-     'client_disconnects_total{phase="prefill"} 1'),
-    ("generating", ("abandoned", 200, "x", "client_disconnected"),
-     'client_disconnects_total{phase="decode"} 1')])
+    *(("waiting", ("failed", status, "x", f"upstream_{operation}"), f'upstream_errors_total{{kind="{kind}"}} 1')
+      for status, operation, kind in ((None, "unreachable", "refused"), (504, "timeout", "timeout"),
+                                      (200, "reset", "reset"), (500, "error", "bad_status"), (200, "error", "error_in_200"))),
+    *((state, ("abandoned", None, "x", "client_disconnected"), f'client_disconnects_total{{phase="{phase}"}} 1')
+      for state, phase in (("waiting", "queued"), ("loading", "queued"), ("prompt", "prefill"), ("generating", "decode")))])
 def test_a_request_that_fails_is_counted_by_its_cause_and_one_that_is_left_by_its_phase(state, outcome, line):
     figures, record = lmgateway.Figures(), lmgateway.Record("r1", 0, 0)
     record.enter(state, 0.5)
@@ -2241,25 +2145,20 @@ def test_times_of_a_request_are_seconds_and_running_ones_are_gauges(utc):
 
 
 def test_performance_is_of_the_requests_that_are_kept():
-    records = [lmgateway.Record(f"r{number}", 0, 0, speed=speed, first_ms=first)
-               for number, speed,
-               first in ((1, 10.0, 100.0), (2, None, None), (3, 30.0, 300.0), (4, None, 200.0))]
+    records = [lmgateway.Record(f"r{number}", 0, 0, speed=speed, first_ms=first) for number, (speed, first) in enumerate(
+        ((10.0, 100.0), (None, None), (30.0, 300.0), (None, 200.0)))]
     for number, record in enumerate(records, 1):
         record.end(number, lmgateway.Outcome("done", 200))
     tokens = Counter({"input": 7, "output": 5, "cached_input": 3, "reasoning": 2})
     counts = types.SimpleNamespace(total=40, errors=10, abandoned=3)
     assert lmgateway.performance(records, counts, tokens) == {
         "totalRequests": 40, "totalErrors": 10, "totalAbandoned": 3, "errorRate": 0.25, "keptRequests": 4,
-        "avgResponseTimeMs": 2500.0,
-        "minResponseTimeMs": 1000, "maxResponseTimeMs": 4000, "medianResponseTimeMs": 2000,
-        "p95ResponseTimeMs": 4000,
-        "p99ResponseTimeMs": 4000, "medianTimeToFirstTokenMs": 200.0, "p95TimeToFirstTokenMs": 300.0,
-        "avgTokensPerSec": 20.0,
-        "totalTokensProcessed": 12,
+        "avgResponseTimeMs": 2500.0, "minResponseTimeMs": 1000, "maxResponseTimeMs": 4000, "medianResponseTimeMs": 2000,
+        "p95ResponseTimeMs": 4000, "p99ResponseTimeMs": 4000, "medianTimeToFirstTokenMs": 200.0,
+        "p95TimeToFirstTokenMs": 300.0, "avgTokensPerSec": 20.0, "totalTokensProcessed": 12,
         "tokenStats": {"promptTokens": 7, "completionTokens": 5, "cachedTokens": 3, "reasoningTokens": 2}}
     nothing = lmgateway.performance([], lmgateway.Requests("", 1), Counter())
-    assert (nothing["errorRate"], nothing["avgResponseTimeMs"],
-            nothing["p95ResponseTimeMs"]) == (0, None, None)
+    assert (nothing["errorRate"], nothing["avgResponseTimeMs"], nothing["p95ResponseTimeMs"]) == (0, None, None)
 
 
 def test_tokens_that_the_log_tells_later_are_counted_once():
@@ -2350,25 +2249,16 @@ def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_fig
 
 def test_requests_are_shown_running_ones_first_and_each_newest_first():
     hub = lmgateway.Hub()
-    records = [lmgateway.Record(f"r{number}", 0, 0) for number in range(4)]
+    records = [lmgateway.Record(f"r{number}", 0, 0, model_asked="m/old" if number == 1 else None) for number in range(5)]
     for record in records:
         hub.begin(record)
-    for record in records[:2]:
+    for record in records[:3]:
         hub.end(record, lmgateway.Outcome("done", 200))
-    assert [shown["requestId"] for shown in hub.shown()] == ["r3", "r2", "r1", "r0"]
-    assert [shown["requestId"] for shown in hub.shown(3)] == ["r3", "r2", "r1"]
-
-
-def test_the_overview_has_all_running_requests_the_latest_ended_ones_and_the_latest_model():
-    hub = lmgateway.Hub()
-    records = [lmgateway.Record(f"r{number}", 0, 0, model_asked="m/old" if number == 1 else None)
-               for number in range(5)]
-    for record in records:
-        hub.begin(record)
-    for record in records[:4]:
-        hub.end(record, lmgateway.Outcome("done", 200))
-    running, over, model = hub.overview(2)
-    assert [shown["requestId"] for shown in running + over] == ["r4", "r3", "r2"] and model == "m/old"
+    assert [shown["requestId"] for shown in hub.shown()] == ["r4", "r3", "r2", "r1", "r0"]
+    assert [shown["requestId"] for shown in hub.shown(3)] == ["r4", "r3", "r2"]
+    running, over, model = hub.overview(1)
+    assert ([shown["requestId"] for shown in running], [shown["requestId"] for shown in over]) == (["r4", "r3"], ["r2"])
+    assert model == "m/old"     # of the newest that has one
 
 
 def test_nothing_is_told_of_the_progress_of_a_request_after_its_end(monkeypatch):
@@ -4936,6 +4826,40 @@ def test_who_left_is_seen_on_every_system(monkeypatch, system, row):
 # === 7. HTTP =================================================================
 
 
+# --- 7.1 wire
+
+def test_a_body_in_chunks_of_a_byte_costs_time_in_proportion():
+    chunks, data, started = lmgateway.Chunks(), b"1\r\nx\r\n" * 200_000 + b"0\r\n\r\n", time.thread_time()
+    assert sum(len(chunks.feed(data[at:at + 65536])) for at in range(0, len(data), 65536)) == 200_000
+    assert chunks.over and time.thread_time() - started < 0.6
+
+
+CHUNKED = b"5;name=\"x\"\r\nhello\r\n1 \r\n!\r\n0\r\nTrailer: x\r\n\r\nNEXT"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_chunked_bodies_are_decoded_at_every_split(size):
+    chunks, got = lmgateway.Chunks(), b""
+    for at in range(0, len(CHUNKED), size):
+        got += chunks.feed(CHUNKED[at:at + size])
+    assert (got, chunks.over, chunks.rest) == (b"hello!", True, b"NEXT")
+
+
+@pytest.mark.parametrize("data", [
+    b"\r\n", b"x\r\n", b"-1\r\n", b"+1\r\n", b"0x1\r\n", b" 1\r\n", b"1\n", b"1\rx", b"1_0\r\n", b"\xb9\r\n",
+    b"1;\x00\r\n",
+    b"11111111111111111\r\n", b"1\r\nab", b"1\r\na\nb", b"1\r\na\rb", b"0\r\nno colon\r\n", b"0\r\n x: y\r\n",
+    b"0\r\nx: y\n",
+    b"0\r\na: b\rc", b"0\r\n" + b"x: y\r\n" * 3000, b"1;" + b"x" * 9000, b"0\r\nx:" + b"x" * 9000],
+    ids=lambda data: repr(data[:20]))
+def test_chunked_bodies_that_can_be_read_in_two_ways_are_refused(data):
+    for size in (1 if len(data) < 5000 else 100, len(data)):
+        with pytest.raises(ValueError, match="chunk|trailers"):     # noqa: PT012
+            chunks = lmgateway.Chunks()
+            for at in range(0, len(data), size):
+                chunks.feed(data[at:at + size])
+
+
 # --- what a waiting client may see (PREFILL_COMMENTS)
 
 
@@ -5367,8 +5291,7 @@ def test_a_series_is_told_apart_by_model_key_and_who_asked():
                       "user": {"anna": 1, "ben": 1, "OpenAI/Python": 1, "::1": 1, "not via gateway": 1}}
 
 
-def test_a_series_forgets_after_a_day_and_is_bounded_whoever_asks(monkeypatch):
-    monkeypatch.setattr(lmgateway, "CELLS", 1500)
+def test_a_series_forgets_after_a_day_and_is_bounded_whoever_asks():
     series = lmgateway.Series(0)
     for minute in range(2000):
         ended(series, 60 * minute, client=str(minute), key=None)
@@ -5377,7 +5300,7 @@ def test_a_series_forgets_after_a_day_and_is_bounded_whoever_asks(monkeypatch):
     assert [row["requests"] for row in series_of(series, 3600)["rows"]] == [40, *[60] * 23, 20]
     for number in range(500):
         ended(series, 60 * 1999, client=f"client {number}", key=None)
-    assert len([1 for minute, *_ in series.cells(0) if minute == 1999]) <= 61
+    assert len([1 for minute, *_ in series.cells(0) if minute == 1999]) == lmgateway.CELLS + 1
     assert sum(row["requests"] for row in series_of(series, 3600)["rows"]) == 1440 + 500
     assert len(series_of(series, by="user")["rows"]) <= lmgateway.MOST_NAMES + 1
 
@@ -8739,7 +8662,7 @@ CARDS = [  # what happened, the lines of the cards at second 5
      ["m  anna  10.0.0.7  /v1/chat/completions", "WAIT  elapsed 5s"]),
     ([STARTED, Event("inference_complete", {"requestId": "req_1"})], []),
     ([STARTED, Event("error", {"requestId": "req_1"})], []),
-    ([READING], ["m", "PREFILL  ###.....  41 %  eta 1m22s  6,144/14,906 tok  101 tok/s  elapsed 1m06s",
+    ([READING], ["m", "PREFILL  ###.....  41 %  eta 1m22s  6,144/14,906  101 tok/s  elapsed 1m06s",
                  "cache    0 of 14,906 prompt tokens reused (0 %)  context 14,906 of 32,768"]),
     ([READING, WRITING], ["(model not named)", "WRITE  1,312 tok  17.8 tok/s  elapsed 4s"]),
     ([STARTED, record_progress(model="m", state="queued", position=2, waiting=5, etaMs=40000)],
@@ -9223,17 +9146,19 @@ def test_the_watchdog_gets_no_sign_of_life_from_a_server_that_hangs(monkeypatch)
     assert told == ["WATCHDOG=1"]
 
 
-def test_launchd_agent_runs_this_file_as_it_was_called(capsys, home):
-    assert run(capsys, "--print-launchd", "--port", "9000", "--no-auth")[0] == 0
-    agent = plistlib.loads(run(capsys, "--print-launchd", "--port", "9000", "--no-auth")[1].encode())
-    assert agent["ProgramArguments"] == [sys.executable, "-m", "lmgateway", "--port", "9000", "--no-auth"]
-    assert agent["EnvironmentVariables"]["PYTHONPATH"] == str(HERE)
-    assert agent["EnvironmentVariables"]["PYTHONPYCACHEPREFIX"].endswith("lmgateway")
-    assert agent["WorkingDirectory"] == os.getcwd() and agent["KeepAlive"] == {"SuccessfulExit": False}
-    assert agent["EnvironmentVariables"]["LOG_FILE"].endswith("lmgateway.log")
-    status, out, err = run(capsys, "--print-launchd", "--api-key", "secret")
-    assert (status, out, "secret" in err.replace("a secret", ""),
-            "GATEWAY_API_KEY" in err) == (2, "", False, True)
+def test_launchd_agent_runs_this_file_as_it_was_called(tmp_path, home, capsys):
+    shutil.copy(HERE / "lmgateway.py", tmp_path / "here.py")
+    (tmp_path / "elsewhere").mkdir()
+    made = subprocess.run([sys.executable, "../here.py", "--print-launchd", "--port", "9000", "--no-auth"],
+                          cwd=tmp_path / "elsewhere", capture_output=True, timeout=PATIENCE_S, check=True)
+    agent = plistlib.loads(made.stdout)
+    assert agent["ProgramArguments"] == [sys.executable, "-m", "here", "--port", "9000", "--no-auth"]
+    assert agent["WorkingDirectory"] == str(tmp_path / "elsewhere") and agent["KeepAlive"] == {"SuccessfulExit": False}
+    environ = agent["EnvironmentVariables"]
+    assert environ["PYTHONPATH"] == str(tmp_path) and environ["LOG_FILE"].endswith("lmgateway.log")
+    assert environ["PYTHONPYCACHEPREFIX"].endswith("lmgateway")
+    status, out, err = run(capsys, "--print-launchd", "--api-key", "s3cret")
+    assert (status, out, "s3cret" in err, "GATEWAY_API_KEY" in err) == (2, "", False, True)
 
 
 def test_service_files_are_what_their_systems_read():
@@ -9625,12 +9550,12 @@ def test_events_are_filtered_and_keep_their_ids(capsys):
     assert [line["id"].partition("-")[2] for line in lines] == ["2", "6", "11", "15"]
 
 
-@pytest.mark.parametrize("start, said", [
-    (b"\xff\xfew\0", "UTF-16"), (b"\xfe\xff\0w", "UTF-16"), (gzip.compress(b"words"), "packed"),
-    (b"PK\3\4\24\0", "packed"), (b"\x28\xb5\x2f\xfd\4", "packed")])
-def test_what_is_no_log_is_said(tmp_path, capsys, start, said):
-    status, out, err = run(capsys, "--tail-only", put(tmp_path / "x.log", start))
-    assert (status, out, err.count("\n")) == (2, "", 1) and said in err
+@pytest.mark.parametrize("start, status, said", [
+    (b"\xff\xfew\0", 2, "UTF-16"), (b"\xfe\xff\0w", 2, "UTF-16"), (gzip.compress(b"words"), 2, "packed"),
+    (b"PK\3\4\24\0", 2, "packed"), (b"\x28\xb5\x2f\xfd\4", 2, "packed"), (b"Buy milk\n", 0, "no entries in"), (b"", 0, "")])
+def test_what_is_no_log_is_said(tmp_path, capsys, start, status, said):
+    got, out, err = run(capsys, "--tail-only", put(tmp_path / "x.log", start))
+    assert (got, out, err.count("\n")) == (status, "", bool(said)) and said in err and ("x.log" in err) == bool(said)
 
 
 def test_directories_are_replayed_in_date_order_with_their_switches(tmp_path, capsys):
@@ -9667,14 +9592,6 @@ def test_a_saved_log_goes_on_with_the_entry_of_the_one_before_it_where_lm_studio
             switch["newLogFile"]) == (found[0].data["timestamp"].replace(" ", "T") + "Z", str(paths[1]))
 
 
-def test_a_file_that_is_no_log_of_lm_studio_is_said(tmp_path, capsys):
-    status, _, err = run(capsys, "--tail-only", put(tmp_path / "notes.txt", "Buy milk\n"))
-    assert (status, err.count("\n")) == (0, 1) and "no entries in" in err and "notes.txt" in err
-    for content in (b"", HEADER + b"x\n"):
-        status, _, err = run(capsys, "--tail-only", put(tmp_path / "x.log", content))
-        assert status == 0 and "no entries" not in err
-
-
 def test_a_saved_directory_that_cannot_be_read_is_status_2_with_a_remedy(tmp_path, monkeypatch, capsys):
     def refused(directory):
         raise PermissionError(13, "Permission denied")
@@ -9703,13 +9620,16 @@ def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
         assert (process.wait(PATIENCE_S), process.stderr.read()) == (0, b"")
 
 
-def test_a_short_output_into_a_closed_pipe_ends_quietly_too(tmp_path):
-    reading, writing = os.pipe()
-    os.close(reading)
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("full, status, said", [(False, 0, rb""), (True, 1, rb"lmgateway: .*No space left on device\n")])
+def test_output_that_cannot_be_written_is_no_traceback(tmp_path, full, status, said):
+    reading, writing = os.pipe() if not full else (None, os.open("/dev/full", os.O_WRONLY))
+    if reading:
+        os.close(reading)
     run = command(tmp_path, "--tail-only", put(tmp_path / "x.log", PROGRESS_LOG), capture_output=False,
                   stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
-    assert (run.returncode, run.stderr) == (0, b"")
+    assert run.returncode == status and re.fullmatch(said, run.stderr)
 
 
 def test_a_process_without_standard_output_says_so(tmp_path, monkeypatch, capsys):
@@ -9717,15 +9637,6 @@ def test_a_process_without_standard_output_says_so(tmp_path, monkeypatch, capsys
     assert lmgateway.main(["--tail-only", str(put(tmp_path / "x.log", PROGRESS_LOG))]) == 1
     err = capsys.readouterr().err
     assert err.startswith("lmgateway: there is no standard output") and err.count("\n") == 1
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path):
-    with open("/dev/full", "wb") as full:
-        run = command(tmp_path, "--tail-only", "--json", put(tmp_path / "x.log", PROGRESS_LOG), capture_output=False,
-                      stdout=full, stderr=subprocess.PIPE)
-    assert run.returncode == 1
-    assert re.fullmatch(rb"lmgateway: .*No space left on device\n", run.stderr)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -9862,7 +9773,6 @@ def test_progress_of_a_replay_is_one_line_until_something_else_comes(terminal):
                                  "message": "Prompt processing progress: 20.0%", "tags": []})
     printer([progress[0], progress[1], log])
     printer([progress[2], Event("lmstudio_error", {"timestamp": "", "message": "x"}), progress[0]])
-    assert not terminal.written.endswith("\n")
     printer.finish()
     assert [row.split()[:1] + row.split()[-2:-1] for row in terminal.rows] == [
         ["prompt_progress", "100.0"], ["error", "error"], ["prompt_progress", "10.0"], []]
@@ -9884,7 +9794,7 @@ def on_terminal(terminal, monkeypatch):
 def test_a_replay_on_a_terminal_has_its_progress_in_place_and_no_cards(on_terminal, terminal, tmp_path):
     (tmp_path / "x.log").write_bytes(PROGRESS_LOG)
     on_terminal("--tail-only", tmp_path / "x.log")
-    assert "\r\x1b[J" in terminal.written and "PREFILL" not in terminal.written
+    assert "PREFILL" not in terminal.written
     assert sum("prompt_progress" in row for row in terminal.rows) == 1
 
 
@@ -9901,11 +9811,11 @@ def test_a_tail_on_a_terminal_has_cards_and_takes_them_off_at_the_end(on_termina
 def test_our_log_takes_the_cards_off_the_screen_before_it_writes(terminal, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", terminal)
     lmgateway.set_up_logging(lmgateway.Config())
-    printer = lmgateway.open_printer(types.SimpleNamespace(json=False, events=None), live=True)
-    printer([READING])
-    assert [row for row in terminal.rows if "PREFILL" in row]
-    lmgateway.log.warning("beside them")
-    assert not [row for row in terminal.rows if "PREFILL" in row]
+    with lmgateway.open_printer(types.SimpleNamespace(json=False, events=None), live=True) as printer:
+        printer([READING])
+        assert [row for row in terminal.rows if "PREFILL" in row]
+        lmgateway.log.warning("beside them")
+        assert not [row for row in terminal.rows if "PREFILL" in row]
     assert "beside them" in capsys.readouterr().err
 
 
@@ -10057,17 +9967,6 @@ def test_as_a_module_it_keeps_its_compiled_code_and_not_its_syntax_tree(tmp_path
     assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < limit and process.returncode == 0
 
 
-def test_the_program_knows_its_own_path(tmp_path):
-    (tmp_path / "home").mkdir()
-    shutil.copy(HERE / "lmgateway.py", tmp_path / "here.py")
-    run = subprocess.run([sys.executable, "../here.py", "--print-launchd"], cwd=tmp_path / "home",
-                         capture_output=True,
-                         env=alone(tmp_path / "home"), timeout=PATIENCE_S, check=False)
-    agent = plistlib.loads(run.stdout)
-    assert agent["ProgramArguments"][1:] == ["-m", "here"]
-    assert agent["EnvironmentVariables"]["PYTHONPATH"] == str(tmp_path)
-
-
 # === 10. DASHBOARD ===========================================================
 
 PAGE = lmgateway.DASHBOARD.decode("utf-8")
@@ -10121,7 +10020,7 @@ def test_colours_can_be_read(theme):
 
 
 def test_page_asks_only_for_its_own_routes():
-    asked = set(re.findall(r"[\"`](/[a-z][\w/]*)", SCRIPT)) - {"/api/v1/models/", "/v1"}      # LM Studio's
+    asked = set(re.findall(r"[\"`](/[a-z][\w/]*)", SCRIPT)) - {"/api/v1/models", "/api/v1/models/", "/v1"}      # LM Studio's
     asked |= {attributes["action"] for _, attributes in Elements().found if "action" in attributes}
     assert {"/debug/stream", "/debug/series", "/debug/models", "/debug/requests/", "/login"} < asked
     assert asked <= {route.path.rstrip("*") for route in lmgateway.ROUTES} | {"/me", "/logout"}
