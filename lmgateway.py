@@ -10746,9 +10746,10 @@ def serve(args, config):
         notify("READY=1")
         keep_watchdog(stop, server)
         notify("STOPPING=1")
-        log.info("Stopping: %d requests are running, they have %.0f s", server.working, GRACE_S)
+        grace_s = 0.5 if demo else GRACE_S      # the demo's own are never done
+        log.info("Stopping: %d requests are running, they have %.1f s", server.working, grace_s)
         server.shutdown()
-        server.finish_requests(GRACE_S)
+        server.finish_requests(grace_s)
     return 0
 
 
