@@ -7608,7 +7608,7 @@ def test_a_days_count_survives_a_restart(keys, fronts, studio, tmp_path):
     assert turns.used("anna")["day"] == {"requests": 1, "promptTokens": 30, "completionTokens": 12}
     assert turns.used(None)["day"]["requests"] == 0
     said = keys("--new-key", "anna", "--limits", "tpd=9,running=2", "--priority", "low", "--models", "q*", "--expires", "2099-01-31")[2]
-    assert "anna may ask models and see its own requests; tpd=9,running=2  priority low  models q*  until 2099-01-31" in said
+    assert "anna may ask models and see its own requests; running=2,tpd=9  priority low  models q*  until 2099-01-31" in said
     listed = keys("--list-keys", "--history", history.path)[1]
     assert re.search(r"anna +infer .*tpd=9.*priority low  models q\*  until 2099-01-31  last used \d{4}", listed), listed
 
