@@ -337,7 +337,7 @@ OPTION_GROUPS = {  # heading in --help -> its rows
         Option("log_level", "LOG_LEVEL", "info", one_of(*LEVELS),
                "error, warn, info or debug", "LEVEL"),
         Option("log_file", "LOG_FILE", None, str,
-               "write our own log there; turned over at 5 MB, opened anew on SIGHUP", "FILE")),
+               "write our own log there; turned over at 5 MB, begun anew once it was moved", "FILE")),
 }
 OPTIONS = tuple(itertools.chain.from_iterable(OPTION_GROUPS.values()))
 
@@ -9826,13 +9826,19 @@ class OneLine(logging.Formatter):
 
 
 class OwnLogFile(logging.handlers.RotatingFileHandler):
-    """LOG_FILE, readable by its owner only.  The first line that cannot be written is said on stderr."""
+    """LOG_FILE, readable by its owner only; made anew after logrotate(8) has moved it.  The first line that
+    cannot be written is said on stderr."""
 
     failed = False
 
     def _open(self):
         return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors,
                     opener=lambda path, flags: os.open(path, flags, 0o600))
+
+    def emit(self, record):
+        if not os.path.exists(self.baseFilename):
+            self.close()    # the next line opens it
+        super().emit(record)
 
     def handleError(self, record):
         if not self.failed:
@@ -9858,28 +9864,23 @@ class LogQueue(logging.handlers.QueueHandler):
 
 
 class LogWriter(logging.handlers.QueueListener):
-    """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for
-    the reader of stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
+    """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for the
+    reader of stderr."""
 
     END_S = 0.5     # to write the rest
 
     def __init__(self, handler):
-        self._lines: Any = queue.SimpleQueue()
-        super().__init__(self._lines, handler)
-        self._entrance = LogQueue(self._lines)
+        self._entrance = LogQueue(queue.SimpleQueue())
+        super().__init__(self._entrance.queue, handler)
 
     def __enter__(self):
         log.handlers = [self._entrance]
-        # A program ends with its terminal; SimpleQueue.put may be called by a signal handler.
         lone = isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)
-        if lone and hasattr(signal, "SIGHUP"):
-            signal.signal(signal.SIGHUP, lambda number, frame: self._lines.put(self.handlers[0].close))
+        if lone and hasattr(signal, "SIGHUP"):  # else it ends with its terminal
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.start()
 
     def handle(self, record):
-        if callable(record):
-            record()    # close: the next line opens it anew
-            return
         super().handle(record)
         if self._entrance.lost:
             with self._entrance.lock:   # type: ignore[union-attr]
