@@ -3156,7 +3156,7 @@ class Requests:
 
     def settle(self, clock):
         """Bind what has become certain by now.  The more there is to compare, the less often it is done."""
-        if clock >= self._settle_at:
+        if clock >= self._settle_at and (self._runs or self._lines):
             self._pairs = 0
             while self._bind_one(clock):
                 pass
@@ -3839,9 +3839,9 @@ def tally(row):
     written = row["completion_tokens"] or 0
     fresh, read_ms, write_ms = max(0, prompt - cached), row["prompt_ms"] or 0, row["generation_ms"] or 0
     left = was_left(row["outcome"], row["operation"])
-    found: Counter[Any] = Counter(
-        requests=1, abandoned=int(left), errors=int(row["outcome"] != "done" and not left),
-        promptTokens=prompt, cachedTokens=cached, completionTokens=written, gpuMs=read_ms + write_ms)
+    found: dict[Any, Any] = {"requests": 1, "abandoned": int(left),
+                             "errors": int(row["outcome"] != "done" and not left), "promptTokens": prompt,
+                             "cachedTokens": cached, "completionTokens": written, "gpuMs": read_ms + write_ms}
     speeds = {}
     if fresh and read_ms:
         found.update(readTokens=fresh, readMs=read_ms)
@@ -3906,7 +3906,9 @@ class Series:
         cells = self._minutes[minute]
         if names not in cells and len(cells) >= CELLS:
             names = ("", "other", "other", "other")
-        cells.setdefault(names, Counter()).update(amounts)
+        cell = cells.setdefault(names, Counter())
+        for name, amount in amounts.items():    # Counter.update() takes three times as long
+            cell[name] += amount
         if len(self.used) < NAMES_KEPT or model in self.used:
             self.used[model] = max(ended, self.used.get(model, 0))
         return minute, names, amounts
@@ -4255,7 +4257,8 @@ class Account:
     def spend(self, clock, prompt, completion):
         """A request has ended."""
         self.tokens.add(clock, prompt + completion)
-        self.today.update(promptTokens=prompt, completionTokens=completion)
+        self.today["promptTokens"] += prompt
+        self.today["completionTokens"] += completion
 
     def headers(self, limits, clock):
         """x-ratelimit-*, as OpenAI's API has them, for the limits by the minute."""
@@ -4320,6 +4323,9 @@ class Scheduler:
     def join(self, turn, clock):
         """A request has come.  Gives the Turns that begin now, among them maybe this one."""
         turn.number = next(self._numbers)
+        if not self.waiting and self._may_begin(turn, self._lines.setdefault(turn.model, Line())):
+            self._begin(turn, clock)    # without a detour over the queue
+            return [turn]
         self._enqueue(turn)
         begun = self.start(clock)
         if turn.began is None:
@@ -4351,24 +4357,27 @@ class Scheduler:
             if rank is None:
                 break
             turn = rank[-1]
-            self._lines[turn.model].running.add(turn)
             self._dequeue(turn)
-            turn.began = clock
-            self._served.pop(turn.who, None)
-            self._served[turn.who] = next(self._numbers)
-            if len(self._served) > NAMES_KEPT:
-                del self._served[next(iter(self._served))]
-            self._count(turn, 1)
+            self._begin(turn, clock)
             begun.append(turn)
         return begun
 
+    def _begin(self, turn, clock):
+        self._lines.setdefault(turn.model, Line()).running.add(turn)
+        turn.began = clock
+        self._served.pop(turn.who, None)
+        self._served[turn.who] = next(self._numbers)
+        if len(self._served) > NAMES_KEPT:
+            del self._served[next(iter(self._served))]
+        self._count(turn, 1)
+
     def _next(self, line):
         """The rank of the Turn that a free slot of a line goes to, None while none may begin."""
-        if len(line.running) < self._slots:
-            for rank in line.ranks:
-                if self._of_key.get(rank[-1].key, 0) < self.limits.get(rank[-1].key, math.inf):
-                    return rank
-        return None
+        return next((rank for rank in line.ranks if self._may_begin(rank[-1], line)), None)
+
+    def _may_begin(self, turn, line):
+        return (len(line.running) < self._slots
+                and self._of_key.get(turn.key, 0) < self.limits.get(turn.key, math.inf))
 
     def _rise(self, clock):
         while self._rises and self._rises[0][0] <= clock:
@@ -4736,13 +4745,13 @@ class Hub(Ring):
         """The history rows of requests that changed after their end; figures and series learn from them."""
         changed = {record.id: record for record in self._requests.changed}
         self._requests.changed = []
-        rows = {record.id: history_row(record) for record in changed.values()}
-        for record in changed.values():
+        rows = [history_row(record) for record in changed.values()]
+        for record, row in zip(changed.values(), rows):
             if record.source == "gateway":
                 self._figures.count_tokens(record)
-            about = {**dict(zip(HISTORY_NAMES, rows[record.id])), "agent": record.agent}
-            record.tallied = self._series.take(about, record.tallied)
-        return list(rows.values())
+            record.tallied = self._series.take(dict(zip(HISTORY_NAMES, row), agent=record.agent),
+                                               record.tallied)
+        return rows
 
     def _give(self, rows):
         if rows and self._keep:
@@ -4858,7 +4867,7 @@ HISTORY = (  # column, type, what it holds; no prompt and no answer
     ("user", "TEXT", lambda record: record.user),
     ("queued_ms", "REAL", lambda record: record.queued_ms()),
 )
-HISTORY_NAMES = next(zip(*HISTORY))
+HISTORY_NAMES, HISTORY_TYPES, HISTORY_VALUES = zip(*HISTORY)
 ADDED = {"user", "queued_ms"}  # columns that files of an earlier version lack
 GROUPS = {  # what usage can be summed by
     "key": "COALESCE(key, CASE source WHEN 'lmstudio' THEN 'not via gateway' ELSE 'no key' END)",
@@ -4884,14 +4893,16 @@ TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cache
 
 
 def history_row(record):
-    return tuple(storable(value(record)) for _, _, value in HISTORY)
+    return tuple([storable(value(record)) for value in HISTORY_VALUES])
 
 
 def storable(value):
     """A value that SQLite takes and can sum: a client or LM Studio may name any text and any number."""
+    if value is None or value.__class__ is str and value.isascii():
+        return value
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    return value if value is None else max(-10**12, min(value, 10**12))
+    return value if -10**12 < value < 10**12 else max(-10**12, min(value, 10**12))
 
 
 def since_epoch(text, now):
@@ -4930,6 +4941,7 @@ class History:
 
     ROWS = 10_000
     PAUSE_S, RETRY_S = 0.2, 1.0  # after a commit; after one that failed
+    LOCK_S = 2.0    # to wait for another process that writes
     PRUNE_S = 3600.0  # between two looks for rows that are too old
 
     def __init__(self, path, days=0):
@@ -5037,7 +5049,7 @@ def open_history(path):
         if path != ":memory:":  # SQLite's other two files take the mode of this one
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             os.chmod(path, 0o600)   # one that was there, too
-        connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=2.0)))
+        connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=History.LOCK_S)))
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
@@ -5367,18 +5379,13 @@ class LogVolume:
 
     def __init__(self, directory, warn_bytes):
         self.directory, self._warn_bytes = directory, warn_bytes
-        self._lock = threading.Lock()  # guards _asked and _facts
-        self._asked, self._facts = -math.inf, {}
+        self._known: tuple = (-math.inf, {})    # (clock, facts)
 
     def facts(self, max_age_s=60.0):
         """{directoryBytes, growthBytesPerDay, freeBytes (None: unknown), warnings (what to do)}"""
-        with self._lock:
-            if time.monotonic() - self._asked < max_age_s:
-                return self._facts
-        facts = self._look()
-        with self._lock:
-            self._asked, self._facts = time.monotonic(), facts
-        return facts
+        if time.monotonic() - self._known[0] >= max_age_s:
+            self._known = time.monotonic(), self._look()
+        return self._known[1]
 
     def _look(self):
         sizes: Counter[str] = Counter()
@@ -5660,21 +5667,14 @@ class Chunks:
         return False
 
     def _payload(self, parts):
-        part = self.rest[:self.left]
+        part, self.rest = self.rest[:self.left], self.rest[self.left:]
         self.left -= len(part)
-        self.rest = self.rest[len(part):]
         if part:
             parts.append(part)
-        if self.left:
+        if self.left or self.rest in (b"", b"\r"):
             return False
-        self._step = self._line_end
-        return True
-
-    def _line_end(self, parts):
-        if not b"\r\n".startswith(self.rest[:2]):
+        if self.rest[:2] != b"\r\n":
             raise ValueError("a chunk does not end where its size says")
-        if len(self.rest) < 2:
-            return False
         self.rest, self._step = self.rest[2:], self._whole_chunks
         return True
 
@@ -5691,6 +5691,33 @@ class Chunks:
         return True
 
 
+def parse_headers(lines, lenient=False):
+    """[(name, value)] of header lines.  lenient: a value may go on in a line that begins with a blank, and
+    blanks may stand before a colon (RFC 9112, 5).  Raises ValueError."""
+    headers: list[tuple[str, str]] = []
+    if CONTROLS.search("".join(lines)):
+        raise ValueError("a header holds a control character")
+    for line in lines:
+        if lenient and line[:1] in (" ", "\t") and headers:
+            headers[-1] = headers[-1][0], f"{headers[-1][1]} {line.strip()}"
+            continue
+        name, colon, value = line.partition(":")
+        name = name.rstrip(" \t") if lenient else name
+        if not colon or not TOKEN(name):
+            raise ValueError("a header line is malformed")
+        headers.append((name, value.strip(" \t")))
+    return headers
+
+
+def joined(headers):
+    """{name in lower case: value}; values of one name are joined (RFC 9110, 5.3)."""
+    named: dict[str, str] = {}
+    for name, value in headers:
+        key = name.lower()
+        named[key] = f"{named[key]}, {value}" if key in named else value
+    return named
+
+
 class Call(urllib.request.Request):
     """A request to a server, origin, and the connection that it runs over.  Its target and its headers are
     sent as they are: urllib's own lose what follows a #, order, case and repeats.
@@ -5702,6 +5729,7 @@ class Call(urllib.request.Request):
         self.method, self.selector, self.raw_headers, self.body = method, target, headers, body or b""
         self.timeout_s, self.deadline = None, math.inf
         self.anew = False       # it needs a new connection
+        self.upgrades = False   # to a WebSocket
         self.reused = False     # its connection had another request before
         self.cancelled = False
         self.sock: Any = None   # while the exchange runs
@@ -5762,18 +5790,18 @@ class Answer:
     http.client's own response reads heads through the email parser, which costs more than all else here.
     Informational forerunners (1xx, RFC 9110, 15.2) are skipped.  Raises OSError and HTTPException."""
 
-    STATUS_LINE = re.compile(r"HTTP/1\.(\d) ([1-9]\d\d)(?: (.*))?")
+    STATUS_LINE = re.compile(r"HTTP/1\.(\d) ([1-9]\d\d)(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
 
     def __init__(self, call):
         endless = call.deadline == math.inf
         self._receive = functools.partial(call.sock.recv, PIECE) if endless else call.receive
-        self._method, self._buffer = call.method, b""
+        self._method, self._upgrades, self._buffer = call.method, call.upgrades, b""
         self.over = False  # the body has been read to its end
 
     def begin(self):
         """Read the head.  Gives itself."""
         self.status, room = 100, ANSWER_HEAD_LIMIT
-        while 100 <= self.status < 200:
+        while 100 <= self.status < 200 and not (self.status == 101 and self._upgrades):
             room -= self._read_head(room)
         self._frame()
         return self
@@ -5791,34 +5819,22 @@ class Answer:
                                                      else "without a word")
             self._buffer += piece
         head, self._buffer = self._buffer[:end].decode("latin-1"), self._buffer[end + 4:]
-        lines = head.split("\r\n")
-        first = self.STATUS_LINE.fullmatch(lines[0])
-        if end > room or not first or first[2] == "101" or CONTROLS.search("".join(lines)):
+        line, *lines = head.split("\r\n")
+        first = self.STATUS_LINE.fullmatch(line)
+        if end > room or not first or first[2] == "101" and not self._upgrades:
             raise http.client.BadStatusLine("its head is malformed or too long")
         self._minor, self.status, self.reason = int(first[1]), int(first[2]), first[3] or ""
-        self._read_headers(lines[1:])
+        try:
+            self.headers = parse_headers(lines, lenient=True)
+        except ValueError as error:
+            raise http.client.HTTPException(str(error)) from None
         return end + 4
-
-    def _read_headers(self, lines):
-        self.headers: list[tuple[str, str]] = []
-        for line in lines:
-            if line[:1] in (" ", "\t") and self.headers:    # an old form that may still come (RFC 9112, 5.2)
-                self.headers[-1] = self.headers[-1][0], f"{self.headers[-1][1]} {line.strip()}"
-                continue
-            name, colon, value = line.partition(":")
-            if not colon or not TOKEN(name.rstrip(" \t")):
-                raise http.client.HTTPException("a header of its answer is malformed")
-            self.headers.append((name.rstrip(" \t"), value.strip(" \t")))
 
     def _frame(self):
         """How the end of the body is known (RFC 9112, 6.3)."""
-        self._named: dict[str, str] = {}
-        for name, value in self.headers:
-            key = name.lower()
-            before = self._named.get(key, value)
-            joined = key in self._named and (key != "content-length" or before != value)
-            self._named[key] = f"{before}, {value}" if joined else value
-        coding, length = self.header("transfer-encoding").lower(), self.header("content-length")
+        self._named = joined(self.headers)
+        coding = self.header("transfer-encoding").lower()
+        length = ",".join({value for name, value in self.headers if name.lower() == "content-length"})
         if coding not in ("", "chunked") or length and not coding and not LENGTH.fullmatch(length):
             raise http.client.HTTPException("the length of its answer is not clear")
         self.chunks: Any = Chunks() if coding else None
@@ -5840,6 +5856,11 @@ class Answer:
     def streams(self):
         """True for an event stream, however its type is written."""
         return self.header("content-type").lower().startswith(STREAM_TYPES)
+
+    @property
+    def rest(self):
+        """What came behind the head of a 101."""
+        return self._buffer
 
     @property
     def ready(self):
@@ -5886,40 +5907,6 @@ class Answer:
             if len(data) > limit:
                 break
         return data[:limit]
-
-
-class IdleConnections:
-    """Connections to LM Studio that have nothing to do.
-
-    One is used again if it has been idle for less than REUSE_S and is not readable (readable means closed);
-    by a request that may not be repeated only if it has been used again before, or idle for MATURE_S."""
-
-    def __init__(self):
-        # (socket, clock since when, used again before, timeout), the longest idle first; append and pop are
-        # atomic
-        self._idle: deque[tuple] = deque()
-
-    def put(self, sock, proven, timeout_s):
-        """Any thread.  An answer was read to its end and its connection may serve another request."""
-        self._idle.append((sock, time.monotonic(), proven, timeout_s))
-        with contextlib.suppress(IndexError):
-            while len(self._idle) > IDLE_KEPT:
-                self._idle.popleft()[0].close()
-
-    def take(self, repeatable):
-        """Any thread.  (socket, its timeout); (None, None) when there is none."""
-        with contextlib.suppress(IndexError):
-            while True:
-                sock, since, proven, timeout_s = kept = self._idle.popleft()
-                age = time.monotonic() - since
-                if age > REUSE_S or readable(sock):
-                    sock.close()
-                elif repeatable or proven or age > MATURE_S:
-                    return sock, timeout_s
-                else:
-                    self._idle.appendleft(kept)
-                    break
-        return None, None
 
 
 def close_quietly(sock):
@@ -5973,20 +5960,15 @@ class Remembered:
             self._version = version
             if self._asking and now - self._asking[0] > self._limit_s:
                 self._known, self._asking = (-math.inf, self._silent), None
-            asking, mine = self._asking, self._asking is None
-            if mine:
-                asking = self._asking = now, threading.Event()
-        if mine:
-            self._start(asking)
-        asking[1].wait(wait_s)
-        with self._lock:
-            return self._known[1]
-
-    def _start(self, asking):
+            mine = self._asking is None
+            asking = self._asking = self._asking or (now, threading.Event())
         try:
-            threading.Thread(target=self._refresh, args=(asking,), name="question", daemon=True).start()
+            if mine:
+                threading.Thread(target=self._refresh, args=(asking,), name="question", daemon=True).start()
         except RuntimeError:    # no thread is to be had
             self._refresh(asking)
+        asking[1].wait(wait_s)
+        return self._known[1]
 
     def _refresh(self, asking):
         """Body of the thread."""
@@ -6001,18 +5983,47 @@ class Remembered:
 
 
 class KeptConnections(urllib.request.BaseHandler):
-    """Opens a Call for an OpenerDirector, over an idle connection to the server at base if there is one."""
+    """Opens a Call to the server at base for an OpenerDirector, over a connection that has nothing to do if
+    there is one.  Any thread may call.
 
-    def __init__(self, base, idle):
+    A connection is used again if it has been idle for less than REUSE_S and is not readable (readable means
+    closed); by a request that may not be repeated only if it has been used again before, or idle for
+    MATURE_S."""
+
+    def __init__(self, base):
         parts = urllib.parse.urlsplit(base)
-        self._base, self._idle, self._name = base, idle, parts.hostname
+        self._base, self._name = base, parts.hostname
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         host = "127.0.0.1" if self._name == "localhost" else self._name     # LM Studio listens on IPv4 only
         self._address = host, parts.port or (443 if self._tls else 80)
+        # (socket, clock since when, used again before, timeout), the longest idle first; each step is atomic
+        self._idle: deque[tuple] = deque()
+
+    def put(self, sock, proven, timeout_s):
+        """An answer was read to its end and its connection may serve another request."""
+        self._idle.append((sock, time.monotonic(), proven, timeout_s))
+        with contextlib.suppress(IndexError):
+            while len(self._idle) > IDLE_KEPT:
+                self._idle.popleft()[0].close()
+
+    def take(self, repeatable):
+        """(socket, its timeout); (None, None) when there is none."""
+        with contextlib.suppress(IndexError):
+            while True:
+                sock, since, proven, timeout_s = kept = self._idle.popleft()
+                age = time.monotonic() - since
+                if age > REUSE_S or readable(sock):
+                    sock.close()
+                elif repeatable or proven or age > MATURE_S:
+                    return sock, timeout_s
+                else:
+                    self._idle.appendleft(kept)
+                    break
+        return None, None
 
     def default_open(self, call):
         """The Answer, its head unread.  Raises OSError, HttpError."""
-        sock, timeout_s = (None, None) if call.anew else self._idle.take(call.method in REPEATABLE)
+        sock, timeout_s = (None, None) if call.anew else self.take(call.method in REPEATABLE)
         call.reused = bool(sock)
         if not sock:
             sock = self._connect(call.timeout_s)
@@ -6053,9 +6064,9 @@ class Upstream:
         self.base, self.token, self.origin = base, token, urllib.request.Request(base)
         self.host = base.partition("://")[2]
         self._secret = secrets.token_bytes(32)  # makes the names under which it knows clients of sockets
-        self._idle = IdleConnections()
+        self._kept = KeptConnections(base)
         self._opener = urllib.request.OpenerDirector()  # bare: no redirects, proxies or cookies
-        self._opener.add_handler(KeptConnections(base, self._idle))
+        self._opener.add_handler(self._kept)
         self._silent = f"LM Studio at {base} does not answer. Look at its log"
         self._health = Remembered(self._ask_health, QUESTION_S + 1.0, self._silent)
         self._listed: Any = (None, 0.0)     # the latest rows that LM Studio told, and when
@@ -6090,25 +6101,17 @@ class Upstream:
             ("Host", self.host), ("Connection", "Upgrade"), ("Upgrade", "websocket"),
             ("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", key)])
         call.set_timeout(UPGRADE_S)
-        call.deadline, call.anew, data = time.monotonic() + UPGRADE_S, True, b""
+        call.deadline, call.anew, call.upgrades = time.monotonic() + UPGRADE_S, True, True
         try:
-            self.send(call)
-            while (end := data.find(b"\r\n\r\n")) < 0:
-                piece = call.receive()
-                if not piece or len(data) > ANSWER_HEAD_LIMIT:
-                    raise http.client.RemoteDisconnected("without a word")
-                data += piece
+            answer = self.send(call).begin()
+            if answer.status == 101 and answer.header("sec-websocket-accept") == accept_key(key):
+                return call.use(None), answer.rest
+            kind, why = "reset", f"{answer.status} {answer.reason}"
         except BROKEN as error:
-            self.done(call)
-            raise UpstreamError(502, "timeout" if isinstance(error, TIMEOUTS) else "reset",
-                                f"LM Studio took no WebSocket on {path} ({error_text(error)}): "
-                                "this version may not know it") from None
-        head = data[:end].decode("latin-1")
-        if not re.match(r"HTTP/1\.1 101\b", head) or accept_key(key) not in head:
-            self.done(call)
-            raise UpstreamError(502, "reset",
-                                f"LM Studio took no WebSocket on {path}: {bounded_text(head, 60)!r}")
-        return call.use(None), data[end + 4:]
+            kind, why = "timeout" if isinstance(error, TIMEOUTS) else "reset", error_text(error)
+        self.done(call)
+        raise UpstreamError(502, kind, f"LM Studio took no WebSocket on {path} ({why}): this version may not "
+                                       "know it")
 
     def introduction(self, who):
         """The first message over a new WebSocket: the halves of LM Studio's own token, else a guest's pair.
@@ -6123,7 +6126,7 @@ class Upstream:
         """An exchange is over: keep its connection if its answer was read to the end and allows that."""
         sock = call.use(None)
         if answer and answer.keeps and answer.over and not call.cancelled and call.deadline == math.inf:
-            self._idle.put(sock, call.reused, call.timeout_s)
+            self._kept.put(sock, call.reused, call.timeout_s)
         else:
             close_quietly(sock)
 
@@ -6313,10 +6316,9 @@ class ModelRow(NamedTuple):
 
 def model_rows(body):
     """The ModelRows in an answer of /api/v1/models or /api/v0/models; None where it is no such answer."""
-    if isinstance(body.get("models"), list):
-        return [row for row in map(model_of_v1, listed(body["models"])) if row.shown["id"]]
-    if isinstance(body.get("data"), list):
-        return [row for row in map(model_of_v0, listed(body["data"])) if row.shown["id"]]
+    for name, model_of in (("models", model_of_v1), ("data", model_of_v0)):
+        if isinstance(body.get(name), list):
+            return [row for row in map(model_of, listed(body[name])) if row.shown["id"]]
     return None
 
 
@@ -6381,10 +6383,7 @@ class Request:
         self.version = version  # (1, 0) or (1, 1)
         self.headers = headers  # [(name, value)], order, case and repeats kept
         self.path, _, self.query_text = target.partition("?")
-        self._named: dict[str, str] = {}
-        for name, value in headers:
-            key = name.lower()
-            self._named[key] = f"{self._named[key]}, {value}" if key in self._named else value
+        self._named = joined(headers)
         self.length, self.chunked = framing(self)  # of the body
         # --
         self.client = ""  # address
@@ -6646,7 +6645,10 @@ def parse_head(lines):
     method, target = first[1], first[2]
     if len(lines) - 1 > HEADERS_LIMIT:
         raise HttpError(431, "head_too_large", f"more than {HEADERS_LIMIT} headers", close=True)
-    headers = headers_of(lines[1:])
+    try:
+        headers = parse_headers(lines[1:])
+    except ValueError as error:
+        raise bad(error) from None
     if method not in METHODS:
         raise HttpError(501, "method_unknown", f"the method {method} is not supported", close=True)
     if not target.startswith("/") or "#" in target:     # behind # Express reads a path otherwise
@@ -6671,19 +6673,6 @@ def plain_path(path):
     if "\\" in path or "." in segments or ".." in segments:
         raise bad("a path has no dot segments and no backslashes")
     return "/" + "/".join(segments).lower()
-
-
-def headers_of(lines):
-    """[(name, value)] of header lines.  Raises HttpError."""
-    headers = []
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or not TOKEN(name):
-            raise bad("a header line is malformed")
-        headers.append((name, value.strip(" \t")))
-    if CONTROLS.search("".join(lines)):
-        raise bad("a header holds a control character")
-    return headers
 
 
 def framing(request):

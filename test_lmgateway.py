@@ -2561,6 +2561,7 @@ def spoil_history(path):
 @pytest.mark.parametrize("harm", [lock_history, spoil_history], ids=["locked", "spoiled"])
 def test_rows_wait_for_a_history_that_cannot_be_written_in_a_bounded_number(tmp_path, said, monkeypatch, harm):
     monkeypatch.setattr(lmgateway.History, "RETRY_S", 0.05)
+    monkeypatch.setattr(lmgateway.History, "LOCK_S", 0.05)
     monkeypatch.setattr(lmgateway.History, "PAUSE_S", 0)
     monkeypatch.setattr(lmgateway.History, "ROWS", 3)
     history = lmgateway.History(str(tmp_path / "h.db"))
@@ -3880,7 +3881,7 @@ def test_each_request_to_lm_studio_goes_through_urllib(fronts, studio, monkeypat
 
 
 def test_only_so_many_idle_connections_are_kept():
-    idle, pairs = lmgateway.IdleConnections(), [socket.socketpair() for _ in range(70)]
+    idle, pairs = lmgateway.KeptConnections("http://127.0.0.1:9"), [socket.socketpair() for _ in range(70)]
     for mine, _ in pairs:
         idle.put(mine, True, None)
     assert [mine.fileno() < 0 for mine, _ in pairs] == [True] * 6 + [False] * 64
