@@ -337,7 +337,7 @@ OPTION_GROUPS = {  # heading in --help -> its rows
         Option("log_level", "LOG_LEVEL", "info", one_of(*LEVELS),
                "error, warn, info or debug", "LEVEL"),
         Option("log_file", "LOG_FILE", None, str,
-               "write our own log there; turned over at 5 MB, opened anew on SIGHUP", "FILE")),
+               "write our own log there; turned over at 5 MB, begun anew once it was moved", "FILE")),
 }
 OPTIONS = tuple(itertools.chain.from_iterable(OPTION_GROUPS.values()))
 
@@ -2364,7 +2364,6 @@ def ask_usage(data, options):
 
 FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
 LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
-LOG_KEEPS = 50  # UTF-16 units before and after it
 
 
 class Fingerprint(NamedTuple):
@@ -2398,16 +2397,17 @@ def json_hash(value):
     return hash(f"\0{int(value) if kind is float and value.is_integer() else value}")  # like no string
 
 
-def log_text(text):
-    """A string of a request body as the log shows it, without the mark for its missing middle."""
+def log_text(text, keeps=100):
+    """A string of a request body as the log shows it, without the mark for its missing middle: 50 UTF-16 units (100
+    bytes) before and after it."""
     head, cut, tail = text.partition(LOG_CUT)
     if cut:
         return head + tail
     units = text.encode("utf-16-le", "surrogatepass")
-    if len(units) <= 4 * LOG_KEEPS:
+    if len(units) <= 2 * keeps:
         return text
-    return (units[:2 * LOG_KEEPS].decode("utf-16-le", "replace")
-            + units[-2 * LOG_KEEPS:].decode("utf-16-le", "replace"))
+    return units[:keeps].decode("utf-16-le", "replace") + units[-keeps:].decode("utf-16-le", "replace")
+
 
 
 # --- 3.7 records: the life of a request --------------------------------------
@@ -3156,7 +3156,7 @@ class Requests:
 
     def settle(self, clock):
         """Bind what has become certain by now.  The more there is to compare, the less often it is done."""
-        if clock >= self._settle_at:
+        if clock >= self._settle_at and (self._runs or self._lines):
             self._pairs = 0
             while self._bind_one(clock):
                 pass
@@ -3825,7 +3825,7 @@ def performance(records, requests, tokens):
 
 DAY_MINUTES = 24 * 60
 MOST_MINUTES = 7 * DAY_MINUTES  # that one can ask for
-CELLS = 20_000  # (minute, model, key, who) that are kept apart; beyond them the oldest minutes lose names
+CELLS = 30  # (model, key, who) of one minute that are kept apart; the others are "other"
 BUCKET = 1.1  # a histogram's buckets are so much wider each: a percentile of it is right to 5 %
 BY = ("", "model", "key", "user")  # what rows can be told apart by
 STEPS = (60, 300, 3600)  # seconds of a row
@@ -3839,9 +3839,9 @@ def tally(row):
     written = row["completion_tokens"] or 0
     fresh, read_ms, write_ms = max(0, prompt - cached), row["prompt_ms"] or 0, row["generation_ms"] or 0
     left = was_left(row["outcome"], row["operation"])
-    found: Counter[Any] = Counter(requests=1, abandoned=int(left), errors=int(row["outcome"] != "done" and not left),
-                    promptTokens=prompt, cachedTokens=cached, completionTokens=written,
-                    gpuMs=read_ms + write_ms)
+    found: dict[Any, Any] = {"requests": 1, "abandoned": int(left),
+                             "errors": int(row["outcome"] != "done" and not left), "promptTokens": prompt,
+                             "cachedTokens": cached, "completionTokens": written, "gpuMs": read_ms + write_ms}
     speeds = {}
     if fresh and read_ms:
         found.update(readTokens=fresh, readMs=read_ms)
@@ -3886,7 +3886,6 @@ class Series:
     def __init__(self, since, kept=DAY_MINUTES):
         self.since, self._kept = since, kept  # epoch seconds, from then on it holds every request; minutes
         self._minutes: dict[int, dict[tuple, Counter]] = {}
-        self._size = 0  # cells in all
         self.used: dict[str, float] = {}  # model -> when it last answered, epoch seconds
 
     def take(self, row, before=None):
@@ -3894,41 +3893,25 @@ class Series:
         the log can tell more of a request after its end."""
         ended = row["started"] + (row["total_ms"] or 0) / 1000
         model = row["model"] or row["model_asked"] or "unknown"
-        beside = row["source"] == "lmstudio"
-        key = row["key"] or ("not via gateway" if beside else "no key")
+        key = row["key"] or ("not via gateway" if row["source"] == "lmstudio" else "no key")
         person = who(row["source"], row.get("user"), row["key"], row.get("agent"), row["client"]) or "unknown"
         minute, names, amounts = int(ended // 60), ("", model, key, person), tally(row)
         if before and before[0] in self._minutes:
-            self._cell(*before[:2]).subtract(before[2])
-        self._cell(minute, names).update(amounts)
-        if len(self.used) < NAMES_KEPT or model in self.used:
-            self.used[model] = max(ended, self.used.get(model, 0))
-        return minute, names, amounts
-
-    def _cell(self, minute, names):
+            self._minutes[before[0]][before[1]].subtract(before[2])
         if minute not in self._minutes:
             self._minutes[minute] = {}
             self.since = max(self.since, 60 * (minute - self._kept + 1))
             for old in [one for one in self._minutes if one <= minute - self._kept]:
-                self._size -= len(self._minutes.pop(old))
+                del self._minutes[old]
         cells = self._minutes[minute]
-        if names not in cells:
-            cells[names] = Counter()
-            self._size += 1
-            if self._size > CELLS:
-                self._fold()
-                return self._cell(minute, names if names in cells else next(iter(cells)))
-        return cells[names]
-
-    def _fold(self):
-        """Make one cell of the oldest minute that has several."""
-        cells = next(self._minutes[one] for one in sorted(self._minutes) if len(self._minutes[one]) > 1)
-        whole: Counter[Any] = Counter()
-        for amounts in cells.values():
-            whole.update(amounts)
-        self._size -= len(cells) - 1
-        cells.clear()
-        cells["", "other", "other", "other"] = whole
+        if names not in cells and len(cells) >= CELLS:
+            names = ("", "other", "other", "other")
+        cell = cells.setdefault(names, Counter())
+        for name, amount in amounts.items():    # Counter.update() takes three times as long
+            cell[name] += amount
+        if len(self.used) < NAMES_KEPT or model in self.used:
+            self.used[model] = max(ended, self.used.get(model, 0))
+        return minute, names, amounts
 
     def cells(self, begin):
         """A copy of what ended from the minute of begin (epoch seconds) on: [(minute, names, tally)]."""
@@ -3943,17 +3926,16 @@ def series_step(minutes):
 
 def series_rows(cells, step, by):
     """`rows` and `total` of /debug/series: of all, or with by ("model", "key", "user") of each name."""
-    place = BY.index(by)
+    place, asked = BY.index(by), Counter()
+    for _, names, amounts in cells:
+        asked[names[place]] += amounts["requests"]
+    known = {name for name, _ in asked.most_common(MOST_NAMES)}
     sums: dict[str, dict] = {}
     totals: dict[str, Counter] = {}
     for minute, names, amounts in cells:
-        name = names[place]
+        name = names[place] if names[place] in known else "other"
         totals.setdefault(name, Counter()).update(amounts)
         sums.setdefault(name, {}).setdefault(60 * minute // step * step, Counter()).update(amounts)
-    for name in sorted(totals, key=lambda name: -totals[name]["requests"])[MOST_NAMES:]:
-        totals.setdefault("other", Counter()).update(totals.pop(name))
-        for t, amounts in sums.pop(name).items():
-            sums.setdefault("other", {}).setdefault(t, Counter()).update(amounts)
     rows = {name: [{"t": utc_text(t), **series_row(found[t])} for t in sorted(found) if found[t]["requests"]]
             [-MOST_ROWS:] for name, found in sums.items()}
     total = {name: series_row(amounts) for name, amounts in totals.items()}
@@ -4276,7 +4258,8 @@ class Account:
     def spend(self, clock, prompt, completion):
         """A request has ended."""
         self.tokens.add(clock, prompt + completion)
-        self.today.update(promptTokens=prompt, completionTokens=completion)
+        self.today["promptTokens"] += prompt
+        self.today["completionTokens"] += completion
 
     def headers(self, limits, clock):
         """x-ratelimit-*, as OpenAI's API has them, for the limits by the minute."""
@@ -4341,6 +4324,9 @@ class Scheduler:
     def join(self, turn, clock):
         """A request has come.  Gives the Turns that begin now, among them maybe this one."""
         turn.number = next(self._numbers)
+        if not self.waiting and self._may_begin(turn, self._lines.setdefault(turn.model, Line())):
+            self._begin(turn, clock)    # without a detour over the queue
+            return [turn]
         self._enqueue(turn)
         begun = self.start(clock)
         if turn.began is None:
@@ -4372,24 +4358,27 @@ class Scheduler:
             if rank is None:
                 break
             turn = rank[-1]
-            self._lines[turn.model].running.add(turn)
             self._dequeue(turn)
-            turn.began = clock
-            self._served.pop(turn.who, None)
-            self._served[turn.who] = next(self._numbers)
-            if len(self._served) > NAMES_KEPT:
-                del self._served[next(iter(self._served))]
-            self._count(turn, 1)
+            self._begin(turn, clock)
             begun.append(turn)
         return begun
 
+    def _begin(self, turn, clock):
+        self._lines.setdefault(turn.model, Line()).running.add(turn)
+        turn.began = clock
+        self._served.pop(turn.who, None)
+        self._served[turn.who] = next(self._numbers)
+        if len(self._served) > NAMES_KEPT:
+            del self._served[next(iter(self._served))]
+        self._count(turn, 1)
+
     def _next(self, line):
         """The rank of the Turn that a free slot of a line goes to, None while none may begin."""
-        if len(line.running) < self._slots:
-            for rank in line.ranks:
-                if self._of_key.get(rank[-1].key, 0) < self.limits.get(rank[-1].key, math.inf):
-                    return rank
-        return None
+        return next((rank for rank in line.ranks if self._may_begin(rank[-1], line)), None)
+
+    def _may_begin(self, turn, line):
+        return (len(line.running) < self._slots
+                and self._of_key.get(turn.key, 0) < self.limits.get(turn.key, math.inf))
 
     def _rise(self, clock):
         while self._rises and self._rises[0][0] <= clock:
@@ -4759,13 +4748,13 @@ class Hub(Ring):
         """The history rows of requests that changed after their end; figures and series learn from them."""
         changed = {record.id: record for record in self._requests.changed}
         self._requests.changed = []
-        rows = {record.id: history_row(record) for record in changed.values()}
-        for record in changed.values():
+        rows = [history_row(record) for record in changed.values()]
+        for record, row in zip(changed.values(), rows):
             if record.source == "gateway":
                 self._figures.count_tokens(record)
-            about = {**dict(zip(HISTORY_NAMES, rows[record.id])), "agent": record.agent}
-            record.tallied = self._series.take(about, record.tallied)
-        return list(rows.values())
+            record.tallied = self._series.take(dict(zip(HISTORY_NAMES, row), agent=record.agent),
+                                               record.tallied)
+        return rows
 
     def _give(self, rows):
         if rows and self._keep:
@@ -4881,7 +4870,7 @@ HISTORY = (  # column, type, what it holds; no prompt and no answer
     ("user", "TEXT", lambda record: record.user),
     ("queued_ms", "REAL", lambda record: record.queued_ms()),
 )
-HISTORY_NAMES = next(zip(*HISTORY))
+HISTORY_NAMES, HISTORY_TYPES, HISTORY_VALUES = zip(*HISTORY)
 ADDED = {"user", "queued_ms"}  # columns that files of an earlier version lack
 GROUPS = {  # what usage can be summed by
     "key": "COALESCE(key, CASE source WHEN 'lmstudio' THEN 'not via gateway' ELSE 'no key' END)",
@@ -4907,14 +4896,16 @@ TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cache
 
 
 def history_row(record):
-    return tuple(storable(value(record)) for _, _, value in HISTORY)
+    return tuple([storable(value(record)) for value in HISTORY_VALUES])
 
 
 def storable(value):
     """A value that SQLite takes and can sum: a client or LM Studio may name any text and any number."""
+    if value is None or value.__class__ is str and value.isascii():
+        return value
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    return value if value is None else max(-10**12, min(value, 10**12))
+    return value if -10**12 < value < 10**12 else max(-10**12, min(value, 10**12))
 
 
 def since_epoch(text, now):
@@ -4953,6 +4944,7 @@ class History:
 
     ROWS = 10_000
     PAUSE_S, RETRY_S = 0.2, 1.0  # after a commit; after one that failed
+    LOCK_S = 2.0    # to wait for another process that writes
     PRUNE_S = 3600.0  # between two looks for rows that are too old
 
     def __init__(self, path, days=0):
@@ -5060,7 +5052,7 @@ def open_history(path):
         if path != ":memory:":  # SQLite's other two files take the mode of this one
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             os.chmod(path, 0o600)   # one that was there, too
-        connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=2.0)))
+        connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=History.LOCK_S)))
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
@@ -5390,18 +5382,13 @@ class LogVolume:
 
     def __init__(self, directory, warn_bytes):
         self.directory, self._warn_bytes = directory, warn_bytes
-        self._lock = threading.Lock()  # guards _asked and _facts
-        self._asked, self._facts = -math.inf, {}
+        self._known: tuple = (-math.inf, {})    # (clock, facts)
 
     def facts(self, max_age_s=60.0):
         """{directoryBytes, growthBytesPerDay, freeBytes (None: unknown), warnings (what to do)}"""
-        with self._lock:
-            if time.monotonic() - self._asked < max_age_s:
-                return self._facts
-        facts = self._look()
-        with self._lock:
-            self._asked, self._facts = time.monotonic(), facts
-        return facts
+        if time.monotonic() - self._known[0] >= max_age_s:
+            self._known = time.monotonic(), self._look()
+        return self._known[1]
 
     def _look(self):
         sizes: Counter[str] = Counter()
@@ -5683,21 +5670,14 @@ class Chunks:
         return False
 
     def _payload(self, parts):
-        part = self.rest[:self.left]
+        part, self.rest = self.rest[:self.left], self.rest[self.left:]
         self.left -= len(part)
-        self.rest = self.rest[len(part):]
         if part:
             parts.append(part)
-        if self.left:
+        if self.left or self.rest in (b"", b"\r"):
             return False
-        self._step = self._line_end
-        return True
-
-    def _line_end(self, parts):
-        if not b"\r\n".startswith(self.rest[:2]):
+        if self.rest[:2] != b"\r\n":
             raise ValueError("a chunk does not end where its size says")
-        if len(self.rest) < 2:
-            return False
         self.rest, self._step = self.rest[2:], self._whole_chunks
         return True
 
@@ -5714,6 +5694,33 @@ class Chunks:
         return True
 
 
+def parse_headers(lines, lenient=False):
+    """[(name, value)] of header lines.  lenient: a value may go on in a line that begins with a blank, and
+    blanks may stand before a colon (RFC 9112, 5).  Raises ValueError."""
+    headers: list[tuple[str, str]] = []
+    if CONTROLS.search("".join(lines)):
+        raise ValueError("a header holds a control character")
+    for line in lines:
+        if lenient and line[:1] in (" ", "\t") and headers:
+            headers[-1] = headers[-1][0], f"{headers[-1][1]} {line.strip()}"
+            continue
+        name, colon, value = line.partition(":")
+        name = name.rstrip(" \t") if lenient else name
+        if not colon or not TOKEN(name):
+            raise ValueError("a header line is malformed")
+        headers.append((name, value.strip(" \t")))
+    return headers
+
+
+def joined(headers):
+    """{name in lower case: value}; values of one name are joined (RFC 9110, 5.3)."""
+    named: dict[str, str] = {}
+    for name, value in headers:
+        key = name.lower()
+        named[key] = f"{named[key]}, {value}" if key in named else value
+    return named
+
+
 class Call(urllib.request.Request):
     """A request to a server, origin, and the connection that it runs over.  Its target and its headers are
     sent as they are: urllib's own lose what follows a #, order, case and repeats.
@@ -5725,6 +5732,7 @@ class Call(urllib.request.Request):
         self.method, self.selector, self.raw_headers, self.body = method, target, headers, body or b""
         self.timeout_s, self.deadline = None, math.inf
         self.anew = False       # it needs a new connection
+        self.upgrades = False   # to a WebSocket
         self.reused = False     # its connection had another request before
         self.cancelled = False
         self.sock: Any = None   # while the exchange runs
@@ -5785,18 +5793,18 @@ class Answer:
     http.client's own response reads heads through the email parser, which costs more than all else here.
     Informational forerunners (1xx, RFC 9110, 15.2) are skipped.  Raises OSError and HTTPException."""
 
-    STATUS_LINE = re.compile(r"HTTP/1\.(\d) ([1-9]\d\d)(?: (.*))?")
+    STATUS_LINE = re.compile(r"HTTP/1\.(\d) ([1-9]\d\d)(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
 
     def __init__(self, call):
         endless = call.deadline == math.inf
         self._receive = functools.partial(call.sock.recv, PIECE) if endless else call.receive
-        self._method, self._buffer = call.method, b""
+        self._method, self._upgrades, self._buffer = call.method, call.upgrades, b""
         self.over = False  # the body has been read to its end
 
     def begin(self):
         """Read the head.  Gives itself."""
         self.status, room = 100, ANSWER_HEAD_LIMIT
-        while 100 <= self.status < 200:
+        while 100 <= self.status < 200 and not (self.status == 101 and self._upgrades):
             room -= self._read_head(room)
         self._frame()
         return self
@@ -5814,34 +5822,22 @@ class Answer:
                                                      else "without a word")
             self._buffer += piece
         head, self._buffer = self._buffer[:end].decode("latin-1"), self._buffer[end + 4:]
-        lines = head.split("\r\n")
-        first = self.STATUS_LINE.fullmatch(lines[0])
-        if end > room or not first or first[2] == "101" or CONTROLS.search("".join(lines)):
+        line, *lines = head.split("\r\n")
+        first = self.STATUS_LINE.fullmatch(line)
+        if end > room or not first or first[2] == "101" and not self._upgrades:
             raise http.client.BadStatusLine("its head is malformed or too long")
         self._minor, self.status, self.reason = int(first[1]), int(first[2]), first[3] or ""
-        self._read_headers(lines[1:])
+        try:
+            self.headers = parse_headers(lines, lenient=True)
+        except ValueError as error:
+            raise http.client.HTTPException(str(error)) from None
         return end + 4
-
-    def _read_headers(self, lines):
-        self.headers: list[tuple[str, str]] = []
-        for line in lines:
-            if line[:1] in (" ", "\t") and self.headers:    # an old form that may still come (RFC 9112, 5.2)
-                self.headers[-1] = self.headers[-1][0], f"{self.headers[-1][1]} {line.strip()}"
-                continue
-            name, colon, value = line.partition(":")
-            if not colon or not TOKEN(name.rstrip(" \t")):
-                raise http.client.HTTPException("a header of its answer is malformed")
-            self.headers.append((name.rstrip(" \t"), value.strip(" \t")))
 
     def _frame(self):
         """How the end of the body is known (RFC 9112, 6.3)."""
-        self._named: dict[str, str] = {}
-        for name, value in self.headers:
-            key = name.lower()
-            before = self._named.get(key, value)
-            joined = key in self._named and (key != "content-length" or before != value)
-            self._named[key] = f"{before}, {value}" if joined else value
-        coding, length = self.header("transfer-encoding").lower(), self.header("content-length")
+        self._named = joined(self.headers)
+        coding = self.header("transfer-encoding").lower()
+        length = ",".join({value for name, value in self.headers if name.lower() == "content-length"})
         if coding not in ("", "chunked") or length and not coding and not LENGTH.fullmatch(length):
             raise http.client.HTTPException("the length of its answer is not clear")
         self.chunks: Any = Chunks() if coding else None
@@ -5863,6 +5859,11 @@ class Answer:
     def streams(self):
         """True for an event stream, however its type is written."""
         return self.header("content-type").lower().startswith(STREAM_TYPES)
+
+    @property
+    def rest(self):
+        """What came behind the head of a 101."""
+        return self._buffer
 
     @property
     def ready(self):
@@ -5909,40 +5910,6 @@ class Answer:
             if len(data) > limit:
                 break
         return data[:limit]
-
-
-class IdleConnections:
-    """Connections to LM Studio that have nothing to do.
-
-    One is used again if it has been idle for less than REUSE_S and is not readable (readable means closed);
-    by a request that may not be repeated only if it has been used again before, or idle for MATURE_S."""
-
-    def __init__(self):
-        # (socket, clock since when, used again before, timeout), the longest idle first; append and pop are
-        # atomic
-        self._idle: deque[tuple] = deque()
-
-    def put(self, sock, proven, timeout_s):
-        """Any thread.  An answer was read to its end and its connection may serve another request."""
-        self._idle.append((sock, time.monotonic(), proven, timeout_s))
-        with contextlib.suppress(IndexError):
-            while len(self._idle) > IDLE_KEPT:
-                self._idle.popleft()[0].close()
-
-    def take(self, repeatable):
-        """Any thread.  (socket, its timeout); (None, None) when there is none."""
-        with contextlib.suppress(IndexError):
-            while True:
-                sock, since, proven, timeout_s = kept = self._idle.popleft()
-                age = time.monotonic() - since
-                if age > REUSE_S or readable(sock):
-                    sock.close()
-                elif repeatable or proven or age > MATURE_S:
-                    return sock, timeout_s
-                else:
-                    self._idle.appendleft(kept)
-                    break
-        return None, None
 
 
 def close_quietly(sock):
@@ -5996,20 +5963,15 @@ class Remembered:
             self._version = version
             if self._asking and now - self._asking[0] > self._limit_s:
                 self._known, self._asking = (-math.inf, self._silent), None
-            asking, mine = self._asking, self._asking is None
-            if mine:
-                asking = self._asking = now, threading.Event()
-        if mine:
-            self._start(asking)
-        asking[1].wait(wait_s)
-        with self._lock:
-            return self._known[1]
-
-    def _start(self, asking):
+            mine = self._asking is None
+            asking = self._asking = self._asking or (now, threading.Event())
         try:
-            threading.Thread(target=self._refresh, args=(asking,), name="question", daemon=True).start()
+            if mine:
+                threading.Thread(target=self._refresh, args=(asking,), name="question", daemon=True).start()
         except RuntimeError:    # no thread is to be had
             self._refresh(asking)
+        asking[1].wait(wait_s)
+        return self._known[1]
 
     def _refresh(self, asking):
         """Body of the thread."""
@@ -6024,18 +5986,47 @@ class Remembered:
 
 
 class KeptConnections(urllib.request.BaseHandler):
-    """Opens a Call for an OpenerDirector, over an idle connection to the server at base if there is one."""
+    """Opens a Call to the server at base for an OpenerDirector, over a connection that has nothing to do if
+    there is one.  Any thread may call.
 
-    def __init__(self, base, idle):
+    A connection is used again if it has been idle for less than REUSE_S and is not readable (readable means
+    closed); by a request that may not be repeated only if it has been used again before, or idle for
+    MATURE_S."""
+
+    def __init__(self, base):
         parts = urllib.parse.urlsplit(base)
-        self._base, self._idle, self._name = base, idle, parts.hostname
+        self._base, self._name = base, parts.hostname
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         host = "127.0.0.1" if self._name == "localhost" else self._name     # LM Studio listens on IPv4 only
         self._address = host, parts.port or (443 if self._tls else 80)
+        # (socket, clock since when, used again before, timeout), the longest idle first; each step is atomic
+        self._idle: deque[tuple] = deque()
+
+    def put(self, sock, proven, timeout_s):
+        """An answer was read to its end and its connection may serve another request."""
+        self._idle.append((sock, time.monotonic(), proven, timeout_s))
+        with contextlib.suppress(IndexError):
+            while len(self._idle) > IDLE_KEPT:
+                self._idle.popleft()[0].close()
+
+    def take(self, repeatable):
+        """(socket, its timeout); (None, None) when there is none."""
+        with contextlib.suppress(IndexError):
+            while True:
+                sock, since, proven, timeout_s = kept = self._idle.popleft()
+                age = time.monotonic() - since
+                if age > REUSE_S or readable(sock):
+                    sock.close()
+                elif repeatable or proven or age > MATURE_S:
+                    return sock, timeout_s
+                else:
+                    self._idle.appendleft(kept)
+                    break
+        return None, None
 
     def default_open(self, call):
         """The Answer, its head unread.  Raises OSError, HttpError."""
-        sock, timeout_s = (None, None) if call.anew else self._idle.take(call.method in REPEATABLE)
+        sock, timeout_s = (None, None) if call.anew else self.take(call.method in REPEATABLE)
         call.reused = bool(sock)
         if not sock:
             sock = self._connect(call.timeout_s)
@@ -6076,9 +6067,9 @@ class Upstream:
         self.base, self.token, self.origin = base, token, urllib.request.Request(base)
         self.host = base.partition("://")[2]
         self._secret = secrets.token_bytes(32)  # makes the names under which it knows clients of sockets
-        self._idle = IdleConnections()
+        self._kept = KeptConnections(base)
         self._opener = urllib.request.OpenerDirector()  # bare: no redirects, proxies or cookies
-        self._opener.add_handler(KeptConnections(base, self._idle))
+        self._opener.add_handler(self._kept)
         self._silent = f"LM Studio at {base} does not answer. Look at its log"
         self._health = Remembered(self._ask_health, QUESTION_S + 1.0, self._silent)
         self._listed: Any = (None, 0.0)     # the latest rows that LM Studio told, and when
@@ -6113,25 +6104,17 @@ class Upstream:
             ("Host", self.host), ("Connection", "Upgrade"), ("Upgrade", "websocket"),
             ("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", key)])
         call.set_timeout(UPGRADE_S)
-        call.deadline, call.anew, data = time.monotonic() + UPGRADE_S, True, b""
+        call.deadline, call.anew, call.upgrades = time.monotonic() + UPGRADE_S, True, True
         try:
-            self.send(call)
-            while (end := data.find(b"\r\n\r\n")) < 0:
-                piece = call.receive()
-                if not piece or len(data) > ANSWER_HEAD_LIMIT:
-                    raise http.client.RemoteDisconnected("without a word")
-                data += piece
+            answer = self.send(call).begin()
+            if answer.status == 101 and answer.header("sec-websocket-accept") == accept_key(key):
+                return call.use(None), answer.rest
+            kind, why = "reset", f"{answer.status} {answer.reason}"
         except BROKEN as error:
-            self.done(call)
-            raise UpstreamError(502, "timeout" if isinstance(error, TIMEOUTS) else "reset",
-                                f"LM Studio took no WebSocket on {path} ({error_text(error)}): "
-                                "this version may not know it") from None
-        head = data[:end].decode("latin-1")
-        if not re.match(r"HTTP/1\.1 101\b", head) or accept_key(key) not in head:
-            self.done(call)
-            raise UpstreamError(502, "reset",
-                                f"LM Studio took no WebSocket on {path}: {bounded_text(head, 60)!r}")
-        return call.use(None), data[end + 4:]
+            kind, why = "timeout" if isinstance(error, TIMEOUTS) else "reset", error_text(error)
+        self.done(call)
+        raise UpstreamError(502, kind, f"LM Studio took no WebSocket on {path} ({why}): this version may not "
+                                       "know it")
 
     def introduction(self, who):
         """The first message over a new WebSocket: the halves of LM Studio's own token, else a guest's pair.
@@ -6146,7 +6129,7 @@ class Upstream:
         """An exchange is over: keep its connection if its answer was read to the end and allows that."""
         sock = call.use(None)
         if answer and answer.keeps and answer.over and not call.cancelled and call.deadline == math.inf:
-            self._idle.put(sock, call.reused, call.timeout_s)
+            self._kept.put(sock, call.reused, call.timeout_s)
         else:
             close_quietly(sock)
 
@@ -6336,10 +6319,9 @@ class ModelRow(NamedTuple):
 
 def model_rows(body):
     """The ModelRows in an answer of /api/v1/models or /api/v0/models; None where it is no such answer."""
-    if isinstance(body.get("models"), list):
-        return [row for row in map(model_of_v1, listed(body["models"])) if row.shown["id"]]
-    if isinstance(body.get("data"), list):
-        return [row for row in map(model_of_v0, listed(body["data"])) if row.shown["id"]]
+    for name, model_of in (("models", model_of_v1), ("data", model_of_v0)):
+        if isinstance(body.get(name), list):
+            return [row for row in map(model_of, listed(body[name])) if row.shown["id"]]
     return None
 
 
@@ -6404,10 +6386,7 @@ class Request:
         self.version = version  # (1, 0) or (1, 1)
         self.headers = headers  # [(name, value)], order, case and repeats kept
         self.path, _, self.query_text = target.partition("?")
-        self._named: dict[str, str] = {}
-        for name, value in headers:
-            key = name.lower()
-            self._named[key] = f"{self._named[key]}, {value}" if key in self._named else value
+        self._named = joined(headers)
         self.length, self.chunked = framing(self)  # of the body
         # --
         self.client = ""  # address
@@ -6669,7 +6648,10 @@ def parse_head(lines):
     method, target = first[1], first[2]
     if len(lines) - 1 > HEADERS_LIMIT:
         raise HttpError(431, "head_too_large", f"more than {HEADERS_LIMIT} headers", close=True)
-    headers = headers_of(lines[1:])
+    try:
+        headers = parse_headers(lines[1:])
+    except ValueError as error:
+        raise bad(error) from None
     if method not in METHODS:
         raise HttpError(501, "method_unknown", f"the method {method} is not supported", close=True)
     if not target.startswith("/") or "#" in target:     # behind # Express reads a path otherwise
@@ -6694,19 +6676,6 @@ def plain_path(path):
     if "\\" in path or "." in segments or ".." in segments:
         raise bad("a path has no dot segments and no backslashes")
     return "/" + "/".join(segments).lower()
-
-
-def headers_of(lines):
-    """[(name, value)] of header lines.  Raises HttpError."""
-    headers = []
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or not TOKEN(name):
-            raise bad("a header line is malformed")
-        headers.append((name, value.strip(" \t")))
-    if CONTROLS.search("".join(lines)):
-        raise bad("a header holds a control character")
-    return headers
 
 
 def framing(request):
@@ -8038,8 +8007,9 @@ def me(gateway, request):
     """The key that asks: what it may, and what it has used."""
     identity = request.identity
     terms = gateway.access.terms(identity.name)
-    return json_response({"name": identity.name, "rights": [name for name in RIGHTS if name in identity.rights],
-                          "priority": terms.priority, "limits": terms.limits, "models": terms.models,
+    rights = [name for name in RIGHTS if name in identity.rights]
+    return json_response({"name": identity.name, "rights": rights, "priority": terms.priority,
+                          "limits": terms.limits, "models": terms.models,
                           "expires": terms.expires or None, **gateway.turns.used(identity.name)})
 
 
@@ -8085,19 +8055,14 @@ def doings(ours, state):
 
 
 def metrics_json(gateway, request):
-    """Figures for people and scripts; those of /metrics agree with them."""
-    return json_response({"timestamp": gateway.hub.now(), "performance": gateway.hub.performance(),
-                          "system": system_figures(gateway)})
-
-
-def system_figures(gateway):
-    """The resources of this process; sizes in bytes, times in s.  A figure that the system does not tell is
-    None."""
-    return {"uptime": gateway.uptime, "version": VERSION,
-            "python": platform.python_version(), "platform": platform.platform(), "pid": os.getpid(),
-            "cpuSeconds": round(time.process_time(), 2), "memoryBytes": resident_bytes(),
-            "threads": threading.active_count(), "streamClients": gateway.hub.listeners,
-            "connections": gateway.server and gateway.server.connections}
+    """Figures for people and scripts, which agree with those of /metrics, and the resources of this process;
+    sizes in bytes, times in s.  A figure that the system does not tell is None."""
+    hub = gateway.hub
+    return json_response({"timestamp": hub.now(), "performance": hub.performance(), "system": {
+        "uptime": gateway.uptime, "version": VERSION, "python": platform.python_version(),
+        "platform": platform.platform(), "pid": os.getpid(), "cpuSeconds": round(time.process_time(), 2),
+        "memoryBytes": resident_bytes(), "threads": threading.active_count(), "streamClients": hub.listeners,
+        "connections": gateway.server and gateway.server.connections}})
 
 
 def resident_bytes():
@@ -8234,10 +8199,13 @@ ROUTES = (
     Route("GET", "/debug/requests/*", request_detail, "own", "one request with its timeline"),
     Route("DELETE", "/debug/requests/*", stop_request, "own", "stop a request: one's own, with admin any"),
     Route("GET", "/me", me, "own", "the key that asks: rights, limits, what it has used"),
-    Route("GET", "/debug/series", series_page, "view", "figures by minute: ?minutes=60, ?by=model, key or user"),
-    Route("GET", "/debug/models", models_page, "view", "LM Studio's models: state, context, running, waiting"),
+    Route("GET", "/debug/series", series_page, "view",
+          "figures by minute: ?minutes=60, ?by=model, key or user"),
+    Route("GET", "/debug/models", models_page, "view",
+          "LM Studio's models: state, context, running, waiting"),
     Route("GET", "/debug/metrics", metrics_json, "view", "figures as JSON: performance and system"),
-    Route("GET", "/debug/usage", usage_page, "view", "what was used, by key, user, model or day (with --history)"),
+    Route("GET", "/debug/usage", usage_page, "view",
+          "what was used, by key, user, model or day (with --history)"),
     Route("GET", "/metrics", prometheus, "view", "figures for Prometheus"),
     Route("POST", "/login", login, "open", "a session cookie for a key"),
     Route("POST", "/logout", logout, "open", "ends the session"),
@@ -9410,7 +9378,7 @@ def demo_prediction(socket, asked, cancelled):
                 "content": word, "tokensCount": 1, "containsDrafted": False, "reasoningType": "none",
                 "isStructural": False}}
     now = time.monotonic()
-    yield {"type": "success", "modelInfo": demo_model(run.model, True, own),
+    yield {"type": "success", "modelInfo": demo_model(run.model, own),
            "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
                "stopReason": "eosFound" if run.alive() else "userStopped", "promptTokensCount": run.prompt,
                "predictedTokensCount": written, "totalTokensCount": run.prompt + written,
@@ -9418,16 +9386,14 @@ def demo_prediction(socket, asked, cancelled):
                "tokensPerSecond": written / max(0.001, now - (first or now))}}
 
 
-def demo_model(name, loaded=False, identifier=None):
-    """LM Studio's description of a model, and of the instance of it that is loaded."""
-    kind = "embedding" if name == DEMO_EMBEDDING else "llm"
-    model = {"type": kind, "modelKey": name, "path": name, "format": "gguf", "displayName": name,
-             "publisher": "demo", "sizeBytes": 5_000_000_000, "indexedModelIdentifier": name,
-             "deviceIdentifier": None, "maxContextLength": DEMO_CONTEXT,
-             **({"vision": False, "trainedForToolUse": False} if kind == "llm" else {})}
-    name = identifier or name
-    return {**model, "identifier": name, "instanceReference": f"instance of {name}", "ttlMs": None,
-            "lastUsedTime": None, "contextLength": DEMO_CONTEXT} if loaded else model
+def demo_model(name, identifier=None):
+    """LM Studio's description of a model; with an identifier, of its instance that is loaded under that."""
+    model = {"type": "embedding" if name == DEMO_EMBEDDING else "llm", "modelKey": name, "path": name,
+             "format": "gguf", "displayName": name, "publisher": "demo", "sizeBytes": 5_000_000_000,
+             "indexedModelIdentifier": name, "deviceIdentifier": None, "maxContextLength": DEMO_CONTEXT,
+             **({} if name == DEMO_EMBEDDING else {"vision": False, "trainedForToolUse": False})}
+    return {**model, "identifier": identifier, "instanceReference": f"instance of {identifier}",
+            "ttlMs": None, "lastUsedTime": None, "contextLength": DEMO_CONTEXT} if identifier else model
 
 
 class DemoSocket:
@@ -9496,14 +9462,14 @@ class DemoSocket:
         return name or DEMO_MODELS[0]
 
     def loaded(self, asked):
-        return [demo_model(name, True, own) for own, name in self.server.loaded.items()
+        return [demo_model(name, own) for own, name in self.server.loaded.items()
                 if (name == DEMO_EMBEDDING) == (self._kind == "embedding")]
 
     def load(self, asked, cancelled):
         """getOrLoad and loadModel, whose packets have other names."""
         name, get = asked.get("modelKey") or asked.get("identifier"), "modelKey" not in asked
         own = asked.get("identifier") or name
-        info = demo_model(name, True, own)
+        info = demo_model(name, own)
         if get and name in self.server.loaded:
             yield {"type": "alreadyLoaded", "info": info}
             return
@@ -9527,10 +9493,6 @@ class DemoSocket:
         self.server.log.listeners.remove(news)
 
 
-def demo_tokens(socket, asked):
-    return len(str(asked.get("inputString"))) // 4 + 1
-
-
 def demo_vector(socket, asked):
     """The same for the same text."""
     source = random.Random(str(asked.get("inputString")))
@@ -9545,13 +9507,6 @@ DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
         "fields": [{"key": "llm.load.contextLength", "value": DEMO_CONTEXT}]},
     "listDownloadedModels": lambda socket, asked: list(map(demo_model, (*DEMO_MODELS, DEMO_EMBEDDING))),
     "version": lambda socket, asked: {"version": VERSION, "build": 1},
-    "tokenize": lambda socket, asked: {"tokens": list(range(demo_tokens(socket, asked)))},
-    "countTokens": lambda socket, asked: {"tokenCount": demo_tokens(socket, asked)},
-    "applyPromptTemplate": lambda socket, asked: {
-        "formatted": " ".join(demo_texts(member(asked, "history")))},
-    "uploadFileBase64": lambda socket, asked: {
-        "identifier": f"file-{secrets.token_hex(4)}", "fileType": "image",
-        "sizeBytes": len(str(asked.get("contentBase64"))) * 3 // 4},
 }
 DEMO_CHANNELS = {  # endpoint -> (socket, parameter, Event of its cancelling) to packets
     "predict": demo_prediction, "completeRawText": demo_prediction, "getOrLoad": DemoSocket.load,
@@ -9869,13 +9824,19 @@ class OneLine(logging.Formatter):
 
 
 class OwnLogFile(logging.handlers.RotatingFileHandler):
-    """LOG_FILE, readable by its owner only.  The first line that cannot be written is said on stderr."""
+    """LOG_FILE, readable by its owner only; made anew after logrotate(8) has moved it.  The first line that
+    cannot be written is said on stderr."""
 
     failed = False
 
     def _open(self):
         return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors,
                     opener=lambda path, flags: os.open(path, flags, 0o600))
+
+    def emit(self, record):
+        if not os.path.exists(self.baseFilename):
+            self.close()    # the next line opens it
+        super().emit(record)
 
     def handleError(self, record):
         if not self.failed:
@@ -9901,28 +9862,23 @@ class LogQueue(logging.handlers.QueueHandler):
 
 
 class LogWriter(logging.handlers.QueueListener):
-    """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for
-    the reader of stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
+    """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for the
+    reader of stderr."""
 
-    END_S = 1.0     # to write the rest
+    END_S = 0.5     # to write the rest
 
     def __init__(self, handler):
-        self._lines: Any = queue.SimpleQueue()
-        super().__init__(self._lines, handler)
-        self._entrance = LogQueue(self._lines)
+        self._entrance = LogQueue(queue.SimpleQueue())
+        super().__init__(self._entrance.queue, handler)
 
     def __enter__(self):
         log.handlers = [self._entrance]
-        # A program ends with its terminal; SimpleQueue.put may be called by a signal handler.
         lone = isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)
-        if lone and hasattr(signal, "SIGHUP"):
-            signal.signal(signal.SIGHUP, lambda number, frame: self._lines.put(self.handlers[0].close))
+        if lone and hasattr(signal, "SIGHUP"):  # else it ends with its terminal
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.start()
 
     def handle(self, record):
-        if callable(record):
-            record()    # close: the next line opens it anew
-            return
         super().handle(record)
         if self._entrance.lost:
             with self._entrance.lock:   # type: ignore[union-attr]
@@ -10149,21 +10105,21 @@ def chosen_events(text):
 class Printer:
     """Events as JSON lines, or as aligned lines for people.  Flushes after each batch.
 
-    On a terminal with live, the running requests stand below the lines as cards, redrawn in place."""
+    On a terminal something stands below the lines and is redrawn in place: with live the running requests
+    as cards, else the latest progress, which becomes a line when something else comes."""
 
     TICK_S = 0.5    # the cards' clocks are redrawn so often
 
     def __init__(self, out, as_json, chosen, live):
         self._out, self._json, self._chosen = out, as_json, chosen
         self._epoch, self._seq = secrets.token_hex(4), 0
-        capable = is_terminal(out) and not as_json
-        if capable and os.name == "nt":
+        self._redraws = is_terminal(out) and not as_json
+        if self._redraws and os.name == "nt":
             os.system("")  # Windows' console understands escape sequences from here on
-        self._colour = capable and not os.environ.get("NO_COLOR")
-        self.cards: Any = Cards(bar_marks(out.encoding)) if capable and live else None
-        self._inline = capable and not live     # progress is redrawn in its line
-        self._unended = False  # such a line stands there
-        self._drawn = []  # the lines of the cards that stand on the screen
+        self._colour = self._redraws and not os.environ.get("NO_COLOR")
+        self.cards: Any = Cards(bar_marks(out.encoding)) if self._redraws and live else None
+        self._progress = []  # without cards: the latest
+        self._drawn = []  # (line, its colour) of what stands below
         self._ticked = 0.0
 
     def __call__(self, events):
@@ -10178,10 +10134,17 @@ class Printer:
         for event_id, event in identified:
             if self.cards:
                 self.cards.take(event, time.monotonic())
-            if self._chosen(event.name):
-                parts.append(json_line(event_id, event) if self._json else self._line(event))
+            if not self._chosen(event.name):
+                continue
+            if self._json:
+                parts.append(json_line(event_id, event))
+            elif not self._redraws or not shown_on_cards(event):
+                parts += itertools.starmap(self._painted, [*self._progress, self._line(event)])
+                self._progress = []
+            elif event.name in PROGRESS and not self.cards:
+                self._progress = [self._line(event)]
         text = "".join(parts)
-        if self.cards:
+        if self._redraws:
             text = self._screen(text)
         if text:
             self._out.write(text)
@@ -10194,44 +10157,35 @@ class Printer:
 
     def finish(self):
         """Take the cards off the screen."""
-        if self._drawn or self._unended:
-            self._out.write(erasure(self._drawn, shutil.get_terminal_size()) + "\n" * self._unended)
+        if self.cards and self._drawn:
+            self._out.write(self._erasure(shutil.get_terminal_size()))
             self._out.flush()
-            self._drawn, self._unended = [], False
+            self._drawn = []
 
     def _screen(self, text):
-        """The bytes that show text above the cards; empty when nothing changed."""
+        """The bytes that show text above what is redrawn; empty when nothing changed."""
         size, self._ticked = shutil.get_terminal_size(), time.monotonic()
-        cards = self.cards.lines(self._ticked, size.columns - 1, size.lines - 1)
-        if not text and cards == self._drawn:
+        below = self._progress if not self.cards else [
+            (line, CARD_COLOURS.get(line.partition(" ")[0], "0"))
+            for line in self.cards.lines(self._ticked, size.columns - 1, size.lines - 1)]
+        if not text and below == self._drawn:
             return ""
-        text = erasure(self._drawn, size) + text + "".join(
-            self._painted(line, CARD_COLOURS.get(line.partition(" ")[0], "0")) for line in cards)
-        self._drawn = cards
+        text = self._erasure(size) + text + "".join(itertools.starmap(self._painted, below))
+        self._drawn = below
         return text
 
+    def _erasure(self, size):
+        return erasure([line for line, _ in self._drawn], size)
+
     def _line(self, event):
-        """A line for people.  What may be redrawn, and an excerpt of the log, is cut at the edge of a
-        terminal; any other line goes on in the next row."""
-        if self.cards and shown_on_cards(event):
-            return ""
+        """(line for people, its colour).  What may be redrawn, and an excerpt of the log, is cut at the edge
+        of a terminal; any other line goes on in the next row."""
         time_of_day = printable(str(event.data.get("timestamp", ""))[11:19])
         name = printable(event.name.replace("lmstudio_", ""))
         line = f"{time_of_day:8}  {name:18}  {summary(event)}".rstrip()
-        if (self.cards or self._inline) and event.name in (*PROGRESS, "lmstudio_log"):
+        if self._redraws and event.name in (*PROGRESS, "lmstudio_log"):
             line = clipped(line, shutil.get_terminal_size().columns - 1)
-        painted = self._painted(line, EVENTS[event.name].colour if event.name in EVENTS else "0")
-        return self._in_place(event, painted) if self._inline else painted
-
-    def _in_place(self, event, painted):
-        """A line of a replay: one of progress takes the place of the one before it."""
-        before, self._unended = self._unended, shown_on_cards(event)
-        if not self._unended:
-            return "\n" * before + painted
-        if event.name not in PROGRESS:
-            self._unended = before
-            return ""
-        return "\r\x1b[J" * before + painted[:-1]
+        return line, EVENTS[event.name].colour if event.name in EVENTS else "0"
 
     def _painted(self, line, colour):
         return f"\x1b[{colour}m{line}\x1b[0m\n" if self._colour and colour != "0" else line + "\n"
@@ -10345,7 +10299,7 @@ def doing(record, age_s, marks):
         percent, total, read = (known.get(name) for name in ("percent", "promptTokens", "promptTokensRead"))
         full = max(0, min(8, round((percent or 0) / 12.5)))
         words = ["PREFILL", marks[0] * full + marks[1] * (8 - full), f"{percent or 0:.0f} %", eta,
-                 "" if not total or read is None else f"{read:,}/{total:,} tok",
+                 "" if not total or read is None else f"{read:,}/{total:,}",
                  per_second(known.get("promptTokensPerSecond")), elapsed]     # fits into 80 columns
     else:
         place = f"{record['position']} of {record['waiting']}" if record.get("position") else ""
@@ -10482,6 +10436,7 @@ EVENTS = {  # every event of the stream; a test holds the README's table to it
 # --- 9.4 commands that print events: --tail-only and --watch -----------------
 
 
+@contextlib.contextmanager
 def open_printer(args, live):
     """A Printer on stdout that makes room for our log on the same terminal.  Raises StartError."""
     if sys.stdout is None:
@@ -10491,7 +10446,11 @@ def open_printer(args, live):
     printer = Printer(sys.stdout, args.json, chosen_events(args.events), live)
     for handler in log.handlers:
         handler.addFilter(lambda record: printer.finish() or True)
-    return printer
+    try:
+        yield printer
+    finally:
+        with contextlib.suppress(OSError):
+            printer.finish()
 
 
 class LogRecords:
@@ -10509,23 +10468,18 @@ class LogRecords:
 
 def tail_only(args, config):
     """--tail-only: replay PATHs, or follow the live log until a signal.  Returns the exit status."""
-    printer = open_printer(args, live=not args.paths)
-    try:
+    with open_printer(args, live=not args.paths) as printer:
         if args.paths:
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
             freeze_start_up()
             replay(saved_logs(args.paths), printer)
             return 0
-        stop = Stop()
-        directory = log_dir_of(config)
+        stop, directory = Stop(), log_dir_of(config)
         follower = Follower(directory, args.from_start, time.time())
         log.info("lmgateway %s, log directory: %s", VERSION, directory)
         freeze_start_up()
         Monitor(follower).run(with_cards(printer), lambda seconds: printer.tick() or stop.wait(seconds))
         return stop.status
-    finally:
-        with contextlib.suppress(OSError):
-            printer.finish()
 
 
 def with_cards(printer):
@@ -10596,13 +10550,13 @@ def report_text(rows):
 
 def watch(args, config):
     """--watch URL: print the events of another gateway until a signal.  Returns the exit status."""
-    stop, printer = Stop(), open_printer(args, live=True)
+    stop = Stop()
     news: queue.Queue[Any] = queue.Queue(1000)
     stream = GatewayStream(watched_address(args.watch), next(iter(config.api_key.values()), None),
                            "0" if args.from_start else None)
-    start_thread(stream.run, news.put, stop.wait, name="watch")
-    freeze_start_up()
-    try:
+    with open_printer(args, live=True) as printer:
+        start_thread(stream.run, news.put, stop.wait, name="watch")
+        freeze_start_up()
         while not stop.wait(0):
             items = drain(news, 0.1)
             printer.write([item for item in items if isinstance(item, tuple)])
@@ -10612,10 +10566,7 @@ def watch(args, config):
                 if isinstance(item, str):
                     log.warning(item)
             printer.tick()
-        return stop.status
-    finally:
-        with contextlib.suppress(OSError):
-            printer.finish()
+    return stop.status
 
 
 def drain(news, timeout_s):
@@ -10963,7 +10914,6 @@ def announce(gateway, port, demo):
 # --- 9.6 addresses of this machine -------------------------------------------
 
 ANYWHERE = ("", "0.0.0.0", "::")
-NOWHERE = ("192.0.2.1", 9)  # kept for documentation (RFC 5737); to connect UDP there sends nothing
 
 
 def reachable(config):
@@ -10977,7 +10927,7 @@ def lan_addresses():
     """The IPv4 address with which this machine goes out; without a way out, those of its name."""
     found = set()
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(NOWHERE)
+        sock.connect(("192.0.2.1", 9))  # kept for documentation (RFC 5737); to connect UDP sends nothing
         found.add(sock.getsockname()[0])
     usable = map(ipaddress.ip_address, sorted(found or resolved(socket.gethostname())))
     return [str(address) for address in usable
@@ -11204,9 +11154,10 @@ def check_newest_log(path, state, parser):
 
 def check_room(found):
     facts = LogVolume(found.log_dir, found.config.log_dir_warn).facts()
-    taken, growth, free = ("unknown" if facts[name] is None else shown_bytes(facts[name])
-                           for name in ("directoryBytes", "growthBytesPerDay", "freeBytes"))
-    yield "ok", f"logs take {taken}, grow by {growth} a day; {free} are free on that disk"
+    if facts["directoryBytes"] is not None:
+        taken, growth, free = ("unknown" if facts[name] is None else shown_bytes(facts[name])
+                               for name in ("directoryBytes", "growthBytesPerDay", "freeBytes"))
+        yield "ok", f"logs take {taken}, grow by {growth} a day; {free} are free on that disk"
     for warning in facts["warnings"]:
         yield "warn", *warning.split(": ", 1)
 
@@ -11273,14 +11224,12 @@ def run_checks(args, config=None):
         rows = [dict(zip(("check", "mark", "what", "remedy"), row)) for row in found]
         print(json.dumps({"status": "bad" if failed else "ok", "version": VERSION, "findings": rows}))
         return int(failed)
+    colours = {"ok": GREEN, "warn": YELLOW, "bad": RED}
     coloured = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
     for name, mark, finding, remedy in found:
-        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if coloured else f"{mark:4}"
+        shown = f"\x1b[{colours[mark]}m{mark:4}\x1b[0m" if coloured else f"{mark:4}"
         print(f"{shown}  {name:9}  " + printable(finding + (f"  ->  {remedy}" if remedy else "")))
     return int(failed)
-
-
-MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
 
 
 def findings_of(check, installation):
@@ -11366,7 +11315,6 @@ COMMANDS = (
     Command("revoke_key", revoke_key, "take a minted key away", "NAME"),
     Command("print_launchd", print_launchd, "a launchd agent for macOS; see the README"),
 )
-COMPANIONS = tuple(dict.fromkeys(name for command in COMMANDS for name in command.companions))
 USAGE = """\
 lmgateway.py [options]              gateway, log monitor and dashboard beside LM Studio
        lmgateway.py COMMAND [options]      one of the commands below"""
@@ -11457,11 +11405,11 @@ def chosen_command(args):
         meant = nearest(args.paths[0], [flag_of(command.name) for command in COMMANDS])[2:]
         raise ConfigError(f"{args.paths[0]}: " + (
             meant or "a path goes with --tail-only or --report; see --help"))
-    for name in COMPANIONS:
+    for name in dict.fromkeys(name for command in COMMANDS for name in command.companions):
         hosts = [command for command in COMMANDS if name in command.companions]
         if getattr(args, name) not in (None, False) and chosen not in hosts and (chosen or name != "open"):
-            raise ConfigError(f"{flag_of(name)} goes with "
-                              f"{' or '.join(flag_of(command.name) for command in hosts)}")
+            raise ConfigError(f"{flag_of(name)} goes with {' or '.join(flag_of(command.name) for command in hosts)}"
+                              + " or no command" * (name == "open"))
     if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     if args.events is not None and not words(args.events):
