@@ -6715,10 +6715,10 @@ def test_lm_studio_is_shown_the_upstream_tokens_halves(fronts, scripted):
                                 "clientPasskey": "ABCDEFGHIJKLMNOPQRST"}]
 
 
-@pytest.mark.parametrize("python", [False, True])
-@pytest.mark.parametrize(("path", "hello"), [
-    ("/llm", HELLO), ("/key/wrong/llm", HELLO), ("/llm", {"clientIdentifier": [], "clientPasskey": {}}), ("/llm", b"x"),
-    ("/llm", {**HELLO, "clientIdentifier": "abcdefgh", "clientPasskey": "abcdefghijklmnopqrsT"})])
+@pytest.mark.parametrize(("python", "path", "hello"), [
+    (False, "/llm", HELLO), (True, "/llm", HELLO), (False, "/key/wrong/llm", HELLO), (True, "/llm", b"x"),
+    (False, "/llm", {"clientIdentifier": [], "clientPasskey": {}}),
+    (False, "/llm", {**HELLO, "clientIdentifier": "abcdefgh", "clientPasskey": "abcdefghijklmnopqrsT"})])
 def test_without_a_right_key_nobody_is_let_in(guarded, scripted, path, hello, python, caplog):
     agent = ["User-Agent: python-httpx/0.28"] if python else []
     client = enter(guarded, path, hello, *agent)
@@ -6777,12 +6777,13 @@ OPENED = {  # kind -> (id, refusal)
     "signalSubscribe": ("subscribeId", "signalError"), "writableSignalSubscribe": ("subscribeId", "writableSignalError")}
 
 
-@pytest.mark.parametrize("kind", OPENED)
-@pytest.mark.parametrize(("namespace", "endpoint", "right"), [
-    ("llm", "unloadModel", "admin"), ("llm", "loadModel", "admin"), ("llm", "not yet known", "admin"),
-    ("embedding", "predict", "admin"), ("system", "startHttpServer", "admin"), ("files", "getLocalFileAbsolutePath", "admin"),
-    ("diagnostics", "streamLogs", "view"), ("repository", "searchModels", "admin"), ("plugins", "reportError", "admin"),
-    ("runtime", "listEngines", "admin"), ("llm", ["predict"], "admin"), ("llm", None, "admin")])
+@pytest.mark.parametrize(("kind", "namespace", "endpoint", "right"), [
+    ("rpcCall", "llm", "unloadModel", "admin"), ("channelCreate", "llm", "loadModel", "admin"),
+    ("signalSubscribe", "llm", "not yet known", "admin"), ("writableSignalSubscribe", "embedding", "predict", "admin"),
+    ("rpcCall", "system", "startHttpServer", "admin"), ("rpcCall", "files", "getLocalFileAbsolutePath", "admin"),
+    ("channelCreate", "diagnostics", "streamLogs", "view"), ("rpcCall", "repository", "searchModels", "admin"),
+    ("channelCreate", "plugins", "reportError", "admin"), ("rpcCall", "runtime", "listEngines", "admin"),
+    ("channelCreate", "llm", ["predict"], "admin"), ("rpcCall", "llm", None, "admin")])
 def test_a_call_without_its_right_is_refused_alone(joined, limited, kind, namespace, endpoint, right):
     client, studio = joined(f"/key/{ANNA}/{namespace}", limited)
     name, refusal = OPENED[kind]
@@ -6809,21 +6810,13 @@ def test_words_of_the_gateway_stand_between_two_messages_of_lm_studios(joined, l
     assert [client.hear()["type"] for _ in range(2)] == ["rpcError"] * 2
 
 
-@pytest.mark.parametrize(("namespace", "endpoint"), [
-    ("llm", "listLoaded"), ("llm", "getOrLoad"), ("embedding", "countTokens"), ("system", "listDownloadedModels"),
-    ("files", "uploadFileBase64")])
-def test_a_call_with_its_right_goes_on(joined, limited, namespace, endpoint):
-    client, studio = joined(f"/key/{ANNA}/{namespace}", limited)
-    client.say(call(endpoint))
-    assert studio.hear() == call(endpoint)
-
-
-@pytest.mark.parametrize("number", [True, "1", None, 1.5, 2**53, [1], {"a": 1}])
-def test_a_call_without_a_proper_id_goes_nowhere(joined, limited, number):
-    client, studio = joined(f"/key/{ANNA}/llm", limited)
-    client.say(call("listLoaded", number))
-    client.say(call("listLoaded", 5.0))
-    assert studio.hear()["callId"] == 5
+def test_a_call_with_its_right_and_a_proper_id_goes_on(joined, limited):
+    for namespace, endpoint in (("llm", "listLoaded"), ("llm", "getOrLoad"), ("embedding", "countTokens"),
+                                ("system", "listDownloadedModels"), ("files", "uploadFileBase64")):
+        client, studio = joined(f"/key/{ANNA}/{namespace}", limited)
+        for number in (True, "1", None, 1.5, 2**53, [1], {"a": 1}, 5.0):
+            client.say(call(endpoint, number))
+        assert studio.hear() == call(endpoint, 5)
 
 
 @pytest.mark.parametrize("text", [b"x", b"[1]", b'{"a":' + b"9" * 5000 + b"}", b'{"a":' * 5000, b'{"a":NaN}'],
