@@ -8577,9 +8577,29 @@ class Tunnel:
         self._said_goodbye = False  # the client is read no more
         self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
 
+    def serve(self, server, head, early):
+        """Answer the upgrade with head, and pass on what is said until one side ends it; early: bytes of the
+        client's that came with its request.  Gives the exception that ended it, if one did."""
+        fault: Any = None
+        try:
+            self.client.sock.sendall(head)
+            self._admit(early)
+            server.prove(self._request.connection)
+            self._request.connection.tunnels(self._request)
+            self._run(self._request.connection, server.memory)
+        except HttpError as error:
+            fault = error
+            self._gateway.hub.reject(error.code)
+            self._refuse(str(error))
+        except (FrameError, ClientLeft, OSError) as error:  # an OSError is the client's
+            fault = error
+        finally:
+            self._part(fault)
+        return fault
+
     # --- who is there
 
-    def admit(self, early):
+    def _admit(self, early):
         """Take the client's first message, early the bytes of it that are there, and give LM Studio one of
         ours, until LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
         request = self._request
@@ -8609,7 +8629,7 @@ class Tunnel:
             side.sock.setblocking(False)
         self._pass_on(calls)
 
-    def refuse(self, text):
+    def _refuse(self, text):
         """Say why nobody is let in, as LM Studio does: in a string, but in an object to its Python SDK."""
         plain = not self._request.header("user-agent").startswith("python-httpx")
         self.client.sock.sendall(packet(success=False, error=text if plain else {"title": text})
@@ -8617,7 +8637,7 @@ class Tunnel:
 
     # --- what passes
 
-    def run(self, connection, memory):
+    def _run(self, connection, memory):
         """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
         self._memory, talk = memory, self.talk
         connection.leave = self.dismiss
@@ -8694,7 +8714,7 @@ class Tunnel:
 
     # --- the end
 
-    def part(self, fault):
+    def _part(self, fault):
         """It is over, for the exception given, or because a side has closed."""
         self._request.connection.leave = None
         self._memory.give_back(self._held)
@@ -8898,23 +8918,10 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _tunnel(self, response, request):
         """HTTP is over: both connections pass on WebSocket frames until one side ends them.  False."""
-        tunnel, self.begun = response.body, True
-        fault: Any = None
-        try:
-            self.request.sendall(head_bytes(101, reason_of(101), response.headers))
-            tunnel.admit(bytes(self.wire.buffer))
-            self.server.prove(self.connection)
-            self.connection.tunnels(request)
-            tunnel.run(self.connection, self.server.memory)
-        except HttpError as error:
-            fault = error
-            self.server.gateway.hub.reject(error.code)
-            tunnel.refuse(str(error))
-        except (FrameError, ClientLeft, OSError) as error:  # an OSError is the client's
-            fault = error
-        finally:
-            tunnel.part(fault)
-            self._note(request, 101)
+        self.begun = True
+        head = head_bytes(101, reason_of(101), response.headers)
+        fault = response.body.serve(self.server, head, bytes(self.wire.buffer))
+        self._note(request, 101)
         if not isinstance(fault, (ClientLeft, OSError)) and not self.server.gateway.stopping:
             self.wire.linger()
         return False
