@@ -149,17 +149,15 @@ class ClientLeft(GatewayError):
 class Option(NamedTuple):
     """One option.  parse turns text into the value or raises ValueError with the remedy."""
 
-    name: str
     variable: str
     default: Any
     parse: Callable[[str], Any]
     about: str
     value: str | None = None  # its flag's placeholder in --help; None: it has no flag
+    alias: str | None = None  # its name, if that is not the variable's
 
-    @property
-    def flag(self):
-        """Its flag, None without one."""
-        return None if self.value is None else flag_of(self.name)
+    name = property(lambda self: self.alias or self.variable.lower())
+    flag = property(lambda self: None if self.value is None else flag_of(self.name))
 
 
 def flag_of(name):
@@ -196,8 +194,8 @@ def http_parts(text):
     """The parts of an http or https URL with a host (urllib.parse); None for anything else."""
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(text)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", text):
-            return parts
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        return parts if usable and re.fullmatch("[!-~]+", text) else None
     return None
 
 
@@ -276,70 +274,54 @@ def words(text):
 
 
 LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
-BYTES, MILLISECONDS = whole(1, 10**12, "of bytes "), whole(0, 10**9, "of milliseconds ")
-OPTION_GROUPS = {  # heading in --help -> its rows
-    "Gateway": (
-        Option("upstream", "LMSTUDIO_BASE_URL", "http://127.0.0.1:1234", base_url,
-               "LM Studio's server; its port is found in its settings", "URL"),
-        Option("host", "GATEWAY_HOST", "127.0.0.1", str, "address to listen on; 0.0.0.0 for the LAN", "HOST"),
-        Option("port", "GATEWAY_PORT", 8001, whole(0, 65535),
-               "port to listen on; 0 lets the system choose", "PORT"),
-        Option("tls_cert", "TLS_CERT", None, str, "certificate (PEM), to serve HTTPS", "FILE"),
-        Option("tls_key", "TLS_KEY", None, str, "its private key (PEM)", "FILE"),
-        Option("upstream_token", "UPSTREAM_TOKEN", None, header_word,
-               "LM Studio's own API token, if its server asks for one"),
-        Option("max_body", "MAX_BODY_BYTES", 256 * 1024 * 1024, BYTES, "largest request body; 413 beyond it"),
-        Option("max_body_memory", "MAX_BODY_MEMORY", 512 * 1024 * 1024, BYTES,
-               "bytes that the bodies of all running requests may take together; 503 beyond them"),
-        Option("max_running", "MAX_RUNNING", 0, whole(0, 10_000),
-               "inferences at once for each model, others wait here; 0: all", "N"),
-        Option("max_waiting", "MAX_WAITING", 100, whole(0, 10_000),
-               "inferences that may wait for their turn; 429 beyond them"),
-        Option("max_connections", "MAX_CONNECTIONS", 512, whole(8, 100_000),
-               "connections at once; beyond them one that has shown no right key is closed"),
-        Option("prefill_comments", "PREFILL_COMMENTS", False, boolean,
-               "tell a streaming client that waits how far its prompt is, in SSE comments"),
-        Option("proxy_timeout", "PROXY_TIMEOUT", 600_000, MILLISECONDS,
-               "ms without a byte from LM Studio on a plain request; 0 never"),
-        Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", 0, MILLISECONDS,
-               "the same for a streaming request")),
-    "Access": (
-        Option("api_key", "GATEWAY_API_KEY", {}, api_keys,
-               "one key, or several as name=key,name=key; a process list shows it", "KEY"),
-        Option("keys_file", "KEYS_FILE", None, str,
-               "minted keys, hashed; in the user's configuration directory if not given", "FILE"),
-        Option("users_from", "USERS_FROM", (), words,
-               "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
-        Option("no_auth", "NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
-        Option("allow", "IP_ALLOWLIST", None, networks,
-               "addresses and CIDR ranges that may connect, IPv4 and IPv6", "LIST"),
-        Option("cors_origins", "CORS_ORIGINS", (), origins,
-               "origins whose pages may call, such as https://chat.example, or *", "LIST"),
-        Option("trusted_proxies", "TRUSTED_PROXIES", (), networks,
-               "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed"),
-        Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", False, boolean,
-               "ask for a key on /health and /ready, too")),
-    "Logs": (
-        Option("requests_kept", "REQUESTS_KEPT", 100, whole(1, 100_000),
-               "finished requests that /debug/requests keeps"),
-        Option("history", "HISTORY_FILE", None, str,
-               "SQLite file that keeps a row for each request; no prompts, no answers", "FILE"),
-        Option("history_days", "HISTORY_DAYS", 365, whole(0, 36_500, "of days "),
-               "days after which its rows are removed; 0 never"),
-        Option("log_dir", "LMSTUDIO_LOG_DIR", None, folder,
-               "LM Studio's server-logs directory; found under the home if not given", "DIR"),
-        Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", True, boolean, "follow LM Studio's logs"),
-        Option("log_source", "LOG_SOURCE", "files", one_of("files", "stream", "auto"),
-               "source of the log: files, stream (from LM Studio itself; experimental) or auto"),
-        Option("log_dir_warn", "LOG_DIR_WARN_BYTES", 5_000_000_000, whole(0, 10**15, "of bytes "),
-               "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
-               "0 never"),
-        Option("log_level", "LOG_LEVEL", "info", one_of(*LEVELS),
-               "error, warn, info or debug", "LEVEL"),
-        Option("log_file", "LOG_FILE", None, str,
-               "write our own log there; turned over at 5 MB, begun anew once it was moved", "FILE")),
-}
-OPTIONS = tuple(itertools.chain.from_iterable(OPTION_GROUPS.values()))
+BYTES, MS = whole(1, 10**12, "of bytes "), whole(0, 10**9, "of milliseconds ")
+GATEWAY_OPTIONS = (
+    Option("LMSTUDIO_BASE_URL", "http://127.0.0.1:1234", base_url,
+           "LM Studio's server; its port is found in its settings", "URL", "upstream"),
+    Option("GATEWAY_HOST", "127.0.0.1", str, "address to listen on; 0.0.0.0 for the LAN", "HOST", "host"),
+    Option("GATEWAY_PORT", 8001, whole(0, 65535), "port to listen on; 0: the system chooses", "PORT", "port"),
+    Option("TLS_CERT", None, str, "certificate (PEM), to serve HTTPS", "FILE"),
+    Option("TLS_KEY", None, str, "its private key (PEM)", "FILE"),
+    Option("UPSTREAM_TOKEN", None, header_word, "LM Studio's own API token, if its server asks for one"),
+    Option("MAX_BODY_BYTES", 256 * 1024**2, BYTES, "largest request body; 413 beyond it", None, "max_body"),
+    Option("MAX_BODY_MEMORY", 512 * 1024**2, BYTES,
+           "bytes that the bodies of all running requests may take together; 503 beyond them"),
+    Option("MAX_RUNNING", 0, whole(0, 10_000), "inferences at once for each model, others wait; 0: all", "N"),
+    Option("MAX_WAITING", 100, whole(0, 10_000), "inferences that may wait for their turn; 429 beyond them"),
+    Option("MAX_CONNECTIONS", 512, whole(8, 100_000),
+           "connections at once; beyond them one that has shown no right key is closed"),
+    Option("PREFILL_COMMENTS", False, boolean, "SSE comments tell waiting clients how far their prompt is"),
+    Option("PROXY_TIMEOUT", 600_000, MS, "ms without a byte from LM Studio on a plain request; 0: never"),
+    Option("PROXY_STREAM_TIMEOUT", 0, MS, "the same for a streaming request"),
+)
+ACCESS_OPTIONS = (
+    Option("GATEWAY_API_KEY", {}, api_keys,
+           "one key, or several as name=key,name=key; a process list shows it", "KEY", "api_key"),
+    Option("KEYS_FILE", None, str, "minted keys, hashed; else in the user's configuration directory", "FILE"),
+    Option("USERS_FROM", (), words, "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
+    Option("NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
+    Option("IP_ALLOWLIST", None, networks, "addresses and CIDR ranges that may connect", "LIST", "allow"),
+    Option("CORS_ORIGINS", (), origins, "origins whose pages may call (https://chat.example), or *", "LIST"),
+    Option("TRUSTED_PROXIES", (), networks,
+           "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed"),
+    Option("REQUIRE_AUTH_FOR_HEALTH", False, boolean, "ask for a key on /health and /ready, too"),
+)
+LOG_OPTIONS = (
+    Option("REQUESTS_KEPT", 100, whole(1, 100_000), "finished requests that /debug/requests keeps"),
+    Option("HISTORY_FILE", None, str,
+           "SQLite file that keeps a row for each request; no prompts, no answers", "FILE", "history"),
+    Option("HISTORY_DAYS", 365, whole(0, 36_500, "of days "), "days after which rows are removed; 0: never"),
+    Option("LMSTUDIO_LOG_DIR", None, folder,
+           "LM Studio's server-logs directory; found under the home if not given", "DIR", "log_dir"),
+    Option("ENABLE_LOG_MONITORING", True, boolean, "follow LM Studio's logs"),
+    Option("LOG_SOURCE", "files", one_of("files", "stream", "auto"),
+           "source of the log: files, stream (from LM Studio itself; experimental) or auto"),
+    Option("LOG_DIR_WARN_BYTES", 5_000_000_000, whole(0, 10**15, "of bytes "),
+           "size of the log directory that brings a warning; 0: never", None, "log_dir_warn"),
+    Option("LOG_LEVEL", "info", one_of(*LEVELS), "error, warn, info or debug", "LEVEL"),
+    Option("LOG_FILE", None, str, "our own log; turned over at 5 MB, begun anew once it was moved", "FILE"),
+)
+OPTIONS = (*GATEWAY_OPTIONS, *ACCESS_OPTIONS, *LOG_OPTIONS)
 
 
 class Config:
@@ -3598,10 +3580,8 @@ METRICS = (
     Metric("lmstudio_log_last_entry_timestamp_seconds", "", "Time of the latest log entry"),
     Metric("lmstudio_log_directory_bytes", "", "Size of the log directory"),
     Metric("lmstudio_log_filesystem_free_bytes", "", "Room left on its file system"),
-    Metric("lmstudio_gateway_requests_total", "key model endpoint code",
-           "Inference requests that are over; code 0 without an answer"),
-    Metric("lmstudio_gateway_tokens_total", "key model type",
-           "Their tokens: input, output, cached_input, reasoning"),
+    Metric("lmstudio_gateway_requests_total", "key model endpoint code", "Inferences that ended; code 0: no answer"),
+    Metric("lmstudio_gateway_tokens_total", "key model type", "Tokens: input, output, cached_input, reasoning"),
     Metric("lmstudio_gateway_request_duration_seconds", "endpoint model stream", "From arrival to end",
            DURATION_S),
     Metric("lmstudio_gateway_time_to_first_token_seconds", "model",
@@ -3618,8 +3598,7 @@ METRICS = (
     Metric("lmstudio_gateway_requests_queued", "model", "Those that wait in LM Studio's queue"),
     Metric("lmstudio_gateway_errors_total", "", "Requests that failed"),
     Metric("lmstudio_gateway_abandoned_total", "", "Clients that left, and requests that were stopped"),
-    Metric("lmstudio_gateway_client_disconnects_total", "phase",
-           "Clients that left: queued, prefill, decode"),
+    Metric("lmstudio_gateway_client_disconnects_total", "phase", "Who left: queued, prefill, decode"),
     Metric("lmstudio_gateway_rejected_total", "reason", "Requests turned away here"),
     Metric("lmstudio_gateway_upstream_errors_total", "kind",
            "refused, timeout, reset, bad_status, error_in_200"),
@@ -11354,8 +11333,8 @@ def build_parser():
 
 
 def add_options(parser):
-    """A flag for each row of OPTIONS that has one, under the heading of its group."""
-    for heading, rows in OPTION_GROUPS.items():
+    """A flag for each row of OPTIONS that has one, under a heading."""
+    for heading, rows in (("Gateway", GATEWAY_OPTIONS), ("Access", ACCESS_OPTIONS), ("Logs", LOG_OPTIONS)):
         group = parser.add_argument_group(heading)
         for row in rows:
             if row.flag:
