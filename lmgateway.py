@@ -95,7 +95,6 @@ import urllib.request
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -6498,44 +6497,38 @@ class Wire:
         return piece
 
     def head(self):
-        """The lines of the next request's head.  A client that says nothing gets ClientLeft."""
-        self._skip_empty_lines()
-        end = self.buffer.find(b"\r\n\r\n")
-        deadline = time.monotonic() + self.HEAD_S if end < 0 else 0.0
-        while end < 0:
-            known = max(0, len(self.buffer) - 3)
-            self._check_size(len(self.buffer))
+        """The lines of the next request's head.  A client that says nothing gets ClientLeft.
+
+        A few empty lines before it are skipped (RFC 9112, 2.2)."""
+        skipped, known, deadline = 0, 0, math.inf
+        while True:
+            while self.buffer[:2] == b"\r\n" and skipped <= self.EMPTY_LINES:
+                del self.buffer[:2]
+                skipped += 1
+            end = self.buffer.find(b"\r\n\r\n", known)
+            self._check_size(len(self.buffer) if end < 0 else end, skipped)
+            if end >= 0:
+                break
+            known, begun = max(0, len(self.buffer) - 3), self.buffer not in (b"", b"\r")
+            if begun:
+                deadline = min(deadline, time.monotonic() + self.HEAD_S)
             try:
-                self._more(deadline - time.monotonic())
+                self._more(deadline - time.monotonic() if begun else self.CLIENT_S)
             except TIMEOUTS:
+                if not begun:
+                    raise ClientLeft from None
                 raise HttpError(408, "head_timeout",
                                 f"the head of the request did not arrive within {self.HEAD_S:.0f} s; "
                                 "send it at once", close=True) from None
             finally:
                 self._set_timeout(self.CLIENT_S)     # for the rest, our answer included
-            end = self.buffer.find(b"\r\n\r\n", known)
-        self._check_size(end)
         head = self.buffer[:end].decode("latin-1")
         del self.buffer[: end + 4]
         return head.split("\r\n")
 
-    def _skip_empty_lines(self):
-        """A few empty lines before a request are skipped (RFC 9112, 2.2)."""
-        skipped = 0
-        try:
-            while True:
-                while self.buffer[:2] == b"\r\n":
-                    del self.buffer[:2]
-                    skipped += 1
-                    if skipped > self.EMPTY_LINES:
-                        raise bad("it begins with empty lines")
-                if self.buffer not in (b"", b"\r"):
-                    return
-                self._more(self.CLIENT_S)
-        except TIMEOUTS:
-            raise ClientLeft from None
-
-    def _check_size(self, size):
+    def _check_size(self, size, skipped):
+        if skipped > self.EMPTY_LINES:
+            raise bad("it begins with empty lines")
         line = self.buffer.find(b"\r\n", 0, self.LINE_LIMIT + 2)
         if line < 0 and len(self.buffer) > self.LINE_LIMIT:
             raise HttpError(414, "target_too_long",
@@ -6701,17 +6694,35 @@ def listing(value):
     return [part.strip().lower() for part in value.split(",")] if value else []
 
 
-def head_bytes(status, reason, headers):
+def head_bytes(status, headers, reason=None):
     """A response's head."""
+    reason = http.client.responses.get(status, "") if reason is None else reason
     lines = [f"HTTP/1.1 {status} {reason}", *[f"{name}: {value}" for name, value in headers], "", ""]
     return "\r\n".join(lines).encode("latin-1", "replace")
 
 
-def reason_of(status):
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return ""
+def framed_head(response, request, alive):
+    """(the head of a Response, True for a chunked body, True if the connection can take another request)."""
+    headers, chunked = [*response.headers, *(request.ratelimit if request else ())], False
+    if response.date:
+        headers += [("Date", http_date()), ("X-Content-Type-Options", "nosniff")]
+        if "Cache-Control" not in dict(headers):
+            headers.append(("Cache-Control", "no-store"))
+    if isinstance(response.body, (bytes, bytearray)):
+        headers.append(("Content-Length", str(len(response.body))))
+    elif response.body is not None and "content-length" not in [name.lower() for name, _ in headers]:
+        chunked = request.version >= (1, 1)
+        alive = alive and chunked
+        headers += [("Transfer-Encoding", "chunked")] if chunked else []
+    if not alive:
+        headers.append(("Connection", "close"))
+    elif request.version < (1, 1):
+        headers.append(("Connection", "keep-alive"))
+    return head_bytes(response.status, headers, response.reason), chunked, alive
+
+
+def http_date():
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
 # --- 7.2 connections, and clients that leave while nobody reads from them ------
@@ -8855,30 +8866,15 @@ class Handler(socketserver.BaseRequestHandler):
         """Send a response.  True when the connection can take another request."""
         if response.status == 101:
             return self._tunnel(response, request)
-        body, headers = response.body, [*response.headers, *(request.ratelimit if request else ())]
-        alive = bool(request) and keeps_alive(request) and not close and not self.server.gateway.stopping
-        whole, no_body = isinstance(body, (bytes, bytearray)), bool(request) and request.method == "HEAD"
-        chunked = False
-        if response.date:
-            headers += [("Date", http_date()), ("X-Content-Type-Options", "nosniff")]
-            if "Cache-Control" not in dict(headers):
-                headers.append(("Cache-Control", "no-store"))
-        if whole:
-            headers.append(("Content-Length", str(len(body))))
-        elif body is not None and "content-length" not in [name.lower() for name, _ in headers]:
-            chunked = request.version >= (1, 1)
-            alive = alive and chunked
-            headers += [("Transfer-Encoding", "chunked")] if chunked else []
-        if not alive:
-            headers.append(("Connection", "close"))
-        elif request.version < (1, 1):
-            headers.append(("Connection", "keep-alive"))
-        reason = response.reason if response.reason is not None else reason_of(response.status)
-        head = head_bytes(response.status, reason, headers)
+        body, alive = response.body, bool(request) and keeps_alive(request)
+        head, chunked, alive = framed_head(response, request,
+                                           alive and not close and not self.server.gateway.stopping)
         self.begun = True
         try:
-            if whole or body is None or no_body:
-                self.request.sendall(head if no_body else head + (body or b""))
+            if request and request.method == "HEAD":
+                self.request.sendall(head)
+            elif body is None or isinstance(body, (bytes, bytearray)):
+                self.request.sendall(head + (body or b""))
             else:
                 send_pieces(self.request, head, body, chunked)
         finally:
@@ -8892,7 +8888,7 @@ class Handler(socketserver.BaseRequestHandler):
         tunnel, self.begun = response.body, True
         fault: Any = None
         try:
-            self.request.sendall(head_bytes(101, reason_of(101), response.headers))
+            self.request.sendall(head_bytes(101, response.headers))
             tunnel.admit(bytes(self.wire.buffer))
             self.server.prove(self.connection)
             self.connection.tunnels(request)
@@ -8943,10 +8939,6 @@ def send_pieces(sock, head, pieces, chunked):
 def right_missing(identity, right):
     return HttpError(403, "right_missing", f"the key {identity.name} has no right to {right}; mint one with "
                                            f"--new-key NAME --rights {right}")
-
-
-def http_date():
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
 class Server(http.server.ThreadingHTTPServer):
