@@ -336,7 +336,7 @@ OPTION_GROUPS = {  # heading in --help -> its rows
         Option("log_level", "LOG_LEVEL", "info", one_of(*LEVELS),
                "error, warn, info or debug", "LEVEL"),
         Option("log_file", "LOG_FILE", None, str,
-               "write our own log there; turned over at 5 MB, opened anew on SIGHUP", "FILE")),
+               "write our own log there; turned over at 5 MB, begun anew once it was moved", "FILE")),
 }
 OPTIONS = tuple(itertools.chain.from_iterable(OPTION_GROUPS.values()))
 
@@ -4009,7 +4009,8 @@ class Frames:
         self._masked, self.limit = masked, limit
         self.rest = bytearray()  # of a frame that has not ended
         self._need = 2  # bytes that rest must have before another look is worth it
-        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0  # of the message whose pieces are coming
+        # Of the message whose pieces are coming:
+        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
 
     @property
     def between(self):
@@ -4038,8 +4039,8 @@ class Frames:
         return found
 
     def _bounds(self):
-        """Where the payload of the frame that rest begins with starts and ends; the end is 0 while its head is
-        not whole.  Raises FrameError."""
+        """(start, end) of the payload of the frame that rest begins with; the end is 0 while its head is not
+        whole.  Raises FrameError."""
         rest = self.rest
         final, opcode, size = rest[0] >> 7, rest[0] & 15, rest[1] & 127
         if rest[0] & 0x70 or CONTINUATION < opcode > BINARY and opcode not in (CLOSE, PING, PONG):
@@ -4095,8 +4096,8 @@ def unmasked(data, mask):
 
 
 def check_payload(opcode, payload):
-    """Raises FrameError for a close frame that may not be sent (RFC 6455, 5.5.1 and 7.4), and for text that is
-    not UTF-8."""
+    """Raises FrameError for a close frame that may not be sent (RFC 6455, 5.5.1 and 7.4) and for text that
+    is not UTF-8."""
     code = payload[:2] if opcode == CLOSE else b""
     if code and (len(code) == 1 or int.from_bytes(code, "big") not in CLOSE_CODES):
         raise FrameError(1002, "a close code that nobody may send")
@@ -4140,8 +4141,8 @@ FOLLOWERS = {  # what only makes sense after one of these -> its id
 METERED = {("llm", "channelCreate", "predict"): SOCKET, ("llm", "channelCreate", "completeRawText"): SOCKET,
            ("embedding", "rpcCall", "embedString"): EMBEDDINGS}
 # As Node writes most messages of an answer: to find the id and the tokens costs a fifth of reading JSON.
-FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message":\{"type":"fragment","fragment":\{'
-                      rb'"content":"[^"\\]*(?:\\.[^"\\]*)*","tokensCount":(\d{1,9})[,}]')
+FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message":\{"type":"fragment",'
+                      rb'"fragment":\{"content":"[^"\\]*(?:\\.[^"\\]*)*","tokensCount":(\d{1,9})[,}]')
 
 
 def id_of(message, name):
@@ -4184,8 +4185,8 @@ PRIORITIES = ("high", "normal", "low")
 RISE_S = 30.0  # of waiting raise a request by one priority
 MINUTE_S, GRAIN_S = 60.0, 0.1  # what comes within GRAIN_S counts as one
 TIMES_KEPT, TIMES_NEEDED = 50, 3  # of a model's latest requests; before that nothing is foretold
-LIMITS = {"running": "requests at once", "rpm": "requests in the last minute", "tpm": "tokens in the last minute",
-          "tpd": "tokens today"}
+LIMITS = {"running": "requests at once", "rpm": "requests in the last minute",
+          "tpm": "tokens in the last minute", "tpd": "tokens today"}
 
 
 class Terms(NamedTuple):
@@ -4265,8 +4266,8 @@ class Account:
         for kind, name, window in (("requests", "rpm", self.requests), ("tokens", "tpm", self.tokens)):
             if name in limits:
                 left, reset_s = max(0, limits[name] - window.used(clock)), window.free_s(clock, 1)
-                found += [(f"x-ratelimit-limit-{kind}", str(limits[name])),
-                          (f"x-ratelimit-remaining-{kind}", str(left)), (f"x-ratelimit-reset-{kind}", span(reset_s))]
+                found += [(f"x-ratelimit-{what}-{kind}", str(value)) for what, value in (
+                    ("limit", limits[name]), ("remaining", left), ("reset", span(reset_s)))]
         return found
 
 
@@ -4411,7 +4412,8 @@ class Scheduler:
 
     def _rank_of(self, turn, ahead=0):
         """Less is sooner; ahead: how many of the same wait before it."""
-        return (turn.level, self._of_who.get(turn.who, 0) + ahead, self._served.get(turn.who, 0), turn.number, turn)
+        return (turn.level, self._of_who.get(turn.who, 0) + ahead, self._served.get(turn.who, 0),
+                turn.number, turn)
 
     def _enqueue(self, turn):
         self._lines.setdefault(turn.model, Line()).queues.setdefault(turn.who, deque()).append(turn)
@@ -4435,7 +4437,8 @@ class Scheduler:
 
     def rename(self, old, new):
         """Two names are one model's, as an answer has shown."""
-        moved = sorted((turn for turn in self.waiting if turn.model in (old, new)), key=lambda turn: turn.number)
+        moved = [turn for turn in self.waiting if turn.model in (old, new)]
+        moved.sort(key=lambda turn: turn.number)
         for turn in moved:
             self._dequeue(turn)
         running = self._lines.pop(old, Line()).running
@@ -7263,7 +7266,7 @@ def session_of(request):
 
 ALIASES = re.compile(r"/(?:(?:chat/completions|completions|embeddings)/?"
                      r"|(?:models|responses|messages)(?:/.*)?)")
-USER_HEADERS = ("x-openwebui-user-email", "x-openwebui-user-name", "x-openwebui-user-id")    # the first counts
+USER_HEADERS = ("x-openwebui-user-email", "x-openwebui-user-name", "x-openwebui-user-id")  # the first counts
 WITHHELD = HOP_BY_HOP | {"authorization", "x-api-key", "expect"}  # these stop here, credentials included
 QUEUE_RETRY_S = 10  # after which one that found the queue full may try again
 
@@ -7273,12 +7276,12 @@ class Unfinished(GatewayError):
 
 
 class Stopped(HttpError):
-    """Somebody stopped a request.  by: the name of the key.  The header keeps the SDKs of OpenAI and Anthropic
-    from trying again."""
+    """Somebody stopped a request.  by: the name of the key.  The header keeps the SDKs of OpenAI and
+    Anthropic from trying again."""
 
     def __init__(self, by):
-        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was not "
-                                         "you", [("x-should-retry", "false")])
+        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was "
+                                         "not you", [("x-should-retry", "false")])
         self.by = by
 
 
@@ -7316,7 +7319,8 @@ class Turns:
         HttpError."""
         name, clock, (day, left_s) = request.identity.name, time.monotonic(), this_day()
         terms = self._access.terms(name)
-        if terms.models and not (model and any(fnmatch.fnmatchcase(model.lower(), glob) for glob in terms.models)):
+        if terms.models and not (model and any(fnmatch.fnmatchcase(model.lower(), glob)
+                                               for glob in terms.models)):
             raise HttpError(403, "model_not_allowed", f"the key {name} may ask {', '.join(terms.models)}; "
                             f"{model or 'a request that names no model'} is not among them")
         turn = Turn(self._hub.served(model), name, (name, user) if name is not None else request.client,
@@ -7338,8 +7342,9 @@ class Turns:
         if turn.began is None:
             if len(self._scheduler.waiting) > self._config.max_waiting:
                 self._scheduler.leave(turn, turn.since)
-                raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, as many "
-                                "as MAX_WAITING allows; try again later", [("Retry-After", str(QUEUE_RETRY_S))])
+                raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, "
+                                                   "as many as MAX_WAITING allows; try again later",
+                                [("Retry-After", str(QUEUE_RETRY_S))])
             turn.bell = bell()
 
     def leave(self, turn, record=None):
@@ -7393,9 +7398,9 @@ class Turns:
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
             account, (running, waiting) = self._account(name, day), self._scheduler.counts(name)
-            return {"running": running, "waiting": waiting,
-                    "minute": {"requests": account.requests.used(clock), "tokens": account.tokens.used(clock)},
-                    "day": {kind: account.today[kind] for kind in ("requests", "promptTokens", "completionTokens")}}
+            requests, tokens, today = account.requests.used(clock), account.tokens.used(clock), account.today
+        return {"running": running, "waiting": waiting, "minute": {"requests": requests, "tokens": tokens},
+                "day": {kind: today[kind] for kind in ("requests", "promptTokens", "completionTokens")}}
 
 
 def ring(turns):
@@ -7408,8 +7413,8 @@ def ring(turns):
 def limit_reached(limits, name, used, free_s):
     """The HttpError for a request beyond its key's limit."""
     wait_s = max(1, math.ceil(free_s))
-    return HttpError(429, "rate_limit_exceeded", f"{name}: {used:,} of {limits[name]:,} {LIMITS[name]} are used; "
-                     f"try again in {span(wait_s)}", [("Retry-After", str(wait_s))])
+    return HttpError(429, "rate_limit_exceeded", f"{name}: {used:,} of {limits[name]:,} {LIMITS[name]} are "
+                     f"used; try again in {span(wait_s)}", [("Retry-After", str(wait_s))])
 
 
 class Gateway:
@@ -7588,8 +7593,8 @@ class Forward:
         """It is an inference.  Raises HttpError if that is not let in."""
         request, asked, self._dialect = self.request, self._asked, dialect
         self._inference = Inference(
-            self._gateway, self, method=request.method, path=request.path, target=plain_target(self._call.selector),
-            dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
+            self._gateway, self, method=request.method, path=request.path,
+            target=plain_target(self._call.selector), dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
             model_asked=asked.model, messages=asked.messages, fingerprint=asked.fingerprint,
             stream=bool(asked.stream), size=asked.size, tools=asked.tools)
         request.turn = self._inference.turn
@@ -8298,7 +8303,8 @@ class Prediction:
 
     def __init__(self, talk, kind, body, message):
         """Raises HttpError if it is not let in."""
-        self.request, self._hub, self.bell, self.kind = talk.request, talk.gateway.hub, lambda: talk.bell, kind
+        self.request, self._hub, self.kind = talk.request, talk.gateway.hub, kind
+        self.bell = lambda: talk.bell
         self.cause: Any = None  # the HttpError with which it was stopped
         self.cancelled = False  # by the client
         self.usage, self.pieces, self._begun = Usage(), 0, None     # begun: clock of the first token
@@ -8372,8 +8378,8 @@ PACKETS: dict[str, Callable] = {  # of a prediction's channel
     "promptProcessingProgress": Prediction.on_progress, "success": Prediction.on_success,
     "fragment": lambda prediction, content, now: prediction.generated(
         count(member(content, "fragment"), "tokensCount", default=1), now),
-    "toolCallGenerationStart": lambda prediction, content, now: prediction.generated(0, now),
-    "toolCallGenerationArgumentFragmentGenerated": lambda prediction, content, now: prediction.generated(0, now)}
+    **dict.fromkeys(("toolCallGenerationStart", "toolCallGenerationArgumentFragmentGenerated"),
+                    lambda prediction, content, now: prediction.generated(0, now))}
 
 
 class Conversation:
@@ -8515,7 +8521,8 @@ class Bell:
 
 
 class Side:
-    """One of a tunnel's two connections, read and written without waiting.  gone: the error that its end is."""
+    """One of a tunnel's two connections, read and written without waiting.  gone: the error that its end
+    is."""
 
     def __init__(self, sock, frames, gone):
         self.sock, self.frames, self._gone = sock, frames, gone
@@ -8561,7 +8568,8 @@ def ready_sockets(wanted, timeout_s):
         if mask:
             socks[sock.fileno()] = sock
             look.register(sock, mask)
-    return {socks[number] for number, _ in look.poll(None if timeout_s is None else math.ceil(1000 * timeout_s))}
+    timeout_ms = None if timeout_s is None else math.ceil(1000 * timeout_s)
+    return {socks[number] for number, _ in look.poll(timeout_ms)}
 
 
 class Tunnel:
@@ -8643,7 +8651,8 @@ class Tunnel:
         if talk.words and studio.frames.between:    # ours stand between two messages of LM Studio's
             client.send(bytes(talk.words))
             talk.words.clear()
-        reads = not (self._said_goodbye or studio.pending or len(client.pending) + len(talk.words) > UNREAD_LIMIT)
+        untaken = len(client.pending) + len(talk.words)
+        reads = not (self._said_goodbye or studio.pending or untaken > UNREAD_LIMIT)
         found = ready_sockets({
             self._bell.sock: READ, client.sock: READ * reads | WRITE * bool(client.pending),
             studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)},
@@ -9807,13 +9816,19 @@ class OneLine(logging.Formatter):
 
 
 class OwnLogFile(logging.handlers.RotatingFileHandler):
-    """LOG_FILE, readable by its owner only.  The first line that cannot be written is said on stderr."""
+    """LOG_FILE, readable by its owner only; made anew after logrotate(8) has moved it.  The first line that
+    cannot be written is said on stderr."""
 
     failed = False
 
     def _open(self):
         return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors,
                     opener=lambda path, flags: os.open(path, flags, 0o600))
+
+    def emit(self, record):
+        if not os.path.exists(self.baseFilename):
+            self.close()    # the next line opens it
+        super().emit(record)
 
     def handleError(self, record):
         if not self.failed:
@@ -9839,28 +9854,23 @@ class LogQueue(logging.handlers.QueueHandler):
 
 
 class LogWriter(logging.handlers.QueueListener):
-    """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for
-    the reader of stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
+    """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for the
+    reader of stderr."""
 
     END_S = 0.5     # to write the rest
 
     def __init__(self, handler):
-        self._lines: Any = queue.SimpleQueue()
-        super().__init__(self._lines, handler)
-        self._entrance = LogQueue(self._lines)
+        self._entrance = LogQueue(queue.SimpleQueue())
+        super().__init__(self._entrance.queue, handler)
 
     def __enter__(self):
         log.handlers = [self._entrance]
-        # A program ends with its terminal; SimpleQueue.put may be called by a signal handler.
         lone = isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)
-        if lone and hasattr(signal, "SIGHUP"):
-            signal.signal(signal.SIGHUP, lambda number, frame: self._lines.put(self.handlers[0].close))
+        if lone and hasattr(signal, "SIGHUP"):  # else it ends with its terminal
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.start()
 
     def handle(self, record):
-        if callable(record):
-            record()    # close: the next line opens it anew
-            return
         super().handle(record)
         if self._entrance.lost:
             with self._entrance.lock:   # type: ignore[union-attr]
@@ -9902,61 +9912,52 @@ def set_up_logging(config):
 
 # --- 9.2 keys ----------------------------------------------------------------
 
+# These read what a flag says of a key, and give None for what is none of the forms in TERMS.
+
+def rights_of(text):
+    rights = set(words(text))
+    return sorted(rights) if rights and rights <= set(RIGHTS) else None
+
 
 def limits_of(text):
-    """{name of a limit: number}; none takes them away."""
     pairs = [part.strip().partition("=") for part in text.split(",")] if text.strip() != "none" else []
-    names = [name for name, _, _ in pairs]
-    if any(name not in LIMITS or not re.fullmatch(r"[1-9]\d{0,11}", number, re.ASCII) for name, _, number in pairs) or (
-            len(names) > len(set(names))):
-        raise ValueError("use running=2,rpm=30,tpm=20000,tpd=500000, or some of them, or none")
-    return {name: int(number) for name, _, number in pairs}
-
-
-def priority_of(text):
-    if text not in PRIORITIES:
-        raise ValueError(f"choose from {', '.join(PRIORITIES)}")
-    return text
+    found = {name: int(number) for name, _, number in pairs
+             if name in LIMITS and re.fullmatch(r"[1-9]\d{0,11}", number, re.ASCII)}
+    return found if len(found) == len(pairs) else None
 
 
 def globs_of(text):
-    """Patterns of models as a list; * takes them away."""
     globs = [part.strip() for part in text.split(",")]
     if any(not re.fullmatch(r"[!-~]+", glob) or glob.count("[") != glob.count("]") for glob in globs):
-        raise ValueError("use names and patterns such as qwen*,openai/gpt-oss-20b, or * for all")
+        return None
     return [] if "*" in globs else globs
 
 
 def expiry_of(text):
-    """The last day, from a date or from a number of days; never takes it away."""
     days = re.fullmatch(r"([1-9]\d{0,4})d", text, re.ASCII)
-    day = last_day(text) if not days else str(datetime.date.today() + datetime.timedelta(int(days[1])))
-    if text != "never" and day is None:
-        raise ValueError("use 30d, a date such as 2026-12-31 for the last day, or never")
-    return day or ""
+    if days:
+        return str(datetime.date.today() + datetime.timedelta(int(days[1])))
+    return "" if text == "never" else last_day(text)
 
 
-def rights_of(text):
-    rights = words(text)
-    if not rights or any(right not in RIGHTS for right in rights):
-        raise ValueError(f"choose from {', '.join(RIGHTS)}")
-    return sorted(set(rights))
-
-
-TERMS = {"rights": rights_of, "limits": limits_of, "priority": priority_of, "models": globs_of, "expires": expiry_of}
+TERMS = {  # what a key's row may have -> the reader of its flag, the forms that it takes
+    "rights": (rights_of, f"choose from {', '.join(RIGHTS)}"),
+    "limits": (limits_of, "use running=2,rpm=30,tpm=20000,tpd=500000, or some of them, or none"),
+    "priority": (lambda text: text if text in PRIORITIES else None, f"choose from {', '.join(PRIORITIES)}"),
+    "models": (globs_of, "use names and patterns such as qwen*,openai/gpt-oss-20b, or * for all"),
+    "expires": (expiry_of, "use 30d, a date such as 2026-12-31 for the last day, or never"),
+}
 MAY = {"infer": "ask models and see its own requests", "view": "see everybody's requests and the log",
        "admin": "do everything"}
 
 
 def chosen_terms(args):
     """What the flags set of a key's row.  Raises ConfigError."""
-    found = {}
-    for name, parse in TERMS.items():
-        text = getattr(args, name)
-        try:
-            found.update({name: parse(text)} if text is not None else {})
-        except ValueError as error:
-            raise ConfigError(f"--{name} {text}: {error}") from None
+    said = {name: getattr(args, name) for name in TERMS if getattr(args, name) is not None}
+    found = {name: TERMS[name][0](text) for name, text in said.items()}
+    for name, value in found.items():
+        if value is None:
+            raise ConfigError(f"--{name} {said[name]}: {TERMS[name][1]}")
     return found
 
 
@@ -9973,14 +9974,15 @@ def terms_text(terms):
     return "  ".join(filter(None, (
         ",".join(f"{name}={number}" for name, number in terms.limits.items()),
         f"priority {terms.priority}" if terms.priority != "normal" else "",
-        f"models {','.join(terms.models)}" if terms.models else "", f"until {terms.expires}" if terms.expires else "")))
+        f"models {','.join(terms.models)}" if terms.models else "",
+        f"until {terms.expires}" if terms.expires else "")))
 
 
 def say_what_it_may(row):
     rights = ["admin"] if "admin" in row["rights"] else row["rights"]
     may = " and ".join(MAY[right] for right in rights if right in MAY)
-    print(printable(f"lmgateway: {row['name']} may {may}; " + (terms_text(terms_of(row)) or "without limits")),
-          file=sys.stderr)
+    terms = terms_text(terms_of(row)) or "without limits"
+    print(printable(f"lmgateway: {row['name']} may {may}; {terms}"), file=sys.stderr)
 
 
 def new_key(args, config):
@@ -10003,17 +10005,24 @@ def new_key(args, config):
     return 0
 
 
+def row_of(file, rows, flag, name):
+    """The row of that name.  Raises ConfigError."""
+    for row in rows:
+        if row["name"] == name:
+            return row
+    raise ConfigError(f"{flag} {name}: no such key in {file.path}; --list-keys shows them")
+
+
 def set_key(args, config):
     """--set-key NAME: change what a key may; a running gateway notices within a second."""
     chosen = chosen_terms(args)
     if not chosen:
-        raise ConfigError(f"--set-key {args.set_key}: say what to change, with {', '.join(map(flag_of, TERMS))}")
+        raise ConfigError(f"--set-key {args.set_key}: say what to change, with "
+                          + ", ".join(map(flag_of, TERMS)))
     with changing_keys(config) as (file, rows):
-        found = [row for row in rows if row["name"] == args.set_key]
-        if not found:
-            raise ConfigError(f"--set-key {args.set_key}: no such key in {file.path}; --list-keys shows them")
-        change_row(found[0], chosen)
-    say_what_it_may(found[0])
+        row = row_of(file, rows, "--set-key", args.set_key)
+        change_row(row, chosen)
+    say_what_it_may(row)
     return 0
 
 
@@ -10035,11 +10044,7 @@ def list_keys(args, config):
 def revoke_key(args, config):
     """--revoke-key NAME: a running gateway notices within a second."""
     with changing_keys(config) as (file, rows):
-        left = [row for row in rows if row["name"] != args.revoke_key]
-        if len(left) == len(rows):
-            raise ConfigError(f"--revoke-key {args.revoke_key}: no such key in {file.path}; --list-keys "
-                              "shows them")
-        rows[:] = left
+        rows.remove(row_of(file, rows, "--revoke-key", args.revoke_key))
     print(f"lmgateway: {args.revoke_key} is revoked", file=sys.stderr)
     return 0
 
