@@ -5693,6 +5693,22 @@ class Chunks:
         return True
 
 
+class Sized:
+    """Decodes, with the fields of Chunks, a body of so many bytes; of None: until the connection ends."""
+
+    def __init__(self, left):
+        self.left, self.rest, self.over = left, b"", left == 0
+
+    def feed(self, data):
+        """The part of data that is the body's."""
+        if self.left is None:
+            return data
+        part, self.rest = data[:self.left], data[self.left:]
+        self.left -= len(part)
+        self.over = not self.left
+        return part
+
+
 def parse_headers(lines, lenient=False):
     """[(name, value)] of header lines.  lenient: a value may go on in a line that begins with a blank, and
     blanks may stand before a colon (RFC 9112, 5).  Raises ValueError."""
@@ -5839,16 +5855,14 @@ class Answer:
         length = ",".join({value for name, value in self.headers if name.lower() == "content-length"})
         if coding not in ("", "chunked") or length and not coding and not LENGTH.fullmatch(length):
             raise http.client.HTTPException("the length of its answer is not clear")
-        self.chunks: Any = Chunks() if coding else None
-        options = self.header("connection").lower()
-        self.length = int(length) if length and not coding else None
+        options, self.chunked = self.header("connection").lower(), bool(coding)
+        self._decoder: Any = Chunks() if coding else Sized(int(length) if length else None)
         if self._method == "HEAD" or self.status in (204, 304):
-            self.length, self.chunks = 0, None
-        self._payload = self._unchunked if self.chunks else self._unframed
-        self.over = self.length == 0
-        self.keeps = (self.length is not None or bool(coding)) and (
-            "close" not in options if self._minor
-            else "keep-alive" in options) and not (self.over and self._buffer)
+            self._decoder = Sized(0)
+        self.over = self._decoder.over
+        self.keeps = self._decoder.left is not None and (
+            "close" not in options if self._minor else "keep-alive" in options) and not (
+            self.over and self._buffer)
 
     def header(self, name):
         """The header's values, joined as RFC 9110, 5.3 has it; "" without one."""
@@ -5871,35 +5885,20 @@ class Answer:
 
     def pieces(self):
         """The body as it comes, without its framing.  over is True as soon as its last piece is there."""
-        data, self._buffer, receive = self._buffer, b"", self._receive
+        data, self._buffer, receive, decoder = self._buffer, b"", self._receive, self._decoder
         while not self.over:
             data = data or receive()
-            if not data and (self.chunks or self.length is not None):
-                raise http.client.IncompleteRead(b"", self.length)
-            piece = self._payload(data)
+            if not data and decoder.left is not None:
+                raise http.client.IncompleteRead(b"", decoder.left)
+            try:
+                piece = decoder.feed(data)
+            except ValueError as error:
+                raise http.client.HTTPException(str(error)) from None
+            if decoder.over or not data:
+                self.over, self.keeps = True, self.keeps and not decoder.rest   # which belongs to no request
             if piece:
                 yield piece
             data = b""
-
-    def _unframed(self, data):
-        """A piece that is not chunked."""
-        if self.length is None:
-            self.over = not data
-            return data
-        if len(data) > self.length:     # more than it announced: the rest belongs to no request
-            data, self.keeps = data[:self.length], False
-        self.length -= len(data)
-        self.over = not self.length
-        return data
-
-    def _unchunked(self, data):
-        try:
-            piece = self.chunks.feed(data)
-        except ValueError as error:
-            raise http.client.HTTPException(str(error)) from None
-        if self.chunks.over:
-            self.over, self.keeps = True, self.keeps and not self.chunks.rest
-        return piece
 
     def read(self, limit):
         """The whole body, at most limit bytes of it."""
@@ -6553,24 +6552,28 @@ class Wire:
             return b""
         if request.header("expect") and request.version >= (1, 1) and not self.buffer:
             self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        decoder: Any = Chunks() if request.chunked else Sized(request.length)
+        data, piece, began = bytearray(), bytes(self.buffer), time.monotonic()
+        self.buffer.clear()
         try:
-            return self._gather(self._chunks(limit) if request.chunked else self._exactly(request.length),
-                                limit)
+            while not decoder.over:     # it grows as it comes: a length that is announced takes no memory
+                part = decoder.feed(piece)
+                if len(data) + len(part) + decoder.left > limit:
+                    raise too_large(limit)
+                self._memory.take(len(part))
+                self._held += len(part)
+                data += part
+                if time.monotonic() - began > self.BODY_S + len(data) / self.BODY_RATE:
+                    raise TimeoutError
+                if not decoder.over:
+                    self._set_timeout(self.CLIENT_S)
+                    piece = self._receive(PIECE)
+        except ValueError as error:
+            raise bad(error) from None
         except TIMEOUTS:
             raise HttpError(408, "body_timeout", "the body of the request stopped coming, or came too slowly",
                             close=True) from None
-
-    def _gather(self, pieces, limit):
-        """The pieces as one.  It grows as they come: a length that a client announces takes no memory."""
-        data, began = bytearray(), time.monotonic()
-        for piece in pieces:
-            self._memory.take(len(piece))
-            self._held += len(piece)
-            data += piece
-            if len(data) > limit:
-                raise too_large(limit)
-            if time.monotonic() - began > self.BODY_S + len(data) / self.BODY_RATE:
-                raise TimeoutError
+        self.buffer += decoder.rest
         return data
 
     def release(self):
@@ -6578,33 +6581,6 @@ class Wire:
         if self._held:
             self._memory.give_back(self._held)
             self._held = 0
-
-    def _exactly(self, length):
-        """A body of length bytes, in pieces."""
-        piece = bytes(self.buffer[:length])
-        del self.buffer[:length]
-        while length:
-            piece = piece or self._receive(min(length, PIECE))
-            length -= len(piece)
-            yield piece
-            piece = b""
-
-    def _chunks(self, limit):
-        """A chunked body, decoded, in pieces."""
-        chunks = Chunks()
-        while True:
-            piece = bytes(self.buffer)
-            self.buffer.clear()
-            try:
-                yield chunks.feed(piece)
-            except ValueError as error:
-                raise bad(error) from None
-            if chunks.left > limit:
-                raise too_large(limit)
-            if chunks.over:
-                self.buffer += chunks.rest
-                return
-            self._more(self.CLIENT_S)
 
     def linger(self):
         """Read the rest of a refused request, for a moment: closing at once would destroy the answer
@@ -6899,10 +6875,10 @@ class KeyFile:
         return self._load()[1]
 
     def _load(self):
-        """(the file's content, its Keys).  A file of another kind, which could block, is not read."""
+        """(the file's content, its Keys).  Raises OSError, ConfigError."""
         try:
-            with open(self.path, encoding="utf-8", opener=open_without_waiting) as file:
-                content: Any = json.load(file) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+            with open_plain(self.path) as file:
+                content: Any = json.load(file)
             return content, [Key(str(row["name"]), bytes.fromhex(row["sha256"]), frozenset(row["rights"]),
                                  row.get("created", ""), terms_of(row)) for row in content["keys"]]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -6961,11 +6937,6 @@ def last_day(text):
     """A date such as 2026-12-31, None if it is none."""
     with contextlib.suppress(ValueError):
         return datetime.datetime.strptime(text, "%Y-%m-%d").strftime("%Y-%m-%d")
-
-
-def open_without_waiting(path, flags):
-    """An opener that no FIFO can hold up."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextlib.contextmanager
@@ -7550,7 +7521,7 @@ def user_of(request, asked):
 def client_headers(answer, cut):
     """The end-to-end headers of an answer, in order.  CORS is ours to say."""
     dropped = HOP_BY_HOP.union(listing(answer.header("connection")),
-                               ("content-length",) if cut or answer.chunks else ())
+                               ("content-length",) if cut or answer.chunked else ())
     return [(name, value) for name, value in answer.headers
             if (key := name.lower()) not in dropped and not key.startswith("access-control-")]
 
