@@ -2024,7 +2024,10 @@ def listed(value):
 
 def member(value, *names):
     """The first member of those names that is an object; {} for none."""
-    return next((value[name] for name in names if isinstance(value.get(name), dict)), {})
+    for name in names:
+        if isinstance(value.get(name), dict):
+            return value[name]
+    return {}
 
 
 def count(values, *names, default=None):
