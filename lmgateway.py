@@ -95,7 +95,6 @@ import urllib.request
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -5676,6 +5675,22 @@ class Chunks:
         return True
 
 
+class Sized:
+    """Decodes, with the fields of Chunks, a body of so many bytes; of None: until the connection ends."""
+
+    def __init__(self, left):
+        self.left, self.rest, self.over = left, b"", left == 0
+
+    def feed(self, data):
+        """The part of data that is the body's."""
+        if self.left is None:
+            return data
+        part, self.rest = data[:self.left], data[self.left:]
+        self.left -= len(part)
+        self.over = not self.left
+        return part
+
+
 def parse_headers(lines, lenient=False):
     """[(name, value)] of header lines.  lenient: a value may go on in a line that begins with a blank, and
     blanks may stand before a colon (RFC 9112, 5).  Raises ValueError."""
@@ -5822,16 +5837,14 @@ class Answer:
         length = ",".join({value for name, value in self.headers if name.lower() == "content-length"})
         if coding not in ("", "chunked") or length and not coding and not LENGTH.fullmatch(length):
             raise http.client.HTTPException("the length of its answer is not clear")
-        self.chunks: Any = Chunks() if coding else None
-        options = self.header("connection").lower()
-        self.length = int(length) if length and not coding else None
+        options, self.chunked = self.header("connection").lower(), bool(coding)
+        self._decoder: Any = Chunks() if coding else Sized(int(length) if length else None)
         if self._method == "HEAD" or self.status in (204, 304):
-            self.length, self.chunks = 0, None
-        self._payload = self._unchunked if self.chunks else self._unframed
-        self.over = self.length == 0
-        self.keeps = (self.length is not None or bool(coding)) and (
-            "close" not in options if self._minor
-            else "keep-alive" in options) and not (self.over and self._buffer)
+            self._decoder = Sized(0)
+        self.over = self._decoder.over
+        self.keeps = self._decoder.left is not None and (
+            "close" not in options if self._minor else "keep-alive" in options) and not (
+            self.over and self._buffer)
 
     def header(self, name):
         """The header's values, joined as RFC 9110, 5.3 has it; "" without one."""
@@ -5854,35 +5867,20 @@ class Answer:
 
     def pieces(self):
         """The body as it comes, without its framing.  over is True as soon as its last piece is there."""
-        data, self._buffer, receive = self._buffer, b"", self._receive
+        data, self._buffer, receive, decoder = self._buffer, b"", self._receive, self._decoder
         while not self.over:
             data = data or receive()
-            if not data and (self.chunks or self.length is not None):
-                raise http.client.IncompleteRead(b"", self.length)
-            piece = self._payload(data)
+            if not data and decoder.left is not None:
+                raise http.client.IncompleteRead(b"", decoder.left)
+            try:
+                piece = decoder.feed(data)
+            except ValueError as error:
+                raise http.client.HTTPException(str(error)) from None
+            if decoder.over or not data:
+                self.over, self.keeps = True, self.keeps and not decoder.rest   # which belongs to no request
             if piece:
                 yield piece
             data = b""
-
-    def _unframed(self, data):
-        """A piece that is not chunked."""
-        if self.length is None:
-            self.over = not data
-            return data
-        if len(data) > self.length:     # more than it announced: the rest belongs to no request
-            data, self.keeps = data[:self.length], False
-        self.length -= len(data)
-        self.over = not self.length
-        return data
-
-    def _unchunked(self, data):
-        try:
-            piece = self.chunks.feed(data)
-        except ValueError as error:
-            raise http.client.HTTPException(str(error)) from None
-        if self.chunks.over:
-            self.over, self.keeps = True, self.keeps and not self.chunks.rest
-        return piece
 
     def read(self, limit):
         """The whole body, at most limit bytes of it."""
@@ -6483,44 +6481,38 @@ class Wire:
         return piece
 
     def head(self):
-        """The lines of the next request's head.  A client that says nothing gets ClientLeft."""
-        self._skip_empty_lines()
-        end = self.buffer.find(b"\r\n\r\n")
-        deadline = time.monotonic() + self.HEAD_S if end < 0 else 0.0
-        while end < 0:
-            known = max(0, len(self.buffer) - 3)
-            self._check_size(len(self.buffer))
+        """The lines of the next request's head.  A client that says nothing gets ClientLeft.
+
+        A few empty lines before it are skipped (RFC 9112, 2.2)."""
+        skipped, known, deadline = 0, 0, math.inf
+        while True:
+            while self.buffer[:2] == b"\r\n" and skipped <= self.EMPTY_LINES:
+                del self.buffer[:2]
+                skipped += 1
+            end = self.buffer.find(b"\r\n\r\n", known)
+            self._check_size(len(self.buffer) if end < 0 else end, skipped)
+            if end >= 0:
+                break
+            known, begun = max(0, len(self.buffer) - 3), self.buffer not in (b"", b"\r")
+            if begun:
+                deadline = min(deadline, time.monotonic() + self.HEAD_S)
             try:
-                self._more(deadline - time.monotonic())
+                self._more(deadline - time.monotonic() if begun else self.CLIENT_S)
             except TIMEOUTS:
+                if not begun:
+                    raise ClientLeft from None
                 raise HttpError(408, "head_timeout",
                                 f"the head of the request did not arrive within {self.HEAD_S:.0f} s; "
                                 "send it at once", close=True) from None
             finally:
                 self._set_timeout(self.CLIENT_S)     # for the rest, our answer included
-            end = self.buffer.find(b"\r\n\r\n", known)
-        self._check_size(end)
         head = self.buffer[:end].decode("latin-1")
         del self.buffer[: end + 4]
         return head.split("\r\n")
 
-    def _skip_empty_lines(self):
-        """A few empty lines before a request are skipped (RFC 9112, 2.2)."""
-        skipped = 0
-        try:
-            while True:
-                while self.buffer[:2] == b"\r\n":
-                    del self.buffer[:2]
-                    skipped += 1
-                    if skipped > self.EMPTY_LINES:
-                        raise bad("it begins with empty lines")
-                if self.buffer not in (b"", b"\r"):
-                    return
-                self._more(self.CLIENT_S)
-        except TIMEOUTS:
-            raise ClientLeft from None
-
-    def _check_size(self, size):
+    def _check_size(self, size, skipped):
+        if skipped > self.EMPTY_LINES:
+            raise bad("it begins with empty lines")
         line = self.buffer.find(b"\r\n", 0, self.LINE_LIMIT + 2)
         if line < 0 and len(self.buffer) > self.LINE_LIMIT:
             raise HttpError(414, "target_too_long",
@@ -6542,24 +6534,28 @@ class Wire:
             return b""
         if request.header("expect") and request.version >= (1, 1) and not self.buffer:
             self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        decoder: Any = Chunks() if request.chunked else Sized(request.length)
+        data, piece, began = bytearray(), bytes(self.buffer), time.monotonic()
+        self.buffer.clear()
         try:
-            return self._gather(self._chunks(limit) if request.chunked else self._exactly(request.length),
-                                limit)
+            while not decoder.over:     # it grows as it comes: a length that is announced takes no memory
+                part = decoder.feed(piece)
+                if len(data) + len(part) + decoder.left > limit:
+                    raise too_large(limit)
+                self._memory.take(len(part))
+                self._held += len(part)
+                data += part
+                if time.monotonic() - began > self.BODY_S + len(data) / self.BODY_RATE:
+                    raise TimeoutError
+                if not decoder.over:
+                    self._set_timeout(self.CLIENT_S)
+                    piece = self._receive(PIECE)
+        except ValueError as error:
+            raise bad(error) from None
         except TIMEOUTS:
             raise HttpError(408, "body_timeout", "the body of the request stopped coming, or came too slowly",
                             close=True) from None
-
-    def _gather(self, pieces, limit):
-        """The pieces as one.  It grows as they come: a length that a client announces takes no memory."""
-        data, began = bytearray(), time.monotonic()
-        for piece in pieces:
-            self._memory.take(len(piece))
-            self._held += len(piece)
-            data += piece
-            if len(data) > limit:
-                raise too_large(limit)
-            if time.monotonic() - began > self.BODY_S + len(data) / self.BODY_RATE:
-                raise TimeoutError
+        self.buffer += decoder.rest
         return data
 
     def release(self):
@@ -6567,33 +6563,6 @@ class Wire:
         if self._held:
             self._memory.give_back(self._held)
             self._held = 0
-
-    def _exactly(self, length):
-        """A body of length bytes, in pieces."""
-        piece = bytes(self.buffer[:length])
-        del self.buffer[:length]
-        while length:
-            piece = piece or self._receive(min(length, PIECE))
-            length -= len(piece)
-            yield piece
-            piece = b""
-
-    def _chunks(self, limit):
-        """A chunked body, decoded, in pieces."""
-        chunks = Chunks()
-        while True:
-            piece = bytes(self.buffer)
-            self.buffer.clear()
-            try:
-                yield chunks.feed(piece)
-            except ValueError as error:
-                raise bad(error) from None
-            if chunks.left > limit:
-                raise too_large(limit)
-            if chunks.over:
-                self.buffer += chunks.rest
-                return
-            self._more(self.CLIENT_S)
 
     def linger(self):
         """Read the rest of a refused request, for a moment: closing at once would destroy the answer
@@ -6686,17 +6655,35 @@ def listing(value):
     return [part.strip().lower() for part in value.split(",")] if value else []
 
 
-def head_bytes(status, reason, headers):
+def head_bytes(status, headers, reason=None):
     """A response's head."""
+    reason = http.client.responses.get(status, "") if reason is None else reason
     lines = [f"HTTP/1.1 {status} {reason}", *[f"{name}: {value}" for name, value in headers], "", ""]
     return "\r\n".join(lines).encode("latin-1", "replace")
 
 
-def reason_of(status):
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return ""
+def framed_head(response, request, alive):
+    """(the head of a Response, True for a chunked body, True if the connection can take another request)."""
+    headers, chunked = [*response.headers, *(request.ratelimit if request else ())], False
+    if response.date:
+        headers += [("Date", http_date()), ("X-Content-Type-Options", "nosniff")]
+        if "Cache-Control" not in dict(headers):
+            headers.append(("Cache-Control", "no-store"))
+    if isinstance(response.body, (bytes, bytearray)):
+        headers.append(("Content-Length", str(len(response.body))))
+    elif response.body is not None and "content-length" not in [name.lower() for name, _ in headers]:
+        chunked = request.version >= (1, 1)
+        alive = alive and chunked
+        headers += [("Transfer-Encoding", "chunked")] if chunked else []
+    if not alive:
+        headers.append(("Connection", "close"))
+    elif request.version < (1, 1):
+        headers.append(("Connection", "keep-alive"))
+    return head_bytes(response.status, headers, response.reason), chunked, alive
+
+
+def http_date():
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
 # --- 7.2 connections, and clients that leave while nobody reads from them ------
@@ -6870,10 +6857,10 @@ class KeyFile:
         return self._load()[1]
 
     def _load(self):
-        """(the file's content, its Keys).  A file of another kind, which could block, is not read."""
+        """(the file's content, its Keys).  Raises OSError, ConfigError."""
         try:
-            with open(self.path, encoding="utf-8", opener=open_without_waiting) as file:
-                content: Any = json.load(file) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+            with open_plain(self.path) as file:
+                content: Any = json.load(file)
             return content, [Key(str(row["name"]), bytes.fromhex(row["sha256"]), frozenset(row["rights"]),
                                  row.get("created", ""), terms_of(row)) for row in content["keys"]]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -6932,11 +6919,6 @@ def last_day(text):
     """A date such as 2026-12-31, None if it is none."""
     with contextlib.suppress(ValueError):
         return datetime.datetime.strptime(text, "%Y-%m-%d").strftime("%Y-%m-%d")
-
-
-def open_without_waiting(path, flags):
-    """An opener that no FIFO can hold up."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextlib.contextmanager
@@ -7521,7 +7503,7 @@ def user_of(request, asked):
 def client_headers(answer, cut):
     """The end-to-end headers of an answer, in order.  CORS is ours to say."""
     dropped = HOP_BY_HOP.union(listing(answer.header("connection")),
-                               ("content-length",) if cut or answer.chunks else ())
+                               ("content-length",) if cut or answer.chunked else ())
     return [(name, value) for name, value in answer.headers
             if (key := name.lower()) not in dropped and not key.startswith("access-control-")]
 
@@ -8846,30 +8828,15 @@ class Handler(socketserver.BaseRequestHandler):
         """Send a response.  True when the connection can take another request."""
         if response.status == 101:
             return self._tunnel(response, request)
-        body, headers = response.body, [*response.headers, *(request.ratelimit if request else ())]
-        alive = bool(request) and keeps_alive(request) and not close and not self.server.gateway.stopping
-        whole, no_body = isinstance(body, (bytes, bytearray)), bool(request) and request.method == "HEAD"
-        chunked = False
-        if response.date:
-            headers += [("Date", http_date()), ("X-Content-Type-Options", "nosniff")]
-            if "Cache-Control" not in dict(headers):
-                headers.append(("Cache-Control", "no-store"))
-        if whole:
-            headers.append(("Content-Length", str(len(body))))
-        elif body is not None and "content-length" not in [name.lower() for name, _ in headers]:
-            chunked = request.version >= (1, 1)
-            alive = alive and chunked
-            headers += [("Transfer-Encoding", "chunked")] if chunked else []
-        if not alive:
-            headers.append(("Connection", "close"))
-        elif request.version < (1, 1):
-            headers.append(("Connection", "keep-alive"))
-        reason = response.reason if response.reason is not None else reason_of(response.status)
-        head = head_bytes(response.status, reason, headers)
+        body, alive = response.body, bool(request) and keeps_alive(request)
+        head, chunked, alive = framed_head(response, request,
+                                           alive and not close and not self.server.gateway.stopping)
         self.begun = True
         try:
-            if whole or body is None or no_body:
-                self.request.sendall(head if no_body else head + (body or b""))
+            if request and request.method == "HEAD":
+                self.request.sendall(head)
+            elif body is None or isinstance(body, (bytes, bytearray)):
+                self.request.sendall(head + (body or b""))
             else:
                 send_pieces(self.request, head, body, chunked)
         finally:
@@ -8883,7 +8850,7 @@ class Handler(socketserver.BaseRequestHandler):
         tunnel, self.begun = response.body, True
         fault: Any = None
         try:
-            self.request.sendall(head_bytes(101, reason_of(101), response.headers))
+            self.request.sendall(head_bytes(101, response.headers))
             tunnel.admit(bytes(self.wire.buffer))
             self.server.prove(self.connection)
             self.connection.tunnels(request)
@@ -8934,10 +8901,6 @@ def send_pieces(sock, head, pieces, chunked):
 def right_missing(identity, right):
     return HttpError(403, "right_missing", f"the key {identity.name} has no right to {right}; mint one with "
                                            f"--new-key NAME --rights {right}")
-
-
-def http_date():
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
 class Server(http.server.ThreadingHTTPServer):
