@@ -95,7 +95,6 @@ import urllib.request
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,17 +148,15 @@ class ClientLeft(GatewayError):
 class Option(NamedTuple):
     """One option.  parse turns text into the value or raises ValueError with the remedy."""
 
-    name: str
     variable: str
     default: Any
     parse: Callable[[str], Any]
     about: str
     value: str | None = None  # its flag's placeholder in --help; None: it has no flag
+    alias: str | None = None  # its name, if that is not the variable's
 
-    @property
-    def flag(self):
-        """Its flag, None without one."""
-        return None if self.value is None else flag_of(self.name)
+    name = property(lambda self: self.alias or self.variable.lower())
+    flag = property(lambda self: None if self.value is None else flag_of(self.name))
 
 
 def flag_of(name):
@@ -196,8 +193,8 @@ def http_parts(text):
     """The parts of an http or https URL with a host (urllib.parse); None for anything else."""
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(text)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", text):
-            return parts
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        return parts if usable and re.fullmatch("[!-~]+", text) else None
     return None
 
 
@@ -276,70 +273,54 @@ def words(text):
 
 
 LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
-BYTES, MILLISECONDS = whole(1, 10**12, "of bytes "), whole(0, 10**9, "of milliseconds ")
-OPTION_GROUPS = {  # heading in --help -> its rows
-    "Gateway": (
-        Option("upstream", "LMSTUDIO_BASE_URL", "http://127.0.0.1:1234", base_url,
-               "LM Studio's server; its port is found in its settings", "URL"),
-        Option("host", "GATEWAY_HOST", "127.0.0.1", str, "address to listen on; 0.0.0.0 for the LAN", "HOST"),
-        Option("port", "GATEWAY_PORT", 8001, whole(0, 65535),
-               "port to listen on; 0 lets the system choose", "PORT"),
-        Option("tls_cert", "TLS_CERT", None, str, "certificate (PEM), to serve HTTPS", "FILE"),
-        Option("tls_key", "TLS_KEY", None, str, "its private key (PEM)", "FILE"),
-        Option("upstream_token", "UPSTREAM_TOKEN", None, header_word,
-               "LM Studio's own API token, if its server asks for one"),
-        Option("max_body", "MAX_BODY_BYTES", 256 * 1024 * 1024, BYTES, "largest request body; 413 beyond it"),
-        Option("max_body_memory", "MAX_BODY_MEMORY", 512 * 1024 * 1024, BYTES,
-               "bytes that the bodies of all running requests may take together; 503 beyond them"),
-        Option("max_running", "MAX_RUNNING", 0, whole(0, 10_000),
-               "inferences at once for each model, others wait here; 0: all", "N"),
-        Option("max_waiting", "MAX_WAITING", 100, whole(0, 10_000),
-               "inferences that may wait for their turn; 429 beyond them"),
-        Option("max_connections", "MAX_CONNECTIONS", 512, whole(8, 100_000),
-               "connections at once; beyond them one that has shown no right key is closed"),
-        Option("prefill_comments", "PREFILL_COMMENTS", False, boolean,
-               "tell a streaming client that waits how far its prompt is, in SSE comments"),
-        Option("proxy_timeout", "PROXY_TIMEOUT", 600_000, MILLISECONDS,
-               "ms without a byte from LM Studio on a plain request; 0 never"),
-        Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", 0, MILLISECONDS,
-               "the same for a streaming request")),
-    "Access": (
-        Option("api_key", "GATEWAY_API_KEY", {}, api_keys,
-               "one key, or several as name=key,name=key; a process list shows it", "KEY"),
-        Option("keys_file", "KEYS_FILE", None, str,
-               "minted keys, hashed; in the user's configuration directory if not given", "FILE"),
-        Option("users_from", "USERS_FROM", (), words,
-               "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
-        Option("no_auth", "NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
-        Option("allow", "IP_ALLOWLIST", None, networks,
-               "addresses and CIDR ranges that may connect, IPv4 and IPv6", "LIST"),
-        Option("cors_origins", "CORS_ORIGINS", (), origins,
-               "origins whose pages may call, such as https://chat.example, or *", "LIST"),
-        Option("trusted_proxies", "TRUSTED_PROXIES", (), networks,
-               "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed"),
-        Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", False, boolean,
-               "ask for a key on /health and /ready, too")),
-    "Logs": (
-        Option("requests_kept", "REQUESTS_KEPT", 100, whole(1, 100_000),
-               "finished requests that /debug/requests keeps"),
-        Option("history", "HISTORY_FILE", None, str,
-               "SQLite file that keeps a row for each request; no prompts, no answers", "FILE"),
-        Option("history_days", "HISTORY_DAYS", 365, whole(0, 36_500, "of days "),
-               "days after which its rows are removed; 0 never"),
-        Option("log_dir", "LMSTUDIO_LOG_DIR", None, folder,
-               "LM Studio's server-logs directory; found under the home if not given", "DIR"),
-        Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", True, boolean, "follow LM Studio's logs"),
-        Option("log_source", "LOG_SOURCE", "files", one_of("files", "stream", "auto"),
-               "source of the log: files, stream (from LM Studio itself; experimental) or auto"),
-        Option("log_dir_warn", "LOG_DIR_WARN_BYTES", 5_000_000_000, whole(0, 10**15, "of bytes "),
-               "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
-               "0 never"),
-        Option("log_level", "LOG_LEVEL", "info", one_of(*LEVELS),
-               "error, warn, info or debug", "LEVEL"),
-        Option("log_file", "LOG_FILE", None, str,
-               "write our own log there; turned over at 5 MB, begun anew once it was moved", "FILE")),
-}
-OPTIONS = tuple(itertools.chain.from_iterable(OPTION_GROUPS.values()))
+BYTES, MS = whole(1, 10**12, "of bytes "), whole(0, 10**9, "of milliseconds ")
+GATEWAY_OPTIONS = (
+    Option("LMSTUDIO_BASE_URL", "http://127.0.0.1:1234", base_url,
+           "LM Studio's server; its port is found in its settings", "URL", "upstream"),
+    Option("GATEWAY_HOST", "127.0.0.1", str, "address to listen on; 0.0.0.0 for the LAN", "HOST", "host"),
+    Option("GATEWAY_PORT", 8001, whole(0, 65535), "port to listen on; 0: the system chooses", "PORT", "port"),
+    Option("TLS_CERT", None, str, "certificate (PEM), to serve HTTPS", "FILE"),
+    Option("TLS_KEY", None, str, "its private key (PEM)", "FILE"),
+    Option("UPSTREAM_TOKEN", None, header_word, "LM Studio's own API token, if its server asks for one"),
+    Option("MAX_BODY_BYTES", 256 * 1024**2, BYTES, "largest request body; 413 beyond it", None, "max_body"),
+    Option("MAX_BODY_MEMORY", 512 * 1024**2, BYTES,
+           "bytes that the bodies of all running requests may take together; 503 beyond them"),
+    Option("MAX_RUNNING", 0, whole(0, 10_000), "inferences at once for each model, others wait; 0: all", "N"),
+    Option("MAX_WAITING", 100, whole(0, 10_000), "inferences that may wait for their turn; 429 beyond them"),
+    Option("MAX_CONNECTIONS", 512, whole(8, 100_000),
+           "connections at once; beyond them one that has shown no right key is closed"),
+    Option("PREFILL_COMMENTS", False, boolean, "SSE comments tell waiting clients how far their prompt is"),
+    Option("PROXY_TIMEOUT", 600_000, MS, "ms without a byte from LM Studio on a plain request; 0: never"),
+    Option("PROXY_STREAM_TIMEOUT", 0, MS, "the same for a streaming request"),
+)
+ACCESS_OPTIONS = (
+    Option("GATEWAY_API_KEY", {}, api_keys,
+           "one key, or several as name=key,name=key; a process list shows it", "KEY", "api_key"),
+    Option("KEYS_FILE", None, str, "minted keys, hashed; else in the user's configuration directory", "FILE"),
+    Option("USERS_FROM", (), words, "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
+    Option("NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
+    Option("IP_ALLOWLIST", None, networks, "addresses and CIDR ranges that may connect", "LIST", "allow"),
+    Option("CORS_ORIGINS", (), origins, "origins whose pages may call (https://chat.example), or *", "LIST"),
+    Option("TRUSTED_PROXIES", (), networks,
+           "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed"),
+    Option("REQUIRE_AUTH_FOR_HEALTH", False, boolean, "ask for a key on /health and /ready, too"),
+)
+LOG_OPTIONS = (
+    Option("REQUESTS_KEPT", 100, whole(1, 100_000), "finished requests that /debug/requests keeps"),
+    Option("HISTORY_FILE", None, str,
+           "SQLite file that keeps a row for each request; no prompts, no answers", "FILE", "history"),
+    Option("HISTORY_DAYS", 365, whole(0, 36_500, "of days "), "days after which rows are removed; 0: never"),
+    Option("LMSTUDIO_LOG_DIR", None, folder,
+           "LM Studio's server-logs directory; found under the home if not given", "DIR", "log_dir"),
+    Option("ENABLE_LOG_MONITORING", True, boolean, "follow LM Studio's logs"),
+    Option("LOG_SOURCE", "files", one_of("files", "stream", "auto"),
+           "source of the log: files, stream (from LM Studio itself; experimental) or auto"),
+    Option("LOG_DIR_WARN_BYTES", 5_000_000_000, whole(0, 10**15, "of bytes "),
+           "size of the log directory that brings a warning; 0: never", None, "log_dir_warn"),
+    Option("LOG_LEVEL", "info", one_of(*LEVELS), "error, warn, info or debug", "LEVEL"),
+    Option("LOG_FILE", None, str, "our own log; turned over at 5 MB, begun anew once it was moved", "FILE"),
+)
+OPTIONS = (*GATEWAY_OPTIONS, *ACCESS_OPTIONS, *LOG_OPTIONS)
 
 
 class Config:
@@ -2025,7 +2006,10 @@ def listed(value):
 
 def member(value, *names):
     """The first member of those names that is an object; {} for none."""
-    return next((value[name] for name in names if isinstance(value.get(name), dict)), {})
+    for name in names:
+        if isinstance(value.get(name), dict):
+            return value[name]
+    return {}
 
 
 def count(values, *names, default=None):
@@ -3595,10 +3579,8 @@ METRICS = (
     Metric("lmstudio_log_last_entry_timestamp_seconds", "", "Time of the latest log entry"),
     Metric("lmstudio_log_directory_bytes", "", "Size of the log directory"),
     Metric("lmstudio_log_filesystem_free_bytes", "", "Room left on its file system"),
-    Metric("lmstudio_gateway_requests_total", "key model endpoint code",
-           "Inference requests that are over; code 0 without an answer"),
-    Metric("lmstudio_gateway_tokens_total", "key model type",
-           "Their tokens: input, output, cached_input, reasoning"),
+    Metric("lmstudio_gateway_requests_total", "key model endpoint code", "Inferences that ended; code 0: no answer"),
+    Metric("lmstudio_gateway_tokens_total", "key model type", "Tokens: input, output, cached_input, reasoning"),
     Metric("lmstudio_gateway_request_duration_seconds", "endpoint model stream", "From arrival to end",
            DURATION_S),
     Metric("lmstudio_gateway_time_to_first_token_seconds", "model",
@@ -3615,8 +3597,7 @@ METRICS = (
     Metric("lmstudio_gateway_requests_queued", "model", "Those that wait in LM Studio's queue"),
     Metric("lmstudio_gateway_errors_total", "", "Requests that failed"),
     Metric("lmstudio_gateway_abandoned_total", "", "Clients that left, and requests that were stopped"),
-    Metric("lmstudio_gateway_client_disconnects_total", "phase",
-           "Clients that left: queued, prefill, decode"),
+    Metric("lmstudio_gateway_client_disconnects_total", "phase", "Who left: queued, prefill, decode"),
     Metric("lmstudio_gateway_rejected_total", "reason", "Requests turned away here"),
     Metric("lmstudio_gateway_upstream_errors_total", "kind",
            "refused, timeout, reset, bad_status, error_in_200"),
@@ -5694,6 +5675,22 @@ class Chunks:
         return True
 
 
+class Sized:
+    """Decodes, with the fields of Chunks, a body of so many bytes; of None: until the connection ends."""
+
+    def __init__(self, left):
+        self.left, self.rest, self.over = left, b"", left == 0
+
+    def feed(self, data):
+        """The part of data that is the body's."""
+        if self.left is None:
+            return data
+        part, self.rest = data[:self.left], data[self.left:]
+        self.left -= len(part)
+        self.over = not self.left
+        return part
+
+
 def parse_headers(lines, lenient=False):
     """[(name, value)] of header lines.  lenient: a value may go on in a line that begins with a blank, and
     blanks may stand before a colon (RFC 9112, 5).  Raises ValueError."""
@@ -5840,16 +5837,14 @@ class Answer:
         length = ",".join({value for name, value in self.headers if name.lower() == "content-length"})
         if coding not in ("", "chunked") or length and not coding and not LENGTH.fullmatch(length):
             raise http.client.HTTPException("the length of its answer is not clear")
-        self.chunks: Any = Chunks() if coding else None
-        options = self.header("connection").lower()
-        self.length = int(length) if length and not coding else None
+        options, self.chunked = self.header("connection").lower(), bool(coding)
+        self._decoder: Any = Chunks() if coding else Sized(int(length) if length else None)
         if self._method == "HEAD" or self.status in (204, 304):
-            self.length, self.chunks = 0, None
-        self._payload = self._unchunked if self.chunks else self._unframed
-        self.over = self.length == 0
-        self.keeps = (self.length is not None or bool(coding)) and (
-            "close" not in options if self._minor
-            else "keep-alive" in options) and not (self.over and self._buffer)
+            self._decoder = Sized(0)
+        self.over = self._decoder.over
+        self.keeps = self._decoder.left is not None and (
+            "close" not in options if self._minor else "keep-alive" in options) and not (
+            self.over and self._buffer)
 
     def header(self, name):
         """The header's values, joined as RFC 9110, 5.3 has it; "" without one."""
@@ -5872,35 +5867,20 @@ class Answer:
 
     def pieces(self):
         """The body as it comes, without its framing.  over is True as soon as its last piece is there."""
-        data, self._buffer, receive = self._buffer, b"", self._receive
+        data, self._buffer, receive, decoder = self._buffer, b"", self._receive, self._decoder
         while not self.over:
             data = data or receive()
-            if not data and (self.chunks or self.length is not None):
-                raise http.client.IncompleteRead(b"", self.length)
-            piece = self._payload(data)
+            if not data and decoder.left is not None:
+                raise http.client.IncompleteRead(b"", decoder.left)
+            try:
+                piece = decoder.feed(data)
+            except ValueError as error:
+                raise http.client.HTTPException(str(error)) from None
+            if decoder.over or not data:
+                self.over, self.keeps = True, self.keeps and not decoder.rest   # which belongs to no request
             if piece:
                 yield piece
             data = b""
-
-    def _unframed(self, data):
-        """A piece that is not chunked."""
-        if self.length is None:
-            self.over = not data
-            return data
-        if len(data) > self.length:     # more than it announced: the rest belongs to no request
-            data, self.keeps = data[:self.length], False
-        self.length -= len(data)
-        self.over = not self.length
-        return data
-
-    def _unchunked(self, data):
-        try:
-            piece = self.chunks.feed(data)
-        except ValueError as error:
-            raise http.client.HTTPException(str(error)) from None
-        if self.chunks.over:
-            self.over, self.keeps = True, self.keeps and not self.chunks.rest
-        return piece
 
     def read(self, limit):
         """The whole body, at most limit bytes of it."""
@@ -6501,44 +6481,38 @@ class Wire:
         return piece
 
     def head(self):
-        """The lines of the next request's head.  A client that says nothing gets ClientLeft."""
-        self._skip_empty_lines()
-        end = self.buffer.find(b"\r\n\r\n")
-        deadline = time.monotonic() + self.HEAD_S if end < 0 else 0.0
-        while end < 0:
-            known = max(0, len(self.buffer) - 3)
-            self._check_size(len(self.buffer))
+        """The lines of the next request's head.  A client that says nothing gets ClientLeft.
+
+        A few empty lines before it are skipped (RFC 9112, 2.2)."""
+        skipped, known, deadline = 0, 0, math.inf
+        while True:
+            while self.buffer[:2] == b"\r\n" and skipped <= self.EMPTY_LINES:
+                del self.buffer[:2]
+                skipped += 1
+            end = self.buffer.find(b"\r\n\r\n", known)
+            self._check_size(len(self.buffer) if end < 0 else end, skipped)
+            if end >= 0:
+                break
+            known, begun = max(0, len(self.buffer) - 3), self.buffer not in (b"", b"\r")
+            if begun:
+                deadline = min(deadline, time.monotonic() + self.HEAD_S)
             try:
-                self._more(deadline - time.monotonic())
+                self._more(deadline - time.monotonic() if begun else self.CLIENT_S)
             except TIMEOUTS:
+                if not begun:
+                    raise ClientLeft from None
                 raise HttpError(408, "head_timeout",
                                 f"the head of the request did not arrive within {self.HEAD_S:.0f} s; "
                                 "send it at once", close=True) from None
             finally:
                 self._set_timeout(self.CLIENT_S)     # for the rest, our answer included
-            end = self.buffer.find(b"\r\n\r\n", known)
-        self._check_size(end)
         head = self.buffer[:end].decode("latin-1")
         del self.buffer[: end + 4]
         return head.split("\r\n")
 
-    def _skip_empty_lines(self):
-        """A few empty lines before a request are skipped (RFC 9112, 2.2)."""
-        skipped = 0
-        try:
-            while True:
-                while self.buffer[:2] == b"\r\n":
-                    del self.buffer[:2]
-                    skipped += 1
-                    if skipped > self.EMPTY_LINES:
-                        raise bad("it begins with empty lines")
-                if self.buffer not in (b"", b"\r"):
-                    return
-                self._more(self.CLIENT_S)
-        except TIMEOUTS:
-            raise ClientLeft from None
-
-    def _check_size(self, size):
+    def _check_size(self, size, skipped):
+        if skipped > self.EMPTY_LINES:
+            raise bad("it begins with empty lines")
         line = self.buffer.find(b"\r\n", 0, self.LINE_LIMIT + 2)
         if line < 0 and len(self.buffer) > self.LINE_LIMIT:
             raise HttpError(414, "target_too_long",
@@ -6560,24 +6534,28 @@ class Wire:
             return b""
         if request.header("expect") and request.version >= (1, 1) and not self.buffer:
             self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        decoder: Any = Chunks() if request.chunked else Sized(request.length)
+        data, piece, began = bytearray(), bytes(self.buffer), time.monotonic()
+        self.buffer.clear()
         try:
-            return self._gather(self._chunks(limit) if request.chunked else self._exactly(request.length),
-                                limit)
+            while not decoder.over:     # it grows as it comes: a length that is announced takes no memory
+                part = decoder.feed(piece)
+                if len(data) + len(part) + decoder.left > limit:
+                    raise too_large(limit)
+                self._memory.take(len(part))
+                self._held += len(part)
+                data += part
+                if time.monotonic() - began > self.BODY_S + len(data) / self.BODY_RATE:
+                    raise TimeoutError
+                if not decoder.over:
+                    self._set_timeout(self.CLIENT_S)
+                    piece = self._receive(PIECE)
+        except ValueError as error:
+            raise bad(error) from None
         except TIMEOUTS:
             raise HttpError(408, "body_timeout", "the body of the request stopped coming, or came too slowly",
                             close=True) from None
-
-    def _gather(self, pieces, limit):
-        """The pieces as one.  It grows as they come: a length that a client announces takes no memory."""
-        data, began = bytearray(), time.monotonic()
-        for piece in pieces:
-            self._memory.take(len(piece))
-            self._held += len(piece)
-            data += piece
-            if len(data) > limit:
-                raise too_large(limit)
-            if time.monotonic() - began > self.BODY_S + len(data) / self.BODY_RATE:
-                raise TimeoutError
+        self.buffer += decoder.rest
         return data
 
     def release(self):
@@ -6585,33 +6563,6 @@ class Wire:
         if self._held:
             self._memory.give_back(self._held)
             self._held = 0
-
-    def _exactly(self, length):
-        """A body of length bytes, in pieces."""
-        piece = bytes(self.buffer[:length])
-        del self.buffer[:length]
-        while length:
-            piece = piece or self._receive(min(length, PIECE))
-            length -= len(piece)
-            yield piece
-            piece = b""
-
-    def _chunks(self, limit):
-        """A chunked body, decoded, in pieces."""
-        chunks = Chunks()
-        while True:
-            piece = bytes(self.buffer)
-            self.buffer.clear()
-            try:
-                yield chunks.feed(piece)
-            except ValueError as error:
-                raise bad(error) from None
-            if chunks.left > limit:
-                raise too_large(limit)
-            if chunks.over:
-                self.buffer += chunks.rest
-                return
-            self._more(self.CLIENT_S)
 
     def linger(self):
         """Read the rest of a refused request, for a moment: closing at once would destroy the answer
@@ -6704,17 +6655,35 @@ def listing(value):
     return [part.strip().lower() for part in value.split(",")] if value else []
 
 
-def head_bytes(status, reason, headers):
+def head_bytes(status, headers, reason=None):
     """A response's head."""
+    reason = http.client.responses.get(status, "") if reason is None else reason
     lines = [f"HTTP/1.1 {status} {reason}", *[f"{name}: {value}" for name, value in headers], "", ""]
     return "\r\n".join(lines).encode("latin-1", "replace")
 
 
-def reason_of(status):
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return ""
+def framed_head(response, request, alive):
+    """(the head of a Response, True for a chunked body, True if the connection can take another request)."""
+    headers, chunked = [*response.headers, *(request.ratelimit if request else ())], False
+    if response.date:
+        headers += [("Date", http_date()), ("X-Content-Type-Options", "nosniff")]
+        if "Cache-Control" not in dict(headers):
+            headers.append(("Cache-Control", "no-store"))
+    if isinstance(response.body, (bytes, bytearray)):
+        headers.append(("Content-Length", str(len(response.body))))
+    elif response.body is not None and "content-length" not in [name.lower() for name, _ in headers]:
+        chunked = request.version >= (1, 1)
+        alive = alive and chunked
+        headers += [("Transfer-Encoding", "chunked")] if chunked else []
+    if not alive:
+        headers.append(("Connection", "close"))
+    elif request.version < (1, 1):
+        headers.append(("Connection", "keep-alive"))
+    return head_bytes(response.status, headers, response.reason), chunked, alive
+
+
+def http_date():
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
 # --- 7.2 connections, and clients that leave while nobody reads from them ------
@@ -6888,10 +6857,10 @@ class KeyFile:
         return self._load()[1]
 
     def _load(self):
-        """(the file's content, its Keys).  A file of another kind, which could block, is not read."""
+        """(the file's content, its Keys).  Raises OSError, ConfigError."""
         try:
-            with open(self.path, encoding="utf-8", opener=open_without_waiting) as file:
-                content: Any = json.load(file) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+            with open_plain(self.path) as file:
+                content: Any = json.load(file)
             return content, [Key(str(row["name"]), bytes.fromhex(row["sha256"]), frozenset(row["rights"]),
                                  row.get("created", ""), terms_of(row)) for row in content["keys"]]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -6950,11 +6919,6 @@ def last_day(text):
     """A date such as 2026-12-31, None if it is none."""
     with contextlib.suppress(ValueError):
         return datetime.datetime.strptime(text, "%Y-%m-%d").strftime("%Y-%m-%d")
-
-
-def open_without_waiting(path, flags):
-    """An opener that no FIFO can hold up."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextlib.contextmanager
@@ -7539,7 +7503,7 @@ def user_of(request, asked):
 def client_headers(answer, cut):
     """The end-to-end headers of an answer, in order.  CORS is ours to say."""
     dropped = HOP_BY_HOP.union(listing(answer.header("connection")),
-                               ("content-length",) if cut or answer.chunks else ())
+                               ("content-length",) if cut or answer.chunked else ())
     return [(name, value) for name, value in answer.headers
             if (key := name.lower()) not in dropped and not key.startswith("access-control-")]
 
@@ -8884,30 +8848,15 @@ class Handler(socketserver.BaseRequestHandler):
         """Send a response.  True when the connection can take another request."""
         if response.status == 101:
             return self._tunnel(response, request)
-        body, headers = response.body, [*response.headers, *(request.ratelimit if request else ())]
-        alive = bool(request) and keeps_alive(request) and not close and not self.server.gateway.stopping
-        whole, no_body = isinstance(body, (bytes, bytearray)), bool(request) and request.method == "HEAD"
-        chunked = False
-        if response.date:
-            headers += [("Date", http_date()), ("X-Content-Type-Options", "nosniff")]
-            if "Cache-Control" not in dict(headers):
-                headers.append(("Cache-Control", "no-store"))
-        if whole:
-            headers.append(("Content-Length", str(len(body))))
-        elif body is not None and "content-length" not in [name.lower() for name, _ in headers]:
-            chunked = request.version >= (1, 1)
-            alive = alive and chunked
-            headers += [("Transfer-Encoding", "chunked")] if chunked else []
-        if not alive:
-            headers.append(("Connection", "close"))
-        elif request.version < (1, 1):
-            headers.append(("Connection", "keep-alive"))
-        reason = response.reason if response.reason is not None else reason_of(response.status)
-        head = head_bytes(response.status, reason, headers)
+        body, alive = response.body, bool(request) and keeps_alive(request)
+        head, chunked, alive = framed_head(response, request,
+                                           alive and not close and not self.server.gateway.stopping)
         self.begun = True
         try:
-            if whole or body is None or no_body:
-                self.request.sendall(head if no_body else head + (body or b""))
+            if request and request.method == "HEAD":
+                self.request.sendall(head)
+            elif body is None or isinstance(body, (bytes, bytearray)):
+                self.request.sendall(head + (body or b""))
             else:
                 send_pieces(self.request, head, body, chunked)
         finally:
@@ -8919,7 +8868,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _tunnel(self, response, request):
         """HTTP is over: both connections pass on WebSocket frames until one side ends them.  False."""
         self.begun = True
-        head = head_bytes(101, reason_of(101), response.headers)
+        head = head_bytes(101, response.headers)
         fault = response.body.serve(self.server, head, bytes(self.wire.buffer))
         self._note(request, 101)
         if not isinstance(fault, (ClientLeft, OSError)) and not self.server.gateway.stopping:
@@ -8959,10 +8908,6 @@ def send_pieces(sock, head, pieces, chunked):
 def right_missing(identity, right):
     return HttpError(403, "right_missing", f"the key {identity.name} has no right to {right}; mint one with "
                                            f"--new-key NAME --rights {right}")
-
-
-def http_date():
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -11358,8 +11303,8 @@ def build_parser():
 
 
 def add_options(parser):
-    """A flag for each row of OPTIONS that has one, under the heading of its group."""
-    for heading, rows in OPTION_GROUPS.items():
+    """A flag for each row of OPTIONS that has one, under a heading."""
+    for heading, rows in (("Gateway", GATEWAY_OPTIONS), ("Access", ACCESS_OPTIONS), ("Logs", LOG_OPTIONS)):
         group = parser.add_argument_group(heading)
         for row in rows:
             if row.flag:

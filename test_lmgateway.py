@@ -8929,38 +8929,29 @@ def test_watch_says_why_there_is_no_line(error, said):
     assert said in lmgateway.connection_problem(error)
 
 
-@contextlib.contextmanager
-def watching(port, *flags):
-    """A --watch process of a gateway's port that prints JSON lines."""
-    command = [sys.executable, lmgateway.__file__, "--watch", f"127.0.0.1:{port}", "--json", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_watch_prints_the_gateways_ids_and_ends_quietly_on_a_signal(number, status):
+def test_watch_prints_the_gateways_ids_and_ends_quietly_on_a_signal(tmp_path, number, status):
     hub = lmgateway.Hub()
-    with stream_server(hub) as port, watching(port, "--events", "lmstudio_error") as process:
+    with stream_server(hub) as port, started(
+            tmp_path, "--watch", f"127.0.0.1:{port}", "--json", "--events", "lmstudio_error") as process:
         until(lambda: hub.listeners)
         hub.publish([Event("lmstudio_log", {"timestamp": "t"}),
                      Event("lmstudio_error", {"timestamp": "t", "message": "ж"})])
         assert json.loads(process.stdout.readline()) == {
             "id": hub.event_id(2), "event": "lmstudio_error", "data": {"timestamp": "t", "message": "ж"}}
         process.send_signal(number)
-        assert (process.wait(PATIENCE_S), process.stdout.read(), process.stderr.read()) == (status, "", "")
+        assert (process.wait(PATIENCE_S), process.stdout.read(), process.stderr.read()) == (status, b"", b"")
 
 
-def test_watch_ends_quietly_when_nobody_reads_it_any_more():
+def test_watch_ends_quietly_when_nobody_reads_it_any_more(tmp_path):
     hub = lmgateway.Hub()
-    with stream_server(hub) as port, watching(port, "--from-start") as process:
+    with stream_server(hub) as port, started(
+            tmp_path, "--watch", f"127.0.0.1:{port}", "--json", "--from-start") as process:
         assert json.loads(process.stdout.readline())["event"] == "connected"
         process.stdout.close()
         until(lambda: tell(hub, "more", message="x" * 65536) or process.poll() is not None)
-        assert (process.wait(PATIENCE_S), process.stderr.read()) == (0, "")
+        assert (process.wait(PATIENCE_S), process.stderr.read()) == (0, b"")
 
 
 @pytest.mark.parametrize(("text", "url"), [
@@ -9487,7 +9478,7 @@ def test_help_fits_one_screen(capsys):
 # --- 9.x the tail, the demo, and how they end
 
 
-PROGRAM = [sys.executable, str(HERE / "lmgateway.py")]
+PROGRAM = [sys.executable, "-m", "lmgateway"]     # its compiled code is there: a script takes twice as long to start
 PROGRESS_LOG = b"".join(HEADER + line.encode() + b"\n" for line in (
     "[m] Running chat completion on conversation with 1 messages.",
     *(f"[m] Prompt processing progress: {done}.0%" for done in (1, 2, 3))))
@@ -9496,7 +9487,7 @@ PROGRESS_LOG = b"".join(HEADER + line.encode() + b"\n" for line in (
 def alone(home, **more):
     """An environment in which no LM Studio, no `.env` and no option of this machine is found."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(lmgateway.PREFIXES)}
-    return {**kept, "HOME": str(home), "USERPROFILE": str(home), "TZ": "UTC", **more}
+    return {**kept, "HOME": str(home), "USERPROFILE": str(home), "TZ": "UTC", "PYTHONPATH": str(HERE), **more}
 
 
 def command(home, *args, **how):
@@ -9962,13 +9953,12 @@ def test_our_log_file_is_turned_over_takes_any_text_and_is_never_the_end(tmp_pat
 def test_as_a_module_it_keeps_its_compiled_code_and_not_its_syntax_tree(tmp_path):
     """As the unit starts it: 31 MB in place of 57."""
     limit = 35_000 if sys.version_info < (3, 14) else 42_000
-    environ = {**alone(tmp_path), "PYTHONPATH": str(HERE), "PYTHONPYCACHEPREFIX": str(tmp_path / "cache")}
+    environ = alone(tmp_path, PYTHONPYCACHEPREFIX=str(tmp_path / "cache"))
     environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    words = [sys.executable, "-m", "lmgateway"]
-    subprocess.run([*words, "--version"], env=environ, cwd=tmp_path, timeout=PATIENCE_S, check=True,
+    subprocess.run([*PROGRAM, "--version"], env=environ, cwd=tmp_path, timeout=PATIENCE_S, check=True,
                    stdout=subprocess.DEVNULL)
     assert [*(tmp_path / "cache").rglob("lmgateway.*.pyc")]
-    with subprocess.Popen([*words, "--port", "0"], env=environ, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([*PROGRAM, "--port", "0"], env=environ, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         line_with(process.stderr, b"Log directory")
         status = Path(f"/proc/{process.pid}/status").read_text()
         process.terminate()
