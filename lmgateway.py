@@ -95,7 +95,6 @@ import urllib.request
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,17 +148,15 @@ class ClientLeft(GatewayError):
 class Option(NamedTuple):
     """One option.  parse turns text into the value or raises ValueError with the remedy."""
 
-    name: str
     variable: str
     default: Any
     parse: Callable[[str], Any]
     about: str
     value: str | None = None  # its flag's placeholder in --help; None: it has no flag
+    alias: str | None = None  # its name, if that is not the variable's
 
-    @property
-    def flag(self):
-        """Its flag, None without one."""
-        return None if self.value is None else flag_of(self.name)
+    name = property(lambda self: self.alias or self.variable.lower())
+    flag = property(lambda self: None if self.value is None else flag_of(self.name))
 
 
 def flag_of(name):
@@ -196,8 +193,8 @@ def http_parts(text):
     """The parts of an http or https URL with a host (urllib.parse); None for anything else."""
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(text)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", text):
-            return parts
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        return parts if usable and re.fullmatch("[!-~]+", text) else None
     return None
 
 
@@ -276,70 +273,54 @@ def words(text):
 
 
 LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
-BYTES, MILLISECONDS = whole(1, 10**12, "of bytes "), whole(0, 10**9, "of milliseconds ")
-OPTION_GROUPS = {  # heading in --help -> its rows
-    "Gateway": (
-        Option("upstream", "LMSTUDIO_BASE_URL", "http://127.0.0.1:1234", base_url,
-               "LM Studio's server; its port is found in its settings", "URL"),
-        Option("host", "GATEWAY_HOST", "127.0.0.1", str, "address to listen on; 0.0.0.0 for the LAN", "HOST"),
-        Option("port", "GATEWAY_PORT", 8001, whole(0, 65535),
-               "port to listen on; 0 lets the system choose", "PORT"),
-        Option("tls_cert", "TLS_CERT", None, str, "certificate (PEM), to serve HTTPS", "FILE"),
-        Option("tls_key", "TLS_KEY", None, str, "its private key (PEM)", "FILE"),
-        Option("upstream_token", "UPSTREAM_TOKEN", None, header_word,
-               "LM Studio's own API token, if its server asks for one"),
-        Option("max_body", "MAX_BODY_BYTES", 256 * 1024 * 1024, BYTES, "largest request body; 413 beyond it"),
-        Option("max_body_memory", "MAX_BODY_MEMORY", 512 * 1024 * 1024, BYTES,
-               "bytes that the bodies of all running requests may take together; 503 beyond them"),
-        Option("max_running", "MAX_RUNNING", 0, whole(0, 10_000),
-               "inferences at once for each model, others wait here; 0: all", "N"),
-        Option("max_waiting", "MAX_WAITING", 100, whole(0, 10_000),
-               "inferences that may wait for their turn; 429 beyond them"),
-        Option("max_connections", "MAX_CONNECTIONS", 512, whole(8, 100_000),
-               "connections at once; beyond them one that has shown no right key is closed"),
-        Option("prefill_comments", "PREFILL_COMMENTS", False, boolean,
-               "tell a streaming client that waits how far its prompt is, in SSE comments"),
-        Option("proxy_timeout", "PROXY_TIMEOUT", 600_000, MILLISECONDS,
-               "ms without a byte from LM Studio on a plain request; 0 never"),
-        Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", 0, MILLISECONDS,
-               "the same for a streaming request")),
-    "Access": (
-        Option("api_key", "GATEWAY_API_KEY", {}, api_keys,
-               "one key, or several as name=key,name=key; a process list shows it", "KEY"),
-        Option("keys_file", "KEYS_FILE", None, str,
-               "minted keys, hashed; in the user's configuration directory if not given", "FILE"),
-        Option("users_from", "USERS_FROM", (), words,
-               "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
-        Option("no_auth", "NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
-        Option("allow", "IP_ALLOWLIST", None, networks,
-               "addresses and CIDR ranges that may connect, IPv4 and IPv6", "LIST"),
-        Option("cors_origins", "CORS_ORIGINS", (), origins,
-               "origins whose pages may call, such as https://chat.example, or *", "LIST"),
-        Option("trusted_proxies", "TRUSTED_PROXIES", (), networks,
-               "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed"),
-        Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", False, boolean,
-               "ask for a key on /health and /ready, too")),
-    "Logs": (
-        Option("requests_kept", "REQUESTS_KEPT", 100, whole(1, 100_000),
-               "finished requests that /debug/requests keeps"),
-        Option("history", "HISTORY_FILE", None, str,
-               "SQLite file that keeps a row for each request; no prompts, no answers", "FILE"),
-        Option("history_days", "HISTORY_DAYS", 365, whole(0, 36_500, "of days "),
-               "days after which its rows are removed; 0 never"),
-        Option("log_dir", "LMSTUDIO_LOG_DIR", None, folder,
-               "LM Studio's server-logs directory; found under the home if not given", "DIR"),
-        Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", True, boolean, "follow LM Studio's logs"),
-        Option("log_source", "LOG_SOURCE", "files", one_of("files", "stream", "auto"),
-               "source of the log: files, stream (from LM Studio itself; experimental) or auto"),
-        Option("log_dir_warn", "LOG_DIR_WARN_BYTES", 5_000_000_000, whole(0, 10**15, "of bytes "),
-               "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
-               "0 never"),
-        Option("log_level", "LOG_LEVEL", "info", one_of(*LEVELS),
-               "error, warn, info or debug", "LEVEL"),
-        Option("log_file", "LOG_FILE", None, str,
-               "write our own log there; turned over at 5 MB, opened anew on SIGHUP", "FILE")),
-}
-OPTIONS = tuple(itertools.chain.from_iterable(OPTION_GROUPS.values()))
+BYTES, MS = whole(1, 10**12, "of bytes "), whole(0, 10**9, "of milliseconds ")
+GATEWAY_OPTIONS = (
+    Option("LMSTUDIO_BASE_URL", "http://127.0.0.1:1234", base_url,
+           "LM Studio's server; its port is found in its settings", "URL", "upstream"),
+    Option("GATEWAY_HOST", "127.0.0.1", str, "address to listen on; 0.0.0.0 for the LAN", "HOST", "host"),
+    Option("GATEWAY_PORT", 8001, whole(0, 65535), "port to listen on; 0: the system chooses", "PORT", "port"),
+    Option("TLS_CERT", None, str, "certificate (PEM), to serve HTTPS", "FILE"),
+    Option("TLS_KEY", None, str, "its private key (PEM)", "FILE"),
+    Option("UPSTREAM_TOKEN", None, header_word, "LM Studio's own API token, if its server asks for one"),
+    Option("MAX_BODY_BYTES", 256 * 1024**2, BYTES, "largest request body; 413 beyond it", None, "max_body"),
+    Option("MAX_BODY_MEMORY", 512 * 1024**2, BYTES,
+           "bytes that the bodies of all running requests may take together; 503 beyond them"),
+    Option("MAX_RUNNING", 0, whole(0, 10_000), "inferences at once for each model, others wait; 0: all", "N"),
+    Option("MAX_WAITING", 100, whole(0, 10_000), "inferences that may wait for their turn; 429 beyond them"),
+    Option("MAX_CONNECTIONS", 512, whole(8, 100_000),
+           "connections at once; beyond them one that has shown no right key is closed"),
+    Option("PREFILL_COMMENTS", False, boolean, "SSE comments tell waiting clients how far their prompt is"),
+    Option("PROXY_TIMEOUT", 600_000, MS, "ms without a byte from LM Studio on a plain request; 0: never"),
+    Option("PROXY_STREAM_TIMEOUT", 0, MS, "the same for a streaming request"),
+)
+ACCESS_OPTIONS = (
+    Option("GATEWAY_API_KEY", {}, api_keys,
+           "one key, or several as name=key,name=key; a process list shows it", "KEY", "api_key"),
+    Option("KEYS_FILE", None, str, "minted keys, hashed; else in the user's configuration directory", "FILE"),
+    Option("USERS_FROM", (), words, "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
+    Option("NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
+    Option("IP_ALLOWLIST", None, networks, "addresses and CIDR ranges that may connect", "LIST", "allow"),
+    Option("CORS_ORIGINS", (), origins, "origins whose pages may call (https://chat.example), or *", "LIST"),
+    Option("TRUSTED_PROXIES", (), networks,
+           "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed"),
+    Option("REQUIRE_AUTH_FOR_HEALTH", False, boolean, "ask for a key on /health and /ready, too"),
+)
+LOG_OPTIONS = (
+    Option("REQUESTS_KEPT", 100, whole(1, 100_000), "finished requests that /debug/requests keeps"),
+    Option("HISTORY_FILE", None, str,
+           "SQLite file that keeps a row for each request; no prompts, no answers", "FILE", "history"),
+    Option("HISTORY_DAYS", 365, whole(0, 36_500, "of days "), "days after which rows are removed; 0: never"),
+    Option("LMSTUDIO_LOG_DIR", None, folder,
+           "LM Studio's server-logs directory; found under the home if not given", "DIR", "log_dir"),
+    Option("ENABLE_LOG_MONITORING", True, boolean, "follow LM Studio's logs"),
+    Option("LOG_SOURCE", "files", one_of("files", "stream", "auto"),
+           "source of the log: files, stream (from LM Studio itself; experimental) or auto"),
+    Option("LOG_DIR_WARN_BYTES", 5_000_000_000, whole(0, 10**15, "of bytes "),
+           "size of the log directory that brings a warning; 0: never", None, "log_dir_warn"),
+    Option("LOG_LEVEL", "info", one_of(*LEVELS), "error, warn, info or debug", "LEVEL"),
+    Option("LOG_FILE", None, str, "our own log; turned over at 5 MB, begun anew once it was moved", "FILE"),
+)
+OPTIONS = (*GATEWAY_OPTIONS, *ACCESS_OPTIONS, *LOG_OPTIONS)
 
 
 class Config:
@@ -2025,7 +2006,10 @@ def listed(value):
 
 def member(value, *names):
     """The first member of those names that is an object; {} for none."""
-    return next((value[name] for name in names if isinstance(value.get(name), dict)), {})
+    for name in names:
+        if isinstance(value.get(name), dict):
+            return value[name]
+    return {}
 
 
 def count(values, *names, default=None):
@@ -3595,10 +3579,8 @@ METRICS = (
     Metric("lmstudio_log_last_entry_timestamp_seconds", "", "Time of the latest log entry"),
     Metric("lmstudio_log_directory_bytes", "", "Size of the log directory"),
     Metric("lmstudio_log_filesystem_free_bytes", "", "Room left on its file system"),
-    Metric("lmstudio_gateway_requests_total", "key model endpoint code",
-           "Inference requests that are over; code 0 without an answer"),
-    Metric("lmstudio_gateway_tokens_total", "key model type",
-           "Their tokens: input, output, cached_input, reasoning"),
+    Metric("lmstudio_gateway_requests_total", "key model endpoint code", "Inferences that ended; code 0: no answer"),
+    Metric("lmstudio_gateway_tokens_total", "key model type", "Tokens: input, output, cached_input, reasoning"),
     Metric("lmstudio_gateway_request_duration_seconds", "endpoint model stream", "From arrival to end",
            DURATION_S),
     Metric("lmstudio_gateway_time_to_first_token_seconds", "model",
@@ -3615,8 +3597,7 @@ METRICS = (
     Metric("lmstudio_gateway_requests_queued", "model", "Those that wait in LM Studio's queue"),
     Metric("lmstudio_gateway_errors_total", "", "Requests that failed"),
     Metric("lmstudio_gateway_abandoned_total", "", "Clients that left, and requests that were stopped"),
-    Metric("lmstudio_gateway_client_disconnects_total", "phase",
-           "Clients that left: queued, prefill, decode"),
+    Metric("lmstudio_gateway_client_disconnects_total", "phase", "Who left: queued, prefill, decode"),
     Metric("lmstudio_gateway_rejected_total", "reason", "Requests turned away here"),
     Metric("lmstudio_gateway_upstream_errors_total", "kind",
            "refused, timeout, reset, bad_status, error_in_200"),
@@ -4010,7 +3991,8 @@ class Frames:
         self._masked, self.limit = masked, limit
         self.rest = bytearray()  # of a frame that has not ended
         self._need = 2  # bytes that rest must have before another look is worth it
-        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0  # of the message whose pieces are coming
+        # Of the message whose pieces are coming:
+        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
 
     @property
     def between(self):
@@ -4039,8 +4021,8 @@ class Frames:
         return found
 
     def _bounds(self):
-        """Where the payload of the frame that rest begins with starts and ends; the end is 0 while its head is
-        not whole.  Raises FrameError."""
+        """(start, end) of the payload of the frame that rest begins with; the end is 0 while its head is not
+        whole.  Raises FrameError."""
         rest = self.rest
         final, opcode, size = rest[0] >> 7, rest[0] & 15, rest[1] & 127
         if rest[0] & 0x70 or CONTINUATION < opcode > BINARY and opcode not in (CLOSE, PING, PONG):
@@ -4096,8 +4078,8 @@ def unmasked(data, mask):
 
 
 def check_payload(opcode, payload):
-    """Raises FrameError for a close frame that may not be sent (RFC 6455, 5.5.1 and 7.4), and for text that is
-    not UTF-8."""
+    """Raises FrameError for a close frame that may not be sent (RFC 6455, 5.5.1 and 7.4) and for text that
+    is not UTF-8."""
     code = payload[:2] if opcode == CLOSE else b""
     if code and (len(code) == 1 or int.from_bytes(code, "big") not in CLOSE_CODES):
         raise FrameError(1002, "a close code that nobody may send")
@@ -4141,8 +4123,8 @@ FOLLOWERS = {  # what only makes sense after one of these -> its id
 METERED = {("llm", "channelCreate", "predict"): SOCKET, ("llm", "channelCreate", "completeRawText"): SOCKET,
            ("embedding", "rpcCall", "embedString"): EMBEDDINGS}
 # As Node writes most messages of an answer: to find the id and the tokens costs a fifth of reading JSON.
-FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message":\{"type":"fragment","fragment":\{'
-                      rb'"content":"[^"\\]*(?:\\.[^"\\]*)*","tokensCount":(\d{1,9})[,}]')
+FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message":\{"type":"fragment",'
+                      rb'"fragment":\{"content":"[^"\\]*(?:\\.[^"\\]*)*","tokensCount":(\d{1,9})[,}]')
 
 
 def id_of(message, name):
@@ -4185,8 +4167,8 @@ PRIORITIES = ("high", "normal", "low")
 RISE_S = 30.0  # of waiting raise a request by one priority
 MINUTE_S, GRAIN_S = 60.0, 0.1  # what comes within GRAIN_S counts as one
 TIMES_KEPT, TIMES_NEEDED = 50, 3  # of a model's latest requests; before that nothing is foretold
-LIMITS = {"running": "requests at once", "rpm": "requests in the last minute", "tpm": "tokens in the last minute",
-          "tpd": "tokens today"}
+LIMITS = {"running": "requests at once", "rpm": "requests in the last minute",
+          "tpm": "tokens in the last minute", "tpd": "tokens today"}
 
 
 class Terms(NamedTuple):
@@ -4266,8 +4248,8 @@ class Account:
         for kind, name, window in (("requests", "rpm", self.requests), ("tokens", "tpm", self.tokens)):
             if name in limits:
                 left, reset_s = max(0, limits[name] - window.used(clock)), window.free_s(clock, 1)
-                found += [(f"x-ratelimit-limit-{kind}", str(limits[name])),
-                          (f"x-ratelimit-remaining-{kind}", str(left)), (f"x-ratelimit-reset-{kind}", span(reset_s))]
+                found += [(f"x-ratelimit-{what}-{kind}", str(value)) for what, value in (
+                    ("limit", limits[name]), ("remaining", left), ("reset", span(reset_s)))]
         return found
 
 
@@ -4412,7 +4394,8 @@ class Scheduler:
 
     def _rank_of(self, turn, ahead=0):
         """Less is sooner; ahead: how many of the same wait before it."""
-        return (turn.level, self._of_who.get(turn.who, 0) + ahead, self._served.get(turn.who, 0), turn.number, turn)
+        return (turn.level, self._of_who.get(turn.who, 0) + ahead, self._served.get(turn.who, 0),
+                turn.number, turn)
 
     def _enqueue(self, turn):
         self._lines.setdefault(turn.model, Line()).queues.setdefault(turn.who, deque()).append(turn)
@@ -4436,7 +4419,8 @@ class Scheduler:
 
     def rename(self, old, new):
         """Two names are one model's, as an answer has shown."""
-        moved = sorted((turn for turn in self.waiting if turn.model in (old, new)), key=lambda turn: turn.number)
+        moved = [turn for turn in self.waiting if turn.model in (old, new)]
+        moved.sort(key=lambda turn: turn.number)
         for turn in moved:
             self._dequeue(turn)
         running = self._lines.pop(old, Line()).running
@@ -5691,6 +5675,22 @@ class Chunks:
         return True
 
 
+class Sized:
+    """Decodes, with the fields of Chunks, a body of so many bytes; of None: until the connection ends."""
+
+    def __init__(self, left):
+        self.left, self.rest, self.over = left, b"", left == 0
+
+    def feed(self, data):
+        """The part of data that is the body's."""
+        if self.left is None:
+            return data
+        part, self.rest = data[:self.left], data[self.left:]
+        self.left -= len(part)
+        self.over = not self.left
+        return part
+
+
 def parse_headers(lines, lenient=False):
     """[(name, value)] of header lines.  lenient: a value may go on in a line that begins with a blank, and
     blanks may stand before a colon (RFC 9112, 5).  Raises ValueError."""
@@ -5837,16 +5837,14 @@ class Answer:
         length = ",".join({value for name, value in self.headers if name.lower() == "content-length"})
         if coding not in ("", "chunked") or length and not coding and not LENGTH.fullmatch(length):
             raise http.client.HTTPException("the length of its answer is not clear")
-        self.chunks: Any = Chunks() if coding else None
-        options = self.header("connection").lower()
-        self.length = int(length) if length and not coding else None
+        options, self.chunked = self.header("connection").lower(), bool(coding)
+        self._decoder: Any = Chunks() if coding else Sized(int(length) if length else None)
         if self._method == "HEAD" or self.status in (204, 304):
-            self.length, self.chunks = 0, None
-        self._payload = self._unchunked if self.chunks else self._unframed
-        self.over = self.length == 0
-        self.keeps = (self.length is not None or bool(coding)) and (
-            "close" not in options if self._minor
-            else "keep-alive" in options) and not (self.over and self._buffer)
+            self._decoder = Sized(0)
+        self.over = self._decoder.over
+        self.keeps = self._decoder.left is not None and (
+            "close" not in options if self._minor else "keep-alive" in options) and not (
+            self.over and self._buffer)
 
     def header(self, name):
         """The header's values, joined as RFC 9110, 5.3 has it; "" without one."""
@@ -5869,35 +5867,20 @@ class Answer:
 
     def pieces(self):
         """The body as it comes, without its framing.  over is True as soon as its last piece is there."""
-        data, self._buffer, receive = self._buffer, b"", self._receive
+        data, self._buffer, receive, decoder = self._buffer, b"", self._receive, self._decoder
         while not self.over:
             data = data or receive()
-            if not data and (self.chunks or self.length is not None):
-                raise http.client.IncompleteRead(b"", self.length)
-            piece = self._payload(data)
+            if not data and decoder.left is not None:
+                raise http.client.IncompleteRead(b"", decoder.left)
+            try:
+                piece = decoder.feed(data)
+            except ValueError as error:
+                raise http.client.HTTPException(str(error)) from None
+            if decoder.over or not data:
+                self.over, self.keeps = True, self.keeps and not decoder.rest   # which belongs to no request
             if piece:
                 yield piece
             data = b""
-
-    def _unframed(self, data):
-        """A piece that is not chunked."""
-        if self.length is None:
-            self.over = not data
-            return data
-        if len(data) > self.length:     # more than it announced: the rest belongs to no request
-            data, self.keeps = data[:self.length], False
-        self.length -= len(data)
-        self.over = not self.length
-        return data
-
-    def _unchunked(self, data):
-        try:
-            piece = self.chunks.feed(data)
-        except ValueError as error:
-            raise http.client.HTTPException(str(error)) from None
-        if self.chunks.over:
-            self.over, self.keeps = True, self.keeps and not self.chunks.rest
-        return piece
 
     def read(self, limit):
         """The whole body, at most limit bytes of it."""
@@ -6498,44 +6481,38 @@ class Wire:
         return piece
 
     def head(self):
-        """The lines of the next request's head.  A client that says nothing gets ClientLeft."""
-        self._skip_empty_lines()
-        end = self.buffer.find(b"\r\n\r\n")
-        deadline = time.monotonic() + self.HEAD_S if end < 0 else 0.0
-        while end < 0:
-            known = max(0, len(self.buffer) - 3)
-            self._check_size(len(self.buffer))
+        """The lines of the next request's head.  A client that says nothing gets ClientLeft.
+
+        A few empty lines before it are skipped (RFC 9112, 2.2)."""
+        skipped, known, deadline = 0, 0, math.inf
+        while True:
+            while self.buffer[:2] == b"\r\n" and skipped <= self.EMPTY_LINES:
+                del self.buffer[:2]
+                skipped += 1
+            end = self.buffer.find(b"\r\n\r\n", known)
+            self._check_size(len(self.buffer) if end < 0 else end, skipped)
+            if end >= 0:
+                break
+            known, begun = max(0, len(self.buffer) - 3), self.buffer not in (b"", b"\r")
+            if begun:
+                deadline = min(deadline, time.monotonic() + self.HEAD_S)
             try:
-                self._more(deadline - time.monotonic())
+                self._more(deadline - time.monotonic() if begun else self.CLIENT_S)
             except TIMEOUTS:
+                if not begun:
+                    raise ClientLeft from None
                 raise HttpError(408, "head_timeout",
                                 f"the head of the request did not arrive within {self.HEAD_S:.0f} s; "
                                 "send it at once", close=True) from None
             finally:
                 self._set_timeout(self.CLIENT_S)     # for the rest, our answer included
-            end = self.buffer.find(b"\r\n\r\n", known)
-        self._check_size(end)
         head = self.buffer[:end].decode("latin-1")
         del self.buffer[: end + 4]
         return head.split("\r\n")
 
-    def _skip_empty_lines(self):
-        """A few empty lines before a request are skipped (RFC 9112, 2.2)."""
-        skipped = 0
-        try:
-            while True:
-                while self.buffer[:2] == b"\r\n":
-                    del self.buffer[:2]
-                    skipped += 1
-                    if skipped > self.EMPTY_LINES:
-                        raise bad("it begins with empty lines")
-                if self.buffer not in (b"", b"\r"):
-                    return
-                self._more(self.CLIENT_S)
-        except TIMEOUTS:
-            raise ClientLeft from None
-
-    def _check_size(self, size):
+    def _check_size(self, size, skipped):
+        if skipped > self.EMPTY_LINES:
+            raise bad("it begins with empty lines")
         line = self.buffer.find(b"\r\n", 0, self.LINE_LIMIT + 2)
         if line < 0 and len(self.buffer) > self.LINE_LIMIT:
             raise HttpError(414, "target_too_long",
@@ -6557,24 +6534,28 @@ class Wire:
             return b""
         if request.header("expect") and request.version >= (1, 1) and not self.buffer:
             self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        decoder: Any = Chunks() if request.chunked else Sized(request.length)
+        data, piece, began = bytearray(), bytes(self.buffer), time.monotonic()
+        self.buffer.clear()
         try:
-            return self._gather(self._chunks(limit) if request.chunked else self._exactly(request.length),
-                                limit)
+            while not decoder.over:     # it grows as it comes: a length that is announced takes no memory
+                part = decoder.feed(piece)
+                if len(data) + len(part) + decoder.left > limit:
+                    raise too_large(limit)
+                self._memory.take(len(part))
+                self._held += len(part)
+                data += part
+                if time.monotonic() - began > self.BODY_S + len(data) / self.BODY_RATE:
+                    raise TimeoutError
+                if not decoder.over:
+                    self._set_timeout(self.CLIENT_S)
+                    piece = self._receive(PIECE)
+        except ValueError as error:
+            raise bad(error) from None
         except TIMEOUTS:
             raise HttpError(408, "body_timeout", "the body of the request stopped coming, or came too slowly",
                             close=True) from None
-
-    def _gather(self, pieces, limit):
-        """The pieces as one.  It grows as they come: a length that a client announces takes no memory."""
-        data, began = bytearray(), time.monotonic()
-        for piece in pieces:
-            self._memory.take(len(piece))
-            self._held += len(piece)
-            data += piece
-            if len(data) > limit:
-                raise too_large(limit)
-            if time.monotonic() - began > self.BODY_S + len(data) / self.BODY_RATE:
-                raise TimeoutError
+        self.buffer += decoder.rest
         return data
 
     def release(self):
@@ -6582,33 +6563,6 @@ class Wire:
         if self._held:
             self._memory.give_back(self._held)
             self._held = 0
-
-    def _exactly(self, length):
-        """A body of length bytes, in pieces."""
-        piece = bytes(self.buffer[:length])
-        del self.buffer[:length]
-        while length:
-            piece = piece or self._receive(min(length, PIECE))
-            length -= len(piece)
-            yield piece
-            piece = b""
-
-    def _chunks(self, limit):
-        """A chunked body, decoded, in pieces."""
-        chunks = Chunks()
-        while True:
-            piece = bytes(self.buffer)
-            self.buffer.clear()
-            try:
-                yield chunks.feed(piece)
-            except ValueError as error:
-                raise bad(error) from None
-            if chunks.left > limit:
-                raise too_large(limit)
-            if chunks.over:
-                self.buffer += chunks.rest
-                return
-            self._more(self.CLIENT_S)
 
     def linger(self):
         """Read the rest of a refused request, for a moment: closing at once would destroy the answer
@@ -6701,17 +6655,35 @@ def listing(value):
     return [part.strip().lower() for part in value.split(",")] if value else []
 
 
-def head_bytes(status, reason, headers):
+def head_bytes(status, headers, reason=None):
     """A response's head."""
+    reason = http.client.responses.get(status, "") if reason is None else reason
     lines = [f"HTTP/1.1 {status} {reason}", *[f"{name}: {value}" for name, value in headers], "", ""]
     return "\r\n".join(lines).encode("latin-1", "replace")
 
 
-def reason_of(status):
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return ""
+def framed_head(response, request, alive):
+    """(the head of a Response, True for a chunked body, True if the connection can take another request)."""
+    headers, chunked = [*response.headers, *(request.ratelimit if request else ())], False
+    if response.date:
+        headers += [("Date", http_date()), ("X-Content-Type-Options", "nosniff")]
+        if "Cache-Control" not in dict(headers):
+            headers.append(("Cache-Control", "no-store"))
+    if isinstance(response.body, (bytes, bytearray)):
+        headers.append(("Content-Length", str(len(response.body))))
+    elif response.body is not None and "content-length" not in [name.lower() for name, _ in headers]:
+        chunked = request.version >= (1, 1)
+        alive = alive and chunked
+        headers += [("Transfer-Encoding", "chunked")] if chunked else []
+    if not alive:
+        headers.append(("Connection", "close"))
+    elif request.version < (1, 1):
+        headers.append(("Connection", "keep-alive"))
+    return head_bytes(response.status, headers, response.reason), chunked, alive
+
+
+def http_date():
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
 # --- 7.2 connections, and clients that leave while nobody reads from them ------
@@ -6885,10 +6857,10 @@ class KeyFile:
         return self._load()[1]
 
     def _load(self):
-        """(the file's content, its Keys).  A file of another kind, which could block, is not read."""
+        """(the file's content, its Keys).  Raises OSError, ConfigError."""
         try:
-            with open(self.path, encoding="utf-8", opener=open_without_waiting) as file:
-                content: Any = json.load(file) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+            with open_plain(self.path) as file:
+                content: Any = json.load(file)
             return content, [Key(str(row["name"]), bytes.fromhex(row["sha256"]), frozenset(row["rights"]),
                                  row.get("created", ""), terms_of(row)) for row in content["keys"]]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -6947,11 +6919,6 @@ def last_day(text):
     """A date such as 2026-12-31, None if it is none."""
     with contextlib.suppress(ValueError):
         return datetime.datetime.strptime(text, "%Y-%m-%d").strftime("%Y-%m-%d")
-
-
-def open_without_waiting(path, flags):
-    """An opener that no FIFO can hold up."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextlib.contextmanager
@@ -7252,7 +7219,7 @@ def session_of(request):
 
 ALIASES = re.compile(r"/(?:(?:chat/completions|completions|embeddings)/?"
                      r"|(?:models|responses|messages)(?:/.*)?)")
-USER_HEADERS = ("x-openwebui-user-email", "x-openwebui-user-name", "x-openwebui-user-id")    # the first counts
+USER_HEADERS = ("x-openwebui-user-email", "x-openwebui-user-name", "x-openwebui-user-id")  # the first counts
 WITHHELD = HOP_BY_HOP | {"authorization", "x-api-key", "expect"}  # these stop here, credentials included
 QUEUE_RETRY_S = 10  # after which one that found the queue full may try again
 
@@ -7262,12 +7229,12 @@ class Unfinished(GatewayError):
 
 
 class Stopped(HttpError):
-    """Somebody stopped a request.  by: the name of the key.  The header keeps the SDKs of OpenAI and Anthropic
-    from trying again."""
+    """Somebody stopped a request.  by: the name of the key.  The header keeps the SDKs of OpenAI and
+    Anthropic from trying again."""
 
     def __init__(self, by):
-        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was not "
-                                         "you", [("x-should-retry", "false")])
+        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was "
+                                         "not you", [("x-should-retry", "false")])
         self.by = by
 
 
@@ -7305,7 +7272,8 @@ class Turns:
         HttpError."""
         name, clock, (day, left_s) = request.identity.name, time.monotonic(), this_day()
         terms = self._access.terms(name)
-        if terms.models and not (model and any(fnmatch.fnmatchcase(model.lower(), glob) for glob in terms.models)):
+        if terms.models and not (model and any(fnmatch.fnmatchcase(model.lower(), glob)
+                                               for glob in terms.models)):
             raise HttpError(403, "model_not_allowed", f"the key {name} may ask {', '.join(terms.models)}; "
                             f"{model or 'a request that names no model'} is not among them")
         turn = Turn(self._hub.served(model), name, (name, user) if name is not None else request.client,
@@ -7327,8 +7295,9 @@ class Turns:
         if turn.began is None:
             if len(self._scheduler.waiting) > self._config.max_waiting:
                 self._scheduler.leave(turn, turn.since)
-                raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, as many "
-                                "as MAX_WAITING allows; try again later", [("Retry-After", str(QUEUE_RETRY_S))])
+                raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, "
+                                                   "as many as MAX_WAITING allows; try again later",
+                                [("Retry-After", str(QUEUE_RETRY_S))])
             turn.bell = bell()
 
     def leave(self, turn, record=None):
@@ -7382,9 +7351,9 @@ class Turns:
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
             account, (running, waiting) = self._account(name, day), self._scheduler.counts(name)
-            return {"running": running, "waiting": waiting,
-                    "minute": {"requests": account.requests.used(clock), "tokens": account.tokens.used(clock)},
-                    "day": {kind: account.today[kind] for kind in ("requests", "promptTokens", "completionTokens")}}
+            requests, tokens, today = account.requests.used(clock), account.tokens.used(clock), account.today
+        return {"running": running, "waiting": waiting, "minute": {"requests": requests, "tokens": tokens},
+                "day": {kind: today[kind] for kind in ("requests", "promptTokens", "completionTokens")}}
 
 
 def ring(turns):
@@ -7397,8 +7366,8 @@ def ring(turns):
 def limit_reached(limits, name, used, free_s):
     """The HttpError for a request beyond its key's limit."""
     wait_s = max(1, math.ceil(free_s))
-    return HttpError(429, "rate_limit_exceeded", f"{name}: {used:,} of {limits[name]:,} {LIMITS[name]} are used; "
-                     f"try again in {span(wait_s)}", [("Retry-After", str(wait_s))])
+    return HttpError(429, "rate_limit_exceeded", f"{name}: {used:,} of {limits[name]:,} {LIMITS[name]} are "
+                     f"used; try again in {span(wait_s)}", [("Retry-After", str(wait_s))])
 
 
 class Gateway:
@@ -7534,7 +7503,7 @@ def user_of(request, asked):
 def client_headers(answer, cut):
     """The end-to-end headers of an answer, in order.  CORS is ours to say."""
     dropped = HOP_BY_HOP.union(listing(answer.header("connection")),
-                               ("content-length",) if cut or answer.chunks else ())
+                               ("content-length",) if cut or answer.chunked else ())
     return [(name, value) for name, value in answer.headers
             if (key := name.lower()) not in dropped and not key.startswith("access-control-")]
 
@@ -7577,8 +7546,8 @@ class Forward:
         """It is an inference.  Raises HttpError if that is not let in."""
         request, asked, self._dialect = self.request, self._asked, dialect
         self._inference = Inference(
-            self._gateway, self, method=request.method, path=request.path, target=plain_target(self._call.selector),
-            dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
+            self._gateway, self, method=request.method, path=request.path,
+            target=plain_target(self._call.selector), dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
             model_asked=asked.model, messages=asked.messages, fingerprint=asked.fingerprint,
             stream=bool(asked.stream), size=asked.size, tools=asked.tools)
         request.turn = self._inference.turn
@@ -8287,7 +8256,8 @@ class Prediction:
 
     def __init__(self, talk, kind, body, message):
         """Raises HttpError if it is not let in."""
-        self.request, self._hub, self.bell, self.kind = talk.request, talk.gateway.hub, lambda: talk.bell, kind
+        self.request, self._hub, self.kind = talk.request, talk.gateway.hub, kind
+        self.bell = lambda: talk.bell
         self.cause: Any = None  # the HttpError with which it was stopped
         self.cancelled = False  # by the client
         self.usage, self.pieces, self._begun = Usage(), 0, None     # begun: clock of the first token
@@ -8361,8 +8331,8 @@ PACKETS: dict[str, Callable] = {  # of a prediction's channel
     "promptProcessingProgress": Prediction.on_progress, "success": Prediction.on_success,
     "fragment": lambda prediction, content, now: prediction.generated(
         count(member(content, "fragment"), "tokensCount", default=1), now),
-    "toolCallGenerationStart": lambda prediction, content, now: prediction.generated(0, now),
-    "toolCallGenerationArgumentFragmentGenerated": lambda prediction, content, now: prediction.generated(0, now)}
+    **dict.fromkeys(("toolCallGenerationStart", "toolCallGenerationArgumentFragmentGenerated"),
+                    lambda prediction, content, now: prediction.generated(0, now))}
 
 
 class Conversation:
@@ -8504,7 +8474,8 @@ class Bell:
 
 
 class Side:
-    """One of a tunnel's two connections, read and written without waiting.  gone: the error that its end is."""
+    """One of a tunnel's two connections, read and written without waiting.  gone: the error that its end
+    is."""
 
     def __init__(self, sock, frames, gone):
         self.sock, self.frames, self._gone = sock, frames, gone
@@ -8550,7 +8521,8 @@ def ready_sockets(wanted, timeout_s):
         if mask:
             socks[sock.fileno()] = sock
             look.register(sock, mask)
-    return {socks[number] for number, _ in look.poll(None if timeout_s is None else math.ceil(1000 * timeout_s))}
+    timeout_ms = None if timeout_s is None else math.ceil(1000 * timeout_s)
+    return {socks[number] for number, _ in look.poll(timeout_ms)}
 
 
 class Tunnel:
@@ -8569,9 +8541,29 @@ class Tunnel:
         self._said_goodbye = False  # the client is read no more
         self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
 
+    def serve(self, server, head, early):
+        """Answer the upgrade with head, and pass on what is said until one side ends it; early: bytes of the
+        client's that came with its request.  Gives the exception that ended it, if one did."""
+        fault: Any = None
+        try:
+            self.client.sock.sendall(head)
+            self._admit(early)
+            server.prove(self._request.connection)
+            self._request.connection.tunnels(self._request)
+            self._run(self._request.connection, server.memory)
+        except HttpError as error:
+            fault = error
+            self._gateway.hub.reject(error.code)
+            self._refuse(str(error))
+        except (FrameError, ClientLeft, OSError) as error:  # an OSError is the client's
+            fault = error
+        finally:
+            self._part(fault)
+        return fault
+
     # --- who is there
 
-    def admit(self, early):
+    def _admit(self, early):
         """Take the client's first message, early the bytes of it that are there, and give LM Studio one of
         ours, until LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
         request = self._request
@@ -8601,7 +8593,7 @@ class Tunnel:
             side.sock.setblocking(False)
         self._pass_on(calls)
 
-    def refuse(self, text):
+    def _refuse(self, text):
         """Say why nobody is let in, as LM Studio does: in a string, but in an object to its Python SDK."""
         plain = not self._request.header("user-agent").startswith("python-httpx")
         self.client.sock.sendall(packet(success=False, error=text if plain else {"title": text})
@@ -8609,7 +8601,7 @@ class Tunnel:
 
     # --- what passes
 
-    def run(self, connection, memory):
+    def _run(self, connection, memory):
         """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
         self._memory, talk = memory, self.talk
         connection.leave = self.dismiss
@@ -8632,7 +8624,8 @@ class Tunnel:
         if talk.words and studio.frames.between:    # ours stand between two messages of LM Studio's
             client.send(bytes(talk.words))
             talk.words.clear()
-        reads = not (self._said_goodbye or studio.pending or len(client.pending) + len(talk.words) > UNREAD_LIMIT)
+        untaken = len(client.pending) + len(talk.words)
+        reads = not (self._said_goodbye or studio.pending or untaken > UNREAD_LIMIT)
         found = ready_sockets({
             self._bell.sock: READ, client.sock: READ * reads | WRITE * bool(client.pending),
             studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)},
@@ -8685,7 +8678,7 @@ class Tunnel:
 
     # --- the end
 
-    def part(self, fault):
+    def _part(self, fault):
         """It is over, for the exception given, or because a side has closed."""
         self._request.connection.leave = None
         self._memory.give_back(self._held)
@@ -8855,30 +8848,15 @@ class Handler(socketserver.BaseRequestHandler):
         """Send a response.  True when the connection can take another request."""
         if response.status == 101:
             return self._tunnel(response, request)
-        body, headers = response.body, [*response.headers, *(request.ratelimit if request else ())]
-        alive = bool(request) and keeps_alive(request) and not close and not self.server.gateway.stopping
-        whole, no_body = isinstance(body, (bytes, bytearray)), bool(request) and request.method == "HEAD"
-        chunked = False
-        if response.date:
-            headers += [("Date", http_date()), ("X-Content-Type-Options", "nosniff")]
-            if "Cache-Control" not in dict(headers):
-                headers.append(("Cache-Control", "no-store"))
-        if whole:
-            headers.append(("Content-Length", str(len(body))))
-        elif body is not None and "content-length" not in [name.lower() for name, _ in headers]:
-            chunked = request.version >= (1, 1)
-            alive = alive and chunked
-            headers += [("Transfer-Encoding", "chunked")] if chunked else []
-        if not alive:
-            headers.append(("Connection", "close"))
-        elif request.version < (1, 1):
-            headers.append(("Connection", "keep-alive"))
-        reason = response.reason if response.reason is not None else reason_of(response.status)
-        head = head_bytes(response.status, reason, headers)
+        body, alive = response.body, bool(request) and keeps_alive(request)
+        head, chunked, alive = framed_head(response, request,
+                                           alive and not close and not self.server.gateway.stopping)
         self.begun = True
         try:
-            if whole or body is None or no_body:
-                self.request.sendall(head if no_body else head + (body or b""))
+            if request and request.method == "HEAD":
+                self.request.sendall(head)
+            elif body is None or isinstance(body, (bytes, bytearray)):
+                self.request.sendall(head + (body or b""))
             else:
                 send_pieces(self.request, head, body, chunked)
         finally:
@@ -8889,23 +8867,10 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _tunnel(self, response, request):
         """HTTP is over: both connections pass on WebSocket frames until one side ends them.  False."""
-        tunnel, self.begun = response.body, True
-        fault: Any = None
-        try:
-            self.request.sendall(head_bytes(101, reason_of(101), response.headers))
-            tunnel.admit(bytes(self.wire.buffer))
-            self.server.prove(self.connection)
-            self.connection.tunnels(request)
-            tunnel.run(self.connection, self.server.memory)
-        except HttpError as error:
-            fault = error
-            self.server.gateway.hub.reject(error.code)
-            tunnel.refuse(str(error))
-        except (FrameError, ClientLeft, OSError) as error:  # an OSError is the client's
-            fault = error
-        finally:
-            tunnel.part(fault)
-            self._note(request, 101)
+        self.begun = True
+        head = head_bytes(101, response.headers)
+        fault = response.body.serve(self.server, head, bytes(self.wire.buffer))
+        self._note(request, 101)
         if not isinstance(fault, (ClientLeft, OSError)) and not self.server.gateway.stopping:
             self.wire.linger()
         return False
@@ -8943,10 +8908,6 @@ def send_pieces(sock, head, pieces, chunked):
 def right_missing(identity, right):
     return HttpError(403, "right_missing", f"the key {identity.name} has no right to {right}; mint one with "
                                            f"--new-key NAME --rights {right}")
-
-
-def http_date():
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -9815,13 +9776,19 @@ class OneLine(logging.Formatter):
 
 
 class OwnLogFile(logging.handlers.RotatingFileHandler):
-    """LOG_FILE, readable by its owner only.  The first line that cannot be written is said on stderr."""
+    """LOG_FILE, readable by its owner only; made anew after logrotate(8) has moved it.  The first line that
+    cannot be written is said on stderr."""
 
     failed = False
 
     def _open(self):
         return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors,
                     opener=lambda path, flags: os.open(path, flags, 0o600))
+
+    def emit(self, record):
+        if not os.path.exists(self.baseFilename):
+            self.close()    # the next line opens it
+        super().emit(record)
 
     def handleError(self, record):
         if not self.failed:
@@ -9847,28 +9814,23 @@ class LogQueue(logging.handlers.QueueHandler):
 
 
 class LogWriter(logging.handlers.QueueListener):
-    """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for
-    the reader of stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
+    """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for the
+    reader of stderr."""
 
     END_S = 0.5     # to write the rest
 
     def __init__(self, handler):
-        self._lines: Any = queue.SimpleQueue()
-        super().__init__(self._lines, handler)
-        self._entrance = LogQueue(self._lines)
+        self._entrance = LogQueue(queue.SimpleQueue())
+        super().__init__(self._entrance.queue, handler)
 
     def __enter__(self):
         log.handlers = [self._entrance]
-        # A program ends with its terminal; SimpleQueue.put may be called by a signal handler.
         lone = isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)
-        if lone and hasattr(signal, "SIGHUP"):
-            signal.signal(signal.SIGHUP, lambda number, frame: self._lines.put(self.handlers[0].close))
+        if lone and hasattr(signal, "SIGHUP"):  # else it ends with its terminal
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.start()
 
     def handle(self, record):
-        if callable(record):
-            record()    # close: the next line opens it anew
-            return
         super().handle(record)
         if self._entrance.lost:
             with self._entrance.lock:   # type: ignore[union-attr]
@@ -9910,61 +9872,52 @@ def set_up_logging(config):
 
 # --- 9.2 keys ----------------------------------------------------------------
 
+# These read what a flag says of a key, and give None for what is none of the forms in TERMS.
+
+def rights_of(text):
+    rights = set(words(text))
+    return sorted(rights) if rights and rights <= set(RIGHTS) else None
+
 
 def limits_of(text):
-    """{name of a limit: number}; none takes them away."""
     pairs = [part.strip().partition("=") for part in text.split(",")] if text.strip() != "none" else []
-    names = [name for name, _, _ in pairs]
-    if any(name not in LIMITS or not re.fullmatch(r"[1-9]\d{0,11}", number, re.ASCII) for name, _, number in pairs) or (
-            len(names) > len(set(names))):
-        raise ValueError("use running=2,rpm=30,tpm=20000,tpd=500000, or some of them, or none")
-    return {name: int(number) for name, _, number in pairs}
-
-
-def priority_of(text):
-    if text not in PRIORITIES:
-        raise ValueError(f"choose from {', '.join(PRIORITIES)}")
-    return text
+    found = {name: int(number) for name, _, number in pairs
+             if name in LIMITS and re.fullmatch(r"[1-9]\d{0,11}", number, re.ASCII)}
+    return found if len(found) == len(pairs) else None
 
 
 def globs_of(text):
-    """Patterns of models as a list; * takes them away."""
     globs = [part.strip() for part in text.split(",")]
     if any(not re.fullmatch(r"[!-~]+", glob) or glob.count("[") != glob.count("]") for glob in globs):
-        raise ValueError("use names and patterns such as qwen*,openai/gpt-oss-20b, or * for all")
+        return None
     return [] if "*" in globs else globs
 
 
 def expiry_of(text):
-    """The last day, from a date or from a number of days; never takes it away."""
     days = re.fullmatch(r"([1-9]\d{0,4})d", text, re.ASCII)
-    day = last_day(text) if not days else str(datetime.date.today() + datetime.timedelta(int(days[1])))
-    if text != "never" and day is None:
-        raise ValueError("use 30d, a date such as 2026-12-31 for the last day, or never")
-    return day or ""
+    if days:
+        return str(datetime.date.today() + datetime.timedelta(int(days[1])))
+    return "" if text == "never" else last_day(text)
 
 
-def rights_of(text):
-    rights = words(text)
-    if not rights or any(right not in RIGHTS for right in rights):
-        raise ValueError(f"choose from {', '.join(RIGHTS)}")
-    return sorted(set(rights))
-
-
-TERMS = {"rights": rights_of, "limits": limits_of, "priority": priority_of, "models": globs_of, "expires": expiry_of}
+TERMS = {  # what a key's row may have -> the reader of its flag, the forms that it takes
+    "rights": (rights_of, f"choose from {', '.join(RIGHTS)}"),
+    "limits": (limits_of, "use running=2,rpm=30,tpm=20000,tpd=500000, or some of them, or none"),
+    "priority": (lambda text: text if text in PRIORITIES else None, f"choose from {', '.join(PRIORITIES)}"),
+    "models": (globs_of, "use names and patterns such as qwen*,openai/gpt-oss-20b, or * for all"),
+    "expires": (expiry_of, "use 30d, a date such as 2026-12-31 for the last day, or never"),
+}
 MAY = {"infer": "ask models and see its own requests", "view": "see everybody's requests and the log",
        "admin": "do everything"}
 
 
 def chosen_terms(args):
     """What the flags set of a key's row.  Raises ConfigError."""
-    found = {}
-    for name, parse in TERMS.items():
-        text = getattr(args, name)
-        try:
-            found.update({name: parse(text)} if text is not None else {})
-        except ValueError as error:
-            raise ConfigError(f"--{name} {text}: {error}") from None
+    said = {name: getattr(args, name) for name in TERMS if getattr(args, name) is not None}
+    found = {name: TERMS[name][0](text) for name, text in said.items()}
+    for name, value in found.items():
+        if value is None:
+            raise ConfigError(f"--{name} {said[name]}: {TERMS[name][1]}")
     return found
 
 
@@ -9981,14 +9934,15 @@ def terms_text(terms):
     return "  ".join(filter(None, (
         ",".join(f"{name}={number}" for name, number in terms.limits.items()),
         f"priority {terms.priority}" if terms.priority != "normal" else "",
-        f"models {','.join(terms.models)}" if terms.models else "", f"until {terms.expires}" if terms.expires else "")))
+        f"models {','.join(terms.models)}" if terms.models else "",
+        f"until {terms.expires}" if terms.expires else "")))
 
 
 def say_what_it_may(row):
     rights = ["admin"] if "admin" in row["rights"] else row["rights"]
     may = " and ".join(MAY[right] for right in rights if right in MAY)
-    print(printable(f"lmgateway: {row['name']} may {may}; " + (terms_text(terms_of(row)) or "without limits")),
-          file=sys.stderr)
+    terms = terms_text(terms_of(row)) or "without limits"
+    print(printable(f"lmgateway: {row['name']} may {may}; {terms}"), file=sys.stderr)
 
 
 def new_key(args, config):
@@ -10011,17 +9965,24 @@ def new_key(args, config):
     return 0
 
 
+def row_of(file, rows, flag, name):
+    """The row of that name.  Raises ConfigError."""
+    for row in rows:
+        if row["name"] == name:
+            return row
+    raise ConfigError(f"{flag} {name}: no such key in {file.path}; --list-keys shows them")
+
+
 def set_key(args, config):
     """--set-key NAME: change what a key may; a running gateway notices within a second."""
     chosen = chosen_terms(args)
     if not chosen:
-        raise ConfigError(f"--set-key {args.set_key}: say what to change, with {', '.join(map(flag_of, TERMS))}")
+        raise ConfigError(f"--set-key {args.set_key}: say what to change, with "
+                          + ", ".join(map(flag_of, TERMS)))
     with changing_keys(config) as (file, rows):
-        found = [row for row in rows if row["name"] == args.set_key]
-        if not found:
-            raise ConfigError(f"--set-key {args.set_key}: no such key in {file.path}; --list-keys shows them")
-        change_row(found[0], chosen)
-    say_what_it_may(found[0])
+        row = row_of(file, rows, "--set-key", args.set_key)
+        change_row(row, chosen)
+    say_what_it_may(row)
     return 0
 
 
@@ -10043,11 +10004,7 @@ def list_keys(args, config):
 def revoke_key(args, config):
     """--revoke-key NAME: a running gateway notices within a second."""
     with changing_keys(config) as (file, rows):
-        left = [row for row in rows if row["name"] != args.revoke_key]
-        if len(left) == len(rows):
-            raise ConfigError(f"--revoke-key {args.revoke_key}: no such key in {file.path}; --list-keys "
-                              "shows them")
-        rows[:] = left
+        rows.remove(row_of(file, rows, "--revoke-key", args.revoke_key))
     print(f"lmgateway: {args.revoke_key} is revoked", file=sys.stderr)
     return 0
 
@@ -11347,8 +11304,8 @@ def build_parser():
 
 
 def add_options(parser):
-    """A flag for each row of OPTIONS that has one, under the heading of its group."""
-    for heading, rows in OPTION_GROUPS.items():
+    """A flag for each row of OPTIONS that has one, under a heading."""
+    for heading, rows in (("Gateway", GATEWAY_OPTIONS), ("Access", ACCESS_OPTIONS), ("Logs", LOG_OPTIONS)):
         group = parser.add_argument_group(heading)
         for row in rows:
             if row.flag:
