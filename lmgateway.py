@@ -8541,9 +8541,29 @@ class Tunnel:
         self._said_goodbye = False  # the client is read no more
         self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
 
+    def serve(self, server, head, early):
+        """Answer the upgrade with head, and pass on what is said until one side ends it; early: bytes of the
+        client's that came with its request.  Gives the exception that ended it, if one did."""
+        fault: Any = None
+        try:
+            self.client.sock.sendall(head)
+            self._admit(early)
+            server.prove(self._request.connection)
+            self._request.connection.tunnels(self._request)
+            self._run(self._request.connection, server.memory)
+        except HttpError as error:
+            fault = error
+            self._gateway.hub.reject(error.code)
+            self._refuse(str(error))
+        except (FrameError, ClientLeft, OSError) as error:  # an OSError is the client's
+            fault = error
+        finally:
+            self._part(fault)
+        return fault
+
     # --- who is there
 
-    def admit(self, early):
+    def _admit(self, early):
         """Take the client's first message, early the bytes of it that are there, and give LM Studio one of
         ours, until LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
         request = self._request
@@ -8573,7 +8593,7 @@ class Tunnel:
             side.sock.setblocking(False)
         self._pass_on(calls)
 
-    def refuse(self, text):
+    def _refuse(self, text):
         """Say why nobody is let in, as LM Studio does: in a string, but in an object to its Python SDK."""
         plain = not self._request.header("user-agent").startswith("python-httpx")
         self.client.sock.sendall(packet(success=False, error=text if plain else {"title": text})
@@ -8581,7 +8601,7 @@ class Tunnel:
 
     # --- what passes
 
-    def run(self, connection, memory):
+    def _run(self, connection, memory):
         """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
         self._memory, talk = memory, self.talk
         connection.leave = self.dismiss
@@ -8658,7 +8678,7 @@ class Tunnel:
 
     # --- the end
 
-    def part(self, fault):
+    def _part(self, fault):
         """It is over, for the exception given, or because a side has closed."""
         self._request.connection.leave = None
         self._memory.give_back(self._held)
@@ -8847,23 +8867,10 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _tunnel(self, response, request):
         """HTTP is over: both connections pass on WebSocket frames until one side ends them.  False."""
-        tunnel, self.begun = response.body, True
-        fault: Any = None
-        try:
-            self.request.sendall(head_bytes(101, response.headers))
-            tunnel.admit(bytes(self.wire.buffer))
-            self.server.prove(self.connection)
-            self.connection.tunnels(request)
-            tunnel.run(self.connection, self.server.memory)
-        except HttpError as error:
-            fault = error
-            self.server.gateway.hub.reject(error.code)
-            tunnel.refuse(str(error))
-        except (FrameError, ClientLeft, OSError) as error:  # an OSError is the client's
-            fault = error
-        finally:
-            tunnel.part(fault)
-            self._note(request, 101)
+        self.begun = True
+        head = head_bytes(101, response.headers)
+        fault = response.body.serve(self.server, head, bytes(self.wire.buffer))
+        self._note(request, 101)
         if not isinstance(fault, (ClientLeft, OSError)) and not self.server.gateway.stopping:
             self.wire.linger()
         return False
@@ -10690,9 +10697,10 @@ def serve(args, config):
         notify("READY=1")
         keep_watchdog(stop, server)
         notify("STOPPING=1")
-        log.info("Stopping: %d requests are running, they have %.0f s", server.working, GRACE_S)
+        grace_s = 0.5 if demo else GRACE_S      # the demo's own are never done
+        log.info("Stopping: %d requests are running, they have %.1f s", server.working, grace_s)
         server.shutdown()
-        server.finish_requests(GRACE_S)
+        server.finish_requests(grace_s)
     return 0
 
 
@@ -11793,7 +11801,6 @@ const NONE = "\u2014";
 const known = value => typeof value === "number" && Number.isFinite(value);
 const words = value => value === null || value === undefined || value === "" ? NONE : String(value);
 const whole = n => String(Math.round(n)).replace(/\B(?=(\d{3})+$)/g, "\u202f");
-const tenth = (n, digits) => n.toFixed(digits).replace(/\.0$/, "");
 const two = n => String(n).padStart(2, "0");
 const plural = (n, word) => whole(n) + " " + word + (n === 1 ? "" : "s");
 const tokens = n => known(n) ? whole(n) : NONE;
@@ -11829,21 +11836,16 @@ function about(ms) {
     : s < 5400 ? Math.round(s / 60) + " min" : Math.round(s / 3600) + " h";
 }
 
-/* A count in few letters: 6 144, 14.9 k, 2.1 M. */
-function short(n) {
-  if (!known(n)) return NONE;
-  if (n < 10000) return n === Math.round(n) ? whole(n) : tenth(n, n < 10 ? 2 : 1);
-  return n < 999500 ? tenth(n / 1000, n < 99950 ? 1 : 0) + "\u202fk" : tenth(n / 1e6, 1) + "\u202fM";
-}
+/* A count in few letters: 6 144, 14.9K, 2.1M. */
+const COMPACT = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 3});
+const short = n => !known(n) ? NONE : n < 10000 && n === Math.round(n) ? whole(n) : COMPACT.format(n);
 function bytes(n) {
   if (!known(n)) return NONE;
   const at = n < 1024 ? 0 : Math.min(4, Math.floor(Math.log2(n) / 10)), size = n / 1024 ** at;
   return (at && size < 100 ? size.toFixed(1) : whole(size)) + " " + ["B", "KiB", "MiB", "GiB", "TiB"][at];
 }
-function clockTime(ms, seconds = true) {
-  const t = new Date(ms);
-  return two(t.getHours()) + ":" + two(t.getMinutes()) + (seconds ? ":" + two(t.getSeconds()) : "");
-}
+const CLOCKS = ["short", "medium"].map(timeStyle => new Intl.DateTimeFormat("en-GB", {timeStyle}));
+const clockTime = (ms, seconds = true) => CLOCKS[Number(seconds)].format(ms);
 
 /* The moment of an ISO text in this place's own words. */
 function dateTime(iso) {
@@ -12270,24 +12272,16 @@ async function logIn(event) {
   event.preventDefault();
   const key = $("key").value.trim(), error = $("login-error");
   $("key").value = "";
-  let answer = null;
-  try {
-    answer = await fetch("/login", {method: "POST", headers: {"Content-Type": "application/json"},
-      body: JSON.stringify({key})});
-  } catch { /* said below */ }
-  error.hidden = Boolean(answer?.ok);
-  if (!answer?.ok) {
-    put(error, !answer ? "The gateway does not answer." : refused(answer) ? "Wrong key." : await reasonOf(answer));
-    $("key").focus();
-    return;
-  }
+  const why = await act("POST", "/login", {key});
+  error.hidden = !why;
+  put(error, why);
+  if (why) return $("key").focus();
   page.signedOut = false;
   lock(false);
-  begin();
+  return begin();
 }
 async function logOut() {
-  try { await fetch("/logout", {method: "POST"}); } catch { return; }
-  location.reload();
+  if (!await act("POST", "/logout")) location.reload();
 }
 
 /* Who we are decides what is asked; the status says from where to listen. */
@@ -12307,7 +12301,7 @@ async function act(method, address, body) {
   try {
     const answer = await fetch(address, {method, headers: {"Content-Type": "application/json"},
       body: body && JSON.stringify(body)});
-    return answer.ok ? "" : await reasonOf(answer);
+    return answer.ok ? "" : refused(answer) && body?.key ? "Wrong key." : await reasonOf(answer);
   } catch { return "The gateway does not answer."; }
 }
 async function stop(r, from) {
@@ -12478,7 +12472,7 @@ const placeOf = r => known(r.position) ? ordinal(r.position) + " in line"
   : r.state === "waiting" ? "not answered yet" : "in LM Studio's line";
 PANELS.now = () => {
   const moment = Date.now(), all = runningOnes(), active = all.filter(r => !inLine(r));
-  const over = [...page.requests.values()].filter(r => ended(r) && moment - (r.seenEnd ?? 0) < ENDED_MS && !inQueueAtEnd(r))
+  const over = [...page.requests.values()].filter(r => ended(r) && moment - (r.seenEnd ?? 0) < ENDED_MS && r.state !== "lost")
     .sort((a, b) => b.seenEnd - a.seenEnd);
   const fresh = over.filter(r => moment - r.seenEnd < LINGER_MS && cards.has(r.requestId));
   const seats = [...active, ...fresh].sort((a, b) => a.began - b.began).slice(0, CARDS);
@@ -12497,7 +12491,6 @@ PANELS.now = () => {
   $("notify").hidden = !globalThis.Notification || !isSecureContext;
   paintFirstRun();
 };
-const inQueueAtEnd = r => r.state === "lost";
 const etaOf = r => r.progress?.etaMs ?? r.etaMs;
 
 /* One line for each request; what stands in it is written only where it has changed. */
@@ -12825,7 +12818,7 @@ function firstChart(width) {
   return {
     legend: modelLegend("ttftMs"), head: ["Model", "From", "Median", "p95"],
     rows: modelRows("ttftMs").map(([model, row]) => [model, timeOf(row), span(row.ttftMs.p50), span(row.ttftMs.p95)]),
-    plots: () => [lineChart("Time to first token", "ttftMs", width, 236, ms => ms ? ms < 1000 ? whole(ms) + " ms" : tenth(ms / 1000, 1) + " s" : "0")],
+    plots: () => [lineChart("Time to first token", "ttftMs", width, 236, ms => ms < 1000 ? whole(ms) + " ms" : short(ms / 1000) + " s")],
   };
 }
 
@@ -13102,7 +13095,7 @@ function summaryOf(r) {
 }
 function samplingOf(r) {
   const rows = Object.entries(r.sampling ?? {}).filter(([, value]) => known(value));
-  return rows.length ? section("Sampling", el("dl.facts", ...rows.map(([name, value]) => fact(name, words(value))))) : null;
+  return rows.length && section("Sampling", el("dl.facts", ...rows.map(([name, value]) => fact(name, words(value)))));
 }
 function timelineOf(r) {
   const rows = Array.isArray(drawer.detail?.timeline) ? drawer.detail.timeline.slice(-ROWS) : [];
