@@ -11002,7 +11002,10 @@ def check_options(found):
 def check_port(found):
     host, port = found.config.host, found.config.port
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+            if os.name != "nt":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
         yield "ok", f"port {port} of {host} is free" if port else "the system will choose one"
     except OSError as error:
         problem, url = listen_problem(found.config, error), page_url(found.config, port)
