@@ -7432,12 +7432,23 @@ def test_the_queue_has_an_end_and_a_client_that_leaves_it_never_reached_lm_studi
     assert not home.front.gateway.turns._scheduler._lines
 
 
+def dies(home, row):
+    """Its thread has a fault, with the answer in hand."""
+    def fault(*args):
+        lmgateway.framed_head = before
+        raise ZeroDivisionError("planted")
+
+    before, lmgateway.framed_head = lmgateway.framed_head, fault
+    home.studio.peers[0].send(plain(b"{}"))
+
+
 ENDINGS = {     # how a request that runs ends -> what does it
     "answered": lambda home, row: home.go.release(),
     "stopped": lambda home, row: home.ask(f"DELETE /debug/requests/{row['requestId']}", "anna"),
     "reset": lambda home, row: home.studio.peers[0].reset(),
     "fault": lambda home, row: (setattr(home.front.gateway.hub, "end", lambda *args: 1 / 0),
                                 home.studio.peers[0].send(plain(b"{}"))),
+    "dies": dies,
 }
 
 
