@@ -7207,19 +7207,20 @@ def test_the_figures_of_an_answer_fill_what_its_lines_leave_out(diagnostics, utc
     lines = [f"[2026-05-01 10:00:0{second}][INFO][m/one] {text}" for second, text in enumerate((
         "Running chat completion on conversation with 1 messages.", "Streaming response...", "Finished streaming response"))]
     output = {"output": "secret", "modelIdentifier": "m/one", "stats": {**SOCKET_STATS, "totalDraftTokensCount": 4}}
-    for packet in (*(logged_line("server.log", content=line) for line in lines), logged_line("llm.prediction.output", **output),
-                   logged_line("llm.prediction.output", **output),      # of no request
+    chat = [*(logged_line("server.log", content=line) for line in lines), logged_line("llm.prediction.output", **output)]
+    for packet in (*chat, *chat, logged_line("llm.prediction.output", **output),      # of no request
                    logged_line("llm.prediction.output", **{**output, "modelIdentifier": "a\n[2026-05-01 10:00:00][ERROR] b"})):
         side.say(packet)
     side.say(logged_line("server.log", content="[2026-05-01 10:00:09][INFO] last"))
     while not events or events[-1].data["message"] != "last":
         events += parser.feed(until_news(stream)) + parser.quiet()
-    (stats,) = [event.data for event in events if event.name == "lmstudio_prediction_stats"]
+    stats, again = [event.data for event in events if event.name == "lmstudio_prediction_stats"]
+    assert stats == again
     assert {name: stats[name] for name in ("promptTokens", "completionTokens", "tokensPerSecond", "timeToFirstTokenMs",
                                            "draftTokens", "model")} == {
         "promptTokens": 30, "completionTokens": 5, "tokensPerSecond": 12.345, "timeToFirstTokenMs": 250.0,
         "draftTokens": 4, "model": "m/one"}
-    assert [event.name for event in events].count("lmstudio_chat_end") == 1 and not parser.faults
+    assert [event.name for event in events].count("lmstudio_chat_end") == 2 and not parser.faults
     assert "secret" not in str(events) and not [event for event in events if event.name == "lmstudio_error"]
 
 
