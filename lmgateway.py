@@ -10700,9 +10700,10 @@ def serve(args, config):
         notify("READY=1")
         keep_watchdog(stop, server)
         notify("STOPPING=1")
-        log.info("Stopping: %d requests are running, they have %.0f s", server.working, GRACE_S)
+        grace_s = 0.5 if demo else GRACE_S      # the demo's own are never done
+        log.info("Stopping: %d requests are running, they have %.1f s", server.working, grace_s)
         server.shutdown()
-        server.finish_requests(GRACE_S)
+        server.finish_requests(grace_s)
     return 0
 
 
@@ -11803,7 +11804,6 @@ const NONE = "\u2014";
 const known = value => typeof value === "number" && Number.isFinite(value);
 const words = value => value === null || value === undefined || value === "" ? NONE : String(value);
 const whole = n => String(Math.round(n)).replace(/\B(?=(\d{3})+$)/g, "\u202f");
-const tenth = (n, digits) => n.toFixed(digits).replace(/\.0$/, "");
 const two = n => String(n).padStart(2, "0");
 const plural = (n, word) => whole(n) + " " + word + (n === 1 ? "" : "s");
 const tokens = n => known(n) ? whole(n) : NONE;
@@ -11839,21 +11839,16 @@ function about(ms) {
     : s < 5400 ? Math.round(s / 60) + " min" : Math.round(s / 3600) + " h";
 }
 
-/* A count in few letters: 6 144, 14.9 k, 2.1 M. */
-function short(n) {
-  if (!known(n)) return NONE;
-  if (n < 10000) return n === Math.round(n) ? whole(n) : tenth(n, n < 10 ? 2 : 1);
-  return n < 999500 ? tenth(n / 1000, n < 99950 ? 1 : 0) + "\u202fk" : tenth(n / 1e6, 1) + "\u202fM";
-}
+/* A count in few letters: 6 144, 14.9K, 2.1M. */
+const COMPACT = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 3});
+const short = n => !known(n) ? NONE : n < 10000 && n === Math.round(n) ? whole(n) : COMPACT.format(n);
 function bytes(n) {
   if (!known(n)) return NONE;
   const at = n < 1024 ? 0 : Math.min(4, Math.floor(Math.log2(n) / 10)), size = n / 1024 ** at;
   return (at && size < 100 ? size.toFixed(1) : whole(size)) + " " + ["B", "KiB", "MiB", "GiB", "TiB"][at];
 }
-function clockTime(ms, seconds = true) {
-  const t = new Date(ms);
-  return two(t.getHours()) + ":" + two(t.getMinutes()) + (seconds ? ":" + two(t.getSeconds()) : "");
-}
+const CLOCKS = ["short", "medium"].map(timeStyle => new Intl.DateTimeFormat("en-GB", {timeStyle}));
+const clockTime = (ms, seconds = true) => CLOCKS[Number(seconds)].format(ms);
 
 /* The moment of an ISO text in this place's own words. */
 function dateTime(iso) {
@@ -12280,24 +12275,16 @@ async function logIn(event) {
   event.preventDefault();
   const key = $("key").value.trim(), error = $("login-error");
   $("key").value = "";
-  let answer = null;
-  try {
-    answer = await fetch("/login", {method: "POST", headers: {"Content-Type": "application/json"},
-      body: JSON.stringify({key})});
-  } catch { /* said below */ }
-  error.hidden = Boolean(answer?.ok);
-  if (!answer?.ok) {
-    put(error, !answer ? "The gateway does not answer." : refused(answer) ? "Wrong key." : await reasonOf(answer));
-    $("key").focus();
-    return;
-  }
+  const why = await act("POST", "/login", {key});
+  error.hidden = !why;
+  put(error, why);
+  if (why) return $("key").focus();
   page.signedOut = false;
   lock(false);
-  begin();
+  return begin();
 }
 async function logOut() {
-  try { await fetch("/logout", {method: "POST"}); } catch { return; }
-  location.reload();
+  if (!await act("POST", "/logout")) location.reload();
 }
 
 /* Who we are decides what is asked; the status says from where to listen. */
@@ -12317,7 +12304,7 @@ async function act(method, address, body) {
   try {
     const answer = await fetch(address, {method, headers: {"Content-Type": "application/json"},
       body: body && JSON.stringify(body)});
-    return answer.ok ? "" : await reasonOf(answer);
+    return answer.ok ? "" : refused(answer) && body?.key ? "Wrong key." : await reasonOf(answer);
   } catch { return "The gateway does not answer."; }
 }
 async function stop(r, from) {
@@ -12488,7 +12475,7 @@ const placeOf = r => known(r.position) ? ordinal(r.position) + " in line"
   : r.state === "waiting" ? "not answered yet" : "in LM Studio's line";
 PANELS.now = () => {
   const moment = Date.now(), all = runningOnes(), active = all.filter(r => !inLine(r));
-  const over = [...page.requests.values()].filter(r => ended(r) && moment - (r.seenEnd ?? 0) < ENDED_MS && !inQueueAtEnd(r))
+  const over = [...page.requests.values()].filter(r => ended(r) && moment - (r.seenEnd ?? 0) < ENDED_MS && r.state !== "lost")
     .sort((a, b) => b.seenEnd - a.seenEnd);
   const fresh = over.filter(r => moment - r.seenEnd < LINGER_MS && cards.has(r.requestId));
   const seats = [...active, ...fresh].sort((a, b) => a.began - b.began).slice(0, CARDS);
@@ -12507,7 +12494,6 @@ PANELS.now = () => {
   $("notify").hidden = !globalThis.Notification || !isSecureContext;
   paintFirstRun();
 };
-const inQueueAtEnd = r => r.state === "lost";
 const etaOf = r => r.progress?.etaMs ?? r.etaMs;
 
 /* One line for each request; what stands in it is written only where it has changed. */
@@ -12835,7 +12821,7 @@ function firstChart(width) {
   return {
     legend: modelLegend("ttftMs"), head: ["Model", "From", "Median", "p95"],
     rows: modelRows("ttftMs").map(([model, row]) => [model, timeOf(row), span(row.ttftMs.p50), span(row.ttftMs.p95)]),
-    plots: () => [lineChart("Time to first token", "ttftMs", width, 236, ms => ms ? ms < 1000 ? whole(ms) + " ms" : tenth(ms / 1000, 1) + " s" : "0")],
+    plots: () => [lineChart("Time to first token", "ttftMs", width, 236, ms => ms < 1000 ? whole(ms) + " ms" : short(ms / 1000) + " s")],
   };
 }
 
@@ -13112,7 +13098,7 @@ function summaryOf(r) {
 }
 function samplingOf(r) {
   const rows = Object.entries(r.sampling ?? {}).filter(([, value]) => known(value));
-  return rows.length ? section("Sampling", el("dl.facts", ...rows.map(([name, value]) => fact(name, words(value))))) : null;
+  return rows.length && section("Sampling", el("dl.facts", ...rows.map(([name, value]) => fact(name, words(value)))));
 }
 function timelineOf(r) {
   const rows = Array.isArray(drawer.detail?.timeline) ? drawer.detail.timeline.slice(-ROWS) : [];

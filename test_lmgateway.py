@@ -5057,10 +5057,6 @@ def test_listeners_and_what_they_lost_are_in_metrics_and_status(logged):
     assert 'lmstudio_cache_resets_total{model="desk"} 5' in text
 
 
-def test_metrics_say_that_lm_studio_is_away(fronts):
-    assert "lmstudio_up 0" in fetched(fronts("http://127.0.0.1:9"), "/metrics")[2].decode().splitlines()
-
-
 def test_the_status_says_which_engine_wrote_and_what_is_not_understood(logged):
     log = json.loads(fetched(logged, "/debug/status")[2])["log"]
     assert (log["position"], log["size"], log["problem"]) == (len(HEADER) + 16, len(HEADER) + 19, None)
@@ -5429,6 +5425,7 @@ def test_status_without_lm_studio_says_why(fronts):
     assert f"not reachable at http://127.0.0.1:{port}" in data["lmstudio"]["reason"]
     status, _, body = fetched(front, "/ready")
     assert status == 503 and json.loads(body)["error"]["message"] == data["lmstudio"]["reason"]
+    assert "lmstudio_up 0" in fetched(front, "/metrics")[2].decode().splitlines()
 
 
 def test_requests_are_shown_newest_first_and_one_with_its_timeline(fronts, studio):
@@ -5577,20 +5574,14 @@ def test_names_are_kept_short_whatever_a_request_brings(front, studio):
     assert front.events(mark, "inference_start", count=2)[1]["model"] == "a?"
 
 
-def test_errors_have_the_shape_of_the_api_that_was_called(front):
-    openai = json_of(talk(front.port, request("POST /v1/chat/completions", b"{}", "Upgrade: WebSocket")))
-    anthropic = json_of(talk(front.port, request("POST /v1/messages?beta=true", b"{}", "Upgrade: websocket")))
-    assert openai == {"error": {"message": openai["error"]["message"], "type": "not_found_error",
-                                "code": "namespace_unknown"}}
-    assert anthropic == {"type": "error", "error": openai["error"]}
-
-
-@pytest.mark.parametrize("header",
-                         ["Host: other", "Content-Length: x", "Expect: a-miracle", "bare\rreturn: x"])
-def test_heads_that_are_refused_are_told_in_the_shape_of_the_api_too(front, header):
-    wrong = {path: json_of(talk(front.port, request(f"POST {path}", b"", header)))
-             for path in ("/v1/messages?beta=true", "/messages", "/v1/chat/completions")}
-    assert [list(answer) for answer in wrong.values()] == [["type", "error"]] * 2 + [["error"]]
+@pytest.mark.parametrize("header", ["Upgrade: WebSocket", "Host: other", "Content-Length: x", "Expect: a-miracle",
+                                    "bare\rreturn: x"])
+def test_errors_have_the_shape_of_the_api_that_was_called(front, header):
+    """Also those of heads that are refused."""
+    *anthropic, openai = (json_of(talk(front.port, request(f"POST {path}", b"", header)))
+                          for path in ("/v1/messages?beta=true", "/messages", "/v1/chat/completions"))
+    assert openai == {"error": {name: openai["error"][name] for name in ("message", "type", "code")}}
+    assert anthropic == 2 * [{"type": "error", "error": openai["error"]}]
 
 
 def test_other_upgrades_are_ignored(front, studio):
@@ -5661,39 +5652,33 @@ def test_the_stream_begins_with_connected_and_goes_on_with_events(front):
 
 
 def test_a_listener_that_comes_back_gets_each_event_that_it_missed_once(front):
-    mark = front.hub.last
+    """By its Last-Event-ID, which counts before the since of an EventSource's address."""
+    mark, event_id = front.hub.last, front.hub.event_id
     for number in range(5):
         tell(front.hub, "even" if number % 2 == 0 else "odd", number=number)
-    missed = [mark + 3, mark + 4, mark + 5]
-    for query, header in (("", [f"Last-Event-ID: {front.hub.event_id(mark + 2)}"]),
-                          (f"?since={front.hub.event_id(mark + 2)}", [])):
+    known, missed = event_id(mark + 2), [event_id(mark + seq) for seq in (3, 4, 5)]
+    for query, header in (("", [f"Last-Event-ID: {known}"]), (f"?since={known}", []),
+                          (f"?since={event_id(mark)}", [f"Last-Event-ID: {known}"])):
         with listening(front, query, *header) as (_, _, frames):
-            assert next(frames)[:2] == (front.hub.event_id(mark + 2), "connected")
-            assert [next(frames)[0] for _ in missed] == [front.hub.event_id(seq) for seq in missed]
-    with listening(front, f"?events=%20odd,gap&since={front.hub.event_id(mark)}") as (_, _, frames):
+            assert next(frames)[:2] == (known, "connected")
+            assert [next(frames)[0] for _ in missed] == missed
+    with listening(front, f"?events=%20odd&events=gap,none&since={event_id(mark)}") as (_, _, frames):
         assert [next(frames)[1:3:2] for _ in range(3)] == [("connected",), ("odd",), ("odd",)]
 
 
-def test_a_listener_of_another_start_is_told_that_nobody_knows_what_it_missed(fronts):
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_listener_of_another_start_is_told_at_once_that_nobody_knows_what_it_missed(fronts, before):
     front = fronts()
-    tell(front.hub, "one")
-    with listening(front, "", "Last-Event-ID: 0ther-41") as (_, _, frames):
+    for _ in range(before):
+        tell(front.hub, "one")
+    with listening(front, "?events=one,two", "Last-Event-ID: 0ther-41") as (_, _, frames):
         assert next(frames)[1] == "connected"
         _, name, data, _ = next(frames)
-        assert (name, data["from"], data["to"], data["count"]) == ("gap", "0ther-42", front.hub.event_id(0),
-                                                                   None)
+        assert (name, data["from"], data["to"], data["count"]) == ("gap", "0ther-42", front.hub.event_id(0), None)
         assert re.fullmatch(UTC_TIME, data["timestamp"])
-        assert next(frames)[:2] == (front.hub.event_id(1), "one")
+        assert [next(frames)[:2] for _ in range(before)] == [(front.hub.event_id(1), "one")] * before
         tell(front.hub, "two")
         assert next(frames)[1] == "two"     # and no second gap
-
-
-def test_a_gateway_that_has_just_started_tells_a_listener_of_before_at_once_that_it_missed_something(fronts):
-    front = fronts()
-    with listening(front, "?events=one", "Last-Event-ID: 0ther-41") as (_, _, frames):
-        assert [next(frames)[1] for _ in range(2)] == ["connected", "gap"]
-        tell(front.hub, "one")
-        assert next(frames)[1] == "one"
 
 
 def test_what_the_ring_no_longer_holds_is_told_as_a_gap(fronts):
@@ -5708,17 +5693,6 @@ def test_what_the_ring_no_longer_holds_is_told_as_a_gap(fronts):
                 front.hub.event_id(10), "gap", front.hub.event_id(11), front.hub.event_id(first - 1),
                 first - 11)
             assert next(frames)[0] == front.hub.event_id(first)
-
-
-def test_the_id_of_an_event_source_that_reconnects_counts_before_the_since_of_its_address(front):
-    mark = front.hub.last
-    for _ in range(3):
-        tell(front.hub, "one")
-    with listening(front, f"?since={front.hub.event_id(mark)}",
-                   f"Last-Event-ID: {front.hub.event_id(mark + 2)}") as (
-            _, _, frames):
-        assert [next(frames)[0] for _ in range(2)] == [front.hub.event_id(mark + 2),
-                                                       front.hub.event_id(mark + 3)]
 
 
 def frames_for(hub, *names):
@@ -5780,50 +5754,31 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_is_told_what_it_lost(fr
         assert seqs == sorted(seqs)
 
 
-def test_silence_is_broken_by_pings(front, monkeypatch):
+def test_silence_is_broken_by_pings_that_repeat_the_id_of_the_listeners_latest_event(front, monkeypatch):
     assert lmgateway.PING_S == 15
     monkeypatch.setattr(lmgateway, "PING_S", 0.02)
-    with listening(front) as (_, _, frames):
+    with listening(front, "?events=wanted") as (_, _, frames):
         last = next(frames)[0]
         for _ in range(2):
             event_id, name, data, _ = next(frames)
             assert (event_id, name, list(data)) == (last, "ping", ["timestamp"])
+        front.hub.publish([Event(name, {"timestamp": "x"}) for name in ("other", "wanted", "other")])
+        wanted = next(frame for frame in frames if frame[1] == "wanted")[0]
+        assert (wanted, next(frames)[:2]) == (front.hub.event_id(front.hub.last - 1), (wanted, "ping"))
 
 
 def test_events_that_a_listener_does_not_want_do_not_put_its_ping_off(front, monkeypatch):
     monkeypatch.setattr(lmgateway, "PING_S", 0.05)
+    quiet = threading.Event()
+    talker = threading.Thread(target=lambda: [tell(front.hub, "other") for _ in iter(lambda: quiet.wait(0.001), True)])
     with listening(front, "?events=wanted") as (_, _, frames):
         next(frames)
-        quiet = threading.Event()
-
-        def chatter():
-            while not quiet.wait(0.001):
-                tell(front.hub, "other")
-
-        talker = threading.Thread(target=chatter)
         talker.start()
         try:
             assert next(frames)[1] == "ping"
         finally:
             quiet.set()
             talker.join()
-
-
-def test_events_may_be_named_more_than_once(front):
-    with listening(front, "?events=one&events=two,three") as (_, _, frames):
-        next(frames)
-        for name in ("none", "one", "three", "two"):
-            tell(front.hub, name)
-        assert [next(frames)[1] for _ in range(3)] == ["one", "three", "two"]
-
-
-def test_a_ping_repeats_the_id_of_the_event_that_its_listener_got_last(front, monkeypatch):
-    monkeypatch.setattr(lmgateway, "PING_S", 0.02)
-    with listening(front, "?events=wanted") as (_, _, frames):
-        next(frames)
-        front.hub.publish([Event(name, {"timestamp": "x"}) for name in ("other", "wanted", "other")])
-        wanted = next(frame for frame in frames if frame[1] == "wanted")[0]
-        assert (wanted, next(frames)[:2]) == (front.hub.event_id(front.hub.last - 1), (wanted, "ping"))
 
 
 def test_the_stream_ends_in_order_when_the_gateway_stops(fronts):
