@@ -6793,9 +6793,11 @@ def test_a_revoked_keys_socket_ends(joined, limited):
     client, studio = joined(f"/key/{ANNA}/llm", limited)
     client.say(channel("predict"))
     studio.hear()
+    limited.server.LOOK_S = 0.05
     limited.revoke()
     assert client.closed() == 1008 and studio.closed() == "end"
     assert limited.events(0, "error")[0]["operation"] == "key_revoked"
+    client.sock.close()
 
 
 SOCKET_STATS = {"stopReason": "eosFound", "promptTokensCount": 30, "predictedTokensCount": 5, "totalTokensCount": 35,
@@ -6923,7 +6925,8 @@ def cancels(client, studio):
     (lambda client, studio: studio.sock.shutdown(socket.SHUT_RDWR), "upstream_reset"),
     (lambda client, studio: studio.say(b"\x03\xe8", 8), "upstream_reset"),
     (lambda client, studio: client.sock.sendall(b"\x81\x00"), "protocol_error")])
-def test_each_end_of_a_prediction_is_told_once(front, joined, ends, operation):
+def test_each_end_of_a_prediction_is_told_once(front, joined, ends, operation, monkeypatch):
+    monkeypatch.setattr(lmgateway, "PARTING_S", 0.05)
     client, studio = joined()
     mark = front.hub.last
     client.say(channel("predict", **BY_NAME))
