@@ -10402,17 +10402,11 @@ def open_printer(args, live):
             printer.finish()
 
 
-class LogRecords:
-    """The records of the requests that a log tells of, without a gateway.  A call takes events in."""
-
-    def __init__(self):
-        self._requests = Requests("", keep=0)
-
-    def __call__(self, events, clock=0.0):
-        """The Records that have changed, those that are over included."""
-        told = self._requests.see(events, clock)
-        over, self._requests.changed = self._requests.changed, []
-        return list({record.id: record for record in (*told, *over)}.values())
+def changed_records(requests, events, clock=0.0):
+    """The Records of Requests that change with a log's events, those that are over included."""
+    told = requests.see(events, clock)
+    over, requests.changed = requests.changed, []
+    return {record.id: record for record in (*told, *over)}.values()
 
 
 def tail_only(args, config):
@@ -10433,12 +10427,12 @@ def tail_only(args, config):
 
 def with_cards(printer):
     """A function that prints a log's events, and shows its chats on the printer's cards."""
-    records = LogRecords()
+    requests = Requests("", keep=0)
 
     def publish(events):
         if printer.cards:
             clock = time.monotonic()
-            for record in records(events, clock):
+            for record in changed_records(requests, events, clock):
                 printer.cards.take(record.progress_event("", clock), clock)
         printer(events)
 
@@ -10465,9 +10459,9 @@ def report(args, config):
     with naming_history(config), contextlib.closing(open_history(file)) as kept, history_errors():
         if args.paths:
             freeze_start_up()
-            records = LogRecords()
-            replay(saved_logs(args.paths), lambda events: store_rows(
-                kept, [history_row(record) for record in records(events) if record.ended is not None]))
+            requests = Requests("", keep=0)
+            replay(saved_logs(args.paths), lambda events: store_rows(kept, [
+                history_row(record) for record in changed_records(requests, events) if record.ended is not None]))
         rows, total = usage_rows(kept, ["day", "model"]), usage_rows(kept, [])
     if args.json:
         print("\n".join(map(json.dumps, rows)))
