@@ -6377,7 +6377,6 @@ class Request:
         self.identity: Any = None  # whose key it carried, once it has been checked
         self.forwarded = False  # it goes on to LM Studio
         self.told = False  # the log has its line
-        self.turn: Any = None  # of an inference
         self.ratelimit: list = []  # headers for its answer that tell of its key's limits
         self.connection: Any = None  # the client's Connection
         self.pause: Callable[[float], Any] = time.sleep  # for so many s, or until the connection ends
@@ -7550,7 +7549,6 @@ class Forward:
             target=plain_target(self._call.selector), dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
             model_asked=asked.model, messages=asked.messages, fingerprint=asked.fingerprint,
             stream=bool(asked.stream), size=asked.size, tools=asked.tools)
-        request.turn = self._inference.turn
 
     def _choose_timeout(self, stream):
         self._timeout_option = "PROXY_STREAM_TIMEOUT" if stream else "PROXY_TIMEOUT"
@@ -8772,8 +8770,6 @@ class Handler(socketserver.BaseRequestHandler):
             return self._refuse(HttpError(500, "internal_error", "a fault in lmgateway; its log says more",
                                           close=True))
         finally:
-            if self.seen:
-                self.server.gateway.turns.leave(self.seen.turn)
             self.seen = None    # its body can be large
             self.wire.release()
             self.connection.rests()
@@ -8824,8 +8820,9 @@ class Handler(socketserver.BaseRequestHandler):
         if request.forwarded and "admin" not in request.identity.rights and runs_tools(request):
             raise right_missing(request.identity, "admin")
         self.connection.works(request, route.view is event_stream)
+        shared = cors_headers(access, request)
         response = route.view(gateway, request)
-        response.headers.extend(cors_headers(access, request))
+        response.headers.extend(shared)
         return response
 
     def _identify(self, request, route, offered):
@@ -8849,10 +8846,10 @@ class Handler(socketserver.BaseRequestHandler):
         if response.status == 101:
             return self._tunnel(response, request)
         body, alive = response.body, bool(request) and keeps_alive(request)
-        head, chunked, alive = framed_head(response, request,
-                                           alive and not close and not self.server.gateway.stopping)
-        self.begun = True
-        try:
+        try:    # whatever happens: a body that is closed gives its turn to another
+            head, chunked, alive = framed_head(response, request,
+                                               alive and not close and not self.server.gateway.stopping)
+            self.begun = True
             if request and request.method == "HEAD":
                 self.request.sendall(head)
             elif body is None or isinstance(body, (bytes, bytearray)):

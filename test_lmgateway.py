@@ -6793,9 +6793,11 @@ def test_a_revoked_keys_socket_ends(joined, limited):
     client, studio = joined(f"/key/{ANNA}/llm", limited)
     client.say(channel("predict"))
     studio.hear()
+    limited.server.LOOK_S = 0.05
     limited.revoke()
     assert client.closed() == 1008 and studio.closed() == "end"
     assert limited.events(0, "error")[0]["operation"] == "key_revoked"
+    client.sock.close()
 
 
 SOCKET_STATS = {"stopReason": "eosFound", "promptTokensCount": 30, "predictedTokensCount": 5, "totalTokensCount": 35,
@@ -6923,7 +6925,8 @@ def cancels(client, studio):
     (lambda client, studio: studio.sock.shutdown(socket.SHUT_RDWR), "upstream_reset"),
     (lambda client, studio: studio.say(b"\x03\xe8", 8), "upstream_reset"),
     (lambda client, studio: client.sock.sendall(b"\x81\x00"), "protocol_error")])
-def test_each_end_of_a_prediction_is_told_once(front, joined, ends, operation):
+def test_each_end_of_a_prediction_is_told_once(front, joined, ends, operation, monkeypatch):
+    monkeypatch.setattr(lmgateway, "PARTING_S", 0.05)
     client, studio = joined()
     mark = front.hub.last
     client.say(channel("predict", **BY_NAME))
@@ -7162,19 +7165,20 @@ def test_the_figures_of_an_answer_fill_what_its_lines_leave_out(diagnostics, utc
     lines = [f"[2026-05-01 10:00:0{second}][INFO][m/one] {text}" for second, text in enumerate((
         "Running chat completion on conversation with 1 messages.", "Streaming response...", "Finished streaming response"))]
     output = {"output": "secret", "modelIdentifier": "m/one", "stats": {**SOCKET_STATS, "totalDraftTokensCount": 4}}
-    for packet in (*(logged_line("server.log", content=line) for line in lines), logged_line("llm.prediction.output", **output),
-                   logged_line("llm.prediction.output", **output),      # of no request
+    chat = [*(logged_line("server.log", content=line) for line in lines), logged_line("llm.prediction.output", **output)]
+    for packet in (*chat, *chat, logged_line("llm.prediction.output", **output),      # of no request
                    logged_line("llm.prediction.output", **{**output, "modelIdentifier": "a\n[2026-05-01 10:00:00][ERROR] b"})):
         side.say(packet)
     side.say(logged_line("server.log", content="[2026-05-01 10:00:09][INFO] last"))
     while not events or events[-1].data["message"] != "last":
         events += parser.feed(until_news(stream)) + parser.quiet()
-    (stats,) = [event.data for event in events if event.name == "lmstudio_prediction_stats"]
+    stats, again = [event.data for event in events if event.name == "lmstudio_prediction_stats"]
+    assert stats == again
     assert {name: stats[name] for name in ("promptTokens", "completionTokens", "tokensPerSecond", "timeToFirstTokenMs",
                                            "draftTokens", "model")} == {
         "promptTokens": 30, "completionTokens": 5, "tokensPerSecond": 12.345, "timeToFirstTokenMs": 250.0,
         "draftTokens": 4, "model": "m/one"}
-    assert [event.name for event in events].count("lmstudio_chat_end") == 1 and not parser.faults
+    assert [event.name for event in events].count("lmstudio_chat_end") == 2 and not parser.faults
     assert "secret" not in str(events) and not [event for event in events if event.name == "lmstudio_error"]
 
 
@@ -7387,12 +7391,23 @@ def test_the_queue_has_an_end_and_a_client_that_leaves_it_never_reached_lm_studi
     assert not home.front.gateway.turns._scheduler._lines
 
 
+def dies(home, row):
+    """Its thread has a fault, with the answer in hand."""
+    def fault(*args):
+        lmgateway.framed_head = before
+        raise ZeroDivisionError("planted")
+
+    before, lmgateway.framed_head = lmgateway.framed_head, fault
+    home.studio.peers[0].send(plain(b"{}"))
+
+
 ENDINGS = {     # how a request that runs ends -> what does it
     "answered": lambda home, row: home.go.release(),
     "stopped": lambda home, row: home.ask(f"DELETE /debug/requests/{row['requestId']}", "anna"),
     "reset": lambda home, row: home.studio.peers[0].reset(),
     "fault": lambda home, row: (setattr(home.front.gateway.hub, "end", lambda *args: 1 / 0),
                                 home.studio.peers[0].send(plain(b"{}"))),
+    "dies": dies,
 }
 
 
