@@ -351,9 +351,6 @@ class Config:
 SECRET = ("GATEWAY_API_KEY", "UPSTREAM_TOKEN")
 # Not NO_AUTH's: NO_PROXY and NO_COLOR are others'.
 PREFIXES = tuple({row.variable.partition("_")[0] + "_" for row in OPTIONS} - {"NO_"})
-ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
-                      r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
-
 
 def load_config(args, environ, env_file=None):
     """(Config, warnings, errors) from flags, else environment, else `.env`, else defaults.
@@ -387,11 +384,13 @@ def read_env_file(path):
             return found, [], [f"--env-file {path}: {error.strerror}; name a file that can be read"]
         unread = isinstance(error, PermissionError)
         return found, [f".env cannot be read ({error.strerror}): its lines do not count"] * unread, []
+    form = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
+                      r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
     variables, warnings, errors = [row.variable for row in OPTIONS], [], []
     for line_number, line in enumerate(content.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        source, match = f"{path or '.env'} line {line_number}", ENV_LINE.match(line)
+        source, match = f"{path or '.env'} line {line_number}", form.match(line)
         if not match:
             errors.append(f"{source}: not of the form NAME=value; mend the line or put # before it")
             continue
@@ -1919,7 +1918,6 @@ def prediction_figures(body):
 # --- 3.4 dialects: the places of model, tokens and usage in each API of LM Studio ---
 
 WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
-VALUES_LIMIT = 250_000  # of its values: reading more would hold up everybody for a tenth of a second
 LONGEST_NAME, LONGEST_ERROR = 256, 500  # of a model or an id, of a message, as they are kept
 UNSAFE = 2**53  # from here on JavaScript and others round
 
@@ -1982,12 +1980,13 @@ def json_object(data, numbers=re.compile(rb"\[[-+.\deE,\s]{64,}\]")):
     return value if isinstance(value, dict) else None
 
 
-def too_many(data, *marks):
-    """True when these bytes stand in data more than VALUES_LIMIT times."""
-    found, step = 0, 1024 * 1024    # after which other threads get their turn
-    for at in range(0, len(data) if len(data) > VALUES_LIMIT else 0, step):
+def too_many(data, *marks, most=250_000, step=1024 * 1024):
+    """True when these bytes stand in data so often that to read it would hold up everybody for a tenth of a
+    second.  Other threads get their turn after each step."""
+    found = 0
+    for at in range(0, len(data) if len(data) > most else 0, step):
         found += sum(data.count(mark, at, at + step) for mark in marks)
-        if found > VALUES_LIMIT:
+        if found > most:
             return True
     return False
 
@@ -2320,7 +2319,7 @@ def parse_body(dialect, data):
         return found
     return found._replace(
         messages=len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
-        fingerprint=fingerprint(body) if len(data) <= FINGERPRINT_LIMIT else None,
+        fingerprint=fingerprint(body) if len(data) <= 1024 * 1024 else None,   # the log cuts a longer one itself
         size=text_size([body.get(name) for name in (
             "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
@@ -2346,7 +2345,6 @@ def ask_usage(data, options):
     return amended
 
 
-FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
 LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
 
 
@@ -3610,15 +3608,8 @@ METRICS = (
     Metric("process_start_time_seconds", "", "When this gateway started"),
 )
 METRIC = {metric.name: metric for metric in METRICS}
-PHASES = {"waiting": "queued", "loading": "queued", "queued": "queued", "prompt": "prefill",
-          "generating": "decode"}
-UPSTREAM_KINDS = {"upstream_unreachable": "refused", "upstream_timeout": "timeout", "upstream_reset": "reset"}
 TOKEN_KINDS = {"input": "promptTokens", "output": "completionTokens", "cached_input": "cachedTokens",
                "reasoning": "reasoningTokens"}
-REJECTIONS = {  # code of our own error -> reason
-    "key_needed": "no_key", "key_wrong": "bad_key", "right_missing": "scope", "address_not_allowed": "host",
-    "model_not_allowed": "model", "key_expired": "bad_key", "queue_full": "concurrency",
-    "host_not_local": "host", "origin_not_allowed": "host", "body_too_large": "body_size"}
 LOGGED = {  # event of the log -> its metrics, each with its value in the event's data or in Event.about
     "lmstudio_chat_end": (),
     "lmstudio_cache_stats": (("lmstudio_cached_input_tokens_total", lambda data: data["reused"]),),
@@ -3644,6 +3635,13 @@ class Figures:
 
     SERIES = 500  # of one metric; beyond them all count as "other"
     MODELS = 100  # names of models that become labels
+    PHASES = {"waiting": "queued", "loading": "queued", "queued": "queued", "prompt": "prefill",
+              "generating": "decode"}
+    FAILURES = {"upstream_unreachable": "refused", "upstream_timeout": "timeout", "upstream_reset": "reset"}
+    REJECTIONS = {  # code of our own error -> reason
+        "key_needed": "no_key", "key_wrong": "bad_key", "key_expired": "bad_key", "right_missing": "scope",
+        "address_not_allowed": "host", "host_not_local": "host", "origin_not_allowed": "host",
+        "model_not_allowed": "model", "queue_full": "concurrency", "body_too_large": "body_size"}
 
     def __init__(self):
         self._values: dict[str, dict] = {metric.name: {} for metric in METRICS}
@@ -3690,10 +3688,15 @@ class Figures:
             self.add(f"lmstudio_gateway_{name}", *labels, amount=amount)
         if record.operation == "client_disconnected":
             self.add("lmstudio_gateway_client_disconnects_total",
-                     PHASES[max(record.entered, key=STATES.index)])
+                     self.PHASES[max(record.entered, key=STATES.index)])
         elif record.error is not None and not was_left(record.state, record.operation):
-            self.add("lmstudio_gateway_upstream_errors_total", UPSTREAM_KINDS.get(
+            self.add("lmstudio_gateway_upstream_errors_total", self.FAILURES.get(
                 record.operation, "error_in_200" if record.status == 200 else "bad_status"))
+
+    def count_rejection(self, code):
+        """A request was turned away here with this code of our own."""
+        if code in self.REJECTIONS:
+            self.add("lmstudio_gateway_rejected_total", self.REJECTIONS[code])
 
     def count_tokens(self, record):
         """The tokens of a request that is over, as far as they have not been counted: the log can tell
@@ -4744,9 +4747,8 @@ class Hub(Ring):
 
     def reject(self, code):
         """Any thread.  A request was turned away here; code is our error's."""
-        if code in REJECTIONS:
-            with self._lock:
-                self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
+        with self._lock:
+            self._figures.count_rejection(code)
 
     # --- for views
 
@@ -6378,7 +6380,6 @@ class Request:
         self.identity: Any = None  # whose key it carried, once it has been checked
         self.forwarded = False  # it goes on to LM Studio
         self.told = False  # the log has its line
-        self.turn: Any = None  # of an inference
         self.ratelimit: list = []  # headers for its answer that tell of its key's limits
         self.connection: Any = None  # the client's Connection
         self.pause: Callable[[float], Any] = time.sleep  # for so many s, or until the connection ends
@@ -7551,7 +7552,6 @@ class Forward:
             target=plain_target(self._call.selector), dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
             model_asked=asked.model, messages=asked.messages, fingerprint=asked.fingerprint,
             stream=bool(asked.stream), size=asked.size, tools=asked.tools)
-        request.turn = self._inference.turn
 
     def _choose_timeout(self, stream):
         self._timeout_option = "PROXY_STREAM_TIMEOUT" if stream else "PROXY_TIMEOUT"
@@ -8773,8 +8773,6 @@ class Handler(socketserver.BaseRequestHandler):
             return self._refuse(HttpError(500, "internal_error", "a fault in lmgateway; its log says more",
                                           close=True))
         finally:
-            if self.seen:
-                self.server.gateway.turns.leave(self.seen.turn)
             self.seen = None    # its body can be large
             self.wire.release()
             self.connection.rests()
@@ -8825,8 +8823,9 @@ class Handler(socketserver.BaseRequestHandler):
         if request.forwarded and "admin" not in request.identity.rights and runs_tools(request):
             raise right_missing(request.identity, "admin")
         self.connection.works(request, route.view is event_stream)
+        shared = cors_headers(access, request)
         response = route.view(gateway, request)
-        response.headers.extend(cors_headers(access, request))
+        response.headers.extend(shared)
         return response
 
     def _identify(self, request, route, offered):
@@ -8850,10 +8849,10 @@ class Handler(socketserver.BaseRequestHandler):
         if response.status == 101:
             return self._tunnel(response, request)
         body, alive = response.body, bool(request) and keeps_alive(request)
-        head, chunked, alive = framed_head(response, request,
-                                           alive and not close and not self.server.gateway.stopping)
-        self.begun = True
-        try:
+        try:    # whatever happens: a body that is closed gives its turn to another
+            head, chunked, alive = framed_head(response, request,
+                                               alive and not close and not self.server.gateway.stopping)
+            self.begun = True
             if request and request.method == "HEAD":
                 self.request.sendall(head)
             elif body is None or isinstance(body, (bytes, bytearray)):
@@ -10406,17 +10405,11 @@ def open_printer(args, live):
             printer.finish()
 
 
-class LogRecords:
-    """The records of the requests that a log tells of, without a gateway.  A call takes events in."""
-
-    def __init__(self):
-        self._requests = Requests("", keep=0)
-
-    def __call__(self, events, clock=0.0):
-        """The Records that have changed, those that are over included."""
-        told = self._requests.see(events, clock)
-        over, self._requests.changed = self._requests.changed, []
-        return list({record.id: record for record in (*told, *over)}.values())
+def changed_records(requests, events, clock=0.0):
+    """The Records of Requests that change with a log's events, those that are over included."""
+    told = requests.see(events, clock)
+    over, requests.changed = requests.changed, []
+    return {record.id: record for record in (*told, *over)}.values()
 
 
 def tail_only(args, config):
@@ -10437,12 +10430,12 @@ def tail_only(args, config):
 
 def with_cards(printer):
     """A function that prints a log's events, and shows its chats on the printer's cards."""
-    records = LogRecords()
+    requests = Requests("", keep=0)
 
     def publish(events):
         if printer.cards:
             clock = time.monotonic()
-            for record in records(events, clock):
+            for record in changed_records(requests, events, clock):
                 printer.cards.take(record.progress_event("", clock), clock)
         printer(events)
 
@@ -10469,9 +10462,9 @@ def report(args, config):
     with naming_history(config), contextlib.closing(open_history(file)) as kept, history_errors():
         if args.paths:
             freeze_start_up()
-            records = LogRecords()
-            replay(saved_logs(args.paths), lambda events: store_rows(
-                kept, [history_row(record) for record in records(events) if record.ended is not None]))
+            requests = Requests("", keep=0)
+            replay(saved_logs(args.paths), lambda events: store_rows(kept, [
+                history_row(record) for record in changed_records(requests, events) if record.ended is not None]))
         rows, total = usage_rows(kept, ["day", "model"]), usage_rows(kept, [])
     if args.json:
         print("\n".join(map(json.dumps, rows)))
@@ -11009,7 +11002,10 @@ def check_options(found):
 def check_port(found):
     host, port = found.config.host, found.config.port
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+            if os.name != "nt":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
         yield "ok", f"port {port} of {host} is free" if port else "the system will choose one"
     except OSError as error:
         problem, url = listen_problem(found.config, error), page_url(found.config, port)
