@@ -7005,9 +7005,11 @@ def waiting(fronts, joined):
     busy[1].hear()
     queued[0].say(channel("predict", 7, **BY_NAME))
     until(lambda: [row["position"] for row in front.hub.shown() if row["state"] == "queued"] == [1])
+    until(lambda: front.server.memory.used)     # what waits counts in the budget of all bodies
     yield front, busy, queued
     for client, _ in (busy, queued):
         client.sock.close()
+    until(lambda: not front.server.memory.used)
     until(lambda: not front.gateway.inferences)
     assert not front.gateway.turns._scheduler._lines
 
