@@ -351,9 +351,6 @@ class Config:
 SECRET = ("GATEWAY_API_KEY", "UPSTREAM_TOKEN")
 # Not NO_AUTH's: NO_PROXY and NO_COLOR are others'.
 PREFIXES = tuple({row.variable.partition("_")[0] + "_" for row in OPTIONS} - {"NO_"})
-ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
-                      r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
-
 
 def load_config(args, environ, env_file=None):
     """(Config, warnings, errors) from flags, else environment, else `.env`, else defaults.
@@ -387,11 +384,13 @@ def read_env_file(path):
             return found, [], [f"--env-file {path}: {error.strerror}; name a file that can be read"]
         unread = isinstance(error, PermissionError)
         return found, [f".env cannot be read ({error.strerror}): its lines do not count"] * unread, []
+    form = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
+                      r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
     variables, warnings, errors = [row.variable for row in OPTIONS], [], []
     for line_number, line in enumerate(content.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        source, match = f"{path or '.env'} line {line_number}", ENV_LINE.match(line)
+        source, match = f"{path or '.env'} line {line_number}", form.match(line)
         if not match:
             errors.append(f"{source}: not of the form NAME=value; mend the line or put # before it")
             continue
@@ -1919,7 +1918,6 @@ def prediction_figures(body):
 # --- 3.4 dialects: the places of model, tokens and usage in each API of LM Studio ---
 
 WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
-VALUES_LIMIT = 250_000  # of its values: reading more would hold up everybody for a tenth of a second
 LONGEST_NAME, LONGEST_ERROR = 256, 500  # of a model or an id, of a message, as they are kept
 UNSAFE = 2**53  # from here on JavaScript and others round
 
@@ -1982,12 +1980,13 @@ def json_object(data, numbers=re.compile(rb"\[[-+.\deE,\s]{64,}\]")):
     return value if isinstance(value, dict) else None
 
 
-def too_many(data, *marks):
-    """True when these bytes stand in data more than VALUES_LIMIT times."""
-    found, step = 0, 1024 * 1024    # after which other threads get their turn
-    for at in range(0, len(data) if len(data) > VALUES_LIMIT else 0, step):
+def too_many(data, *marks, most=250_000, step=1024 * 1024):
+    """True when these bytes stand in data so often that to read it would hold up everybody for a tenth of a
+    second.  Other threads get their turn after each step."""
+    found = 0
+    for at in range(0, len(data) if len(data) > most else 0, step):
         found += sum(data.count(mark, at, at + step) for mark in marks)
-        if found > VALUES_LIMIT:
+        if found > most:
             return True
     return False
 
@@ -2320,7 +2319,7 @@ def parse_body(dialect, data):
         return found
     return found._replace(
         messages=len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
-        fingerprint=fingerprint(body) if len(data) <= FINGERPRINT_LIMIT else None,
+        fingerprint=fingerprint(body) if len(data) <= 1024 * 1024 else None,   # the log cuts a longer one itself
         size=text_size([body.get(name) for name in (
             "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
@@ -2346,7 +2345,6 @@ def ask_usage(data, options):
     return amended
 
 
-FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
 LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
 
 
@@ -3610,15 +3608,8 @@ METRICS = (
     Metric("process_start_time_seconds", "", "When this gateway started"),
 )
 METRIC = {metric.name: metric for metric in METRICS}
-PHASES = {"waiting": "queued", "loading": "queued", "queued": "queued", "prompt": "prefill",
-          "generating": "decode"}
-UPSTREAM_KINDS = {"upstream_unreachable": "refused", "upstream_timeout": "timeout", "upstream_reset": "reset"}
 TOKEN_KINDS = {"input": "promptTokens", "output": "completionTokens", "cached_input": "cachedTokens",
                "reasoning": "reasoningTokens"}
-REJECTIONS = {  # code of our own error -> reason
-    "key_needed": "no_key", "key_wrong": "bad_key", "right_missing": "scope", "address_not_allowed": "host",
-    "model_not_allowed": "model", "key_expired": "bad_key", "queue_full": "concurrency",
-    "host_not_local": "host", "origin_not_allowed": "host", "body_too_large": "body_size"}
 LOGGED = {  # event of the log -> its metrics, each with its value in the event's data or in Event.about
     "lmstudio_chat_end": (),
     "lmstudio_cache_stats": (("lmstudio_cached_input_tokens_total", lambda data: data["reused"]),),
@@ -3644,6 +3635,13 @@ class Figures:
 
     SERIES = 500  # of one metric; beyond them all count as "other"
     MODELS = 100  # names of models that become labels
+    PHASES = {"waiting": "queued", "loading": "queued", "queued": "queued", "prompt": "prefill",
+              "generating": "decode"}
+    FAILURES = {"upstream_unreachable": "refused", "upstream_timeout": "timeout", "upstream_reset": "reset"}
+    REJECTIONS = {  # code of our own error -> reason
+        "key_needed": "no_key", "key_wrong": "bad_key", "key_expired": "bad_key", "right_missing": "scope",
+        "address_not_allowed": "host", "host_not_local": "host", "origin_not_allowed": "host",
+        "model_not_allowed": "model", "queue_full": "concurrency", "body_too_large": "body_size"}
 
     def __init__(self):
         self._values: dict[str, dict] = {metric.name: {} for metric in METRICS}
@@ -3690,10 +3688,15 @@ class Figures:
             self.add(f"lmstudio_gateway_{name}", *labels, amount=amount)
         if record.operation == "client_disconnected":
             self.add("lmstudio_gateway_client_disconnects_total",
-                     PHASES[max(record.entered, key=STATES.index)])
+                     self.PHASES[max(record.entered, key=STATES.index)])
         elif record.error is not None and not was_left(record.state, record.operation):
-            self.add("lmstudio_gateway_upstream_errors_total", UPSTREAM_KINDS.get(
+            self.add("lmstudio_gateway_upstream_errors_total", self.FAILURES.get(
                 record.operation, "error_in_200" if record.status == 200 else "bad_status"))
+
+    def count_rejection(self, code):
+        """A request was turned away here with this code of our own."""
+        if code in self.REJECTIONS:
+            self.add("lmstudio_gateway_rejected_total", self.REJECTIONS[code])
 
     def count_tokens(self, record):
         """The tokens of a request that is over, as far as they have not been counted: the log can tell
@@ -4743,9 +4746,8 @@ class Hub(Ring):
 
     def reject(self, code):
         """Any thread.  A request was turned away here; code is our error's."""
-        if code in REJECTIONS:
-            with self._lock:
-                self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
+        with self._lock:
+            self._figures.count_rejection(code)
 
     # --- for views
 
@@ -10999,7 +11001,10 @@ def check_options(found):
 def check_port(found):
     host, port = found.config.host, found.config.port
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+            if os.name != "nt":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
         yield "ok", f"port {port} of {host} is free" if port else "the system will choose one"
     except OSError as error:
         problem, url = listen_problem(found.config, error), page_url(found.config, port)

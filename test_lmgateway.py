@@ -3339,10 +3339,10 @@ LOOK_S = 0.03   # of a Front, which looks less often in the program
 class Front:
     """A running gateway, and what its tests ask of it."""
 
-    def __init__(self, upstream, tmp_path, monitor=None, **options):
+    def __init__(self, upstream, tmp_path, monitor=None, hub=None, **options):
         options = {"keys_file": str(tmp_path / "no-keys.json"), "host": "127.0.0.1", "port": 0, **options}
         self.config = lmgateway.Config(upstream=upstream, **options)
-        self.hub = lmgateway.Hub()
+        self.hub = hub or lmgateway.Hub()
         upstream = lmgateway.Upstream(self.config.upstream, self.config.upstream_token)
         self.gateway = lmgateway.Gateway(self.config, self.hub, upstream, monitor)
         self.server = lmgateway.open_server(self.gateway, lmgateway.tls_context(self.gateway.config))
@@ -8788,19 +8788,12 @@ def test_bars_are_made_of_what_the_terminal_can_show(encoding, marks):
 @contextlib.contextmanager
 def stream_server(hub, port=0, **options):
     """A gateway that serves hub's events; gives its port."""
-    config = lmgateway.Config(port=port, **{"keys_file": "/nowhere/keys.json", **options})
-    gateway = lmgateway.Gateway(config, hub, lmgateway.Upstream("http://127.0.0.1:9"))
-    server = lmgateway.Server(gateway, "127.0.0.1", port)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
+    front = Front("http://127.0.0.1:9", Path("/nowhere"), hub=hub, port=port, **options)
     try:
-        yield server.port
+        yield front.port
     finally:
         hub.close()
-        server.shutdown()
-        server.finish_requests(PATIENCE_S)
-        server.server_close()
-        thread.join(PATIENCE_S)
+        front.close()
         hub.closed = False
 
 
