@@ -4308,7 +4308,8 @@ class Scheduler:
     def join(self, turn, clock):
         """A request has come.  Gives the Turns that begin now, among them maybe this one."""
         turn.number = next(self._numbers)
-        if not self.waiting and self._may_begin(turn, self._lines.setdefault(turn.model, Line())):
+        line = self._lines.setdefault(turn.model, Line())
+        if not self.waiting and len(line.running) < self._slots and self._may_run(turn):
             self._begin(turn, clock)    # without a detour over the queue
             return [turn]
         self._enqueue(turn)
@@ -4324,13 +4325,14 @@ class Scheduler:
         turn.over = True
         if turn.began is None:
             self._dequeue(turn)
-            return []
-        self._lines[turn.model].running.discard(turn)
-        self._count(turn, -1)
+        else:
+            self._lines[turn.model].running.discard(turn)
+            self._count(turn, -1)
         if done and (turn.model in self._times or len(self._times) < NAMES_KEPT):
             self._times.setdefault(turn.model, deque(maxlen=TIMES_KEPT)).append(clock - turn.began)
-        begun = self.start(clock)
-        self._prune(turn.model)
+        begun, line = self.start(clock), self._lines[turn.model]
+        if not line.running and not line.queues:
+            del self._lines[turn.model]
         return begun
 
     def start(self, clock):
@@ -4358,11 +4360,12 @@ class Scheduler:
 
     def _next(self, line):
         """The rank of the Turn that a free slot of a line goes to, None while none may begin."""
-        return next((rank for rank in line.ranks if self._may_begin(rank[-1], line)), None)
+        ranks = line.ranks if len(line.running) < self._slots else ()
+        return next((rank for rank in ranks if self._may_run(rank[-1])), None)
 
-    def _may_begin(self, turn, line):
-        return (len(line.running) < self._slots
-                and self._of_key.get(turn.key, 0) < self.limits.get(turn.key, math.inf))
+    def _may_run(self, turn):
+        """True unless as many of its key run as may."""
+        return self._of_key.get(turn.key, 0) < self.limits.get(turn.key, math.inf)
 
     def _rise(self, clock):
         while self._rises and self._rises[0][0] <= clock:
@@ -4413,12 +4416,6 @@ class Scheduler:
         if not line.queues[turn.who]:
             del line.queues[turn.who]
         self._rank(turn.who)
-        self._prune(turn.model)
-
-    def _prune(self, model):
-        line = self._lines.get(model)
-        if line and not line.running and not line.queues:
-            del self._lines[model]
 
     def rename(self, old, new):
         """Two names are one model's, as an answer has shown."""
@@ -4432,7 +4429,6 @@ class Scheduler:
         self._lines.setdefault(new, Line()).running.update(running)
         for turn in moved:
             self._enqueue(turn)
-        self._prune(new)
         self._times.setdefault(new, deque(maxlen=TIMES_KEPT)).extend(self._times.pop(old, ()))
 
     def counts(self, key):
