@@ -3910,7 +3910,8 @@ def series_step(minutes):
 
 def series_rows(cells, step, by):
     """`rows` and `total` of /debug/series: of all, or with by ("model", "key", "user") of each name."""
-    place, asked = BY.index(by), Counter()
+    place = BY.index(by)
+    asked: Counter[str] = Counter()
     for _, names, amounts in cells:
         asked[names[place]] += amounts["requests"]
     known = {name for name, _ in asked.most_common(MOST_NAMES)}
@@ -11441,7 +11442,7 @@ svg.mark { width: .95em; height: .95em; flex: none; fill: currentColor; vertical
 /* Things in a row */
 .head, .row, .toolbar, .states, .states li, .legend, .legend li, .details, .tools, .range, .models, .tiles, .copy, .left, .name, .banner,
 .login div, .drawer-head, .top h1, .top > div, .top nav { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem .5rem; }
-.head, .left, .name, .banner { align-items: baseline; } .top h1, .states li, .range, .left { white-space: nowrap; flex-wrap: nowrap; }
+.head, .left, .name, .banner { align-items: baseline; } .top h1, .states li, .range, .left { white-space: nowrap; } .top h1, .states li, .range, .left, .name { flex-wrap: nowrap; }
 button, select, input { font: inherit; color: inherit; }
 button, select, input[type="search"], input[type="password"] { min-height: 2rem; padding: .15rem .65rem;
   background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
@@ -11514,8 +11515,8 @@ main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: 
 .plots path { fill: none; stroke: currentColor; stroke-width: 1.75; }
 .plots path.band { fill: currentColor; stroke: none; opacity: .16; }
 .twin { max-height: 260px; overflow: auto; } .wide { overflow-x: auto; }
-.people td:first-child { white-space: normal; overflow-wrap: anywhere; width: 30%; min-width: 6rem; } .people .bar { height: 8px; margin: .2rem 0; }
-.people th, .people td { padding: .3rem; }
+.people td:first-child { white-space: normal; overflow-wrap: anywhere; width: 30%; min-width: 6.8rem; } .people .bar { height: 8px; margin: .2rem 0; }
+.people table { font-size: .93rem; } .people th, .people td { padding: .3rem .25rem; }
 /* Tables */
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .32rem .55rem; text-align: left; white-space: nowrap; vertical-align: baseline; }
@@ -12000,7 +12001,8 @@ function learn(id, news) {
   const over = ended(r) && r.state !== "lost";
   if (over && news.state && !ended(news)) return r;
   const progress = news.progress && Object.keys(news.progress).length ? news.progress : r.progress;
-  Object.assign(r, news, {progress, state: over ? r.state : news.state ?? r.state});
+  const place = news.state && {position: undefined, waiting: undefined, etaMs: undefined};     // of an earlier state
+  Object.assign(r, place, news, {progress, state: over ? r.state : news.state ?? r.state});
   if (!ended(r) && known(news.elapsedMs)) [r.began, r.heard] = [Date.now() - news.elapsedMs, Date.now()];
   else if (news.startedAt) r.began = Date.parse(news.startedAt);
   if (!over && ended(r)) r.seenEnd = page.loaded ? Date.now() : 0;
@@ -12123,7 +12125,7 @@ async function askNotify() {
 
 // --- 5. the stream: EventSource comes back by itself and goes on where it was
 const STALE_MS = 20000, DEAD_MS = 60000;    // the gateway breaks a silence after 15 s
-const AT_FIRST = 200;       // events of the past that the log begins with
+const AT_FIRST = () => logView.raw ? 200 : 1000;    // events of the past that the log begins with; most are log lines
 const stream = {
   source: null, state: "connecting",        // live, connecting, out
   heard: Date.now(), downSince: Date.now(), last: "", breaks: 0, again: 0,
@@ -12133,7 +12135,7 @@ const stream = {
     clearTimeout(this.again);
     this.source?.close();
     const [epoch, seq] = String(page.status?.stream?.lastId ?? "").split("-");
-    const since = this.last || (epoch ? `${epoch}-${Math.max(0, seq - AT_FIRST)}` : "");
+    const since = this.last || (epoch ? `${epoch}-${Math.max(0, seq - AT_FIRST())}` : "");
     const names = Object.keys(EVENTS).filter(name => name !== "lmstudio_log" || logView.raw);
     const source = this.source = new EventSource(
       "/debug/stream?events=" + names + (since ? "&since=" + encodeURIComponent(since) : ""));
@@ -12809,7 +12811,7 @@ function paintPeople() {
   const {by} = figures, total = Object.entries(figures[by]?.total ?? {});
   for (const [name, tab] of Object.entries(figures.tabs)) attribute(tab, "aria-pressed", name === by);
   const used = t => t.promptTokens + t.completionTokens, most = Math.max(1, ...total.map(([, t]) => used(t)));
-  const columns = [["Tokens in", t => short(t.promptTokens)], ["Cached", t => percent(share(t))], ["Out", t => short(t.completionTokens)],
+  const columns = [["In", t => short(t.promptTokens)], ["Cached", t => percent(share(t))], ["Out", t => short(t.completionTokens)],
     ...by === "model" ? [["Read tok/s", t => rate(t.reading.p50)], ["Write tok/s", t => rate(t.writing.p50)]]
       : [["Work", t => t.gpuMs ? running(t.gpuMs) : NONE]], ["Requests", t => whole(t.requests)]];
   const rows = total.sort(([, a], [, b]) => used(b) - used(a) || b.requests - a.requests).slice(0, 12).map(([name, t]) => {
@@ -13148,8 +13150,8 @@ function showRaw() {
   $("log-raw").setAttribute("aria-pressed", logView.raw);
   const [epoch, seq] = stream.last.split("-");
   if (logView.raw && epoch) {
-    stream.last = `${epoch}-${Math.max(0, seq - AT_FIRST)}`;
-    page.events = page.events.filter(({id}) => Number(String(id).split("-")[1]) <= seq - AT_FIRST);
+    stream.last = `${epoch}-${Math.max(0, seq - AT_FIRST())}`;
+    page.events = page.events.filter(({id}) => Number(String(id).split("-")[1]) <= seq - AT_FIRST());
     folds.clear();
   }
   relog();
