@@ -8519,7 +8519,6 @@ class Tunnel:
         self.talk = Conversation(gateway, request, self._bell)
         self._memory, self._held = BodyMemory(0), 0     # held: bytes of messages that it counts
         self._dismissed = False     # the client has left, or is to go
-        self._said_goodbye = False  # the client is read no more
         self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
 
     def serve(self, server, head, early):
@@ -8605,8 +8604,7 @@ class Tunnel:
         if talk.words and studio.frames.between:    # ours stand between two messages of LM Studio's
             client.send(bytes(talk.words))
             talk.words.clear()
-        untaken = len(client.pending) + len(talk.words)
-        reads = not (self._said_goodbye or studio.pending or untaken > UNREAD_LIMIT)
+        reads = not studio.pending and len(client.pending) + len(talk.words) <= UNREAD_LIMIT
         found = ready_sockets({
             self._bell.sock: READ, client.sock: READ * reads | WRITE * bool(client.pending),
             studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)},
@@ -8648,7 +8646,6 @@ class Tunnel:
             if message.opcode >= CLOSE or self.talk.admits(message):
                 self.studio.send(message.raw)
             if message.opcode == CLOSE:
-                self._said_goodbye = True
                 self.talk.end("the client closed the socket", "client_disconnected")
                 return self._closes()
 

@@ -6523,9 +6523,9 @@ def upgrade(path="/llm", *headers, **changed):
     return "\r\n".join([f"GET {path} HTTP/1.1", *lines, *headers, "", ""]).encode("latin-1")
 
 
-def enter(front, path="/llm", hello=HELLO, *headers):
+def enter(front, path="/llm", hello=HELLO, *headers, secure=lambda sock: sock):
     """A client's Speaker whose first message has been sent."""
-    sock = dial(front.port)
+    sock = secure(dial(front.port))
     sock.sendall(upgrade(path, *headers))
     head, rest = read_until(sock, b"\r\n\r\n").split(b"\r\n\r\n", 1)
     assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n"), head
@@ -7659,6 +7659,18 @@ def test_a_client_that_leaves_over_tls_ends_the_request_within_a_second(
     assert ended.get(timeout=PATIENCE_S) < 1.0
     sock.close()
     assert front.events(0, "error")[0]["operation"] == "client_disconnected"
+
+
+def test_a_socket_over_tls_passes_megabytes_both_ways_at_once(fronts, scripted, pair):
+    client = enter(fronts(tls_cert=pair[0], tls_key=pair[1]), secure=lambda sock: secured(sock, pair))
+    assert client.hear() == {"success": True}
+    studio, value = scripted.met.get(timeout=PATIENCE_S), {"type": "keepAlive", "x": "a" * 3_000_000}
+    threading.Thread(target=studio.say, args=(value,), daemon=True).start()
+    client.say(value)
+    assert (client.hear(), studio.hear()) == (value, value)
+    client.sock.close()
+    assert studio.closed() == "end"
+    studio.over.set()
 
 
 def test_https_to_lm_studio_checks_its_certificate(fronts, pair):
