@@ -6505,13 +6505,13 @@ class Wire:
         """The lines of the next request's head.  A client that says nothing gets ClientLeft.
 
         A few empty lines before it are skipped (RFC 9112, 2.2)."""
-        skipped, known, deadline = 0, 0, math.inf
+        empty_lines, known, deadline = self.EMPTY_LINES, 0, math.inf
         while True:
-            while self.buffer[:2] == b"\r\n" and skipped <= self.EMPTY_LINES:
+            while empty_lines and self.buffer[:2] == b"\r\n":
                 del self.buffer[:2]
-                skipped += 1
+                empty_lines -= 1
             end = self.buffer.find(b"\r\n\r\n", known)
-            self._check_size(len(self.buffer) if end < 0 else end, skipped)
+            self._check_size(len(self.buffer) if end < 0 else end)
             if end >= 0:
                 break
             known, begun = max(0, len(self.buffer) - 3), self.buffer not in (b"", b"\r")
@@ -6531,9 +6531,7 @@ class Wire:
         del self.buffer[: end + 4]
         return head.split("\r\n")
 
-    def _check_size(self, size, skipped):
-        if skipped > self.EMPTY_LINES:
-            raise bad("it begins with empty lines")
+    def _check_size(self, size):
         line = self.buffer.find(b"\r\n", 0, self.LINE_LIMIT + 2)
         if line < 0 and len(self.buffer) > self.LINE_LIMIT:
             raise HttpError(414, "target_too_long",
