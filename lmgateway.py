@@ -4898,16 +4898,14 @@ TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cache
 
 
 def history_row(record):
-    return tuple([storable(value(record)) for value in HISTORY_VALUES])
+    return tuple([value(record) for value in HISTORY_VALUES])
 
 
 def storable(value):
     """A value that SQLite takes and can sum: a client or LM Studio may name any text and any number."""
-    if value is None or value.__class__ is str and value.isascii():
-        return value
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    return value if -10**12 < value < 10**12 else max(-10**12, min(value, 10**12))
+    return value if value is None else max(-10**12, min(value, 10**12))
 
 
 def since_epoch(text, now):
@@ -5077,7 +5075,8 @@ def remove_rows(connection, before):
 def store_rows(connection, rows):
     with connection:
         marks = ", ".join("?" * len(HISTORY))
-        connection.executemany(f"INSERT OR REPLACE INTO requests VALUES ({marks})", rows)
+        connection.executemany(f"INSERT OR REPLACE INTO requests VALUES ({marks})",
+                               (tuple(map(storable, row)) for row in rows))
 
 
 # === 5. TAIL: files to chunks ================================================
@@ -6848,12 +6847,11 @@ class KeyFile:
 
     def keys(self):
         """Any thread.  The Keys, read again when the file has changed; None when there is no file."""
-        if time.monotonic() - self._asked >= self.LOOK_S:
-            with self._lock:
-                if time.monotonic() - self._asked >= self.LOOK_S:
-                    self._refresh()
-                    self._asked = time.monotonic()
-        return self._keys
+        with self._lock:
+            if time.monotonic() - self._asked >= self.LOOK_S:
+                self._refresh()
+                self._asked = time.monotonic()
+            return self._keys
 
     def _refresh(self):
         try:
