@@ -148,17 +148,15 @@ class ClientLeft(GatewayError):
 class Option(NamedTuple):
     """One option.  parse turns text into the value or raises ValueError with the remedy."""
 
-    name: str
     variable: str
     default: Any
     parse: Callable[[str], Any]
     about: str
     value: str | None = None  # its flag's placeholder in --help; None: it has no flag
+    alias: str | None = None  # its name, if that is not the variable's
 
-    @property
-    def flag(self):
-        """Its flag, None without one."""
-        return None if self.value is None else flag_of(self.name)
+    name = property(lambda self: self.alias or self.variable.lower())
+    flag = property(lambda self: None if self.value is None else flag_of(self.name))
 
 
 def flag_of(name):
@@ -195,8 +193,8 @@ def http_parts(text):
     """The parts of an http or https URL with a host (urllib.parse); None for anything else."""
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(text)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and re.fullmatch("[!-~]+", text):
-            return parts
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        return parts if usable and re.fullmatch("[!-~]+", text) else None
     return None
 
 
@@ -275,70 +273,54 @@ def words(text):
 
 
 LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
-BYTES, MILLISECONDS = whole(1, 10**12, "of bytes "), whole(0, 10**9, "of milliseconds ")
-OPTION_GROUPS = {  # heading in --help -> its rows
-    "Gateway": (
-        Option("upstream", "LMSTUDIO_BASE_URL", "http://127.0.0.1:1234", base_url,
-               "LM Studio's server; its port is found in its settings", "URL"),
-        Option("host", "GATEWAY_HOST", "127.0.0.1", str, "address to listen on; 0.0.0.0 for the LAN", "HOST"),
-        Option("port", "GATEWAY_PORT", 8001, whole(0, 65535),
-               "port to listen on; 0 lets the system choose", "PORT"),
-        Option("tls_cert", "TLS_CERT", None, str, "certificate (PEM), to serve HTTPS", "FILE"),
-        Option("tls_key", "TLS_KEY", None, str, "its private key (PEM)", "FILE"),
-        Option("upstream_token", "UPSTREAM_TOKEN", None, header_word,
-               "LM Studio's own API token, if its server asks for one"),
-        Option("max_body", "MAX_BODY_BYTES", 256 * 1024 * 1024, BYTES, "largest request body; 413 beyond it"),
-        Option("max_body_memory", "MAX_BODY_MEMORY", 512 * 1024 * 1024, BYTES,
-               "bytes that the bodies of all running requests may take together; 503 beyond them"),
-        Option("max_running", "MAX_RUNNING", 0, whole(0, 10_000),
-               "inferences at once for each model, others wait here; 0: all", "N"),
-        Option("max_waiting", "MAX_WAITING", 100, whole(0, 10_000),
-               "inferences that may wait for their turn; 429 beyond them"),
-        Option("max_connections", "MAX_CONNECTIONS", 512, whole(8, 100_000),
-               "connections at once; beyond them one that has shown no right key is closed"),
-        Option("prefill_comments", "PREFILL_COMMENTS", False, boolean,
-               "tell a streaming client that waits how far its prompt is, in SSE comments"),
-        Option("proxy_timeout", "PROXY_TIMEOUT", 600_000, MILLISECONDS,
-               "ms without a byte from LM Studio on a plain request; 0 never"),
-        Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", 0, MILLISECONDS,
-               "the same for a streaming request")),
-    "Access": (
-        Option("api_key", "GATEWAY_API_KEY", {}, api_keys,
-               "one key, or several as name=key,name=key; a process list shows it", "KEY"),
-        Option("keys_file", "KEYS_FILE", None, str,
-               "minted keys, hashed; in the user's configuration directory if not given", "FILE"),
-        Option("users_from", "USERS_FROM", (), words,
-               "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
-        Option("no_auth", "NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
-        Option("allow", "IP_ALLOWLIST", None, networks,
-               "addresses and CIDR ranges that may connect, IPv4 and IPv6", "LIST"),
-        Option("cors_origins", "CORS_ORIGINS", (), origins,
-               "origins whose pages may call, such as https://chat.example, or *", "LIST"),
-        Option("trusted_proxies", "TRUSTED_PROXIES", (), networks,
-               "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed"),
-        Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", False, boolean,
-               "ask for a key on /health and /ready, too")),
-    "Logs": (
-        Option("requests_kept", "REQUESTS_KEPT", 100, whole(1, 100_000),
-               "finished requests that /debug/requests keeps"),
-        Option("history", "HISTORY_FILE", None, str,
-               "SQLite file that keeps a row for each request; no prompts, no answers", "FILE"),
-        Option("history_days", "HISTORY_DAYS", 365, whole(0, 36_500, "of days "),
-               "days after which its rows are removed; 0 never"),
-        Option("log_dir", "LMSTUDIO_LOG_DIR", None, folder,
-               "LM Studio's server-logs directory; found under the home if not given", "DIR"),
-        Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", True, boolean, "follow LM Studio's logs"),
-        Option("log_source", "LOG_SOURCE", "files", one_of("files", "stream", "auto"),
-               "source of the log: files, stream (from LM Studio itself; experimental) or auto"),
-        Option("log_dir_warn", "LOG_DIR_WARN_BYTES", 5_000_000_000, whole(0, 10**15, "of bytes "),
-               "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
-               "0 never"),
-        Option("log_level", "LOG_LEVEL", "info", one_of(*LEVELS),
-               "error, warn, info or debug", "LEVEL"),
-        Option("log_file", "LOG_FILE", None, str,
-               "write our own log there; turned over at 5 MB, begun anew once it was moved", "FILE")),
-}
-OPTIONS = tuple(itertools.chain.from_iterable(OPTION_GROUPS.values()))
+BYTES, MS = whole(1, 10**12, "of bytes "), whole(0, 10**9, "of milliseconds ")
+GATEWAY_OPTIONS = (
+    Option("LMSTUDIO_BASE_URL", "http://127.0.0.1:1234", base_url,
+           "LM Studio's server; its port is found in its settings", "URL", "upstream"),
+    Option("GATEWAY_HOST", "127.0.0.1", str, "address to listen on; 0.0.0.0 for the LAN", "HOST", "host"),
+    Option("GATEWAY_PORT", 8001, whole(0, 65535), "port to listen on; 0: the system chooses", "PORT", "port"),
+    Option("TLS_CERT", None, str, "certificate (PEM), to serve HTTPS", "FILE"),
+    Option("TLS_KEY", None, str, "its private key (PEM)", "FILE"),
+    Option("UPSTREAM_TOKEN", None, header_word, "LM Studio's own API token, if its server asks for one"),
+    Option("MAX_BODY_BYTES", 256 * 1024**2, BYTES, "largest request body; 413 beyond it", None, "max_body"),
+    Option("MAX_BODY_MEMORY", 512 * 1024**2, BYTES,
+           "bytes that the bodies of all running requests may take together; 503 beyond them"),
+    Option("MAX_RUNNING", 0, whole(0, 10_000), "inferences at once for each model, others wait; 0: all", "N"),
+    Option("MAX_WAITING", 100, whole(0, 10_000), "inferences that may wait for their turn; 429 beyond them"),
+    Option("MAX_CONNECTIONS", 512, whole(8, 100_000),
+           "connections at once; beyond them one that has shown no right key is closed"),
+    Option("PREFILL_COMMENTS", False, boolean, "SSE comments tell waiting clients how far their prompt is"),
+    Option("PROXY_TIMEOUT", 600_000, MS, "ms without a byte from LM Studio on a plain request; 0: never"),
+    Option("PROXY_STREAM_TIMEOUT", 0, MS, "the same for a streaming request"),
+)
+ACCESS_OPTIONS = (
+    Option("GATEWAY_API_KEY", {}, api_keys,
+           "one key, or several as name=key,name=key; a process list shows it", "KEY", "api_key"),
+    Option("KEYS_FILE", None, str, "minted keys, hashed; else in the user's configuration directory", "FILE"),
+    Option("USERS_FROM", (), words, "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
+    Option("NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
+    Option("IP_ALLOWLIST", None, networks, "addresses and CIDR ranges that may connect", "LIST", "allow"),
+    Option("CORS_ORIGINS", (), origins, "origins whose pages may call (https://chat.example), or *", "LIST"),
+    Option("TRUSTED_PROXIES", (), networks,
+           "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed"),
+    Option("REQUIRE_AUTH_FOR_HEALTH", False, boolean, "ask for a key on /health and /ready, too"),
+)
+LOG_OPTIONS = (
+    Option("REQUESTS_KEPT", 100, whole(1, 100_000), "finished requests that /debug/requests keeps"),
+    Option("HISTORY_FILE", None, str,
+           "SQLite file that keeps a row for each request; no prompts, no answers", "FILE", "history"),
+    Option("HISTORY_DAYS", 365, whole(0, 36_500, "of days "), "days after which rows are removed; 0: never"),
+    Option("LMSTUDIO_LOG_DIR", None, folder,
+           "LM Studio's server-logs directory; found under the home if not given", "DIR", "log_dir"),
+    Option("ENABLE_LOG_MONITORING", True, boolean, "follow LM Studio's logs"),
+    Option("LOG_SOURCE", "files", one_of("files", "stream", "auto"),
+           "source of the log: files, stream (from LM Studio itself; experimental) or auto"),
+    Option("LOG_DIR_WARN_BYTES", 5_000_000_000, whole(0, 10**15, "of bytes "),
+           "size of the log directory that brings a warning; 0: never", None, "log_dir_warn"),
+    Option("LOG_LEVEL", "info", one_of(*LEVELS), "error, warn, info or debug", "LEVEL"),
+    Option("LOG_FILE", None, str, "our own log; turned over at 5 MB, begun anew once it was moved", "FILE"),
+)
+OPTIONS = (*GATEWAY_OPTIONS, *ACCESS_OPTIONS, *LOG_OPTIONS)
 
 
 class Config:
@@ -369,9 +351,6 @@ class Config:
 SECRET = ("GATEWAY_API_KEY", "UPSTREAM_TOKEN")
 # Not NO_AUTH's: NO_PROXY and NO_COLOR are others'.
 PREFIXES = tuple({row.variable.partition("_")[0] + "_" for row in OPTIONS} - {"NO_"})
-ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
-                      r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
-
 
 def load_config(args, environ, env_file=None):
     """(Config, warnings, errors) from flags, else environment, else `.env`, else defaults.
@@ -405,11 +384,13 @@ def read_env_file(path):
             return found, [], [f"--env-file {path}: {error.strerror}; name a file that can be read"]
         unread = isinstance(error, PermissionError)
         return found, [f".env cannot be read ({error.strerror}): its lines do not count"] * unread, []
+    form = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
+                      r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
     variables, warnings, errors = [row.variable for row in OPTIONS], [], []
     for line_number, line in enumerate(content.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        source, match = f"{path or '.env'} line {line_number}", ENV_LINE.match(line)
+        source, match = f"{path or '.env'} line {line_number}", form.match(line)
         if not match:
             errors.append(f"{source}: not of the form NAME=value; mend the line or put # before it")
             continue
@@ -1937,7 +1918,6 @@ def prediction_figures(body):
 # --- 3.4 dialects: the places of model, tokens and usage in each API of LM Studio ---
 
 WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
-VALUES_LIMIT = 250_000  # of its values: reading more would hold up everybody for a tenth of a second
 LONGEST_NAME, LONGEST_ERROR = 256, 500  # of a model or an id, of a message, as they are kept
 UNSAFE = 2**53  # from here on JavaScript and others round
 
@@ -2000,12 +1980,13 @@ def json_object(data, numbers=re.compile(rb"\[[-+.\deE,\s]{64,}\]")):
     return value if isinstance(value, dict) else None
 
 
-def too_many(data, *marks):
-    """True when these bytes stand in data more than VALUES_LIMIT times."""
-    found, step = 0, 1024 * 1024    # after which other threads get their turn
-    for at in range(0, len(data) if len(data) > VALUES_LIMIT else 0, step):
+def too_many(data, *marks, most=250_000, step=1024 * 1024):
+    """True when these bytes stand in data so often that to read it would hold up everybody for a tenth of a
+    second.  Other threads get their turn after each step."""
+    found = 0
+    for at in range(0, len(data) if len(data) > most else 0, step):
         found += sum(data.count(mark, at, at + step) for mark in marks)
-        if found > VALUES_LIMIT:
+        if found > most:
             return True
     return False
 
@@ -2338,7 +2319,7 @@ def parse_body(dialect, data):
         return found
     return found._replace(
         messages=len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
-        fingerprint=fingerprint(body) if len(data) <= FINGERPRINT_LIMIT else None,
+        fingerprint=fingerprint(body) if len(data) <= 1024 * 1024 else None,   # the log cuts a longer one itself
         size=text_size([body.get(name) for name in (
             "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
@@ -2364,7 +2345,6 @@ def ask_usage(data, options):
     return amended
 
 
-FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
 LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
 
 
@@ -3597,10 +3577,8 @@ METRICS = (
     Metric("lmstudio_log_last_entry_timestamp_seconds", "", "Time of the latest log entry"),
     Metric("lmstudio_log_directory_bytes", "", "Size of the log directory"),
     Metric("lmstudio_log_filesystem_free_bytes", "", "Room left on its file system"),
-    Metric("lmstudio_gateway_requests_total", "key model endpoint code",
-           "Inference requests that are over; code 0 without an answer"),
-    Metric("lmstudio_gateway_tokens_total", "key model type",
-           "Their tokens: input, output, cached_input, reasoning"),
+    Metric("lmstudio_gateway_requests_total", "key model endpoint code", "Inferences that ended; code 0: no answer"),
+    Metric("lmstudio_gateway_tokens_total", "key model type", "Tokens: input, output, cached_input, reasoning"),
     Metric("lmstudio_gateway_request_duration_seconds", "endpoint model stream", "From arrival to end",
            DURATION_S),
     Metric("lmstudio_gateway_time_to_first_token_seconds", "model",
@@ -3617,8 +3595,7 @@ METRICS = (
     Metric("lmstudio_gateway_requests_queued", "model", "Those that wait in LM Studio's queue"),
     Metric("lmstudio_gateway_errors_total", "", "Requests that failed"),
     Metric("lmstudio_gateway_abandoned_total", "", "Clients that left, and requests that were stopped"),
-    Metric("lmstudio_gateway_client_disconnects_total", "phase",
-           "Clients that left: queued, prefill, decode"),
+    Metric("lmstudio_gateway_client_disconnects_total", "phase", "Who left: queued, prefill, decode"),
     Metric("lmstudio_gateway_rejected_total", "reason", "Requests turned away here"),
     Metric("lmstudio_gateway_upstream_errors_total", "kind",
            "refused, timeout, reset, bad_status, error_in_200"),
@@ -3631,15 +3608,8 @@ METRICS = (
     Metric("process_start_time_seconds", "", "When this gateway started"),
 )
 METRIC = {metric.name: metric for metric in METRICS}
-PHASES = {"waiting": "queued", "loading": "queued", "queued": "queued", "prompt": "prefill",
-          "generating": "decode"}
-UPSTREAM_KINDS = {"upstream_unreachable": "refused", "upstream_timeout": "timeout", "upstream_reset": "reset"}
 TOKEN_KINDS = {"input": "promptTokens", "output": "completionTokens", "cached_input": "cachedTokens",
                "reasoning": "reasoningTokens"}
-REJECTIONS = {  # code of our own error -> reason
-    "key_needed": "no_key", "key_wrong": "bad_key", "right_missing": "scope", "address_not_allowed": "host",
-    "model_not_allowed": "model", "key_expired": "bad_key", "queue_full": "concurrency",
-    "host_not_local": "host", "origin_not_allowed": "host", "body_too_large": "body_size"}
 LOGGED = {  # event of the log -> its metrics, each with its value in the event's data or in Event.about
     "lmstudio_chat_end": (),
     "lmstudio_cache_stats": (("lmstudio_cached_input_tokens_total", lambda data: data["reused"]),),
@@ -3665,6 +3635,13 @@ class Figures:
 
     SERIES = 500  # of one metric; beyond them all count as "other"
     MODELS = 100  # names of models that become labels
+    PHASES = {"waiting": "queued", "loading": "queued", "queued": "queued", "prompt": "prefill",
+              "generating": "decode"}
+    FAILURES = {"upstream_unreachable": "refused", "upstream_timeout": "timeout", "upstream_reset": "reset"}
+    REJECTIONS = {  # code of our own error -> reason
+        "key_needed": "no_key", "key_wrong": "bad_key", "key_expired": "bad_key", "right_missing": "scope",
+        "address_not_allowed": "host", "host_not_local": "host", "origin_not_allowed": "host",
+        "model_not_allowed": "model", "queue_full": "concurrency", "body_too_large": "body_size"}
 
     def __init__(self):
         self._values: dict[str, dict] = {metric.name: {} for metric in METRICS}
@@ -3711,10 +3688,15 @@ class Figures:
             self.add(f"lmstudio_gateway_{name}", *labels, amount=amount)
         if record.operation == "client_disconnected":
             self.add("lmstudio_gateway_client_disconnects_total",
-                     PHASES[max(record.entered, key=STATES.index)])
+                     self.PHASES[max(record.entered, key=STATES.index)])
         elif record.error is not None and not was_left(record.state, record.operation):
-            self.add("lmstudio_gateway_upstream_errors_total", UPSTREAM_KINDS.get(
+            self.add("lmstudio_gateway_upstream_errors_total", self.FAILURES.get(
                 record.operation, "error_in_200" if record.status == 200 else "bad_status"))
+
+    def count_rejection(self, code):
+        """A request was turned away here with this code of our own."""
+        if code in self.REJECTIONS:
+            self.add("lmstudio_gateway_rejected_total", self.REJECTIONS[code])
 
     def count_tokens(self, record):
         """The tokens of a request that is over, as far as they have not been counted: the log can tell
@@ -3928,7 +3910,8 @@ def series_step(minutes):
 
 def series_rows(cells, step, by):
     """`rows` and `total` of /debug/series: of all, or with by ("model", "key", "user") of each name."""
-    place, asked = BY.index(by), Counter()
+    place = BY.index(by)
+    asked: Counter[str] = Counter()
     for _, names, amounts in cells:
         asked[names[place]] += amounts["requests"]
     known = {name for name, _ in asked.most_common(MOST_NAMES)}
@@ -4764,9 +4747,8 @@ class Hub(Ring):
 
     def reject(self, code):
         """Any thread.  A request was turned away here; code is our error's."""
-        if code in REJECTIONS:
-            with self._lock:
-                self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
+        with self._lock:
+            self._figures.count_rejection(code)
 
     # --- for views
 
@@ -6397,7 +6379,6 @@ class Request:
         self.identity: Any = None  # whose key it carried, once it has been checked
         self.forwarded = False  # it goes on to LM Studio
         self.told = False  # the log has its line
-        self.turn: Any = None  # of an inference
         self.ratelimit: list = []  # headers for its answer that tell of its key's limits
         self.connection: Any = None  # the client's Connection
         self.pause: Callable[[float], Any] = time.sleep  # for so many s, or until the connection ends
@@ -7567,7 +7548,6 @@ class Forward:
             target=plain_target(self._call.selector), dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
             model_asked=asked.model, messages=asked.messages, fingerprint=asked.fingerprint,
             stream=bool(asked.stream), size=asked.size, tools=asked.tools)
-        request.turn = self._inference.turn
 
     def _choose_timeout(self, stream):
         self._timeout_option = "PROXY_STREAM_TIMEOUT" if stream else "PROXY_TIMEOUT"
@@ -8558,9 +8538,29 @@ class Tunnel:
         self._said_goodbye = False  # the client is read no more
         self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
 
+    def serve(self, server, head, early):
+        """Answer the upgrade with head, and pass on what is said until one side ends it; early: bytes of the
+        client's that came with its request.  Gives the exception that ended it, if one did."""
+        fault: Any = None
+        try:
+            self.client.sock.sendall(head)
+            self._admit(early)
+            server.prove(self._request.connection)
+            self._request.connection.tunnels(self._request)
+            self._run(self._request.connection, server.memory)
+        except HttpError as error:
+            fault = error
+            self._gateway.hub.reject(error.code)
+            self._refuse(str(error))
+        except (FrameError, ClientLeft, OSError) as error:  # an OSError is the client's
+            fault = error
+        finally:
+            self._part(fault)
+        return fault
+
     # --- who is there
 
-    def admit(self, early):
+    def _admit(self, early):
         """Take the client's first message, early the bytes of it that are there, and give LM Studio one of
         ours, until LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
         request = self._request
@@ -8590,7 +8590,7 @@ class Tunnel:
             side.sock.setblocking(False)
         self._pass_on(calls)
 
-    def refuse(self, text):
+    def _refuse(self, text):
         """Say why nobody is let in, as LM Studio does: in a string, but in an object to its Python SDK."""
         plain = not self._request.header("user-agent").startswith("python-httpx")
         self.client.sock.sendall(packet(success=False, error=text if plain else {"title": text})
@@ -8598,7 +8598,7 @@ class Tunnel:
 
     # --- what passes
 
-    def run(self, connection, memory):
+    def _run(self, connection, memory):
         """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
         self._memory, talk = memory, self.talk
         connection.leave = self.dismiss
@@ -8675,7 +8675,7 @@ class Tunnel:
 
     # --- the end
 
-    def part(self, fault):
+    def _part(self, fault):
         """It is over, for the exception given, or because a side has closed."""
         self._request.connection.leave = None
         self._memory.give_back(self._held)
@@ -8769,8 +8769,6 @@ class Handler(socketserver.BaseRequestHandler):
             return self._refuse(HttpError(500, "internal_error", "a fault in lmgateway; its log says more",
                                           close=True))
         finally:
-            if self.seen:
-                self.server.gateway.turns.leave(self.seen.turn)
             self.seen = None    # its body can be large
             self.wire.release()
             self.connection.rests()
@@ -8821,8 +8819,9 @@ class Handler(socketserver.BaseRequestHandler):
         if request.forwarded and "admin" not in request.identity.rights and runs_tools(request):
             raise right_missing(request.identity, "admin")
         self.connection.works(request, route.view is event_stream)
+        shared = cors_headers(access, request)
         response = route.view(gateway, request)
-        response.headers.extend(cors_headers(access, request))
+        response.headers.extend(shared)
         return response
 
     def _identify(self, request, route, offered):
@@ -8846,10 +8845,10 @@ class Handler(socketserver.BaseRequestHandler):
         if response.status == 101:
             return self._tunnel(response, request)
         body, alive = response.body, bool(request) and keeps_alive(request)
-        head, chunked, alive = framed_head(response, request,
-                                           alive and not close and not self.server.gateway.stopping)
-        self.begun = True
-        try:
+        try:    # whatever happens: a body that is closed gives its turn to another
+            head, chunked, alive = framed_head(response, request,
+                                               alive and not close and not self.server.gateway.stopping)
+            self.begun = True
             if request and request.method == "HEAD":
                 self.request.sendall(head)
             elif body is None or isinstance(body, (bytes, bytearray)):
@@ -8864,23 +8863,10 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _tunnel(self, response, request):
         """HTTP is over: both connections pass on WebSocket frames until one side ends them.  False."""
-        tunnel, self.begun = response.body, True
-        fault: Any = None
-        try:
-            self.request.sendall(head_bytes(101, response.headers))
-            tunnel.admit(bytes(self.wire.buffer))
-            self.server.prove(self.connection)
-            self.connection.tunnels(request)
-            tunnel.run(self.connection, self.server.memory)
-        except HttpError as error:
-            fault = error
-            self.server.gateway.hub.reject(error.code)
-            tunnel.refuse(str(error))
-        except (FrameError, ClientLeft, OSError) as error:  # an OSError is the client's
-            fault = error
-        finally:
-            tunnel.part(fault)
-            self._note(request, 101)
+        self.begun = True
+        head = head_bytes(101, response.headers)
+        fault = response.body.serve(self.server, head, bytes(self.wire.buffer))
+        self._note(request, 101)
         if not isinstance(fault, (ClientLeft, OSError)) and not self.server.gateway.stopping:
             self.wire.linger()
         return False
@@ -10415,17 +10401,11 @@ def open_printer(args, live):
             printer.finish()
 
 
-class LogRecords:
-    """The records of the requests that a log tells of, without a gateway.  A call takes events in."""
-
-    def __init__(self):
-        self._requests = Requests("", keep=0)
-
-    def __call__(self, events, clock=0.0):
-        """The Records that have changed, those that are over included."""
-        told = self._requests.see(events, clock)
-        over, self._requests.changed = self._requests.changed, []
-        return list({record.id: record for record in (*told, *over)}.values())
+def changed_records(requests, events, clock=0.0):
+    """The Records of Requests that change with a log's events, those that are over included."""
+    told = requests.see(events, clock)
+    over, requests.changed = requests.changed, []
+    return {record.id: record for record in (*told, *over)}.values()
 
 
 def tail_only(args, config):
@@ -10446,12 +10426,12 @@ def tail_only(args, config):
 
 def with_cards(printer):
     """A function that prints a log's events, and shows its chats on the printer's cards."""
-    records = LogRecords()
+    requests = Requests("", keep=0)
 
     def publish(events):
         if printer.cards:
             clock = time.monotonic()
-            for record in records(events, clock):
+            for record in changed_records(requests, events, clock):
                 printer.cards.take(record.progress_event("", clock), clock)
         printer(events)
 
@@ -10478,9 +10458,9 @@ def report(args, config):
     with naming_history(config), contextlib.closing(open_history(file)) as kept, history_errors():
         if args.paths:
             freeze_start_up()
-            records = LogRecords()
-            replay(saved_logs(args.paths), lambda events: store_rows(
-                kept, [history_row(record) for record in records(events) if record.ended is not None]))
+            requests = Requests("", keep=0)
+            replay(saved_logs(args.paths), lambda events: store_rows(kept, [
+                history_row(record) for record in changed_records(requests, events) if record.ended is not None]))
         rows, total = usage_rows(kept, ["day", "model"]), usage_rows(kept, [])
     if args.json:
         print("\n".join(map(json.dumps, rows)))
@@ -10713,9 +10693,10 @@ def serve(args, config):
         notify("READY=1")
         keep_watchdog(stop, server)
         notify("STOPPING=1")
-        log.info("Stopping: %d requests are running, they have %.0f s", server.working, GRACE_S)
+        grace_s = 0.5 if demo else GRACE_S      # the demo's own are never done
+        log.info("Stopping: %d requests are running, they have %.1f s", server.working, grace_s)
         server.shutdown()
-        server.finish_requests(GRACE_S)
+        server.finish_requests(grace_s)
     return 0
 
 
@@ -11017,7 +10998,10 @@ def check_options(found):
 def check_port(found):
     host, port = found.config.host, found.config.port
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+            if os.name != "nt":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, port))
         yield "ok", f"port {port} of {host} is free" if port else "the system will choose one"
     except OSError as error:
         problem, url = listen_problem(found.config, error), page_url(found.config, port)
@@ -11313,8 +11297,8 @@ def build_parser():
 
 
 def add_options(parser):
-    """A flag for each row of OPTIONS that has one, under the heading of its group."""
-    for heading, rows in OPTION_GROUPS.items():
+    """A flag for each row of OPTIONS that has one, under a heading."""
+    for heading, rows in (("Gateway", GATEWAY_OPTIONS), ("Access", ACCESS_OPTIONS), ("Logs", LOG_OPTIONS)):
         group = parser.add_argument_group(heading)
         for row in rows:
             if row.flag:
@@ -11474,7 +11458,7 @@ svg.mark { width: .95em; height: .95em; flex: none; fill: currentColor; vertical
 /* Things in a row */
 .head, .row, .toolbar, .states, .states li, .legend, .legend li, .details, .tools, .range, .models, .tiles, .copy, .left, .name, .banner,
 .login div, .drawer-head, .top h1, .top > div, .top nav { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem .5rem; }
-.head, .left, .name, .banner { align-items: baseline; } .top h1, .states li, .range, .left { white-space: nowrap; flex-wrap: nowrap; }
+.head, .left, .name, .banner { align-items: baseline; } .top h1, .states li, .range, .left { white-space: nowrap; } .top h1, .states li, .range, .left, .name { flex-wrap: nowrap; }
 button, select, input { font: inherit; color: inherit; }
 button, select, input[type="search"], input[type="password"] { min-height: 2rem; padding: .15rem .65rem;
   background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
@@ -11547,8 +11531,8 @@ main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: 
 .plots path { fill: none; stroke: currentColor; stroke-width: 1.75; }
 .plots path.band { fill: currentColor; stroke: none; opacity: .16; }
 .twin { max-height: 260px; overflow: auto; } .wide { overflow-x: auto; }
-.people td:first-child { white-space: normal; overflow-wrap: anywhere; width: 30%; min-width: 6rem; } .people .bar { height: 8px; margin: .2rem 0; }
-.people th, .people td { padding: .3rem; }
+.people td:first-child { white-space: normal; overflow-wrap: anywhere; width: 30%; min-width: 6.8rem; } .people .bar { height: 8px; margin: .2rem 0; }
+.people table { font-size: .93rem; } .people th, .people td { padding: .3rem .25rem; }
 /* Tables */
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .32rem .55rem; text-align: left; white-space: nowrap; vertical-align: baseline; }
@@ -11816,7 +11800,6 @@ const NONE = "\u2014";
 const known = value => typeof value === "number" && Number.isFinite(value);
 const words = value => value === null || value === undefined || value === "" ? NONE : String(value);
 const whole = n => String(Math.round(n)).replace(/\B(?=(\d{3})+$)/g, "\u202f");
-const tenth = (n, digits) => n.toFixed(digits).replace(/\.0$/, "");
 const two = n => String(n).padStart(2, "0");
 const plural = (n, word) => whole(n) + " " + word + (n === 1 ? "" : "s");
 const tokens = n => known(n) ? whole(n) : NONE;
@@ -11852,21 +11835,16 @@ function about(ms) {
     : s < 5400 ? Math.round(s / 60) + " min" : Math.round(s / 3600) + " h";
 }
 
-/* A count in few letters: 6 144, 14.9 k, 2.1 M. */
-function short(n) {
-  if (!known(n)) return NONE;
-  if (n < 10000) return n === Math.round(n) ? whole(n) : tenth(n, n < 10 ? 2 : 1);
-  return n < 999500 ? tenth(n / 1000, n < 99950 ? 1 : 0) + "\u202fk" : tenth(n / 1e6, 1) + "\u202fM";
-}
+/* A count in few letters: 6 144, 14.9K, 2.1M. */
+const COMPACT = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 3});
+const short = n => !known(n) ? NONE : n < 10000 && n === Math.round(n) ? whole(n) : COMPACT.format(n);
 function bytes(n) {
   if (!known(n)) return NONE;
   const at = n < 1024 ? 0 : Math.min(4, Math.floor(Math.log2(n) / 10)), size = n / 1024 ** at;
   return (at && size < 100 ? size.toFixed(1) : whole(size)) + " " + ["B", "KiB", "MiB", "GiB", "TiB"][at];
 }
-function clockTime(ms, seconds = true) {
-  const t = new Date(ms);
-  return two(t.getHours()) + ":" + two(t.getMinutes()) + (seconds ? ":" + two(t.getSeconds()) : "");
-}
+const CLOCKS = ["short", "medium"].map(timeStyle => new Intl.DateTimeFormat("en-GB", {timeStyle}));
+const clockTime = (ms, seconds = true) => CLOCKS[Number(seconds)].format(ms);
 
 /* The moment of an ISO text in this place's own words. */
 function dateTime(iso) {
@@ -12039,7 +12017,8 @@ function learn(id, news) {
   const over = ended(r) && r.state !== "lost";
   if (over && news.state && !ended(news)) return r;
   const progress = news.progress && Object.keys(news.progress).length ? news.progress : r.progress;
-  Object.assign(r, news, {progress, state: over ? r.state : news.state ?? r.state});
+  const place = news.state && {position: undefined, waiting: undefined, etaMs: undefined};     // of an earlier state
+  Object.assign(r, place, news, {progress, state: over ? r.state : news.state ?? r.state});
   if (!ended(r) && known(news.elapsedMs)) [r.began, r.heard] = [Date.now() - news.elapsedMs, Date.now()];
   else if (news.startedAt) r.began = Date.parse(news.startedAt);
   if (!over && ended(r)) r.seenEnd = page.loaded ? Date.now() : 0;
@@ -12162,7 +12141,7 @@ async function askNotify() {
 
 // --- 5. the stream: EventSource comes back by itself and goes on where it was
 const STALE_MS = 20000, DEAD_MS = 60000;    // the gateway breaks a silence after 15 s
-const AT_FIRST = 200;       // events of the past that the log begins with
+const AT_FIRST = () => logView.raw ? 200 : 1000;    // events of the past that the log begins with; most are log lines
 const stream = {
   source: null, state: "connecting",        // live, connecting, out
   heard: Date.now(), downSince: Date.now(), last: "", breaks: 0, again: 0,
@@ -12172,7 +12151,7 @@ const stream = {
     clearTimeout(this.again);
     this.source?.close();
     const [epoch, seq] = String(page.status?.stream?.lastId ?? "").split("-");
-    const since = this.last || (epoch ? `${epoch}-${Math.max(0, seq - AT_FIRST)}` : "");
+    const since = this.last || (epoch ? `${epoch}-${Math.max(0, seq - AT_FIRST())}` : "");
     const names = Object.keys(EVENTS).filter(name => name !== "lmstudio_log" || logView.raw);
     const source = this.source = new EventSource(
       "/debug/stream?events=" + names + (since ? "&since=" + encodeURIComponent(since) : ""));
@@ -12293,24 +12272,16 @@ async function logIn(event) {
   event.preventDefault();
   const key = $("key").value.trim(), error = $("login-error");
   $("key").value = "";
-  let answer = null;
-  try {
-    answer = await fetch("/login", {method: "POST", headers: {"Content-Type": "application/json"},
-      body: JSON.stringify({key})});
-  } catch { /* said below */ }
-  error.hidden = Boolean(answer?.ok);
-  if (!answer?.ok) {
-    put(error, !answer ? "The gateway does not answer." : refused(answer) ? "Wrong key." : await reasonOf(answer));
-    $("key").focus();
-    return;
-  }
+  const why = await act("POST", "/login", {key});
+  error.hidden = !why;
+  put(error, why);
+  if (why) return $("key").focus();
   page.signedOut = false;
   lock(false);
-  begin();
+  return begin();
 }
 async function logOut() {
-  try { await fetch("/logout", {method: "POST"}); } catch { return; }
-  location.reload();
+  if (!await act("POST", "/logout")) location.reload();
 }
 
 /* Who we are decides what is asked; the status says from where to listen. */
@@ -12330,7 +12301,7 @@ async function act(method, address, body) {
   try {
     const answer = await fetch(address, {method, headers: {"Content-Type": "application/json"},
       body: body && JSON.stringify(body)});
-    return answer.ok ? "" : await reasonOf(answer);
+    return answer.ok ? "" : refused(answer) && body?.key ? "Wrong key." : await reasonOf(answer);
   } catch { return "The gateway does not answer."; }
 }
 async function stop(r, from) {
@@ -12501,7 +12472,7 @@ const placeOf = r => known(r.position) ? ordinal(r.position) + " in line"
   : r.state === "waiting" ? "not answered yet" : "in LM Studio's line";
 PANELS.now = () => {
   const moment = Date.now(), all = runningOnes(), active = all.filter(r => !inLine(r));
-  const over = [...page.requests.values()].filter(r => ended(r) && moment - (r.seenEnd ?? 0) < ENDED_MS && !inQueueAtEnd(r))
+  const over = [...page.requests.values()].filter(r => ended(r) && moment - (r.seenEnd ?? 0) < ENDED_MS && r.state !== "lost")
     .sort((a, b) => b.seenEnd - a.seenEnd);
   const fresh = over.filter(r => moment - r.seenEnd < LINGER_MS && cards.has(r.requestId));
   const seats = [...active, ...fresh].sort((a, b) => a.began - b.began).slice(0, CARDS);
@@ -12520,7 +12491,6 @@ PANELS.now = () => {
   $("notify").hidden = !globalThis.Notification || !isSecureContext;
   paintFirstRun();
 };
-const inQueueAtEnd = r => r.state === "lost";
 const etaOf = r => r.progress?.etaMs ?? r.etaMs;
 
 /* One line for each request; what stands in it is written only where it has changed. */
@@ -12848,7 +12818,7 @@ function firstChart(width) {
   return {
     legend: modelLegend("ttftMs"), head: ["Model", "From", "Median", "p95"],
     rows: modelRows("ttftMs").map(([model, row]) => [model, timeOf(row), span(row.ttftMs.p50), span(row.ttftMs.p95)]),
-    plots: () => [lineChart("Time to first token", "ttftMs", width, 236, ms => ms ? ms < 1000 ? whole(ms) + " ms" : tenth(ms / 1000, 1) + " s" : "0")],
+    plots: () => [lineChart("Time to first token", "ttftMs", width, 236, ms => ms < 1000 ? whole(ms) + " ms" : short(ms / 1000) + " s")],
   };
 }
 
@@ -12857,7 +12827,7 @@ function paintPeople() {
   const {by} = figures, total = Object.entries(figures[by]?.total ?? {});
   for (const [name, tab] of Object.entries(figures.tabs)) attribute(tab, "aria-pressed", name === by);
   const used = t => t.promptTokens + t.completionTokens, most = Math.max(1, ...total.map(([, t]) => used(t)));
-  const columns = [["Tokens in", t => short(t.promptTokens)], ["Cached", t => percent(share(t))], ["Out", t => short(t.completionTokens)],
+  const columns = [["In", t => short(t.promptTokens)], ["Cached", t => percent(share(t))], ["Out", t => short(t.completionTokens)],
     ...by === "model" ? [["Read tok/s", t => rate(t.reading.p50)], ["Write tok/s", t => rate(t.writing.p50)]]
       : [["Work", t => t.gpuMs ? running(t.gpuMs) : NONE]], ["Requests", t => whole(t.requests)]];
   const rows = total.sort(([, a], [, b]) => used(b) - used(a) || b.requests - a.requests).slice(0, 12).map(([name, t]) => {
@@ -13125,7 +13095,7 @@ function summaryOf(r) {
 }
 function samplingOf(r) {
   const rows = Object.entries(r.sampling ?? {}).filter(([, value]) => known(value));
-  return rows.length ? section("Sampling", el("dl.facts", ...rows.map(([name, value]) => fact(name, words(value))))) : null;
+  return rows.length && section("Sampling", el("dl.facts", ...rows.map(([name, value]) => fact(name, words(value)))));
 }
 function timelineOf(r) {
   const rows = Array.isArray(drawer.detail?.timeline) ? drawer.detail.timeline.slice(-ROWS) : [];
@@ -13196,8 +13166,8 @@ function showRaw() {
   $("log-raw").setAttribute("aria-pressed", logView.raw);
   const [epoch, seq] = stream.last.split("-");
   if (logView.raw && epoch) {
-    stream.last = `${epoch}-${Math.max(0, seq - AT_FIRST)}`;
-    page.events = page.events.filter(({id}) => Number(String(id).split("-")[1]) <= seq - AT_FIRST);
+    stream.last = `${epoch}-${Math.max(0, seq - AT_FIRST())}`;
+    page.events = page.events.filter(({id}) => Number(String(id).split("-")[1]) <= seq - AT_FIRST());
     folds.clear();
   }
   relog();
