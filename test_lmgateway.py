@@ -6971,9 +6971,11 @@ def waiting(fronts, joined):
     busy[1].hear()
     queued[0].say(channel("predict", 7, **BY_NAME))
     until(lambda: [row["position"] for row in front.hub.shown() if row["state"] == "queued"] == [1])
+    until(lambda: front.server.memory.used)     # what waits counts in the budget of all bodies
     yield front, busy, queued
     for client, _ in (busy, queued):
         client.sock.close()
+    until(lambda: not front.server.memory.used)
     until(lambda: not front.gateway.inferences)
     assert not front.gateway.turns._scheduler._lines
 
@@ -6989,6 +6991,7 @@ def test_a_call_waits_for_its_turn_and_its_socket_for_nothing(waiting):
     assert len(front.events(0, "inference_start", count=2)) == 2
     studio.say(success())
     assert own.hear() == channel("predict", 7, **BY_NAME)
+    until(lambda: [row["state"] for row in front.hub.shown() if row["totalTimeMs"] is None] == ["waiting"])
     own.say(success(7))
     assert client.hear() == success(7)
     row = front.hub.shown()[0]
@@ -7246,7 +7249,7 @@ def test_a_choice_among_500_people_is_quick():
         began = time.perf_counter()
         running += scheduler.leave(running.pop(0), 1)
         spent.append(time.perf_counter() - began)
-    assert sorted(spent)[100] < 60e-6     # a tenth of that on a machine with nothing else to do
+    assert sorted(spent)[100] < 30e-6     # a fifth of that on a machine with nothing else to do
 
 
 def test_a_minute_slides_and_a_day_ends():
