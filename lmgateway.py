@@ -4876,16 +4876,14 @@ TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cache
 
 
 def history_row(record):
-    return tuple([storable(value(record)) for value in HISTORY_VALUES])
+    return tuple([value(record) for value in HISTORY_VALUES])
 
 
 def storable(value):
     """A value that SQLite takes and can sum: a client or LM Studio may name any text and any number."""
-    if value is None or value.__class__ is str and value.isascii():
-        return value
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    return value if -10**12 < value < 10**12 else max(-10**12, min(value, 10**12))
+    return value if value is None else max(-10**12, min(value, 10**12))
 
 
 def since_epoch(text, now):
@@ -5055,7 +5053,8 @@ def remove_rows(connection, before):
 def store_rows(connection, rows):
     with connection:
         marks = ", ".join("?" * len(HISTORY))
-        connection.executemany(f"INSERT OR REPLACE INTO requests VALUES ({marks})", rows)
+        connection.executemany(f"INSERT OR REPLACE INTO requests VALUES ({marks})",
+                               (tuple(map(storable, row)) for row in rows))
 
 
 # === 5. TAIL: files to chunks ================================================
@@ -6482,13 +6481,13 @@ class Wire:
         """The lines of the next request's head.  A client that says nothing gets ClientLeft.
 
         A few empty lines before it are skipped (RFC 9112, 2.2)."""
-        skipped, known, deadline = 0, 0, math.inf
+        empty_lines, known, deadline = self.EMPTY_LINES, 0, math.inf
         while True:
-            while self.buffer[:2] == b"\r\n" and skipped <= self.EMPTY_LINES:
+            while empty_lines and self.buffer[:2] == b"\r\n":
                 del self.buffer[:2]
-                skipped += 1
+                empty_lines -= 1
             end = self.buffer.find(b"\r\n\r\n", known)
-            self._check_size(len(self.buffer) if end < 0 else end, skipped)
+            self._check_size(len(self.buffer) if end < 0 else end)
             if end >= 0:
                 break
             known, begun = max(0, len(self.buffer) - 3), self.buffer not in (b"", b"\r")
@@ -6508,9 +6507,7 @@ class Wire:
         del self.buffer[: end + 4]
         return head.split("\r\n")
 
-    def _check_size(self, size, skipped):
-        if skipped > self.EMPTY_LINES:
-            raise bad("it begins with empty lines")
+    def _check_size(self, size):
         line = self.buffer.find(b"\r\n", 0, self.LINE_LIMIT + 2)
         if line < 0 and len(self.buffer) > self.LINE_LIMIT:
             raise HttpError(414, "target_too_long",
@@ -6827,12 +6824,11 @@ class KeyFile:
 
     def keys(self):
         """Any thread.  The Keys, read again when the file has changed; None when there is no file."""
-        if time.monotonic() - self._asked >= self.LOOK_S:
-            with self._lock:
-                if time.monotonic() - self._asked >= self.LOOK_S:
-                    self._refresh()
-                    self._asked = time.monotonic()
-        return self._keys
+        with self._lock:
+            if time.monotonic() - self._asked >= self.LOOK_S:
+                self._refresh()
+                self._asked = time.monotonic()
+            return self._keys
 
     def _refresh(self):
         try:
