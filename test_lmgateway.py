@@ -104,8 +104,7 @@ def config_of(flags=(), environ=None, env_file=None):
 @pytest.fixture
 def stopped(monkeypatch):
     """A command that should never have begun ends at once."""
-    monkeypatch.setattr(lmgateway, "Stop",
-                        lambda: types.SimpleNamespace(wait=lambda seconds=None: True, status=0))
+    monkeypatch.setattr(lmgateway, "Stop", lambda: types.SimpleNamespace(wait=lambda seconds=None: True, status=0))
     monkeypatch.setattr(lmgateway, "freeze_start_up", lambda: None)
 
 
@@ -2135,8 +2134,7 @@ def test_times_of_a_request_are_seconds_and_running_ones_are_gauges(utc):
     assert {name: float(value) for name, value in sums.items()} == {
         "request_duration": 2, "time_to_first_token": 0.5, "time_per_output_token": 0.05,
         "overhead": 0.002, "queue": 0}
-    assert figures.gauges(office.requests)["lmstudio_gateway_correlated_total"] == {
-        ("exact",): 1, ("none",): 0}
+    assert figures.gauges(office.requests)["lmstudio_gateway_correlated_total"] == {("exact",): 1, ("none",): 0}
 
 
 def test_performance_is_of_the_requests_that_are_kept():
@@ -2216,15 +2214,13 @@ def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_fig
     hub, started = lmgateway.Hub(keep=rows.extend), lmgateway.UtcClock().moment(stamp).epoch
 
     def log(*entries):
-        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n"
-                                            for entry in entries).encode()) + parser.quiet())
+        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n" for entry in entries).encode()) + parser.quiet())
 
     record = lmgateway.Record(hub.request_id(), started, time.monotonic(), model_asked="m/one", messages=1,
                               dialect="chat",
                               target="/v1/chat/completions", stream=True)
     hub.begin(record)
-    log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100), percent("m/one", 0),
-        percent("m/one", 100))
+    log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100), percent("m/one", 0), percent("m/one", 100))
     for _ in range(2):
         hub.end(record, lmgateway.Outcome("abandoned", None, "it left", "client_disconnected"))
     log(engine_end(1, 400, 12), finished("m/one"))
@@ -2271,8 +2267,7 @@ def test_nothing_is_told_of_the_progress_of_a_request_after_its_end(monkeypatch)
         return encode(data)
 
     def log(*entries):
-        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n" for entry in entries).encode())
-                        + parser.quiet())
+        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n" for entry in entries).encode()) + parser.quiet())
 
     log(running("m/one"), streaming("m/one"), percent("m/one", 0))
     monkeypatch.setattr(record, "_told", -math.inf)
@@ -9164,8 +9159,7 @@ def findings(capsys, *argv):
     status, out, _ = run(capsys, "--check", "--json", *argv)
     report = json.loads(out)
     assert report["status"] == ("bad" if status else "ok")
-    return status, [(row["check"], row["mark"], f"{row['what']} -> {row['remedy']}")
-                    for row in report["findings"]]
+    return status, [(row["check"], row["mark"], f"{row['what']} -> {row['remedy']}") for row in report["findings"]]
 
 
 def put(path, content=""):
@@ -9301,8 +9295,7 @@ def test_check_sees_that_every_key_was_revoked(home, capsys):
     assert run(capsys, "--new-key", "anna")[0] == 0
     assert any(text.startswith("keys: anna (infer)") for _, _, text in findings(capsys)[1])
     assert run(capsys, "--revoke-key", "anna")[0] == 0
-    assert any(row[:2] == ("Keys", "warn") and "mint one with --new-key" in row[2]
-               for row in findings(capsys)[1])
+    assert any(row[:2] == ("Keys", "warn") and "mint one with --new-key" in row[2] for row in findings(capsys)[1])
 
 
 @pytest.mark.parametrize(("error", "warned"), [(PermissionError(13, "Permission denied"), True),
@@ -9385,8 +9378,7 @@ def test_prune_follows_no_links(home, capsys):
 def test_prune_says_which_file_could_not_go_and_goes_on(home, capsys, monkeypatch):
     paths = [put_log(home, "x", f"2020-01/2020-01-0{number}.1.log") for number in (1, 2, 3)]
     remove = os.remove
-    monkeypatch.setattr(os, "remove", lambda path: os.stat("/nowhere") if path.endswith("01.1.log")
-                        else remove(path))
+    monkeypatch.setattr(os, "remove", lambda path: os.stat("/nowhere") if path.endswith("01.1.log") else remove(path))
     status, out, _ = run(capsys, "--prune", "1", "--yes")
     assert status == 1 and out.startswith("kept, No such file") and "removed 1 file, 1 bytes" in out
     assert [path.exists() for path in paths] == [True, False, True]
