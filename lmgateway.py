@@ -4309,7 +4309,8 @@ class Scheduler:
     def join(self, turn, clock):
         """A request has come.  Gives the Turns that begin now, among them maybe this one."""
         turn.number = next(self._numbers)
-        if not self.waiting and self._may_begin(turn, self._lines.setdefault(turn.model, Line())):
+        line = self._lines.setdefault(turn.model, Line())
+        if not self.waiting and len(line.running) < self._slots and self._may_run(turn):
             self._begin(turn, clock)    # without a detour over the queue
             return [turn]
         self._enqueue(turn)
@@ -4325,13 +4326,14 @@ class Scheduler:
         turn.over = True
         if turn.began is None:
             self._dequeue(turn)
-            return []
-        self._lines[turn.model].running.discard(turn)
-        self._count(turn, -1)
+        else:
+            self._lines[turn.model].running.discard(turn)
+            self._count(turn, -1)
         if done and (turn.model in self._times or len(self._times) < NAMES_KEPT):
             self._times.setdefault(turn.model, deque(maxlen=TIMES_KEPT)).append(clock - turn.began)
-        begun = self.start(clock)
-        self._prune(turn.model)
+        begun, line = self.start(clock), self._lines[turn.model]
+        if not line.running and not line.queues:
+            del self._lines[turn.model]
         return begun
 
     def start(self, clock):
@@ -4359,11 +4361,12 @@ class Scheduler:
 
     def _next(self, line):
         """The rank of the Turn that a free slot of a line goes to, None while none may begin."""
-        return next((rank for rank in line.ranks if self._may_begin(rank[-1], line)), None)
+        ranks = line.ranks if len(line.running) < self._slots else ()
+        return next((rank for rank in ranks if self._may_run(rank[-1])), None)
 
-    def _may_begin(self, turn, line):
-        return (len(line.running) < self._slots
-                and self._of_key.get(turn.key, 0) < self.limits.get(turn.key, math.inf))
+    def _may_run(self, turn):
+        """True unless as many of its key run as may."""
+        return self._of_key.get(turn.key, 0) < self.limits.get(turn.key, math.inf)
 
     def _rise(self, clock):
         while self._rises and self._rises[0][0] <= clock:
@@ -4414,12 +4417,6 @@ class Scheduler:
         if not line.queues[turn.who]:
             del line.queues[turn.who]
         self._rank(turn.who)
-        self._prune(turn.model)
-
-    def _prune(self, model):
-        line = self._lines.get(model)
-        if line and not line.running and not line.queues:
-            del self._lines[model]
 
     def rename(self, old, new):
         """Two names are one model's, as an answer has shown."""
@@ -4433,7 +4430,6 @@ class Scheduler:
         self._lines.setdefault(new, Line()).running.update(running)
         for turn in moved:
             self._enqueue(turn)
-        self._prune(new)
         self._times.setdefault(new, deque(maxlen=TIMES_KEPT)).extend(self._times.pop(old, ()))
 
     def counts(self, key):
@@ -4880,16 +4876,14 @@ TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cache
 
 
 def history_row(record):
-    return tuple([storable(value(record)) for value in HISTORY_VALUES])
+    return tuple([value(record) for value in HISTORY_VALUES])
 
 
 def storable(value):
     """A value that SQLite takes and can sum: a client or LM Studio may name any text and any number."""
-    if value is None or value.__class__ is str and value.isascii():
-        return value
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
-    return value if -10**12 < value < 10**12 else max(-10**12, min(value, 10**12))
+    return value if value is None else max(-10**12, min(value, 10**12))
 
 
 def since_epoch(text, now):
@@ -5059,7 +5053,8 @@ def remove_rows(connection, before):
 def store_rows(connection, rows):
     with connection:
         marks = ", ".join("?" * len(HISTORY))
-        connection.executemany(f"INSERT OR REPLACE INTO requests VALUES ({marks})", rows)
+        connection.executemany(f"INSERT OR REPLACE INTO requests VALUES ({marks})",
+                               (tuple(map(storable, row)) for row in rows))
 
 
 # === 5. TAIL: files to chunks ================================================
@@ -6486,13 +6481,13 @@ class Wire:
         """The lines of the next request's head.  A client that says nothing gets ClientLeft.
 
         A few empty lines before it are skipped (RFC 9112, 2.2)."""
-        skipped, known, deadline = 0, 0, math.inf
+        empty_lines, known, deadline = self.EMPTY_LINES, 0, math.inf
         while True:
-            while self.buffer[:2] == b"\r\n" and skipped <= self.EMPTY_LINES:
+            while empty_lines and self.buffer[:2] == b"\r\n":
                 del self.buffer[:2]
-                skipped += 1
+                empty_lines -= 1
             end = self.buffer.find(b"\r\n\r\n", known)
-            self._check_size(len(self.buffer) if end < 0 else end, skipped)
+            self._check_size(len(self.buffer) if end < 0 else end)
             if end >= 0:
                 break
             known, begun = max(0, len(self.buffer) - 3), self.buffer not in (b"", b"\r")
@@ -6512,9 +6507,7 @@ class Wire:
         del self.buffer[: end + 4]
         return head.split("\r\n")
 
-    def _check_size(self, size, skipped):
-        if skipped > self.EMPTY_LINES:
-            raise bad("it begins with empty lines")
+    def _check_size(self, size):
         line = self.buffer.find(b"\r\n", 0, self.LINE_LIMIT + 2)
         if line < 0 and len(self.buffer) > self.LINE_LIMIT:
             raise HttpError(414, "target_too_long",
@@ -6831,12 +6824,11 @@ class KeyFile:
 
     def keys(self):
         """Any thread.  The Keys, read again when the file has changed; None when there is no file."""
-        if time.monotonic() - self._asked >= self.LOOK_S:
-            with self._lock:
-                if time.monotonic() - self._asked >= self.LOOK_S:
-                    self._refresh()
-                    self._asked = time.monotonic()
-        return self._keys
+        with self._lock:
+            if time.monotonic() - self._asked >= self.LOOK_S:
+                self._refresh()
+                self._asked = time.monotonic()
+            return self._keys
 
     def _refresh(self):
         try:
@@ -7302,19 +7294,17 @@ class Turns:
                                 [("Retry-After", str(QUEUE_RETRY_S))])
             turn.bell = bell()
 
-    def leave(self, turn, record=None):
-        """A request is over, in whatever way: its slot is another's.  Later calls do nothing."""
-        if turn is None or turn.over:
-            return
-        usage, served = record and record.usage or {}, self._hub.served(turn.model)
+    def leave(self, turn, record):
+        """A request is over, in whatever way: its slot is another's."""
+        usage, served = record.usage or {}, self._hub.served(turn.model)
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
-            if usage and not turn.over:
+            if usage:
                 self._account(turn.key, day).spend(clock, usage.get("promptTokens") or 0,
                                                    usage.get("completionTokens") or 0)
             if served != turn.model:
                 self._scheduler.rename(turn.model, served)
-            ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
+            ring(self._scheduler.leave(turn, clock, record.state == "done"))
             turn.about = None
 
     def took(self, model, seconds):
@@ -7384,7 +7374,7 @@ class Gateway:
         self.address = ""
         self.lan_urls = []
         self.volume = LogVolume(monitor.follower.directory, config.log_dir_warn) if monitor else None
-        self.inferences: dict[str, Inference] = {}  # by requestId, while they run; each step is atomic
+        self.inferences: dict[str, Exchange] = {}  # by requestId, while they run; each step is atomic
         self.instances: dict[str, str] = {}     # the models that LM Studio named to them, by their references
         self.demo = False  # LM Studio is the imitation
         self.stopping = False  # the end has come: connections are not kept
@@ -7396,26 +7386,27 @@ class Gateway:
         return round(time.monotonic() - self._started, 1)
 
 
-class Inference:
-    """A request for a model's answer, from its arrival to its one end: its record, its turn, and what others
-    hear of it.
+class Exchange:
+    """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an inference:
+    it has a record and a turn, and others hear of it until its one end."""
 
-    owner: the Forward or the Prediction that passes it on.  It has the request, stop(cause) for any thread,
-    which ends it with an HttpError that the client is told or with ClientLeft, the cause, and bell()."""
+    bell = threading.Event  # gives what rings when its turn comes
+    record: Any = None
+    turn: Any = None
+    cause: Any = None  # the GatewayError for which it was stopped
+    over = False
+    _due = 0.0  # clock when listeners hear of its tokens again
 
-    def __init__(self, gateway, owner, **about):
-        """Raises HttpError if the limits of its key, or the queue's, do not let it in."""
-        self._gateway, self._owner, self.request = gateway, owner, owner.request
-        request = owner.request
-        self.turn = gateway.turns.enter(request, about["model_asked"], about.get("user"), owner.bell)
+    def __init__(self, gateway, request):
+        self._gateway, self.request = gateway, request
+
+    def enter(self, **about):
+        """It is an inference.  Raises HttpError if the limits of its key, or the queue's, do not let it in."""
+        gateway, request = self._gateway, self.request
+        self.turn = gateway.turns.enter(request, about["model_asked"], about.get("user"), self.bell)
         self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), client=request.client,
                              key=request.identity.name, agent=request.header("user-agent")[:200] or None,
                              priority=PRIORITIES[self.turn.level], **about)
-        self.over = False
-        self._due = 0.0     # clock when listeners hear of its tokens again
-
-    def stop(self, cause):
-        self._owner.stop(cause)
 
     def begin(self):
         """Others hear of it, and if it has to wait, of its place."""
@@ -7424,6 +7415,13 @@ class Inference:
         self.turn.about = self
         if self.turn.bell:
             self._gateway.turns.tell()
+
+    def stop(self, cause):
+        """Any thread.  Ends it, unless it is over: with an HttpError, which the client is told, or with
+        ClientLeft."""
+        self.cause = self.cause or cause
+        if self.turn and self.turn.bell:
+            self.turn.bell.set()
 
     def go(self):
         """It waited, and goes to LM Studio now."""
@@ -7436,19 +7434,15 @@ class Inference:
             self._due = now + COUNT_S
             self._gateway.hub.generated(self.record, tokens, first)
 
-    def end(self, error, operation, status, meter):
-        """It is over, in whatever way: its turn is another's; the hub and the log are told.  Later calls do
-        nothing."""
-        if self.over:
-            return
-        record = self.record
+    def conclude(self, error, operation, status, meter):
+        """An inference is over, in whatever way: its turn is another's; the hub and the log are told."""
+        record, self.over = self.record, True
         state = "done" if error is None else "failed" if operation not in LEFT else "abandoned"
+        self._gateway.inferences.pop(record.id, None)
         try:
             self._gateway.hub.end(record, Outcome(state, status, error, operation, meter,
-                                                  getattr(self._owner.cause, "by", None)))
+                                                  getattr(self.cause, "by", None)))
         finally:
-            self.over = True
-            self._gateway.inferences.pop(record.id, None)
             self._gateway.turns.leave(self.turn, record)
         usage = record.usage or {}
         told = "upstream_error" if operation == "upstream_error" else error     # which can quote a prompt
@@ -7519,39 +7513,25 @@ def forward(gateway, request):
     return kind(gateway, request, target, asked).response(dialect)
 
 
-class Forward:
+class Forward(Exchange):
     """A request on its way to LM Studio, and the body of the Response: its answer's pieces as they come.
 
     It lives in the thread of the client's connection: it begins, waits for its turn, is sent, waits for the
-    answer's head, relays the pieces, and ends once, in _end().  stop() is for other threads and ends it at
-    any point.  An inference has a meter besides, and an Inference that others hear of."""
+    answer's head, relays the pieces, and ends once, in _end().  An inference has a meter besides."""
 
     alters = False  # it may add to the answer
-    bell = threading.Event
 
     def __init__(self, gateway, request, target, asked):
-        self._gateway, self.request, self._asked, upstream = gateway, request, asked, gateway.upstream
-        self._shared = request.identity.name in gateway.config.users_from
-        headers = upstream_headers(request, len(asked.data), upstream, asked.asks_usage or self.alters,
+        super().__init__(gateway, request)
+        self._asked, self._shared = asked, request.identity.name in gateway.config.users_from
+        headers = upstream_headers(request, len(asked.data), gateway.upstream, asked.asks_usage or self.alters,
                                    USER_HEADERS if self._shared else ())
-        self._call = Call(upstream.origin, request.method, target, headers, asked.data)
+        self._call = Call(gateway.upstream.origin, request.method, target, headers, asked.data)
         self._choose_timeout(asked.stream)
-        self._inference: Any = None
+        self._anthropic = plain_target(target).lower() == "/v1/messages"
         self._dialect: Any = None
         self._answer: Any = None
         self._meter: Any = None
-        self.cause: Any = None     # the GatewayError for which it was stopped
-        self._anthropic = plain_target(target).lower() == "/v1/messages"
-        self._over = False
-
-    def _infer(self, dialect):
-        """It is an inference.  Raises HttpError if that is not let in."""
-        request, asked, self._dialect = self.request, self._asked, dialect
-        self._inference = Inference(
-            self._gateway, self, method=request.method, path=request.path,
-            target=plain_target(self._call.selector), dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
-            model_asked=asked.model, messages=asked.messages, fingerprint=asked.fingerprint,
-            stream=bool(asked.stream), size=asked.size, tools=asked.tools)
 
     def _choose_timeout(self, stream):
         self._timeout_option = "PROXY_STREAM_TIMEOUT" if stream else "PROXY_TIMEOUT"
@@ -7561,26 +7541,25 @@ class Forward:
 
     def response(self, dialect):
         """LM Studio's own head; dialect: of an inference.  Raises HttpError, ClientLeft."""
+        request, asked, self._dialect = self.request, self._asked, dialect
         if dialect:
-            self._infer(dialect)
+            self.enter(method=request.method, path=request.path, target=plain_target(self._call.selector),
+                       dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
+                       model_asked=asked.model, messages=asked.messages, fingerprint=asked.fingerprint,
+                       stream=bool(asked.stream), size=asked.size, tools=asked.tools)
         try:
-            if self._inference:
-                self._inference.begin()
-                self._inference.record.overhead_s = time.monotonic() - self.request.arrived
-            self.request.connection.leave = lambda: self.stop(ClientLeft())
+            if dialect:
+                self.begin()
+                self.record.overhead_s = time.monotonic() - request.arrived
+            request.connection.leave = lambda: self.stop(ClientLeft())
             return self._respond()
         except BaseException as error:
             self._fail(error)
             raise self.cause from None
 
     def stop(self, cause):
-        """Any thread.  Ends it, unless it is over: with an HttpError, which the client is told, or
-        ClientLeft."""
-        self.cause = self.cause or cause
+        super().stop(cause)
         self._call.cancel()
-        bell = self._inference and self._inference.turn.bell
-        if bell:
-            bell.set()
 
     def _respond(self):
         self._has_turn(None)
@@ -7593,13 +7572,12 @@ class Forward:
 
     def _has_turn(self, wait_s):
         """True once it may be sent, False after so many s.  Raises the cause for which it was stopped."""
-        bell = self._inference and self._inference.turn.bell
-        if bell:
-            if not bell.wait(wait_s):
+        if self.turn and self.turn.bell:
+            if not self.turn.bell.wait(wait_s):
                 return False
             if self.cause:
                 raise self.cause
-            self._inference.go()
+            self.go()
         return True
 
     def _open(self):
@@ -7611,8 +7589,8 @@ class Forward:
         answer = self._answer
         if asked is None:
             self._choose_timeout(answer.streams)
-        if self._inference:
-            self._inference.record.stream = answer.streams if asked is None else asked
+        if self.record:
+            self.record.stream = answer.streams if asked is None else asked
             self._meter = Meter(self._dialect, answer.streams, self._cuts, answer.header("content-encoding"))
         return answer
 
@@ -7654,18 +7632,18 @@ class Forward:
                 now = time.monotonic()
                 out = meter.feed(piece, now)
                 if meter.first is not None:
-                    self._inference.generated(meter.pieces, meter.first, now)
+                    self.generated(meter.pieces, meter.first, now)
             yield out + self._finish() if answer.over else out
         if self.cause:     # an answer that ends with its connection cannot tell
             raise self.cause
-        if not self._over:
+        if not self.over:
             yield self._finish()
 
     # --- the end
 
     def close(self):
         """The client has all, or wants no more."""
-        if not self._over:
+        if not self.over:
             self._fail(ClientLeft())
 
     def _finish(self):
@@ -7698,14 +7676,14 @@ class Forward:
 
     def _end(self, error, operation):
         """It is over, once: LM Studio's connection is free, the hub and the log are told."""
-        if self._over:
+        if self.over:
             return
-        self._over = True
+        self.over = True
         self.request.connection.leave = None
         self._gateway.upstream.done(self._call, self._answer)
-        self.request.told = bool(self._inference or error)
-        if self._inference:
-            self._inference.end(error, operation, self._answer and self._answer.status, self._meter)
+        self.request.told = bool(self.record or error)
+        if self.record:
+            self.conclude(error, operation, self._answer and self._answer.status, self._meter)
         elif error:
             log.log(logging.INFO if operation == "client_disconnected" else logging.WARNING, "%s %s: %s",
                     self.request.method, self.request.path, error)
@@ -7736,20 +7714,17 @@ class CommentedForward(Forward):
         """Comments until LM Studio speaks, then its answer; if the client has a head of ours, as a stream."""
         late = self._answer is None
         while late and self._is_silent():
-            yield self._comment()
+            yield self._gateway.hub.comment(self.record)
         if late:
             self._take_head()
         while self._is_silent():
-            yield self._comment()
+            yield self._gateway.hub.comment(self.record)
         if not late or self._answer.streams:
             return (yield from super()._pieces())
         body = b""
         for piece in super()._pieces():
             body += piece[:WHOLE_LIMIT - len(body)]
         yield stream_event(body, self._anthropic)
-
-    def _comment(self):
-        return self._gateway.hub.comment(self._inference.record)
 
     def _is_silent(self):
         """True after SILENCE_S without its turn or a byte of LM Studio's.  Raises TimeoutError."""
@@ -7964,7 +7939,7 @@ def stop_request(gateway, request):
         raise HttpError(409, "request_over", "it is over already" if found["totalTimeMs"] is not None else
                         "it did not come through this gateway, which therefore cannot stop it")
     running.stop(Stopped(identity.name))
-    wait_until(lambda: running.over, 1.0)
+    wait_until(lambda: running.turn.over, 1.0)
     return json_response(known_request(gateway, request))
 
 
@@ -8249,7 +8224,7 @@ def key_in(first):
     return f"sk-lm-{identifier}:{passkey}" if both and len(identifier) == 8 and len(passkey) == 20 else ""
 
 
-class Prediction:
+class Prediction(Exchange):
     """One inference over a socket, from its call to its end, and the meter that its end asks: LM Studio's own
     figures come with the result, and what is counted here is for an end without one."""
 
@@ -8257,26 +8232,24 @@ class Prediction:
 
     def __init__(self, talk, kind, body, message):
         """Raises HttpError if it is not let in."""
-        self.request, self._hub, self.kind = talk.request, talk.gateway.hub, kind
-        self.bell = lambda: talk.bell
-        self.cause: Any = None  # the HttpError with which it was stopped
+        super().__init__(talk.gateway, talk.request)
+        self.kind, self.bell = kind, lambda: talk.bell
         self.cancelled = False  # by the client
         self.usage, self.pieces, self._begun = Usage(), 0, None     # begun: clock of the first token
         endpoint = body["endpoint"]
         self.dialect = METERED[talk.namespace, kind, endpoint]
         asked = member(body, "parameter" if kind == "rpcCall" else "creationParameter")
         path, messages = f"/{talk.namespace}/{endpoint}", member(asked, "history").get("messages")
-        self.inference = Inference(
-            talk.gateway, self, method="GET", path=path, target=path, dialect=self.dialect.name,
-            stream=kind == "channelCreate", messages=len(messages) if isinstance(messages, list) else None,
+        self.enter(
+            method="GET", path=path, target=path, dialect=self.dialect.name, stream=kind == "channelCreate",
+            messages=len(messages) if isinstance(messages, list) else None,
             model_asked=model_named(member(asked, "modelSpecifier"), talk.gateway.instances),
             size=None if has_files(listed(messages)) else text_size([messages, asked.get("rawPrompt")]),
             tools=b'"llm.prediction.tools"' in message.payload)
-        self.held = message.raw if self.inference.turn.bell else b""    # while it waits for its turn
+        self.held = message.raw if self.turn.bell else b""  # while it waits for its turn
 
     def stop(self, cause):
-        """Any thread.  Ends it, unless it is over, with an HttpError of which the client is told."""
-        self.cause = self.cause or cause
+        super().stop(cause)
         self.bell().set()
 
     def take(self, body, now):
@@ -8294,10 +8267,10 @@ class Prediction:
         elif kind == "channelClose":
             self.end("LM Studio closed the channel without a result", "upstream_error")
 
-    def generated(self, tokens, now):
+    def more(self, tokens, now):
         """So many tokens more, at the clock reading now."""
         self.pieces, self._begun = self.pieces + tokens, self._begun or now
-        self.inference.generated(self.pieces, self._begun, now)
+        self.generated(self.pieces, self._begun, now)
 
     def on_progress(self, content, now):
         """How much of the prompt has been read; what of it came from the cache is said nowhere else."""
@@ -8310,7 +8283,7 @@ class Prediction:
                 "reused": cached, "total": total, "percentage": round(100 * cached / total, 2)}))
         if read is not None:
             events.append(Event("lmstudio_prompt_progress", {"progress": round(100 * min(read, 1), 2)}))
-        self._hub.learned(self.inference.record, events)
+        self._gateway.hub.learned(self.record, events)
 
     def on_success(self, content, now):
         stats, model = member(content, "stats"), member(content, "modelInfo").get("identifier")
@@ -8325,15 +8298,16 @@ class Prediction:
             error, operation = str(self.cause), self.cause.code
         elif error and self.cancelled:
             error, operation = "the client cancelled it", "client_disconnected"
-        self.inference.end(error, operation, None if error else 200, self)
+        if not self.over:
+            self.conclude(error, operation, None if error else 200, self)
 
 
 PACKETS: dict[str, Callable] = {  # of a prediction's channel
     "promptProcessingProgress": Prediction.on_progress, "success": Prediction.on_success,
-    "fragment": lambda prediction, content, now: prediction.generated(
+    "fragment": lambda prediction, content, now: prediction.more(
         count(member(content, "fragment"), "tokensCount", default=1), now),
     **dict.fromkeys(("toolCallGenerationStart", "toolCallGenerationArgumentFragmentGenerated"),
-                    lambda prediction, content, now: prediction.generated(0, now))}
+                    lambda prediction, content, now: prediction.more(0, now))}
 
 
 class Conversation:
@@ -8383,7 +8357,7 @@ class Conversation:
             self._refused.pop(key, None)
             if metered and not before:
                 self.running[key] = Prediction(self, kind, body, message)
-                self.running[key].inference.begin()
+                self.running[key].begin()
                 return not self.running[key].held
             return True
         except HttpError as error:
@@ -8422,10 +8396,10 @@ class Conversation:
                 if not prediction.held and prediction.kind == "channelCreate":
                     frames.append(packet(secrets.token_bytes(4), type="channelSend", channelId=key[1],
                                          message={"type": "cancel"}))
-            elif prediction.held and prediction.inference.turn.began is not None:
+            elif prediction.held and prediction.turn.began is not None:
                 frames.append(prediction.held)
                 prediction.held = b""
-                prediction.inference.go()
+                prediction.go()
         return frames
 
     def heard(self, messages, now):
@@ -8435,7 +8409,7 @@ class Conversation:
             if fragment:
                 prediction = self.running.get(("channelId", int(fragment[1])))
                 if prediction:
-                    prediction.generated(int(fragment[2]), now)
+                    prediction.more(int(fragment[2]), now)
             elif message.opcode in (TEXT, BINARY):
                 self._take(json_object(message.payload) or {}, now)
 
@@ -8445,7 +8419,7 @@ class Conversation:
         prediction = self.running.get(key)
         if prediction:
             prediction.take(body, now)
-            if prediction.inference.over:
+            if prediction.over:
                 del self.running[key]
         for reference, model in named_instances(body):
             remember(self.gateway.instances, reference, model)
@@ -8539,7 +8513,6 @@ class Tunnel:
         self.talk = Conversation(gateway, request, self._bell)
         self._memory, self._held = BodyMemory(0), 0     # held: bytes of messages that it counts
         self._dismissed = False     # the client has left, or is to go
-        self._said_goodbye = False  # the client is read no more
         self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
 
     def serve(self, server, head, early):
@@ -8625,8 +8598,7 @@ class Tunnel:
         if talk.words and studio.frames.between:    # ours stand between two messages of LM Studio's
             client.send(bytes(talk.words))
             talk.words.clear()
-        untaken = len(client.pending) + len(talk.words)
-        reads = not (self._said_goodbye or studio.pending or untaken > UNREAD_LIMIT)
+        reads = not studio.pending and len(client.pending) + len(talk.words) <= UNREAD_LIMIT
         found = ready_sockets({
             self._bell.sock: READ, client.sock: READ * reads | WRITE * bool(client.pending),
             studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)},
@@ -8668,7 +8640,6 @@ class Tunnel:
             if message.opcode >= CLOSE or self.talk.admits(message):
                 self.studio.send(message.raw)
             if message.opcode == CLOSE:
-                self._said_goodbye = True
                 self.talk.end("the client closed the socket", "client_disconnected")
                 return self._closes()
 

@@ -104,8 +104,7 @@ def config_of(flags=(), environ=None, env_file=None):
 @pytest.fixture
 def stopped(monkeypatch):
     """A command that should never have begun ends at once."""
-    monkeypatch.setattr(lmgateway, "Stop",
-                        lambda: types.SimpleNamespace(wait=lambda seconds=None: True, status=0))
+    monkeypatch.setattr(lmgateway, "Stop", lambda: types.SimpleNamespace(wait=lambda seconds=None: True, status=0))
     monkeypatch.setattr(lmgateway, "freeze_start_up", lambda: None)
 
 
@@ -1951,14 +1950,16 @@ def test_one_request_through_us_gets_all_events_of_its_chat_whichever_engine_ran
 
 
 def test_hundreds_of_requests_at_once_hold_up_no_line_of_the_log():
-    office = Office()
+    office, took = Office(), [0.0]
     for number in range(300):
         office.ask(f"r{number}", "m")
-    began = time.thread_time()
-    for log_path in SAMPLES:
-        office.clock += 0.05
-        office.requests.see(office.parser.feed(log_path.read_bytes()), office.clock)
-    assert time.thread_time() - began < 1.0     # else each is compared with each for each line: 38 s
+    log_bytes = b"".join(log_path.read_bytes() for log_path in SAMPLES) * 4
+    for at in range(0, len(log_bytes), 20_000):
+        office.clock += 0.1
+        events, began = office.parser.feed(log_bytes[at:at + 20_000]), time.thread_time()
+        office.requests.see(events, office.clock)
+        took.append(time.thread_time() - began)
+    assert sum(took) < 1.0 and max(took) < 0.03     # else each is compared with each for each line
 
 
 # --- 3.7 the life of a request
@@ -2133,8 +2134,7 @@ def test_times_of_a_request_are_seconds_and_running_ones_are_gauges(utc):
     assert {name: float(value) for name, value in sums.items()} == {
         "request_duration": 2, "time_to_first_token": 0.5, "time_per_output_token": 0.05,
         "overhead": 0.002, "queue": 0}
-    assert figures.gauges(office.requests)["lmstudio_gateway_correlated_total"] == {
-        ("exact",): 1, ("none",): 0}
+    assert figures.gauges(office.requests)["lmstudio_gateway_correlated_total"] == {("exact",): 1, ("none",): 0}
 
 
 def test_performance_is_of_the_requests_that_are_kept():
@@ -2214,15 +2214,13 @@ def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_fig
     hub, started = lmgateway.Hub(keep=rows.extend), lmgateway.UtcClock().moment(stamp).epoch
 
     def log(*entries):
-        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n"
-                                            for entry in entries).encode()) + parser.quiet())
+        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n" for entry in entries).encode()) + parser.quiet())
 
     record = lmgateway.Record(hub.request_id(), started, time.monotonic(), model_asked="m/one", messages=1,
                               dialect="chat",
                               target="/v1/chat/completions", stream=True)
     hub.begin(record)
-    log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100), percent("m/one", 0),
-        percent("m/one", 100))
+    log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100), percent("m/one", 0), percent("m/one", 100))
     for _ in range(2):
         hub.end(record, lmgateway.Outcome("abandoned", None, "it left", "client_disconnected"))
     log(engine_end(1, 400, 12), finished("m/one"))
@@ -2269,8 +2267,7 @@ def test_nothing_is_told_of_the_progress_of_a_request_after_its_end(monkeypatch)
         return encode(data)
 
     def log(*entries):
-        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n" for entry in entries).encode())
-                        + parser.quiet())
+        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n" for entry in entries).encode()) + parser.quiet())
 
     log(running("m/one"), streaming("m/one"), percent("m/one", 0))
     monkeypatch.setattr(record, "_told", -math.inf)
@@ -3727,46 +3724,27 @@ def test_a_proxy_of_the_environment_is_not_asked(fronts, studio, monkeypatch):
     assert status_of(talk(front.port, request())) == status_of(talk(front.port, request("GET /ready"))) == 200
 
 
-def test_each_piece_leaves_when_it_arrives(front, studio):
+@pytest.mark.parametrize(("line", "head", "pieces", "end"), [
+    (POST_CHAT, STREAM_HEAD, [framed(b"data: %d\n\n" % number, end=False) for number in range(5)], b"0\r\n\r\n"),
+    ("GET /v1/models", plain(b"abcd")[:-4], [b"a", b"b", b"c"], b"d")], ids=["chunks", "length"])
+def test_each_piece_leaves_when_it_arrives(front, studio, line, head, pieces, end):
     turn = threading.Semaphore(0)
 
     def script(peer):
-        peer.send(STREAM_HEAD)
-        for number in range(5):
+        peer.send(head)
+        for piece in (*pieces, end):
             turn.acquire(timeout=PATIENCE_S)
-            peer.send(framed(b"data: %d\n\n" % number, end=False))
-        turn.acquire(timeout=PATIENCE_S)
-        peer.send(b"0\r\n\r\n")
+            peer.send(piece)
 
     studio.script = script
     with dial(front.port) as sock:
-        sock.sendall(request(POST_CHAT, b'{"stream":true}'))
-        assert split_answer(read_until(sock,
-                                       b"\r\n\r\n"))[2] == b""    # the head comes before the first piece
-        for number in range(5):
+        sock.sendall(request(line, b'{"stream":true}'))
+        assert split_answer(read_until(sock, b"\r\n\r\n"))[2] == b""     # the head comes before the first piece
+        for piece in pieces:
             turn.release()
-            assert sock.recv(65536) == framed(b"data: %d\n\n" % number, end=False)
+            assert sock.recv(65536) == piece
         turn.release()
-        assert rest_of(sock) == b"0\r\n\r\n"
-
-
-def test_pieces_of_an_answer_with_a_length_leave_when_they_arrive_too(front, studio):
-    turn = threading.Semaphore(0)
-
-    def script(peer):
-        head, _, body = plain(b"abcd").rpartition(b"\r\n\r\n")
-        peer.send(head + b"\r\n\r\n")
-        for byte in b"abcd":
-            turn.acquire(timeout=PATIENCE_S)
-            peer.send(bytes([byte]))
-
-    studio.script = script
-    with dial(front.port) as sock:
-        sock.sendall(request())
-        assert split_answer(read_until(sock, b"\r\n\r\n"))[2] == b""
-        for byte in b"abcd":
-            turn.release()
-            assert sock.recv(65536) == bytes([byte])
+        assert rest_of(sock) == end
 
 
 def test_a_large_answer_passes_whole_and_in_little_memory(front, studio):
@@ -4096,29 +4074,19 @@ def test_speed_is_tokens_over_the_time_from_the_first_to_the_last(front, studio)
     assert 5 < done["tokensPerSecond"] < 32       # 3 tokens, 0.1 s from the first to the last
 
 
-def test_what_was_generated_before_the_end_is_an_estimate(front, studio):
+@pytest.mark.parametrize(("path", "sent", "prompt"), [
+    (POST_CHAT, CHAT_STREAM[:3], None),
+    ("POST /v1/messages", [METERED["messages stream"][1][place] for place in (0, 3, 3)], 21)], ids=["chat", "messages"])
+def test_what_was_generated_before_the_end_is_an_estimate(front, studio, path, sent, prompt):
+    """The first event of Anthropic's has counts already, and none of what is generated."""
     def script(peer):
-        peer.send(STREAM_HEAD, framed(*CHAT_STREAM[:3], end=False))
+        peer.send(STREAM_HEAD, framed(*sent, end=False))
         peer.reset()
 
     studio.script, mark = script, front.hub.last
-    talk(front.port, request(POST_CHAT, b'{"stream":true}'))
+    talk(front.port, request(path, b'{"stream":true}'))
     assert front.events(mark, "error")[0]["tokenUsage"] == {
-        "promptTokens": None, "completionTokens": 2, "totalTokens": None, "estimated": True}
-
-
-def test_an_anthropic_stream_that_breaks_off_is_counted_as_far_as_it_came(front, studio):
-    """Its first event has counts already, and none of what is generated."""
-    begin, piece = METERED["messages stream"][1][0], METERED["messages stream"][1][3]
-
-    def script(peer):
-        peer.send(STREAM_HEAD, framed(begin, piece, piece, end=False))
-        peer.reset()
-
-    studio.script, mark = script, front.hub.last
-    talk(front.port, request("POST /v1/messages", b'{"stream":true}'))
-    assert front.events(mark, "error")[0]["tokenUsage"] == {
-        "promptTokens": 21, "completionTokens": 2, "totalTokens": 23, "estimated": True}
+        "promptTokens": prompt, "completionTokens": 2, "totalTokens": prompt and prompt + 2, "estimated": True}
 
 
 def test_an_estimate_gives_way_to_the_log_and_what_was_known_beside_it_stays():
@@ -4493,7 +4461,7 @@ def test_a_question_ends_in_time_and_the_next_one_is_asked(fronts, studio, monke
     monkeypatch.setattr(lmgateway, "QUESTION_S", 0.1)
     front, studio.script, started = fronts(), script, time.monotonic()
     assert ask(front, "GET /ready")[0] == 503
-    assert front.gateway.upstream.models()[0] is None and time.monotonic() - started < 2.0
+    assert front.gateway.upstream.models()[0] is None and time.monotonic() - started < 0.9
     studio.script, health = (lambda peer: peer.send(plain(b'{"lmstudio":true}'))), front.gateway.upstream._health
     health._known = -math.inf, health._known[1]
     assert ask(front, "GET /ready")[0] == 200
@@ -6523,9 +6491,9 @@ def upgrade(path="/llm", *headers, **changed):
     return "\r\n".join([f"GET {path} HTTP/1.1", *lines, *headers, "", ""]).encode("latin-1")
 
 
-def enter(front, path="/llm", hello=HELLO, *headers):
+def enter(front, path="/llm", hello=HELLO, *headers, secure=lambda sock: sock):
     """A client's Speaker whose first message has been sent."""
-    sock = dial(front.port)
+    sock = secure(dial(front.port))
     sock.sendall(upgrade(path, *headers))
     head, rest = read_until(sock, b"\r\n\r\n").split(b"\r\n\r\n", 1)
     assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n"), head
@@ -6998,9 +6966,11 @@ def waiting(fronts, joined):
     busy[1].hear()
     queued[0].say(channel("predict", 7, **BY_NAME))
     until(lambda: [row["position"] for row in front.hub.shown() if row["state"] == "queued"] == [1])
+    until(lambda: front.server.memory.used)     # what waits counts in the budget of all bodies
     yield front, busy, queued
     for client, _ in (busy, queued):
         client.sock.close()
+    until(lambda: not front.server.memory.used)
     until(lambda: not front.gateway.inferences)
     assert not front.gateway.turns._scheduler._lines
 
@@ -7016,6 +6986,7 @@ def test_a_call_waits_for_its_turn_and_its_socket_for_nothing(waiting):
     assert len(front.events(0, "inference_start", count=2)) == 2
     studio.say(success())
     assert own.hear() == channel("predict", 7, **BY_NAME)
+    until(lambda: [row["state"] for row in front.hub.shown() if row["totalTimeMs"] is None] == ["waiting"])
     own.say(success(7))
     assert client.hear() == success(7)
     row = front.hub.shown()[0]
@@ -7273,7 +7244,7 @@ def test_a_choice_among_500_people_is_quick():
         began = time.perf_counter()
         running += scheduler.leave(running.pop(0), 1)
         spent.append(time.perf_counter() - began)
-    assert sorted(spent)[100] < 60e-6     # a tenth of that on a machine with nothing else to do
+    assert sorted(spent)[100] < 30e-6     # a fifth of that on a machine with nothing else to do
 
 
 def test_a_minute_slides_and_a_day_ends():
@@ -7658,6 +7629,18 @@ def test_a_client_that_leaves_over_tls_ends_the_request_within_a_second(
     assert front.events(0, "error")[0]["operation"] == "client_disconnected"
 
 
+def test_a_socket_over_tls_passes_megabytes_both_ways_at_once(fronts, scripted, pair):
+    client = enter(fronts(tls_cert=pair[0], tls_key=pair[1]), secure=lambda sock: secured(sock, pair))
+    assert client.hear() == {"success": True}
+    studio, value = scripted.met.get(timeout=PATIENCE_S), {"type": "keepAlive", "x": "a" * 3_000_000}
+    threading.Thread(target=studio.say, args=(value,), daemon=True).start()
+    client.say(value)
+    assert (client.hear(), studio.hear()) == (value, value)
+    client.sock.close()
+    assert studio.closed() == "end"
+    studio.over.set()
+
+
 def test_https_to_lm_studio_checks_its_certificate(fronts, pair):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*pair)
@@ -7832,13 +7815,6 @@ def test_a_body_that_drips_has_a_deadline_for_the_whole(front, monkeypatch):
         while not lmgateway.select.select([sock], [], [], 0.02)[0] and time.monotonic() - started < 2:
             sock.sendall(b"x")
         assert time.monotonic() - started < 1 and status_of(rest_of(sock)) == 408
-
-
-def test_a_body_in_chunks_of_one_byte_costs_little():
-    """0.7 us a chunk; 3.5 before chunks were taken many at a time."""
-    chunks, began = lmgateway.Chunks(), time.thread_time()
-    assert sum(len(chunks.feed(b"1\r\nx\r\n" * 10_000)) for _ in range(20)) == 200_000
-    assert time.thread_time() - began < 0.4
 
 
 def test_slow_heads_end_in_408(front, monkeypatch):
@@ -8173,6 +8149,20 @@ def test_a_clock_that_is_set_changes_no_uptime(fronts):
     front.gateway.started -= 86400
     for page in ("/health", "/debug/status"):
         assert 0 <= json.loads(fetched(front, page)[2])["uptime"] < 3600
+
+
+def test_a_client_that_leaves_while_the_server_ends_is_noticed_too(fronts, studio):
+    front, here, ended = fronts(), threading.Event(), threading.Event()
+    studio.script = lambda peer: (here.set(), peer.wait_for_end(), ended.set())
+    with dial(front.port) as sock:
+        sock.sendall(request(POST_CHAT, b"{}"))
+        assert here.wait(PATIENCE_S)
+        front.server.shutdown()     # the accept thread is over
+        end = threading.Thread(target=front.server.finish_requests, args=(PATIENCE_S,))
+        end.start()
+    assert ended.wait(1.0)
+    end.join(PATIENCE_S)
+    assert front.events(0, "error")[0]["operation"] == "client_disconnected"
 
 
 def test_requests_that_take_too_long_are_cut_at_the_end_and_told(fronts, studio):
@@ -9169,8 +9159,7 @@ def findings(capsys, *argv):
     status, out, _ = run(capsys, "--check", "--json", *argv)
     report = json.loads(out)
     assert report["status"] == ("bad" if status else "ok")
-    return status, [(row["check"], row["mark"], f"{row['what']} -> {row['remedy']}")
-                    for row in report["findings"]]
+    return status, [(row["check"], row["mark"], f"{row['what']} -> {row['remedy']}") for row in report["findings"]]
 
 
 def put(path, content=""):
@@ -9306,8 +9295,7 @@ def test_check_sees_that_every_key_was_revoked(home, capsys):
     assert run(capsys, "--new-key", "anna")[0] == 0
     assert any(text.startswith("keys: anna (infer)") for _, _, text in findings(capsys)[1])
     assert run(capsys, "--revoke-key", "anna")[0] == 0
-    assert any(row[:2] == ("Keys", "warn") and "mint one with --new-key" in row[2]
-               for row in findings(capsys)[1])
+    assert any(row[:2] == ("Keys", "warn") and "mint one with --new-key" in row[2] for row in findings(capsys)[1])
 
 
 @pytest.mark.parametrize(("error", "warned"), [(PermissionError(13, "Permission denied"), True),
@@ -9390,8 +9378,7 @@ def test_prune_follows_no_links(home, capsys):
 def test_prune_says_which_file_could_not_go_and_goes_on(home, capsys, monkeypatch):
     paths = [put_log(home, "x", f"2020-01/2020-01-0{number}.1.log") for number in (1, 2, 3)]
     remove = os.remove
-    monkeypatch.setattr(os, "remove", lambda path: os.stat("/nowhere") if path.endswith("01.1.log")
-                        else remove(path))
+    monkeypatch.setattr(os, "remove", lambda path: os.stat("/nowhere") if path.endswith("01.1.log") else remove(path))
     status, out, _ = run(capsys, "--prune", "1", "--yes")
     assert status == 1 and out.startswith("kept, No such file") and "removed 1 file, 1 bytes" in out
     assert [path.exists() for path in paths] == [True, False, True]
