@@ -7294,19 +7294,17 @@ class Turns:
                                 [("Retry-After", str(QUEUE_RETRY_S))])
             turn.bell = bell()
 
-    def leave(self, turn, record=None):
-        """A request is over, in whatever way: its slot is another's.  Later calls do nothing."""
-        if turn is None or turn.over:
-            return
-        usage, served = record and record.usage or {}, self._hub.served(turn.model)
+    def leave(self, turn, record):
+        """A request is over, in whatever way: its slot is another's."""
+        usage, served = record.usage or {}, self._hub.served(turn.model)
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
-            if usage and not turn.over:
+            if usage:
                 self._account(turn.key, day).spend(clock, usage.get("promptTokens") or 0,
                                                    usage.get("completionTokens") or 0)
             if served != turn.model:
                 self._scheduler.rename(turn.model, served)
-            ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
+            ring(self._scheduler.leave(turn, clock, record.state == "done"))
             turn.about = None
 
     def took(self, model, seconds):
