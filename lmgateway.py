@@ -3242,7 +3242,7 @@ class Requests:
         records = {record.id for records in fits.values() for record in records if record.ended is None}
         if len(runs) != len(records):
             runs = [run for run in runs if run.is_of_api]
-        if self._sizes or not 1 < len(runs) <= 8:
+        if self._sizes or not 1 < len(runs) <= 8 or len(records) > 8:  # each is tried with each
             return
 
         def is_possible(ratio, rest, taken):
@@ -3392,12 +3392,13 @@ class Requests:
         """12."""
         percent = event.data.get("progress", 0 if event.name == "lmstudio_processing_start" else 100)
         own = self._own.get(event.chat)
-        found = [record for record in self._of_model(event) if not (record.silent and record.state in LEFT_STATES)
+        found = (record for record in self._of_model(event) if not (record.silent and record.state in LEFT_STATES)
                  and (record.percent is None or record.percent < percent or record.percent == percent < 100
                       or event.name == "lmstudio_generation_start" and record.heard == clock)
                  and (record.ended is None or record.state == "abandoned" or clock - record.ended < LAG_S)
                  and not (record.first and percent < 100 and record.first < clock - LAG_S)
-                 and not (record.run and (record.run.over or record.run.cancelled))]
+                 and not (record.run and (record.run.over or record.run.cancelled)))
+        found = [*itertools.islice(found, 2)]   # whether there is one, or more, is all that counts
         model = event.data.get("model")
         if own or any(record.model == model and record.ended is None and clock - record.heard < LATE_S
                       for record in self._own.values()):

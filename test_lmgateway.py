@@ -34,6 +34,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -7199,6 +7200,13 @@ def test_whose_turn_it_is(turns, clock, order):
     assert "".join(order_of(1, turns, clock)) == order
 
 
+def test_whoever_has_the_fewest_running_comes_before_whoever_was_served_longest_ago():
+    scheduler, turns = lmgateway.Scheduler(4), [turn(name) for name in "aabcab"]
+    for each in turns:
+        scheduler.join(each, 0)
+    assert scheduler.leave(turns[3], 1) == [turns[5]] and scheduler.leave(turns[5], 2) == [turns[4]]
+
+
 def test_slots_count_for_each_model_and_a_keys_own_limit_holds_nobody_up():
     scheduler = lmgateway.Scheduler(2)
     scheduler.limits["a"] = 1
@@ -9398,7 +9406,8 @@ def test_help_fits_one_screen(capsys):
 # --- 9.x the tail, the demo, and how they end
 
 
-PROGRAM = [sys.executable, "-m", "lmgateway"]     # its compiled code is there: a script takes twice as long to start
+PROGRAM = [sys.executable, "-m", "lmgateway"]     # compiled once: a script takes twice as long to start
+COMPILED = tempfile.TemporaryDirectory(prefix="lmgateway-")     # goes with the interpreter
 PROGRESS_LOG = b"".join(HEADER + line.encode() + b"\n" for line in (
     "[m] Running chat completion on conversation with 1 messages.",
     *(f"[m] Prompt processing progress: {done}.0%" for done in (1, 2, 3))))
@@ -9406,8 +9415,10 @@ PROGRESS_LOG = b"".join(HEADER + line.encode() + b"\n" for line in (
 
 def alone(home, **more):
     """An environment in which no LM Studio, no `.env` and no option of this machine is found."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(lmgateway.PREFIXES)}
-    return {**kept, "HOME": str(home), "USERPROFILE": str(home), "TZ": "UTC", "PYTHONPATH": str(HERE), **more}
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith((*lmgateway.PREFIXES, "PYTHONDONTWRITEBYTECODE"))}
+    return {**kept, "HOME": str(home), "USERPROFILE": str(home), "TZ": "UTC", "PYTHONPATH": str(HERE),
+            "PYTHONPYCACHEPREFIX": COMPILED.name, **more}
 
 
 def command(home, *args, **how):
@@ -9864,7 +9875,6 @@ def test_as_a_module_it_keeps_its_compiled_code_and_not_its_syntax_tree(tmp_path
     """As the unit starts it: 31 MB in place of 57."""
     limit = 35_000 if sys.version_info < (3, 14) else 42_000
     environ = alone(tmp_path, PYTHONPYCACHEPREFIX=str(tmp_path / "cache"))
-    environ.pop("PYTHONDONTWRITEBYTECODE", None)
     subprocess.run([*PROGRAM, "--version"], env=environ, cwd=tmp_path, timeout=PATIENCE_S, check=True,
                    stdout=subprocess.DEVNULL)
     assert [*(tmp_path / "cache").rglob("lmgateway.*.pyc")]
