@@ -10,11 +10,11 @@ Words used throughout:
     chunk      bytes that one look at a log file brought
     entry      one log record: a header line and the lines that continue it
     rule       one wording of LM Studio's log, and the fact that it states
-    fact       what a line states, in words that no engine owns ("prompt is read", "client left")
+    fact       the statement of a line, in words that no engine owns ("prompt is read", "client left")
     run        one prediction of an engine, as its DEBUG lines tell it
     chat       one prediction, as the app's INFO lines tell it
     event      a name and JSON, as listeners receive them
-    request    one HTTP request of a client; a record is what is kept of it
+    request    one HTTP request of a client; its record is kept
     dialect    one of the APIs that LM Studio speaks: its places for usage, tokens and errors
     meter      reads a dialect's answer while it passes
     view       a function (gateway, request) -> Response
@@ -22,22 +22,21 @@ Words used throughout:
     finding    one result of --check, with its remedy
     upstream   LM Studio's server
 
-Threads, and what each may write:
+Threads, and the state that each may change:
 
     main       nothing after start-up; it waits for a signal
-    accept     takes connections in, and closes some if there are too many
-    tail       the parser, whose figures others only read; Hub.publish_log
+    accept     takes connections in, closes some if there are too many, notices clients that left
+    tail       the parser (others only read its figures); Hub.publish_log
     http       one per connection: its own sockets, its own meter; Hub.begin, Hub.generated, Hub.end
-    watcher    shuts down the upstream sockets of clients that left, wakes listeners that did
     question   asks LM Studio for all views that want to know, while they wait a little
     history    the SQLite file, fed through a queue
     log        our own log's file or stderr, fed through a queue
     watch      with --watch only: the line to another gateway; a queue to main
     demo-*     the imitation of LM Studio, with --demo only
 
-Hub is the only object that holds what requests and log have in common; it has one lock.  What else
-several threads use (keys, access, kept connections, our own log) guards itself and says how.  CORE is
-pure: no file, no socket, no clock, no thread.
+Hub is the only object that requests and log have in common; it has one lock.  Other state of several
+threads (keys, access, kept connections, our own log) guards itself and says how.  CORE is pure: no file,
+no socket, no clock, no thread.
 """
 
 from __future__ import annotations
@@ -96,7 +95,6 @@ import urllib.request
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +102,7 @@ VERSION = "1.0.0"
 log = logging.getLogger("lmgateway")
 
 # === 1. ERRORS ===============================================================
-# One class per remedy.  The message tells the user what to do.
+# One class per remedy.  The message tells the user the remedy.
 
 
 class GatewayError(Exception):
@@ -126,8 +124,8 @@ class StartError(GatewayError):
 class HttpError(GatewayError):
     """An answer of the gateway's own with a status of 400 or more.
 
-    code is for programs, message for people; headers are sent along; close ends the connection
-    because what follows on it cannot be trusted."""
+    code is for programs, message for people; headers are sent along; close ends the connection, because the
+    bytes that follow on it cannot be trusted."""
 
     def __init__(self, status, code, message, headers=(), close=False):
         super().__init__(message)
@@ -150,78 +148,80 @@ class ClientLeft(GatewayError):
 class Option(NamedTuple):
     """One option.  parse turns text into the value or raises ValueError with the remedy."""
 
-    name: str
     variable: str
-    flag: str | None
     default: Any
     parse: Callable[[str], Any]
     about: str
-    group: str = "Gateway"
-    value: str = "VALUE"  # its placeholder in --help
+    value: str | None = None  # its flag's placeholder in --help; None: it has no flag
+    alias: str | None = None  # its name, if that is not the variable's
+
+    name = property(lambda self: self.alias or self.variable.lower())
+    flag = property(lambda self: None if self.value is None else flag_of(self.name))
 
 
-def text(value):
-    return value
+def flag_of(name):
+    return "--" + name.replace("_", "-")
 
 
-def boolean(value):
-    word = value.strip().lower()
-    if word not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-        raise ValueError("use true or false")
-    return word in ("true", "1", "yes", "on")
+def one_of(*known):
+    """A parser of words, in any case."""
 
-
-def whole(low, high, hint):
-    """A parser of whole numbers from low to high."""
-
-    def parse(value):
-        if not re.fullmatch(r"\s*\d{1,20}\s*", value, re.ASCII) or not low <= int(value) <= high:
-            raise ValueError(hint)
-        return int(value)
+    def parse(text):
+        if text.strip().lower() not in known:
+            raise ValueError(f"use {', '.join(known)}")
+        return text.strip().lower()
 
     return parse
 
 
-def base_url(value):
+def boolean(text):
+    return one_of("true", "false", "yes", "no", "on", "off", "1", "0")(text) in ("true", "yes", "on", "1")
+
+
+def whole(low, high, unit=""):
+    """A parser of whole numbers from low to high."""
+
+    def parse(text):
+        if not re.fullmatch(r"\s*\d{1,20}\s*", text, re.ASCII) or not low <= int(text) <= high:
+            raise ValueError(f"use a number {unit}from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def http_parts(text):
+    """The parts of an http or https URL with a host (urllib.parse); None for anything else."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(text)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        return parts if usable and re.fullmatch("[!-~]+", text) else None
+    return None
+
+
+def base_url(text):
     """http://HOST[:PORT], without a path."""
-    parts = urllib.parse.urlsplit(value.strip().rstrip("/"))
-    try:
-        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        known = False
-    if not known or parts.path or parts.query or parts.fragment or parts.username or " " in parts.netloc:
+    parts = http_parts(text.strip().rstrip("/"))
+    if not parts or parts.path or parts.query or parts.fragment or parts.username:
         raise ValueError("use the form http://127.0.0.1:1234")
     return f"{parts.scheme}://{parts.netloc}"
 
 
-def folder(value):
+def folder(text):
     """A directory, which need not be there yet."""
-    if os.path.isfile(value):
+    if os.path.isfile(text):
         raise ValueError("that is a file; name LM Studio's server-logs directory")
-    return value
+    return text
 
 
-def header_word(value):
-    if not re.fullmatch(r"[!-~]+", value.strip()):
+def header_word(text):
+    if not re.fullmatch(r"[!-~]+", text.strip()):
         raise ValueError("use printable ASCII without blanks")
-    return value.strip()
+    return text.strip()
 
 
-def level(value):
-    if value.strip().lower() not in LEVELS:
-        raise ValueError("use error, warn, info or debug")
-    return value.strip().lower()
-
-
-def log_source(value):
-    if value.strip().lower() not in ("files", "stream", "auto"):
-        raise ValueError("use files, stream or auto")
-    return value.strip().lower()
-
-
-def networks(value):
+def networks(text):
     """A tuple of networks from addresses and CIDR ranges; None for `*`, which is every address."""
-    parts = [part.strip() for part in value.split(",") if part.strip()]
+    parts = [part.strip() for part in text.split(",") if part.strip()]
     if "*" in parts:
         return None
     try:
@@ -240,15 +240,13 @@ def unmapped(network):
     return ipaddress.ip_network((mapped, network.prefixlen - 96))
 
 
-def api_keys(value):
+def api_keys(text):
     """{name: key} from one key, or from name=key,name=key.  A lone key may end in `=`, one of several without
     a name in the `==` of base64; NAME= is neither."""
     keys: dict[str, str] = {}
-    for part in (part.strip() for part in value.split(",")):
-        if not part:
-            continue
+    for part in filter(None, map(str.strip, text.split(","))):
         name, equals, key = part.partition("=")
-        padded = "=" not in part.rstrip("=") and (part.endswith("==") or "," not in value.strip(" ,"))
+        padded = "=" not in part.rstrip("=") and (part.endswith("==") or "," not in text.strip(" ,"))
         if not equals or padded:
             name, key = ("default" if not keys else f"key{len(keys) + 1}"), part
         if not key.strip("=") or not name.strip():
@@ -261,94 +259,68 @@ def api_keys(value):
     return keys
 
 
-def origins(value):
+def origins(text):
     """Origins as a browser writes them: in lower case, without a path; or `*`."""
-    found = words(value.lower())
+    found = words(text.lower())
     for origin in found:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+", origin):
             raise ValueError("use origins such as https://chat.example,http://localhost:3000, or *")
     return found
 
 
-def words(value):
-    return tuple(word.strip().rstrip("/") for word in value.split(",") if word.strip())
+def words(text):
+    return tuple(word.strip().rstrip("/") for word in text.split(",") if word.strip())
 
 
 LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
-MILLISECONDS = whole(0, 10**9, "use milliseconds, 0 for never")
-
-
-OPTIONS = (
-    Option("upstream", "LMSTUDIO_BASE_URL", "--upstream", "http://127.0.0.1:1234", base_url,
-           "LM Studio's server; its port is found in its settings", value="URL"),
-    Option("host", "GATEWAY_HOST", "--host", "127.0.0.1", text, "address to listen on; 0.0.0.0 for the LAN",
-           value="HOST"),
-    Option("port", "GATEWAY_PORT", "--port", 8001, whole(0, 65535, "use a port from 0 to 65535"),
-           "port to listen on; 0 lets the system choose", value="PORT"),
-    Option("tls_cert", "TLS_CERT", "--tls-cert", None, text, "certificate (PEM), to serve HTTPS",
-           value="FILE"),
-    Option("tls_key", "TLS_KEY", "--tls-key", None, text, "its private key (PEM)", value="FILE"),
-    Option("upstream_token", "UPSTREAM_TOKEN", None, None, header_word,
-           "LM Studio's own API token, where its server asks for one"),
-    Option("max_body", "MAX_BODY_BYTES", None, 256 * 1024 * 1024, whole(1, 10**12, "use a number of bytes"),
-           "largest request body; 413 beyond it"),
-    Option("max_body_memory", "MAX_BODY_MEMORY", None, 512 * 1024 * 1024,
-           whole(1, 10**12, "use a number of bytes"),
+BYTES, MS = whole(1, 10**12, "of bytes "), whole(0, 10**9, "of milliseconds ")
+GATEWAY_OPTIONS = (
+    Option("LMSTUDIO_BASE_URL", "http://127.0.0.1:1234", base_url,
+           "LM Studio's server; its port is found in its settings", "URL", "upstream"),
+    Option("GATEWAY_HOST", "127.0.0.1", str, "address to listen on; 0.0.0.0 for the LAN", "HOST", "host"),
+    Option("GATEWAY_PORT", 8001, whole(0, 65535), "port to listen on; 0: the system chooses", "PORT", "port"),
+    Option("TLS_CERT", None, str, "certificate (PEM), to serve HTTPS", "FILE"),
+    Option("TLS_KEY", None, str, "its private key (PEM)", "FILE"),
+    Option("UPSTREAM_TOKEN", None, header_word, "LM Studio's own API token, if its server asks for one"),
+    Option("MAX_BODY_BYTES", 256 * 1024**2, BYTES, "largest request body; 413 beyond it", None, "max_body"),
+    Option("MAX_BODY_MEMORY", 512 * 1024**2, BYTES,
            "bytes that the bodies of all running requests may take together; 503 beyond them"),
-    Option("max_running", "MAX_RUNNING", "--max-running", 0, whole(0, 10000, "use a number from 0 to 10000"),
-           "inferences at once for each model, others wait here; 0: all", value="N"),
-    Option("max_waiting", "MAX_WAITING", None, 100, whole(0, 10000, "use a number from 0 to 10000"),
-           "inferences that may wait for their turn; 429 beyond them"),
-    Option("max_connections", "MAX_CONNECTIONS", None, 512,
-           whole(8, 100000, "use a number from 8 to 100000"),
+    Option("MAX_RUNNING", 0, whole(0, 10_000), "inferences at once for each model, others wait; 0: all", "N"),
+    Option("MAX_WAITING", 100, whole(0, 10_000), "inferences that may wait for their turn; 429 beyond them"),
+    Option("MAX_CONNECTIONS", 512, whole(8, 100_000),
            "connections at once; beyond them one that has shown no right key is closed"),
-    Option("prefill_comments", "PREFILL_COMMENTS", None, False, boolean,
-           "tell a streaming client that waits how far its prompt is, in SSE comments"),
-    Option("proxy_timeout", "PROXY_TIMEOUT", None, 600000, MILLISECONDS,
-           "ms without a byte from LM Studio on a plain request; 0 never"),
-    Option("proxy_stream_timeout", "PROXY_STREAM_TIMEOUT", None, 0, MILLISECONDS,
-           "the same for a streaming request"),
-    Option("api_key", "GATEWAY_API_KEY", "--api-key", {}, api_keys,
-           "one key, or several as name=key,name=key; a process list shows it",
-           "Access", "KEY"),
-    Option("keys_file", "KEYS_FILE", "--keys-file", None, text,
-           "minted keys, hashed; in the user's configuration directory if not given",
-           "Access", "FILE"),
-    Option("users_from", "USERS_FROM", "--users-from", (), words,
-           "keys behind which others stand, whom Open WebUI's headers name", "Access", "LIST"),
-    Option("no_auth", "NO_AUTH", "--no-auth", False, boolean, "listen beyond loopback without a key",
-           "Access"),
-    Option("allow", "IP_ALLOWLIST", "--allow", None, networks,
-           "addresses and CIDR ranges that may connect, IPv4 and IPv6", "Access", "LIST"),
-    Option("cors_origins", "CORS_ORIGINS", "--cors-origins", (), origins,
-           "origins whose pages may call, such as https://chat.example, or *", "Access", "LIST"),
-    Option("trusted_proxies", "TRUSTED_PROXIES", None, (), networks,
-           "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed", "Access"),
-    Option("require_auth_for_health", "REQUIRE_AUTH_FOR_HEALTH", None, False, boolean,
-           "ask for a key on /health and /ready, too", "Access"),
-    Option("requests_kept", "REQUESTS_KEPT", None, 100, whole(1, 100000, "use a number from 1 to 100000"),
-           "finished requests that /debug/requests keeps"),
-    Option("history", "HISTORY_FILE", "--history", None, text,
-           "SQLite file that keeps a row for each request; no prompts, no answers", "Logs", "FILE"),
-    Option("history_days", "HISTORY_DAYS", None, 365, whole(0, 36500, "use a number of days, 0 for ever"),
-           "days after which its rows are removed; 0 never", "Logs"),
-    Option("log_dir", "LMSTUDIO_LOG_DIR", "--log-dir", None, folder,
-           "LM Studio's server-logs directory; found under the home if not given", "Logs",
-           "DIR"),
-    Option("enable_log_monitoring", "ENABLE_LOG_MONITORING", None, True, boolean, "follow LM Studio's logs",
-           "Logs"),
-    Option("log_source", "LOG_SOURCE", None, "files", log_source,
-           "where the log comes from: files, stream (from LM Studio itself; experimental) or auto", "Logs"),
-    Option("log_dir_warn", "LOG_DIR_WARN_BYTES", None, 5_000_000_000,
-           whole(0, 10**15, "use a number of bytes"),
-           "size of LM Studio's log directory from which /debug/status, the dashboard and --check warn; "
-           "0 never", "Logs"),
-    Option("log_level", "LOG_LEVEL", "--log-level", "info", level, "error, warn, info or debug", "Logs",
-           "LEVEL"),
-    Option("log_file", "LOG_FILE", "--log-file", None, text,
-           "write our own log there; turned over at 5 MB, opened anew on SIGHUP", "Logs",
-           "FILE"),
+    Option("PREFILL_COMMENTS", False, boolean, "SSE comments tell waiting clients how far their prompt is"),
+    Option("PROXY_TIMEOUT", 600_000, MS, "ms without a byte from LM Studio on a plain request; 0: never"),
+    Option("PROXY_STREAM_TIMEOUT", 0, MS, "the same for a streaming request"),
 )
+ACCESS_OPTIONS = (
+    Option("GATEWAY_API_KEY", {}, api_keys,
+           "one key, or several as name=key,name=key; a process list shows it", "KEY", "api_key"),
+    Option("KEYS_FILE", None, str, "minted keys, hashed; else in the user's configuration directory", "FILE"),
+    Option("USERS_FROM", (), words, "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
+    Option("NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
+    Option("IP_ALLOWLIST", None, networks, "addresses and CIDR ranges that may connect", "LIST", "allow"),
+    Option("CORS_ORIGINS", (), origins, "origins whose pages may call (https://chat.example), or *", "LIST"),
+    Option("TRUSTED_PROXIES", (), networks,
+           "proxies (addresses and ranges, or * for all) whose X-Forwarded-For is believed"),
+    Option("REQUIRE_AUTH_FOR_HEALTH", False, boolean, "ask for a key on /health and /ready, too"),
+)
+LOG_OPTIONS = (
+    Option("REQUESTS_KEPT", 100, whole(1, 100_000), "finished requests that /debug/requests keeps"),
+    Option("HISTORY_FILE", None, str,
+           "SQLite file that keeps a row for each request; no prompts, no answers", "FILE", "history"),
+    Option("HISTORY_DAYS", 365, whole(0, 36_500, "of days "), "days after which rows are removed; 0: never"),
+    Option("LMSTUDIO_LOG_DIR", None, folder,
+           "LM Studio's server-logs directory; found under the home if not given", "DIR", "log_dir"),
+    Option("ENABLE_LOG_MONITORING", True, boolean, "follow LM Studio's logs"),
+    Option("LOG_SOURCE", "files", one_of("files", "stream", "auto"),
+           "source of the log: files, stream (from LM Studio itself; experimental) or auto"),
+    Option("LOG_DIR_WARN_BYTES", 5_000_000_000, whole(0, 10**15, "of bytes "),
+           "size of the log directory that brings a warning; 0: never", None, "log_dir_warn"),
+    Option("LOG_LEVEL", "info", one_of(*LEVELS), "error, warn, info or debug", "LEVEL"),
+    Option("LOG_FILE", None, str, "our own log; turned over at 5 MB, begun anew once it was moved", "FILE"),
+)
+OPTIONS = (*GATEWAY_OPTIONS, *ACCESS_OPTIONS, *LOG_OPTIONS)
 
 
 class Config:
@@ -379,45 +351,26 @@ class Config:
 SECRET = ("GATEWAY_API_KEY", "UPSTREAM_TOKEN")
 # Not NO_AUTH's: NO_PROXY and NO_COLOR are others'.
 PREFIXES = tuple({row.variable.partition("_")[0] + "_" for row in OPTIONS} - {"NO_"})
-ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
-                      r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
-
-
-class Setting(NamedTuple):
-    """What one option is set to; source is None for a default, error says why a text is no value."""
-
-    value: Any
-    source: str | None = None
-    error: str | None = None
-
 
 def load_config(args, environ, env_file=None):
     """(Config, warnings, errors) from flags, else environment, else `.env`, else defaults.
 
-    args maps option names to the text of their flags.  An option with an error has its default."""
+    args maps option names to the text of their flags.  An empty variable counts as not set, and an option
+    with an error has its default."""
     from_file, warnings, errors = read_env_file(env_file)
-    settings = {row.name: find_setting(row, args.get(row.name), environ, from_file) for row in OPTIONS}
-    errors += [setting.error for setting in settings.values() if setting.error]
-    sources = {name: setting.source for name, setting in settings.items() if setting.source}
-    values = {name: setting.value for name, setting in settings.items()}
+    values, sources = {}, {}
+    for row in OPTIONS:
+        text, source = next(((text, source) for text, source in (
+            (args.get(row.name), row.flag),
+            (environ.get(row.variable, "").strip() or None, f"environment variable {row.variable}"),
+            from_file.get(row.variable, (None, None))) if text is not None), (None, None))
+        try:
+            if text is not None:
+                values[row.name], sources[row.name] = row.parse(text), source
+        except ValueError as error:
+            shown = "..." if row.variable in SECRET else repr(text)
+            errors.append(f"{source}: {shown} is no value for {row.variable}: {error}")
     return Config(**values, sources=sources), warnings, errors
-
-
-def find_setting(row, from_flag, environ, from_file):
-    """The Setting of an option.  An empty variable counts as not set."""
-    if from_flag is not None:
-        text, source = from_flag, row.flag
-    elif environ.get(row.variable, "").strip():
-        text, source = environ[row.variable], f"environment variable {row.variable}"
-    elif row.variable in from_file:
-        text, source = from_file[row.variable]
-    else:
-        return Setting(row.default)
-    try:
-        return Setting(row.parse(text), source)
-    except ValueError as error:
-        shown = "..." if row.variable in SECRET else repr(text)
-        return Setting(row.default, source, f"{source}: {shown} is no value for {row.variable}: {error}")
 
 
 def read_env_file(path):
@@ -431,11 +384,13 @@ def read_env_file(path):
             return found, [], [f"--env-file {path}: {error.strerror}; name a file that can be read"]
         unread = isinstance(error, PermissionError)
         return found, [f".env cannot be read ({error.strerror}): its lines do not count"] * unread, []
+    form = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*"
+                      r"(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?$")
     variables, warnings, errors = [row.variable for row in OPTIONS], [], []
     for line_number, line in enumerate(content.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        source, match = f"{path or '.env'} line {line_number}", ENV_LINE.match(line)
+        source, match = f"{path or '.env'} line {line_number}", form.match(line)
         if not match:
             errors.append(f"{source}: not of the form NAME=value; mend the line or put # before it")
             continue
@@ -456,19 +411,9 @@ def nearest(word, known, cutoff=0.6):
 
 def shown_default(row):
     """A default as a person would write it."""
-    if row.name == "allow":
-        return "*"
     if isinstance(row.default, bool):
         return str(row.default).lower()
-    return "none" if row.default in (None, (), {}) else str(row.default)
-
-
-def options_table():
-    """The README's table of options; a test holds the README to it."""
-    lines = [f"| `{row.variable}` | {f'`{row.flag}`' if row.flag else ''} | `{shown_default(row)}` | "
-             f"{row.about} |"
-             for row in OPTIONS]
-    return "\n".join(["| variable | flag | default | meaning |", "|---|---|---|---|", *lines])
+    return "*" if row.name == "allow" else "none" if row.default in (None, (), {}) else str(row.default)
 
 
 @functools.lru_cache(maxsize=256)
@@ -529,6 +474,7 @@ RULES = (
          "First token generated. Continuing to stream response.."),
     Rule("finish", "app", "line", "App", r"Finished streaming response", "Finished streaming response"),
     Rule("prediction", "app", "json", "App", r"Generated prediction: ", "Generated prediction: {"),
+    Rule("output", "app", "json", "App", r"Prediction stats: ", "Prediction stats: {"),  # by LogStream, of any answer
     Rule("response", "app", "json", "App", r"Generated synchronous v1/responses response: ",
          "Generated synchronous v1/responses response: {"),
     Rule("disconnect", "app", "line", "App", r"Client disconnected\. Stopping generation",
@@ -1813,6 +1759,14 @@ class ChatTracker(EngineLines):
     def on_response(self, entry):
         self._answer(entry, entry.line)
 
+    def on_output(self, entry):
+        """Figures of an answer, all that MLX tells of a stream.  They end nothing, and name no request."""
+        found = [chat for chat in self._of(entry, *self._ended) if chat.stream is not False and not (
+            chat.abandoned or chat.has_said("lmstudio_prediction_stats"))]
+        if len(found) == 1:
+            found[0].counts, found[0].speeds = prediction_figures(prediction_of(entry.text))
+            self._settle(found[0], entry.moment)
+
     def _answer(self, entry, message):
         """A whole answer.  A client that has left gets one, too."""
         body = prediction_of(entry.text)
@@ -1936,15 +1890,19 @@ def prediction_figures(body):
     return counts, without_none(tokensPerSecond=known.get("speed"))
 
 
-# --- 3.4 dialects: where each API of LM Studio puts model, tokens and usage ---
+# --- 3.4 dialects: the places of model, tokens and usage in each API of LM Studio ---
+
+WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
+LONGEST_NAME, LONGEST_ERROR = 256, 500  # of a model or an id, of a message, as they are kept
+UNSAFE = 2**53  # from here on JavaScript and others round
 
 
 class Dialect(NamedTuple):
     """One inference API."""
 
     name: str
-    asks_usage: bool  # a stream carries usage only with stream_options.include_usage
     token: re.Pattern  # found in a streamed event that holds content, reasoning or a tool call
+    asks_usage: bool = False  # a stream carries usage only with stream_options.include_usage
     joined: bool = False    # the log shows its requests as chats
     counts_messages: bool = False   # and says how many messages each has
 
@@ -1952,18 +1910,16 @@ class Dialect(NamedTuple):
 # Keys of an event can be told by their bytes: inside a JSON string each quote stands behind a backslash.
 OPENAI_TOKEN = re.compile(rb'"(?:content|reasoning|reasoning_content|text)"\s*:\s*"(?!")'
                           rb'|"(?:tool_calls"\s*:\s*\[|function_call"\s*:)\s*\{')
-RESPONSES_TOKEN = re.compile(rb'"delta"\s*:\s*"(?!")')
-MESSAGES_TOKEN = re.compile(rb'"(?:text|thinking|partial_json)"\s*:\s*"(?!")|"type"\s*:\s*"tool_use"')
-NATIVE_TOKEN = re.compile(rb'"type"\s*:\s*"(?:(?:message|reasoning)\.delta|tool_call\.(?:start|arguments))"')
-
-CHAT = Dialect("chat", True, OPENAI_TOKEN, joined=True, counts_messages=True)
-COMPLETIONS = Dialect("completions", True, OPENAI_TOKEN)
-EMBEDDINGS = Dialect("embeddings", False, OPENAI_TOKEN)
-RESPONSES = Dialect("responses", False, RESPONSES_TOKEN, joined=True)
-MESSAGES = Dialect("messages", False, MESSAGES_TOKEN, joined=True)
-NATIVE = Dialect("native", False, NATIVE_TOKEN, joined=True)
-OTHER = Dialect("other", False, OPENAI_TOKEN)
-SOCKET = Dialect("socket", False, OPENAI_TOKEN)  # of LM Studio's own SDKs: 3.11
+CHAT = Dialect("chat", OPENAI_TOKEN, asks_usage=True, joined=True, counts_messages=True)
+COMPLETIONS = Dialect("completions", OPENAI_TOKEN, asks_usage=True)
+EMBEDDINGS = Dialect("embeddings", OPENAI_TOKEN)
+RESPONSES = Dialect("responses", re.compile(rb'"delta"\s*:\s*"(?!")'), joined=True)
+MESSAGES = Dialect("messages", joined=True, token=re.compile(
+    rb'"(?:text|thinking|partial_json)"\s*:\s*"(?!")|"type"\s*:\s*"tool_use"'))
+NATIVE = Dialect("native", joined=True, token=re.compile(
+    rb'"type"\s*:\s*"(?:(?:message|reasoning)\.delta|tool_call\.(?:start|arguments))"'))
+OTHER = Dialect("other", OPENAI_TOKEN)
+SOCKET = Dialect("socket", OPENAI_TOKEN, joined=True)  # of LM Studio's own SDKs: 3.12
 
 DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.1)
     "/v1/chat/completions": CHAT,
@@ -1978,11 +1934,43 @@ DIALECTS = {  # POST to these paths is an inference (LM Studio 0.4 and Bionic 1.
     "/v1/decisions": OTHER,
     "/v1/systemone": OTHER,
 }
-JOINED = frozenset(dialect.name for dialect in DIALECTS.values() if dialect.joined)
+JOINED = frozenset(dialect.name for dialect in (*DIALECTS.values(), SOCKET) if dialect.joined)
 
-WHOLE_LIMIT = 32 * 1024 * 1024  # bytes of a JSON text; a longer one is passed on unread
-VALUES_LIMIT = 250_000  # of its values: reading more would hold up everybody for a tenth of a second
-NUMBERS = re.compile(rb"\[[-+.\deE,\s]{64,}\]")   # an embedding, a prompt in token numbers: not read then
+
+def json_object(data, numbers=re.compile(rb"\[[-+.\deE,\s]{64,}\]")):
+    """The JSON object in UTF-8 bytes; None for anything else and for one too large.  Never raises.
+
+    Long lists of numbers (an embedding, a prompt in token numbers) are not read if there are many."""
+    data = data[3:] if data[:3] == codecs.BOM_UTF8 else data
+    if len(data) > WHOLE_LIMIT or too_many(data, b"[", b"{"):
+        return None
+    if too_many(data, b",", b"[", b"{"):    # each value but the first stands behind one of these
+        data = numbers.sub(b"[]", data)
+        if too_many(data, b",", b"[", b"{"):
+            return None
+    try:
+        value = STRICT.decode(str(data, "utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def too_many(data, *marks, most=250_000, step=1024 * 1024):
+    """True when these bytes stand in data so often that to read it would hold up everybody for a tenth of a
+    second.  Other threads get their turn after each step."""
+    found = 0
+    for at in range(0, len(data) if len(data) > most else 0, step):
+        found += sum(data.count(mark, at, at + step) for mark in marks)
+        if found > most:
+            return True
+    return False
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # no NaN, no Infinity: LM Studio knows none
 
 
 def listed(value):
@@ -1993,83 +1981,73 @@ def listed(value):
 def member(value, *names):
     """The first member of those names that is an object; {} for none."""
     for name in names:
-        found = value.get(name)
-        if isinstance(found, dict):
-            return found
+        if isinstance(value.get(name), dict):
+            return value[name]
     return {}
 
 
-def refuse_constant(name):
-    raise ValueError(f"{name} is not JSON")
+def count(values, *names, default=None):
+    """The first whole number among the values of those names."""
+    for name in names:
+        value = values.get(name)
+        if type(value) is int and 0 <= value < UNSAFE:
+            return value
+    return default
 
 
-STRICT = json.JSONDecoder(parse_constant=refuse_constant)  # no NaN, no Infinity: LM Studio knows none
+def usable(value):
+    """A figure of an answer; None if it is no number, or too large for other readers of JSON."""
+    return value if type(value) in (int, float) and 0 <= value < UNSAFE else None
 
 
-def json_object(data):
-    """The JSON object in UTF-8 bytes; None for anything else and for one too large.  Never raises."""
-    data = data[3:] if data[:3] == codecs.BOM_UTF8 else data
-    if len(data) > WHOLE_LIMIT or too_many(data, b"[", b"{"):
-        return None
-    if too_many(data, b",", b"[", b"{"):    # each value but the first stands behind one of these
-        data = NUMBERS.sub(b"[]", data)
-        if too_many(data, b",", b"[", b"{"):
-            return None
-    try:
-        value = STRICT.decode(str(data, "utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+def bounded_text(text, length=LONGEST_NAME):
+    """A text that a request or an answer brought, as it is kept: short, and such as UTF-8 can hold."""
+    text = text[:length]
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-def too_many(data, *marks):
-    """True when these bytes stand in data more than VALUES_LIMIT times."""
-    found, step = 0, 1024 * 1024    # after which other threads get their turn
-    for at in range(0, len(data) if len(data) > VALUES_LIMIT else 0, step):
-        found += sum(data.count(mark, at, at + step) for mark in marks)
-        if found > VALUES_LIMIT:
-            return True
-    return False
+def error_message(error):
+    """The text of the error in an answer."""
+    message = error.get("message") if isinstance(error, dict) else error
+    return bounded_text(str(message or error), LONGEST_ERROR)
 
 
-# --- 3.5 meter: what an answer cost, read while it passes --------------------
+# --- 3.5 meter: the tokens of an answer, read while it passes ------------------
 
-STREAM_LIMIT = 4 * 1024 * 1024  # bytes of one event of a stream; a longer one is passed on unread
-LONGEST_NAME, LONGEST_ERROR = 256, 500  # of a model or an id, of a message, as they are kept
-HOLD_LIMIT = 64 * 1024  # a usage chunk is smaller
-UNSAFE = 2**53  # from here on JavaScript and others round
-EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
-SOME_CHOICE = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')  # never in a chunk that carries only usage
-ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.MULTILINE)
-# An event with one of these tells more than a token.
-TELLING = re.compile(rb'"(?:usage|stats|error|response|(?:finish|stop)_reason"\s*:\s*")')
+FIGURES = {  # figure -> the names of its count, in order: OpenAI's, Anthropic's, LM Studio's own, its SDKs'
+    "prompt": ("prompt_tokens", "input_tokens", "inputTokens", "promptTokensCount"),
+    "completion": ("completion_tokens", "total_output_tokens", "output_tokens", "outputTokens",
+                   "predictedTokensCount"),
+    "total": ("total_tokens", "totalTokens", "totalTokensCount"),
+    "cached": ("cached_tokens", "cache_read_input_tokens"),
+    "reasoning": ("reasoning_tokens", "reasoning_output_tokens"),
+    "drafted": ("total_draft_tokens_count", "totalDraftTokensCount"),
+    "accepted": ("accepted_draft_tokens_count", "acceptedDraftTokensCount"),
+}
+RATES = {  # the same for what is no count
+    "speed": ("tokens_per_second", "tokensPerSecond"),
+    "first_s": ("time_to_first_token", "time_to_first_token_seconds", "timeToFirstTokenSec"),
+}
 
 
 def answer_figures(body):
     """{name: number} of the usage and stats in an answer, an event or a logged answer.
 
-    /v1 has usage, /api/v0 also stats with speeds, /api/v1/chat only stats; speed is in tokens a second,
+    /v1 has usage, /api/v0 also stats with speeds, /api/v1/chat and the SDKs only stats (lmstudio-js,
+    LLMPredictionStats.ts); speed is in tokens a second,
     first_s the time to the first token in seconds."""
     usage, stats = member(body, "usage"), member(body, "stats")
     if not usage and not stats:
         return {}
-    prompt = count(usage, "prompt_tokens", "input_tokens", "inputTokens")
-    if prompt is not None and "input_tokens" in usage and "total_tokens" not in usage:
+    known = {**stats, **usage, **member(usage, "prompt_tokens_details", "input_tokens_details"),
+             **member(usage, "completion_tokens_details", "output_tokens_details")}
+    found = {name: count(known, *names) for name, names in FIGURES.items()}
+    if found["prompt"] is not None and "input_tokens" in usage and "total_tokens" not in usage:
         # Anthropic counts tokens apart that come from a cache or go into it
-        prompt += count(usage, "cache_read_input_tokens", default=0)
-        prompt += count(usage, "cache_creation_input_tokens", default=0)
-    both, read = {**stats, **usage}, member(usage, "prompt_tokens_details", "input_tokens_details")
-    written = member(usage, "completion_tokens_details", "output_tokens_details")
-    first_s = stats.get("time_to_first_token", stats.get("time_to_first_token_seconds"))
-    return without_none(
-        prompt=count(stats, "input_tokens") if prompt is None else prompt,
-        completion=count(both, "completion_tokens", "total_output_tokens", "output_tokens", "outputTokens"),
-        total=count(usage, "total_tokens", "totalTokens"),
-        cached=count(read, "cached_tokens", default=count(usage, "cache_read_input_tokens")),
-        reasoning=count(written, "reasoning_tokens", default=count(stats, "reasoning_output_tokens")),
-        drafted=count(both, "total_draft_tokens_count"),
-        accepted=count(both, "accepted_draft_tokens_count"),
-        speed=usable(stats.get("tokens_per_second")), first_s=usable(first_s))
+        found["prompt"] += sum(count(usage, f"cache_{kind}_input_tokens", default=0)
+                               for kind in ("read", "creation"))
+    rates = {figure: usable(stats[name]) for figure, names in RATES.items() for name in names if name in stats}
+    return without_none(**found, **rates)
 
 
 class Usage:
@@ -2077,7 +2055,7 @@ class Usage:
 
     def __init__(self):
         self.prompt = self.completion = self.total = None
-        self.cached = self.reasoning = None
+        self.cached = self.reasoning = self.drafted = self.accepted = None
         self.finish = self.model = self.error = self.answer_id = None
         self.speed = None  # tokens a second and ms to the first token, as LM Studio reports them
         self.first_ms = None
@@ -2105,16 +2083,13 @@ class Usage:
 
     def _take_figures(self, known):
         """/v1/messages counts up: the most that it has said is right."""
-        if not known:
-            return
-        self.total, self.cached = known.get("total", self.total), known.get("cached", self.cached)
-        self.reasoning = known.get("reasoning", self.reasoning)
-        if "prompt" in known:
-            self.prompt = max(self.prompt or 0, known["prompt"])
-        if "completion" in known:
-            self.completion = max(self.completion or 0, known["completion"])
-        self.speed = round(known["speed"], 2) if "speed" in known else self.speed
-        self.first_ms = round(1000 * known["first_s"], 1) if "first_s" in known else self.first_ms
+        for name in known.keys() & {"prompt", "completion"}:
+            known[name] = max(getattr(self, name) or 0, known[name])
+        if "speed" in known:
+            known["speed"] = round(known["speed"], 2)
+        if "first_s" in known:
+            known["first_ms"] = round(1000 * known["first_s"], 1)
+        self.__dict__.update({name: known[name] for name in self.__dict__.keys() & known})
 
     def tokens(self, dialect):
         """tokenUsage of the events; None when LM Studio gave no count.  Embeddings complete nothing."""
@@ -2126,33 +2101,11 @@ class Usage:
         if total is None and self.prompt is not None and completion is not None:
             total = self.prompt + completion
         return without_none(promptTokens=self.prompt, completionTokens=completion, totalTokens=total,
-                       cachedTokens=self.cached, reasoningTokens=self.reasoning)
+                            cachedTokens=self.cached, reasoningTokens=self.reasoning)
 
 
-def error_message(error):
-    """The text of the error in an answer."""
-    message = error.get("message") if isinstance(error, dict) else error
-    return bounded_text(str(message or error), LONGEST_ERROR)
-
-
-def count(values, *names, default=None):
-    """The first whole number among the values of those names."""
-    for name in names:
-        value = values.get(name)
-        if type(value) is int and 0 <= value < UNSAFE:
-            return value
-    return default
-
-
-def usable(value):
-    """A figure of an answer; None if it is no number, or too large for other readers of JSON."""
-    return value if type(value) in (int, float) and 0 <= value < UNSAFE else None
-
-
-def bounded_text(text, length=LONGEST_NAME):
-    """A text that a request or an answer brought, as it is kept: short, and such as UTF-8 can hold."""
-    text = text[:length]
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+STREAM_LIMIT = 4 * 1024 * 1024  # bytes of one event of a stream; a longer one is passed on unread
+EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?=[^\n])){2}")
 
 
 class Meter:
@@ -2161,6 +2114,10 @@ class Meter:
     With cut, the chunk that carries only the usage we asked for is taken out again; the beginning of an
     event is then held back as long as it may be that of such a chunk.  A compressed answer is read from a
     decoded copy and passed on as it came."""
+
+    ERROR_EVENT = re.compile(rb"^event: ?error\s*$", re.MULTILINE)
+    # An event with one of these tells more than a token.
+    TELLING = re.compile(rb'"(?:usage|stats|error|response|(?:finish|stop)_reason"\s*:\s*")')
 
     def __init__(self, dialect, stream, cut=False, encoding=""):
         self.usage = Usage()
@@ -2171,7 +2128,7 @@ class Meter:
         self._cut = cut and self._decode is identity
         self.first = self.last = self._now = None  # clocks: first, latest token, piece
         self.pieces = 0  # events with a token
-        # What stood before and behind the text of the last event, if it told no more: most have the same, and
+        # The bytes before and behind the text of the last event, if it told no more: most have the same, and
         # a thread that was just woken takes several times as long for a search as for a comparison.
         self._around: Any = None
 
@@ -2234,20 +2191,19 @@ class Meter:
         return b"".join(kept)
 
     def _event(self, event):
-        """Learn from one event.  True when it is the usage-only chunk that a client may not have asked
-        for."""
+        """Learn from one event.  True for a chunk that carries only usage: maybe only we asked for it."""
         self._around, token = None, self.dialect.token.search(event)
         if token:
             self.pieces += 1
             self.first, self.last = self.first or self._now, self._now
-            if self.usage.model and not TELLING.search(event):      # a token, and nothing else that is new
+            if self.usage.model and not self.TELLING.search(event):     # nothing but the token is new
                 if self._decode is identity and event.endswith(b"\n"):
                     self._around = event[:token.end()], event[event.find(b'"', token.end()):]
                 return False
         data = event_data(event)
         body = json_object(data) or {}
         self.usage.take(body)
-        if ERROR_EVENT.search(event) and not self.usage.error:
+        if self.ERROR_EVENT.search(event) and not self.usage.error:
             self.usage.error = error_message(body.get("message") or str(data, "utf-8", "replace"))
         return isinstance(body.get("usage"), dict) and body.get("choices") == []
 
@@ -2257,11 +2213,11 @@ def whole_event(data):
     return data.endswith(b"\n\n") and data.find(b"\n\n") == len(data) - 2 and b"\r" not in data
 
 
-def maybe_ours(beginning):
-    """True while an event that begins so may become the chunk that carries only usage."""
-    data = bytes(beginning[:HOLD_LIMIT])
-    return (len(beginning) < HOLD_LIMIT and (b"data:".startswith(data) or data.startswith(b"data:"))
-            and data[5:].lstrip()[:1] in (b"", b"{") and not SOME_CHOICE.search(data))
+def maybe_ours(beginning, limit=64 * 1024, some_choice=re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')):
+    """True while an event that begins so may become a chunk that has only usage: short, without a choice."""
+    data = bytes(beginning[:limit])
+    return (len(beginning) < limit and (b"data:".startswith(data) or data.startswith(b"data:"))
+            and data[5:].lstrip()[:1] in (b"", b"{") and not some_choice.search(data))
 
 
 def event_data(event):
@@ -2277,9 +2233,8 @@ def decoder(encoding):
     """A function that decodes pieces of a body of that Content-Encoding and gives None for one that is
     broken or grows beyond measure; None for an encoding that the standard library cannot read."""
     name = encoding.strip().lower()
-    if name in ("", "identity"):
-        return identity
-    return Inflater(name) if name in ("gzip", "x-gzip", "deflate") else None
+    return {"": identity, "identity": identity}.get(name) or (
+        Inflater(name) if name in ("gzip", "x-gzip", "deflate") else None)
 
 
 class Inflater:
@@ -2287,46 +2242,26 @@ class Inflater:
     its zlib header (RFC 9110, 8.4.1.2)."""
 
     def __init__(self, name):
-        self._gzip, self._head = name.endswith("gzip"), b""
-        self._inflate: Any = None   # once the first two bytes are there
+        self._gzip, self._inflate = name.endswith("gzip"), None
 
     def __call__(self, data):
         """The decoded bytes of data; None when it cannot be decoded."""
-        if self._inflate is None:
-            data = self._head = self._head + data
-            if len(data) < 2:
-                return b""
-            self._wbits = 31 if self._gzip else 15 if zlib_header(data) else -15
-            self._inflate = zlib.decompressobj(self._wbits)
-        try:
-            return self._decoded(data)
-        except zlib.error:
-            return None
-
-    def _decoded(self, data):
         decoded = b""
         while data:
-            if self._inflate.eof:
-                self._inflate = zlib.decompressobj(self._wbits)
-            decoded += self._inflate.decompress(data, WHOLE_LIMIT)
+            if self._inflate is None or self._inflate.eof:
+                zlib_header = data[0] & 15 == 8     # RFC 1950, 2.2: its first half byte names deflate
+                self._inflate = zlib.decompressobj(31 if self._gzip else 15 if zlib_header else -15)
+            try:
+                decoded += self._inflate.decompress(data, WHOLE_LIMIT)
+            except zlib.error:
+                return None
             if self._inflate.unconsumed_tail or len(decoded) > WHOLE_LIMIT:
                 return None     # nothing honest grows so much
             data = self._inflate.unused_data
         return decoded
 
 
-def zlib_header(data):
-    """True for the first two bytes of RFC 1950's format."""
-    return data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0
-
-
-# --- 3.6 request bodies: what LM Studio is asked -----------------------------
-
-FINGERPRINT_LIMIT = 1024 * 1024  # bytes of a body; the log's copy of a longer one is cut itself
-LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
-LOG_KEEPS = 50  # UTF-16 units before and after it
-PROMPT = ("messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")
-MEDIA = frozenset(("image_url", "source", "input_audio", "file", "data_url"))
+# --- 3.6 request bodies: the question that LM Studio is asked ------------------
 
 
 class ParsedBody(NamedTuple):
@@ -2348,23 +2283,28 @@ def parse_body(dialect, data):
     body = json_object(data) if data else None
     if body is None:
         return ParsedBody(data)
-    model, stream = body.get("model"), body.get("stream") is True
-    options, messages, user = body.get("stream_options"), body.get("messages"), body.get("user")
+    stream, options, messages = body.get("stream") is True, body.get("stream_options"), body.get("messages")
+    model, user = (bounded_text(body[name]) if isinstance(body.get(name), str) else None
+                   for name in ("model", "user"))
     asks = (stream and dialect.asks_usage
             and (options is None or isinstance(options, dict) and options.get("include_usage") is not True))
-    return ParsedBody(ask_usage(data, options) if asks else data,
-                      bounded_text(model) if isinstance(model, str) else None, stream,
-                      len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
-                      fingerprint(body) if dialect.joined and len(data) <= FINGERPRINT_LIMIT else None,
-                      text_size([body.get(name) for name in PROMPT]) if dialect.joined else None,
-                      bool(body.get("tools")), asks, bounded_text(user) if isinstance(user, str) else None)
+    found = ParsedBody(ask_usage(data, options) if asks else data, model, stream, asks_usage=asks, user=user,
+                       tools=bool(body.get("tools")))
+    if not dialect.joined:
+        return found
+    return found._replace(
+        messages=len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
+        fingerprint=fingerprint(body) if len(data) <= 1024 * 1024 else None,   # the log cuts a longer one itself
+        size=text_size([body.get(name) for name in (
+            "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
 
 def text_size(value):
     """Characters of all texts in JSON, roles and types aside; None if there are pictures or files."""
     sizes: list[Any] = [len(value)] if isinstance(value, str) and not value.startswith("data:") else []
     if isinstance(value, dict):
-        sizes = [None if name in MEDIA else text_size(item)
+        files = ("image_url", "source", "input_audio", "file", "data_url")
+        sizes = [None if name in files else text_size(item)
                  for name, item in value.items() if name not in ("role", "type")]
     elif isinstance(value, list):
         sizes = [text_size(item) for item in value]
@@ -2378,6 +2318,9 @@ def ask_usage(data, options):
     end = amended.rindex(b"}")
     amended[end:end] = b',"stream_options":' + json.dumps({**(options or {}), "include_usage": True}).encode()
     return amended
+
+
+LOG_CUT = "... <Truncated in logs> ..."  # stands for the middle of a string of over about 120 UTF-16 units
 
 
 class Fingerprint(NamedTuple):
@@ -2411,16 +2354,17 @@ def json_hash(value):
     return hash(f"\0{int(value) if kind is float and value.is_integer() else value}")  # like no string
 
 
-def log_text(text):
-    """A string of a request body as the log shows it, without the mark for its missing middle."""
+def log_text(text, keeps=100):
+    """A string of a request body as the log shows it, without the mark for its missing middle: 50 UTF-16 units (100
+    bytes) before and after it."""
     head, cut, tail = text.partition(LOG_CUT)
     if cut:
         return head + tail
     units = text.encode("utf-16-le", "surrogatepass")
-    if len(units) <= 4 * LOG_KEEPS:
+    if len(units) <= 2 * keeps:
         return text
-    return (units[:2 * LOG_KEEPS].decode("utf-16-le", "replace")
-            + units[-2 * LOG_KEEPS:].decode("utf-16-le", "replace"))
+    return units[:keeps].decode("utf-16-le", "replace") + units[-keeps:].decode("utf-16-le", "replace")
+
 
 
 # --- 3.7 records: the life of a request --------------------------------------
@@ -2659,6 +2603,8 @@ class Record:
         usage = meter.usage
         self.model, self.finish = usage.model or self.model, usage.finish
         self.answer_id = usage.answer_id
+        if usage.drafted is not None:
+            self.drafted, self.accepted = usage.drafted, usage.accepted
         self.usage = usage.tokens(meter.dialect) or self.usage
         begun = not whole and usage.completion is not None and usage.completion < meter.pieces
         self.first_ms = self.first_ms if usage.first_ms is None else usage.first_ms
@@ -2835,6 +2781,8 @@ LEFT_LINE_S = 1.0  # LM Studio writes that a client has left within this
 LATE_END_S = 3.5  # and ends its stream within this
 TWIN_SIZE = 0.08  # prompts whose lengths differ by less are alike
 TWINS_S = 0.025  # ends so close to each other can be written in either order
+PAIR_S = 1e-4  # until the next look for each pair of a run and a request (a line and a request) of the last ...
+PAIRS_AT_ONCE, PAIRS_MOST = 200, 4000  # ... beyond so many; of more none would be certain
 OPEN_LIMIT = 512  # requests that are over and can still be bound
 NAMES_KEPT = 1000  # models by the names that clients gave them
 RUNS_OPEN = 200  # runs that are not bound, and their events
@@ -3025,7 +2973,8 @@ class Requests:
         self._stray: dict[Any, float] = {}  # model -> clock of its latest percent that named no run
         self._begun = []  # (clock, run) of prompts that begin and (clock, model) of 0 %, at one moment
         self._numbers = itertools.count(1)
-        self._swept = 0.0  # clock of the last _expire
+        self._swept = self._settle_at = 0.0  # clock of the last _expire, of the next settle
+        self._pairs = 0  # that the present settle has compared
         self._seen = self._heard = -math.inf  # clock of the latest look at the log; of the one before there were lines
         self._gap = FLUSH_S  # how late the latest lines can have been read
 
@@ -3231,39 +3180,50 @@ class Requests:
     # --- runs
 
     def settle(self, clock):
-        """Bind what has become certain by now."""
-        again = True
-        while again:
-            again = False
-            open_runs = [run for run in self._runs.values() if run.record is None and not run.is_mixed and (
-                run.total or run.over is not None or run.cancelled is not None)]
-            free = [record for record in self._open.values() if record.run is None]
-            fits = {run: [record for record in free if not self._ruled_out(run, record, clock)] for run in open_runs}
-            self._compare_sizes(fits)
-            wanted = Counter(record.id for records in fits.values() for record in records)
-            for run, records in fits.items():
-                records = [record for record in records if not self._overtakes(run, record, clock)]
-                record = self._proven(run, records, fits) or only([
-                    record for record in records if self._is_certain(run, record, len(records), wanted[record.id], clock)
-                    and not self._has_twin(run, record, free, clock)])
-                if record:
-                    self._bind(run, record, free, clock)
-                    again = True
-                    break
-                if not fits[run] and all(self._ruled_out(run, other, clock) not in (4, 5) for other in free):
-                    self._take_as_own(run, clock)
-        self._match_lines(clock)
+        """Bind what has become certain by now.  The more there is to compare, the less often it is done."""
+        if clock >= self._settle_at and (self._runs or self._lines):
+            self._pairs = 0
+            while self._bind_one(clock):
+                pass
+            self._match_lines(clock)
+            self._settle_at = clock + PAIR_S * self._pairs if self._pairs > PAIRS_AT_ONCE else clock
         if clock - self._swept > 1.0 or len(self._open) > 2 * OPEN_LIMIT:  # also when no log is followed
             self._expire(clock)
 
+    def _bind_one(self, clock):
+        """Bind the first run that has become certain; False if there is none, or too much to compare."""
+        open_runs = [run for run in self._runs.values() if run.record is None and not run.is_mixed and (
+            run.total or run.over is not None or run.cancelled is not None)]
+        free = [record for record in self._open.values() if record.run is None]
+        self._pairs += len(open_runs) * len(free)
+        if self._pairs > PAIRS_MOST:
+            return False
+        fits = {run: [record for record in free if not self._ruled_out(run, record, clock)]
+                for run in open_runs}
+        self._compare_sizes(fits)
+        wanted = Counter(record.id for records in fits.values() for record in records)
+        waiting = sorted((record for record in free if record.ended is None), key=lambda record: record.sent)
+        for run, records in fits.items():
+            records = [record for record in records if not self._overtakes(run, record, waiting, clock)]
+            record = self._proven(run, records, fits) or only([
+                record for record in records if self._is_certain(run, record, len(records), wanted[record.id], clock)
+                and not self._has_twin(run, record, free, clock)])
+            if record:
+                self._bind(run, record, free, clock)
+                return True
+            if not fits[run] and all(self._ruled_out(run, other, clock) not in (4, 5) for other in free):
+                self._take_as_own(run, clock)
+        return False
+
     def _is_certain(self, run, record, records, runs, clock):
         """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
-        known a line of the app has to be about the run, which it can't be for a chat inside the app, or nothing
-        else may be at work."""
+        known a line of the app has to be about the run, which it can't be for a chat inside the app or an SDK's, or
+        nothing else may be at work."""
         if runs == 1 and (has_counts(record) or record.first and record.first < clock - LAG_S):
             return True
         near = run.cancelled is not None and abs(run.cancelled + run.base - (record.ended or 0)) < FLUSH_S
-        return records == 1 and (near or runs == 1 and (run.is_of_api or self._is_alone(run, record)))
+        shown = record.dialect != SOCKET.name and (run.is_of_api or self._is_alone(run, record))
+        return records == 1 and (near or runs == 1 and shown)
 
     def _has_twin(self, run, record, free, clock):
         """Before its usage is known: another request of its size is out by a few hundredths of a second alone."""
@@ -3325,7 +3285,7 @@ class Requests:
         records = {record.id for records in fits.values() for record in records if record.ended is None}
         if len(runs) != len(records):
             runs = [run for run in runs if run.is_of_api]
-        if self._sizes or not 1 < len(runs) <= 8:
+        if self._sizes or not 1 < len(runs) <= 8 or len(records) > 8:  # each is tried with each
             return
 
         def is_possible(ratio, rest, taken):
@@ -3358,11 +3318,13 @@ class Requests:
                   (run.written, record.used("completionTokens"), run.engine == "G1"))
         return any(None not in (told, used) and abs(told - used) > slack for told, used, slack in counts)
 
-    def _overtakes(self, run, record, clock):
+    def _overtakes(self, run, record, waiting, clock):
         """9: a request that was clearly sent before this one has no run yet."""
-        for other in self._open.values():
-            if (other is not record and other.run is None and other.ended is None
-                    and other.model_asked == record.model_asked and self._is_clearly_before(other, record)
+        for other in waiting:
+            if other.sent >= record.sent - CLEAR_S:
+                break
+            if (other is not record and other.model_asked == record.model_asked
+                    and self._is_clearly_before(other, record)
                     and not any(earlier.record is None and earlier.number < run.number
                                 and not self._ruled_out(earlier, other, clock) for earlier in self._runs.values())):
                 return True
@@ -3443,7 +3405,8 @@ class Requests:
         model = event.data.get("model")
         for record in self._open.values():
             served = record.model or self._names.get(record.model_asked)
-            if record.sent < math.inf and (None in (model, served) or model == served):
+            if record.sent < math.inf and record.dialect != SOCKET.name and (
+                    None in (model, served) or model == served):     # an SDK's has no lines of the app
                 yield record
 
     def _line_of_start(self, event, clock):
@@ -3469,12 +3432,13 @@ class Requests:
         """12."""
         percent = event.data.get("progress", 0 if event.name == "lmstudio_processing_start" else 100)
         own = self._own.get(event.chat)
-        found = [record for record in self._of_model(event) if not (record.silent and record.state in LEFT_STATES)
+        found = (record for record in self._of_model(event) if not (record.silent and record.state in LEFT_STATES)
                  and (record.percent is None or record.percent < percent or record.percent == percent < 100
                       or event.name == "lmstudio_generation_start" and record.heard == clock)
                  and (record.ended is None or record.state == "abandoned" or clock - record.ended < LAG_S)
                  and not (record.first and percent < 100 and record.first < clock - LAG_S)
-                 and not (record.run and (record.run.over or record.run.cancelled))]
+                 and not (record.run and (record.run.over or record.run.cancelled)))
+        found = [*itertools.islice(found, 2)]   # whether there is one, or more, is all that counts
         model = event.data.get("model")
         if own or any(record.model == model and record.ended is None and clock - record.heard < LATE_S
                       for record in self._own.values()):
@@ -3494,11 +3458,10 @@ class Requests:
         """13 and 14, when the request's own end is known."""
         if event.chat in self._own:
             return self._own[event.chat]
-        self._lines.append((event, clock))
-        self._match_lines(clock)
-        return None
+        self._lines.append((event, clock))  # settle() matches it
 
     def _match_lines(self, clock):
+        self._pairs += len(self._lines) * len(self._open)
         for line in list(self._lines):
             event, seen = line
             alike = [other for other in self._lines if self._is_like(*other, event, seen)]
@@ -3619,170 +3582,178 @@ LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progre
          "lmstudio_chat_end": Requests._line_of_end, "lmstudio_prediction_stats": Requests._line_of_end}
 
 
-# --- 3.9 figures: what is counted --------------------------------------------
-
-DURATION_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640,
-              1280)  # a home prefill takes minutes
-A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000)
-A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
-OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
-SERIES = 500  # of one metric; what comes beyond them is counted as "other"
-MODELS = 100  # names of models that become labels
+# --- 3.9 figures: counters and histograms ------------------------------------
 
 
 class Metric(NamedTuple):
-    """One Prometheus metric.  A counter's name ends in _total; buckets are a histogram's."""
+    """One Prometheus metric.  Its name ends in _total if it is a counter; only a histogram has buckets."""
 
     name: str
-    kind: str
-    labels: tuple
+    labels: str  # their names
     about: str
     buckets: tuple = ()
 
+    @property
+    def kind(self):
+        return "counter" if self.name.endswith("_total") else "histogram" if self.buckets else "gauge"
 
-# Names and meanings: lmstudio_* is all that the log or LM Studio's REST API tells, whoever asked, with
-# lmstudio-exporter's names; lmstudio_gateway_* is what passed through us.  Base units, ratios from 0 to 1.
+
+# Buckets, in seconds (reading a prompt takes minutes at home), in tokens a second, in seconds a token.
+DURATION_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
+A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000, 5000)
+A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
+
+# Names and meanings: lmstudio_* are figures of the log and of LM Studio's REST API, whether a request came
+# through us or not, with lmstudio-exporter's names; lmstudio_gateway_* are of requests through us.  Base units,
+# ratios from 0 to 1.
 METRICS = (
-    Metric("lmstudio_up", "gauge", (), "1 when LM Studio answered when last asked"),
-    Metric("lmstudio_loaded_models", "gauge", (), "Models that are loaded; absent when unknown"),
-    Metric("lmstudio_model_loaded", "gauge", ("model", "type"), "1 for a model that is loaded"),
-    Metric("lmstudio_model_context_length_tokens", "gauge", ("model", "type"),
-           "Context with which it is loaded"),
-    Metric("lmstudio_requests_total", "counter", ("model",), "Predictions that the log shows finished"),
-    Metric("lmstudio_input_tokens_total", "counter", ("model",), "Prompt tokens of them"),
-    Metric("lmstudio_output_tokens_total", "counter", ("model",), "Generated tokens of them"),
-    Metric("lmstudio_reasoning_tokens_total", "counter", ("model",), "Those of them that are reasoning"),
-    Metric("lmstudio_accepted_draft_tokens_total", "counter", ("model",), "Draft tokens that were taken"),
-    Metric("lmstudio_cached_input_tokens_total", "counter", ("model",),
-           "Prompt tokens reused from the cache"),
-    Metric("lmstudio_cache_resets_total", "counter", ("model",),
-           "Prompts read wholly anew although a part was cached"),
-    Metric("lmstudio_time_to_first_token_seconds", "histogram", ("model",), "As the log has it", DURATION_S),
-    Metric("lmstudio_prompt_eval_seconds", "histogram", ("model",), "Time to read the prompt", DURATION_S),
-    Metric("lmstudio_generation_seconds", "histogram", ("model",), "Time to generate the answer", DURATION_S),
-    Metric("lmstudio_prompt_tokens_per_second", "histogram", ("model",), "Speed of reading", A_SECOND),
-    Metric("lmstudio_tokens_per_second", "histogram", ("model",), "Speed of generating", A_SECOND),
-    Metric("lmstudio_prompt_progress_ratio", "gauge", ("model", "slot"),
-           "How much of a prompt has been read"),
-    Metric("lmstudio_log_lines_total", "counter", ("dialect",),
-           "Engine lines recognised, by engine generation"),
-    Metric("lmstudio_log_entries_total", "counter", ("event",), "Events made of the log"),
-    Metric("lmstudio_log_unparsed_entries_total", "counter", (), "Lines that no rule knows"),
-    Metric("lmstudio_log_bytes_read_total", "counter", (), "Bytes of log read"),
-    Metric("lmstudio_log_rotations_total", "counter", ("reason",), "Changes to another log file"),
-    Metric("lmstudio_log_read_lag_bytes", "gauge", (), "Bytes written and not yet read"),
-    Metric("lmstudio_log_last_entry_timestamp_seconds", "gauge", (), "Time of the latest log entry"),
-    Metric("lmstudio_log_directory_bytes", "gauge", (), "Size of the log directory"),
-    Metric("lmstudio_log_filesystem_free_bytes", "gauge", (), "Room left on its file system"),
-    Metric("lmstudio_gateway_requests_total", "counter", ("key", "model", "endpoint", "code"),
-           "Inference requests that are over; code 0 without an answer"),
-    Metric("lmstudio_gateway_tokens_total", "counter", ("key", "model", "type"),
-           "Their tokens: input, output, cached_input, reasoning"),
-    Metric("lmstudio_gateway_request_duration_seconds", "histogram", ("endpoint", "model", "stream"),
-           "From arrival to end", DURATION_S),
-    Metric("lmstudio_gateway_time_to_first_token_seconds", "histogram", ("model",),
-           "From arrival to the first content, reasoning or tool call", DURATION_S),
-    Metric("lmstudio_gateway_time_per_output_token_seconds", "histogram", ("model",),
-           "Between tokens of a stream, at the mean", A_TOKEN_S),
-    Metric("lmstudio_gateway_queue_seconds", "histogram", ("key_priority", "outcome"),
-           "Time in the queue, here or, where the log shows it, in LM Studio; outcome: done, failed, abandoned",
+    Metric("lmstudio_up", "", "1 when LM Studio answered when last asked"),
+    Metric("lmstudio_loaded_models", "", "Models that are loaded; absent when unknown"),
+    Metric("lmstudio_model_loaded", "model type", "1 for a model that is loaded"),
+    Metric("lmstudio_model_context_length_tokens", "model type", "Context with which it is loaded"),
+    Metric("lmstudio_requests_total", "model", "Predictions that the log shows finished"),
+    Metric("lmstudio_input_tokens_total", "model", "Prompt tokens of them"),
+    Metric("lmstudio_output_tokens_total", "model", "Generated tokens of them"),
+    Metric("lmstudio_reasoning_tokens_total", "model", "Those of them that are reasoning"),
+    Metric("lmstudio_accepted_draft_tokens_total", "model", "Draft tokens that were taken"),
+    Metric("lmstudio_cached_input_tokens_total", "model", "Prompt tokens reused from the cache"),
+    Metric("lmstudio_cache_resets_total", "model", "Prompts read wholly anew although a part was cached"),
+    Metric("lmstudio_time_to_first_token_seconds", "model", "As the log has it", DURATION_S),
+    Metric("lmstudio_prompt_eval_seconds", "model", "Time to read the prompt", DURATION_S),
+    Metric("lmstudio_generation_seconds", "model", "Time to generate the answer", DURATION_S),
+    Metric("lmstudio_prompt_tokens_per_second", "model", "Speed of reading", A_SECOND),
+    Metric("lmstudio_tokens_per_second", "model", "Speed of generating", A_SECOND),
+    Metric("lmstudio_prompt_progress_ratio", "model slot", "How much of a prompt has been read"),
+    Metric("lmstudio_log_lines_total", "dialect", "Engine lines recognised, by engine generation"),
+    Metric("lmstudio_log_entries_total", "event", "Events made of the log"),
+    Metric("lmstudio_log_unparsed_entries_total", "", "Lines that no rule knows"),
+    Metric("lmstudio_log_bytes_read_total", "", "Bytes of log read"),
+    Metric("lmstudio_log_rotations_total", "reason", "Changes to another log file"),
+    Metric("lmstudio_log_read_lag_bytes", "", "Bytes written and not yet read"),
+    Metric("lmstudio_log_last_entry_timestamp_seconds", "", "Time of the latest log entry"),
+    Metric("lmstudio_log_directory_bytes", "", "Size of the log directory"),
+    Metric("lmstudio_log_filesystem_free_bytes", "", "Room left on its file system"),
+    Metric("lmstudio_gateway_requests_total", "key model endpoint code", "Inferences that ended; code 0: no answer"),
+    Metric("lmstudio_gateway_tokens_total", "key model type", "Tokens: input, output, cached_input, reasoning"),
+    Metric("lmstudio_gateway_request_duration_seconds", "endpoint model stream", "From arrival to end",
            DURATION_S),
-    Metric("lmstudio_gateway_queue_waiting", "gauge", ("model",), "Requests that wait here for their turn"),
-    Metric("lmstudio_gateway_overhead_seconds", "histogram", (),
+    Metric("lmstudio_gateway_time_to_first_token_seconds", "model",
+           "From arrival to the first content, reasoning or tool call", DURATION_S),
+    Metric("lmstudio_gateway_time_per_output_token_seconds", "model",
+           "Between tokens of a stream, at the mean", A_TOKEN_S),
+    Metric("lmstudio_gateway_queue_seconds", "key_priority outcome",
+           "Time in the queue, here or, if the log shows it, in LM Studio; outcome: done, failed, abandoned",
+           DURATION_S),
+    Metric("lmstudio_gateway_queue_waiting", "model", "Requests that wait here for their turn"),
+    Metric("lmstudio_gateway_overhead_seconds", "",
            "From a request's last byte to its first byte to LM Studio", OVERHEAD_S),
-    Metric("lmstudio_gateway_requests_in_flight", "gauge", ("model",), "Requests that are running"),
-    Metric("lmstudio_gateway_requests_queued", "gauge", ("model",), "Those that wait in LM Studio's queue"),
-    Metric("lmstudio_gateway_errors_total", "counter", (), "Requests that failed"),
-    Metric("lmstudio_gateway_abandoned_total", "counter", (),
-           "Clients that left, and requests that were stopped"),
-    Metric("lmstudio_gateway_client_disconnects_total", "counter", ("phase",),
-           "Clients that left: queued, prefill, decode"),
-    Metric("lmstudio_gateway_rejected_total", "counter", ("reason",), "Requests turned away here"),
-    Metric("lmstudio_gateway_upstream_errors_total", "counter", ("kind",),
+    Metric("lmstudio_gateway_requests_in_flight", "model", "Requests that are running"),
+    Metric("lmstudio_gateway_requests_queued", "model", "Those that wait in LM Studio's queue"),
+    Metric("lmstudio_gateway_errors_total", "", "Requests that failed"),
+    Metric("lmstudio_gateway_abandoned_total", "", "Clients that left, and requests that were stopped"),
+    Metric("lmstudio_gateway_client_disconnects_total", "phase", "Who left: queued, prefill, decode"),
+    Metric("lmstudio_gateway_rejected_total", "reason", "Requests turned away here"),
+    Metric("lmstudio_gateway_upstream_errors_total", "kind",
            "refused, timeout, reset, bad_status, error_in_200"),
-    Metric("lmstudio_gateway_sse_clients", "gauge", (), "Listeners of /debug/stream"),
-    Metric("lmstudio_gateway_sse_events_total", "counter", ("type",), "Events published"),
-    Metric("lmstudio_gateway_sse_dropped_total", "counter", ("reason",), "Events that slow listeners lost"),
-    Metric("lmstudio_gateway_sse_replays_total", "counter", ("result",),
-           "Listeners that came back: full, gap"),
-    Metric("lmstudio_gateway_correlated_total", "counter", ("result",),
-           "Requests joined with the log: exact, none"),
-    Metric("lmstudio_gateway_build_info", "gauge", ("version", "python"), "1"),
-    Metric("process_start_time_seconds", "gauge", (), "When this gateway started"),
+    Metric("lmstudio_gateway_sse_clients", "", "Listeners of /debug/stream"),
+    Metric("lmstudio_gateway_sse_events_total", "type", "Events published"),
+    Metric("lmstudio_gateway_sse_dropped_total", "reason", "Events that slow listeners lost"),
+    Metric("lmstudio_gateway_sse_replays_total", "result", "Listeners that came back: full, gap"),
+    Metric("lmstudio_gateway_correlated_total", "result", "Requests joined with the log: exact, none"),
+    Metric("lmstudio_gateway_build_info", "version python", "1"),
+    Metric("process_start_time_seconds", "", "When this gateway started"),
 )
 METRIC = {metric.name: metric for metric in METRICS}
-PHASES = {"waiting": "queued", "loading": "queued", "queued": "queued", "prompt": "prefill",
-          "generating": "decode"}
-UPSTREAM_KINDS = {"upstream_unreachable": "refused", "upstream_timeout": "timeout", "upstream_reset": "reset"}
 TOKEN_KINDS = {"input": "promptTokens", "output": "completionTokens", "cached_input": "cachedTokens",
                "reasoning": "reasoningTokens"}
-REJECTIONS = {  # code of our own error -> reason
-    "key_needed": "no_key", "key_wrong": "bad_key", "right_missing": "scope", "address_not_allowed": "host",
-    "model_not_allowed": "model", "key_expired": "bad_key", "queue_full": "concurrency",
-    "host_not_local": "host", "origin_not_allowed": "host", "body_too_large": "body_size"}
+LOGGED = {  # event of the log -> its metrics, each with its value in the event's data or in Event.about
+    "lmstudio_chat_end": (),
+    "lmstudio_cache_stats": (("lmstudio_cached_input_tokens_total", lambda data: data["reused"]),),
+    "lmstudio_prediction_stats": (
+        ("lmstudio_output_tokens_total", lambda data: data.get("completionTokens")),
+        ("lmstudio_reasoning_tokens_total", lambda data: data.get("reasoningTokens")),
+        ("lmstudio_accepted_draft_tokens_total", lambda data: data.get("acceptedDraftTokens")),
+        ("lmstudio_time_to_first_token_seconds", lambda data: seconds_of(data.get("timeToFirstTokenMs"))),
+        ("lmstudio_prompt_eval_seconds", lambda data: seconds_of(data.get("promptMs"))),
+        ("lmstudio_generation_seconds", lambda data: data["completionTokens"] / data["tokensPerSecond"]
+         if data.get("completionTokens") and data.get("tokensPerSecond") else None),
+        ("lmstudio_prompt_tokens_per_second", lambda data: data.get("promptTokensPerSecond")),
+        ("lmstudio_tokens_per_second", lambda data: data.get("tokensPerSecond"))),
+}
+
+
+def seconds_of(ms):
+    return ms if ms is None else ms / 1000
 
 
 class Figures:
     """Counters and histograms since the start.  Pure; Hub's lock guards them."""
 
+    SERIES = 500  # of one metric; beyond them all count as "other"
+    MODELS = 100  # names of models that become labels
+    PHASES = {"waiting": "queued", "loading": "queued", "queued": "queued", "prompt": "prefill",
+              "generating": "decode"}
+    FAILURES = {"upstream_unreachable": "refused", "upstream_timeout": "timeout", "upstream_reset": "reset"}
+    REJECTIONS = {  # code of our own error -> reason
+        "key_needed": "no_key", "key_wrong": "bad_key", "key_expired": "bad_key", "right_missing": "scope",
+        "address_not_allowed": "host", "host_not_local": "host", "origin_not_allowed": "host",
+        "model_not_allowed": "model", "queue_full": "concurrency", "body_too_large": "body_size"}
+
     def __init__(self):
         self._values: dict[str, dict] = {metric.name: {} for metric in METRICS}
         self._models: set[str] = set()
 
-    def add(self, name, *labels, amount=1):
-        series = self._values[name]
-        labels = self._bounded(series, labels)
-        series[labels] = series.get(labels, 0) + amount
-
-    def observe(self, name, value, *labels):
-        """One more value of a histogram; None is none."""
-        if value is None:
+    def add(self, name, *labels, amount: float | None = 1):
+        """Count an amount, or observe it in a histogram; None is none."""
+        if amount is None:
             return
         series, buckets = self._values[name], METRIC[name].buckets
-        labels = self._bounded(series, labels)
-        row = series.setdefault(labels, [0] * (len(buckets) + 1) + [0.0])  # counts by bucket, then the sum
-        row[bisect.bisect_left(buckets, value)] += 1
-        row[-1] += value
-
-    @staticmethod
-    def _bounded(series, labels):
-        return labels if labels in series or len(series) < SERIES else ("other",) * len(labels)
+        if labels not in series and len(series) >= self.SERIES:
+            labels = ("other",) * len(labels)
+        if buckets:     # a count for each of them and one beyond, then the sum
+            row = series.setdefault(labels, [0] * (len(buckets) + 1) + [0.0])
+            row[bisect.bisect_left(buckets, amount)] += 1
+            row[-1] += amount
+        else:
+            series[labels] = series.get(labels, 0) + amount
 
     def model(self, name):
         """A label for a model that LM Studio has named: no client can invent one."""
-        if name and name not in self._models and len(self._models) < MODELS:
+        if name and name not in self._models and len(self._models) < self.MODELS:
             self._models.add(name)
         return name if name in self._models else "other" if name else "unknown"
 
     def model_of(self, record):
-        """A label for a request's model: what answered, or what was asked for where LM Studio knows
-        the name."""
+        """A label for a request's model: the one that answered, else the one asked for if it is known."""
         if record.model:
             return self.model(record.model)
         return record.model_asked if record.model_asked in self._models else "other"
 
     def count_request(self, record):
         """A request through us is over."""
-        model, key = self.model_of(record), record.key or "none"
-        endpoint = record.target if record.target in DIALECTS else "other"
-        self.add("lmstudio_gateway_requests_total", key, model, endpoint, str(record.status or 0))
-        self.observe("lmstudio_gateway_overhead_seconds", record.overhead_s)
-        queued = record.queued_ms()
-        self.observe("lmstudio_gateway_queue_seconds", queued and queued / 1000, record.priority, record.state)
+        model, endpoint = self.model_of(record), record.target if record.target in DIALECTS else "other"
         stream = "true" if record.stream else "false"
-        self.observe("lmstudio_gateway_request_duration_seconds", record.total_ms / 1000, endpoint, model,
-                     stream)
-        first = record.first_ms and record.first_ms / 1000
-        self.observe("lmstudio_gateway_time_to_first_token_seconds", first, model)
-        if record.stream and record.speed:
-            self.observe("lmstudio_gateway_time_per_output_token_seconds", 1 / record.speed, model)
+        for name, amount, *labels in (
+                ("requests_total", 1, record.key or "none", model, endpoint, str(record.status or 0)),
+                ("overhead_seconds", record.overhead_s),
+                ("queue_seconds", seconds_of(record.queued_ms()), record.priority, record.state),
+                ("request_duration_seconds", seconds_of(record.total_ms), endpoint, model, stream),
+                ("time_to_first_token_seconds", seconds_of(record.first_ms), model),
+                ("time_per_output_token_seconds",
+                 1 / record.speed if record.stream and record.speed else None, model)):
+            self.add(f"lmstudio_gateway_{name}", *labels, amount=amount)
         if record.operation == "client_disconnected":
             self.add("lmstudio_gateway_client_disconnects_total",
-                     PHASES[max(record.entered, key=STATES.index)])
+                     self.PHASES[max(record.entered, key=STATES.index)])
         elif record.error is not None and not was_left(record.state, record.operation):
-            kind = UPSTREAM_KINDS.get(record.operation) or (
-                "error_in_200" if record.status == 200 else "bad_status")
-            self.add("lmstudio_gateway_upstream_errors_total", kind)
+            self.add("lmstudio_gateway_upstream_errors_total", self.FAILURES.get(
+                record.operation, "error_in_200" if record.status == 200 else "bad_status"))
+
+    def count_rejection(self, code):
+        """A request was turned away here with this code of our own."""
+        if code in self.REJECTIONS:
+            self.add("lmstudio_gateway_rejected_total", self.REJECTIONS[code])
 
     def count_tokens(self, record):
         """The tokens of a request that is over, as far as they have not been counted: the log can tell
@@ -3801,8 +3772,18 @@ class Figures:
             sums[kind] += amount
         return sums
 
-    def of_requests(self, requests):
-        """{metric: {labels: value}} of what is running now, and of the join."""
+    def count_event(self, event):
+        """An event of the log."""
+        if event.name not in LOGGED:
+            return
+        model, about = self.model(event.data.get("model")), event.about or {}
+        for name, value in LOGGED[event.name]:
+            self.add(name, model, amount=value(event.data))
+        self.add("lmstudio_requests_total", model, amount=about.get("requests"))
+        self.add("lmstudio_input_tokens_total", model, amount=about.get("input"))
+
+    def gauges(self, requests):
+        """{metric: {labels: value}} of the requests that are running now, and of the join."""
         flight: Counter[tuple] = Counter()
         queued: Counter[tuple] = Counter()
         waiting: Counter[tuple] = Counter()
@@ -3821,35 +3802,6 @@ class Figures:
                 "lmstudio_prompt_progress_ratio": prompts,
                 "lmstudio_gateway_correlated_total": {(name,): n for name, n in requests.bound().items()}}
 
-    def count_event(self, event):
-        """An event of the log."""
-        data, lesson = event.data, COUNTED.get(event.name)
-        if lesson:
-            lesson(self, data, self.model(data.get("model")))
-        for name, amount in (event.about or {}).items() if lesson else ():
-            if name in CHAT_COUNTS:
-                self.add(CHAT_COUNTS[name], self.model(data.get("model")), amount=amount)
-
-    def on_chat_end(self, data, model):
-        """Its request and its prompt are counted by what the event says about itself."""
-
-    def on_stats(self, data, model):
-        for name, field in (("output", "completionTokens"), ("reasoning", "reasoningTokens"),
-                            ("accepted_draft", "acceptedDraftTokens")):
-            if data.get(field):
-                self.add(f"lmstudio_{name}_tokens_total", model, amount=data[field])
-        first, speed = data.get("timeToFirstTokenMs"), data.get("tokensPerSecond")
-        self.observe("lmstudio_time_to_first_token_seconds", first and first / 1000, model)
-        self.observe("lmstudio_tokens_per_second", speed, model)
-        if speed and data.get("completionTokens"):
-            self.observe("lmstudio_generation_seconds", data["completionTokens"] / speed, model)
-        self.observe("lmstudio_prompt_tokens_per_second", data.get("promptTokensPerSecond"), model)
-        read = data.get("promptMs")
-        self.observe("lmstudio_prompt_eval_seconds", read and read / 1000, model)
-
-    def on_cache(self, data, model):
-        self.add("lmstudio_cached_input_tokens_total", model, amount=data["reused"])
-
     def exposition(self, gauges):
         """All of it as Prometheus text 0.0.4.  gauges: {metric: {labels: value}} as of now."""
         for name, _ in gauges.get("lmstudio_model_loaded", ()):
@@ -3858,32 +3810,26 @@ class Figures:
         for metric in METRICS:
             series = {**self._values[metric.name], **gauges.get(metric.name, {})}
             if series:
-                lines.append(f"# HELP {metric.name} {metric.about}")
-                lines.append(f"# TYPE {metric.name} {metric.kind}")
+                lines += [f"# HELP {metric.name} {metric.about}", f"# TYPE {metric.name} {metric.kind}"]
             for labels, value in series.items():
                 lines += metric_lines(metric, labels, value)
         return "\n".join(lines) + "\n"
 
 
-CHAT_COUNTS = {"requests": "lmstudio_requests_total", "input": "lmstudio_input_tokens_total"}  # of Event.about
-COUNTED = {"lmstudio_prediction_stats": Figures.on_stats, "lmstudio_cache_stats": Figures.on_cache,
-           "lmstudio_chat_end": Figures.on_chat_end}
-
-
 def metric_lines(metric, labels, value):
     """The lines of one series."""
-    pairs = [f'{name}="{escaped(label)}"' for name, label in zip(metric.labels, labels)]
+    pairs = [f'{name}="{escaped(label)}"' for name, label in zip(metric.labels.split(), labels)]
 
-    def line(suffix, more, number):
+    def line(suffix, number, *more):
         inside = ",".join([*pairs, *more])
-        return f"{metric.name}{suffix}{{{inside}}} {number}" if inside else f"{metric.name}{suffix} {number}"
+        return f"{metric.name}{suffix}{'{' + inside + '}' if inside else ''} {number}"
 
-    if metric.kind != "histogram":
-        return [line("", [], value)]
+    if not metric.buckets:
+        return [line("", value)]
     counts = list(itertools.accumulate(value[:-1]))
-    bounds = [*map(str, metric.buckets), "+Inf"]
-    return [*(line("_bucket", [f'le="{bound}"'], number) for bound, number in zip(bounds, counts)),
-            line("_sum", [], round(value[-1], 6)), line("_count", [], counts[-1])]
+    bounds = [*metric.buckets, "+Inf"]
+    return [*(line("_bucket", number, f'le="{bound}"') for bound, number in zip(bounds, counts)),
+            line("_sum", round(value[-1], 6)), line("_count", counts[-1])]
 
 
 def escaped(label):
@@ -3894,6 +3840,10 @@ def escaped(label):
 def rank(values, share):
     """The nearest-rank percentile of sorted values; None of none."""
     return values[max(0, math.ceil(share * len(values)) - 1)] if values else None
+
+
+def mean(values):
+    return round(sum(values) / len(values), 2) if values else None
 
 
 def performance(records, requests, tokens):
@@ -3912,15 +3862,11 @@ def performance(records, requests, tokens):
             "tokenStats": {field: tokens[kind] for kind, field in TOKEN_KINDS.items()}}
 
 
-def mean(values):
-    return round(sum(values) / len(values), 2) if values else None
-
-
 # --- 3.10 series: figures by minute ------------------------------------------
 
 DAY_MINUTES = 24 * 60
 MOST_MINUTES = 7 * DAY_MINUTES  # that one can ask for
-CELLS = 20_000  # (minute, model, key, who) that are kept apart; beyond them the oldest minutes lose names
+CELLS = 30  # (model, key, who) of one minute that are kept apart; the others are "other"
 BUCKET = 1.1  # a histogram's buckets are so much wider each: a percentile of it is right to 5 %
 BY = ("", "model", "key", "user")  # what rows can be told apart by
 STEPS = (60, 300, 3600)  # seconds of a row
@@ -3934,9 +3880,9 @@ def tally(row):
     written = row["completion_tokens"] or 0
     fresh, read_ms, write_ms = max(0, prompt - cached), row["prompt_ms"] or 0, row["generation_ms"] or 0
     left = was_left(row["outcome"], row["operation"])
-    found: Counter[Any] = Counter(requests=1, abandoned=int(left), errors=int(row["outcome"] != "done" and not left),
-                    promptTokens=prompt, cachedTokens=cached, completionTokens=written,
-                    gpuMs=read_ms + write_ms)
+    found: dict[Any, Any] = {"requests": 1, "abandoned": int(left),
+                             "errors": int(row["outcome"] != "done" and not left), "promptTokens": prompt,
+                             "cachedTokens": cached, "completionTokens": written, "gpuMs": read_ms + write_ms}
     speeds = {}
     if fresh and read_ms:
         found.update(readTokens=fresh, readMs=read_ms)
@@ -3981,7 +3927,6 @@ class Series:
     def __init__(self, since, kept=DAY_MINUTES):
         self.since, self._kept = since, kept  # epoch seconds, from then on it holds every request; minutes
         self._minutes: dict[int, dict[tuple, Counter]] = {}
-        self._size = 0  # cells in all
         self.used: dict[str, float] = {}  # model -> when it last answered, epoch seconds
 
     def take(self, row, before=None):
@@ -3989,41 +3934,25 @@ class Series:
         the log can tell more of a request after its end."""
         ended = row["started"] + (row["total_ms"] or 0) / 1000
         model = row["model"] or row["model_asked"] or "unknown"
-        beside = row["source"] == "lmstudio"
-        key = row["key"] or ("not via gateway" if beside else "no key")
+        key = row["key"] or ("not via gateway" if row["source"] == "lmstudio" else "no key")
         person = who(row["source"], row.get("user"), row["key"], row.get("agent"), row["client"]) or "unknown"
         minute, names, amounts = int(ended // 60), ("", model, key, person), tally(row)
         if before and before[0] in self._minutes:
-            self._cell(*before[:2]).subtract(before[2])
-        self._cell(minute, names).update(amounts)
-        if len(self.used) < NAMES_KEPT or model in self.used:
-            self.used[model] = max(ended, self.used.get(model, 0))
-        return minute, names, amounts
-
-    def _cell(self, minute, names):
+            self._minutes[before[0]][before[1]].subtract(before[2])
         if minute not in self._minutes:
             self._minutes[minute] = {}
             self.since = max(self.since, 60 * (minute - self._kept + 1))
             for old in [one for one in self._minutes if one <= minute - self._kept]:
-                self._size -= len(self._minutes.pop(old))
+                del self._minutes[old]
         cells = self._minutes[minute]
-        if names not in cells:
-            cells[names] = Counter()
-            self._size += 1
-            if self._size > CELLS:
-                self._fold()
-                return self._cell(minute, names if names in cells else next(iter(cells)))
-        return cells[names]
-
-    def _fold(self):
-        """Make one cell of the oldest minute that has several."""
-        cells = next(self._minutes[one] for one in sorted(self._minutes) if len(self._minutes[one]) > 1)
-        whole: Counter[Any] = Counter()
-        for amounts in cells.values():
-            whole.update(amounts)
-        self._size -= len(cells) - 1
-        cells.clear()
-        cells["", "other", "other", "other"] = whole
+        if names not in cells and len(cells) >= CELLS:
+            names = ("", "other", "other", "other")
+        cell = cells.setdefault(names, Counter())
+        for name, amount in amounts.items():    # Counter.update() takes three times as long
+            cell[name] += amount
+        if len(self.used) < NAMES_KEPT or model in self.used:
+            self.used[model] = max(ended, self.used.get(model, 0))
+        return minute, names, amounts
 
     def cells(self, begin):
         """A copy of what ended from the minute of begin (epoch seconds) on: [(minute, names, tally)]."""
@@ -4039,16 +3968,16 @@ def series_step(minutes):
 def series_rows(cells, step, by):
     """`rows` and `total` of /debug/series: of all, or with by ("model", "key", "user") of each name."""
     place = BY.index(by)
+    asked: Counter[str] = Counter()
+    for _, names, amounts in cells:
+        asked[names[place]] += amounts["requests"]
+    known = {name for name, _ in asked.most_common(MOST_NAMES)}
     sums: dict[str, dict] = {}
     totals: dict[str, Counter] = {}
     for minute, names, amounts in cells:
-        name = names[place]
+        name = names[place] if names[place] in known else "other"
         totals.setdefault(name, Counter()).update(amounts)
         sums.setdefault(name, {}).setdefault(60 * minute // step * step, Counter()).update(amounts)
-    for name in sorted(totals, key=lambda name: -totals[name]["requests"])[MOST_NAMES:]:
-        totals.setdefault("other", Counter()).update(totals.pop(name))
-        for t, amounts in sums.pop(name).items():
-            sums.setdefault("other", {}).setdefault(t, Counter()).update(amounts)
     rows = {name: [{"t": utc_text(t), **series_row(found[t])} for t in sorted(found) if found[t]["requests"]]
             [-MOST_ROWS:] for name, found in sums.items()}
     total = {name: series_row(amounts) for name, amounts in totals.items()}
@@ -4089,11 +4018,12 @@ def json_line(event_id, event):
 
 
 
-# --- 3.11 WebSocket: what LM Studio's own SDKs speak --------------------------
+# --- 3.12 WebSocket: what LM Studio's own SDKs speak --------------------------
 
 NAMESPACES = ("llm", "embedding", "system", "files", "diagnostics", "repository", "plugins", "runtime")
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes (RFC 6455, 5.2)
 LONGEST_CONTROL = 125  # bytes of a control frame's payload (RFC 6455, 5.5)
+LONGEST_MESSAGE = 128 * 1024 * 1024  # bytes of one of LM Studio's, whose `ws` refuses more than 100 MiB
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))  # RFC 6455, 7.4; IANA
 
 
@@ -4116,30 +4046,24 @@ class Message(NamedTuple):
 class Frames:
     """Cuts the bytes of one direction into messages (RFC 6455, section 5), strictly.
 
-    masked: as a client's frames are.  limit: bytes of a message; beyond them it is an error of a client, and
-    what LM Studio sends is given without its payload."""
+    masked: as a client's frames are.  limit: bytes of a message."""
 
     def __init__(self, masked, limit):
         self._masked, self.limit = masked, limit
-        self._rest = bytearray()  # of a frame that has not ended
+        self.rest = bytearray()  # of a frame that has not ended
         self._need = 2  # bytes that rest must have before another look is worth it
-        self._skip = 0  # bytes of a frame too long to be kept that are still to come
-        self._opcode, self._parts, self._size = 0, [], 0  # of the message whose pieces are coming
-        self._raw = []
+        # Of the message whose pieces are coming:
+        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
 
     @property
     def between(self):
-        """True where neither a frame nor a message is under way."""
-        return not (self._rest or self._skip or self._opcode)
-
-    @property
-    def in_frame(self):
-        return bool(self._rest or self._skip)
+        """True when neither a frame nor a message is under way."""
+        return not (self.rest or self._opcode)
 
     @property
     def held(self):
         """Bytes of a message that is not whole."""
-        return len(self._rest) + self._size
+        return len(self.rest) + self._size
 
     def feed(self, data):
         """The Messages that data completes.  Raises FrameError, at the first fault."""
@@ -4148,50 +4072,19 @@ class Frames:
                 and (size == data[1] + 2 < 128                                  # most of an answer's are
                      or data[1] == 126 and size == (data[2] << 8 | data[3]) + 4 >= 130)):
             return [Message(TEXT, data[2 if size < 128 else 4:], data)]
-        if self._skip:
-            passed = min(self._skip, size)
-            self._skip -= passed
-            data = data[passed:]
-        self._rest += data
+        self.rest += data
         found: list[Message] = []
-        while len(self._rest) >= self._need and self._frame(found):
-            pass
+        while len(self.rest) >= self._need:
+            start, end = self._bounds()
+            self._need = end or start
+            if end and len(self.rest) >= end:
+                self._take(start, end, found)
         return found
 
-    def _frame(self, found):
-        """Take one frame off rest.  False when that has no whole one."""
-        rest = self._rest
-        final, opcode, start, size = self._head()
-        if size is None:
-            return False
-        whole = start + size
-        if not self._masked and self._size + size > self.limit:
-            self._skip, taken = max(0, whole - len(rest)), min(whole, len(rest))
-            frame, payload, self._size = b"", b"", self.limit
-        elif len(rest) < whole:
-            self._need = whole
-            return False
-        else:
-            frame, taken = bytes(rest[:whole]), whole
-            payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
-        del rest[:taken]
-        self._need = 2
-        if opcode >= CLOSE:
-            check_close(opcode, payload)
-            found.append(Message(opcode, payload, frame))
-            return True
-        self._opcode = opcode or self._opcode
-        self._parts.append(payload)
-        self._raw.append(frame)
-        self._size += size
-        if final:
-            found.append(self._message())
-        return True
-
-    def _head(self):
-        """(final, opcode, where the payload starts, its size) of the frame that rest begins with; the size is
-        None where the head is not whole.  Raises FrameError."""
-        rest = self._rest
+    def _bounds(self):
+        """(start, end) of the payload of the frame that rest begins with; the end is 0 while its head is not
+        whole.  Raises FrameError."""
+        rest = self.rest
         final, opcode, size = rest[0] >> 7, rest[0] & 15, rest[1] & 127
         if rest[0] & 0x70 or CONTINUATION < opcode > BINARY and opcode not in (CLOSE, PING, PONG):
             raise FrameError(1002, "reserved bits or a reserved opcode")
@@ -4204,22 +4097,38 @@ class Frames:
         extra = {126: 2, 127: 8}.get(size, 0)
         start = 2 + extra + 4 * self._masked
         if len(rest) < start:
-            self._need = start
-            return final, opcode, start, None
+            return start, 0
         if extra:
             size = int.from_bytes(rest[2:2 + extra], "big")
             if size < (126 if extra == 2 else 1 << 16) or size >> 63:
                 raise FrameError(1002, "a length that is not written in its shortest form")
-        if self._masked and self._size + size > self.limit:
+        if self._size + size > self.limit:
             raise FrameError(1009, f"a message of more than {self.limit} bytes")
-        return final, opcode, start, size
+        return start, start + size
 
-    def _message(self):
-        message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
-        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
-        if self._masked and message.opcode == TEXT:
-            check_text_frame(message.payload)
-        return message
+    def _take(self, start, end, found):
+        """Take a whole frame off rest."""
+        with memoryview(self.rest) as rest:
+            frame = bytes(rest[:end])
+        del self.rest[:end]
+        self._need = 2
+        final, opcode = frame[0] >> 7, frame[0] & 15
+        payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
+        if opcode == CLOSE:
+            check_payload(opcode, payload)
+        if opcode >= CLOSE:
+            found.append(Message(opcode, payload, frame))
+            return
+        self._opcode = opcode or self._opcode
+        self._parts.append(payload)
+        self._raw.append(frame)
+        self._size += len(payload)
+        if final:
+            message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
+            self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
+            if self._masked and message.opcode == TEXT:
+                check_payload(TEXT, message.payload)
+            found.append(message)
 
 
 def unmasked(data, mask):
@@ -4229,20 +4138,16 @@ def unmasked(data, mask):
     return (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
 
 
-def check_text_frame(data):
-    """Raises FrameError for bytes that are not UTF-8."""
+def check_payload(opcode, payload):
+    """Raises FrameError for a close frame that may not be sent (RFC 6455, 5.5.1 and 7.4) and for text that
+    is not UTF-8."""
+    code = payload[:2] if opcode == CLOSE else b""
+    if code and (len(code) == 1 or int.from_bytes(code, "big") not in CLOSE_CODES):
+        raise FrameError(1002, "a close code that nobody may send")
     try:
-        str(data, "utf-8")
+        str(payload[len(code):], "utf-8")
     except UnicodeDecodeError:
         raise FrameError(1007, "a text that is not UTF-8") from None
-
-
-def check_close(opcode, payload):
-    """Raises FrameError for a close frame that may not be sent (RFC 6455, 5.5.1 and 7.4)."""
-    if opcode == CLOSE and payload:
-        if len(payload) == 1 or int.from_bytes(payload[:2], "big") not in CLOSE_CODES:
-            raise FrameError(1002, "a close code that nobody may send")
-        check_text_frame(payload[2:])
 
 
 def frame(opcode, payload, mask=b""):
@@ -4276,9 +4181,11 @@ OPENERS = {  # a client's message that begins something -> its id, the message t
 FOLLOWERS = {  # what only makes sense after one of these -> its id
     "channelSend": "channelId", "channelAck": "channelId", "signalUnsubscribe": "subscribeId",
     "writableSignalUpdate": "subscribeId", "writableSignalUnsubscribe": "subscribeId"}
-METERED = {("llm", "channelCreate", "predict"), ("llm", "channelCreate", "completeRawText"),
-              ("embedding", "rpcCall", "embedString")}
-FRAGMENT = re.compile(rb'\{"type":"channelSend",.*"message":\{"type":"fragment"')  # as Node writes it
+METERED = {("llm", "channelCreate", "predict"): SOCKET, ("llm", "channelCreate", "completeRawText"): SOCKET,
+           ("embedding", "rpcCall", "embedString"): EMBEDDINGS}
+# As Node writes most messages of an answer: to find the id and the tokens costs a fifth of reading JSON.
+FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message":\{"type":"fragment",'
+                      rb'"fragment":\{"content":"[^"\\]*(?:\\.[^"\\]*)*","tokensCount":(\d{1,9})[,}]')
 
 
 def id_of(message, name):
@@ -4288,14 +4195,41 @@ def id_of(message, name):
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and abs(value) < UNSAFE else None
-# --- 3.12 sharing: what a key may use, and whose turn it is -------------------
+
+
+def name_of(value):
+    """A name in a message, as it is kept; None for none."""
+    return bounded_text(value) if value and isinstance(value, str) else None
+
+
+def model_named(specifier, instances):
+    """The model that a specifier means, as it was asked for; None for any."""
+    reference, query = name_of(specifier.get("instanceReference")), member(specifier, "query")
+    return instances.get(reference) or name_of(query.get("identifier")) or name_of(query.get("path"))
+
+
+def named_instances(body):
+    """[(instance reference, identifier)] of the models that a message of LM Studio's describes."""
+    result, content = body.get("result"), member(body, "message")
+    rows = [*(result if isinstance(result, list) else [result]), content.get("info"),
+            content.get("modelInfo")]
+    found = [(name_of(row.get("instanceReference")), name_of(row.get("identifier"))) for row in listed(rows)]
+    return [(reference, model) for reference, model in found if reference and model]
+
+
+def has_files(messages):
+    """True if a history refers to uploaded files, whose size nobody knows."""
+    return any(part.get("type") == "file" for message in messages for part in listed(message.get("content")))
+
+
+# --- 3.13 sharing: what a key may use, and whose turn it is -------------------
 
 PRIORITIES = ("high", "normal", "low")
 RISE_S = 30.0  # of waiting raise a request by one priority
 MINUTE_S, GRAIN_S = 60.0, 0.1  # what comes within GRAIN_S counts as one
 TIMES_KEPT, TIMES_NEEDED = 50, 3  # of a model's latest requests; before that nothing is foretold
-LIMITS = {"running": "requests at once", "rpm": "requests in the last minute", "tpm": "tokens in the last minute",
-          "tpd": "tokens today"}
+LIMITS = {"running": "requests at once", "rpm": "requests in the last minute",
+          "tpm": "tokens in the last minute", "tpd": "tokens today"}
 
 
 class Terms(NamedTuple):
@@ -4312,29 +4246,28 @@ class Window:
 
     def __init__(self):
         self._parts: deque[list] = deque()  # [clock, amount], oldest first
-        self.total = 0
+        self._total = 0
 
     def add(self, clock, amount):
         if self._parts and clock - self._parts[-1][0] < GRAIN_S:
             self._parts[-1][1] += amount
         else:
             self._parts.append([clock, amount])
-        self.total += amount
+        self._total += amount
 
     def used(self, clock):
         while self._parts and clock - self._parts[0][0] >= MINUTE_S:
-            self.total -= self._parts.popleft()[1]
-        return self.total
+            self._total -= self._parts.popleft()[1]
+        return self._total
 
     def free_s(self, clock, limit):
         """Seconds until less than the limit is used."""
-        left = self.used(clock)
+        left, free = self.used(clock), 0.0
         for since, amount in self._parts:
             if left < limit:
                 break
-            left -= amount
-            free = since + MINUTE_S - clock
-        return free if self.total >= limit else 0.0
+            left, free = left - amount, since + MINUTE_S - clock
+        return free
 
 
 class Account:
@@ -4367,17 +4300,17 @@ class Account:
     def spend(self, clock, prompt, completion):
         """A request has ended."""
         self.tokens.add(clock, prompt + completion)
-        self.today.update(promptTokens=prompt, completionTokens=completion)
+        self.today["promptTokens"] += prompt
+        self.today["completionTokens"] += completion
 
     def headers(self, limits, clock):
         """x-ratelimit-*, as OpenAI's API has them, for the limits by the minute."""
         found = []
         for kind, name, window in (("requests", "rpm", self.requests), ("tokens", "tpm", self.tokens)):
             if name in limits:
-                used = window.used(clock)
-                found += [(f"x-ratelimit-limit-{kind}", str(limits[name])),
-                          (f"x-ratelimit-remaining-{kind}", str(max(0, limits[name] - used))),
-                          (f"x-ratelimit-reset-{kind}", span(window.free_s(clock, 1)))]
+                left, reset_s = max(0, limits[name] - window.used(clock)), window.free_s(clock, 1)
+                found += [(f"x-ratelimit-{what}-{kind}", str(value)) for what, value in (
+                    ("limit", limits[name]), ("remaining", left), ("reset", span(reset_s)))]
         return found
 
 
@@ -4394,12 +4327,22 @@ class Turn:
 
     def __init__(self, model, key, who, priority, clock):
         self.model, self.key, self.who, self.since = model, key, who, clock
-        self.level = PRIORITIES.index(priority)
+        self.level = PRIORITIES.index(priority)  # rises while it waits
         self.number = 0  # in order of arrival
+        self.rank: tuple = ()  # as it stands in its line, while it is the first of its who there
         self.began = None  # clock when its turn came
         self.over = False
         self.bell: Any = None
         self.about: Any = None
+
+
+class Line:
+    """What runs and what waits for one model."""
+
+    def __init__(self):
+        self.running = set()  # of Turns
+        self.queues = {}  # who -> deque of Turns that wait, in order of arrival
+        self.ranks = []  # of the first Turn of each who, sorted: the first is next
 
 
 class Scheduler:
@@ -4410,22 +4353,28 @@ class Scheduler:
 
     def __init__(self, slots=0):
         self._slots = slots or math.inf
-        self._queues: dict = {}  # model -> who -> deque of Turns that wait, in order of arrival
-        self._running: dict = {}  # model -> set of Turns
+        self._lines: dict = {}  # model -> Line, while there is something in it
         self._of_who: Counter[Any] = Counter()  # how many run
         self._of_key: Counter[Any] = Counter()
         self._served: dict = {}  # who -> number of the latest start, longest ago first
         self._times: dict = {}  # model -> deque of s that its latest requests ran
+        self._rises: deque[tuple] = deque()  # (clock when its level rises, Turn), in this order
         self._numbers = itertools.count(1)
         self.limits: dict = {}  # key -> requests at once
-        self.waiting: dict = {}  # Turn -> None, in order of arrival
+        self.waiting = set()  # of Turns
 
     def join(self, turn, clock):
         """A request has come.  Gives the Turns that begin now, among them maybe this one."""
         turn.number = next(self._numbers)
-        self._queues.setdefault(turn.model, {}).setdefault(turn.who, deque()).append(turn)
-        self.waiting[turn] = None
-        return self.start(clock)
+        line = self._lines.setdefault(turn.model, Line())
+        if not self.waiting and len(line.running) < self._slots and self._may_run(turn):
+            self._begin(turn, clock)    # without a detour over the queue
+            return [turn]
+        self._enqueue(turn)
+        begun = self.start(clock)
+        if turn.began is None:
+            self._rises.append((turn.since + RISE_S, turn))
+        return begun
 
     def leave(self, turn, clock, done=False):
         """A request is over, wherever it was.  Gives the Turns that begin now."""
@@ -4434,64 +4383,110 @@ class Scheduler:
         turn.over = True
         if turn.began is None:
             self._dequeue(turn)
-            return []
-        self._running[turn.model].discard(turn)
-        for counter, name in ((self._of_who, turn.who), (self._of_key, turn.key)):
-            counter[name] -= 1
-            if not counter[name]:
-                del counter[name]
+        else:
+            self._lines[turn.model].running.discard(turn)
+            self._count(turn, -1)
         if done and (turn.model in self._times or len(self._times) < NAMES_KEPT):
             self._times.setdefault(turn.model, deque(maxlen=TIMES_KEPT)).append(clock - turn.began)
-        if not self._running[turn.model]:
-            del self._running[turn.model]
-        return self.start(clock)
+        begun, line = self.start(clock), self._lines[turn.model]
+        if not line.running and not line.queues:
+            del self._lines[turn.model]
+        return begun
 
     def start(self, clock):
         """Gives the Turns that begin now: as many as there is room for."""
         begun = []
+        self._rise(clock)
         while self.waiting:
-            first = min((queue[0] for model, queues in self._queues.items()
-                         if len(self._running.get(model, ())) < self._slots for queue in queues.values()
-                         if self._of_key[queue[0].key] < self.limits.get(queue[0].key, math.inf)),
-                        key=lambda turn: self._rank(turn, clock), default=None)
-            if first is None:
+            rank = min(filter(None, map(self._next, self._lines.values())), default=None)
+            if rank is None:
                 break
-            self._dequeue(first)
-            first.began = clock
-            self._running.setdefault(first.model, set()).add(first)
-            self._of_who[first.who] += 1
-            self._of_key[first.key] += 1
-            self._served.pop(first.who, None)
-            self._served[first.who] = next(self._numbers)
-            if len(self._served) > NAMES_KEPT:
-                del self._served[next(iter(self._served))]
-            begun.append(first)
+            turn = rank[-1]
+            self._dequeue(turn)
+            self._begin(turn, clock)
+            begun.append(turn)
         return begun
 
-    def _rank(self, turn, clock, ahead=0):
+    def _begin(self, turn, clock):
+        self._lines.setdefault(turn.model, Line()).running.add(turn)
+        turn.began = clock
+        self._served.pop(turn.who, None)
+        self._served[turn.who] = next(self._numbers)
+        if len(self._served) > NAMES_KEPT:
+            del self._served[next(iter(self._served))]
+        self._count(turn, 1)
+
+    def _next(self, line):
+        """The rank of the Turn that a free slot of a line goes to, None while none may begin."""
+        ranks = line.ranks if len(line.running) < self._slots else ()
+        return next((rank for rank in ranks if self._may_run(rank[-1])), None)
+
+    def _may_run(self, turn):
+        """True unless as many of its key run as may."""
+        return self._of_key.get(turn.key, 0) < self.limits.get(turn.key, math.inf)
+
+    def _rise(self, clock):
+        while self._rises and self._rises[0][0] <= clock:
+            due, turn = self._rises.popleft()
+            if turn in self.waiting and turn.level:
+                turn.level -= 1
+                self._rises.append((due + RISE_S, turn))
+                self._rank(turn.who)
+
+    def _count(self, turn, more):
+        """One more of somebody's runs, or one less."""
+        for counter, name in ((self._of_who, turn.who), (self._of_key, turn.key)):
+            counter[name] += more
+            if not counter[name]:
+                del counter[name]
+        self._rank(turn.who)
+
+    def _rank(self, who):
+        """Somebody's rank may be another, in every line."""
+        for line in self._lines.values():
+            if who in line.queues:
+                first = line.queues[who][0]
+                self._unrank(line, first)
+                first.rank = self._rank_of(first)
+                bisect.insort(line.ranks, first.rank)
+
+    @staticmethod
+    def _unrank(line, turn):
+        if turn.rank:
+            del line.ranks[bisect.bisect_left(line.ranks, turn.rank)]
+            turn.rank = ()
+
+    def _rank_of(self, turn, ahead=0):
         """Less is sooner; ahead: how many of the same wait before it."""
-        return (max(0, turn.level - int((clock - turn.since) / RISE_S)), self._of_who[turn.who] + ahead,
-                self._served.get(turn.who, 0), turn.number)
+        return (turn.level, self._of_who.get(turn.who, 0) + ahead, self._served.get(turn.who, 0),
+                turn.number, turn)
+
+    def _enqueue(self, turn):
+        self._lines.setdefault(turn.model, Line()).queues.setdefault(turn.who, deque()).append(turn)
+        self.waiting.add(turn)
+        self._rank(turn.who)
 
     def _dequeue(self, turn):
-        queues = self._queues[turn.model]
-        queues[turn.who].remove(turn)
-        del self.waiting[turn]
-        if not queues[turn.who]:
-            del queues[turn.who]
-        if not queues:
-            del self._queues[turn.model]
+        line = self._lines[turn.model]
+        self._unrank(line, turn)
+        line.queues[turn.who].remove(turn)
+        self.waiting.discard(turn)
+        if not line.queues[turn.who]:
+            del line.queues[turn.who]
+        self._rank(turn.who)
 
     def rename(self, old, new):
         """Two names are one model's, as an answer has shown."""
-        for turn in self._running.pop(old, ()):
+        moved = [turn for turn in self.waiting if turn.model in (old, new)]
+        moved.sort(key=lambda turn: turn.number)
+        for turn in moved:
+            self._dequeue(turn)
+        running = self._lines.pop(old, Line()).running
+        for turn in (*moved, *running):
             turn.model = new
-            self._running.setdefault(new, set()).add(turn)
-        for who, line in self._queues.pop(old, {}).items():
-            for turn in line:
-                turn.model = new
-            queues = self._queues.setdefault(new, {})
-            queues[who] = deque(sorted([*queues.get(who, ()), *line], key=lambda turn: turn.number))
+        self._lines.setdefault(new, Line()).running.update(running)
+        for turn in moved:
+            self._enqueue(turn)
         self._times.setdefault(new, deque(maxlen=TIMES_KEPT)).extend(self._times.pop(old, ()))
 
     def counts(self, key):
@@ -4502,17 +4497,17 @@ class Scheduler:
         """[(Turn, {position, waiting, etaMs})] of those that wait; left_s(turn): what one that runs still
         needs at least."""
         found = []
-        for model, queues in self._queues.items():
-            order = [turn for _, turn in sorted((self._rank(turn, clock, ahead), turn) for queue in queues.values()
-                                                for ahead, turn in enumerate(queue))]
-            for position, (turn, eta_s) in enumerate(zip(order, self._etas(model, clock, left_s)), 1):
+        for model, line in self._lines.items():
+            order = sorted(self._rank_of(turn, ahead) for queue in line.queues.values()
+                           for ahead, turn in enumerate(queue))
+            for position, (rank, eta_s) in enumerate(zip(order, self._etas(model, clock, left_s)), 1):
                 eta = {} if eta_s is None else {"etaMs": 1000 * math.ceil(eta_s)}
-                found.append((turn, {"position": position, "waiting": len(order), **eta}))
+                found.append((rank[-1], {"position": position, "waiting": len(order), **eta}))
         return found
 
     def _etas(self, model, clock, left_s):
         """Seconds until the first, the second ... of those that wait has a slot; None if nothing tells."""
-        times, running = sorted(self._times.get(model, ())), self._running.get(model, ())
+        times, running = sorted(self._times.get(model, ())), self._lines[model].running
         ends = []
         for turn in running if len(times) >= TIMES_NEEDED and len(running) >= self._slots else ():
             ran = clock - turn.began
@@ -4528,52 +4523,42 @@ class Scheduler:
 
 # === 4. HUB: the shared state ================================================
 
-# How the log begins to tell of a model that is loaded or unloaded (10-2025 to 09-2026).
-LOADS = re.compile(r"(?:\[[^]\n]*\])*:? ?(?:Requested model .* is not loaded|(?:Unl|L)oading model\b"
-                   r"|Model (?:un)?loaded\b|load_model: load|\w+::load called)")
 
 class Listener:
     """One client's place in the ring."""
 
     def __init__(self, seq, owner=None):
         self.seq = self.sent = seq  # of the latest event that it has passed; that it was given
-        self.owner = owner  # the key whose events it may have; None: every event
-        self.gap = None  # the data of a gap event that stands before the next ones
-        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Hub.wait()
+        self.owner = owner  # the key that may see its own events alone; None: it may see every event
+        self.elsewhere = None  # the id after its latest event, which was another start's; None once told
+        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item ends Ring.wait()
 
 
-class Hub:
-    """Hands every event to every listener, remembers the latest, and keeps the records of requests.
+class Ring:
+    """The latest events, each as one frame for every listener.
 
-    publish appends to one ring and wakes the listeners that wait; each then takes the frames behind its
-    place.  Publishing never waits, and a frame is made once.  The ring forgets the oldest frames beyond its
-    number or its bytes; a listener that has not read them is told so by `gap`.
-    keep takes the history rows of requests that are over, if there is a history."""
+    A listener waits until there is news, then takes the frames behind its place: publishing never waits.
+    The ring forgets the oldest frames beyond its number or its bytes; a listener that has not read them is
+    told so by `gap`."""
 
-    EVENTS, BYTES = 10_000, 32_000_000  # that the ring holds at least, whichever is less
+    EVENTS, BYTES = 10_000, 32_000_000  # that it holds at least, whichever is less
     BATCH = 4096  # frames that a listener looks through in one go
 
-    def __init__(self, kept=100, keep=None, now=time.time, clock=time.monotonic):
+    def __init__(self):
         # Guards every field below; the counts and closed may be read without it.  Held for memory work only,
         # never across I/O.
         self._lock = threading.Lock()
         self.epoch = secrets.token_hex(4)
-        self._owners: dict[str, str] = {}  # requestId -> name of its key
-        self._frames = []  # (event name, name of the key that it is about, frame) of the events _first.. _first + len - 1
+        self._frames = []  # (event name, name of the key that owns it, frame) of the events from _first on
         self._first = 1  # SEQ of _frames[0]
         self._bytes = 0  # of the frames
         self._waiting = set()  # bells of the listeners that have all there is
+        self._owners: dict[str, str] = {}  # requestId -> name of its key
         self.listeners = 0
         self.closed = False
-        self._now, self._clock, self._keep = now, clock, keep
         self.counts: Counter[str] = Counter()  # events published, by name
         self.replays: Counter[str] = Counter()  # listeners that came back: full, gap
         self.dropped = 0  # events that slow listeners lost
-        self._requests = Requests(self.epoch, kept)
-        self._figures = Figures()
-        self._series = Series(now())
-        self.loads = 0  # lines of the log that tell of a model that is loaded or unloaded
-        self._ids = itertools.count(1)
 
     @property
     def last(self):  # lock held
@@ -4586,41 +4571,36 @@ class Hub:
         with self._lock:
             return self.event_id(self.last)
 
-    def request_id(self):
-        """Any thread.  A new id, like no other of this or another start."""
-        return f"req_{self.epoch}{next(self._ids):06x}"
-
     def event_id(self, seq):
         return f"{self.epoch}-{seq}"
 
-    def now(self):
-        """This moment as the events have it."""
-        return utc_text(self._now())
-
-    # --- events
+    @contextlib.contextmanager
+    def _changing(self):
+        """Holds the lock; wakes the listeners once it is free again, if there is news for them."""
+        with self._lock:
+            before, bells = self.last, set()
+            yield
+            if self.last > before or self.closed:
+                bells, self._waiting = self._waiting, set()
+        wake(bells)
 
     def publish(self, events):
         """Any thread.  Appends the events in order and wakes the listeners.  Never blocks."""
         encoded = [self._encoded(event) for event in events if event.name]
-        with self._lock:
-            bells = self._append(encoded)
-        wake(bells)
+        with self._changing():
+            self._append(*encoded)
 
-    def _append(self, encoded):  # lock held
-        """Puts frames into the ring.  Gives the bells that are to be rung once the lock is free."""
-        seq = self.last
-        for name, owner, data in encoded:
-            seq += 1
-            frame = sse_frame(f"{self.epoch}-{seq}", name, data)
+    def _encoded(self, event):
+        """Any thread.  An event's name, the key that owns it, and its data as JSON."""
+        owner = self._owners.get(event.data.get("requestId", "")) if event.name != "lmstudio_log" else None
+        return event.name, owner, to_json(event.data)
+
+    def _append(self, *encoded):  # lock held
+        for seq, (name, owner, data) in enumerate(encoded, self.last + 1):
+            frame = sse_frame(self.event_id(seq), name, data)
             self._frames.append((name, owner, frame))
             self._bytes += len(frame)
             self.counts[name] += 1
-        self._trim()
-        bells, self._waiting = self._waiting, set()
-        return bells
-
-    def _trim(self):  # lock held
-        """Forget the oldest frames that are too many or too large."""
         dropped, surplus = 0, len(self._frames) - self.EVENTS
         for _, _, frame in self._frames:
             if dropped >= surplus and self._bytes - len(frame) < self.BYTES:
@@ -4630,70 +4610,149 @@ class Hub:
         del self._frames[:dropped]
         self._first += dropped
 
-    def _append_event(self, event):  # lock held
-        return self._append([self._encoded(event)])
+    @contextlib.contextmanager
+    def listening(self, since="", owner=None):
+        """Any thread.  Yields the Listener for a client that saw the event with the id since last; with an
+        owner it gets the events of that key's requests alone."""
+        match = re.fullmatch(r"(?:([!-~]{1,64})-)?(\d{1,18})", since or "", re.ASCII)
+        with self._lock:
+            listener = Listener(self.last, owner)
+            if match:
+                self._resume(listener, match[1] or self.epoch, int(match[2]))
+            self.listeners += 1
+        try:
+            yield listener
+        finally:
+            with self._lock:
+                self.listeners -= 1
+                self._waiting.discard(listener.bell)
 
-    def _encoded(self, event):
-        """Any thread.  An event's name, the key whose own it is, and its data as JSON."""
-        owner = self._owners.get(event.data.get("requestId", "")) if event.name != "lmstudio_log" else None
-        return event.name, owner, to_json(event.data)
+    def _resume(self, listener, epoch, seq):  # lock held
+        if epoch == self.epoch:
+            listener.seq = listener.sent = min(seq, self.last)
+        else:
+            listener.seq, listener.sent, listener.elsewhere = -1, self._first - 1, f"{epoch}-{seq + 1}"
+        self.replays["gap" if listener.seq < self._first - 1 else "full"] += 1
 
-    # --- requests
+    def read(self, listener, names=(), most=math.inf):
+        """Any thread.  (frames behind the listener's place, data of a gap before them or None); the listener
+        goes on behind them.  names: only these events, if any; most: bytes, beyond which one frame may reach.
+        """
+        with self._lock:
+            gap, lost = None, self._first - 1 - listener.seq
+            if lost > 0:
+                count = None if listener.elsewhere else lost
+                gap = {"from": listener.elsewhere or self.event_id(listener.seq + 1),
+                       "to": self.event_id(self._first - 1), "count": count}
+                self.dropped += count or 0
+                listener.seq, listener.elsewhere = self._first - 1, None
+            start = listener.seq + 1 - self._first
+            batch = self._frames[start:start + self.BATCH]
+        frames, size = [], 0  # batch must not outlive this call: it keeps frames that the ring forgets
+        for name, owner, frame in batch:
+            if size >= most:
+                break
+            listener.seq += 1
+            if (not names or name in names) and listener.owner in (None, owner):
+                frames.append(frame)
+                listener.sent, size = listener.seq, size + len(frame)
+        return frames, gap
+
+    def wait(self, listener, timeout_s):
+        """Any thread.  Returns when there are events behind the listener, its bell rings, or time is up."""
+        with self._lock:
+            if listener.seq < self.last or self.closed:
+                return
+            self._waiting.add(listener.bell)
+        with contextlib.suppress(queue.Empty):
+            listener.bell.get(timeout=max(0.0, timeout_s))
+
+    def close(self):
+        """Any thread.  Wakes every listener; closed is True from now on."""
+        with self._changing():
+            self.closed = True
+
+
+def wake(bells):
+    for bell in bells:
+        bell.put(None)
+
+
+class Hub(Ring):
+    """The Ring, and all that requests and log have in common: records, figures, series.
+
+    keep takes the history rows of requests that are over, if there is a history."""
+
+    # How the log begins to tell of a model that is loaded or unloaded (10-2025 to 09-2026).
+    LOADS = re.compile(r"(?:\[[^]\n]*\])*:? ?(?:Requested model .* is not loaded|(?:Unl|L)oading model\b"
+                       r"|Model (?:un)?loaded\b|load_model: load|\w+::load called)")
+
+    def __init__(self, kept=100, keep=None, now=time.time, clock=time.monotonic):
+        super().__init__()
+        self._now, self._clock, self._keep = now, clock, keep
+        self._requests = Requests(self.epoch, kept)
+        self._figures = Figures()
+        self._series = Series(now())
+        self.loads = 0  # lines of the log that tell of a model that is loaded or unloaded
+        self._ids = itertools.count(1)
+
+    def request_id(self):
+        """Any thread.  A new id, like no other of this or another start."""
+        return f"req_{self.epoch}{next(self._ids):06x}"
+
+    def now(self):
+        """This moment as the events have it."""
+        return utc_text(self._now())
+
+    # --- the life of a request, and the log beside it
 
     def begin(self, record):
         """Any thread.  A request goes to LM Studio."""
         start = record.start_event(self.now())
-        with self._lock:
+        with self._changing():
             if record.key is not None:
                 self._owners[record.id] = record.key
                 if len(self._owners) > self.EVENTS:
                     del self._owners[next(iter(self._owners))]
             self._requests.begin(record)
             record.note(start, record.clock)
-            bells = self._append_event(start)
-        wake(bells)
+            self._append(self._encoded(start))
+
+    def _tell(self, record, clock):  # lock held
+        self._append(self._encoded(record.progress_event(self.now(), clock)))
 
     def generated(self, record, tokens, first):
         """Any thread.  The answer of a running request has so many tokens; the first came at clock first."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
             record.generated(tokens, first)
-            bells = self._append_event(record.progress_event(self.now(), clock)) if record.due(clock) else ()
-        wake(bells)
+            if record.due(clock):
+                self._tell(record, clock)
 
     def learned(self, record, events):
         """Any thread.  LM Studio told a running request's client how far its prompt is, as events."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
             due = [record.take(event, clock) for event in events]   # each is taken
-            bells = self._append_event(record.progress_event(self.now(), clock)) if any(due) else ()
-        wake(bells)
+            if any(due):
+                self._tell(record, clock)
+
     def place(self, placed):
         """Any thread.  These (Record, place) wait for their turn."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
-            bells = [self._append_event(record.progress_event(self.now(), clock)) for record, place in placed
-                     if record.wait(place, clock)]
-        wake(set().union(*bells))
+            for record, place in placed:
+                if record.wait(place, clock):
+                    self._tell(record, clock)
 
     def send(self, record):
         """Any thread.  A request's turn has come."""
         with self._lock:
             record.send(self._clock())
 
-    def served(self, asked):
-        """Any thread.  The model that has answered to a name, else the name."""
-        with self._lock:
-            return self._requests.served(asked)
-
-    def comment(self, record):
-        """Any thread.  Where a running request is, as an SSE comment."""
-        with self._lock:
-            return f": {record.told(self._clock())}\n\n".encode()
-
     def end(self, record, outcome):
         """Any thread.  A request is over.  Later calls do nothing."""
-        with self._lock:
+        with self._changing():
             clock = self._clock()
             if not self._requests.over(record, clock, outcome):
                 return
@@ -4701,8 +4760,7 @@ class Hub:
             record.note(end, clock)
             self._figures.count_request(record)
             rows = self._changed_rows()
-            bells = self._append_event(end)
-        wake(bells)
+            self._append(self._encoded(end))
         self._give(rows)
 
     def publish_log(self, events):
@@ -4715,36 +4773,54 @@ class Hub:
             told = self._requests.see(events, clock)
             for event in events:
                 self._figures.count_event(event)
-                self.loads += event.name == "lmstudio_log" and bool(LOADS.match(event.data["message"]))
+                self.loads += event.name == "lmstudio_log" and bool(self.LOADS.match(event.data["message"]))
             rows = self._changed_rows()
         self.publish(events)
-        for record in told:
-            with self._lock:
-                running = record.ended is None or record.source == "lmstudio"
-                bells = self._append_event(record.progress_event(self.now(), clock)) if running else ()
-            wake(bells)
+        with self._changing():
+            for record in told:
+                if record.ended is None or record.source == "lmstudio":
+                    self._tell(record, clock)
         self._give(rows)
 
     def _changed_rows(self):  # lock held
-        changed, self._requests.changed = self._requests.changed, []
-        rows = {record.id: history_row(record) for record in changed}
-        for record in {record.id: record for record in changed}.values():
+        """The history rows of requests that changed after their end; figures and series learn from them."""
+        changed = {record.id: record for record in self._requests.changed}
+        self._requests.changed = []
+        rows = [history_row(record) for record in changed.values()]
+        for record, row in zip(changed.values(), rows):
             if record.source == "gateway":
                 self._figures.count_tokens(record)
-            about = {**dict(zip(HISTORY_NAMES, rows[record.id])), "agent": record.agent}
-            record.tallied = self._series.take(about, record.tallied)
-        return rows if self._keep else {}
+            record.tallied = self._series.take(dict(zip(HISTORY_NAMES, row), agent=record.agent),
+                                               record.tallied)
+        return rows
 
     def _give(self, rows):
-        if rows:
-            self._keep(list(rows.values()))
+        if rows and self._keep:
+            self._keep(rows)
+
+    def reject(self, code):
+        """Any thread.  A request was turned away here; code is our error's."""
+        with self._lock:
+            self._figures.count_rejection(code)
+
+    # --- for views
+
+    def served(self, asked):
+        """Any thread.  The model that has answered to a name, else the name."""
+        with self._lock:
+            return self._requests.served(asked)
+
+    def comment(self, record):
+        """Any thread.  How far a running request is, as an SSE comment."""
+        with self._lock:
+            return f": {record.told(self._clock())}\n\n".encode()
 
     def shown(self, limit=None, owner=None):
-        """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first; with
-        an owner, those of that key."""
+        """Any thread.  The requests as /debug/requests shows them: running ones first, each newest first;
+        with an owner, those of that key."""
         with self._lock:
-            clock = self._clock()
-            records = itertools.chain(reversed(self._requests.running.values()), reversed(self._requests.finished))
+            clock, found = self._clock(), self._requests
+            records = itertools.chain(reversed(found.running.values()), reversed(found.finished))
             return [record.shown(clock) for record in itertools.islice(
                 (record for record in records if owner in (None, record.key)), limit)]
 
@@ -4753,12 +4829,11 @@ class Hub:
         that has one)."""
         with self._lock:
             clock = self._clock()
-            running, over = [*reversed(self._requests.running.values())], self._requests.finished
-            models = (record.model or record.model_asked
-                      for record in itertools.chain(running, reversed(over)))
-            return ([record.shown(clock) for record in running],
-                    [record.shown(clock) for record in itertools.islice(reversed(over), count)],
-                    next(filter(None, models), None))
+            running, over = (list(reversed(part)) for part in (
+                self._requests.running.values(), self._requests.finished))
+            models = (record.model or record.model_asked for record in (*running, *over))
+            shown = [record.shown(clock) for record in (*running, *over[:count])]
+            return shown[:len(running)], shown[len(running):], next(filter(None, models), None)
 
     def detail(self, request_id):
         """Any thread.  One request with its timeline and sampling parameters; None when it is not known."""
@@ -4784,7 +4859,7 @@ class Hub:
     def models(self):
         """Any thread.  {model: (running, waiting, when it last answered or None, its state is loading)}."""
         with self._lock:
-            found: dict[Any, list[Any]] = {name: [0, 0, used, False] for name, used in self._series.used.items()}
+            found: dict[Any, list] = {name: [0, 0, used, False] for name, used in self._series.used.items()}
             for record in self._requests.running.values():
                 model = record.model or self._requests.served(record.model_asked)
                 row = found.setdefault(model, [0, 0, None, False])
@@ -4796,92 +4871,12 @@ class Hub:
         """Any thread.  `performance` of /debug/metrics."""
         with self._lock:
             ours = [record for record in self._requests.finished if record.source == "gateway"]
-            tokens = self._figures.tokens()
-            return performance(ours, self._requests, tokens)
+            return performance(ours, self._requests, self._figures.tokens())
 
     def exposition(self, gauges):
         """Any thread.  All figures as Prometheus text; gauges are those that others know."""
         with self._lock:
-            return self._figures.exposition({**gauges, **self._figures.of_requests(self._requests)})
-
-    def reject(self, code):
-        """Any thread.  A request was turned away here; code is our error's."""
-        if code in REJECTIONS:
-            with self._lock:
-                self._figures.add("lmstudio_gateway_rejected_total", REJECTIONS[code])
-
-    # --- listeners
-
-    @contextlib.contextmanager
-    def listening(self, since="", owner=None):
-        """Any thread.  Yields the Listener for a client that saw the event with the id since last; with an
-        owner it gets the events of that key's requests alone."""
-        match = re.fullmatch(r"(?:([!-~]{1,64})-)?(\d{1,18})", since or "", re.ASCII)
-        with self._lock:
-            listener = Listener(self.last, owner)
-            if match:
-                self._resume(listener, match[1] or self.epoch, int(match[2]))
-            self.listeners += 1
-        try:
-            yield listener
-        finally:
-            with self._lock:
-                self.listeners -= 1
-                self._waiting.discard(listener.bell)
-
-    def _resume(self, listener, epoch, seq):  # lock held
-        if epoch == self.epoch:
-            listener.seq = min(seq, self.last)
-        else:
-            listener.seq = self._first - 1
-            listener.gap = {"from": f"{epoch}-{seq + 1}", "to": self.event_id(listener.seq), "count": None}
-        listener.sent = listener.seq
-        self.replays["gap" if listener.gap or listener.seq < self._first - 1 else "full"] += 1
-
-    def read(self, listener, names=(), most=math.inf):
-        """Any thread.  (frames behind the listener's place, data of a gap before them or None); the listener
-        goes on behind them.  names: only these events, if any; most: bytes, beyond which one frame may reach.
-        """
-        with self._lock:
-            gap, listener.gap = listener.gap, None
-            lost = self._first - 1 - listener.seq
-            if lost > 0:
-                gap = {"from": gap["from"] if gap else self.event_id(listener.seq + 1),
-                       "to": self.event_id(self._first - 1), "count": None if gap else lost}
-                self.dropped += lost
-                listener.seq += lost
-            start = listener.seq + 1 - self._first
-            batch = self._frames[start:start + self.BATCH]
-        frames, size = [], 0  # batch must not outlive this call: it keeps frames that the ring forgets
-        for name, owner, frame in batch:
-            if size >= most:
-                break
-            listener.seq += 1
-            if (not names or name in names) and listener.owner in (None, owner):
-                frames.append(frame)
-                listener.sent, size = listener.seq, size + len(frame)
-        return frames, gap
-
-    def wait(self, listener, timeout_s):
-        """Any thread.  Returns when there are events behind the listener, its bell rings, or time is up."""
-        with self._lock:
-            if listener.seq < self.last or self.closed:
-                return
-            self._waiting.add(listener.bell)
-        with contextlib.suppress(queue.Empty):
-            listener.bell.get(timeout=max(0.0, timeout_s))
-
-    def close(self):
-        """Any thread.  Wakes every listener; closed is True from now on."""
-        with self._lock:
-            self.closed = True
-            bells, self._waiting = self._waiting, set()
-        wake(bells)
-
-
-def wake(bells):
-    for bell in bells:
-        bell.put(None)
+            return self._figures.exposition({**gauges, **self._figures.gauges(self._requests)})
 
 
 # --- 4.2 history: finished requests in an SQLite file ------------------------
@@ -4912,7 +4907,7 @@ HISTORY = (  # column, type, what it holds; no prompt and no answer
     ("user", "TEXT", lambda record: record.user),
     ("queued_ms", "REAL", lambda record: record.queued_ms()),
 )
-HISTORY_NAMES = next(zip(*HISTORY))
+HISTORY_NAMES, HISTORY_TYPES, HISTORY_VALUES = zip(*HISTORY)
 ADDED = {"user", "queued_ms"}  # columns that files of an earlier version lack
 GROUPS = {  # what usage can be summed by
     "key": "COALESCE(key, CASE source WHEN 'lmstudio' THEN 'not via gateway' ELSE 'no key' END)",
@@ -4938,7 +4933,7 @@ TIMED = ("(SELECT *, CASE WHEN prompt_ms > 0 THEN prompt_tokens - COALESCE(cache
 
 
 def history_row(record):
-    return tuple(storable(value(record)) for _, _, value in HISTORY)
+    return tuple([value(record) for value in HISTORY_VALUES])
 
 
 def storable(value):
@@ -4984,6 +4979,7 @@ class History:
 
     ROWS = 10_000
     PAUSE_S, RETRY_S = 0.2, 1.0  # after a commit; after one that failed
+    LOCK_S = 2.0    # to wait for another process that writes
     PRUNE_S = 3600.0  # between two looks for rows that are too old
 
     def __init__(self, path, days=0):
@@ -5083,14 +5079,15 @@ def history_errors():
 
 
 def open_history(path):
-    """A connection to a history; makes the file (for its owner alone) and the table if they are missing.
-    Raises HistoryError."""
+    """A connection to a history, whose file is its owner's alone; makes the file and the table if they are
+    missing.  Raises HistoryError."""
     import sqlite3
 
     with history_errors(), contextlib.ExitStack() as stack:
         if path != ":memory:":  # SQLite's other two files take the mode of this one
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=2.0)))
+            os.chmod(path, 0o600)   # one that was there, too
+        connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=History.LOCK_S)))
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
@@ -5113,7 +5110,8 @@ def remove_rows(connection, before):
 def store_rows(connection, rows):
     with connection:
         marks = ", ".join("?" * len(HISTORY))
-        connection.executemany(f"INSERT OR REPLACE INTO requests VALUES ({marks})", rows)
+        connection.executemany(f"INSERT OR REPLACE INTO requests VALUES ({marks})",
+                               (tuple(map(storable, row)) for row in rows))
 
 
 # === 5. TAIL: files to chunks ================================================
@@ -5420,18 +5418,13 @@ class LogVolume:
 
     def __init__(self, directory, warn_bytes):
         self.directory, self._warn_bytes = directory, warn_bytes
-        self._lock = threading.Lock()  # guards _asked and _facts
-        self._asked, self._facts = -math.inf, {}
+        self._known: tuple = (-math.inf, {})    # (clock, facts)
 
     def facts(self, max_age_s=60.0):
         """{directoryBytes, growthBytesPerDay, freeBytes (None: unknown), warnings (what to do)}"""
-        with self._lock:
-            if time.monotonic() - self._asked < max_age_s:
-                return self._facts
-        facts = self._look()
-        with self._lock:
-            self._asked, self._facts = time.monotonic(), facts
-        return facts
+        if time.monotonic() - self._known[0] >= max_age_s:
+            self._known = time.monotonic(), self._look()
+        return self._known[1]
 
     def _look(self):
         sizes: Counter[str] = Counter()
@@ -5713,21 +5706,14 @@ class Chunks:
         return False
 
     def _payload(self, parts):
-        part = self.rest[:self.left]
+        part, self.rest = self.rest[:self.left], self.rest[self.left:]
         self.left -= len(part)
-        self.rest = self.rest[len(part):]
         if part:
             parts.append(part)
-        if self.left:
+        if self.left or self.rest in (b"", b"\r"):
             return False
-        self._step = self._line_end
-        return True
-
-    def _line_end(self, parts):
-        if not b"\r\n".startswith(self.rest[:2]):
+        if self.rest[:2] != b"\r\n":
             raise ValueError("a chunk does not end where its size says")
-        if len(self.rest) < 2:
-            return False
         self.rest, self._step = self.rest[2:], self._whole_chunks
         return True
 
@@ -5744,6 +5730,49 @@ class Chunks:
         return True
 
 
+class Sized:
+    """Decodes, with the fields of Chunks, a body of so many bytes; of None: until the connection ends."""
+
+    def __init__(self, left):
+        self.left, self.rest, self.over = left, b"", left == 0
+
+    def feed(self, data):
+        """The part of data that is the body's."""
+        if self.left is None:
+            return data
+        part, self.rest = data[:self.left], data[self.left:]
+        self.left -= len(part)
+        self.over = not self.left
+        return part
+
+
+def parse_headers(lines, lenient=False):
+    """[(name, value)] of header lines.  lenient: a value may go on in a line that begins with a blank, and
+    blanks may stand before a colon (RFC 9112, 5).  Raises ValueError."""
+    headers: list[tuple[str, str]] = []
+    if CONTROLS.search("".join(lines)):
+        raise ValueError("a header holds a control character")
+    for line in lines:
+        if lenient and line[:1] in (" ", "\t") and headers:
+            headers[-1] = headers[-1][0], f"{headers[-1][1]} {line.strip()}"
+            continue
+        name, colon, value = line.partition(":")
+        name = name.rstrip(" \t") if lenient else name
+        if not colon or not TOKEN(name):
+            raise ValueError("a header line is malformed")
+        headers.append((name, value.strip(" \t")))
+    return headers
+
+
+def joined(headers):
+    """{name in lower case: value}; values of one name are joined (RFC 9110, 5.3)."""
+    named: dict[str, str] = {}
+    for name, value in headers:
+        key = name.lower()
+        named[key] = f"{named[key]}, {value}" if key in named else value
+    return named
+
+
 class Call(urllib.request.Request):
     """A request to a server, origin, and the connection that it runs over.  Its target and its headers are
     sent as they are: urllib's own lose what follows a #, order, case and repeats.
@@ -5755,6 +5784,7 @@ class Call(urllib.request.Request):
         self.method, self.selector, self.raw_headers, self.body = method, target, headers, body or b""
         self.timeout_s, self.deadline = None, math.inf
         self.anew = False       # it needs a new connection
+        self.upgrades = False   # to a WebSocket
         self.reused = False     # its connection had another request before
         self.cancelled = False
         self.sock: Any = None   # while the exchange runs
@@ -5815,18 +5845,18 @@ class Answer:
     http.client's own response reads heads through the email parser, which costs more than all else here.
     Informational forerunners (1xx, RFC 9110, 15.2) are skipped.  Raises OSError and HTTPException."""
 
-    STATUS_LINE = re.compile(r"HTTP/1\.(\d) ([1-9]\d\d)(?: (.*))?")
+    STATUS_LINE = re.compile(r"HTTP/1\.(\d) ([1-9]\d\d)(?: ([^\x00-\x08\x0a-\x1f\x7f]*))?")
 
     def __init__(self, call):
         endless = call.deadline == math.inf
         self._receive = functools.partial(call.sock.recv, PIECE) if endless else call.receive
-        self._method, self._buffer = call.method, b""
+        self._method, self._upgrades, self._buffer = call.method, call.upgrades, b""
         self.over = False  # the body has been read to its end
 
     def begin(self):
         """Read the head.  Gives itself."""
         self.status, room = 100, ANSWER_HEAD_LIMIT
-        while 100 <= self.status < 200:
+        while 100 <= self.status < 200 and not (self.status == 101 and self._upgrades):
             room -= self._read_head(room)
         self._frame()
         return self
@@ -5844,46 +5874,32 @@ class Answer:
                                                      else "without a word")
             self._buffer += piece
         head, self._buffer = self._buffer[:end].decode("latin-1"), self._buffer[end + 4:]
-        lines = head.split("\r\n")
-        first = self.STATUS_LINE.fullmatch(lines[0])
-        if end > room or not first or first[2] == "101" or CONTROLS.search("".join(lines)):
+        line, *lines = head.split("\r\n")
+        first = self.STATUS_LINE.fullmatch(line)
+        if end > room or not first or first[2] == "101" and not self._upgrades:
             raise http.client.BadStatusLine("its head is malformed or too long")
         self._minor, self.status, self.reason = int(first[1]), int(first[2]), first[3] or ""
-        self._read_headers(lines[1:])
+        try:
+            self.headers = parse_headers(lines, lenient=True)
+        except ValueError as error:
+            raise http.client.HTTPException(str(error)) from None
         return end + 4
-
-    def _read_headers(self, lines):
-        self.headers: list[tuple[str, str]] = []
-        for line in lines:
-            if line[:1] in (" ", "\t") and self.headers:    # an old form that may still come (RFC 9112, 5.2)
-                self.headers[-1] = self.headers[-1][0], f"{self.headers[-1][1]} {line.strip()}"
-                continue
-            name, colon, value = line.partition(":")
-            if not colon or not TOKEN(name.rstrip(" \t")):
-                raise http.client.HTTPException("a header of its answer is malformed")
-            self.headers.append((name.rstrip(" \t"), value.strip(" \t")))
 
     def _frame(self):
         """How the end of the body is known (RFC 9112, 6.3)."""
-        self._named: dict[str, str] = {}
-        for name, value in self.headers:
-            key = name.lower()
-            before = self._named.get(key, value)
-            joined = key in self._named and (key != "content-length" or before != value)
-            self._named[key] = f"{before}, {value}" if joined else value
-        coding, length = self.header("transfer-encoding").lower(), self.header("content-length")
+        self._named = joined(self.headers)
+        coding = self.header("transfer-encoding").lower()
+        length = ",".join({value for name, value in self.headers if name.lower() == "content-length"})
         if coding not in ("", "chunked") or length and not coding and not LENGTH.fullmatch(length):
             raise http.client.HTTPException("the length of its answer is not clear")
-        self.chunks: Any = Chunks() if coding else None
-        options = self.header("connection").lower()
-        self.length = int(length) if length and not coding else None
+        options, self.chunked = self.header("connection").lower(), bool(coding)
+        self._decoder: Any = Chunks() if coding else Sized(int(length) if length else None)
         if self._method == "HEAD" or self.status in (204, 304):
-            self.length, self.chunks = 0, None
-        self._payload = self._unchunked if self.chunks else self._unframed
-        self.over = self.length == 0
-        self.keeps = (self.length is not None or bool(coding)) and (
-            "close" not in options if self._minor
-            else "keep-alive" in options) and not (self.over and self._buffer)
+            self._decoder = Sized(0)
+        self.over = self._decoder.over
+        self.keeps = self._decoder.left is not None and (
+            "close" not in options if self._minor else "keep-alive" in options) and not (
+            self.over and self._buffer)
 
     def header(self, name):
         """The header's values, joined as RFC 9110, 5.3 has it; "" without one."""
@@ -5895,41 +5911,31 @@ class Answer:
         return self.header("content-type").lower().startswith(STREAM_TYPES)
 
     @property
+    def rest(self):
+        """What came behind the head of a 101."""
+        return self._buffer
+
+    @property
     def ready(self):
         """True when the first piece of the body, or its end, is already here."""
         return self.over or bool(self._buffer)
 
     def pieces(self):
         """The body as it comes, without its framing.  over is True as soon as its last piece is there."""
-        data, self._buffer, receive = self._buffer, b"", self._receive
+        data, self._buffer, receive, decoder = self._buffer, b"", self._receive, self._decoder
         while not self.over:
             data = data or receive()
-            if not data and (self.chunks or self.length is not None):
-                raise http.client.IncompleteRead(b"", self.length)
-            piece = self._payload(data)
+            if not data and decoder.left is not None:
+                raise http.client.IncompleteRead(b"", decoder.left)
+            try:
+                piece = decoder.feed(data)
+            except ValueError as error:
+                raise http.client.HTTPException(str(error)) from None
+            if decoder.over or not data:
+                self.over, self.keeps = True, self.keeps and not decoder.rest   # which belongs to no request
             if piece:
                 yield piece
             data = b""
-
-    def _unframed(self, data):
-        """A piece that is not chunked."""
-        if self.length is None:
-            self.over = not data
-            return data
-        if len(data) > self.length:     # more than it announced: the rest belongs to no request
-            data, self.keeps = data[:self.length], False
-        self.length -= len(data)
-        self.over = not self.length
-        return data
-
-    def _unchunked(self, data):
-        try:
-            piece = self.chunks.feed(data)
-        except ValueError as error:
-            raise http.client.HTTPException(str(error)) from None
-        if self.chunks.over:
-            self.over, self.keeps = True, self.keeps and not self.chunks.rest
-        return piece
 
     def read(self, limit):
         """The whole body, at most limit bytes of it."""
@@ -5939,40 +5945,6 @@ class Answer:
             if len(data) > limit:
                 break
         return data[:limit]
-
-
-class IdleConnections:
-    """Connections to LM Studio that have nothing to do.
-
-    One is used again if it has been idle for less than REUSE_S and is not readable (readable means closed);
-    by a request that may not be repeated only if it has been used again before, or idle for MATURE_S."""
-
-    def __init__(self):
-        # (socket, clock since when, used again before, timeout), the longest idle first; append and pop are
-        # atomic
-        self._idle: deque[tuple] = deque()
-
-    def put(self, sock, proven, timeout_s):
-        """Any thread.  An answer was read to its end and its connection may serve another request."""
-        self._idle.append((sock, time.monotonic(), proven, timeout_s))
-        with contextlib.suppress(IndexError):
-            while len(self._idle) > IDLE_KEPT:
-                self._idle.popleft()[0].close()
-
-    def take(self, repeatable):
-        """Any thread.  (socket, its timeout); (None, None) when there is none."""
-        with contextlib.suppress(IndexError):
-            while True:
-                sock, since, proven, timeout_s = kept = self._idle.popleft()
-                age = time.monotonic() - since
-                if age > REUSE_S or readable(sock):
-                    sock.close()
-                elif repeatable or proven or age > MATURE_S:
-                    return sock, timeout_s
-                else:
-                    self._idle.appendleft(kept)
-                    break
-        return None, None
 
 
 def close_quietly(sock):
@@ -6026,20 +5998,15 @@ class Remembered:
             self._version = version
             if self._asking and now - self._asking[0] > self._limit_s:
                 self._known, self._asking = (-math.inf, self._silent), None
-            asking, mine = self._asking, self._asking is None
-            if mine:
-                asking = self._asking = now, threading.Event()
-        if mine:
-            self._start(asking)
-        asking[1].wait(wait_s)
-        with self._lock:
-            return self._known[1]
-
-    def _start(self, asking):
+            mine = self._asking is None
+            asking = self._asking = self._asking or (now, threading.Event())
         try:
-            threading.Thread(target=self._refresh, args=(asking,), name="question", daemon=True).start()
+            if mine:
+                threading.Thread(target=self._refresh, args=(asking,), name="question", daemon=True).start()
         except RuntimeError:    # no thread is to be had
             self._refresh(asking)
+        asking[1].wait(wait_s)
+        return self._known[1]
 
     def _refresh(self, asking):
         """Body of the thread."""
@@ -6054,18 +6021,47 @@ class Remembered:
 
 
 class KeptConnections(urllib.request.BaseHandler):
-    """Opens a Call for an OpenerDirector, over an idle connection to the server at base if there is one."""
+    """Opens a Call to the server at base for an OpenerDirector, over a connection that has nothing to do if
+    there is one.  Any thread may call.
 
-    def __init__(self, base, idle):
+    A connection is used again if it has been idle for less than REUSE_S and is not readable (readable means
+    closed); by a request that may not be repeated only if it has been used again before, or idle for
+    MATURE_S."""
+
+    def __init__(self, base):
         parts = urllib.parse.urlsplit(base)
-        self._base, self._idle, self._name = base, idle, parts.hostname
+        self._base, self._name = base, parts.hostname
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         host = "127.0.0.1" if self._name == "localhost" else self._name     # LM Studio listens on IPv4 only
         self._address = host, parts.port or (443 if self._tls else 80)
+        # (socket, clock since when, used again before, timeout), the longest idle first; each step is atomic
+        self._idle: deque[tuple] = deque()
+
+    def put(self, sock, proven, timeout_s):
+        """An answer was read to its end and its connection may serve another request."""
+        self._idle.append((sock, time.monotonic(), proven, timeout_s))
+        with contextlib.suppress(IndexError):
+            while len(self._idle) > IDLE_KEPT:
+                self._idle.popleft()[0].close()
+
+    def take(self, repeatable):
+        """(socket, its timeout); (None, None) when there is none."""
+        with contextlib.suppress(IndexError):
+            while True:
+                sock, since, proven, timeout_s = kept = self._idle.popleft()
+                age = time.monotonic() - since
+                if age > REUSE_S or readable(sock):
+                    sock.close()
+                elif repeatable or proven or age > MATURE_S:
+                    return sock, timeout_s
+                else:
+                    self._idle.appendleft(kept)
+                    break
+        return None, None
 
     def default_open(self, call):
         """The Answer, its head unread.  Raises OSError, HttpError."""
-        sock, timeout_s = (None, None) if call.anew else self._idle.take(call.method in REPEATABLE)
+        sock, timeout_s = (None, None) if call.anew else self.take(call.method in REPEATABLE)
         call.reused = bool(sock)
         if not sock:
             sock = self._connect(call.timeout_s)
@@ -6106,9 +6102,9 @@ class Upstream:
         self.base, self.token, self.origin = base, token, urllib.request.Request(base)
         self.host = base.partition("://")[2]
         self._secret = secrets.token_bytes(32)  # makes the names under which it knows clients of sockets
-        self._idle = IdleConnections()
+        self._kept = KeptConnections(base)
         self._opener = urllib.request.OpenerDirector()  # bare: no redirects, proxies or cookies
-        self._opener.add_handler(KeptConnections(base, self._idle))
+        self._opener.add_handler(self._kept)
         self._silent = f"LM Studio at {base} does not answer. Look at its log"
         self._health = Remembered(self._ask_health, QUESTION_S + 1.0, self._silent)
         self._listed: Any = (None, 0.0)     # the latest rows that LM Studio told, and when
@@ -6143,25 +6139,17 @@ class Upstream:
             ("Host", self.host), ("Connection", "Upgrade"), ("Upgrade", "websocket"),
             ("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", key)])
         call.set_timeout(UPGRADE_S)
-        call.deadline, call.anew, data = time.monotonic() + UPGRADE_S, True, b""
+        call.deadline, call.anew, call.upgrades = time.monotonic() + UPGRADE_S, True, True
         try:
-            self.send(call)
-            while (end := data.find(b"\r\n\r\n")) < 0:
-                piece = call.receive()
-                if not piece or len(data) > ANSWER_HEAD_LIMIT:
-                    raise http.client.RemoteDisconnected("without a word")
-                data += piece
+            answer = self.send(call).begin()
+            if answer.status == 101 and answer.header("sec-websocket-accept") == accept_key(key):
+                return call.use(None), answer.rest
+            kind, why = "reset", f"{answer.status} {answer.reason}"
         except BROKEN as error:
-            self.done(call)
-            raise UpstreamError(502, "timeout" if isinstance(error, TIMEOUTS) else "reset",
-                                f"LM Studio took no WebSocket on {path} ({error_text(error)}): "
-                                "this version may not know it") from None
-        head = data[:end].decode("latin-1")
-        if not re.match(r"HTTP/1\.1 101\b", head) or accept_key(key) not in head:
-            self.done(call)
-            raise UpstreamError(502, "reset",
-                                f"LM Studio took no WebSocket on {path}: {bounded_text(head, 60)!r}")
-        return call.use(None), data[end + 4:]
+            kind, why = "timeout" if isinstance(error, TIMEOUTS) else "reset", error_text(error)
+        self.done(call)
+        raise UpstreamError(502, kind, f"LM Studio took no WebSocket on {path} ({why}): this version may not "
+                                       "know it")
 
     def introduction(self, who):
         """The first message over a new WebSocket: the halves of LM Studio's own token, else a guest's pair.
@@ -6176,7 +6164,7 @@ class Upstream:
         """An exchange is over: keep its connection if its answer was read to the end and allows that."""
         sock = call.use(None)
         if answer and answer.keeps and answer.over and not call.cancelled and call.deadline == math.inf:
-            self._idle.put(sock, call.reused, call.timeout_s)
+            self._kept.put(sock, call.reused, call.timeout_s)
         else:
             close_quietly(sock)
 
@@ -6337,15 +6325,18 @@ class LogStream:
 
     @classmethod
     def _line(cls, message):
-        """What a packet of the stream would be in a log file."""
+        """What a packet of the stream would be in a log file; of an answer its figures, which no file has."""
         entry = member(member(json_object(message.payload) or {}, "message"), "log")
         data = member(entry, "data")
-        text, level = data.get(cls.LINES.get(str(data.get("type")))), str(data.get("level")).upper()
+        kind, level = str(data.get("type")), str(data.get("level")).upper()
+        text, level = data.get(cls.LINES.get(kind)), level if level in cls.LEVELS else "INFO"
+        model, stats = name_of(data.get("modelIdentifier")), member(data, "stats")
+        if kind == "llm.prediction.output" and model and stats and not CONTROLS.search(model):
+            text, level = f"Prediction stats: {json.dumps({'stats': stats}, indent=2)}", f"INFO][{model}"
         if not isinstance(text, str):
             return b""
         if not re.match(r"\[\d{4}-\d\d-\d\d ", text):
             stamp = time.localtime(min(usable(entry.get("timestamp")) or 0, 4e12) / 1000)
-            level = level if level in cls.LEVELS else "INFO"
             text = f"[{time.strftime('%Y-%m-%d %H:%M:%S', stamp)}][{level}] {text}"
         return text.rstrip("\n").encode("utf-8", "replace") + b"\n"
 
@@ -6363,10 +6354,9 @@ class ModelRow(NamedTuple):
 
 def model_rows(body):
     """The ModelRows in an answer of /api/v1/models or /api/v0/models; None where it is no such answer."""
-    if isinstance(body.get("models"), list):
-        return [row for row in map(model_of_v1, listed(body["models"])) if row.shown["id"]]
-    if isinstance(body.get("data"), list):
-        return [row for row in map(model_of_v0, listed(body["data"])) if row.shown["id"]]
+    for name, model_of in (("models", model_of_v1), ("data", model_of_v0)):
+        if isinstance(body.get(name), list):
+            return [row for row in map(model_of, listed(body[name])) if row.shown["id"]]
     return None
 
 
@@ -6431,10 +6421,7 @@ class Request:
         self.version = version  # (1, 0) or (1, 1)
         self.headers = headers  # [(name, value)], order, case and repeats kept
         self.path, _, self.query_text = target.partition("?")
-        self._named: dict[str, str] = {}
-        for name, value in headers:
-            key = name.lower()
-            self._named[key] = f"{self._named[key]}, {value}" if key in self._named else value
+        self._named = joined(headers)
         self.length, self.chunked = framing(self)  # of the body
         # --
         self.client = ""  # address
@@ -6445,9 +6432,8 @@ class Request:
         self.identity: Any = None  # whose key it carried, once it has been checked
         self.forwarded = False  # it goes on to LM Studio
         self.told = False  # the log has its line
-        self.turn: Any = None  # of an inference
         self.ratelimit: list = []  # headers for its answer that tell of its key's limits
-        self.connection: Any = None  # the client's socket
+        self.connection: Any = None  # the client's Connection
         self.pause: Callable[[float], Any] = time.sleep  # for so many s, or until the connection ends
 
     @property
@@ -6549,42 +6535,34 @@ class Wire:
         return piece
 
     def head(self):
-        """The lines of the next request's head.  A client that says nothing gets ClientLeft."""
-        self._skip_empty_lines()
-        end = self.buffer.find(b"\r\n\r\n")
-        deadline = time.monotonic() + self.HEAD_S if end < 0 else 0.0
-        while end < 0:
-            known = max(0, len(self.buffer) - 3)
-            self._check_size(len(self.buffer))
+        """The lines of the next request's head.  A client that says nothing gets ClientLeft.
+
+        A few empty lines before it are skipped (RFC 9112, 2.2)."""
+        empty_lines, known, deadline = self.EMPTY_LINES, 0, math.inf
+        while True:
+            while empty_lines and self.buffer[:2] == b"\r\n":
+                del self.buffer[:2]
+                empty_lines -= 1
+            end = self.buffer.find(b"\r\n\r\n", known)
+            self._check_size(len(self.buffer) if end < 0 else end)
+            if end >= 0:
+                break
+            known, begun = max(0, len(self.buffer) - 3), self.buffer not in (b"", b"\r")
+            if begun:
+                deadline = min(deadline, time.monotonic() + self.HEAD_S)
             try:
-                self._more(deadline - time.monotonic())
+                self._more(deadline - time.monotonic() if begun else self.CLIENT_S)
             except TIMEOUTS:
+                if not begun:
+                    raise ClientLeft from None
                 raise HttpError(408, "head_timeout",
                                 f"the head of the request did not arrive within {self.HEAD_S:.0f} s; "
                                 "send it at once", close=True) from None
             finally:
                 self._set_timeout(self.CLIENT_S)     # for the rest, our answer included
-            end = self.buffer.find(b"\r\n\r\n", known)
-        self._check_size(end)
         head = self.buffer[:end].decode("latin-1")
         del self.buffer[: end + 4]
         return head.split("\r\n")
-
-    def _skip_empty_lines(self):
-        """A few empty lines before a request are skipped (RFC 9112, 2.2)."""
-        skipped = 0
-        try:
-            while True:
-                while self.buffer[:2] == b"\r\n":
-                    del self.buffer[:2]
-                    skipped += 1
-                    if skipped > self.EMPTY_LINES:
-                        raise bad("it begins with empty lines")
-                if self.buffer not in (b"", b"\r"):
-                    return
-                self._more(self.CLIENT_S)
-        except TIMEOUTS:
-            raise ClientLeft from None
 
     def _check_size(self, size):
         line = self.buffer.find(b"\r\n", 0, self.LINE_LIMIT + 2)
@@ -6608,24 +6586,28 @@ class Wire:
             return b""
         if request.header("expect") and request.version >= (1, 1) and not self.buffer:
             self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        decoder: Any = Chunks() if request.chunked else Sized(request.length)
+        data, piece, began = bytearray(), bytes(self.buffer), time.monotonic()
+        self.buffer.clear()
         try:
-            return self._gather(self._chunks(limit) if request.chunked else self._exactly(request.length),
-                                limit)
+            while not decoder.over:     # it grows as it comes: a length that is announced takes no memory
+                part = decoder.feed(piece)
+                if len(data) + len(part) + decoder.left > limit:
+                    raise too_large(limit)
+                self._memory.take(len(part))
+                self._held += len(part)
+                data += part
+                if time.monotonic() - began > self.BODY_S + len(data) / self.BODY_RATE:
+                    raise TimeoutError
+                if not decoder.over:
+                    self._set_timeout(self.CLIENT_S)
+                    piece = self._receive(PIECE)
+        except ValueError as error:
+            raise bad(error) from None
         except TIMEOUTS:
             raise HttpError(408, "body_timeout", "the body of the request stopped coming, or came too slowly",
                             close=True) from None
-
-    def _gather(self, pieces, limit):
-        """The pieces as one.  It grows as they come: a length that a client announces takes no memory."""
-        data, began = bytearray(), time.monotonic()
-        for piece in pieces:
-            self._memory.take(len(piece))
-            self._held += len(piece)
-            data += piece
-            if len(data) > limit:
-                raise too_large(limit)
-            if time.monotonic() - began > self.BODY_S + len(data) / self.BODY_RATE:
-                raise TimeoutError
+        self.buffer += decoder.rest
         return data
 
     def release(self):
@@ -6633,33 +6615,6 @@ class Wire:
         if self._held:
             self._memory.give_back(self._held)
             self._held = 0
-
-    def _exactly(self, length):
-        """A body of length bytes, in pieces."""
-        piece = bytes(self.buffer[:length])
-        del self.buffer[:length]
-        while length:
-            piece = piece or self._receive(min(length, PIECE))
-            length -= len(piece)
-            yield piece
-            piece = b""
-
-    def _chunks(self, limit):
-        """A chunked body, decoded, in pieces."""
-        chunks = Chunks()
-        while True:
-            piece = bytes(self.buffer)
-            self.buffer.clear()
-            try:
-                yield chunks.feed(piece)
-            except ValueError as error:
-                raise bad(error) from None
-            if chunks.left > limit:
-                raise too_large(limit)
-            if chunks.over:
-                self.buffer += chunks.rest
-                return
-            self._more(self.CLIENT_S)
 
     def linger(self):
         """Read the rest of a refused request, for a moment: closing at once would destroy the answer
@@ -6696,7 +6651,10 @@ def parse_head(lines):
     method, target = first[1], first[2]
     if len(lines) - 1 > HEADERS_LIMIT:
         raise HttpError(431, "head_too_large", f"more than {HEADERS_LIMIT} headers", close=True)
-    headers = headers_of(lines[1:])
+    try:
+        headers = parse_headers(lines[1:])
+    except ValueError as error:
+        raise bad(error) from None
     if method not in METHODS:
         raise HttpError(501, "method_unknown", f"the method {method} is not supported", close=True)
     if not target.startswith("/") or "#" in target:     # behind # Express reads a path otherwise
@@ -6721,19 +6679,6 @@ def plain_path(path):
     if "\\" in path or "." in segments or ".." in segments:
         raise bad("a path has no dot segments and no backslashes")
     return "/" + "/".join(segments).lower()
-
-
-def headers_of(lines):
-    """[(name, value)] of header lines.  Raises HttpError."""
-    headers = []
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or not TOKEN(name):
-            raise bad("a header line is malformed")
-        headers.append((name, value.strip(" \t")))
-    if CONTROLS.search("".join(lines)):
-        raise bad("a header holds a control character")
-    return headers
 
 
 def framing(request):
@@ -6762,64 +6707,106 @@ def listing(value):
     return [part.strip().lower() for part in value.split(",")] if value else []
 
 
-def head_bytes(status, reason, headers):
+def head_bytes(status, headers, reason=None):
     """A response's head."""
+    reason = http.client.responses.get(status, "") if reason is None else reason
     lines = [f"HTTP/1.1 {status} {reason}", *[f"{name}: {value}" for name, value in headers], "", ""]
     return "\r\n".join(lines).encode("latin-1", "replace")
 
 
-def reason_of(status):
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return ""
+def framed_head(response, request, alive):
+    """(the head of a Response, True for a chunked body, True if the connection can take another request)."""
+    headers, chunked = [*response.headers, *(request.ratelimit if request else ())], False
+    if response.date:
+        headers += [("Date", http_date()), ("X-Content-Type-Options", "nosniff")]
+        if "Cache-Control" not in dict(headers):
+            headers.append(("Cache-Control", "no-store"))
+    if isinstance(response.body, (bytes, bytearray)):
+        headers.append(("Content-Length", str(len(response.body))))
+    elif response.body is not None and "content-length" not in [name.lower() for name, _ in headers]:
+        chunked = request.version >= (1, 1)
+        alive = alive and chunked
+        headers += [("Transfer-Encoding", "chunked")] if chunked else []
+    if not alive:
+        headers.append(("Connection", "close"))
+    elif request.version < (1, 1):
+        headers.append(("Connection", "keep-alive"))
+    return head_bytes(response.status, headers, response.reason), chunked, alive
 
 
-# --- 7.2 watcher: clients that leave while nobody reads from them ------------
+def http_date():
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
-class Watcher:
-    """One thread that notices when a client leaves while its handler waits for something else.
+# --- 7.2 connections, and clients that leave while nobody reads from them ------
 
-    Watching costs a request two dictionary operations; the thread looks at all sockets four times a
-    second, so that a client that left is known within half a second.  A client that only closes its sending
-    side has left, too: nginx and Node see it so, and a browser or an SDK that gives up looks like that."""
-
-    TICK_S = 0.25
-
-    def __init__(self):
-        # socket -> callback.  No lock: a dict's pop is atomic, and the thread that pops an item calls it.
-        self._watched = {}
-        threading.Thread(target=self._run, name="watcher", daemon=True).start()
-
-    def watch(self, sock, callback):
-        """Any thread.  Until forget(), callback() is called once if the client leaves."""
-        self._watched[sock] = callback
-
-    def forget(self, sock):
-        """Any thread.  The client may leave as it likes."""
-        self._watched.pop(sock, None)
-
-    def dismiss(self, sock):
-        """Any thread.  Calls the callback, as if the client had left."""
-        callback = self._watched.pop(sock, None)
-        if callback:
-            callback()
-
-    def _run(self):
-        while True:
-            for sock in those_left(list(self._watched), self.TICK_S):
-                self.dismiss(sock)
+RESTING, READING, WORKING, STREAMING, TUNNELLING = "resting", "reading", "working", "streaming", "tunnelling"
 
 
-def those_left(sockets, wait_s=0.0):
-    """Those of the sockets whose clients left, also if bytes that nobody read come before the end; [] if none leaves
-    within wait_s seconds.
+class Connection:
+    """A client's connection: its handler's thread writes the state, the accept thread reads it and may end the
+    connection.  A guest has shown a right key, or needs none; others are strangers.
 
-    Linux says so by POLLRDHUP, at once; elsewhere a look at the first bytes tells, unless a client has sent more."""
+    A client that only closes its sending side has left, too: nginx and Node see it so, and a browser or an SDK
+    that gives up looks like that."""
+
+    __slots__ = ("sock", "place", "state", "since", "proven", "deadline", "request", "ended", "leave")
+    ANSWER_S = 20.0  # for a stranger's request: its body, our answer
+
+    def __init__(self, sock, address):
+        self.sock, self.place = sock, network_of(address)
+        self.state = RESTING    # without a request; or READING one, or WORKING on its answer, or STREAMING
+        self.since = time.monotonic()   # clock when it came or last rested
+        self.proven = False     # it is a guest's
+        self.deadline = math.inf    # clock when it is ended
+        self.request: Any = None    # while STREAMING or TUNNELLING
+        self.ended = threading.Event()
+        self.leave: Any = None      # called by dismiss()
+
+    def reads(self, now):
+        """The head of a request is there."""
+        self.state = READING
+        if not self.proven:
+            self.deadline = now + self.ANSWER_S
+
+    def works(self, request, streams):
+        """Its request has been read whole."""
+        self.request = request if streams else None
+        self.state = STREAMING if streams else WORKING
+
+    def tunnels(self, request):
+        """It is a WebSocket from now on: TUNNELLING, or WORKING while it has an inference."""
+        self.request, self.state, self.deadline = request, TUNNELLING, math.inf
+
+    def rests(self):
+        """Its request has been answered."""
+        self.state, self.request, self.deadline, self.since = RESTING, None, math.inf, time.monotonic()
+
+    def dismiss(self):
+        """Any thread.  The client has left, or is to go: whoever waits for something else is told."""
+        leave = self.leave
+        if leave:
+            self.leave = None
+            leave()
+
+    def end(self):
+        """Any thread.  Its handler notices, whatever it waits for."""
+        self.ended.set()
+        shut(self.sock)
+
+
+def shut(sock):
+    """Any thread.  Ends a connection; its handler notices.  Below TLS, whose objects are the handler's."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def those_left(sockets):
+    """Those of the sockets whose clients left, also if bytes that nobody read come before the end.
+
+    Linux says so by POLLRDHUP; elsewhere a look at the first bytes tells, unless a client has sent more."""
     mask = getattr(select, "POLLRDHUP", None)
     if mask is None:
-        time.sleep(wait_s)
         return [sock for sock in sockets if has_left(sock)]
     look, known = select.poll(), {}
     for sock in sockets:
@@ -6827,7 +6814,7 @@ def those_left(sockets, wait_s=0.0):
         if number >= 0:     # else its handler has closed it
             known[number] = sock
             look.register(number, mask)
-    return [known[number] for number, _ in look.poll(1000 * wait_s)]
+    return [known[number] for number, _ in look.poll(0)]
 
 
 def has_left(sock):
@@ -6894,12 +6881,11 @@ class KeyFile:
 
     def keys(self):
         """Any thread.  The Keys, read again when the file has changed; None when there is no file."""
-        if time.monotonic() - self._asked >= self.LOOK_S:
-            with self._lock:
-                if time.monotonic() - self._asked >= self.LOOK_S:
-                    self._refresh()
-                    self._asked = time.monotonic()
-        return self._keys
+        with self._lock:
+            if time.monotonic() - self._asked >= self.LOOK_S:
+                self._refresh()
+                self._asked = time.monotonic()
+            return self._keys
 
     def _refresh(self):
         try:
@@ -6922,10 +6908,10 @@ class KeyFile:
         return self._load()[1]
 
     def _load(self):
-        """(the file's content, its Keys).  A file of another kind, which could block, is not read."""
+        """(the file's content, its Keys).  Raises OSError, ConfigError."""
         try:
-            with open(self.path, encoding="utf-8", opener=open_without_waiting) as file:
-                content: Any = json.load(file) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+            with open_plain(self.path) as file:
+                content: Any = json.load(file)
             return content, [Key(str(row["name"]), bytes.fromhex(row["sha256"]), frozenset(row["rights"]),
                                  row.get("created", ""), terms_of(row)) for row in content["keys"]]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -6938,8 +6924,7 @@ class KeyFile:
         writes them.  Fields that this version does not know stay.  Raises OSError, ConfigError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        with open(beside, "wb", closefd=True) as lock:
-            wait_for_lock(lock)
+        with open(beside, "wb") as file, locked(file):
             content = self._load()[0] if self.path.exists() else {"keys": []}
             yield content["keys"]
             self._replace(content)
@@ -6955,7 +6940,14 @@ class KeyFile:
             json.dump(content, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, target)
+        deadline = time.monotonic() + (1.0 if sys.platform == "win32" else 0.0)
+        while True:
+            try:
+                return os.replace(draft, target)
+            except PermissionError:     # on Windows also while somebody reads the old file
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.02)
 
 
 def key_row(key):
@@ -6980,21 +6972,20 @@ def last_day(text):
         return datetime.datetime.strptime(text, "%Y-%m-%d").strftime("%Y-%m-%d")
 
 
-def open_without_waiting(path, flags):
-    """An opener that no FIFO can hold up."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def wait_for_lock(file):
-    """Wait until no other process has locked an open file, and lock it; closing it lets go.
-
-    Raises OSError on Windows after 10 s."""
+@contextlib.contextmanager
+def locked(file):
+    """Holds the lock of an open file, once no other process does.  Raises OSError on Windows after 10 s."""
     if sys.platform == "win32":
         import msvcrt
-        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)    # the byte at its position
+        try:
+            yield
+        finally:
+            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
     else:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 RIGHTS = ("infer", "view",
@@ -7031,6 +7022,7 @@ class AccessControl:
         self._config = config
         self._fixed = [Key(name, digest(key), frozenset(RIGHTS)) for name, key in config.api_key.items()]
         self._file = KeyFile(keys_path(config))
+        self.guests: list[Key] = []  # Keys that are known though none may be asked for
         self._lock = threading.Lock()  # held to change the three below; each look at them is atomic
         self._sessions: dict = {}  # digest of the cookie -> digest of the key
         self._proven: dict = {}  # (address, digest) of keys that were right
@@ -7042,7 +7034,7 @@ class AccessControl:
         return bool(self._fixed) or self._file.keys() is not None
 
     def _keys(self):
-        return [*self._fixed, *(self._file.keys() or ())]
+        return [*self._fixed, *(self._file.keys() or ()), *self.guests]
 
     def terms(self, name):
         """The Terms that the key of this name has at this moment."""
@@ -7070,15 +7062,20 @@ class AccessControl:
 
         It changes nothing, so that a right that is used for long can be asked for again."""
         if not self.need_key:
-            return Identity(None)
+            return self._guest(request)
         with contextlib.suppress(HttpError):
             return self._identity(request, self._find(credentials(request)))
         return None
 
+    def _guest(self, request):
+        """The Identity where no key is asked for."""
+        key = self._find(credentials(request)) if self.guests else None
+        return Identity(key.name, key.rights) if key else Identity(None)
+
     def identify(self, request, offered):
         """The Identity of a request that offers these keys.  Raises HttpError 401, at a guesser's pace."""
         if not offered and not self.need_key:
-            return Identity(None)
+            return self._guest(request)
         identity = self._identity(request, self._check(request, offered) if offered else None)
         if identity is None:
             raise HttpError(401, "key_wrong" if offered else "key_needed",
@@ -7273,8 +7270,9 @@ def session_of(request):
 
 ALIASES = re.compile(r"/(?:(?:chat/completions|completions|embeddings)/?"
                      r"|(?:models|responses|messages)(?:/.*)?)")
-USER_HEADERS = ("x-openwebui-user-email", "x-openwebui-user-name", "x-openwebui-user-id")    # the first counts
+USER_HEADERS = ("x-openwebui-user-email", "x-openwebui-user-name", "x-openwebui-user-id")  # the first counts
 WITHHELD = HOP_BY_HOP | {"authorization", "x-api-key", "expect"}  # these stop here, credentials included
+QUEUE_RETRY_S = 10  # after which one that found the queue full may try again
 
 
 class Unfinished(GatewayError):
@@ -7282,21 +7280,19 @@ class Unfinished(GatewayError):
 
 
 class Stopped(HttpError):
-    """Somebody stopped a request.  by: the name of the key.  The header keeps the SDKs of OpenAI and Anthropic
-    from trying again."""
+    """Somebody stopped a request.  by: the name of the key.  The header keeps the SDKs of OpenAI and
+    Anthropic from trying again."""
 
     def __init__(self, by):
-        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was not you",
-                         [("x-should-retry", "false")])
+        super().__init__(503, "stopped", f"stopped by {by or 'somebody at the gateway'}; ask again if it was "
+                                         "not you", [("x-should-retry", "false")])
         self.by = by
 
 
 class Turns:
     """Lets inferences in, as far as the limits of their keys reach, and one after the other to LM Studio.
 
-    Any thread may call.  One that waits sleeps on its Turn's bell; a slot that becomes free rings one."""
-
-    RETRY_S = 10  # after which one that found the queue full may try again
+    Any thread may call.  A Turn that has to wait has a bell, which rings when a slot is free for it."""
 
     def __init__(self, config, access, hub, history):
         self._config, self._access, self._hub = config, access, hub
@@ -7322,81 +7318,81 @@ class Turns:
         account.turn(day)
         return account
 
-    def enter(self, request, model, user):
-        """The Turn of an inference that is let in; it has a bell if it has to wait.  Raises HttpError."""
-        name, clock = request.identity.name, time.monotonic()
+    def enter(self, request, model, user, bell=threading.Event):
+        """The Turn of an inference that is let in; if it has to wait, with what bell() gives.  Raises
+        HttpError."""
+        name, clock, (day, left_s) = request.identity.name, time.monotonic(), this_day()
         terms = self._access.terms(name)
-        if terms.models and not (model and any(fnmatch.fnmatchcase(model.lower(), glob) for glob in terms.models)):
+        if terms.models and not (model and any(fnmatch.fnmatchcase(model.lower(), glob)
+                                               for glob in terms.models)):
             raise HttpError(403, "model_not_allowed", f"the key {name} may ask {', '.join(terms.models)}; "
                             f"{model or 'a request that names no model'} is not among them")
         turn = Turn(self._hub.served(model), name, (name, user) if name is not None else request.client,
                     terms.priority, clock)
-        day, left_s = this_day()
         with self._lock:
             account = self._account(name, day)
             reached = account.refusal(terms.limits, clock, left_s)
             if not reached:
-                self._join(turn, terms)
+                self._scheduler.limits[name] = terms.limits.get("running", math.inf)
+                self._join(turn, bell)
                 account.let_in(clock)
             request.ratelimit = account.headers(terms.limits, clock)
         if reached:
             raise limit_reached(terms.limits, *reached)
         return turn
 
-    def _join(self, turn, terms):  # lock held
-        scheduler = self._scheduler
-        scheduler.limits[turn.key] = terms.limits.get("running", math.inf)
-        self._ring(scheduler.join(turn, turn.since))
+    def _join(self, turn, bell):  # lock held
+        ring(self._scheduler.join(turn, turn.since))
         if turn.began is None:
-            if len(scheduler.waiting) > self._config.max_waiting:
-                scheduler.leave(turn, turn.since)
-                raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, as many "
-                                "as MAX_WAITING allows; try again later", [("Retry-After", str(self.RETRY_S))])
-            turn.bell = threading.Event()
+            if len(self._scheduler.waiting) > self._config.max_waiting:
+                self._scheduler.leave(turn, turn.since)
+                raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, "
+                                                   "as many as MAX_WAITING allows; try again later",
+                                [("Retry-After", str(QUEUE_RETRY_S))])
+            turn.bell = bell()
 
-    @staticmethod
-    def _ring(turns):
-        for turn in turns:
-            if turn.bell:
-                turn.bell.set()
-
-    def leave(self, turn, record=None):
+    def leave(self, turn, record):
         """A request is over, in whatever way: its slot is another's."""
-        if turn is None or turn.over:
-            return
-        usage, served = record and record.usage or {}, self._hub.served(turn.model)
+        usage, served = record.usage or {}, self._hub.served(turn.model)
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
-            if turn.over:
-                return
             if usage:
                 self._account(turn.key, day).spend(clock, usage.get("promptTokens") or 0,
                                                    usage.get("completionTokens") or 0)
             if served != turn.model:
                 self._scheduler.rename(turn.model, served)
-            self._ring(self._scheduler.leave(turn, clock, bool(record) and record.state == "done"))
+            ring(self._scheduler.leave(turn, clock, record.state == "done"))
+            turn.about = None
+
+    def took(self, model, seconds):
+        """It is known from before that a request of a model took so long."""
+        turn = Turn(model, None, None, PRIORITIES[1], 0.0)
+        with self._lock:
+            self._scheduler.join(turn, 0.0)
+            self._scheduler.leave(turn, seconds, done=True)
 
     def tell(self):
         """Those that wait hear of their places."""
         clock = time.monotonic()
         with self._lock:
             places = self._scheduler.places(clock, lambda turn: (
-                turn.about.progress(clock).get("etaMs", 0) / 1000 if turn.about else 0.0))
-        self._hub.place([(turn.about.record, place) for turn, place in places if turn.about])
+                turn.about.record.progress(clock).get("etaMs", 0) / 1000 if turn.about else 0.0))
+            placed = [(turn.about.record, place) for turn, place in places if turn.about]
+        self._hub.place(placed)
 
     def look(self):
         """Now and then: what has changed about the keys of those that wait counts."""
-        waiting = list(self._scheduler.waiting)
+        with self._lock:
+            waiting = [(turn.key, turn.about) for turn in self._scheduler.waiting]
         if not waiting:
             return
-        limits = {name: self._access.terms(name).limits.get("running", math.inf)
-                  for name in {turn.key for turn in waiting}}
+        limits = {name: self._access.terms(name).limits.get("running", math.inf) for name in dict(waiting)}
         with self._lock:
             self._scheduler.limits.update(limits)
-            self._ring(self._scheduler.start(time.monotonic()))
-        for turn in waiting:
-            if turn.about and self._access.recognize(turn.about.request) is None:
-                turn.about.stop(HttpError(401, "key_wrong", f"the key {turn.key} is no longer valid"))
+            ring(self._scheduler.start(time.monotonic()))
+        for name, inference in waiting:
+            if inference and self._access.recognize(inference.request) is None:
+                inference.stop(HttpError(401, "key_wrong", f"the key {name} is no longer valid"))
         self.tell()
 
     def used(self, name):
@@ -7404,16 +7400,23 @@ class Turns:
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
             account, (running, waiting) = self._account(name, day), self._scheduler.counts(name)
-            return {"running": running, "waiting": waiting,
-                    "minute": {"requests": account.requests.used(clock), "tokens": account.tokens.used(clock)},
-                    "day": {kind: account.today[kind] for kind in ("requests", "promptTokens", "completionTokens")}}
+            requests, tokens, today = account.requests.used(clock), account.tokens.used(clock), account.today
+        return {"running": running, "waiting": waiting, "minute": {"requests": requests, "tokens": tokens},
+                "day": {kind: today[kind] for kind in ("requests", "promptTokens", "completionTokens")}}
+
+
+def ring(turns):
+    """The Turns that begin now hear of it."""
+    for turn in turns:
+        if turn.bell:
+            turn.bell.set()
 
 
 def limit_reached(limits, name, used, free_s):
     """The HttpError for a request beyond its key's limit."""
     wait_s = max(1, math.ceil(free_s))
-    return HttpError(429, "rate_limit_exceeded", f"{name}: {used:,} of {limits[name]:,} {LIMITS[name]} are used; "
-                     f"try again in {span(wait_s)}", [("Retry-After", str(wait_s))])
+    return HttpError(429, "rate_limit_exceeded", f"{name}: {used:,} of {limits[name]:,} {LIMITS[name]} are "
+                     f"used; try again in {span(wait_s)}", [("Retry-After", str(wait_s))])
 
 
 class Gateway:
@@ -7424,12 +7427,11 @@ class Gateway:
         self.history, self.server = history, None
         self.access = AccessControl(config)
         self.turns = Turns(config, self.access, hub, history)
-        self.watcher = Watcher()
         self.started, self._started = time.time(), time.monotonic()
         self.address = ""
         self.lan_urls = []
         self.volume = LogVolume(monitor.follower.directory, config.log_dir_warn) if monitor else None
-        self.inferences: dict[str, Any] = {}    # by requestId, while they run; each step is atomic
+        self.inferences: dict[str, Exchange] = {}  # by requestId, while they run; each step is atomic
         self.instances: dict[str, str] = {}     # the models that LM Studio named to them, by their references
         self.demo = False  # LM Studio is the imitation
         self.stopping = False  # the end has come: connections are not kept
@@ -7439,6 +7441,72 @@ class Gateway:
     def uptime(self):
         """Seconds since it was built, whatever became of the clock since."""
         return round(time.monotonic() - self._started, 1)
+
+
+class Exchange:
+    """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an inference:
+    it has a record and a turn, and others hear of it until its one end."""
+
+    bell = threading.Event  # gives what rings when its turn comes
+    record: Any = None
+    turn: Any = None
+    cause: Any = None  # the GatewayError for which it was stopped
+    over = False
+    _due = 0.0  # clock when listeners hear of its tokens again
+
+    def __init__(self, gateway, request):
+        self._gateway, self.request = gateway, request
+
+    def enter(self, **about):
+        """It is an inference.  Raises HttpError if the limits of its key, or the queue's, do not let it in."""
+        gateway, request = self._gateway, self.request
+        self.turn = gateway.turns.enter(request, about["model_asked"], about.get("user"), self.bell)
+        self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), client=request.client,
+                             key=request.identity.name, agent=request.header("user-agent")[:200] or None,
+                             priority=PRIORITIES[self.turn.level], **about)
+
+    def begin(self):
+        """Others hear of it, and if it has to wait, of its place."""
+        self._gateway.inferences[self.record.id] = self
+        self._gateway.hub.begin(self.record)
+        self.turn.about = self
+        if self.turn.bell:
+            self._gateway.turns.tell()
+
+    def stop(self, cause):
+        """Any thread.  Ends it, unless it is over: with an HttpError, which the client is told, or with
+        ClientLeft."""
+        self.cause = self.cause or cause
+        if self.turn and self.turn.bell:
+            self.turn.bell.set()
+
+    def go(self):
+        """It waited, and goes to LM Studio now."""
+        self.turn.bell = None
+        self._gateway.hub.send(self.record)
+
+    def generated(self, tokens, first, now):
+        """Its answer has so many tokens at the clock reading now; the first came at first."""
+        if now >= self._due:
+            self._due = now + COUNT_S
+            self._gateway.hub.generated(self.record, tokens, first)
+
+    def conclude(self, error, operation, status, meter):
+        """An inference is over, in whatever way: its turn is another's; the hub and the log are told."""
+        record, self.over = self.record, True
+        state = "done" if error is None else "failed" if operation not in LEFT else "abandoned"
+        self._gateway.inferences.pop(record.id, None)
+        try:
+            self._gateway.hub.end(record, Outcome(state, status, error, operation, meter,
+                                                  getattr(self.cause, "by", None)))
+        finally:
+            self._gateway.turns.leave(self.turn, record)
+        usage = record.usage or {}
+        told = "upstream_error" if operation == "upstream_error" else error     # which can quote a prompt
+        log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
+                record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
+                record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
+                usage.get("completionTokens", "?"), f": {told}" if told else "")
 
 
 def upstream_target(target, keys_are_set):
@@ -7451,6 +7519,11 @@ def upstream_target(target, keys_are_set):
                  if urllib.parse.unquote_plus(part.partition("=")[0]) != "api_key"]
         query, mark = "&".join(parts), "?" if parts else ""
     return path + mark + query
+
+
+def plain_target(target):
+    """The path of a target, as Express compares paths."""
+    return target.partition("?")[0].rstrip("/")
 
 
 def upstream_headers(request, length, upstream, uncompressed, withheld=()):
@@ -7483,59 +7556,39 @@ def user_of(request, asked):
 def client_headers(answer, cut):
     """The end-to-end headers of an answer, in order.  CORS is ours to say."""
     dropped = HOP_BY_HOP.union(listing(answer.header("connection")),
-                               ("content-length",) if cut or answer.chunks else ())
+                               ("content-length",) if cut or answer.chunked else ())
     return [(name, value) for name, value in answer.headers
             if (key := name.lower()) not in dropped and not key.startswith("access-control-")]
 
 
 def forward(gateway, request):
     """Any other path: LM Studio's answer, unchanged, metered if it is an inference."""
-    return Forward(gateway, request).response()
+    target = upstream_target(request.target, gateway.access.need_key)
+    dialect = DIALECTS.get(plain_target(target).lower()) if request.method == "POST" else None
+    asked = parse_body(dialect, request.body) if dialect else ParsedBody(request.body)
+    kind = CommentedForward if asked.stream and gateway.config.prefill_comments else Forward
+    return kind(gateway, request, target, asked).response(dialect)
 
 
-class Forward:
+class Forward(Exchange):
     """A request on its way to LM Studio, and the body of the Response: its answer's pieces as they come.
 
-    It lives in the thread of the client's connection: it begins, is sent, waits for the answer's head, relays
-    the pieces, and ends once, in _end().  Until it is sent it may wait for as long as need be; stop() is for
-    other threads and ends it at any point.  An inference has a record, a meter and events besides.
+    It lives in the thread of the client's connection: it begins, waits for its turn, is sent, waits for the
+    answer's head, relays the pieces, and ends once, in _end().  An inference has a meter besides."""
 
-    With PREFILL_COMMENTS a stream whose LM Studio is silent is filled with SSE comments, which every client
-    ignores and which keep idle timers awake.  A client without a byte for SILENCE_S gets a head of
-    ours; a failure after that is told inside the stream."""
+    alters = False  # it may add to the answer
 
-    SILENCE_S = 5.0  # before each comment
-
-    def __init__(self, gateway, request):
-        self._gateway, self.request, upstream = gateway, request, gateway.upstream
-        target = upstream_target(request.target, gateway.access.need_key)
-        path = target.partition("?")[0].rstrip("/").lower()     # as Express compares paths
-        self._dialect: Any = DIALECTS.get(path) if request.method == "POST" else None
-        self._anthropic = path == "/v1/messages"
-        self._asked = parse_body(self._dialect, request.body) if self._dialect else ParsedBody(request.body)
-        self._comments = bool(self._asked.stream and gateway.config.prefill_comments)
-        shared = request.identity.name in gateway.config.users_from
-        headers = upstream_headers(request, len(self._asked.data), upstream,
-                                   self._asked.asks_usage or self._comments, USER_HEADERS if shared else ())
-        self._call = Call(upstream.origin, request.method, target, headers, self._asked.data)
-        self._choose_timeout(self._asked.stream)
-        self.record: Any = self._new_record(user_of(request, self._asked) if shared else None) if self._dialect else None
-        self._turn: Any = None
-        self._sent: Any = None      # the Answer before its head is there
+    def __init__(self, gateway, request, target, asked):
+        super().__init__(gateway, request)
+        self._asked, self._shared = asked, request.identity.name in gateway.config.users_from
+        headers = upstream_headers(request, len(asked.data), gateway.upstream, asked.asks_usage or self.alters,
+                                   USER_HEADERS if self._shared else ())
+        self._call = Call(gateway.upstream.origin, request.method, target, headers, asked.data)
+        self._choose_timeout(asked.stream)
+        self._anthropic = plain_target(target).lower() == "/v1/messages"
+        self._dialect: Any = None
         self._answer: Any = None
         self._meter: Any = None
-        self._cause: Any = None     # the GatewayError for which it was stopped
-        self.over = False
-        self._silent_s = 0.0    # for how long LM Studio has said nothing
-
-    def _new_record(self, user):
-        hub, request, asked = self._gateway.hub, self.request, self._asked
-        return Record(hub.request_id(), time.time(), time.monotonic(), method=request.method,
-                      path=request.path, target=self._call.selector.partition("?")[0].rstrip("/"),
-                      dialect=self._dialect.name, client=request.client, key=request.identity.name, user=user,
-                      agent=request.header("user-agent")[:200] or None, model_asked=asked.model,
-                      messages=asked.messages, fingerprint=asked.fingerprint, stream=bool(asked.stream),
-                      size=asked.size, tools=asked.tools)
 
     def _choose_timeout(self, stream):
         self._timeout_option = "PROXY_STREAM_TIMEOUT" if stream else "PROXY_TIMEOUT"
@@ -7543,73 +7596,58 @@ class Forward:
 
     # --- to LM Studio
 
-    def response(self):
-        """LM Studio's own head if it comes in time, else one of ours.  Raises HttpError, ClientLeft."""
-        if self.record:
-            request = self.request
-            self._turn = request.turn = self._gateway.turns.enter(request, self._asked.model, self.record.user)
+    def response(self, dialect):
+        """LM Studio's own head; dialect: of an inference.  Raises HttpError, ClientLeft."""
+        request, asked, self._dialect = self.request, self._asked, dialect
+        if dialect:
+            self.enter(method=request.method, path=request.path, target=plain_target(self._call.selector),
+                       dialect=dialect.name, user=user_of(request, asked) if self._shared else None,
+                       model_asked=asked.model, messages=asked.messages, fingerprint=asked.fingerprint,
+                       stream=bool(asked.stream), size=asked.size, tools=asked.tools)
         try:
-            self._begin()
-            if not self._comments:
-                self._take_turn()
-            else:
-                if self._is_silent():
-                    headers = [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")]
-                    return Response(200, headers, self)
-            answer = self._take_head()
-            headers = client_headers(answer, self._comments or self._cuts)
-            if self.request.method != "HEAD" and answer.status not in (204, 304):
-                return Response(answer.status, headers, self, answer.reason, date=False)
-            self._finish()
-            return Response(answer.status, headers, None, answer.reason, date=False)
+            if dialect:
+                self.begin()
+                self.record.overhead_s = time.monotonic() - request.arrived
+            request.connection.leave = lambda: self.stop(ClientLeft())
+            return self._respond()
         except BaseException as error:
             self._fail(error)
-            raise self._cause from None
-
-    def _begin(self):
-        if self.record:
-            self.record.priority = PRIORITIES[self._turn.level]
-            self._gateway.inferences[self.record.id] = self
-            self._gateway.hub.begin(self.record)
-            self.record.overhead_s = time.monotonic() - self.request.arrived
-        self._gateway.watcher.watch(self.request.connection, lambda: self.stop(ClientLeft()))
+            raise self.cause from None
 
     def stop(self, cause):
-        """Any thread.  Ends it, unless it is over: with an HttpError, which the client is told, or
-        ClientLeft."""
-        self._cause = self._cause or cause
+        super().stop(cause)
         self._call.cancel()
-        bell = self._turn and self._turn.bell
-        if bell:
-            bell.set()
 
-    def progress(self, clock):
-        """What is known of how far it is."""
-        return self.record.progress(clock)
+    def _respond(self):
+        self._has_turn(None)
+        answer = self._take_head()
+        headers = client_headers(answer, self.alters or self._cuts)
+        if self.request.method != "HEAD" and answer.status not in (204, 304):
+            return Response(answer.status, headers, self, answer.reason, date=False)
+        self._finish()
+        return Response(answer.status, headers, None, answer.reason, date=False)
 
-    def _take_turn(self, wait_s=None):
-        """True once it may be sent, False after so many s.  Raises what it was stopped for."""
-        turn = self._turn
-        if turn and turn.bell:
-            if turn.about is None:
-                turn.about = self
-                self._gateway.turns.tell()
-            if not turn.bell.wait(wait_s):
+    def _has_turn(self, wait_s):
+        """True once it may be sent, False after so many s.  Raises the cause for which it was stopped."""
+        if self.turn and self.turn.bell:
+            if not self.turn.bell.wait(wait_s):
                 return False
-            if self._cause:
-                raise self._cause
-            turn.bell = None
-            self._gateway.hub.send(self.record)
+            if self.cause:
+                raise self.cause
+            self.go()
         return True
+
+    def _open(self):
+        return self._gateway.upstream.open(self._call)
 
     def _take_head(self):
         """LM Studio's Answer.  If we could not read the request, it shows whether a stream was asked for."""
-        answer = self._sent.begin() if self._sent else self._gateway.upstream.open(self._call)
-        self._answer = answer
-        if self._asked.stream is None:
+        self._answer, asked = self._open(), self._asked.stream
+        answer = self._answer
+        if asked is None:
             self._choose_timeout(answer.streams)
         if self.record:
-            self.record.stream = self.record.stream if self._asked.stream is not None else answer.streams
+            self.record.stream = answer.streams if asked is None else asked
             self._meter = Meter(self._dialect, answer.streams, self._cuts, answer.header("content-encoding"))
         return answer
 
@@ -7628,72 +7666,35 @@ class Forward:
     def __iter__(self):
         """The pieces.  Raises Unfinished when it breaks off, ClientLeft."""
         try:
-            if self._comments:
-                yield from self._commented()
-            else:
-                yield from self._relay()
+            yield from self._pieces()
         except Exception as error:
-            stopped = self._cause is not None
+            stopped = self.cause is not None
             yield self._fail(error)
-            told = isinstance(self._cause, HttpError) and (
+            told = isinstance(self.cause, HttpError) and (
                 self._answer is None or stopped and self._answer.streams)
             if told:
-                told = error_response(self._cause, self._anthropic).body
-                yield stream_event(told, self._anthropic)
-            if not isinstance(self._cause, HttpError):
-                raise self._cause from None
+                yield stream_event(error_response(self.cause, self._anthropic).body, self._anthropic)
+            if not isinstance(self.cause, HttpError):
+                raise self.cause from None
             if not told or stopped:
                 raise Unfinished from None
 
-    def _relay(self):
+    def _pieces(self):
         """The answer's pieces, metered.  A request is over before its last piece leaves, so that whoever has
         the answer finds it counted."""
-        answer, meter, due = self._answer, self._meter, 0.0     # clock when listeners hear of its tokens
+        answer, meter = self._answer, self._meter
         for piece in answer.pieces():
             out = piece
             if meter:
                 now = time.monotonic()
                 out = meter.feed(piece, now)
-                if now >= due and meter.first is not None:
-                    due = now + COUNT_S
-                    self._gateway.hub.generated(self.record, meter.pieces, meter.first)
+                if meter.first is not None:
+                    self.generated(meter.pieces, meter.first, now)
             yield out + self._finish() if answer.over else out
-        if self._cause:     # an answer that ends with its connection cannot tell
-            raise self._cause
+        if self.cause:     # an answer that ends with its connection cannot tell
+            raise self.cause
         if not self.over:
             yield self._finish()
-
-    def _commented(self):
-        """Comments until LM Studio speaks, then its answer; if the client has a head of ours, as a stream."""
-        late = self._answer is None
-        while late and self._is_silent():
-            yield self._gateway.hub.comment(self.record)
-        if late:
-            self._take_head()
-        while self._is_silent():
-            yield self._gateway.hub.comment(self.record)
-        if not late or self._answer.streams:
-            return (yield from self._relay())
-        body = b""
-        for piece in self._relay():
-            body += piece[:WHOLE_LIMIT - len(body)]
-        yield stream_event(body, self._anthropic)
-
-    def _is_silent(self):
-        """True after SILENCE_S without its turn or a byte of LM Studio's.  Raises TimeoutError."""
-        if not self._sent:
-            if not self._take_turn(self.SILENCE_S):
-                return True
-            self._sent = self._gateway.upstream.send(self._call)
-        limit_s = self._call.timeout_s or math.inf
-        wait_s = min(self.SILENCE_S, limit_s - self._silent_s)
-        if self._answer and self._answer.ready or self._call.wait(wait_s):
-            self._silent_s = 0.0
-            return False
-        self._silent_s += wait_s
-        if self._silent_s >= limit_s:
-            raise TimeoutError
-        return True
 
     # --- the end
 
@@ -7713,19 +7714,17 @@ class Forward:
         return held
 
     def _fail(self, error):
-        """It ends in error; _cause is to be raised for it.  Gives bytes that were held back."""
+        """It ends in error; the cause is to be raised for it.  Gives bytes that were held back."""
         if isinstance(error, BROKEN):
             error = upstream_error(error, self._timeout_option, self._answer is not None)
-        cause = self._cause = self._cause or error
+        cause = self.cause = self.cause or error
         held = self._meter.end() if self._meter else b""
         if isinstance(cause, ClientLeft):
             phase = ("before the answer" if self._answer is None else "while the prompt was read"
                      if self._meter and self._meter.stream and self._meter.first is None
                      else "during the answer")
-            if self._gateway.cutting_off:
-                self._end(f"lmgateway stopped {phase}", "gateway_stopped")
-            else:
-                self._end(f"the client left {phase}", "client_disconnected")
+            self._end(*(f"lmgateway stopped {phase}", "gateway_stopped") if self._gateway.cutting_off else
+                      (f"the client left {phase}", "client_disconnected"))
         elif isinstance(cause, HttpError):
             self._end(str(cause), cause.code)
         else:
@@ -7737,44 +7736,68 @@ class Forward:
         if self.over:
             return
         self.over = True
-        try:
-            self._gateway.watcher.forget(self.request.connection)
-            self._gateway.upstream.done(self._call, self._answer)
-            if self.record:
-                self._end_record(error, operation)
-            elif error:
-                self._log(error, operation, f"{self.request.method} {self.request.path}: {error}")
-        finally:
-            self._gateway.turns.leave(self._turn, self.record)
-
-    def _end_record(self, error, operation):
-        self.request.told = True
-        end_record(self._gateway, self.record,
-                   Outcome(state_after(error, operation), self._answer and self._answer.status, error,
-                           operation, self._meter, getattr(self._cause, "by", None)))
-
-    def _log(self, error, operation, line):
-        left = operation == "client_disconnected" and not self.record
-        log.log(logging.WARNING if error and not left else logging.INFO, "%s", line)
-        self.request.told = True
+        self.request.connection.leave = None
+        self._gateway.upstream.done(self._call, self._answer)
+        self.request.told = bool(self.record or error)
+        if self.record:
+            self.conclude(error, operation, self._answer and self._answer.status, self._meter)
+        elif error:
+            log.log(logging.INFO if operation == "client_disconnected" else logging.WARNING, "%s %s: %s",
+                    self.request.method, self.request.path, error)
 
 
-def state_after(error, operation):
-    if error is None:
-        return "done"
-    return "abandoned" if operation in ("client_disconnected", "stopped") else "failed"
+class CommentedForward(Forward):
+    """A Forward whose stream is filled with SSE comments while LM Studio is silent (PREFILL_COMMENTS): every
+    client ignores them, and they keep idle timers awake.
 
+    A client without a byte for SILENCE_S gets a head of ours; a failure after that is told inside the
+    stream."""
 
-def end_record(gateway, record, outcome):
-    """An inference is over: the hub and the log are told."""
-    gateway.inferences.pop(record.id, None)
-    gateway.hub.end(record, outcome)
-    usage, error = record.usage or {}, outcome.error
-    told = "upstream_error" if outcome.operation == "upstream_error" else error    # that can quote a prompt
-    log.log(logging.WARNING if error else logging.INFO, "%s %s %s %s: %s, %.0f ms, %s + %s tokens%s",
-            record.client, record.key or "-", record.path, record.model or record.model_asked or "-",
-            record.status or "-", record.total_ms, usage.get("promptTokens", "?"),
-            usage.get("completionTokens", "?"), f": {told}" if told else "")
+    SILENCE_S = 5.0  # before each comment
+    alters = True
+
+    _sent: Any = None   # the Answer before its head is there
+    _silent_s = 0.0     # for how long LM Studio has said nothing
+
+    def _respond(self):
+        if self._is_silent():
+            return Response(200, [("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache")], self)
+        return super()._respond()
+
+    def _open(self):
+        return self._sent.begin()
+
+    def _pieces(self):
+        """Comments until LM Studio speaks, then its answer; if the client has a head of ours, as a stream."""
+        late = self._answer is None
+        while late and self._is_silent():
+            yield self._gateway.hub.comment(self.record)
+        if late:
+            self._take_head()
+        while self._is_silent():
+            yield self._gateway.hub.comment(self.record)
+        if not late or self._answer.streams:
+            return (yield from super()._pieces())
+        body = b""
+        for piece in super()._pieces():
+            body += piece[:WHOLE_LIMIT - len(body)]
+        yield stream_event(body, self._anthropic)
+
+    def _is_silent(self):
+        """True after SILENCE_S without its turn or a byte of LM Studio's.  Raises TimeoutError."""
+        if not self._sent:
+            if not self._has_turn(self.SILENCE_S):
+                return True
+            self._sent = self._gateway.upstream.send(self._call)
+        limit_s = self._call.timeout_s or math.inf
+        wait_s = min(self.SILENCE_S, limit_s - self._silent_s)
+        if self._answer and self._answer.ready or self._call.wait(wait_s):
+            self._silent_s = 0.0
+            return False
+        self._silent_s += wait_s
+        if self._silent_s >= limit_s:
+            raise TimeoutError
+        return True
 
 
 def stream_event(body, anthropic):
@@ -7843,14 +7866,14 @@ def event_stream(gateway, request):
     names = frozenset(words(",".join(asked)))
     since = request.header("last-event-id") or request.query.get("since", "")
     return Response(200, [("Content-Type", "text/event-stream; charset=utf-8"), ("X-Accel-Buffering", "no")],
-                    stream_frames(gateway.hub, since, names, gateway.watcher, request))
+                    stream_frames(gateway.hub, since, names, request))
 
 
-def stream_frames(hub, since, names, watcher, request):
+def stream_frames(hub, since, names, request):
     """Bytes for one listener until the hub closes: connected, what it missed, what comes, pings.
 
     No piece is longer than PIECE: so much does a client cost that does not read."""
-    with hub.listening(since, request.identity.owner) as listener, watching(watcher, request, listener.bell) as left:
+    with hub.listening(since, request.identity.owner) as listener, watching(request, listener.bell) as left:
         held = hub.event_id(listener.sent)  # the client's latest id: repeated by frames that are no event
         yield own_frame(hub, held, "connected", {"message": "Connected to lmgateway"}, f"retry: {RETRY_MS}\n")
         heard = time.monotonic()    # when the client last had a byte
@@ -7882,7 +7905,7 @@ def own_frame(hub, held, name, data, retry=""):
 
 
 @contextlib.contextmanager
-def watching(watcher, request, bell):
+def watching(request, bell):
     """Ring the bell when the listener leaves, so that its thread ends at once and not with the next ping."""
     left = threading.Event()
 
@@ -7890,11 +7913,11 @@ def watching(watcher, request, bell):
         left.set()
         wake([bell])
 
-    watcher.watch(request.connection, leave)
+    request.connection.leave = leave
     try:
         yield left
     finally:
-        watcher.forget(request.connection)
+        request.connection.leave = None
 
 
 STATUS_REQUESTS = 10    # that are over, in /debug/status
@@ -7973,7 +7996,7 @@ def stop_request(gateway, request):
         raise HttpError(409, "request_over", "it is over already" if found["totalTimeMs"] is not None else
                         "it did not come through this gateway, which therefore cannot stop it")
     running.stop(Stopped(identity.name))
-    wait_until(lambda: running.over, 1.0)
+    wait_until(lambda: running.turn.over, 1.0)
     return json_response(known_request(gateway, request))
 
 
@@ -7981,8 +8004,9 @@ def me(gateway, request):
     """The key that asks: what it may, and what it has used."""
     identity = request.identity
     terms = gateway.access.terms(identity.name)
-    return json_response({"name": identity.name, "rights": [name for name in RIGHTS if name in identity.rights],
-                          "priority": terms.priority, "limits": terms.limits, "models": terms.models,
+    rights = [name for name in RIGHTS if name in identity.rights]
+    return json_response({"name": identity.name, "rights": rights, "priority": terms.priority,
+                          "limits": terms.limits, "models": terms.models,
                           "expires": terms.expires or None, **gateway.turns.used(identity.name)})
 
 
@@ -8028,19 +8052,14 @@ def doings(ours, state):
 
 
 def metrics_json(gateway, request):
-    """Figures for people and scripts; those of /metrics agree with them."""
-    return json_response({"timestamp": gateway.hub.now(), "performance": gateway.hub.performance(),
-                          "system": system_figures(gateway)})
-
-
-def system_figures(gateway):
-    """The resources of this process; sizes in bytes, times in s.  A figure that the system does not tell is
-    None."""
-    return {"uptime": gateway.uptime, "version": VERSION,
-            "python": platform.python_version(), "platform": platform.platform(), "pid": os.getpid(),
-            "cpuSeconds": round(time.process_time(), 2), "memoryBytes": resident_bytes(),
-            "threads": threading.active_count(), "streamClients": gateway.hub.listeners,
-            "connections": gateway.server and gateway.server.connections}
+    """Figures for people and scripts, which agree with those of /metrics, and the resources of this process;
+    sizes in bytes, times in s.  A figure that the system does not tell is None."""
+    hub = gateway.hub
+    return json_response({"timestamp": hub.now(), "performance": hub.performance(), "system": {
+        "uptime": gateway.uptime, "version": VERSION, "python": platform.python_version(),
+        "platform": platform.platform(), "pid": os.getpid(), "cpuSeconds": round(time.process_time(), 2),
+        "memoryBytes": resident_bytes(), "threads": threading.active_count(), "streamClients": hub.listeners,
+        "connections": gateway.server and gateway.server.connections}})
 
 
 def resident_bytes():
@@ -8177,24 +8196,19 @@ ROUTES = (
     Route("GET", "/debug/requests/*", request_detail, "own", "one request with its timeline"),
     Route("DELETE", "/debug/requests/*", stop_request, "own", "stop a request: one's own, with admin any"),
     Route("GET", "/me", me, "own", "the key that asks: rights, limits, what it has used"),
-    Route("GET", "/debug/series", series_page, "view", "figures by minute: ?minutes=60, ?by=model, key or user"),
-    Route("GET", "/debug/models", models_page, "view", "LM Studio's models: state, context, running, waiting"),
+    Route("GET", "/debug/series", series_page, "view",
+          "figures by minute: ?minutes=60, ?by=model, key or user"),
+    Route("GET", "/debug/models", models_page, "view",
+          "LM Studio's models: state, context, running, waiting"),
     Route("GET", "/debug/metrics", metrics_json, "view", "figures as JSON: performance and system"),
-    Route("GET", "/debug/usage", usage_page, "view", "what was used, by key, user, model or day (with --history)"),
+    Route("GET", "/debug/usage", usage_page, "view",
+          "what was used, by key, user, model or day (with --history)"),
     Route("GET", "/metrics", prometheus, "view", "figures for Prometheus"),
     Route("POST", "/login", login, "open", "a session cookie for a key"),
     Route("POST", "/logout", logout, "open", "ends the session"),
 )
 FOLDERS = frozenset(route.path.rpartition("/")[0] for route in ROUTES)
 FORWARD = Route("*", "*", forward, "infer", "LM Studio's answer, unchanged")
-
-
-def routes_table():
-    """The README's table of routes; a test holds the README to it."""
-    return "\n".join(["| route | needs | answer |", "|---|---|---|",
-                      *(f"| `{row.method} {row.path.replace('*', 'ID')}` | {row.access} | {row.about} |"
-                        for row in ROUTES),
-                      f"| every other | {FORWARD.access} | {FORWARD.about} |"])
 
 
 def find_route(request):
@@ -8226,12 +8240,9 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 
 FIRST_LIMIT = 4096  # bytes of a client's first message
 PARTING_S = 0.5  # for the other side's close frame once one side has sent its own
-SETTLE_S = 0.25  # fragments wait at most so long to be read, and a stop to be noticed
-SETTLE_COUNT = 64  # fragments that wait at most
-UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read,
-UNSAID_LIMIT = 64  # and beyond so many packets of ours that wait for the end of a message of LM Studio's
+UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read
 REFUSALS_KEPT = 1000  # of calls whose later messages must not go on either
-READ, WRITE, GONE = 1, 4, 8 | 16 | getattr(select, "POLLRDHUP", 0)  # of poll(2)
+READ, WRITE = 1, 4  # of poll(2)
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 OPERATIONS = {1001: "gateway_stopped", 1008: "key_revoked", 1011: "upstream_reset"}  # by close code
 KEY_REMEDY = ("this gateway asks for a key: give a client that takes a token (apiToken, LM_API_TOKEN) one of "
@@ -8270,31 +8281,37 @@ def key_in(first):
     return f"sk-lm-{identifier}:{passkey}" if both and len(identifier) == 8 and len(passkey) == 20 else ""
 
 
-class Prediction:
-    """One inference over a socket, from its call to its end: a record, and the meter that its end asks.
+class Prediction(Exchange):
+    """One inference over a socket, from its call to its end, and the meter that its end asks: LM Studio's own
+    figures come with the result, and what is counted here is for an end without one."""
 
-    LM Studio's own figures come with the result: what was measured here is for an end without one."""
+    first = last = None
 
-    dialect, first, last = SOCKET, None, None
-
-    def __init__(self, gateway, **about):
-        self._gateway = gateway
-        self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), **about)
-        self.usage, self.pieces = Usage(), 0
-        self._begun = None  # clock of the first token
-        self._told = -math.inf  # clock when listeners heard of its tokens
-        self.cancelled = self.over = False  # cancelled: by the client
-        self.cause: Any = None  # the HttpError with which it was stopped
-        gateway.inferences[self.record.id] = self
-        gateway.hub.begin(self.record)
+    def __init__(self, talk, kind, body, message):
+        """Raises HttpError if it is not let in."""
+        super().__init__(talk.gateway, talk.request)
+        self.kind, self.bell = kind, lambda: talk.bell
+        self.cancelled = False  # by the client
+        self.usage, self.pieces, self._begun = Usage(), 0, None     # begun: clock of the first token
+        endpoint = body["endpoint"]
+        self.dialect = METERED[talk.namespace, kind, endpoint]
+        asked = member(body, "parameter" if kind == "rpcCall" else "creationParameter")
+        path, messages = f"/{talk.namespace}/{endpoint}", member(asked, "history").get("messages")
+        self.enter(
+            method="GET", path=path, target=path, dialect=self.dialect.name, stream=kind == "channelCreate",
+            messages=len(messages) if isinstance(messages, list) else None,
+            model_asked=model_named(member(asked, "modelSpecifier"), talk.gateway.instances),
+            size=None if has_files(listed(messages)) else text_size([messages, asked.get("rawPrompt")]),
+            tools=b'"llm.prediction.tools"' in message.payload)
+        self.held = message.raw if self.turn.bell else b""  # while it waits for its turn
 
     def stop(self, cause):
-        """Any thread.  Ends it, unless it is over, with an HttpError of which the client is told."""
-        self.cause = self.cause or cause
+        super().stop(cause)
+        self.bell().set()
 
-    def take(self, kind, body, now):
+    def take(self, body, now):
         """Learn from a message of LM Studio's that answers it."""
-        content = member(body, "message")
+        kind, content = body.get("type"), member(body, "message")
         if kind == "channelSend":
             learn = PACKETS.get(str(content.get("type")))
             if learn:
@@ -8307,15 +8324,10 @@ class Prediction:
         elif kind == "channelClose":
             self.end("LM Studio closed the channel without a result", "upstream_error")
 
-    def on_fragment(self, content, now):
-        self.pieces += count(member(content, "fragment"), "tokensCount", default=1)
-        self.on_token(content, now)
-
-    def on_token(self, content, now):
-        self._begun = self._begun or now
-        if now - self._told >= COUNT_S:
-            self._told = now
-            self._gateway.hub.generated(self.record, self.pieces, self._begun)
+    def more(self, tokens, now):
+        """So many tokens more, at the clock reading now."""
+        self.pieces, self._begun = self.pieces + tokens, self._begun or now
+        self.generated(self.pieces, self._begun, now)
 
     def on_progress(self, content, now):
         """How much of the prompt has been read; what of it came from the cache is said nowhere else."""
@@ -8331,230 +8343,218 @@ class Prediction:
         self._gateway.hub.learned(self.record, events)
 
     def on_success(self, content, now):
-        stats, usage = member(content, "stats"), self.usage
-        usage.prompt, usage.completion, usage.total = (count(stats, name) for name in (
-            "promptTokensCount", "predictedTokensCount", "totalTokensCount"))
-        speed, first_s = usable(stats.get("tokensPerSecond")), usable(stats.get("timeToFirstTokenSec"))
-        usage.speed, usage.first_ms = speed and round(speed, 2), first_s and round(1000 * first_s, 1)
-        usage.finish = name_of(stats.get("stopReason"))
-        usage.model = name_of(member(content, "modelInfo").get("identifier"))
+        stats, model = member(content, "stats"), member(content, "modelInfo").get("identifier")
+        self.usage.take({"stats": stats, "stop_reason": stats.get("stopReason"), "model": model})
         self.pieces = 0  # estimates are for what has no figures
-        if usage.finish == "userStopped":
-            self.cancelled = True
-            self.end("the client cancelled it", "client_disconnected")
-        else:
-            self.end()
+        self.cancelled = self.usage.finish == "userStopped"
+        self.end("the client cancelled it" if self.cancelled else None)
 
     def end(self, error=None, operation=None):
         """It is over, in whatever way.  Later calls do nothing."""
-        if self.over:
-            return
-        self.over = True
-        self._gateway.inferences.pop(self.record.id, None)
         if self.cause:
             error, operation = str(self.cause), self.cause.code
         elif error and self.cancelled:
             error, operation = "the client cancelled it", "client_disconnected"
-        end_record(self._gateway, self.record, Outcome(state_after(error, operation), None if error else 200,
-                                                       error, operation, self))
+        if not self.over:
+            self.conclude(error, operation, None if error else 200, self)
 
 
 PACKETS: dict[str, Callable] = {  # of a prediction's channel
-    "fragment": Prediction.on_fragment, "promptProcessingProgress": Prediction.on_progress,
-    "success": Prediction.on_success, "toolCallGenerationStart": Prediction.on_token,
-    "toolCallGenerationArgumentFragmentGenerated": Prediction.on_token}
+    "promptProcessingProgress": Prediction.on_progress, "success": Prediction.on_success,
+    "fragment": lambda prediction, content, now: prediction.more(
+        count(member(content, "fragment"), "tokensCount", default=1), now),
+    **dict.fromkeys(("toolCallGenerationStart", "toolCallGenerationArgumentFragmentGenerated"),
+                    lambda prediction, content, now: prediction.more(0, now))}
 
 
 class Conversation:
-    """What is said over one socket: which calls may go on, and what they cost."""
+    """What is said over one socket: which calls may go on, and when, and what they cost."""
 
-    def __init__(self, gateway, request):
-        self._gateway, self._request, self._namespace = gateway, request, request.path[1:]
+    def __init__(self, gateway, request, bell):
+        self.gateway, self.request, self.bell, self.namespace = gateway, request, bell, request.path[1:]
         self.running = {}  # (name of the id, id) -> Prediction
         self._refused: dict = {}  # ids of calls that LM Studio never heard of, in the same form
-        self._later: list[bytes] = []  # fragments that the client has and that are not read yet
-        self._settled = -math.inf  # clock when they were read last
-        self.words: list[bytes] = []  # packets of ours for the client
+        self.words = bytearray()  # packets of ours for the client
+
+    @property
+    def held(self):
+        """Bytes of calls that wait for their turn."""
+        return sum(len(prediction.held) for prediction in self.running.values())
 
     def check_key(self):
         """Raises FrameError when the client's key is no longer what it was."""
-        if self._gateway.access.recognize(self._request) != self._request.identity:
+        if self.gateway.access.recognize(self.request) != self.request.identity:
             raise FrameError(1008, "the key was revoked or has other rights now")
 
     def admits(self, message):
-        """True when a client's message may go on to LM Studio.  Raises FrameError for one that cannot be
+        """True when a client's message may go on to LM Studio now.  Raises FrameError for one that cannot be
         judged: what this program cannot read LM Studio may."""
         self.check_key()
-        text, rights = message.payload, self._request.identity.rights
+        text = message.payload
         if message.opcode == BINARY:    # LM Studio reads it as text
             text = str(text, "utf-8", "replace").encode()
         body = json_object(text)
-        if body is None and "admin" not in rights:
+        if body is None and "admin" not in self.request.identity.rights:
             raise FrameError(1008, "a message that is no JSON object")
         kind = str((body or {}).get("type"))
         if kind in OPENERS:
-            return self._opens(kind, body, rights)
+            return self._opens(kind, body, message)
         return kind not in FOLLOWERS or self._follows(kind, body)
 
-    def _opens(self, kind, body, rights):
-        (name, refusal), endpoint = OPENERS[kind], str(body.get("endpoint"))
-        number = id_of(body, name)
-        if number is None or kind == "rpcCall" and (name, number) in self.running:
+    def _opens(self, kind, body, message):
+        name, endpoint = OPENERS[kind][0], str(body.get("endpoint"))
+        key = name, id_of(body, name)
+        before, metered = self.running.get(key), (self.namespace, kind, endpoint) in METERED
+        if key[1] is None or before and (kind == "rpcCall" or before.held):
             return False    # LM Studio drops such a call, too
-        right = RIGHT_OF.get((self._namespace, endpoint), "admin")
-        if not rights & {right, "admin"}:
-            remember(self._refused, (name, number), True, REFUSALS_KEPT)
-            title = f"{bounded_text(endpoint, 60)}: {right_missing(self._request.identity, right)}"
-            self.words.append(packet(type=refusal, **{name: number}, error={"title": title}))
+        try:
+            right = RIGHT_OF.get((self.namespace, endpoint), "admin")
+            if not self.request.identity.rights & {right, "admin"}:
+                raise right_missing(self.request.identity, right)
+            self._refused.pop(key, None)
+            if metered and not before:
+                self.running[key] = Prediction(self, kind, body, message)
+                self.running[key].begin()
+                return not self.running[key].held
+            return True
+        except HttpError as error:
+            self.gateway.hub.reject(error.code)
+            remember(self._refused, key, True, REFUSALS_KEPT)
+            self._refuse(kind, key[1], f"{bounded_text(endpoint, 60)}: {error}")
             return False
-        self._refused.pop((name, number), None)
-        if (self._namespace, kind, endpoint) in METERED and (name, number) not in self.running:
-            self.running[name, number] = self._prediction(kind, endpoint, body)
-        return True
 
-    def _prediction(self, kind, endpoint, body):
-        asked = member(body, "parameter" if kind == "rpcCall" else "creationParameter")
-        request = self._request
-        messages = member(asked, "history").get("messages")
-        path = f"/{self._namespace}/{endpoint}"
-        return Prediction(self._gateway, method="GET", path=path, target=path, dialect=SOCKET.name,
-                          client=request.client, key=request.identity.name,
-                          agent=request.header("user-agent")[:200] or None, stream=kind == "channelCreate",
-                          model_asked=model_named(member(asked, "modelSpecifier"), self._gateway.instances),
-                          messages=len(messages) if isinstance(messages, list) else None)
+    def _refuse(self, kind, number, title):
+        name, refusal = OPENERS[kind]
+        self.words += packet(type=refusal, **{name: number}, error={"title": title})
 
     def _follows(self, kind, body):
         key = FOLLOWERS[kind], id_of(body, FOLLOWERS[kind])
         prediction = self.running.get(key)
         if prediction and member(body, "message").get("type") == "cancel":
             prediction.cancelled = True
-        return key not in self._refused
+            if prediction.held:
+                self._drop(key, "it was cancelled while it waited for its turn")
+                return False
+        return key not in self._refused and not (prediction and prediction.held)
+
+    def _drop(self, key, title):
+        """A call ends here; its client is told why."""
+        prediction = self.running.pop(key)
+        prediction.end(title)
+        self._refuse(prediction.kind, key[1], title)
+
+    def tend(self):
+        """Frames for LM Studio: of the calls whose turn has come, and to cancel those that somebody has
+        stopped."""
+        frames = []
+        for key, prediction in list(self.running.items()):
+            if prediction.cause:
+                self._drop(key, str(prediction.cause))
+                if not prediction.held and prediction.kind == "channelCreate":
+                    frames.append(packet(secrets.token_bytes(4), type="channelSend", channelId=key[1],
+                                         message={"type": "cancel"}))
+            elif prediction.held and prediction.turn.began is not None:
+                frames.append(prediction.held)
+                prediction.held = b""
+                prediction.go()
+        return frames
 
     def heard(self, messages, now):
         """LM Studio's messages, before the client has them: a client may leave the moment it has the last."""
         for message in messages:
-            if FRAGMENT.match(message.payload):
-                self._later.append(message.payload)
+            fragment = FRAGMENT.match(message.payload)
+            if fragment:
+                prediction = self.running.get(("channelId", int(fragment[1])))
+                if prediction:
+                    prediction.more(int(fragment[2]), now)
             elif message.opcode in (TEXT, BINARY):
-                self.settle(now)
                 self._take(json_object(message.payload) or {}, now)
-        if self._later and (now - self._settled >= SETTLE_S or len(self._later) >= SETTLE_COUNT):
-            self.settle(now)
-
-    def settle(self, now):
-        """Read the fragments that wait, at once: one by one they cost twice as much."""
-        later, self._later, self._settled = self._later, [], now
-        if later and self.running:
-            whole = json_object(b'{"all":[' + b",".join(later) + b"]}")
-            for body in listed(whole["all"]) if whole else [json_object(text) or {} for text in later]:
-                self._take(body, now)
 
     def _take(self, body, now):
-        kind = body.get("type")
         name = "callId" if "callId" in body else "channelId"
         key = name, id_of(body, name)
         prediction = self.running.get(key)
         if prediction:
-            prediction.take(kind, body, now)
+            prediction.take(body, now)
             if prediction.over:
                 del self.running[key]
         for reference, model in named_instances(body):
-            remember(self._gateway.instances, reference, model)
-
-    def stop(self):
-        """What somebody has stopped ends: packets for LM Studio that cancel it; its client hears in words."""
-        cancels = []
-        for (name, number), prediction in list(self.running.items()):
-            if prediction.cause:
-                prediction.end()
-                del self.running[name, number]
-                self.words.append(packet(type="rpcError" if name == "callId" else "channelError",
-                                         **{name: number}, error={"title": str(prediction.cause)}))
-                if name == "channelId":
-                    cancels.append(packet(secrets.token_bytes(4), type="channelSend", channelId=number,
-                                          message={"type": "cancel"}))
-        return cancels
+            remember(self.gateway.instances, reference, model)
 
     def end(self, error, operation):
-        """The socket is over, and with it all that runs."""
-        self.settle(time.monotonic())
-        for prediction in self.running.values():
-            prediction.end(error, operation)
-        self.running.clear()
+        """The socket is over, and with it all that runs or waits."""
+        with contextlib.ExitStack() as stack:   # each of them, whatever becomes of another
+            while self.running:
+                stack.callback(self.running.popitem()[1].end, error, operation)
 
 
-def name_of(value):
-    """A name in a message, as it is kept; None for none."""
-    return bounded_text(value) if value and isinstance(value, str) else None
+class Bell:
+    """Wakes the thread of a tunnel.  Any thread may ring, also when nobody waits."""
 
+    def __init__(self):
+        self.sock, self._rope = socket.socketpair()
+        for end in (self.sock, self._rope):
+            end.setblocking(False)
 
-def model_named(specifier, instances):
-    """The model that a specifier means, as it was asked for; None for any."""
-    reference, query = name_of(specifier.get("instanceReference")), member(specifier, "query")
-    return instances.get(reference) or name_of(query.get("identifier")) or name_of(query.get("path"))
+    def set(self):
+        with contextlib.suppress(OSError):  # it rings already, or there is nobody left
+            self._rope.send(b"!")
 
-
-def named_instances(body):
-    """[(instance reference, identifier)] of the models that a message of LM Studio's describes."""
-    result, content = body.get("result"), member(body, "message")
-    rows = [*(result if isinstance(result, list) else [result]), content.get("info"),
-            content.get("modelInfo")]
-    found = [(name_of(row.get("instanceReference")), name_of(row.get("identifier"))) for row in listed(rows)]
-    return [(reference, model) for reference, model in found if reference and model]
+    def close(self):
+        self.sock.close()
+        self._rope.close()
 
 
 class Side:
-    """One of a tunnel's two connections, read and written without waiting."""
+    """One of a tunnel's two connections, read and written without waiting.  gone: the error that its end
+    is."""
 
-    def __init__(self, sock):
-        self.sock, self.pending = sock, bytearray()     # pending: what it has not taken
+    def __init__(self, sock, frames, gone):
+        self.sock, self.frames, self._gone = sock, frames, gone
+        self.pending = bytearray()  # what it has not taken
 
     def receive(self):
-        """What has come: None for nothing, b"" for the end."""
-        try:
-            return self.sock.recv(PIECE)
-        except NOT_NOW:
-            return None
-        except OSError:
-            return b""
+        """What has come, b"" for nothing."""
+        data = self._call(self.sock.recv, PIECE)
+        if data == b"":
+            raise self._gone
+        return data or b""
 
     def send(self, data=b""):
-        """Send what there is room for, and keep the rest.  Raises OSError."""
+        """Send what there is room for, and keep the rest."""
         if self.pending:
             self.pending += data
             data = self.pending
-        try:
-            sent = self.sock.send(data) if data else 0
-        except NOT_NOW:
-            sent = 0
+        sent = self._call(self.sock.send, data) or 0 if data else 0
         if data is self.pending:
             del data[:sent]
         elif sent < len(data):
             self.pending += data[sent:]
 
+    def _call(self, function, argument):
+        """None if that would have to wait."""
+        try:
+            return function(argument)
+        except NOT_NOW:
+            return None
+        except OSError:
+            raise self._gone from None
 
-class Poll:
-    """Waits for several sockets: poll(2), select(2) where there is none."""
 
-    def __init__(self):
-        self._poll = select.poll() if hasattr(select, "poll") else None
-        self._wanted: dict = {}
-        self._socks: dict = {}
-
-    def wait(self, wanted, timeout_s):
-        """{socket: what happened} within timeout_s, None for ever; wanted: {socket: READ, WRITE, GONE}."""
-        if self._poll is None:
-            reads, writes, _ = select.select([sock for sock in wanted if wanted[sock] & READ],
-                                             [sock for sock in wanted if wanted[sock] & WRITE], [], timeout_s)
-            return {sock: (sock in reads) * READ | (sock in writes) * WRITE for sock in {*reads, *writes}}
-        if wanted != self._wanted:
-            for sock in self._wanted:
-                self._poll.unregister(sock)
-            for sock, mask in wanted.items():
-                self._poll.register(sock, mask)
-            self._wanted, self._socks = wanted, {sock.fileno(): sock for sock in wanted}
-        found = self._poll.poll(None if timeout_s is None else math.ceil(1000 * max(0.0, timeout_s)))
-        return {self._socks[number]: mask for number, mask in found}
+def ready_sockets(wanted, timeout_s):
+    """The set of sockets that can be read or written, or have ended, within timeout_s, None for ever; wanted:
+    {socket: READ, WRITE, both or 0}."""
+    if not hasattr(select, "poll"):
+        reads, writes, _ = select.select([sock for sock in wanted if wanted[sock] & READ],
+                                         [sock for sock in wanted if wanted[sock] & WRITE], [], timeout_s)
+        return {*reads, *writes}
+    look, socks = select.poll(), {}
+    for sock, mask in wanted.items():
+        if mask:
+            socks[sock.fileno()] = sock
+            look.register(sock, mask)
+    timeout_ms = None if timeout_s is None else math.ceil(1000 * timeout_s)
+    return {socks[number] for number, _ in look.poll(timeout_ms)}
 
 
 class Tunnel:
@@ -8562,24 +8562,44 @@ class Tunnel:
     not taken holds up the other.  TLS would not bear two threads (SSL_read(3) beside SSL_write(3))."""
 
     def __init__(self, gateway, request, studio, early):
-        self._gateway, self._request = gateway, request
-        self.client, self.studio = Side(request.connection), Side(studio)
-        self._up, self._down = Frames(True, FIRST_LIMIT), Frames(False, WHOLE_LIMIT)
+        self._gateway, self._request, self._bell = gateway, request, Bell()
+        self.client = Side(request.connection.sock, Frames(True, FIRST_LIMIT), ClientLeft())
+        self.studio = Side(studio, Frames(False, LONGEST_MESSAGE),
+                           FrameError(1011, "LM Studio closed the connection"))
         self._early = early  # bytes of LM Studio's that came with its 101
-        self.talk = Conversation(gateway, request)
-        self._poll = Poll()
-        self._memory, self._held = BodyMemory(0), 0     # held: bytes of a message that it counts
-        self._deaf = False  # the client is read no more
+        self.talk = Conversation(gateway, request, self._bell)
+        self._memory, self._held = BodyMemory(0), 0     # held: bytes of messages that it counts
+        self._dismissed = False     # the client has left, or is to go
         self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
+
+    def serve(self, server, head, early):
+        """Answer the upgrade with head, and pass on what is said until one side ends it; early: bytes of the
+        client's that came with its request.  Gives the exception that ended it, if one did."""
+        fault: Any = None
+        try:
+            self.client.sock.sendall(head)
+            self._admit(early)
+            server.prove(self._request.connection)
+            self._request.connection.tunnels(self._request)
+            self._run(self._request.connection, server.memory)
+        except HttpError as error:
+            fault = error
+            self._gateway.hub.reject(error.code)
+            self._refuse(str(error))
+        except (FrameError, ClientLeft, OSError) as error:  # an OSError is the client's
+            fault = error
+        finally:
+            self._part(fault)
+        return fault
 
     # --- who is there
 
-    def admit(self, early):
+    def _admit(self, early):
         """Take the client's first message, early the bytes of it that are there, and give LM Studio one of
-        ours.  True once LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
+        ours, until LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
         request = self._request
         try:
-            first, calls = first_message(self.client.sock, self._up, early)
+            first, calls = first_message(self.client.sock, self.client.frames, early)
         except TIMEOUTS:
             raise HttpError(408, "authentication_timeout", "authentication timed out") from None
         said = json_object(first.payload) or {}
@@ -8592,19 +8612,19 @@ class Tunnel:
         who = [request.identity.name, said.get("clientIdentifier"), said.get("clientPasskey")]
         try:
             self.studio.sock.sendall(self._gateway.upstream.introduction(json.dumps(who)))
-            answer, news = first_message(self.studio.sock, self._down, self._early)
+            answer, news = first_message(self.studio.sock, self.studio.frames, self._early)
         except (ClientLeft, FrameError, OSError):
             raise FrameError(1011, "LM Studio let nobody in") from None
         said = json_object(answer.payload) or {}
         if said.get("success") is not True:
             raise HttpError(403, "upstream_refused", str(said.get("error") or "LM Studio let nobody in"))
         self.client.sock.sendall(b"".join(message.raw for message in (answer, *news)))
-        self._up.limit = self._gateway.config.max_body
+        self.client.frames.limit = self._gateway.config.max_body
         for side in (self.client, self.studio):
             side.sock.setblocking(False)
         self._pass_on(calls)
 
-    def refuse(self, text):
+    def _refuse(self, text):
         """Say why nobody is let in, as LM Studio does: in a string, but in an object to its Python SDK."""
         plain = not self._request.header("user-agent").startswith("python-httpx")
         self.client.sock.sendall(packet(success=False, error=text if plain else {"title": text})
@@ -8612,133 +8632,101 @@ class Tunnel:
 
     # --- what passes
 
-    def run(self, connection, memory):
+    def _run(self, connection, memory):
         """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
-        self._memory = memory
-        self._gateway.watcher.watch(self.client.sock, self.dismiss)
-        self._say()
+        self._memory, talk = memory, self.talk
+        connection.leave = self.dismiss
         while time.monotonic() < self._parting:
-            connection.state = WORKING if self.talk.running else TUNNELLING
-            if self._gateway.stopping and not self.talk.running:
+            connection.state = WORKING if talk.running else TUNNELLING
+            if self._gateway.stopping and not talk.running:
                 raise FrameError(1001, "lmgateway stops")
-            self._step()
+            try:
+                self._step()
+            except HttpError as error:  # of the memory for bodies
+                raise FrameError(1009, str(error)) from None
 
     def dismiss(self):
         """Any thread.  The client has left, or is to go."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.client.sock, socket.SHUT_RD)
+        self._dismissed = True
+        self._bell.set()
 
     def _step(self):
         client, studio, talk = self.client, self.studio, self.talk
-        reads = not (self._deaf or studio.pending or len(client.pending) > UNREAD_LIMIT
-                     or len(talk.words) > UNSAID_LIMIT)
-        wanted = {client.sock: (0 if self._deaf else GONE) | READ * reads | WRITE * bool(client.pending),
-                  studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)}
-        left_s = SETTLE_S if talk.running else None
-        if self._parting < math.inf:
-            left_s = self._parting - time.monotonic()
-        happened = self._poll.wait({sock: mask for sock, mask in wanted.items() if mask}, left_s)
-        now = time.monotonic()
+        if talk.words and studio.frames.between:    # ours stand between two messages of LM Studio's
+            client.send(bytes(talk.words))
+            talk.words.clear()
+        reads = not studio.pending and len(client.pending) + len(talk.words) <= UNREAD_LIMIT
+        found = ready_sockets({
+            self._bell.sock: READ, client.sock: READ * reads | WRITE * bool(client.pending),
+            studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)},
+            max(0.0, self._parting - time.monotonic()) if self._parting < math.inf else None)
         client.send()
-        self._to_studio()
-        if happened.get(studio.sock, 0) & ~WRITE:
-            self._from_studio(now)
-        elif talk.running and not happened:
-            talk.settle(now)
-        if happened.get(client.sock, 0) & ~WRITE and not self._deaf:
-            self._from_client(reads)
-        for cancel in talk.stop():
-            self._to_studio(cancel)
-        self._say()
+        studio.send()
+        if self._bell.sock in found:
+            self._bell.sock.recv(PIECE)
+            self._wake()
+        if studio.sock in found:
+            self._from_studio(studio.receive())
+        if client.sock in found and reads:
+            self._pass_on(client.frames.feed(client.receive()))
+        held = client.frames.held + talk.held
+        self._memory.take(held - self._held)
+        self._held = held
 
-    def _from_studio(self, now):
-        data = self.studio.receive()
-        if data is None:
-            return
+    def _wake(self):
+        """Another thread has rung."""
+        if self._dismissed and not self._gateway.stopping:
+            self.talk.check_key()
+            raise ClientLeft
+        for data in self.talk.tend():
+            self.studio.send(data)
+
+    def _from_studio(self, data):
         try:
-            messages = self._down.feed(data)
+            messages = self.studio.frames.feed(data)
         except FrameError as fault:
             raise FrameError(1011, f"LM Studio sent {fault}") from None
-        if not data:
-            self._end_of_studio()
-        self.talk.heard(messages, now)
+        self.talk.heard(messages, time.monotonic())
         self.client.send(data)
         if messages and messages[-1].opcode == CLOSE:
             self._closes()
-
-    def _end_of_studio(self):
-        if self._parting == math.inf:
-            raise FrameError(1011, "LM Studio closed the connection")
-        self._parting = 0.0
-
-    def _from_client(self, reads):
-        data = self.client.receive() if reads else b""
-        if data:
-            messages = self._up.feed(data)
-            self._weigh(self._up.held)
-            self._pass_on(messages)
-        elif data is not None:
-            self.talk.check_key()
-            if not self._gateway.stopping:
-                raise ClientLeft
-            self._deaf = True
-
-    def _weigh(self, held):
-        """What has come of a message counts in the budget of all bodies."""
-        more, self._held = held - self._held, held
-        try:
-            self._memory.take(more)
-        except HttpError as error:
-            self._held -= more
-            raise FrameError(1009, str(error)) from None
 
     def _pass_on(self, messages):
         """A client's messages, to LM Studio or not."""
         for message in messages:
             if message.opcode >= CLOSE or self.talk.admits(message):
-                self._to_studio(message.raw)
+                self.studio.send(message.raw)
             if message.opcode == CLOSE:
-                self._deaf = True
                 self.talk.end("the client closed the socket", "client_disconnected")
                 return self._closes()
-
-    def _to_studio(self, data=b""):
-        try:
-            self.studio.send(data)
-        except OSError:     # not the client's fault, whose connection is written to in the same way
-            raise FrameError(1011, "LM Studio closed the connection") from None
 
     def _closes(self):
         """One side has sent its close frame; after both, or soon, all is over."""
         both = self._parting < math.inf
         self._parting = 0.0 if both else time.monotonic() + PARTING_S
 
-    def _say(self):
-        """Words of ours, between two messages of LM Studio's."""
-        words = self.talk.words
-        while words and self._down.between:
-            self.client.send(words.pop(0))
-
     # --- the end
 
-    def part(self, fault):
-        """It is over, for the FrameError, HttpError or ClientLeft given, or because a side has closed."""
-        self._gateway.watcher.forget(self.client.sock)
+    def _part(self, fault):
+        """It is over, for the exception given, or because a side has closed."""
+        self._request.connection.leave = None
         self._memory.give_back(self._held)
-        if isinstance(fault, FrameError):
+        close_quietly(self.studio.sock)
+        if isinstance(fault, FrameError) and self._parting == math.inf:
             log.debug("%s %s: closed with %d: %s", self._request.client, self._request.path, fault.code,
                       fault)
-            self.talk.end(str(fault), OPERATIONS.get(fault.code, "protocol_error"))
-            if not self._down.in_frame:
+            why = str(fault), OPERATIONS.get(fault.code, "protocol_error")
+            if not self.studio.frames.rest:
                 self.client.pending += frame(CLOSE, fault.code.to_bytes(2, "big")
                                              + str(fault).encode()[:LONGEST_CONTROL - 2])
         elif self._gateway.cutting_off:
-            self.talk.end("lmgateway stopped during the answer", "gateway_stopped")
-        elif fault:
-            self.talk.end("the client left", "client_disconnected")
+            why = "lmgateway stopped during the answer", "gateway_stopped"
+        elif isinstance(fault, (ClientLeft, OSError)):
+            why = "the client left", "client_disconnected"
         else:
-            self.talk.end("LM Studio closed the socket", "upstream_reset")
-        close_quietly(self.studio.sock)
+            why = "LM Studio closed the socket", "upstream_reset"
+        self.talk.end(*why)
+        self._bell.close()
         with contextlib.suppress(OSError):
             self.client.sock.settimeout(PARTING_S)
             self.client.sock.sendall(self.client.pending)
@@ -8813,8 +8801,6 @@ class Handler(socketserver.BaseRequestHandler):
             return self._refuse(HttpError(500, "internal_error", "a fault in lmgateway; its log says more",
                                           close=True))
         finally:
-            if self.seen:
-                self.server.gateway.turns.leave(self.seen.turn)
             self.seen = None    # its body can be large
             self.wire.release()
             self.connection.rests()
@@ -8839,7 +8825,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _respond(self, gateway, request):
         """The Response to a request that access control lets pass."""
         access = gateway.access
-        request.client, request.connection = self.client_address[0], self.request
+        request.client, request.connection = self.client_address[0], self.connection
         request.port, request.pause = self.server.port, self.connection.ended.wait
         request.client = access.client_of(request)
         request.encrypted = isinstance(self.request, ssl.SSLSocket)
@@ -8865,8 +8851,9 @@ class Handler(socketserver.BaseRequestHandler):
         if request.forwarded and "admin" not in request.identity.rights and runs_tools(request):
             raise right_missing(request.identity, "admin")
         self.connection.works(request, route.view is event_stream)
+        shared = cors_headers(access, request)
         response = route.view(gateway, request)
-        response.headers.extend(cors_headers(access, request))
+        response.headers.extend(shared)
         return response
 
     def _identify(self, request, route, offered):
@@ -8889,30 +8876,15 @@ class Handler(socketserver.BaseRequestHandler):
         """Send a response.  True when the connection can take another request."""
         if response.status == 101:
             return self._tunnel(response, request)
-        body, headers = response.body, [*response.headers, *(request.ratelimit if request else ())]
-        alive = bool(request) and keeps_alive(request) and not close and not self.server.gateway.stopping
-        whole, no_body = isinstance(body, (bytes, bytearray)), bool(request) and request.method == "HEAD"
-        chunked = False
-        if response.date:
-            headers += [("Date", http_date()), ("X-Content-Type-Options", "nosniff")]
-            if "Cache-Control" not in dict(headers):
-                headers.append(("Cache-Control", "no-store"))
-        if whole:
-            headers.append(("Content-Length", str(len(body))))
-        elif body is not None and "content-length" not in [name.lower() for name, _ in headers]:
-            chunked = request.version >= (1, 1)
-            alive = alive and chunked
-            headers += [("Transfer-Encoding", "chunked")] if chunked else []
-        if not alive:
-            headers.append(("Connection", "close"))
-        elif request.version < (1, 1):
-            headers.append(("Connection", "keep-alive"))
-        reason = response.reason if response.reason is not None else reason_of(response.status)
-        head = head_bytes(response.status, reason, headers)
-        self.begun = True
-        try:
-            if whole or body is None or no_body:
-                self.request.sendall(head if no_body else head + (body or b""))
+        body, alive = response.body, bool(request) and keeps_alive(request)
+        try:    # whatever happens: a body that is closed gives its turn to another
+            head, chunked, alive = framed_head(response, request,
+                                               alive and not close and not self.server.gateway.stopping)
+            self.begun = True
+            if request and request.method == "HEAD":
+                self.request.sendall(head)
+            elif body is None or isinstance(body, (bytes, bytearray)):
+                self.request.sendall(head + (body or b""))
             else:
                 send_pieces(self.request, head, body, chunked)
         finally:
@@ -8923,24 +8895,11 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _tunnel(self, response, request):
         """HTTP is over: both connections pass on WebSocket frames until one side ends them.  False."""
-        tunnel, self.begun = response.body, True
-        fault: Any = None
-        try:
-            self.request.sendall(head_bytes(101, reason_of(101), response.headers))
-            tunnel.admit(bytes(self.wire.buffer))
-            self.server.prove(self.connection)
-            self.connection.tunnels(request)
-            tunnel.run(self.connection, self.server.memory)
-        except HttpError as error:
-            fault = error
-            self.server.gateway.hub.reject(error.code)
-            tunnel.refuse(str(error))
-        except (FrameError, ClientLeft, OSError) as error:  # an OSError is the client's
-            fault = error
-        finally:
-            tunnel.part(fault)
-            self._note(request, 101)
-        if not isinstance(fault, (ClientLeft, OSError)):
+        self.begun = True
+        head = head_bytes(101, response.headers)
+        fault = response.body.serve(self.server, head, bytes(self.wire.buffer))
+        self._note(request, 101)
+        if not isinstance(fault, (ClientLeft, OSError)) and not self.server.gateway.stopping:
             self.wire.linger()
         return False
 
@@ -8979,54 +8938,6 @@ def right_missing(identity, right):
                                            f"--new-key NAME --rights {right}")
 
 
-def http_date():
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-
-
-RESTING, READING, WORKING, STREAMING, TUNNELLING = "resting", "reading", "working", "streaming", "tunnelling"
-
-
-class Connection:
-    """The state of a client's connection: its handler's thread writes it, the accept thread reads it and may
-    end the connection.  A guest has shown a right key, or needs none; others are strangers."""
-
-    __slots__ = ("sock", "place", "state", "since", "proven", "deadline", "request", "ended")
-    ANSWER_S = 20.0  # for a stranger's request: its body, our answer
-
-    def __init__(self, sock, address):
-        self.sock, self.place = sock, network_of(address)
-        self.state = RESTING    # without a request; or READING one, or WORKING on its answer, or STREAMING
-        self.since = time.monotonic()   # clock when it came or last rested
-        self.proven = False     # it is a guest's
-        self.deadline = math.inf    # clock when it is ended
-        self.request: Any = None    # while STREAMING
-        self.ended = threading.Event()
-
-    def reads(self, now):
-        """The head of a request is there."""
-        self.state = READING
-        if not self.proven:
-            self.deadline = now + self.ANSWER_S
-
-    def works(self, request, streams):
-        """Its request has been read whole."""
-        self.request = request if streams else None
-        self.state = STREAMING if streams else WORKING
-
-    def tunnels(self, request):
-        """It is a WebSocket from now on: TUNNELLING, or WORKING while it has an inference."""
-        self.request, self.state, self.deadline = request, TUNNELLING, math.inf
-
-    def rests(self):
-        """Its request has been answered."""
-        self.state, self.request, self.deadline, self.since = RESTING, None, math.inf, time.monotonic()
-
-    def end(self):
-        """Any thread.  Its handler notices, whatever it waits for."""
-        self.ended.set()
-        shut(self.sock)
-
-
 class Server(http.server.ThreadingHTTPServer):
     """Carries the gateway to its handlers, and decides whose connection gives way when there are too many."""
 
@@ -9034,7 +8945,8 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 256
     allow_reuse_address = os.name != "nt"   # there it would let two servers share a port,
     allow_reuse_port = False                # which this would do elsewhere
-    LOOK_S = 0.5    # between two looks at deadlines and at the rights of listeners
+    LOOK_S = 0.1  # between two looks at clients, deadlines and the rights of listeners
+    LEAVE_S = 1.0   # for a listener whose right has changed
     SPARE = 32  # connections beyond the limit that may still be on their way out
     NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -9061,15 +8973,18 @@ class Server(http.server.ThreadingHTTPServer):
                 self.gateway.turns.look()
 
     def _look(self, now):
-        """End connections that are over their time, and streams whose listener's right has changed: in order
-        if the stream can be woken, else a second later."""
+        """Notice clients that left.  End connections that are over their time, and streams whose listener's
+        right has changed: in order if the stream can be woken, else LEAVE_S later."""
+        watched = {connection.sock: connection for connection in self._all() if connection.leave}
+        for sock in those_left(list(watched)):
+            watched[sock].dismiss()
         for connection in self._all():
             request = connection.request
             if now >= connection.deadline:
                 connection.end()
             elif request and self.gateway.access.recognize(request) != request.identity:
-                connection.deadline = min(connection.deadline, now + 1.0)
-                self.gateway.watcher.dismiss(connection.sock)
+                connection.deadline = min(connection.deadline, now + self.LEAVE_S)
+                connection.dismiss()
 
     def get_request(self):
         """A new connection.  A TLS handshake is left to its handler: a slow one must not hold up others."""
@@ -9158,14 +9073,19 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in self._all(RESTING):
             connection.end()
         for connection in self._all(TUNNELLING):
-            self.gateway.watcher.dismiss(connection.sock)
-        wait_until(lambda: not self._all(READING, WORKING, TUNNELLING), seconds)
+            connection.dismiss()
+        wait_until(lambda: self._are_over(READING, WORKING, TUNNELLING), seconds)
         self.gateway.cutting_off = True
         for connection in self._all(READING, WORKING):
             shut(connection.sock)   # it counts until its handler has told of its end
-        wait_until(lambda: not self.working, 1.0)
+        wait_until(lambda: self._are_over(READING, WORKING), 1.0)
         self.gateway.hub.close()
-        wait_until(lambda: not self._all(STREAMING), 1.0)
+        wait_until(lambda: self._are_over(STREAMING), 1.0)
+
+    def _are_over(self, *states):
+        """True when no connection is in one of the states.  The accept thread, which looks after them, has ended."""
+        self.service_actions()
+        return not self._all(*states)
 
 
 def connection_limit(wanted):
@@ -9195,21 +9115,16 @@ def wait_until(holds, seconds):
         time.sleep(0.02)
 
 
-def shut(sock):
-    """Any thread.  Ends a connection; its handler notices.  Below TLS, whose objects are the handler's."""
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
 # === 8. DEMO: an imitation of LM Studio ======================================
 # Answers inferences as LM Studio does, in the dialects that the README shows, and writes the log that the
 # newest llama.cpp engine writes.  It serves --demo and the tests, and nothing beside the real LM Studio.
 
 DEMO_MODELS = ("demo/kestrel-8b", "demo/wren-2b")
 DEMO_EMBEDDING = "demo/lark-embed"
-DEMO_TEXT = ("The lamp on the harbour wall turns slowly and the boats come home one by one while somebody "
-             "upstairs reads aloud from a letter about copper, rivers and the price of bread. ")
-DEMO_WORDS = re.findall(r"\S+ ", DEMO_TEXT)
+DEMO_CONTEXT = 32768  # tokens
+DEMO_WORDS = re.findall(r"\S+ ", (
+    "The lamp on the harbour wall turns slowly and the boats come home one by one while somebody upstairs "
+    "reads aloud from a letter about copper, rivers and the price of bread. "))
 
 
 class DemoLog:
@@ -9219,7 +9134,6 @@ class DemoLog:
         self.directory = directory
         self.listeners: list[queue.Queue] = []  # of streamLogs
         self._lock = threading.Lock()  # entries do not mix
-        self._started = time.monotonic()
 
     def write(self, level, text, tag=""):
         """Append one entry; its continuation lines are in text."""
@@ -9234,11 +9148,28 @@ class DemoLog:
         for news in list(self.listeners):
             news.put({"type": "server.log", "level": level.lower(), "content": entry})
 
-    def engine(self, *lines):
-        """One entry of engine lines, each after the engine's clock."""
+
+class DemoEngine:
+    """The process that answers for one model: one request after the other, at its own pace."""
+
+    def __init__(self, log, pace):
+        self.pace, self.turn = pace, threading.Lock()
+        # A process of its own for each: their clocks and tasks have nothing in common.
+        self.tasks, self._started = itertools.count(round(3000 * pace)), time.monotonic() - 1000 * pace
+        self._log = log
+        self._prompts: deque[str] = deque(maxlen=8)  # that it still has in its cache
+
+    def write(self, *lines):
+        """One entry of the log, each line after the engine's clock."""
         us = int(1e6 * (time.monotonic() - self._started))
         clock = f"{us // 60_000_000}.{us // 1_000_000 % 60:02}.{us // 1000 % 1000:03}.{us % 1000:03} I "
-        self.write("DEBUG", "\n".join(clock + line for line in lines))
+        self._log.write("DEBUG", "\n".join(clock + line for line in lines))
+
+    def cached(self, prompt, tokens):
+        """Tokens of a prompt that it has from an earlier one: those of the same beginning."""
+        same = max((len(os.path.commonprefix([prompt, known])) for known in self._prompts), default=0)
+        self._prompts.append(prompt)
+        return min(tokens - 1, 20 + 7 * same) if same else 0
 
 
 def demo_texts(body):
@@ -9247,91 +9178,111 @@ def demo_texts(body):
 
 
 class DemoRun:
-    """One answer in the imitation: the same figures in it and in its log."""
+    """One answer of the imitation, at its speed, for as long as alive() says that somebody waits for it."""
+
+    def __init__(self, server, model, texts, limit, alive):
+        self.server, self.texts, self.alive = server, texts, alive
+        self.model = model if model in DEMO_MODELS else DEMO_MODELS[0]
+        self.engine = server.engines[self.model]
+        self.answer = limit if isinstance(limit, int) and 0 < limit < 500 else server.answer_tokens
+        self.prompt, self.cached = 20 + 7 * len("".join(texts)), 0  # tokens
+
+    def reading(self):
+        """How many tokens are read, after each batch of those that the engine has yet to read."""
+        batch = self.server.batch
+        for read in (*range(self.cached + batch, self.prompt, batch), self.prompt):
+            if self._pause(self.server.batch_s):
+                return
+            yield read
+
+    def words(self):
+        """The words of the answer."""
+        for number in range(self.answer):
+            if self._pause(self.server.token_s):
+                return
+            yield DEMO_WORDS[number % len(DEMO_WORDS)]
+
+    def remember(self):
+        """Its turn has come: what is cached now is known."""
+        self.cached = self.engine.cached("".join(self.texts), self.prompt)
+
+    def _pause(self, seconds):
+        return self.server.stopping.wait(seconds * self.engine.pace) or not self.alive()
+
+
+class DemoAnswer(DemoRun):
+    """One answer over HTTP: the same figures in it and in the log."""
 
     def __init__(self, server, path, body, alive):
-        self.server, self.log, self.path, self.body, self._alive = server, server.log, path, body, alive
-        self.model = body.get("model") if body.get("model") in DEMO_MODELS else DEMO_MODELS[0]
-        self.stream = body.get("stream") is True
+        super().__init__(server, body.get("model"), demo_texts(body), body.get("max_tokens"), alive)
+        self.path, self.body, self.stream = path, body, body.get("stream") is True
         self.created, self.id = int(time.time()), secrets.token_hex(12)
-        self.texts = demo_texts(body)
-        limit = body.get("max_tokens")
-        self.completion = limit if isinstance(limit, int) and 0 < limit < 500 else server.answer_tokens
-        self.prompt = 400 + 7 * len("".join(self.texts))
-        self.task = next(server.tasks)
+        self.task = next(self.engine.tasks)
         self.slot = f"id  {self.task % 4} | task {self.task} | "
+
+    def log(self, text):
+        self.server.log.write("INFO", text, self.model)
 
     def received(self):
         shown = json.dumps(self.body, indent=2, ensure_ascii=False)
-        self.log.write("DEBUG", f"Received request: POST to {self.path} with body {shown}")
-        self.log.write("INFO", f"Running chat completion on conversation with {len(self.texts)} messages.",
-                       self.model)
+        self.server.log.write("DEBUG", f"Received request: POST to {self.path} with body {shown}")
+        self.log(f"Running chat completion on conversation with {len(self.texts)} messages.")
         if self.stream:
-            self.log.write("INFO", "Streaming response...", self.model)
+            self.log("Streaming response...")
 
     def read_prompt(self):
-        """The prompt phase, a batch at a time, after the part that the model has from its last prompt.  False
-        when the client has left."""
-        self.cached = self.server.cached(self.model, "".join(self.texts), self.prompt)
-        self.log.engine(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
-                        " repeat_last_n = 64, repeat_penalty = 1.000, presence_penalty = 0.000\n"
-                        " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
-                        " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
-        self.log.engine(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
-                        f"slot   operator(): {self.slot}new prompt, n_ctx_slot = 32768, n_keep = 20, "
-                        f"task.n_tokens = {self.prompt}",
-                        f"slot   operator(): {self.slot}cached n_tokens = {self.cached}, memory_seq_rm "
-                        f"[{self.cached}, end)")
-        for read in (0, *range(self.cached + self.server.batch, self.prompt, self.server.batch), self.prompt):
-            if read and (not self._alive() or self.server.stopping.wait(self.server.batch_s)):
-                return False
-            self.log.write("INFO", f"Prompt processing progress: {100 * read / self.prompt:.1f}%", self.model)
-        self.log.engine(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, "
-                        f"tokens: text = {self.prompt}, total = {self.prompt}")
-        return True
+        self.remember()
+        self.engine.write(f"slot launch_slot_: id  {self.task % 4} | task -1 | sampler params:\n"
+                          " repeat_last_n = 64, repeat_penalty = 1.000, presence_penalty = 0.000\n"
+                          " top_k = 40, top_p = 0.950, min_p = 0.050, temp = 0.700\n"
+                          " mirostat = 0, mirostat_lr = 0.100, mirostat_ent = 5.000")
+        self.engine.write(f"slot launch_slot_: {self.slot}processing task, is_child = 0",
+                          f"slot   operator(): {self.slot}new prompt, n_ctx_slot = {DEMO_CONTEXT}, "
+                          f"n_keep = 20, task.n_tokens = {self.prompt}")
+        for read in itertools.chain([0], self.reading()):
+            known = max(read, self.cached)
+            if known < self.prompt:     # before each batch
+                self.engine.write(f"slot   operator(): {self.slot}cached n_tokens = {known}, memory_seq_rm "
+                                  f"[{known}, end)")
+            self.log(f"Prompt processing progress: {100 * read / self.prompt:.1f}%")
+        self.insist()
+        self.engine.write(f"slot init_sampler: {self.slot}init sampler, took 0.33 ms, "
+                          f"tokens: text = {self.prompt}, total = {self.prompt}")
 
-    def words(self):
-        """The words of the answer at the imitation's speed, until the client has left."""
-        for count in range(self.completion):
-            if self.server.stopping.wait(self.server.token_s) or not self._alive():
-                return
-            yield DEMO_WORDS[count % len(DEMO_WORDS)]
-
-    def timing(self, name, spent_ms, tokens):
-        each_ms, speed = spent_ms / max(1, tokens), 1000 * tokens / spent_ms
-        return (f"slot print_timing: {self.slot}{name} = {spent_ms:10.2f} ms / {tokens:5} tokens "
-                f"({each_ms:8.2f} ms per token, {speed:8.2f} tokens per second)")
+    def insist(self):
+        """Raises OSError when nobody waits for the answer any more."""
+        if not self.alive():
+            raise BrokenPipeError
 
     def finished(self):
         """The engine's timings and the app's last line."""
-        fresh = self.prompt - self.cached
-        read_ms = max(0.01, 1000 * self.server.batch_s * math.ceil(fresh / self.server.batch))
-        write_ms = max(0.01, 1000 * self.server.token_s * self.completion)
-        self.log.engine(self.timing("prompt eval time", read_ms, fresh),
-                        self.timing("       eval time", write_ms, self.completion),
-                        f"slot print_timing: {self.slot}      total time = {read_ms + write_ms:10.2f} ms / "
-                        f"{fresh + self.completion:5} tokens",
-                        f"slot      release: {self.slot}stop processing: n_tokens = "
-                        f"{self.prompt + self.completion - 1}, truncated = 0",
-                        "srv  update_slots: all slots are idle")
+        self.insist()
+        pace, fresh = 1000 * self.engine.pace, self.prompt - self.cached
+        read_ms = max(0.01, pace * self.server.batch_s * math.ceil(fresh / self.server.batch))
+        write_ms = max(0.01, pace * self.server.token_s * self.answer)
+        timed = f"slot print_timing: {self.slot}"
+        lines = [f"{timed}{name} = {ms:10.2f} ms / {tokens:5} tokens ({ms / tokens:8.2f} ms per token, "
+                 f"{1000 * tokens / ms:8.2f} tokens per second)" for name, ms, tokens in (
+                     ("prompt eval time", read_ms, fresh), ("       eval time", write_ms, self.answer))]
+        self.engine.write(*lines, f"{timed}      total time = {read_ms + write_ms:10.2f} ms / "
+                          f"{fresh + self.answer:5} tokens", f"slot      release: {self.slot}stop processing:"
+                          f" n_tokens = {self.prompt + self.answer - 1}, truncated = 0",
+                          "srv  update_slots: all slots are idle")
         if self.stream:
-            self.log.write("INFO", "Finished streaming response", self.model)
-        else:
-            self.log.write("INFO", "Model generated tool calls: []", self.model)
-            shown = json.dumps(chat_whole(self, ""), indent=2)
-            self.log.write("INFO", f"Generated prediction: {shown}", self.model)
-
-    def usage(self):
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion,
-                "total_tokens": self.prompt + self.completion}
+            return self.log("Finished streaming response")
+        self.log("Model generated tool calls: []")
+        return self.log(f"Generated prediction: {json.dumps(chat_whole(self, ''), indent=2)}")
 
     def abandoned(self):
-        self.log.write("INFO",
-                       "Client disconnected. Stopping generation... (If the model is busy processing the "
-                       "prompt, it will finish first.)", SERVER_TAG)
-        self.log.engine(f"srv          stop: cancel task, id_task = {self.task}",
-                        f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
-                        "truncated = 0")
+        self.server.log.write("INFO", "Client disconnected. Stopping generation... (If the model is busy "
+                              "processing the prompt, it will finish first.)", SERVER_TAG)
+        self.engine.write(f"srv          stop: cancel task, id_task = {self.task}",
+                          f"slot      release: {self.slot}stop processing: n_tokens = {self.prompt}, "
+                          "truncated = 0")
+
+    def usage(self):
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.answer,
+                "total_tokens": self.prompt + self.answer}
 
 
 # How each dialect says an answer: as a body, and as a stream's events, (name, data), the words as they come.
@@ -9347,21 +9298,19 @@ def chat_whole(run, text, **choice):
 
 
 def chat_events(run):
-    def chunk(delta, finish=None):
-        return chat_whole(run, "", delta=delta, finish_reason=finish)
-
     for word in run.words():
-        yield "", chunk({"role": "assistant", "content": word})
-    yield "", chunk({}, "stop")
+        yield "", chat_whole(run, "", delta={"role": "assistant", "content": word}, finish_reason=None)
+    last = chat_whole(run, "", delta={}, finish_reason="stop")
+    yield "", last
     if (run.body.get("stream_options") or {}).get("include_usage"):
-        yield "", {**chunk({}), "choices": [], "usage": run.usage()}
+        yield "", {**last, "choices": [], "usage": run.usage()}
     yield "", None
 
 
 def message_whole(run, text):
     return {"id": f"msg_{run.id}", "type": "message", "role": "assistant", "model": run.model,
             "content": [{"type": "text", "text": text}], "stop_reason": "end_turn", "stop_sequence": None,
-            "usage": {"input_tokens": run.prompt, "output_tokens": run.completion}}
+            "usage": {"input_tokens": run.prompt, "output_tokens": run.answer}}
 
 
 def message_events(run):
@@ -9372,7 +9321,7 @@ def message_events(run):
         yield "content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": word}}
     yield "content_block_stop", {"index": 0}
     yield "message_delta", {"delta": {"stop_reason": "end_turn", "stop_sequence": None},
-                            "usage": {"output_tokens": run.completion}}
+                            "usage": {"output_tokens": run.answer}}
     yield "message_stop", {}
 
 
@@ -9382,57 +9331,49 @@ DEMO_SPEECH = {  # path -> (body, events)
 }
 
 
-class DemoPrediction(DemoRun):
-    """One answer over a socket: it tells its progress to a channel, and LM Studio's log does not name it."""
+def demo_limit(asked):
+    """llm.prediction.maxPredictedTokens of a prediction over a socket; None without it."""
+    fields = [field for layer in listed(member(asked, "predictionConfigStack").get("layers"))
+              for field in listed(member(layer, "config").get("fields"))]
+    return next((count(member(field, "value"), "value") for field in fields
+                 if field.get("key") == "llm.prediction.maxPredictedTokens"), None)
 
-    def __init__(self, socket, asked, cancelled):
-        self.own = socket.model_of(asked)
-        super().__init__(socket.server, "", {"model": socket.server.loaded.get(self.own), "messages": member(
-            asked, "history").get("messages") or [{"content": asked.get("rawPrompt", "")}]},
-            lambda: not cancelled.is_set())
-        self.cancelled = cancelled
-        for layer in listed(member(asked, "predictionConfigStack").get("layers")):
-            for field in listed(member(layer, "config").get("fields")):
-                limit = field.get("value")
-                if field.get("key") == "llm.prediction.maxPredictedTokens" and isinstance(limit, dict):
-                    self.completion = count(limit, "value", default=self.completion) or self.completion
 
-    def packets(self):
-        """What the channel says, packet by packet."""
-        server, started, first, written = self.server, time.monotonic(), None, 0
-        self.cached = server.cached(self.model, "".join(self.texts), self.prompt)
-        for read in (*range(self.cached + server.batch, self.prompt, server.batch), self.prompt):
-            if server.stopping.wait(server.batch_s) or not self._alive():
-                break
-            yield {"type": "promptProcessingProgress", "progress": read / self.prompt, "details": {
-                "cachedTokenCount": self.cached, "totalPromptTokenCount": self.prompt,
-                "processedPromptTokenCount": read - self.cached,
-                "unprocessedPromptTokenCount": self.prompt - read}}
-        for word in self.words():
+def demo_prediction(socket, asked, cancelled):
+    """One answer over a socket, packet by packet: LM Studio's log does not name it."""
+    server, own = socket.server, socket.model_of(asked)
+    texts = demo_texts(member(asked, "history")) or [str(asked.get("rawPrompt", ""))]
+    run = DemoRun(server, server.loaded.get(own), texts, demo_limit(asked), lambda: not cancelled.is_set())
+    with run.engine.turn:
+        started, first, written = time.monotonic(), None, 0
+        run.remember()
+        for read in run.reading():
+            yield {"type": "promptProcessingProgress", "progress": read / run.prompt, "details": {
+                "cachedTokenCount": run.cached, "totalPromptTokenCount": run.prompt,
+                "processedPromptTokenCount": read - run.cached,
+                "unprocessedPromptTokenCount": run.prompt - read}}
+        for word in run.words():
             first, written = first or time.monotonic(), written + 1
             yield {"type": "fragment", "fragment": {
                 "content": word, "tokensCount": 1, "containsDrafted": False, "reasoningType": "none",
                 "isStructural": False}}
-        now = time.monotonic()
-        yield {"type": "success", "modelInfo": demo_model(self.model, True, self.own),
-               "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
-                   "stopReason": "eosFound" if self._alive() else "userStopped",
-                   "promptTokensCount": self.prompt, "predictedTokensCount": written,
-                   "totalTokensCount": self.prompt + written, "timeToFirstTokenSec": (first or now) - started,
-                   "tokensPerSecond": written / max(0.001, now - (first or now)),
-                   "totalTimeSec": now - started}}
+    now = time.monotonic()
+    yield {"type": "success", "modelInfo": demo_model(run.model, own),
+           "loadModelConfig": {"fields": []}, "predictionConfig": {"fields": []}, "stats": {
+               "stopReason": "eosFound" if run.alive() else "userStopped", "promptTokensCount": run.prompt,
+               "predictedTokensCount": written, "totalTokensCount": run.prompt + written,
+               "timeToFirstTokenSec": (first or now) - started, "totalTimeSec": now - started,
+               "tokensPerSecond": written / max(0.001, now - (first or now))}}
 
 
-def demo_model(name, loaded=True, identifier=None):
-    """LM Studio's description of a model, and of the instance of it that is loaded."""
-    kind = "embedding" if name == DEMO_EMBEDDING else "llm"
-    model = {"type": kind, "modelKey": name, "path": name, "format": "gguf", "displayName": name,
-             "publisher": "demo", "sizeBytes": 5_000_000_000, "indexedModelIdentifier": name,
-             "deviceIdentifier": None, "maxContextLength": 32768,
-             **({"vision": False, "trainedForToolUse": False} if kind == "llm" else {})}
-    name = identifier or name
-    return {**model, "identifier": name, "instanceReference": f"instance of {name}", "ttlMs": None,
-            "lastUsedTime": None, "contextLength": 32768} if loaded else model
+def demo_model(name, identifier=None):
+    """LM Studio's description of a model; with an identifier, of its instance that is loaded under that."""
+    model = {"type": "embedding" if name == DEMO_EMBEDDING else "llm", "modelKey": name, "path": name,
+             "format": "gguf", "displayName": name, "publisher": "demo", "sizeBytes": 5_000_000_000,
+             "indexedModelIdentifier": name, "deviceIdentifier": None, "maxContextLength": DEMO_CONTEXT,
+             **({} if name == DEMO_EMBEDDING else {"vision": False, "trainedForToolUse": False})}
+    return {**model, "identifier": identifier, "instanceReference": f"instance of {identifier}",
+            "ttlMs": None, "lastUsedTime": None, "contextLength": DEMO_CONTEXT} if identifier else model
 
 
 class DemoSocket:
@@ -9501,35 +9442,25 @@ class DemoSocket:
         return name or DEMO_MODELS[0]
 
     def loaded(self, asked):
-        return [demo_model(name, True, own) for own, name in self.server.loaded.items()
+        return [demo_model(name, own) for own, name in self.server.loaded.items()
                 if (name == DEMO_EMBEDDING) == (self._kind == "embedding")]
-
-    def downloaded(self, asked):
-        return [demo_model(name, loaded=False) for name in (*DEMO_MODELS, DEMO_EMBEDDING)]
-
-    def unload(self, asked):
-        self.server.loaded.pop(asked.get("identifier"), None)
 
     def load(self, asked, cancelled):
         """getOrLoad and loadModel, whose packets have other names."""
         name, get = asked.get("modelKey") or asked.get("identifier"), "modelKey" not in asked
         own = asked.get("identifier") or name
-        info = demo_model(name, True, own)
+        info = demo_model(name, own)
         if get and name in self.server.loaded:
             yield {"type": "alreadyLoaded", "info": info}
             return
         yield {"type": "startLoading", "identifier": name, "info": info} if get else {
-            "type": "resolved", "info": demo_model(name, loaded=False)}
+            "type": "resolved", "info": demo_model(name)}
         for step in range(1, 6):
             if cancelled.wait(self.server.token_s):
                 return
             yield {"type": "loadProgress" if get else "progress", "progress": step / 5}
-        self.server.loaded[own] = name
+        self.server.hold(own, name)
         yield {"type": "loadSuccess" if get else "success", "info": info}
-
-    def predict(self, asked, cancelled):
-        with self.server.engine:
-            yield from DemoPrediction(self, asked, cancelled).packets()
 
     def logs(self, asked, cancelled):
         """What the log says from now on."""
@@ -9549,22 +9480,16 @@ def demo_vector(socket, asked):
 
 
 DEMO_CALLS = {  # endpoint -> (socket, parameter) to result
-    "listLoaded": DemoSocket.loaded, "unloadModel": DemoSocket.unload, "embedString": demo_vector,
+    "listLoaded": DemoSocket.loaded, "embedString": demo_vector,
+    "unloadModel": lambda socket, asked: socket.server.hold(asked.get("identifier")),
     "getModelInfo": lambda socket, asked: demo_model(socket.model_of(asked)),
-    "getLoadConfig": lambda socket, asked: {"fields": [
-        {"key": "llm.load.contextLength", "value": 32768}]},
-    "listDownloadedModels": DemoSocket.downloaded,
+    "getLoadConfig": lambda socket, asked: {
+        "fields": [{"key": "llm.load.contextLength", "value": DEMO_CONTEXT}]},
+    "listDownloadedModels": lambda socket, asked: list(map(demo_model, (*DEMO_MODELS, DEMO_EMBEDDING))),
     "version": lambda socket, asked: {"version": VERSION, "build": 1},
-    "tokenize": lambda socket, asked: {"tokens": list(range(len(str(asked.get("inputString"))) // 4 + 1))},
-    "countTokens": lambda socket, asked: {"tokenCount": len(str(asked.get("inputString"))) // 4 + 1},
-    "applyPromptTemplate": lambda socket, asked: {
-        "formatted": " ".join(demo_texts(member(asked, "history")))},
-    "uploadFileBase64": lambda socket, asked: {
-        "identifier": f"file-{secrets.token_hex(4)}", "fileType": "image",
-        "sizeBytes": len(str(asked.get("contentBase64"))) * 3 // 4},
 }
 DEMO_CHANNELS = {  # endpoint -> (socket, parameter, Event of its cancelling) to packets
-    "predict": DemoSocket.predict, "completeRawText": DemoSocket.predict, "getOrLoad": DemoSocket.load,
+    "predict": demo_prediction, "completeRawText": demo_prediction, "getOrLoad": DemoSocket.load,
     "loadModel": DemoSocket.load, "streamLogs": DemoSocket.logs}
 
 
@@ -9576,61 +9501,61 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     server: DemoServer
 
     def do_GET(self):
-        namespace = self.path.partition("?")[0][1:]
+        namespace, server = self.path.partition("?")[0][1:], self.server
         if self.headers.get("Upgrade") and namespace in NAMESPACES:
             return self._switch(namespace)
         if self.path == "/lmstudio-greeting":
             return self._json({"lmstudio": True})
-        if self.path in ("/v1/models", "/api/v0/models"):
-            self.server.log.write("DEBUG", f"Received request: GET to {self.path}")
-            self.server.log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
-            models = [{"id": name, "object": "model", "owned_by": "organization_owner"}
-                      for name in DEMO_MODELS]
-            return self._json({"data": models, "object": "list"})
-        return self._unexpected()
+        if self.path not in ("/v1/models", "/api/v1/models"):
+            return self._unexpected()
+        server.log.write("DEBUG", f"Received request: GET to {self.path}")
+        if self.path == "/api/v1/models":
+            return self._json({"models": server.models()})
+        server.log.write("INFO", f"Returning {len(DEMO_MODELS)} models from v1 API")
+        return self._json({"data": [{"id": name, "object": "model", "owned_by": "organization_owner"}
+                                    for name in DEMO_MODELS], "object": "list"})
 
     def do_POST(self):
         body = json_object(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
-        path = self.path.partition("?")[0]
+        path, server = self.path.partition("?")[0], self.server
+        if path == "/api/v1/models/load" and body:
+            server.load(body.get("model"))
+            return self._json({"instance_id": body.get("model"), "status": "loaded"})
+        if path == "/api/v1/models/unload" and body:
+            server.hold(body.get("instance_id"))
+            return self._json(body)
         if path not in DEMO_SPEECH:
             return self._unexpected()
         if body is None or not demo_texts(body):
             return self._json({"error": "a field is required: 'messages'"}, 400)
-        run = DemoRun(self.server, path, body, self._alive)
+        run = DemoAnswer(server, path, body,
+                         lambda: not server.stopping.is_set() and not has_left(self.connection))
         run.received()
         whole, events = DEMO_SPEECH[path]
-        with self.server.engine:  # one at a time, the others wait
-            try:
-                (self._stream if run.stream else self._whole)(run, events if run.stream else whole)
-            except OSError:     # the client has left, or this server stops
-                run.abandoned()
-                self.close_connection = True
-
-    def _whole(self, run, whole):
-        content = "".join(run.words()) if run.read_prompt() else ""
-        self._insist()
-        run.finished()
-        self._json(whole(run, content.strip()))
+        try:
+            with run.engine.turn:
+                if run.model not in server.loaded.values():
+                    server.load(run.model)
+                if run.stream:
+                    return self._stream(run, events)
+                run.read_prompt()
+                text = "".join(run.words()).strip()
+                run.finished()
+                return self._json(whole(run, text))
+        except OSError:     # the client has left, or this server stops
+            run.abandoned()
+            self.close_connection = True
 
     def _stream(self, run, events):
         self._head(200, "text/event-stream", "Transfer-Encoding", "chunked")
-        if run.read_prompt():
-            for name, data in events(run):
-                self._insist()
-                text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
-                event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
-                self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
-        self._insist()
+        run.read_prompt()
+        for name, data in events(run):
+            run.insist()
+            text = "[DONE]" if data is None else json.dumps({"type": name, **data} if name else data)
+            event = (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
+            self.wfile.write(f"{len(event):x}\r\n{event}\r\n".encode())
         run.finished()
         self.wfile.write(b"0\r\n\r\n")
-
-    def _alive(self):
-        return not self.server.stopping.is_set() and not has_left(self.connection)
-
-    def _insist(self):
-        """Raises OSError when nobody waits for the answer any more."""
-        if not self._alive():
-            raise BrokenPipeError
 
     def _head(self, status, kind, name, value):
         self.send_response(status)
@@ -9640,9 +9565,9 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def _switch(self, namespace):
         self.send_response(101)
-        self.send_header("Upgrade", "websocket")
-        self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", accept_key(self.headers.get("Sec-WebSocket-Key", "")))
+        for header in (("Upgrade", "websocket"), ("Connection", "Upgrade"),
+                       ("Sec-WebSocket-Accept", accept_key(self.headers.get("Sec-WebSocket-Key", "")))):
+            self.send_header(*header)
         self.end_headers()
         self.close_connection = True
         with contextlib.closing(DemoSocket(self, namespace)) as connection, contextlib.suppress(OSError):
@@ -9654,8 +9579,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _unexpected(self):
-        """LM Studio's answer to a path that it does not know: 200 with an error (all versions up to
-        1.1.7)."""
+        """LM Studio's answer to a path that it does not know: 200 with an error (as of 1.1.7)."""
         what = f"Unexpected endpoint or method. ({self.command} {self.path})"
         self.server.log.write("ERROR", what + ". Returning 200 anyway")
         self._json({"error": what})
@@ -9678,18 +9602,32 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, directory, batch_s=0.8, token_s=0.03):
         super().__init__(("127.0.0.1", 0), DemoHandler)
-        self.log, self.tasks = DemoLog(directory), itertools.count(1)
-        self.engine = threading.Semaphore(1)
-        self.loaded = {name: name for name in (*DEMO_MODELS, DEMO_EMBEDDING)}    # by identifier
-        self.stopping = threading.Event()
+        self.log, self.stopping = DemoLog(directory), threading.Event()
+        self.engines = {name: DemoEngine(self.log, pace) for name, pace in zip(DEMO_MODELS, (1.0, 0.4))}
+        self.loaded = {name: name for name in DEMO_MODELS}    # by identifier
         self.batch_s, self.token_s = batch_s, token_s
-        self._prompts: dict[str, str] = {}   # model -> its last prompt
 
-    def cached(self, model, prompt, tokens):
-        """Tokens of a prompt that the model has from its last one: those of the same beginning."""
-        same = os.path.commonprefix([prompt, self._prompts.get(model, "")])
-        self._prompts[model] = prompt
-        return min(tokens - 1, 400 + 7 * len(same)) if same else 0
+    def models(self):
+        """The models as /api/v1/models lists them."""
+        return [{"type": "embedding" if key == DEMO_EMBEDDING else "llm", "publisher": "demo", "key": key,
+                 "quantization": {"name": "Q4_K_M", "bits_per_weight": 4}, "size_bytes": 5_000_000_000,
+                 "max_context_length": DEMO_CONTEXT, "loaded_instances": [
+                     {"id": own, "config": {"context_length": DEMO_CONTEXT}}
+                     for own, name in list(self.loaded.items()) if name == key]}
+                for key in (*DEMO_MODELS, DEMO_EMBEDDING)]
+
+    def hold(self, own, name=None):
+        """A model is loaded under an identifier of its own; without a name it is unloaded."""
+        self.loaded.pop(own, None)
+        if name:
+            self.loaded[own] = name
+        self.log.write("DEBUG", f"[model_kit][INFO]: Model {'' if name else 'un'}loaded successfully")
+
+    def load(self, name):
+        """Load a model that was asked for, which takes a moment."""
+        self.log.write("INFO", f'Requested model ({name}) is not loaded. Loading "{name}" now...', "JIT")
+        self.stopping.wait(50 * self.token_s)
+        self.hold(name, name)
 
     @property
     def url(self):
@@ -9705,37 +9643,125 @@ class DemoServer(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
-class DemoClient(NamedTuple):
-    """One kind of request in the demo's own traffic."""
+# --- 8.1 the story: who asks the imitation ------------------------------------
 
+
+class DemoClient(NamedTuple):
+    """One request of the demo's own traffic."""
+
+    who: str
     agent: str
     model: str
     prompt: str
     answer_tokens: int
+    then_s: float = 1.0     # until the next one asks
     stream: bool = True
     read_bytes: int | None = None   # then it leaves
 
 
-LONG = "The minutes of the garden club, all years. " * 78  # some 24,000 tokens: 37 s to read
-DEMO_STORY = (
-    DemoClient("backup.sh", DEMO_MODELS[1], "Why is the sky dark at night?", 20),
-    DemoClient("OpenWebUI (anna)", DEMO_MODELS[0], "Write a haiku about a patient printer.", 60),
-    DemoClient("Continue (ben)", DEMO_MODELS[0], "Which of these invoices is overdue? " * 12, 80),
-    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "Summarise them.", 90),
-    DemoClient("OpenWebUI (clara)", DEMO_MODELS[1], LONG + "And who was absent most often?", 60),
-    DemoClient("claude-cli (dora)", DEMO_MODELS[0], "Tell me a very long story. " * 9, 400, read_bytes=9000),
-    DemoClient("n8n", DEMO_MODELS[0], "", 40, stream=False),    # refused: it asks nothing
-    DemoClient("n8n", DEMO_MODELS[0], "Sort these letters by urgency. " * 5, 40, stream=False),
+DEMO_KEYS = {"anna": "high", "ben": "normal", "clara": "low", "n8n": "normal", "backup.sh": "low"}
+LONG = "The minutes of the garden club, all years. " * 80  # 24,000 tokens: 38 s to read
+LARGE, SMALL = DEMO_MODELS
+DEMO_STORY = (  # Clara's agent asks for much at once, and the others need not wait for it
+    DemoClient("backup.sh", "backup.sh/2", SMALL, "Why is the sky dark at night?", 20),
+    DemoClient("anna", "OpenWebUI/0.6", LARGE, LONG + "Summarise them.", 90),
+    DemoClient("ben", "Continue/1.2", SMALL, "Which of these invoices is overdue? " * 60, 200),
+    *6 * [DemoClient("clara", "agent/3.1", LARGE, "Sort these letters by urgency. ", 80, 0.4)],
+    DemoClient("ben", "Continue/1.2", LARGE, "Which of these invoices is overdue? " * 6, 80, 4.0),
+    DemoClient("n8n", "n8n", SMALL, "", 40, 6.0, stream=False),    # refused: it asks nothing
+    DemoClient("n8n", "n8n", SMALL, "Sort these letters by urgency. " * 25, 160, 9.0, stream=False),
+    DemoClient("clara", "agent/3.1", SMALL, "Tell me a very long story. " * 30, 400, 12.0, read_bytes=30_000),
+    DemoClient("backup.sh", "backup.sh/2", SMALL, "Why is the sky dark at night?", 20, 6.0),
+    DemoClient("anna", "OpenWebUI/0.6", LARGE, LONG + "And who was absent most often? " * 6, 60, 20.0),
+    DemoClient("ben", "Continue/1.2", SMALL, "Which of these invoices is overdue? " * 60, 200, 30.0),
 )
+PAST_S = 3600.0  # that the demo has behind it when it starts
 
 
-def demo_traffic(address, key, pause):
-    """Thread body: the requests of DEMO_STORY over and over, until pause(seconds) returns True.  A short
-    answer comes first; what follows soon stands in a queue."""
-    for number in itertools.count():
-        if pause(random.uniform(2.0, 6.0) if number else 0.3):
-            return
-        start_thread(demo_request, address, key, DEMO_STORY[number % len(DEMO_STORY)], name="demo-client")
+class Demo:
+    """--demo: the imitation, the people who ask it, and an hour that lies behind them."""
+
+    def __init__(self, cleanup):
+        directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
+        cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
+        self.studio = DemoServer(directory)
+        cleanup.callback(self.studio.stop)
+        self.studio.start()
+        self._behind_s = PAST_S  # the Hub's clocks
+        self._keys = {name: mint_key() for name in DEMO_KEYS}
+
+    def config(self, config):
+        """The Config that points to the imitation.  The user's minted keys count only if their file is named:
+        trying it must not need one."""
+        directory = self.studio.log.directory
+        return config.but(upstream=self.studio.url, log_dir=directory, enable_log_monitoring=True,
+                          max_running=config.max_running or 1,
+                          keys_file=config.keys_file or os.path.join(directory, "keys.json"))
+
+    def now(self):
+        return time.time() - self._behind_s
+
+    def clock(self):
+        return time.monotonic() - self._behind_s
+
+    def furnish(self, gateway):
+        """Give a gateway its people, by the priorities of their keys, and its past, before it serves."""
+        gateway.demo = True
+        gateway.access.guests += [
+            Key(name, digest(self._keys[name]), frozenset(("infer",)), terms=Terms(priority=priority))
+            for name, priority in DEMO_KEYS.items()]
+        for at, tell, *about in sorted(self._past(gateway), key=lambda moment: moment[0]):
+            self._behind_s = PAST_S - at
+            tell(*about)
+        self._behind_s = 0.0
+
+    def _past(self, gateway):
+        """An hour of requests: (second of the hour, what the Hub is told then, its arguments)."""
+        source, hub, began, clock, at = random.Random(3), gateway.hub, self.now(), self.clock(), 20.0
+        kinds, free = list(dict.fromkeys(DEMO_STORY)), dict.fromkeys(DEMO_MODELS, 0.0)
+        weights = [1 if client.prompt and not client.read_bytes else 0.3 for client in kinds]
+        while at < PAST_S - 60:
+            (client,) = source.choices(kinds, weights)
+            record = Record(hub.request_id(), began + at, clock + at, method="POST", client="127.0.0.1",
+                            path="/v1/chat/completions", key=client.who, agent=client.agent,
+                            stream=client.stream, model_asked=client.model, model=client.model)
+            begin, took_s, outcome = max(at, free[client.model]), 0.01, DEMO_REFUSED
+            if client.prompt:
+                pace = self.studio.engines[client.model].pace * source.uniform(0.95, 1.2)
+                took_s = demo_answer(record, client, source, clock + begin, pace)
+                outcome, free[client.model] = DEMO_OUTCOMES[bool(client.read_bytes)], begin + took_s
+                gateway.turns.took(client.model, took_s)
+            yield at, hub.begin, record
+            yield begin + took_s, hub.end, record, outcome
+            at += source.expovariate(1 / 25)
+
+    def traffic(self, address, pause):
+        """Body of a thread: the story over and over, until pause(seconds) returns True."""
+        for client in itertools.cycle(DEMO_STORY):
+            start_thread(demo_request, address, self._keys[client.who], client, name="demo-client")
+            if pause(client.then_s * random.uniform(0.9, 1.1)):
+                return
+
+
+DEMO_REFUSED = Outcome("failed", 400, "LM Studio answered 400 Bad Request", "upstream_error")
+DEMO_OUTCOMES = (Outcome("done", 200),
+                 Outcome("abandoned", 200, "the client left while the answer came", "client_disconnected"))
+
+
+def demo_answer(record, client, source, begin, pace):
+    """What a request of the past was like, whose turn came at a clock reading; gives the s that it took."""
+    prompt = 20 + round(7 * len(client.prompt) * source.uniform(0.5, 1.2))
+    cached = round(prompt * source.choice((0, 0.3, 0.95)))
+    answer = round(client.answer_tokens * source.uniform(0.6, 1.6))
+    read_s, write_s = (prompt - cached) / 640 * pace, answer * 0.03 * pace
+    record.usage = {"promptTokens": prompt, "completionTokens": answer, "totalTokens": prompt + answer}
+    record.cache = {"reused": cached, "total": prompt, "percentage": round(100 * cached / prompt, 1)}
+    record.prompt_tokens, record.context_size, record.finish = prompt, DEMO_CONTEXT, "stop"
+    record.speed, record.read_speed = round(answer / write_s, 2), round((prompt - cached) / read_s, 2)
+    record.waited_ms = round(1000 * (begin - record.clock), 1)
+    record.first_ms = record.waited_ms + round(1000 * read_s, 1)
+    record.entered = {"queued": record.clock, "prompt": begin, "generating": begin + read_s}
+    return read_s + write_s
 
 
 def demo_request(address, key, client):
@@ -9756,7 +9782,7 @@ def demo_request(address, key, client):
 
 
 def lenient_streams(encoding=None):
-    """Whatever a log holds can be printed: Windows' cp1252 has no place for much of it."""
+    """Any text of a log can be printed: Windows' cp1252 has no place for much of it."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(encoding=encoding, errors="backslashreplace")  # type: ignore[union-attr]
@@ -9770,7 +9796,7 @@ def closed_pipe():
 
 
 class OneLine(logging.Formatter):
-    """A message is one line, whatever names and errors others put into it; a fault's traceback follows."""
+    """A message is one line, also with names and errors of others in it; a fault's traceback follows."""
 
     def formatMessage(self, record):
         record.message = record.message.translate(CONTROL)
@@ -9778,13 +9804,19 @@ class OneLine(logging.Formatter):
 
 
 class OwnLogFile(logging.handlers.RotatingFileHandler):
-    """LOG_FILE, readable by its owner only.  The first line that cannot be written is said on stderr."""
+    """LOG_FILE, readable by its owner only; made anew after logrotate(8) has moved it.  The first line that
+    cannot be written is said on stderr."""
 
     failed = False
 
     def _open(self):
         return open(self.baseFilename, self.mode, encoding=self.encoding, errors=self.errors,
                     opener=lambda path, flags: os.open(path, flags, 0o600))
+
+    def emit(self, record):
+        if not os.path.exists(self.baseFilename):
+            self.close()    # the next line opens it
+        super().emit(record)
 
     def handleError(self, record):
         if not self.failed:
@@ -9810,28 +9842,23 @@ class LogQueue(logging.handlers.QueueHandler):
 
 
 class LogWriter(logging.handlers.QueueListener):
-    """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for
-    whoever reads stderr.  SIGHUP opens LOG_FILE anew, as logrotate(8) wants it."""
+    """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for the
+    reader of stderr."""
 
-    END_S = 1.0     # for what is left to write
+    END_S = 0.5     # to write the rest
 
     def __init__(self, handler):
-        self._lines: Any = queue.SimpleQueue()
-        super().__init__(self._lines, handler)
-        self._entrance = LogQueue(self._lines)
+        self._entrance = LogQueue(queue.SimpleQueue())
+        super().__init__(self._entrance.queue, handler)
 
     def __enter__(self):
         log.handlers = [self._entrance]
-        # A program ends with its terminal; SimpleQueue.put may be called by a signal handler.
         lone = isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)
-        if lone and hasattr(signal, "SIGHUP"):
-            signal.signal(signal.SIGHUP, lambda number, frame: self._lines.put(self.handlers[0].close))
+        if lone and hasattr(signal, "SIGHUP"):  # else it ends with its terminal
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.start()
 
     def handle(self, record):
-        if callable(record):
-            record()    # close: the next line opens it anew
-            return
         super().handle(record)
         if self._entrance.lost:
             with self._entrance.lock:   # type: ignore[union-attr]
@@ -9840,7 +9867,7 @@ class LogWriter(logging.handlers.QueueListener):
                 "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"}))
 
     def __exit__(self, kind, error, traceback):
-        """Write what is left.  A stream that takes nothing would also hold up the interpreter's own end."""
+        """Write the rest.  A stream that takes nothing would also hold up the interpreter's own end."""
         log.handlers = list(self.handlers)
         ending = threading.Thread(target=self.stop, daemon=True)
         ending.start()
@@ -9873,61 +9900,52 @@ def set_up_logging(config):
 
 # --- 9.2 keys ----------------------------------------------------------------
 
+# These read what a flag says of a key, and give None for what is none of the forms in TERMS.
+
+def rights_of(text):
+    rights = set(words(text))
+    return sorted(rights) if rights and rights <= set(RIGHTS) else None
+
 
 def limits_of(text):
-    """{name of a limit: number}; none takes them away."""
     pairs = [part.strip().partition("=") for part in text.split(",")] if text.strip() != "none" else []
-    names = [name for name, _, _ in pairs]
-    if any(name not in LIMITS or not re.fullmatch(r"[1-9]\d{0,11}", number, re.ASCII) for name, _, number in pairs) or (
-            len(names) > len(set(names))):
-        raise ValueError("use running=2,rpm=30,tpm=20000,tpd=500000, or some of them, or none")
-    return {name: int(number) for name, _, number in pairs}
-
-
-def priority_of(text):
-    if text not in PRIORITIES:
-        raise ValueError(f"choose from {', '.join(PRIORITIES)}")
-    return text
+    found = {name: int(number) for name, _, number in pairs
+             if name in LIMITS and re.fullmatch(r"[1-9]\d{0,11}", number, re.ASCII)}
+    return found if len(found) == len(pairs) else None
 
 
 def globs_of(text):
-    """Patterns of models as a list; * takes them away."""
     globs = [part.strip() for part in text.split(",")]
     if any(not re.fullmatch(r"[!-~]+", glob) or glob.count("[") != glob.count("]") for glob in globs):
-        raise ValueError("use names and patterns such as qwen*,openai/gpt-oss-20b, or * for all")
+        return None
     return [] if "*" in globs else globs
 
 
 def expiry_of(text):
-    """The last day, from a date or from a number of days; never takes it away."""
     days = re.fullmatch(r"([1-9]\d{0,4})d", text, re.ASCII)
-    day = last_day(text) if not days else str(datetime.date.today() + datetime.timedelta(int(days[1])))
-    if text != "never" and day is None:
-        raise ValueError("use 30d, a date such as 2026-12-31 for the last day, or never")
-    return day or ""
+    if days:
+        return str(datetime.date.today() + datetime.timedelta(int(days[1])))
+    return "" if text == "never" else last_day(text)
 
 
-def rights_of(text):
-    rights = words(text)
-    if not rights or any(right not in RIGHTS for right in rights):
-        raise ValueError(f"choose from {', '.join(RIGHTS)}")
-    return sorted(set(rights))
-
-
-TERMS = {"rights": rights_of, "limits": limits_of, "priority": priority_of, "models": globs_of, "expires": expiry_of}
+TERMS = {  # what a key's row may have -> the reader of its flag, the forms that it takes
+    "rights": (rights_of, f"choose from {', '.join(RIGHTS)}"),
+    "limits": (limits_of, "use running=2,rpm=30,tpm=20000,tpd=500000, or some of them, or none"),
+    "priority": (lambda text: text if text in PRIORITIES else None, f"choose from {', '.join(PRIORITIES)}"),
+    "models": (globs_of, "use names and patterns such as qwen*,openai/gpt-oss-20b, or * for all"),
+    "expires": (expiry_of, "use 30d, a date such as 2026-12-31 for the last day, or never"),
+}
 MAY = {"infer": "ask models and see its own requests", "view": "see everybody's requests and the log",
        "admin": "do everything"}
 
 
 def chosen_terms(args):
     """What the flags set of a key's row.  Raises ConfigError."""
-    found = {}
-    for name, parse in TERMS.items():
-        text = getattr(args, name)
-        try:
-            found.update({name: parse(text)} if text is not None else {})
-        except ValueError as error:
-            raise ConfigError(f"--{name} {text}: {error}") from None
+    said = {name: getattr(args, name) for name in TERMS if getattr(args, name) is not None}
+    found = {name: TERMS[name][0](text) for name, text in said.items()}
+    for name, value in found.items():
+        if value is None:
+            raise ConfigError(f"--{name} {said[name]}: {TERMS[name][1]}")
     return found
 
 
@@ -9944,14 +9962,15 @@ def terms_text(terms):
     return "  ".join(filter(None, (
         ",".join(f"{name}={number}" for name, number in terms.limits.items()),
         f"priority {terms.priority}" if terms.priority != "normal" else "",
-        f"models {','.join(terms.models)}" if terms.models else "", f"until {terms.expires}" if terms.expires else "")))
+        f"models {','.join(terms.models)}" if terms.models else "",
+        f"until {terms.expires}" if terms.expires else "")))
 
 
 def say_what_it_may(row):
     rights = ["admin"] if "admin" in row["rights"] else row["rights"]
     may = " and ".join(MAY[right] for right in rights if right in MAY)
-    print(printable(f"lmgateway: {row['name']} may {may}; " + (terms_text(terms_of(row)) or "without limits")),
-          file=sys.stderr)
+    terms = terms_text(terms_of(row)) or "without limits"
+    print(printable(f"lmgateway: {row['name']} may {may}; {terms}"), file=sys.stderr)
 
 
 def new_key(args, config):
@@ -9974,17 +9993,24 @@ def new_key(args, config):
     return 0
 
 
+def row_of(file, rows, flag, name):
+    """The row of that name.  Raises ConfigError."""
+    for row in rows:
+        if row["name"] == name:
+            return row
+    raise ConfigError(f"{flag} {name}: no such key in {file.path}; --list-keys shows them")
+
+
 def set_key(args, config):
     """--set-key NAME: change what a key may; a running gateway notices within a second."""
     chosen = chosen_terms(args)
     if not chosen:
-        raise ConfigError(f"--set-key {args.set_key}: say what to change, with {', '.join(map(flag_of, TERMS))}")
+        raise ConfigError(f"--set-key {args.set_key}: say what to change, with "
+                          + ", ".join(map(flag_of, TERMS)))
     with changing_keys(config) as (file, rows):
-        found = [row for row in rows if row["name"] == args.set_key]
-        if not found:
-            raise ConfigError(f"--set-key {args.set_key}: no such key in {file.path}; --list-keys shows them")
-        change_row(found[0], chosen)
-    say_what_it_may(found[0])
+        row = row_of(file, rows, "--set-key", args.set_key)
+        change_row(row, chosen)
+    say_what_it_may(row)
     return 0
 
 
@@ -10006,11 +10032,7 @@ def list_keys(args, config):
 def revoke_key(args, config):
     """--revoke-key NAME: a running gateway notices within a second."""
     with changing_keys(config) as (file, rows):
-        left = [row for row in rows if row["name"] != args.revoke_key]
-        if len(left) == len(rows):
-            raise ConfigError(f"--revoke-key {args.revoke_key}: no such key in {file.path}; --list-keys "
-                              "shows them")
-        rows[:] = left
+        rows.remove(row_of(file, rows, "--revoke-key", args.revoke_key))
     print(f"lmgateway: {args.revoke_key} is revoked", file=sys.stderr)
     return 0
 
@@ -10063,21 +10085,21 @@ def chosen_events(text):
 class Printer:
     """Events as JSON lines, or as aligned lines for people.  Flushes after each batch.
 
-    On a terminal with live, the running requests stand below the lines as cards, redrawn in place."""
+    On a terminal something stands below the lines and is redrawn in place: with live the running requests
+    as cards, else the latest progress, which becomes a line when something else comes."""
 
     TICK_S = 0.5    # the cards' clocks are redrawn so often
 
     def __init__(self, out, as_json, chosen, live):
         self._out, self._json, self._chosen = out, as_json, chosen
         self._epoch, self._seq = secrets.token_hex(4), 0
-        capable = is_terminal(out) and not as_json
-        if capable and os.name == "nt":
+        self._redraws = is_terminal(out) and not as_json
+        if self._redraws and os.name == "nt":
             os.system("")  # Windows' console understands escape sequences from here on
-        self._colour = capable and not os.environ.get("NO_COLOR")
-        self.cards: Any = Cards(bar_marks(out.encoding)) if capable and live else None
-        self._inline = capable and not live     # progress is redrawn in its line
-        self._unended = False  # such a line stands there
-        self._drawn = []  # the lines of the cards that stand on the screen
+        self._colour = self._redraws and not os.environ.get("NO_COLOR")
+        self.cards: Any = Cards(bar_marks(out.encoding)) if self._redraws and live else None
+        self._progress = []  # without cards: the latest
+        self._drawn = []  # (line, its colour) of what stands below
         self._ticked = 0.0
 
     def __call__(self, events):
@@ -10092,10 +10114,17 @@ class Printer:
         for event_id, event in identified:
             if self.cards:
                 self.cards.take(event, time.monotonic())
-            if self._chosen(event.name):
-                parts.append(json_line(event_id, event) if self._json else self._line(event))
+            if not self._chosen(event.name):
+                continue
+            if self._json:
+                parts.append(json_line(event_id, event))
+            elif not self._redraws or not shown_on_cards(event):
+                parts += itertools.starmap(self._painted, [*self._progress, self._line(event)])
+                self._progress = []
+            elif event.name in PROGRESS and not self.cards:
+                self._progress = [self._line(event)]
         text = "".join(parts)
-        if self.cards:
+        if self._redraws:
             text = self._screen(text)
         if text:
             self._out.write(text)
@@ -10108,44 +10137,35 @@ class Printer:
 
     def finish(self):
         """Take the cards off the screen."""
-        if self._drawn or self._unended:
-            self._out.write(erasure(self._drawn, shutil.get_terminal_size()) + "\n" * self._unended)
+        if self.cards and self._drawn:
+            self._out.write(self._erasure(shutil.get_terminal_size()))
             self._out.flush()
-            self._drawn, self._unended = [], False
+            self._drawn = []
 
     def _screen(self, text):
-        """The bytes that show text above the cards; empty when nothing changed."""
+        """The bytes that show text above what is redrawn; empty when nothing changed."""
         size, self._ticked = shutil.get_terminal_size(), time.monotonic()
-        cards = self.cards.lines(self._ticked, size.columns - 1, size.lines - 1)
-        if not text and cards == self._drawn:
+        below = self._progress if not self.cards else [
+            (line, CARD_COLOURS.get(line.partition(" ")[0], "0"))
+            for line in self.cards.lines(self._ticked, size.columns - 1, size.lines - 1)]
+        if not text and below == self._drawn:
             return ""
-        text = erasure(self._drawn, size) + text + "".join(
-            self._painted(line, CARD_COLOURS.get(line.partition(" ")[0], "0")) for line in cards)
-        self._drawn = cards
+        text = self._erasure(size) + text + "".join(itertools.starmap(self._painted, below))
+        self._drawn = below
         return text
 
+    def _erasure(self, size):
+        return erasure([line for line, _ in self._drawn], size)
+
     def _line(self, event):
-        """A line for people.  What may be redrawn, and an excerpt of the log, is cut at the edge of a
-        terminal; any other line goes on in the next row."""
-        if self.cards and shown_on_cards(event):
-            return ""
+        """(line for people, its colour).  What may be redrawn, and an excerpt of the log, is cut at the edge
+        of a terminal; any other line goes on in the next row."""
         time_of_day = printable(str(event.data.get("timestamp", ""))[11:19])
         name = printable(event.name.replace("lmstudio_", ""))
         line = f"{time_of_day:8}  {name:18}  {summary(event)}".rstrip()
-        if (self.cards or self._inline) and event.name in (*PROGRESS, "lmstudio_log"):
+        if self._redraws and event.name in (*PROGRESS, "lmstudio_log"):
             line = clipped(line, shutil.get_terminal_size().columns - 1)
-        painted = self._painted(line, EVENTS[event.name].colour if event.name in EVENTS else "0")
-        return self._in_place(event, painted) if self._inline else painted
-
-    def _in_place(self, event, painted):
-        """A line of a replay: one of progress takes the place of the one before it."""
-        before, self._unended = self._unended, shown_on_cards(event)
-        if not self._unended:
-            return "\n" * before + painted
-        if event.name not in PROGRESS:
-            self._unended = before
-            return ""
-        return "\r\x1b[J" * before + painted[:-1]
+        return line, EVENTS[event.name].colour if event.name in EVENTS else "0"
 
     def _painted(self, line, colour):
         return f"\x1b[{colour}m{line}\x1b[0m\n" if self._colour and colour != "0" else line + "\n"
@@ -10259,7 +10279,7 @@ def doing(record, age_s, marks):
         percent, total, read = (known.get(name) for name in ("percent", "promptTokens", "promptTokensRead"))
         full = max(0, min(8, round((percent or 0) / 12.5)))
         words = ["PREFILL", marks[0] * full + marks[1] * (8 - full), f"{percent or 0:.0f} %", eta,
-                 "" if not total or read is None else f"{read:,}/{total:,} tok",
+                 "" if not total or read is None else f"{read:,}/{total:,}",
                  per_second(known.get("promptTokensPerSecond")), elapsed]     # fits into 80 columns
     else:
         place = f"{record['position']} of {record['waiting']}" if record.get("position") else ""
@@ -10393,20 +10413,10 @@ EVENTS = {  # every event of the stream; a test holds the README's table to it
 }
 
 
-def events_table():
-    """The README's table of events; a test holds the README to it."""
-    return "\n".join(["| event | says |", "|---|---|",
-                      *(f"| `{name}` | {row.about} |" for name, row in EVENTS.items())])
-
-
-def readme_tables():
-    """The tables that the README takes from this file; .ci/readme writes them into it."""
-    return [options_table(), routes_table(), events_table()]
-
-
 # --- 9.4 commands that print events: --tail-only and --watch -----------------
 
 
+@contextlib.contextmanager
 def open_printer(args, live):
     """A Printer on stdout that makes room for our log on the same terminal.  Raises StartError."""
     if sys.stdout is None:
@@ -10416,51 +10426,44 @@ def open_printer(args, live):
     printer = Printer(sys.stdout, args.json, chosen_events(args.events), live)
     for handler in log.handlers:
         handler.addFilter(lambda record: printer.finish() or True)
-    return printer
-
-
-class LogRecords:
-    """The records of the requests that a log tells of, without a gateway.  A call takes events in."""
-
-    def __init__(self):
-        self._requests = Requests("", keep=0)
-
-    def __call__(self, events, clock=0.0):
-        """The Records that have changed, those that are over included."""
-        told = self._requests.see(events, clock)
-        over, self._requests.changed = self._requests.changed, []
-        return list({record.id: record for record in (*told, *over)}.values())
-
-
-def tail_only(args, config):
-    """--tail-only: replay PATHs, or follow the live log until a signal.  Returns the exit status."""
-    printer = open_printer(args, live=not args.paths)
     try:
-        if args.paths:
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-            freeze_start_up()
-            replay(saved_logs(args.paths), printer)
-            return 0
-        stop = Stop()
-        directory = log_dir_of(config)
-        follower = Follower(directory, args.from_start, time.time())
-        log.info("lmgateway %s, log directory: %s", VERSION, directory)
-        freeze_start_up()
-        Monitor(follower).run(with_cards(printer), lambda seconds: printer.tick() or stop.wait(seconds))
-        return stop.status
+        yield printer
     finally:
         with contextlib.suppress(OSError):
             printer.finish()
 
 
+def changed_records(requests, events, clock=0.0):
+    """The Records of Requests that change with a log's events, those that are over included."""
+    told = requests.see(events, clock)
+    over, requests.changed = requests.changed, []
+    return {record.id: record for record in (*told, *over)}.values()
+
+
+def tail_only(args, config):
+    """--tail-only: replay PATHs, or follow the live log until a signal.  Returns the exit status."""
+    with open_printer(args, live=not args.paths) as printer:
+        if args.paths:
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+            freeze_start_up()
+            replay(saved_logs(args.paths), printer)
+            return 0
+        stop, directory = Stop(), log_dir_of(config)
+        follower = Follower(directory, args.from_start, time.time())
+        log.info("lmgateway %s, log directory: %s", VERSION, directory)
+        freeze_start_up()
+        Monitor(follower).run(with_cards(printer), lambda seconds: printer.tick() or stop.wait(seconds))
+        return stop.status
+
+
 def with_cards(printer):
     """A function that prints a log's events, and shows its chats on the printer's cards."""
-    records = LogRecords()
+    requests = Requests("", keep=0)
 
     def publish(events):
         if printer.cards:
             clock = time.monotonic()
-            for record in records(events, clock):
+            for record in changed_records(requests, events, clock):
                 printer.cards.take(record.progress_event("", clock), clock)
         printer(events)
 
@@ -10487,9 +10490,9 @@ def report(args, config):
     with naming_history(config), contextlib.closing(open_history(file)) as kept, history_errors():
         if args.paths:
             freeze_start_up()
-            records = LogRecords()
-            replay(saved_logs(args.paths), lambda events: store_rows(
-                kept, [history_row(record) for record in records(events) if record.ended is not None]))
+            requests = Requests("", keep=0)
+            replay(saved_logs(args.paths), lambda events: store_rows(kept, [
+                history_row(record) for record in changed_records(requests, events) if record.ended is not None]))
         rows, total = usage_rows(kept, ["day", "model"]), usage_rows(kept, [])
     if args.json:
         print("\n".join(map(json.dumps, rows)))
@@ -10501,73 +10504,59 @@ def report(args, config):
     return 0
 
 
-REPORT = (  # heading, format, value of a row
-    ("day", "{:10}", lambda row: row["day"]), ("model", "{:32.32}", lambda row: printable(row["model"])),
-    ("requests", "{:>8,}", lambda row: row["requests"]), ("failed", "{:>6,}", lambda row: row["errors"]),
-    ("prompt tok", "{:>12,}", lambda row: row["promptTokens"]),
-    ("cached", "{:>6}", lambda row: share_text(row["cachedTokens"], row["promptTokens"])),
-    ("output tok", "{:>12,}", lambda row: row["completionTokens"]),
-    ("read tok/s", "{:>10}", lambda row: row["promptTokensPerSecond"] or "-"),
-    ("write tok/s", "{:>11}", lambda row: row["tokensPerSecond"] or "-"))
+REPORT = ("{day:10}  {model:32.32}  {requests:>8,}  {errors:>6,}  {promptTokens:>12,}  {cached:>6}  "
+          "{completionTokens:>12,}  {promptTokensPerSecond:>10}  {tokensPerSecond:>11}")
+REPORT_HEADS = {"day": "day", "model": "model", "requests": "requests", "errors": "failed",
+                "promptTokens": "prompt tok", "cached": "cached", "completionTokens": "output tok",
+                "promptTokensPerSecond": "read tok/s", "tokensPerSecond": "write tok/s"}
 
 
 def report_text(rows):
     """Rows as a table for people."""
-    heads = [re.sub(r"[,.]\d*", "", form).format(head) for head, form, _ in REPORT]
-    return "\n".join(["  ".join(heads),
-                      *("  ".join(form.format(value(row)) for _, form, value in REPORT) for row in rows)])
-
-
-def share_text(part, whole):
-    return f"{100 * part / whole:.0f} %" if whole else "-"
+    lines = [REPORT.replace(",}", "}").format(**REPORT_HEADS)]
+    for row in rows:
+        known = {name: "-" if value is None else value for name, value in row.items()}
+        prompt = row["promptTokens"]
+        cached = f"{100 * row['cachedTokens'] / prompt:.0f} %" if prompt else "-"
+        lines.append(REPORT.format(**{**known, "model": printable(row["model"]), "cached": cached}))
+    return "\n".join(lines)
 
 
 def watch(args, config):
     """--watch URL: print the events of another gateway until a signal.  Returns the exit status."""
-    stop, printer = Stop(), open_printer(args, live=True)
+    stop = Stop()
     news: queue.Queue[Any] = queue.Queue(1000)
     stream = GatewayStream(watched_address(args.watch), next(iter(config.api_key.values()), None),
                            "0" if args.from_start else None)
-    start_thread(stream.run, news.put, stop.wait, name="watch")
-    freeze_start_up()
-    try:
+    with open_printer(args, live=True) as printer:
+        start_thread(stream.run, news.put, stop.wait, name="watch")
+        freeze_start_up()
         while not stop.wait(0):
-            for item in drain(news, 0.1):
+            items = drain(news, 0.1)
+            printer.write([item for item in items if isinstance(item, tuple)])
+            for item in items:
                 if isinstance(item, GatewayError):
                     raise item
                 if isinstance(item, str):
                     log.warning(item)
-                else:
-                    printer.write(item)
             printer.tick()
-        return stop.status
-    finally:
-        with contextlib.suppress(OSError):
-            printer.finish()
+    return stop.status
 
 
 def drain(news, timeout_s):
-    """The items of a queue, in order: runs of pairs as lists, all else as it is.  Waits for the first."""
+    """The items of a queue, in order.  Waits for the first."""
     found: list[Any] = []
     with contextlib.suppress(queue.Empty):
         found.append(news.get(timeout=timeout_s))
         while len(found) < 500:
             found.append(news.get_nowait())
-    for pairs, run in itertools.groupby(found, lambda item: isinstance(item, tuple)):
-        items = list(run)
-        yield from [items] if pairs else items
+    return found
 
 
 def watched_address(text):
     """The URL of a gateway's stream from an address as people type it.  Raises ConfigError."""
-    url = text if "://" in text else f"http://{text}"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.port != 0 and bool(
-            (parts.hostname or "").encode("idna"))
-    except ValueError:
-        usable = False
-    if not usable or not re.fullmatch(r"[!-~]+", url):
+    parts = http_parts(text if "://" in text else f"http://{text}")
+    if not parts:
         raise ConfigError(f"--watch {text}: no address of a gateway; use the form http://192.168.1.20:8001")
     path = parts.path.rstrip("/")
     return parts._replace(path=path if path.endswith("/debug/stream") else path + "/debug/stream",
@@ -10709,16 +10698,18 @@ def serve(args, config):
     stop = Stop()
     with contextlib.ExitStack() as cleanup:
         cleanup.enter_context(LogWriter(log.handlers[0]))
-        config = start_demo(config, cleanup) if args.demo else find_upstream(config)
+        demo = Demo(cleanup) if args.demo else None
+        config = demo.config(config) if demo else find_upstream(config)
         check_exposure(config)
         check_upstream(config)
         context = tls_context(config)
         history = open_history_file(config, cleanup)
-        hub = Hub(config.requests_kept, history and history.keep)
+        hub = Hub(config.requests_kept, history and history.keep, *((demo.now, demo.clock) if demo else ()))
         upstream = Upstream(config.upstream, config.upstream_token)
         monitor = open_monitor(config, upstream)
         gateway = Gateway(config, hub, upstream, monitor, history)
-        gateway.demo = bool(args.demo)
+        if demo:
+            demo.furnish(gateway)
         server = gateway.server = open_server(gateway, context)
         if monitor:     # only now: a port in use is said in one line
             start_thread(run_monitor, monitor, hub, stop, name="tail")
@@ -10727,22 +10718,22 @@ def serve(args, config):
         start_thread(server.serve_forever, 0.1, name="accept")
         announce(gateway, server.port, args.demo)
         freeze_start_up()
-        if args.demo:
-            start_thread(demo_traffic, page_url(config, server.port), config.api_key.get("demo", ""),
-                         stop.wait, name="demo-traffic")
+        if demo:
+            start_thread(demo.traffic, page_url(config, server.port), stop.wait, name="demo-traffic")
         if args.open:
             start_thread(open_browser, page_url(config, server.port), name="browser")
         notify("READY=1")
         keep_watchdog(stop, server)
         notify("STOPPING=1")
-        log.info("Stopping: %d requests are running, they have %.0f s", server.working, GRACE_S)
+        grace_s = 0.5 if demo else GRACE_S      # the demo's own are never done
+        log.info("Stopping: %d requests are running, they have %.1f s", server.working, grace_s)
         server.shutdown()
-        server.finish_requests(GRACE_S)
+        server.finish_requests(grace_s)
     return 0
 
 
 def open_browser(url):
-    """--open: show the dashboard.  Body of a thread, because some browsers hold up whoever starts them."""
+    """--open: show the dashboard.  Body of a thread: some browsers hold up the program that starts them."""
     import webbrowser
 
     if not webbrowser.open(url):
@@ -10757,19 +10748,6 @@ def open_history_file(config, cleanup):
         history = History(config.history, config.history_days)
     cleanup.callback(history.close)
     return history
-
-
-def start_demo(config, cleanup):
-    """Start the imitation; gives the Config that points to it, with a key for the demo's own traffic if
-    keys are asked for.  Minted keys count only when their file is named: trying it must not need one."""
-    directory = tempfile.mkdtemp(prefix="lmgateway-demo-")
-    cleanup.callback(shutil.rmtree, directory, ignore_errors=True)
-    demo = DemoServer(directory)
-    cleanup.callback(demo.stop)
-    demo.start()
-    keys = {"demo": mint_key(), **config.api_key} if config.api_key or config.keys_file else {}
-    return config.but(upstream=demo.url, log_dir=directory, enable_log_monitoring=True, api_key=keys,
-                      keys_file=config.keys_file or os.path.join(directory, "keys.json"))
 
 
 def find_upstream(config):
@@ -10788,19 +10766,18 @@ def check_exposure(config):
     open_key_file(config)
     if not loopback(config.host) and not AccessControl(config).need_key and not config.no_auth:
         raise ConfigError(f"{config.named('host')} listens beyond this machine, and no key "
-                          "is set: mint one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to "
+                          "is set; mint one with --new-key NAME, set GATEWAY_API_KEY, or say --no-auth to "
                           "let everybody in")
 
 
 def check_upstream(config):
     """Raises ConfigError if the upstream is this gateway itself."""
     parts = urllib.parse.urlsplit(config.upstream)
-    if config.port != (parts.port or (443 if parts.scheme == "https" else 80)):
-        return
-    theirs, ours = resolved(parts.hostname), resolved(config.host)
-    if theirs & ours or config.host in ANYWHERE and any(map(is_own_address, theirs)):
-        raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
-                          "as http://127.0.0.1:1234")
+    if config.port == (parts.port or (443 if parts.scheme == "https" else 80)):
+        ours = {"127.0.0.1", "::1", *lan_addresses()} if config.host in ANYWHERE else resolved(config.host)
+        if ours & resolved(parts.hostname):
+            raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
+                              "as http://127.0.0.1:1234")
 
 
 def open_monitor(config, upstream=None):
@@ -10829,46 +10806,32 @@ def open_server(gateway, context):
     try:
         return Server(gateway, config.host, config.port, context)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise StartError(port_in_use(config)) from None
-        raise StartError(f"cannot listen on {config.host}:{config.port}: {error_text(error)}; choose "
-                         "another address with --host (GATEWAY_HOST) and --port") from None
+        raise StartError(listen_problem(config, error)) from None
 
 
-def port_in_use(config):
-    """Who has our port, with the remedy."""
-    url = page_url(config, config.port)
+def listen_problem(config, error):
+    """Why nobody can listen at our address, with the remedy."""
+    host, port, url = config.host, config.port, page_url(config, config.port)
+    if error.errno != errno.EADDRINUSE:
+        return (f"cannot listen on {host}:{port}: {error_text(error)}; choose another address with --host "
+                "(GATEWAY_HOST) and --port")
     if is_lmgateway(url):
         return f"lmgateway already runs there: {url}; open that, stop it, or choose another port with --port"
-    return (f"port {config.port} is in use on {config.host}: stop the program that has it "
-            f"({port_question(config.port)} tells which it is) or choose another with --port (GATEWAY_PORT)")
-
-
-def port_question(port):
-    """The command that names the holder of a port."""
-    if os.name == "nt":
-        return f"netstat -ano | findstr :{port}"
-    return f"lsof -i :{port}" if sys.platform == "darwin" else f"ss -ltnp 'sport = :{port}'"
-
-
-def fetch(url, path):
-    """(status, body) of a GET; (0, b"") without an answer within a second."""
-    parts, context = urllib.parse.urlsplit(url), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing secret is sent
-    with contextlib.suppress(*BROKEN, ValueError):
-        connection = (functools.partial(http.client.HTTPSConnection, context=context)
-                      if parts.scheme == "https" else http.client.HTTPConnection)
-        with contextlib.closing(connection(parts.hostname, parts.port, timeout=1.0)) as asked:
-            asked.request("GET", path)
-            answer = asked.getresponse()
-            return answer.status, answer.read(65536)
-    return 0, b""
+    tell = {"win32": f"netstat -ano | findstr :{port}", "darwin": f"lsof -i :{port}"}.get(
+        sys.platform, f"ss -ltnp 'sport = :{port}'")
+    return (f"port {port} is in use on {host}; stop the program that has it ({tell} tells which it is), or "
+            "choose another with --port (GATEWAY_PORT)")
 
 
 def is_lmgateway(url):
-    """True when an lmgateway answers there: its /health names a version, its page itself."""
-    known = json_object(fetch(url, "/health")[1]) or {}
-    return {"uptime", "version"} <= known.keys() or b"<title>lmgateway" in fetch(url, "/")[1]
+    """True when the page of an lmgateway answers there within a second."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing secret is sent
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}),
+                                         urllib.request.HTTPSHandler(context=context))
+    with contextlib.suppress(*BROKEN, ValueError), opener.open(url, timeout=1.0) as page:
+        return b"<title>lmgateway" in page.read(4096)
+    return False
 
 
 def tls_context(config):
@@ -10897,12 +10860,12 @@ def own_url(config, host, port):
 
 
 def page_url(config, port):
-    """Where a browser of this machine finds the dashboard."""
+    """The URL of the dashboard for a browser of this machine."""
     return own_url(config, "127.0.0.1" if config.host in ANYWHERE else config.host, port)
 
 
 def announce(gateway, port, demo):
-    """What a person needs to know first.  Never a key."""
+    """Log the facts that a person needs first.  Never a key."""
     config, monitor = gateway.config, gateway.monitor
     here = page_url(config, port)
     base = gateway.lan_urls[0] if gateway.lan_urls else here
@@ -10926,7 +10889,6 @@ def announce(gateway, port, demo):
 # --- 9.6 addresses of this machine -------------------------------------------
 
 ANYWHERE = ("", "0.0.0.0", "::")
-NOWHERE = ("192.0.2.1", 9)  # kept for documentation (RFC 5737); to connect UDP there sends nothing
 
 
 def reachable(config):
@@ -10940,7 +10902,7 @@ def lan_addresses():
     """The IPv4 address with which this machine goes out; without a way out, those of its name."""
     found = set()
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect(NOWHERE)
+        sock.connect(("192.0.2.1", 9))  # kept for documentation (RFC 5737); to connect UDP sends nothing
         found.add(sock.getsockname()[0])
     usable = map(ipaddress.ip_address, sorted(found or resolved(socket.gethostname())))
     return [str(address) for address in usable
@@ -10952,15 +10914,6 @@ def resolved(host):
     with contextlib.suppress(OSError, UnicodeError):
         return {str(row[4][0]) for row in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     return set()
-
-
-def is_own_address(address):
-    """True when this machine has the address."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family) as sock:
-        sock.bind((address, 0))
-        return True
-    return False
 
 
 # --- 9.7 services: systemd and launchd ---------------------------------------
@@ -11019,305 +10972,241 @@ def print_launchd(args, config):
 
 
 # --- 9.8 --check -------------------------------------------------------------
-# A check is one row of CHECKS: a function that looks at one thing and yields its findings.
+# A check is one row of CHECKS: it looks at one thing and yields its findings, (mark, finding, remedy).
 
-
-class Finding(NamedTuple):
-    mark: str  # "ok", "warn" or "bad"
-    what: str
-    remedy: str = ""
-
-
-fine, concern, amiss = map(functools.partial, [Finding] * 3, ("ok", "warn", "bad"))
-SETTINGS_MENU = "LM Studio: Developer > Server settings"
+SERVER_MENU = "LM Studio: Developer > Server settings"
 LOGS_MENU = 'LM Studio: Developer Logs, "..." menu'
 
 
 class Installation:
-    """What the checks look at, each part looked at once, when a check first asks for it."""
-
-    CHECKED_BYTES = 4_000_000  # of the newest log
+    """Everything that several checks look at."""
 
     def __init__(self, args, environ):
         self.config, self.warnings, self.errors = load_config(vars(args), environ, args.env_file)
         self.env_file, self.home = args.env_file or ".env", find_home()
         self.log_dir = self.config.log_dir or find_log_dir(self.home)
-        self.exposed = not loopback(self.config.host)
+        self.upstream = Upstream(find_upstream(self.config).upstream, self.config.upstream_token)
 
     @functools.cached_property
-    def settings(self):
-        """LM Studio's settings, or the exception that says why there are none."""
-        return value_or_error(read_settings, self.home)
-
-    @functools.cached_property
-    def newest(self):
-        """The newest LogFile, None without any, or the OSError of the directory."""
-        logs = value_or_error(list_logs, self.log_dir)
-        return logs if isinstance(logs, OSError) else logs[-1] if logs else None
-
-    @functools.cached_property
-    def parser(self):
-        """A Parser that has read the end of the newest log, or the OSError of that file."""
-        return value_or_error(self._read_newest)
-
-    def _read_newest(self):
-        parser = Parser()
-        with open(self.newest.path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - self.CHECKED_BYTES))
-            parser.feed(file.read(self.CHECKED_BYTES))
+    def log(self):
+        """(path, stat, Parser of its last 4 MB) of the newest log, None without any.  Raises OSError."""
+        logs, parser, most = list_logs(self.log_dir), Parser(), 4_000_000
+        if not logs:
+            return None
+        with open(logs[-1].path, "rb") as file:
+            state = os.fstat(file.fileno())
+            file.seek(max(0, state.st_size - most))
+            parser.feed(file.read(most))
         parser.end()
-        return parser
-
-
-def value_or_error(function, *args):
-    try:
-        return function(*args)
-    except (OSError, ValueError) as error:
-        return error
-
-
-def check_python(found):
-    yield fine(f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
-               f"lmgateway {VERSION}")
+        return logs[-1].path, state, parser
 
 
 def refused(error):
-    """The Finding of an error of ours, whose remedy stands behind its last semicolon."""
-    what, _, remedy = str(error).rpartition("; ")
-    return amiss(what or remedy, remedy if what else "see --help and the README")
+    """The finding of an error of ours: its remedy stands behind the last semicolon."""
+    finding, _, remedy = str(error).rpartition("; ")
+    return "bad", finding or remedy, remedy if finding else "see --help and the README"
+
+
+def check_python(found):
+    yield "ok", (f"Python {platform.python_version()} on {platform.system()} {platform.release()}, "
+                 f"lmgateway {VERSION}")
 
 
 def check_options(found):
     yield from map(refused, found.errors)
     for warning in found.warnings:
-        yield concern(warning, "correct it, or take it away")
+        yield "warn", warning, "correct it, or take it away"
     for name, source in found.config.sources.items():
         variable = next(row.variable for row in OPTIONS if row.name == name)
         value = "set" if variable in SECRET else getattr(found.config, name)
-        yield fine(f"{variable}: {value} (from {source})")
+        yield "ok", f"{variable}: {value} (from {source})"
     log_file = found.config.log_file
     if log_file and not os.access(os.path.dirname(os.path.abspath(log_file)), os.W_OK):
-        yield amiss(f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours")
+        yield "bad", f"LOG_FILE {log_file} cannot be written", "name a file in a directory of yours"
     if not found.config.sources and not found.errors:
-        yield fine("each has its default")
+        yield "ok", "each has its default"
 
 
 def check_port(found):
-    config, own = found.config, f"port {found.config.port} of {found.config.host}"
+    host, port = found.config.host, found.config.port
     try:
-        with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as sock:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
             if os.name != "nt":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((config.host, config.port))
-        yield fine(f"{own} is free" if config.port else "the system will choose one")
+            sock.bind((host, port))
+        yield "ok", f"port {port} of {host} is free" if port else "the system will choose one"
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            yield amiss(f"cannot listen on {own}: {error_text(error)}",
-                        "choose others with --host and --port")
-        elif is_lmgateway(page_url(config, config.port)):
-            yield fine(f"{own} is held by a running lmgateway")
-        else:
-            yield amiss(f"{own} is held by another program", f"stop it ({port_question(config.port)} tells "
-                        "which it is), or choose another with --port")
+        problem, url = listen_problem(found.config, error), page_url(found.config, port)
+        yield ("ok", f"a running lmgateway has it: {url}") if url in problem else refused(problem)
 
 
 def check_lmstudio(found):
-    upstream = find_upstream(found.config).upstream
-    what, _, remedy = Upstream(upstream).health().partition(". ")
-    port = settings_port(found.settings) if isinstance(found.settings, dict) else None
-    if is_lmgateway(upstream):
-        yield amiss(f"another lmgateway answers at {upstream}", "name LM Studio's own server with --upstream "
-                    "(LMSTUDIO_BASE_URL), such as http://127.0.0.1:1234")
-    elif not what:
-        yield fine(f"LM Studio answers at {upstream}")
-    elif port and not upstream.endswith(f":{port}"):
-        yield amiss(what, f"its settings say port {port}: give that to --upstream (LMSTUDIO_BASE_URL). "
-                    + remedy)
+    url, (problem, _, remedy) = found.upstream.base, found.upstream.health().partition(". ")
+    settings = find_upstream(Config()).upstream
+    if is_lmgateway(url):
+        yield ("bad", f"another lmgateway answers at {url}",
+               "name LM Studio's own server (http://127.0.0.1:1234, say) with --upstream (LMSTUDIO_BASE_URL)")
+    elif not problem:
+        yield "ok", f"LM Studio answers at {url}"
     else:
-        yield amiss(what, remedy)
+        yield "bad", problem, remedy if settings in (url, Config().upstream) else (
+            f"its settings say {settings}: give that to --upstream (LMSTUDIO_BASE_URL). {remedy}")
 
 
 def check_settings(found):
-    settings, path = found.settings, settings_path(found.home)
-    if not isinstance(settings, dict):
-        yield concern(f"LM Studio's settings {path} cannot be read: {error_text(settings)}",
-                      "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
+    path = settings_path(found.home)
+    try:
+        settings = read_settings(found.home)
+    except (OSError, ValueError) as error:
+        yield ("warn", f"LM Studio's settings {path} cannot be read: {error_text(error)}",
+               "start LM Studio's server once, and run lmgateway as the user who runs LM Studio")
         return
     network = settings.get("networkInterface")
     network = network if isinstance(network, str) else ""
-    yield fine(f"{path}: port {settings_port(settings) or 'not named'}, interface {network or 'not named'}")
+    yield "ok", f"{path}: port {settings_port(settings) or 'not named'}, interface {network or 'not named'}"
     if network and not loopback(network):
-        yield concern(f"LM Studio itself listens on the network ({network}): requests that go there pass by "
-                      "this gateway, its keys and figures", f"{SETTINGS_MENU} > Serve on Local Network: off")
-    for name, value, finding in SETTINGS:
+        yield ("warn", f"LM Studio itself listens on the network ({network}): requests that go there pass by "
+               "this gateway, its keys and figures", f"{SERVER_MENU} > Serve on Local Network: off")
+    for name, value, *finding in SETTINGS:
         if settings.get(name) == value and type(settings.get(name)) is type(value):
             yield finding
 
 
-SETTINGS = (  # (a setting of LM Studio, its value, what to say of that)
-    ("cors", True, concern(
-        "LM Studio allows every web page to call it (CORS)", f"{SETTINGS_MENU} > Enable CORS: off; name the "
-        "origins that may call the gateway with --cors-origins")),
-    ("fileLoggingMode", "off", amiss(
-        "LM Studio writes no log files: there is nothing to monitor",
-        f"{LOGS_MENU} > File Logging Mode: Succinct")),
-    ("verbose", False, concern(
-        "verbose logging is off: no cache, token and speed figures of streams",
-        f"{LOGS_MENU} > Verbose Logging: on")),
-    ("verbose", True, fine("verbose logging is on")),
-    ("logSensitiveData", True, concern(
-        "prompts and answers stand in LM Studio's logs in clear text", f"{LOGS_MENU} > Redact Content: on, "
-        "if others can read this disk (figures of plain requests then go, too)")),
-    ("logSensitiveData", False, fine("prompts and answers are redacted in LM Studio's logs")),
-    ("logIncomingTokens", True, concern(
-        "every token is logged: the files grow with the square of an answer's length",
-        f"{LOGS_MENU} > Log Incoming Tokens: off")),
+SETTINGS = (  # (a setting of LM Studio, its value, mark, finding, remedy)
+    ("cors", True, "warn", "LM Studio allows every web page to call it (CORS)",
+     f"{SERVER_MENU} > Enable CORS: off; name the origins that may call the gateway with --cors-origins"),
+    ("fileLoggingMode", "off", "bad", "LM Studio writes no log files: there is nothing to monitor",
+     f"{LOGS_MENU} > File Logging Mode: Succinct"),
+    ("verbose", False, "warn", "verbose logging is off: no cache, token and speed figures of streams",
+     f"{LOGS_MENU} > Verbose Logging: on"),
+    ("verbose", True, "ok", "verbose logging is on"),
+    ("logSensitiveData", True, "warn", "prompts and answers stand in LM Studio's logs in clear text",
+     f"{LOGS_MENU} > Redact Content: on, if others can read this disk (plain requests then have no figures)"),
+    ("logSensitiveData", False, "ok", "prompts and answers are redacted in LM Studio's logs"),
+    ("logIncomingTokens", True, "warn", "every token is logged: files grow with the square of an answer",
+     f"{LOGS_MENU} > Log Incoming Tokens: off"),
 )
 
 
 def check_logs(found):
-    newest, directory = found.newest, found.log_dir
     if not found.config.enable_log_monitoring:
-        yield concern("the log monitor is switched off", "ENABLE_LOG_MONITORING=true")
-    if isinstance(newest, OSError):
-        yield amiss(f"log directory {directory}: {error_text(newest)}", "start LM Studio's server once; name "
-                    "another directory with --log-dir (LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
-    elif newest is None:
-        yield amiss(f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {directory}",
-                    f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")
-    elif isinstance(found.parser, OSError):
-        yield amiss(f"{newest.path}: {error_text(found.parser)}",
-                    "let this user read it, or run as the user who runs LM Studio")
-    else:
-        yield from check_newest_log(newest.path, found.parser)
+        yield "warn", "the log monitor is switched off", "ENABLE_LOG_MONITORING=true"
+    try:
+        yield from check_newest_log(*found.log) if found.log else [(
+            "bad", f"no server logs (YYYY-MM/YYYY-MM-DD.N.log) in {found.log_dir}",
+            f"{LOGS_MENU} > File Logging Mode: Succinct, and send LM Studio a request")]
+    except OSError as error:
+        yield ("bad", f"{error.filename}: {error_text(error)}", "start LM Studio's server once; name another "
+               "directory with --log-dir (LMSTUDIO_LOG_DIR); run as the user who runs LM Studio")
     if found.config.log_source != "files":
-        upstream = Upstream(find_upstream(found.config).upstream, found.config.upstream_token)
-        stream = LogStream(upstream, None, False)
+        stream = LogStream(found.upstream, None, False)
         stream.next_news(time.monotonic())
-        yield concern(stream.problem, "LOG_SOURCE=files, or look at LM Studio") if stream.problem else fine(
-            "LM Studio gives its log as a stream, too")
-    for other in other_log_dirs(found.home, directory):
-        yield concern(f"{other} holds a newer log than {directory}", f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
+        yield ("warn", stream.problem, "LOG_SOURCE=files, or look at LM Studio") if stream.problem else (
+            "ok", "LM Studio gives its log as a stream, too")
+    written = newest_write(found.log_dir)
+    homes = {found.home, own_home() / ".lmstudio", own_home() / ".cache" / "lm-studio"}
+    for other in sorted(map(find_log_dir, homes)):
+        if newest_write(other) > written + 3600:
+            yield ("warn", f"{other} holds a newer log than {found.log_dir}",
+                   f"--log-dir {other} (LMSTUDIO_LOG_DIR)")
 
 
-def check_newest_log(path, parser):
-    state = os.stat(path)
-    age_s = time.time() - state.st_mtime
-    age = f"{age_s / 86400:.0f} days" if age_s >= 2 * 86400 else duration(max(0, age_s))
+def check_newest_log(path, state, parser):
+    age_s = max(0, time.time() - state.st_mtime)
+    age = f"{age_s / 86400:.0f} days" if age_s >= 2 * 86400 else duration(age_s)
     written = f"{path}: {shown_bytes(state.st_size)}, written {age} ago"
-    yield fine(written) if age_s <= 86400 else concern(
-        written, "see that LM Studio's server runs under this user and gets requests")
+    yield ("ok", written) if age_s <= 86400 else (
+        "warn", written, "see that LM Studio's server runs under this user and gets requests")
     if not parser.entries:
-        yield concern("no log entry in it that lmgateway knows", "send LM Studio a request and look again")
+        yield "warn", "no log entry in it that lmgateway knows", "send LM Studio a request and look again"
         return
     engines = ", ".join(sorted(name for name in parser.by_engine if name != "App")) or "the app alone"
-    yield fine(f"{parser.entries:,} entries looked at, written by: {engines}")
+    yield "ok", f"{parser.entries:,} entries looked at, written by: {engines}"
     if not parser.by_level["DEBUG"]:
-        yield concern("no DEBUG lines: no cache, token and speed figures of streams",
-                      f"{LOGS_MENU} > Verbose Logging: on")
+        yield ("warn", "no DEBUG lines: no cache, token and speed figures of streams",
+               f"{LOGS_MENU} > Verbose Logging: on")
     if parser.unknown > parser.lines / 10:
-        yield concern(f"{parser.unknown:,} of {parser.lines:,} lines have a wording that this version does "
-                      "not know", "look for a newer lmgateway; /debug/status shows samples")
-
-
-def other_log_dirs(home, directory):
-    """Log directories at LM Studio's usual places that were written more than an hour after this one."""
-    bases = {home, own_home() / ".lmstudio", own_home() / ".cache" / "lm-studio"}
-    places = {str(base / below) for base in bases for below in ("server-logs", "apps/bionic/server-logs")}
-    ours = newest_write(directory)
-    return sorted(place for place in places if newest_write(place) > ours + 3600
-                  and os.path.realpath(place) != os.path.realpath(directory))
+        yield ("warn", f"{parser.unknown:,} of {parser.lines:,} lines have a wording that is not known here",
+               "look for a newer lmgateway; /debug/status shows samples")
 
 
 def check_room(found):
     facts = LogVolume(found.log_dir, found.config.log_dir_warn).facts()
     if facts["directoryBytes"] is not None:
-        free = "unknown" if facts["freeBytes"] is None else shown_bytes(facts["freeBytes"])
-        yield fine(f"logs take {shown_bytes(facts['directoryBytes'])}, grow by "
-                   f"{shown_bytes(facts['growthBytesPerDay'])} a day; {free} are free on that disk")
+        taken, growth, free = ("unknown" if facts[name] is None else shown_bytes(facts[name])
+                               for name in ("directoryBytes", "growthBytesPerDay", "freeBytes"))
+        yield "ok", f"logs take {taken}, grow by {growth} a day; {free} are free on that disk"
     for warning in facts["warnings"]:
-        yield concern(*warning.split(": ", 1))
+        yield "warn", *warning.split(": ", 1)
 
 
 def check_keys(found):
     config, path = found.config, keys_path(found.config)
-    minted, needed = open_key_file(config)[1], AccessControl(config).need_key
-    rows = [f"{key.name} ({', '.join(sorted(key.rights))})" for key in minted]
-    rows += [f"{name} (all rights)" for name in config.api_key]
+    rows = [*(f"{key.name} ({', '.join(sorted(key.rights))})" for key in open_key_file(config)[1]),
+            *(f"{name} (all rights)" for name in config.api_key)]
+    needed = AccessControl(config).need_key
     if needed and not rows:
-        yield concern(f"a key is asked for, and there is none: all of {path} were revoked",
-                      "mint one with --new-key NAME, or remove that file")
+        yield ("warn", f"a key is asked for, and there is none: all of {path} were revoked",
+               "mint one with --new-key NAME, or remove that file")
     else:
-        yield fine(f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for")
-    if found.exposed and not needed:
-        yield (concern if config.no_auth else amiss)(
-            f"{config.host} is open to the network, and no key is set",
-            "mint one with --new-key NAME" + ", or say --no-auth to let everybody in" * (not config.no_auth))
-    for file in (path, Path(found.env_file)):
+        yield "ok", f"keys: {', '.join(rows)}" if rows else "no keys: none is asked for"
+    for file in (path, found.env_file):
         if os.name != "nt" and os.path.exists(file) and os.stat(file).st_mode & 0o044:
-            yield concern(f"{file} can be read by other users of this machine", f"chmod 600 {file}")
-
-
-FIREWALL = {"Windows": "lmgateway.ps1 -OpenFirewall",
-            "Linux": "let the port through the firewall (sudo ufw allow {port}/tcp)",
-            "Darwin": "System Settings > Network > Firewall: allow Python"}
+            yield "warn", f"{file} can be read by other users of this machine", f"chmod 600 {file}"
+    check_exposure(config)
+    if not needed and not loopback(config.host):
+        yield ("warn", f"{config.host} is open to the network, and no key is asked for",
+               "mint one with --new-key NAME")
 
 
 def check_network(found):
     config = found.config
-    encrypted = tls_context(config) is not None
-    if not found.exposed:
-        yield fine(f"{config.host}: only this machine can connect")
+    encrypted, urls = tls_context(config), [own_url(config, host, config.port) for host in reachable(config)]
+    if loopback(config.host):
+        yield "ok", f"{config.host}: only this machine can connect"
         return
-    urls = [own_url(config, address, config.port) for address in reachable(config)]
-    firewall = FIREWALL.get(platform.system(), FIREWALL["Linux"]).format(port=config.port)
-    yield fine(f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
-               f"if they do not: {firewall}")
+    firewall = {"Windows": "lmgateway.ps1 -OpenFirewall",
+                "Darwin": "System Settings > Network > Firewall: allow Python"}.get(
+        platform.system(), f"let the port through the firewall (sudo ufw allow {config.port}/tcp)")
+    yield ("ok", f"others reach it at {', '.join(urls)}" if urls else "no LAN address found",
+           f"if they do not: {firewall}")
     if not encrypted:
-        yield concern("keys and prompts pass over the LAN in clear text",
-                      "--tls-cert and --tls-key (see the README)")
-    if config.allow is None:
-        yield fine("every address may connect; IP_ALLOWLIST (--allow) can narrow that")
+        yield ("warn", "keys and prompts pass over the LAN in clear text",
+               "--tls-cert and --tls-key (see the README)")
 
 
 def check_clock(found):
-    yield fine(f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {time.strftime('%Z %z')}")
-    moment = getattr(isinstance(found.newest, LogFile) and found.parser, "last_moment", None)
-    written = moment and os.stat(found.newest.path).st_mtime
-    if moment and abs(moment.epoch - written) > 900:
-        yield concern(f"the newest log's last entry says {moment.utc}, its file {utc_text(written)}",
-                      "give lmgateway LM Studio's time zone (environment variable TZ), or set the clock")
+    yield "ok", f"{time.strftime('%Y-%m-%d %H:%M:%S')}, time zone {time.strftime('%Z %z')}"
+    with contextlib.suppress(OSError):      # another check has said so
+        if found.log and found.log[2].last_moment:
+            _, state, parser = found.log
+            if abs(parser.last_moment.epoch - state.st_mtime) > 900:
+                yield ("warn", f"the newest log's last entry says {parser.last_moment.utc}, its file "
+                       f"{utc_text(state.st_mtime)}",
+                       "give lmgateway LM Studio's time zone (environment variable TZ), or set the clock")
 
 
-CHECKS: dict[str, Callable[[Installation], Iterator[Finding]]] = {
-    "Python": check_python,         # version and system
-    "Options": check_options,       # values, where each comes from, mistakes in .env
-    "Port": check_port,             # ours is free, or taken
-    "LM Studio": check_lmstudio,    # its server answers, and it is LM Studio
-    "Settings": check_settings,     # LM Studio's own: port, interface, CORS, logging
-    "Logs": check_logs,             # directory, newest file, engine, verbose lines
-    "Room": check_room,             # size and growth of the logs, free disk
-    "Keys": check_keys,             # the keys and their rights, and whether one is needed
-    "Network": check_network,       # addresses for others, TLS
-    "Clock": check_clock,           # time, time zone, and whether the log agrees
-}
-MARKS = {"ok": GREEN, "warn": YELLOW, "bad": RED}
+CHECKS: dict[str, Callable[[Installation], Iterator]] = {
+    "Python": check_python, "Options": check_options, "Port": check_port, "LM Studio": check_lmstudio,
+    "Settings": check_settings, "Logs": check_logs, "Room": check_room, "Keys": check_keys,
+    "Network": check_network, "Clock": check_clock}
 
 
 def run_checks(args, config=None):
-    """--check: every finding in one line; 1 when something is bad, else 0.  Works whatever is broken."""
+    """--check: every finding in one line; 1 when something is bad, else 0.  A broken machine is no fault."""
     installation = Installation(args, os.environ)
-    found = [(name, finding) for name, check in CHECKS.items()
-             for finding in findings_of(check, installation)]
-    failed = any(finding.mark == "bad" for _, finding in found)
+    found = [(name, mark, finding, *(remedy or [""])) for name, check in CHECKS.items()
+             for mark, finding, *remedy in findings_of(check, installation)]
+    failed = any(mark == "bad" for _, mark, _, _ in found)
     if args.json:
-        rows = [{"check": name, **finding._asdict()} for name, finding in found]
+        rows = [dict(zip(("check", "mark", "what", "remedy"), row)) for row in found]
         print(json.dumps({"status": "bad" if failed else "ok", "version": VERSION, "findings": rows}))
         return int(failed)
-    colour = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
-    for name, (mark, what, remedy) in found:
-        shown = f"\x1b[{MARKS[mark]}m{mark:4}\x1b[0m" if colour else f"{mark:4}"
-        print(f"{shown}  {name:9}  " + printable(what + (f"  ->  {remedy}" if remedy else "")))
+    colours = {"ok": GREEN, "warn": YELLOW, "bad": RED}
+    coloured = is_terminal(sys.stdout) and not os.environ.get("NO_COLOR")
+    for name, mark, finding, remedy in found:
+        shown = f"\x1b[{colours[mark]}m{mark:4}\x1b[0m" if coloured else f"{mark:4}"
+        print(f"{shown}  {name:9}  " + printable(finding + (f"  ->  {remedy}" if remedy else "")))
     return int(failed)
 
 
@@ -11328,8 +11217,8 @@ def findings_of(check, installation):
         found.extend(check(installation))
     except GatewayError as error:
         found.append(refused(error))
-    except Exception as error:  # the end of the line: a broken machine is what --check is for
-        found.append(amiss(f"this check failed: {type(error).__name__}: {error}", "please report it"))
+    except Exception as error:  # the end of the line: --check is for broken machines
+        found.append(("bad", f"this check failed: {type(error).__name__}: {error}", "please report it"))
     return found
 
 
@@ -11346,10 +11235,13 @@ def prune(args, config):
                           "--log-dir (LMSTUDIO_LOG_DIR)") from None
     total = failed = 0
     for log_file, size in old:
-        problem = value_or_error(os.remove, log_file.path) if args.yes else None
-        failed += problem is not None
-        total += size if problem is None else 0
-        fate = f"kept, {error_text(problem)}" if problem else "removed" if args.yes else "would go"
+        fate = "removed" if args.yes else "would go"
+        try:
+            if args.yes:
+                os.remove(log_file.path)
+            total += size
+        except OSError as error:
+            fate, failed = f"kept, {error_text(error)}", failed + 1
         print(f"{fate}  {shown_bytes(size):>9}  {log_file.path}")
     count = f"{len(old) - failed} file{'s' * (len(old) - failed != 1)}, {shown_bytes(total)}"
     print(f"removed {count}" if args.yes else f"{count} older than {args.prune} days in {directory}"
@@ -11358,28 +11250,15 @@ def prune(args, config):
 
 
 def old_logs(directory, days, today):
-    """[(LogFile, bytes)] of the logs whose names are more than so many days old.
+    """[(LogFile, bytes)] of the logs that are, by their names, more than so many days old.
 
-    Never the newest, and never the one that LM Studio's own note calls its last.  Only plain files, in plain
-    directories, whose names are those of server logs.  Raises OSError when the directory cannot be listed."""
+    Never the newest.  Only plain files in plain directories, with names of server logs.  Raises OSError when the
+    directory cannot be listed."""
     first_kept = (today - datetime.timedelta(days=days)).isoformat()
-    found = list_logs(directory)
-    in_use = {(log_file.day, log_file.number) for log_file in found[-1:]} | last_written(directory)
-    old = [(log_file, os.lstat(log_file.path)) for log_file in found
+    old = [(log_file, os.lstat(log_file.path)) for log_file in list_logs(directory)[:-1]
            if log_file.day < first_kept and log_file.day[:7] == log_file.month
            and not os.path.islink(os.path.dirname(log_file.path))]
-    return [(log_file, state.st_size) for log_file, state in old
-            if stat.S_ISREG(state.st_mode) and (log_file.day, log_file.number) not in in_use]
-
-
-def last_written(directory):
-    """{(day, number)} of the file that LM Studio wrote last, by its own note (server-logs-state.json);
-    often empty."""
-    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
-        note = json.loads(Path(directory, "..", ".internal", "server-logs-state.json").read_bytes())
-        last = note["lastWrittenFile"]
-        return {(re.split(r"[\\/]", last["filePathBase"])[-1], int(last["index"]))}
-    return set()
+    return [(log_file, state.st_size) for log_file, state in old if stat.S_ISREG(state.st_mode)]
 
 
 # --- 9.10 main ---------------------------------------------------------------
@@ -11407,13 +11286,13 @@ COMMANDS = (
     Command("check", run_checks, "look for what commonly goes wrong, and say the remedy",
             companions=("json",)),
     Command("prune", prune, "show which of LM Studio's logs are older; --yes removes them", "DAYS", ("yes",)),
-    Command("new_key", new_key, "mint a key; --rights [infer], --limits, --priority, --models, --expires", "NAME", tuple(TERMS)),
+    Command("new_key", new_key, "mint a key; --rights [infer], --limits, --priority, --models, --expires",
+            "NAME", tuple(TERMS)),
     Command("set_key", set_key, "change what it may, by the same flags", "NAME", tuple(TERMS)),
     Command("list_keys", list_keys, "minted keys: rights, limits, dates; with --history the last use"),
     Command("revoke_key", revoke_key, "take a minted key away", "NAME"),
     Command("print_launchd", print_launchd, "a launchd agent for macOS; see the README"),
 )
-COMPANIONS = tuple(dict.fromkeys(name for command in COMMANDS for name in command.companions))
 USAGE = """\
 lmgateway.py [options]              gateway, log monitor and dashboard beside LM Studio
        lmgateway.py COMMAND [options]      one of the commands below"""
@@ -11428,9 +11307,10 @@ def build_parser():
                f"Only as variables: {', '.join(row.variable for row in OPTIONS if not row.flag)}. "
                "The README says more.")
     commands = parser.add_argument_group("Commands")
+    one_command = commands.add_mutually_exclusive_group()
     for command in COMMANDS:
         kind: dict[str, Any] = {"metavar": command.value} if command.value else {"action": "store_true"}
-        commands.add_argument(flag_of(command.name), help=command.about, **kind)
+        one_command.add_argument(flag_of(command.name), help=command.about, **kind)
     commands.add_argument("--yes", action="store_true", help=argparse.SUPPRESS)
     for name in TERMS:
         commands.add_argument(flag_of(name), help=argparse.SUPPRESS)
@@ -11449,18 +11329,31 @@ def build_parser():
 
 
 def add_options(parser):
-    """A flag for each row of OPTIONS that has one, in the row's group."""
-    groups = {row.group: parser.add_argument_group(row.group)
-              for row in {row.group: row for row in OPTIONS if row.flag}.values()}
-    for row in OPTIONS:
-        if row.flag:
-            kind = ({"action": "store_const", "const": "true"} if row.default is False
-                    else {"metavar": row.value})
-            default = "" if row.default in (None, False, {}) else f" [{shown_default(row)}]"
-            about = row.about.replace("%", "%%") + default
-            groups[row.group].add_argument(row.flag, dest=row.name, help=about, **kind)
-    groups["Gateway"].add_argument("--open", action="store_true", help="open the dashboard in the browser")
-    groups["Gateway"].add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
+    """A flag for each row of OPTIONS that has one, under a heading."""
+    for heading, rows in (("Gateway", GATEWAY_OPTIONS), ("Access", ACCESS_OPTIONS), ("Logs", LOG_OPTIONS)):
+        group = parser.add_argument_group(heading)
+        for row in rows:
+            if row.flag:
+                kind = {"metavar": row.value} if row.value else {"action": "store_const", "const": "true"}
+                default = "" if row.default in (None, False, (), {}) else f" [{shown_default(row)}]"
+                group.add_argument(row.flag, dest=row.name, help=row.about + default, **kind)
+        if heading == "Gateway":
+            group.add_argument("--open", action="store_true", help="open the dashboard in the browser")
+            group.add_argument("--env-file", metavar="FILE", help="read options from FILE [.env]")
+
+
+def readme_tables():
+    """The tables that the README takes from this file: .ci/readme writes them, a test compares them."""
+    options = [[f"`{row.variable}`", row.flag and f"`{row.flag}`" or "", f"`{shown_default(row)}`", row.about]
+               for row in OPTIONS]
+    routes = [[f"`{row.method} {row.path.replace('*', 'ID')}`", row.access, row.about] for row in ROUTES]
+    events = [[f"`{name}`", row.about] for name, row in EVENTS.items()]
+    return ["\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|",
+                       *(f"| {' | '.join(row)} |" for row in rows)])
+            for heads, rows in ((("variable", "flag", "default", "meaning"), options),
+                                (("route", "needs", "answer"),
+                                 [*routes, ["every other", FORWARD.access, FORWARD.about]]),
+                                (("event", "says"), events))]
 
 
 class Arguments(argparse.ArgumentParser):
@@ -11482,40 +11375,28 @@ class Arguments(argparse.ArgumentParser):
         raise ConfigError(message if message.endswith("?") else f"{message}; see --help")
 
 
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
-
 def chosen_command(args):
     """The Command that args name, None for the gateway.  Raises ConfigError for flags that do not go
-    together."""
-    chosen = [command for command in COMMANDS if getattr(args, command.name) not in (None, False)]
-    if args.paths and not any(command.paths for command in chosen):
+    together, and for a value that cannot be used."""
+    chosen = next((command for command in COMMANDS if getattr(args, command.name) not in (None, False)), None)
+    if args.paths and not (chosen and chosen.paths):
         meant = nearest(args.paths[0], [flag_of(command.name) for command in COMMANDS])[2:]
         raise ConfigError(f"{args.paths[0]}: " + (
             meant or "a path goes with --tail-only or --report; see --help"))
-    if len(chosen) > 1:
-        raise ConfigError(f"{flag_of(chosen[0].name)} and {flag_of(chosen[1].name)} do not go together; "
-                          "choose one")
-    for name in COMPANIONS:
+    for name in dict.fromkeys(name for command in COMMANDS for name in command.companions):
         hosts = [command for command in COMMANDS if name in command.companions]
-        if getattr(args, name) not in (None, False) and not set(hosts) & set(chosen) and (chosen or name != "open"):
-            raise ConfigError(f"{flag_of(name)} goes with "
-                              f"{' or '.join(flag_of(command.name) for command in hosts)}")
-    return chosen[0] if chosen else None
-
-
-def check_values(args):
-    """Raises ConfigError for a command's value that cannot be used."""
+        if getattr(args, name) not in (None, False) and chosen not in hosts and (chosen or name != "open"):
+            raise ConfigError(f"{flag_of(name)} goes with {' or '.join(flag_of(command.name) for command in hosts)}"
+                              + " or no command" * (name == "open"))
     if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     if args.events is not None and not words(args.events):
         raise ConfigError("--events: name the events to print, comma-separated; see the README")
-    names = [name[1:] if name.startswith("-") else name for name in words(args.events or "")]
-    unknown = [name for name in names if name not in EVENTS]
-    if unknown:
-        raise ConfigError(f"--events: {unknown[0]} is not an event"
-                          + (nearest(unknown[0], EVENTS) or "; see the README"))
+    for name in words(args.events or ""):
+        if re.sub("^-", "", name) not in EVENTS:
+            raise ConfigError(f"--events: {name} is not an event"
+                              + (nearest(name, EVENTS) or "; see the README"))
+    return chosen
 
 
 def main(argv=None):
@@ -11526,7 +11407,6 @@ def main(argv=None):
     try:
         args = build_parser().parse_args(argv)
         command = chosen_command(args)
-        check_values(args)
         if args.check:
             return run_checks(args)     # before anything that can be wrong
         config, warnings, errors = load_config(vars(args), os.environ, args.env_file)
@@ -11599,89 +11479,77 @@ code, pre, .mono { font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Conso
 .skip:focus { left: 1rem; top: .5rem; z-index: 9; padding: .5rem 1rem; background: var(--panel); }
 :focus-visible { outline: 2px solid var(--focus); outline-offset: 2px; border-radius: 3px; }
 svg.mark { width: .95em; height: .95em; flex: none; fill: currentColor; vertical-align: -.1em; }
-.ok { color: var(--ok); } .warn { color: var(--warn); } .error { color: var(--error); }
-.queued { color: var(--queued); } .prefill { color: var(--prefill); } .decode { color: var(--decode); }
-.cached { color: var(--cached); } button, select, input { font: inherit; color: inherit; }
+/* A meaning: ink for its words and marks, fill for its areas. */
+.ok { --ink: var(--ok); } .warn { --ink: var(--warn); } .error { --ink: var(--error); --fill: var(--error); }
+.queued { --ink: var(--queued); --fill: var(--queued); } .prefill { --ink: var(--prefill); --fill: var(--fill-prefill); }
+.decode { --ink: var(--decode); --fill: var(--fill-decode); } .cached { --ink: var(--cached); --fill: var(--fill-cached); }
+.rest { --fill: var(--track); } .tone-0 { --ink: var(--tone-0); } .tone-1 { --ink: var(--tone-1); } .tone-2 { --ink: var(--tone-2); }
+.tone-3 { --ink: var(--tone-3); } .tone-4 { --ink: var(--tone-4); } .tone-5 { --ink: var(--tone-5); }
+:is(.ok, .warn, .error, .queued, .prefill, .decode, .cached, [class*="tone-"]) { color: var(--ink); }
+.swatch, .bar i, .fall .track i { background: var(--fill, currentColor); } rect { fill: var(--fill); }
+/* Things in a row */
+.head, .row, .toolbar, .states, .states li, .legend, .legend li, .details, .tools, .range, .models, .tiles, .copy, .left, .name, .banner,
+.login div, .drawer-head, .top h1, .top > div, .top nav { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem .5rem; }
+.head, .left, .name, .banner { align-items: baseline; } .top h1, .states li, .range, .left { white-space: nowrap; } .top h1, .states li, .range, .left, .name { flex-wrap: nowrap; }
+button, select, input { font: inherit; color: inherit; }
 button, select, input[type="search"], input[type="password"] { min-height: 2rem; padding: .15rem .65rem;
   background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
-button { cursor: pointer; } button:hover, select:hover { border-color: var(--muted); }
+button { cursor: pointer; white-space: nowrap; } button:hover, select:hover { border-color: var(--muted); }
 button[aria-pressed="true"] { border-color: var(--text); box-shadow: inset 0 0 0 1px var(--text); }
-button.plain { min-height: 0; padding: 0; border: 0; background: none; color: inherit; text-align: inherit; }
+button.plain { min-height: 0; padding: 0; border: 0; background: none; color: inherit; text-align: inherit; white-space: inherit; }
 button.plain:hover { text-decoration: underline; }
 button.dark { background: var(--text); border-color: var(--text); color: var(--panel); }
 button.quiet { min-height: 1.75rem; padding: .05rem .55rem; font-size: .857rem; }
 button:disabled { opacity: .5; cursor: default; } input[type="search"] { width: 15rem; max-width: 100%; }
 /* Header */
 .top { position: sticky; top: 0; z-index: 5; background: var(--panel); border-bottom: 1px solid var(--line); }
-.top > div, .top nav { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem 1.25rem; min-height: 46px;
-  max-width: 120rem; margin: 0 auto; padding: 0 1.5rem; }
+.top > div, .top nav, .states { column-gap: 1.25rem; } .top h1 { font-size: 1.15rem; font-weight: 650; } .top h1 small { font-size: .857rem; }
+.top > div, .top nav { min-height: 46px; max-width: 120rem; margin: 0 auto; padding: 0 1.5rem; }
 .top nav { min-height: 38px; padding-bottom: .35rem; }
-.top h1 { display: flex; align-items: center; gap: .5rem; font-size: 1.15rem; font-weight: 650;
-  white-space: nowrap; }
-.top h1 small { font-size: .857rem; }
 .demo { padding: 0 .5rem; border-radius: 4px; background: var(--text); color: var(--panel); font-size: .857rem; }
 .top nav a { color: var(--muted); text-decoration: none; padding: .2rem 0; }
 .top nav a:hover { color: var(--text); text-decoration: underline; }
-.states { display: flex; flex-wrap: wrap; gap: 0 1.25rem; margin-left: auto; }
-.states li { display: flex; align-items: center; gap: .4rem; white-space: nowrap; }
-.push { margin-left: auto; } .tools, .range { display: flex; align-items: center; gap: .5rem; }
-.range { gap: 0; margin-left: auto; }
+.states, .push, .range, .left { margin-left: auto; } .range { gap: 0; }
 .range button { min-height: 1.85rem; border-radius: 0; margin-left: -1px; font-size: .93rem; }
 .range button:first-child { border-radius: 6px 0 0 6px; }
 .range button:last-child { border-radius: 0 6px 6px 0; }
-.banner { display: flex; gap: .6rem; align-items: baseline; max-width: 120rem; margin: 0 auto;
-  padding: .55rem 1.5rem; border-bottom: 1px solid var(--line); background: var(--panel); }
+.banner { flex-wrap: nowrap; max-width: 120rem; margin: 0 auto; padding: .55rem 1.5rem; border-bottom: 1px solid var(--line); background: var(--panel); }
 .banner.dead { max-width: none; background: #B3261E; color: #FFFFFF; font-weight: 600; }
 main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: grid; gap: 1.5rem;
   grid-template-columns: minmax(0, 1fr); }
 .column { display: contents; }
-.head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem .75rem; margin-bottom: .6rem; }
+.head { column-gap: .75rem; margin-bottom: .6rem; }
 .box { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; }
-.empty { padding: 1.5rem 1rem; color: var(--muted); } body.dead #now, body.dead #models { opacity: .55; }
+.empty { padding: 1.5rem 1rem; color: var(--muted); } body.dead #now, body.dead #models, #models.away { opacity: .55; }
 /* Models */
-.models { display: flex; flex-wrap: wrap; gap: .6rem; }
-.models > li { flex: 1 1 19rem; max-width: 32rem; padding: .6rem .9rem; display: flex; flex-wrap: wrap;
-  align-items: center; gap: .1rem .75rem; }
-.models h3 { flex: 1 1 60%; overflow-wrap: anywhere; } .models > li.rest { flex: 0 1 auto; max-width: none; }
-.models details { width: 100%; } .models summary { cursor: pointer; }
-.models details li { display: flex; align-items: center; justify-content: space-between; gap: 1rem; padding: .2rem 0; }
+.models, .tiles { gap: .6rem; align-items: stretch; }
+.models > li { flex: 1 1 19rem; max-width: 36rem; padding: .6rem .9rem; }
+.models .row { flex-wrap: nowrap; min-height: 2rem; } .models h3 { overflow-wrap: anywhere; } .models button { flex: none; }
+.models > li.rest { flex: 0 1 auto; max-width: none; } .models summary { cursor: pointer; line-height: 2rem; }
 /* Now: how long still is the largest thing on the page */
 .cards { display: grid; gap: .75rem; }
-.card { display: grid; gap: .6rem; padding: .8rem 1.1rem .85rem; border-left: 5px solid var(--queued); }
-.card.prefill { border-left-color: var(--fill-prefill); color: inherit; }
-.card.decode { border-left-color: var(--fill-decode); color: inherit; }
-.card.ok, .card.warn, .card.error, .card.queued { color: inherit; }
-.card.ok, .card.warn { border-left-color: var(--line); } .card.error { border-left-color: var(--error); }
-.row { display: flex; flex-wrap: wrap; align-items: center; justify-content: space-between; gap: .1rem 1.25rem; }
-.row > * { min-width: 0; } .card h3 { font-size: 1.3rem; line-height: 1.25; overflow-wrap: anywhere; }
-.left { display: flex; align-items: baseline; gap: .5rem; margin-left: auto; }
-.left strong { font-size: 2.4rem; line-height: 1.05; font-weight: 650; letter-spacing: -.01em; white-space: nowrap; }
+.card { display: grid; gap: .6rem; padding: .8rem 1.1rem .85rem; border-left: 5px solid var(--fill, var(--line)); color: var(--text); }
+.row { justify-content: space-between; column-gap: 1.25rem; } .row > * { min-width: 0; } .card h3 { font-size: 1.3rem; line-height: 1.25; overflow-wrap: anywhere; }
+.left strong { font-size: 2.4rem; line-height: 1.05; font-weight: 650; letter-spacing: -.01em; }
 .bar { display: flex; height: 22px; border-radius: 5px; background: var(--track); overflow: hidden; gap: 1px; }
-.bar i { flex: 0 1 0; min-width: 0; } .bar i.cached, .swatch.cached { background: var(--fill-cached); }
-.bar i.prefill, .swatch.prefill { background: var(--fill-prefill); }
-.bar i.decode, .swatch.decode { background: var(--fill-decode); }
-.bar i.queued, .swatch.queued { background: var(--queued); }
-.legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; color: var(--muted); font-size: .93rem; }
-.legend li { display: flex; align-items: center; gap: .4rem; }
-.swatch { display: inline-block; flex: none; width: .75em; height: .75em; border-radius: 2px; background: var(--track); }
-.details { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem 1.25rem; }
-.details .speed { font-weight: 600; }
-.lines li { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .9rem; padding: .4rem 1.1rem;
-  border-top: 1px solid var(--line); overflow-wrap: anywhere; }
+.bar i { flex: 0 1 0; min-width: 0; } .legend, .details { column-gap: 1.2rem; } .legend { color: var(--muted); font-size: .93rem; }
+.swatch { display: inline-block; flex: none; width: .75em; height: .75em; border-radius: 2px; }
+.details .speed { font-weight: 600; } .details :empty { display: none; }
+.lines li { display: grid; grid-template-columns: 1rem minmax(0, 1fr) auto; align-items: center; gap: .9rem;
+  padding: .4rem 1.1rem; border-top: 1px solid var(--line); overflow-wrap: anywhere; }
 .lines li:first-child { border-top: 0; }
 .lines + .lines, .cards + .lines, .lines + .cards { margin-top: .75rem; } .lines:empty { display: none; }
 /* First run and login */
 .guide { padding: 1.25rem 1.5rem 1.5rem; display: grid; gap: 1rem; } .guide h3 { font-size: 1.3rem; }
-.copy { display: flex; align-items: stretch; gap: .5rem; max-width: 62rem; }
+.copy { align-items: stretch; flex-wrap: nowrap; max-width: 62rem; }
 .copy code { flex: 1; min-width: 0; padding: .45rem .7rem; background: var(--page); border: 1px solid var(--line);
   border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .checks li { display: grid; grid-template-columns: 1.2rem minmax(0, 1fr); gap: .1rem .5rem; padding: .2rem 0; }
 .checks p { grid-column: 2; }
 .login { width: min(34rem, 100%); justify-self: center; padding: 1.25rem 1.5rem 1.5rem; display: grid; gap: .8rem; }
-.login div { display: flex; flex-wrap: wrap; gap: .5rem; } .login input { flex: 1; min-width: 12rem; }
+.login input { flex: 1; min-width: 12rem; }
 /* Figures */
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.4rem, 1fr)); gap: .75rem; }
-.tile { padding: .65rem .75rem; min-height: 6.2rem; } .tile dt, .tile .note { color: var(--muted); }
+.tile { flex: 1 1 10.4rem; padding: .65rem .75rem; min-height: 6.2rem; } .tile dt, .tile .note { color: var(--muted); }
 .tile .figure { font-size: 1.6rem; font-weight: 600; line-height: 1.35; }
 .tile .figure small { font-size: .93rem; font-weight: 400; color: var(--muted); }
 .tile .note { font-size: .8rem; }
@@ -11691,30 +11559,27 @@ main { max-width: 120rem; margin: 0 auto; padding: 1.1rem 1.5rem 4rem; display: 
 .plots svg { display: block; width: 100%; } .plots text { fill: var(--muted); font-size: 11px; }
 .plots line { stroke: var(--line); }
 .none { display: grid; place-items: center; min-height: 236px; color: var(--muted); }
-rect.prefill { fill: var(--fill-prefill); } rect.decode { fill: var(--fill-decode); }
-rect.cached { fill: var(--fill-cached); } .tone-0 { color: var(--tone-0); } .tone-1 { color: var(--tone-1); }
-.tone-2 { color: var(--tone-2); } .tone-3 { color: var(--tone-3); } .tone-4 { color: var(--tone-4); }
-.tone-5 { color: var(--tone-5); }
-.swatch[class*="tone-"], .plots circle { background: currentColor; fill: currentColor; }
+.plots circle { fill: currentColor; }
 .plots path { fill: none; stroke: currentColor; stroke-width: 1.75; }
 .plots path.band { fill: currentColor; stroke: none; opacity: .16; }
 .twin { max-height: 260px; overflow: auto; } .wide { overflow-x: auto; }
-.people td:has(.bar) { width: 26%; } .people .bar { height: 12px; min-width: 4rem; } .people .name { display: flex; align-items: baseline; gap: .5rem; }
-.people td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 7.5rem; }
+.people td:first-child { white-space: normal; overflow-wrap: anywhere; width: 30%; min-width: 6.8rem; } .people .bar { height: 8px; margin: .2rem 0; }
+.people table { font-size: .93rem; } .people th, .people td { padding: .3rem .25rem; }
 /* Tables */
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .32rem .55rem; text-align: left; white-space: nowrap; vertical-align: baseline; }
 th { font-weight: 600; color: var(--muted); font-size: .857rem; border-bottom: 1px solid var(--line); }
 td { border-bottom: 1px solid var(--line); } tbody tr:last-child td { border-bottom: 0; }
 .num { text-align: right; }
-#table td.c-who, #table td.c-model { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+#table td.c-who, #table td.c-model { white-space: normal; overflow-wrap: anywhere; min-width: 6.6rem; }
+#table td.c-model { min-width: 9.3rem; }
 #table th { white-space: normal; vertical-align: bottom; position: sticky; top: 85px; z-index: 2; background: var(--panel); }
 #table tbody tr { cursor: pointer; }
 #table tbody tr:hover, #table tbody tr:focus-visible { background: var(--page); }
 #table tbody tr:focus-visible { outline-offset: -2px; } th button.plain { font-weight: 600; }
 th[aria-sort="ascending"] button::after { content: " \2191"; }
 th[aria-sort="descending"] button::after { content: " \2193"; }
-.toolbar { display: flex; flex-wrap: wrap; gap: .4rem .5rem; align-items: center; margin-bottom: .6rem; }
+.toolbar { row-gap: .4rem; margin-bottom: .6rem; }
 .toolbar select { max-width: 15rem; }
 .newer { position: sticky; top: 94px; z-index: 3; display: flex; justify-content: center; height: 0; }
 .newer button, #log-newer { height: 2rem; background: var(--text); color: var(--panel); border-color: var(--text);
@@ -11723,7 +11588,7 @@ th[aria-sort="descending"] button::after { content: " \2193"; }
 /* Event log */
 .log-box { position: relative; }
 #log-lines { height: 24rem; overflow: auto; padding: .4rem 0; overflow-anchor: none; overscroll-behavior: contain; }
-#log-lines li { display: grid; grid-template-columns: 5rem 1.2rem minmax(0, 1fr); gap: 0 .5rem; padding: .08rem .9rem; }
+#log-lines:empty { height: 5rem; } #log-lines li { display: grid; grid-template-columns: 5rem 1.2rem minmax(0, 1fr); gap: 0 .5rem; padding: .08rem .9rem; }
 #log-lines li[data-id] { cursor: pointer; } #log-lines li[data-id]:hover { background: var(--page); }
 #log-lines li > :last-child { overflow-wrap: anywhere; white-space: pre-wrap; }
 #log-lines li.raw > :last-child { font: .857rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace;
@@ -11740,16 +11605,13 @@ dialog::backdrop { background: rgba(10, 14, 20, .35); }
 dialog.drawer { width: min(50rem, 100vw); max-width: none; height: 100vh; max-height: none; margin: 0 0 0 auto;
   border-width: 0 0 0 1px; overflow: auto; overscroll-behavior: contain; }
 dialog.help { border-radius: 8px; max-width: 34rem; padding: 1.25rem 1.5rem; }
-.drawer-head { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .3rem .5rem; align-items: center;
-  min-height: 48px; padding: .5rem 1.25rem; background: var(--panel); border-bottom: 1px solid var(--line); z-index: 1; }
+.drawer-head { position: sticky; top: 0; min-height: 48px; padding: .5rem 1.25rem; background: var(--panel); border-bottom: 1px solid var(--line); z-index: 1; }
 .drawer-body { padding: 1rem 1.25rem 3rem; display: grid; gap: 1.4rem; grid-template-columns: minmax(0, 1fr); }
 .drawer-body h3 { margin-bottom: .4rem; } .drawer-body .facts { padding: 0; }
 .fall { display: grid; grid-template-columns: max-content minmax(0, 1fr) max-content; gap: .3rem .9rem;
   align-items: center; }
 .fall .track { position: relative; height: 14px; background: var(--track); border-radius: 4px; }
-.fall .track i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 3px; background: var(--queued); }
-.fall .track i.prefill { background: var(--fill-prefill); }
-.fall .track i.decode { background: var(--fill-decode); }
+.fall .track i { position: absolute; top: 0; bottom: 0; min-width: 2px; border-radius: 3px; }
 .fall .ticks { background: none; border-top: 1px solid var(--line); border-radius: 0; }
 .fall .ticks i { width: 1px; min-width: 1px; bottom: 5px; background: var(--muted); }
 .timeline td { white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
@@ -11761,7 +11623,7 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
 @media (min-width: 1600px) {
   main { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); } main > .all { grid-column: 1 / -1; }
   .column { display: grid; gap: 1.5rem; align-content: start; min-width: 0; }
-  #table .c-prefill, #table .c-queue { display: none; }
+  #table .c-prefill, #table .c-queue, #table .c-path { display: none; } .tile { flex-basis: 21%; }
 }
 @media (max-width: 1599px) { #login, #models, #now { order: -2; } #figures { order: -1; } }
 @media (max-width: 1120px) { #table .c-queue, #table .c-path { display: none; } }
@@ -11772,8 +11634,9 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
     padding: .55rem .8rem; border-bottom: 1px solid var(--line); }
   #table td, #table td.c-who, #table td.c-model { padding: 0; border: 0; text-align: left; white-space: normal;
     min-width: 0; overflow-wrap: anywhere; }
-  #table td[data-label]::before { content: attr(data-label); display: block; color: var(--muted); font-size: .857rem; }
-  #table .c-who, #table .c-status { grid-column: span 1; } #table .c-model { color: var(--muted); }
+  #table .c-model { color: var(--muted); }
+  #table td[data-label]::before, .people td[data-label]::before { display: block; color: var(--muted); font-size: .857rem; }
+  #table td[data-label]::before { content: attr(data-label); }
 }
 @media (max-width: 640px) {
   html { scroll-padding-top: 7rem; } .top { position: static; } .top > div, .top nav { padding: .3rem 1rem; }
@@ -11781,9 +11644,13 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
   .states { order: 3; width: 100%; margin: 0; gap: 0 .8rem; font-size: .93rem; } .tools { margin-left: auto; }
   .range { width: 100%; } .range button { flex: 1; padding: .15rem .2rem; } .banner { padding: .5rem 1rem; }
   main { padding: 1rem 1rem 3rem; } .left strong { font-size: 2.1rem; } .left { margin-left: 0; }
-  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .people .bar { display: none; } .people td:has(.bar) { width: 0; }
-  .people th { white-space: normal; vertical-align: bottom; } .people th, .people td { padding: .3rem .3rem; }
+  .tile { flex-basis: 40%; }
+  #table tr { column-gap: .4rem; } #table .c-status { grid-column: span 3; }
+  #table .c-who, #table td.c-model { grid-column: span 2; }
+  .people table, .people tbody { display: block; } .people thead { display: none; }
+  .people tr { display: grid; grid-template-columns: repeat(auto-fit, minmax(4.2rem, 1fr)); border-bottom: 1px solid var(--line); }
+  .people td { border: 0; text-align: left; } .people td:first-child { grid-column: 1 / -1; width: auto; }
+  .people td[data-label]::before { content: attr(data-label); }
   #log-lines li { grid-template-columns: 4.9rem 1rem minmax(0, 1fr); padding: .15rem .6rem; }
   .facts, .drawer-body .facts { grid-template-columns: minmax(0, 1fr); }
   .facts > div { grid-template-columns: 7.5rem minmax(0, 1fr); } .copy { flex-wrap: wrap; }
@@ -11801,8 +11668,8 @@ footer { padding: 0 1.5rem 2rem; text-align: center; color: var(--muted); }
 }
 @media print {
   .top { position: static; }
-  .tools, .toolbar, .range, .skip, nav, .newer, dialog { display: none !important; }
-  #log-lines { height: auto; overflow: visible; } #table th { position: static; }
+  button:not(.plain), .toolbar, .skip, nav, dialog, #log-lines li:nth-last-child(n + 41) { display: none !important; }
+  #log-lines { height: auto; } #table th { position: static; }
   .box { break-inside: avoid; }
 }
 </style>
@@ -11965,7 +11832,6 @@ const NONE = "\u2014";
 const known = value => typeof value === "number" && Number.isFinite(value);
 const words = value => value === null || value === undefined || value === "" ? NONE : String(value);
 const whole = n => String(Math.round(n)).replace(/\B(?=(\d{3})+$)/g, "\u202f");
-const tenth = (n, digits) => n.toFixed(digits).replace(/\.0$/, "");
 const two = n => String(n).padStart(2, "0");
 const plural = (n, word) => whole(n) + " " + word + (n === 1 ? "" : "s");
 const tokens = n => known(n) ? whole(n) : NONE;
@@ -12001,21 +11867,16 @@ function about(ms) {
     : s < 5400 ? Math.round(s / 60) + " min" : Math.round(s / 3600) + " h";
 }
 
-/* A count in few letters: 6 144, 14.9 k, 2.1 M. */
-function short(n) {
-  if (!known(n)) return NONE;
-  if (n < 10000) return n === Math.round(n) ? whole(n) : tenth(n, n < 10 ? 2 : 1);
-  return n < 999500 ? tenth(n / 1000, n < 99950 ? 1 : 0) + "\u202fk" : tenth(n / 1e6, 1) + "\u202fM";
-}
+/* A count in few letters: 6 144, 14.9K, 2.1M. */
+const COMPACT = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 3});
+const short = n => !known(n) ? NONE : n < 10000 && n === Math.round(n) ? whole(n) : COMPACT.format(n);
 function bytes(n) {
   if (!known(n)) return NONE;
   const at = n < 1024 ? 0 : Math.min(4, Math.floor(Math.log2(n) / 10)), size = n / 1024 ** at;
   return (at && size < 100 ? size.toFixed(1) : whole(size)) + " " + ["B", "KiB", "MiB", "GiB", "TiB"][at];
 }
-function clockTime(ms, seconds = true) {
-  const t = new Date(ms);
-  return two(t.getHours()) + ":" + two(t.getMinutes()) + (seconds ? ":" + two(t.getSeconds()) : "");
-}
+const CLOCKS = ["short", "medium"].map(timeStyle => new Intl.DateTimeFormat("en-GB", {timeStyle}));
+const clockTime = (ms, seconds = true) => CLOCKS[Number(seconds)].format(ms);
 
 /* The moment of an ISO text in this place's own words. */
 function dateTime(iso) {
@@ -12080,7 +11941,11 @@ function heading(text, spec = "th") {
 function table(head, rows) {
   const kind = (tag, at) => tag + (at ? ".num" : ".isolate");
   return el("table", el("thead", el("tr", ...head.map((text, at) => heading(text, kind("th", at))))),
-    el("tbody", ...rows.map(row => el("tr", ...row.map((text, at) => el(kind("td", at), text))))));
+    el("tbody", ...rows.map(row => el("tr", ...row.map((text, at) => {
+      const cell = el(kind("td", at), text);
+      if (at) cell.dataset.label = head[at];
+      return cell;
+    })))));
 }
 
 /* Children in this order; one that is in its place is not touched, one that is not among them goes. */
@@ -12089,9 +11954,6 @@ function arrange(box, nodes) {
   nodes.forEach((node, at) => {
     if (box.children[at] !== node) box.insertBefore(node, box.children[at] ?? null);
   });
-}
-function options(select, rows, chosen) {
-  select.replaceChildren(...rows.map(([value, text]) => new Option(text, value, false, value === chosen)));
 }
 function store(name, value) {
   try { localStorage.setItem(name, value); } catch { /* storage may be forbidden */ }
@@ -12153,8 +12015,7 @@ const LEFT = ["client_disconnected", "stopped"];
 const nameOfState = r => r.state === "failed" && LEFT.includes(r.operation) ? "abandoned" : r.state;
 const stateOf = r => STATES[nameOfState(r)] ?? [words(r.state), "queued", "queued"];
 const ended = r => ["done", "failed", "abandoned", "lost"].includes(r.state);
-const program = agent => /^[A-Za-z][\w.-]*(?:\/[A-Za-z][\w.-]*)?/.exec(agent ?? "")?.[0];
-const who = r => r.who ?? r.user ?? r.key ?? program(r.userAgent) ?? words(r.client);
+const who = r => r.who ?? r.user ?? r.key ?? words(r.client);
 const modelOf = r => words(r.model);
 const promptOf = r => r.tokenUsage?.promptTokens ?? r.progress?.promptTokens ?? r.cache?.total;
 const cachedOf = r => r.cachedTokens ?? r.cache?.reused;
@@ -12181,15 +12042,17 @@ const canStop = r => !ended(r) && r.source !== "lmstudio" && page.me !== null
 function learn(id, news) {
   let r = page.requests.get(id);
   if (!r) {
-    r = {requestId: id, state: "waiting", version: 0, began: Date.parse(news.startedAt ?? "") || Date.now()};
+    r = {requestId: id, state: "waiting", version: 0, began: Date.parse(news.startedAt ?? news.timestamp ?? "") || Date.now()};
     page.requests.set(id, r);
     forget();
   }
   const over = ended(r) && r.state !== "lost";
   if (over && news.state && !ended(news)) return r;
   const progress = news.progress && Object.keys(news.progress).length ? news.progress : r.progress;
-  Object.assign(r, news, {progress, state: over ? r.state : news.state ?? r.state});
+  const place = news.state && {position: undefined, waiting: undefined, etaMs: undefined};     // of an earlier state
+  Object.assign(r, place, news, {progress, state: over ? r.state : news.state ?? r.state});
   if (!ended(r) && known(news.elapsedMs)) [r.began, r.heard] = [Date.now() - news.elapsedMs, Date.now()];
+  else if (news.startedAt) r.began = Date.parse(news.startedAt);
   if (!over && ended(r)) r.seenEnd = page.loaded ? Date.now() : 0;
   r.version += 1;
   dirty.add("now").add("requests").add("title").add("models");
@@ -12220,34 +12083,34 @@ function tokensSaid(data) {
 
 /* Each event that the stream sends: kind, colour, its sentence, and what it changes. */
 const EVENTS = {
-  connected: ["link", "ok", () => "The page listens.", () => { wantRequests(); wantStatus(); }],
+  connected: ["", "", () => "", () => { wantRequests(); wantStatus(); }],
   ping: ["", "", () => ""],
   gap: ["link", "warn", gapText, data => { page.missed += data.count ?? 0; wantRequests(); }],
-  inference_start: ["request", "queued", data => `${who(asks(data))} asks${on(data)}: ${whatOf(data)}`,
+  inference_start: ["requests", "queued", data => `${who(asks(data))} asks${on(data)}: ${whatOf(data)}`,
     data => { learn(data.requestId, {...data, source: "gateway", modelAsked: data.model}); wantRequests(); }],
-  inference_progress: ["request", "prefill", data => listed([who(data), modelOf(data), ...progressSaid(data)]),
+  inference_progress: ["requests", "prefill", data => listed([who(data), modelOf(data), ...progressSaid(data)]),
     data => learn(data.requestId, data)],
-  inference_complete: ["request", "ok", data => listed([`${who(asks(data))} was answered in ${span(data.totalTimeMs)}`,
+  inference_complete: ["requests", "ok", data => listed([`${who(asks(data))} was answered in ${span(data.totalTimeMs)}`,
     modelOf(data), tokensSaid(data)]), data => finished(data, "done")],
-  error: ["error", "error", data => LEFT.includes(data.operation)
+  error: ["errors", "error", data => LEFT.includes(data.operation)
     ? `${who(asks(data))}: stopped${data.by ? " by " + data.by : ""} after ${span(data.totalTimeMs)}: ${words(data.error)}`
     : `${who(asks(data))}: failed after ${span(data.totalTimeMs)}: ${words(data.error)}`,
     data => finished(data, LEFT.includes(data.operation) ? "abandoned" : "failed")],
   lmstudio_log: ["raw", "", message],
-  lmstudio_chat_start: ["engine", "queued", data =>
+  lmstudio_chat_start: ["LM Studio", "queued", data =>
     `LM Studio takes a chat of ${plural(data.messages ?? 0, "message")}${on(data)}`],
-  lmstudio_sampling_params: ["engine", "queued", data => "It samples with " + pairs(data)],
-  lmstudio_token_info: ["engine", "queued", data =>
+  lmstudio_sampling_params: ["LM Studio", "queued", data => "It samples with " + pairs(data)],
+  lmstudio_token_info: ["LM Studio", "queued", data =>
     `The engine has ${tokens(data.totalPromptTokens)} prompt tokens, ${tokens(data.promptTokensToDecode)} of them to read; context ${tokens(data.n_ctx)}`],
-  lmstudio_cache_stats: ["engine", "ok", data =>
+  lmstudio_cache_stats: ["LM Studio", "ok", data =>
     `${tokens(data.reused)} of ${tokens(data.total)} prompt tokens were in the cache (${percent(data.percentage)})${on(data)}`],
-  lmstudio_processing_start: ["engine", "prefill", data => "The engine begins to read" + on(data)],
-  lmstudio_prompt_progress: ["engine", "prefill", data => `${percent(data.progress)} of a prompt is read${on(data)}`],
-  lmstudio_generation_start: ["engine", "decode", data => "The prompt is read, the answer begins" + on(data)],
-  lmstudio_prediction_stats: ["engine", "decode", data => listed(["The engine: "
+  lmstudio_processing_start: ["LM Studio", "prefill", data => "The engine begins to read" + on(data)],
+  lmstudio_prompt_progress: ["LM Studio", "prefill", data => `${percent(data.progress)} of a prompt is read${on(data)}`],
+  lmstudio_generation_start: ["LM Studio", "decode", data => "The prompt is read, the answer begins" + on(data)],
+  lmstudio_prediction_stats: ["LM Studio", "decode", data => listed(["The engine: "
     + tokensSaid({...data, tokenUsage: data}) + on(data), known(data.promptTokensPerSecond) && "read at " + speed(data.promptTokensPerSecond)])],
-  lmstudio_chat_end: ["engine", "queued", data => `The chat is over: ${words(data.outcome)}${on(data)}`],
-  lmstudio_error: ["error", "error", data => "LM Studio: " + message(data)],
+  lmstudio_chat_end: ["LM Studio", "queued", data => `The chat is over: ${words(data.outcome)}${on(data)}`],
+  lmstudio_error: ["errors", "error", data => "LM Studio: " + message(data)],
   lmstudio_file_switch: ["link", "queued", data => "The log goes on in " + words(data.newLogFile), () => wantStatus()],
   lmstudio_month_transition: ["link", "queued", data => "The log goes on in " + words(data.newLogFile), () => wantStatus()],
 };
@@ -12262,15 +12125,15 @@ function progressSaid(r) {
   return [stateOf(r)[0], known(r.progress?.outputTokens) && plural(r.progress.outputTokens, "token")];
 }
 
-/* What is one moving line: the progress of a request, or of a prompt that is nobody's. */
-const foldOf = (name, data) => name === "inference_progress" ? data.requestId
+/* What is one moving line: the progress of a request, or of a prompt that is nobody's.  A place in the line is none. */
+const foldOf = (name, data) => name === "inference_progress" ? data.state === "queued" ? "" : data.requestId
   : name === "lmstudio_prompt_progress" ? data.requestId ? "" : "prompt " + data.model : null;
 const folds = new Map();
 function receive(name, data, id) {
   page.total += 1;
   EVENTS[name][3]?.(data);
   const fold = foldOf(name, data);
-  if (name === "ping" || fold === "") return;       // its request's own progress says the same
+  if (name === "ping" || name === "connected" || fold === "") return;   // its request's own progress says the same
   if (name === "lmstudio_log") page.raw += 1;
   if (typeof data.message === "string") data.message = bounded(data.message);
   const entry = {n: page.total, id, name, data}, before = fold && folds.get(fold);
@@ -12310,7 +12173,7 @@ async function askNotify() {
 
 // --- 5. the stream: EventSource comes back by itself and goes on where it was
 const STALE_MS = 20000, DEAD_MS = 60000;    // the gateway breaks a silence after 15 s
-const AT_FIRST = 200;       // events of the past that the log begins with
+const AT_FIRST = () => logView.raw ? 200 : 1000;    // events of the past that the log begins with; most are log lines
 const stream = {
   source: null, state: "connecting",        // live, connecting, out
   heard: Date.now(), downSince: Date.now(), last: "", breaks: 0, again: 0,
@@ -12320,7 +12183,7 @@ const stream = {
     clearTimeout(this.again);
     this.source?.close();
     const [epoch, seq] = String(page.status?.stream?.lastId ?? "").split("-");
-    const since = this.last || (epoch ? `${epoch}-${Math.max(0, seq - AT_FIRST)}` : "");
+    const since = this.last || (epoch ? `${epoch}-${Math.max(0, seq - AT_FIRST())}` : "");
     const names = Object.keys(EVENTS).filter(name => name !== "lmstudio_log" || logView.raw);
     const source = this.source = new EventSource(
       "/debug/stream?events=" + names + (since ? "&since=" + encodeURIComponent(since) : ""));
@@ -12441,24 +12304,16 @@ async function logIn(event) {
   event.preventDefault();
   const key = $("key").value.trim(), error = $("login-error");
   $("key").value = "";
-  let answer = null;
-  try {
-    answer = await fetch("/login", {method: "POST", headers: {"Content-Type": "application/json"},
-      body: JSON.stringify({key})});
-  } catch { /* said below */ }
-  error.hidden = Boolean(answer?.ok);
-  if (!answer?.ok) {
-    put(error, !answer ? "The gateway does not answer." : refused(answer) ? "Wrong key." : await reasonOf(answer));
-    $("key").focus();
-    return;
-  }
+  const why = await act("POST", "/login", {key});
+  error.hidden = !why;
+  put(error, why);
+  if (why) return $("key").focus();
   page.signedOut = false;
   lock(false);
-  begin();
+  return begin();
 }
 async function logOut() {
-  try { await fetch("/logout", {method: "POST"}); } catch { return; }
-  location.reload();
+  if (!await act("POST", "/logout")) location.reload();
 }
 
 /* Who we are decides what is asked; the status says from where to listen. */
@@ -12478,7 +12333,7 @@ async function act(method, address, body) {
   try {
     const answer = await fetch(address, {method, headers: {"Content-Type": "application/json"},
       body: body && JSON.stringify(body)});
-    return answer.ok ? "" : await reasonOf(answer);
+    return answer.ok ? "" : refused(answer) && body?.key ? "Wrong key." : await reasonOf(answer);
   } catch { return "The gateway does not answer."; }
 }
 async function stop(r, from) {
@@ -12568,26 +12423,27 @@ const FILE_LOGGING = DEVELOPER + "Developer Logs \u25b8 \u2026 \u25b8 File Loggi
   + "LMSTUDIO_LOG_DIR names another directory.";
 const MONITORING = "Set ENABLE_LOG_MONITORING=true to see prompts being read and what was cached.";
 
-/* What is wrong and how to mend it, the worst first: [colour, what, remedy]. */
-function problems() {
-  const {lmstudio = {}, log = {}} = page.status ?? {};
-  const warnings = Array.isArray(log.warnings) ? log.warnings.map(text => String(text).split(/: (.*)/s)) : [];
-  const rows = [
-    [lmstudio.up === false, "error", "LM Studio is not answering",
-      (lmstudio.reason ? lmstudio.reason + ". " : "") + START],
-    [log.problem, "error", "The log cannot be followed", log.problem],
-    [log.enabled === false, "warn", "The log is not followed", MONITORING],
-    [terse(log), "warn", "LM Studio writes no DEBUG lines, so most figures of its engine are missing", VERBOSE],
-    ...warnings.map(([what, remedy = ""]) => [true, "warn", what, remedy]),
+/* What the page needs of LM Studio, the worst first: [is it so, null while nobody knows; colour where not; what; what
+   not; remedy]. */
+function checks() {
+  const {lmstudio = {}, log = {}} = page.status ?? {}, because = why => why ? why + ". " : "";
+  return [
+    [lmstudio.up, "error", "LM Studio answers", "LM Studio does not answer", lmstudio.reason || START],
+    log.enabled === false ? [false, "warn", "", "Its log is not followed", MONITORING]
+      : [Boolean(log.file) && !log.problem, log.problem ? "error" : "warn", "Its log is followed",
+        log.problem ? "Its log cannot be followed" : "No log file was found", because(log.problem) + FILE_LOGGING],
+    [terse(log) ? false : log.verbose || null, "warn", `Verbose logging: ${log.verbose ? "on" : "not known yet"}`,
+      "Verbose logging: off, so most figures of its engine are missing", VERBOSE],
   ];
-  return rows.filter(([is]) => is).map(row => row.slice(1));
 }
 PANELS.banners = () => {
-  const told = page.signedOut || !$("first-run").hidden;      // the first run says the same in its own way
-  const found = told ? [] : problems().slice(0, 2), box = $("banners");
+  const told = !page.status || page.signedOut || !$("first-run").hidden;    // the first run says the same in its own way
+  const warnings = Array.isArray(page.status?.log?.warnings) ? page.status.log.warnings : [], box = $("banners");
+  const found = told ? [] : [...checks().filter(([good]) => good === false).map(([, tone, , what, remedy]) => [tone, what, remedy]),
+    ...warnings.map(text => ["warn", ...String(text).split(/: (.*)/s)])].slice(0, 2);
   if (!outdated(box, JSON.stringify(found))) return;
   box.replaceChildren(...found.map(([tone, what, remedy]) =>
-    el("p.banner", mark(tone, tone), el("span", el("b", what + ". "), remedy))));
+    el("p.banner", mark(tone, tone), el("span", el("b", what + ". "), remedy ?? ""))));
 };
 
 // --- 9. models
@@ -12597,37 +12453,43 @@ PANELS.models = () => {
   const loaded = shown.filter(model => model.state !== "not-loaded" || busy.has(model.id));
   const rest = shown.filter(model => !loaded.includes(model));
   $("models").hidden = !shown.length || !canView();
+  $("models").classList.toggle("away", page.status?.lmstudio?.up === false);
   const key = JSON.stringify([shown.map(({mine, ...model}) => [model, mine.map(r => [r.state, Math.round(decodeOf(r) ?? 0),
     Math.round(prefillOf(r) ?? 0)])]), isAdmin()]);
   if (!outdated(box, key)) return;
   const open = box.querySelector("details")?.open;
   box.replaceChildren(...loaded.map(modelBox), ...rest.length ? [restBox(rest, open)] : []);
 };
-function modelBox({id, state, mine, contextLength, quantization, running: slots = 0, waiting = 0}) {
+function modelBox({id, state, mine, contextLength, running: slots = 0, waiting = 0}) {
   const states = mine.map(r => r.state), writing = sum(mine.filter(r => r.state === "generating").map(decodeOf));
   const reading = sum(mine.filter(r => r.state === "prompt").map(prefillOf));
   const name = state === "loading" || states.includes("loading") ? "loading" : states.includes("generating") ? "generating"
     : states.includes("prompt") ? "prompt" : mine.length ? "answering" : "";
   const [word, icon, tone] = name ? STATES[name] : ["idle", "ok", "queued"];
-  return el("li.box", el("h3.isolate", id),
-    isAdmin() && state === "loaded" && button("Unload", event => change(event, "unload", {instance_id: id}), "button.quiet.push"),
-    el("span." + tone, mark(icon, tone), " " + word),
-    el("span", listed([reading && speed(reading) + " read", writing && speed(writing) + " written"])),
-    el("span.muted", listed([(slots || mine.length) && `${slots || mine.length} running`, waiting && `${waiting} waiting`,
-      known(contextLength) && short(contextLength) + " context", quantization])));
+  return el("li.box", el("div.row", el("h3.isolate", id), el("span." + tone, mark(icon, tone), " " + word)),
+    el("div.row", el("span", el("b", listed([reading && speed(reading) + " read", writing && speed(writing) + " written"])), " ",
+      el("span.muted", listed([(slots || mine.length) && `${slots || mine.length} running`, waiting && `${waiting} waiting`,
+        known(contextLength) && short(contextLength) + " context"]))),
+      isAdmin() && state === "loaded" && button("Unload", event => change(event, "unload", () => instancesOf(id)), "button.quiet")));
 }
 function restBox(rest, open) {
   const list = el("details", el("summary.muted", `${rest.length} more, not loaded`), el("ul", ...rest.map(({id, sizeBytes}) =>
-    el("li", el("span.isolate", listed([id, known(sizeBytes) && bytes(sizeBytes)])),
-      isAdmin() && button("Load", event => change(event, "load", {model: id}), "button.quiet")))));
+    el("li.row", el("span.isolate", listed([id, known(sizeBytes) && bytes(sizeBytes)])),
+      isAdmin() && button("Load", event => change(event, "load", () => [{model: id}]), "button.quiet")))));
   list.open = Boolean(open);
   return el("li.box.rest", list);
 }
-async function change(event, what, body) {
-  const from = event.currentTarget;
+
+/* A loaded model goes by the names of its instances, which need not be its own. */
+async function instancesOf(id) {
+  const found = (await get("/api/v1/models"))?.models?.find(model => model.key === id)?.loaded_instances ?? [{id}];
+  return found.map(instance => ({instance_id: instance.id}));
+}
+async function change({currentTarget: from}, what, bodies) {
   from.disabled = true;
   put(from, what + "ing \u2026");
-  const why = await act("POST", "/api/v1/models/" + what, body);
+  let why = "";
+  for (const body of await bodies()) why = await act("POST", "/api/v1/models/" + what, body) || why;
   put(from, why ? "failed" : "done");
   from.title = why;
   wantModels();
@@ -12642,14 +12504,15 @@ const placeOf = r => known(r.position) ? ordinal(r.position) + " in line"
   : r.state === "waiting" ? "not answered yet" : "in LM Studio's line";
 PANELS.now = () => {
   const moment = Date.now(), all = runningOnes(), active = all.filter(r => !inLine(r));
-  const over = [...page.requests.values()].filter(r => ended(r) && moment - (r.seenEnd ?? 0) < ENDED_MS && !inQueueAtEnd(r))
+  const over = [...page.requests.values()].filter(r => ended(r) && moment - (r.seenEnd ?? 0) < ENDED_MS && r.state !== "lost")
     .sort((a, b) => b.seenEnd - a.seenEnd);
   const fresh = over.filter(r => moment - r.seenEnd < LINGER_MS && cards.has(r.requestId));
   const seats = [...active, ...fresh].sort((a, b) => a.began - b.began).slice(0, CARDS);
   for (const id of cards.keys()) if (!seats.some(r => r.requestId === id)) cards.delete(id);
   arrange($("cards"), seats.map(r => cardOf(r).node));
   seats.forEach(paintCard);
-  const queue = all.filter(inLine).sort((a, b) => (a.position ?? 1e9) - (b.position ?? 1e9) || a.began - b.began);
+  const queue = all.filter(inLine).sort((a, b) => (modelOf(a) > modelOf(b)) - (modelOf(a) < modelOf(b))
+    || (a.position ?? 1e9) - (b.position ?? 1e9) || a.began - b.began);
   lines($("queue"), queue.slice(0, 30), r => listed([placeOf(r), who(r), modelOf(r), running(elapsedOf(r)),
     known(etaOf(r)) && "about " + about(etaOf(r))]), queue.length - 30);
   lines($("ended"), over.filter(r => !seats.includes(r)).slice(0, 3), r => listed([`${who(r)}: ${stateOf(r)[0]}`,
@@ -12660,7 +12523,6 @@ PANELS.now = () => {
   $("notify").hidden = !globalThis.Notification || !isSecureContext;
   paintFirstRun();
 };
-const inQueueAtEnd = r => r.state === "lost";
 const etaOf = r => r.progress?.etaMs ?? r.etaMs;
 
 /* One line for each request; what stands in it is written only where it has changed. */
@@ -12719,7 +12581,7 @@ function headline(r) {
   const left = leftOf(r), read = r.progress?.percent, took = span(r.totalTimeMs);
   if (ended(r)) return [took, stateOf(r)[0]];
   if (r.state === "prompt") {
-    if (read > 99.4) return ["almost read", ""];
+    if (read > 99.4 || left < 500) return ["almost read", ""];
     return known(left) ? [(left < 10000 ? "~" : "") + running(left), "left to read"]
       : known(read) ? [percent(read), "read"] : [running(elapsedOf(r)), "reading"];
   }
@@ -12782,7 +12644,7 @@ function paintFirstRun() {
     copyLine(`curl ${here}/v1/chat/completions${secret} -H "Content-Type: application/json" -d `
       + '\'{"messages": [{"role": "user", "content": "Say hello."}], "stream": true}\'',
       "Or from a terminal"),
-    el("ul.checks", ...checks(lmstudio, log).map(checkLine)));
+    el("ul.checks", ...checks().map(checkLine)));
 }
 const lanUrls = () => (page.status?.gateway?.lanUrls ?? []).filter(url => url !== location.origin);
 function copyLine(text, label = "") {
@@ -12790,21 +12652,9 @@ function copyLine(text, label = "") {
     el("div.copy", el("code", text), button("Copy", event => copy(text, event.currentTarget))));
 }
 
-/* What the page needs of LM Studio: [is it so, null while nobody knows; what; what not; remedy]. */
-function checks(lmstudio, log) {
-  const followed = Boolean(log.file) && !log.problem, why = log.problem ? log.problem + ". " : "";
-  return [
-    [lmstudio.up, "LM Studio answers", "LM Studio does not answer", START],
-    log.enabled === false ? [false, "", "Its log is not followed", MONITORING]
-      : [followed, "Its log is followed", "No log file was found", why + FILE_LOGGING],
-    [terse(log) ? false : log.verbose || null, log.verbose ? "Verbose logging: on" : "Verbose logging: not known yet",
-      "Verbose logging: off", VERBOSE],
-  ];
-}
-function checkLine([good, fine, wrong, remedy]) {
-  const tone = good ? "ok" : good === null ? "queued" : "warn";
-  return el("li", mark(tone, tone), el("span", tone === "warn" ? wrong : fine),
-    tone === "warn" ? el("p.muted", remedy) : null);
+function checkLine([good, tone, fine, wrong, remedy]) {
+  const shown = good === false ? tone : good ? "ok" : "queued";
+  return el("li", mark(shown, shown), el("span", good === false ? wrong : fine), good === false && el("p.muted", remedy));
 }
 
 // --- 12. figures: tiles and charts of a range, from /debug/series
@@ -12850,27 +12700,25 @@ const TILES = [             // label, figure, unit, note
   ["Waited in line", t => span(t.queuedMs.p95), "", t => known(t.queuedMs.p95) ? "p95" : "No data yet"],
 ];
 const CHARTS = [
-  ["Tokens", "by the end of the request", tokenChart], ["Speed", "median, and up to p95", speedChart],
-  ["Time to first token", "median, and up to p95", firstChart],
+  ["Tokens", "by the end of the request", tokenChart],
+  ["Speed", "median, and up to p95", byModel({reading: "Reading, tok/s", writing: "Writing, tok/s"}, 97, short, rate)],
+  ["Time to first token", "median, and up to p95", byModel({ttftMs: "Time to first token"}, 236,
+    ms => ms < 1000 ? whole(ms) + " ms" : short(ms / 1000) + " s", span)],
 ];
 PANELS.figures = () => {
   const {all} = figures;
   if (!all || $("figures").hidden) return;
-  const old = $("tiles").children;
-  TILES.forEach(([label, figure, unit, note], at) => {
-    if (!old[at]) $("tiles").append(el("div.box.tile", el("dt", label), el("dd.figure", el("span"), el("small")), el("dd.note")));
-    const [, value, said] = old[at].children, text = figure(all.total);
-    put(value.firstChild, text);
-    put(value.lastChild, text === NONE ? "" : unit);
-    put(said, note(all.total));
-  });
+  $("tiles").replaceChildren(...TILES.map(([label, figure, unit, note]) => {
+    const text = figure(all.total);
+    return el("div.box.tile", el("dt", label), el("dd.figure", text, el("small", text === NONE ? "" : unit)), el("dd.note", note(all.total)));
+  }));
   const first = all.rows[0] && Date.parse(all.rows[0].t), begin = Date.parse(all.from);
   put($("figures-note"), first - begin > 60000 * minutesOf() / 4 ? "since " + clockTime(first, false) : "");
   const {history} = page.status?.gateway ?? {};
   $("csv").hidden = !history;
   $("csv").href = "/debug/usage?by=key&format=csv&since=" + (minutesOf() < 1440 ? "1h" : minutesOf() / 1440 + "d");
   if (!$("charts").children.length) makeCharts();
-  paintCharts();
+  CHARTS.forEach(paintChart);
   paintPeople();
   figures.shown ??= performance.now();
 };
@@ -12882,7 +12730,7 @@ function makeCharts() {
     const toggle = button("Show as table", () => {
       [plots.hidden, twin.hidden] = [twin.hidden, plots.hidden];
       put(toggle, twin.hidden ? "Show as table" : "Show as chart");
-      paintCharts();
+      paintChart(chart);
     }, "button.quiet.push");
     Object.assign(chart, {plots, twin, legend});
     $("charts").append(el("figure.box.chart", el("div.head", el("figcaption", el("h3", title)), el("span.muted.small", note), toggle),
@@ -12894,13 +12742,11 @@ function makeCharts() {
   $("charts").append(el("figure.box.chart", el("div.head", el("figcaption", el("h3.unseen", "Who used how much")),
     ...Object.values(figures.tabs)), figures.people));
 }
-function paintCharts() {
-  for (const {1: note, 2: make, plots, twin, legend} of CHARTS) {
-    const made = make(Math.max(240, plots.clientWidth || 560));
-    legend.replaceChildren(...made.legend);
-    if (plots.hidden) twin.replaceChildren(made.rows.length ? table(made.head, made.rows) : el("p.empty", "No data yet"));
-    else plots.replaceChildren(...made.rows.length ? made.plots() : [el("p.none", "No data yet")]);
-  }
+function paintChart({2: make, plots, twin, legend}) {
+  const made = make(Math.max(240, plots.clientWidth || 560));
+  legend.replaceChildren(...made.legend);
+  if (plots.hidden) twin.replaceChildren(made.rows.length ? table(made.head, made.rows) : el("p.empty", "No data yet"));
+  else plots.replaceChildren(...made.rows.length ? made.plots() : [el("p.none", "No data yet")]);
 }
 
 /* A round number at or above n. */
@@ -12988,23 +12834,19 @@ function lineChart(title, name, width, height, text) {
   }
   return svg;
 }
-const modelRows = (...names) => Object.entries(figures.model.rows).flatMap(([model, rows]) => rows.map(row => [model, row]))
-  .filter(([, row]) => names.some(name => known(row[name].p50))).sort(([, a], [, b]) => a.t < b.t ? 1 : -1);
-const modelLegend = (...names) => different(modelRows(...names).map(([model]) => model)).map(model => el("li.isolate", swatch(toneOf(model)), model));
-function speedChart(width) {
-  return {
-    legend: modelLegend("reading", "writing"), head: ["Model", "From", "Read, median", "p95", "Written, median", "p95"],
-    rows: modelRows("reading", "writing").map(([model, row]) => [model, timeOf(row),
-      ...["reading", "writing"].flatMap(name => [rate(row[name].p50), rate(row[name].p95)])]),
-    plots: () => [["reading", "Reading, tok/s"], ["writing", "Writing, tok/s"]].flatMap(([name, title]) =>
-      [el("p.muted.small", title), lineChart(title, name, width, 97, short)]),
-  };
-}
-function firstChart(width) {
-  return {
-    legend: modelLegend("ttftMs"), head: ["Model", "From", "Median", "p95"],
-    rows: modelRows("ttftMs").map(([model, row]) => [model, timeOf(row), span(row.ttftMs.p50), span(row.ttftMs.p95)]),
-    plots: () => [lineChart("Time to first token", "ttftMs", width, 236, ms => ms ? ms < 1000 ? whole(ms) + " ms" : tenth(ms / 1000, 1) + " s" : "0")],
+/* Charts by model of some of a row's percentiles, each with its title; all as one table. */
+function byModel(titles, height, text, shown) {
+  const names = Object.keys(titles);
+  return width => {
+    const rows = Object.entries(figures.model.rows).flatMap(([model, of]) => of.map(row => [model, row]))
+      .filter(([, row]) => names.some(name => known(row[name].p50))).sort(([, a], [, b]) => a.t < b.t ? 1 : -1);
+    return {
+      legend: different(rows.map(([model]) => model)).map(model => el("li.isolate", swatch(toneOf(model)), model)),
+      head: ["Model", "From", ...names.flatMap(name => [titles[name], "p95"])],
+      rows: rows.map(([model, row]) => [model, timeOf(row), ...names.flatMap(name => [shown(row[name].p50), shown(row[name].p95)])]),
+      plots: () => names.flatMap(name => [names.length > 1 && el("p.muted.small", titles[name]),
+        lineChart(titles[name], name, width, height, text)]).filter(Boolean),
+    };
   };
 }
 
@@ -13013,7 +12855,7 @@ function paintPeople() {
   const {by} = figures, total = Object.entries(figures[by]?.total ?? {});
   for (const [name, tab] of Object.entries(figures.tabs)) attribute(tab, "aria-pressed", name === by);
   const used = t => t.promptTokens + t.completionTokens, most = Math.max(1, ...total.map(([, t]) => used(t)));
-  const columns = [["Tokens in", t => short(t.promptTokens)], ["Cached", t => percent(share(t))], ["Out", t => short(t.completionTokens)],
+  const columns = [["In", t => short(t.promptTokens)], ["Cached", t => percent(share(t))], ["Out", t => short(t.completionTokens)],
     ...by === "model" ? [["Read tok/s", t => rate(t.reading.p50)], ["Write tok/s", t => rate(t.writing.p50)]]
       : [["Work", t => t.gpuMs ? running(t.gpuMs) : NONE]], ["Requests", t => whole(t.requests)]];
   const rows = total.sort(([, a], [, b]) => used(b) - used(a) || b.requests - a.requests).slice(0, 12).map(([name, t]) => {
@@ -13028,9 +12870,9 @@ function paintPeople() {
       refilter({[by === "user" ? "who" : "model"]: name});
       $("requests").scrollIntoView();
     }, "button.plain");
-    return [el("span.name", swatch(toneOf(name)), filter), ...by === "user" ? [bar] : [], ...columns.map(([, show]) => show(t))];
+    return [el("div", el("span.name", swatch(toneOf(name)), filter), bar), ...columns.map(([, show]) => show(t))];
   });
-  figures.people.replaceChildren(rows.length ? table([...by === "user" ? ["Who", ""] : ["Model"], ...columns.map(([text]) => text)], rows)
+  figures.people.replaceChildren(rows.length ? table([by === "user" ? "Who" : "Model", ...columns.map(([text]) => text)], rows)
     : el("p.none", "No data yet"));
 }
 
@@ -13177,7 +13019,7 @@ function paintFilters(found) {
   choices($("by-who"), "Anybody", different(all.map(who)), view.who);
   choices($("by-model"), "Any model", different(all.map(modelOf)), view.model);
   put($("requests-note"), filtered ? `${whole(found)} of ${whole(all.length)}`
-    : all.length ? `the latest ${whole(all.length)}${canView() ? "" : " of your own"}` : "");
+    : !all.length ? "" : canView() ? "the latest " + whole(all.length) : whole(all.length) + " of your own");
   put($("rows-empty"), filtered ? "No request fits the filter." : page.loaded ? "No request yet." : "");
   $("clear").hidden = !filtered;
   $("rows-empty").hidden = found > 0;
@@ -13189,7 +13031,7 @@ function choices(select, any, values, chosen) {
   const list = chosen && !values.includes(chosen) ? [chosen, ...values] : values;
   if (!outdated(select, [any, ...list, chosen].join("\n"))) return;
   const shown = value => value.length > 40 ? value.slice(0, 39) + "\u2026" : value;
-  options(select, [["", any], ...list.map(value => [value, shown(value)])], chosen);
+  select.replaceChildren(...["", ...list].map(value => new Option(value ? shown(value) : any, value, false, value === chosen)));
 }
 
 // --- 14. one request, in a drawer
@@ -13271,8 +13113,9 @@ function summaryOf(r) {
     ["Cached", known(cached) && plural(cached, "token") + (promptOf(r) ? ` (${percent(100 * cached / promptOf(r))})` : "")],
     ["Written", listed([known(outputOf(r)) && outputText(r) + " tokens", known(decodeOf(r)) && speed(decodeOf(r)),
       r.reasoningTokens && tokens(r.reasoningTokens) + " of them reasoning"])],
-    ["Held up by", r.boundBy], ["Context", known(size) && `${tokens(used)} of ${tokens(size)} tokens`],
-    ["Log", r.binding === "exact" ? "matched to the log: exact" : "not matched to the log"],
+    ["Context", known(size) && `${tokens(used)} of ${tokens(size)} tokens`],
+    ["Log", r.binding !== "exact" ? "not matched to the log"
+      : "matched to the log: exact" + (/^\d/.test(r.boundBy) ? ` (by ${r.boundBy})` : "")],
     ["Id", r.requestId],
   ];
   return el("dl.facts", ...r.error ? [fact("Reason", r.error)] : [],
@@ -13280,7 +13123,7 @@ function summaryOf(r) {
 }
 function samplingOf(r) {
   const rows = Object.entries(r.sampling ?? {}).filter(([, value]) => known(value));
-  return rows.length ? section("Sampling", el("dl.facts", ...rows.map(([name, value]) => fact(name, words(value))))) : null;
+  return rows.length && section("Sampling", el("dl.facts", ...rows.map(([name, value]) => fact(name, words(value)))));
 }
 function timelineOf(r) {
   const rows = Array.isArray(drawer.detail?.timeline) ? drawer.detail.timeline.slice(-ROWS) : [];
@@ -13291,12 +13134,11 @@ function timelineOf(r) {
 }
 
 // --- 15. the event log
-const KINDS = [["", "All events"], ["request", "Requests"], ["engine", "LM Studio"], ["error", "Errors"]];
 const logView = {needle: "", pattern: null, kind: "", raw: false, follow: true, top: 0, painted: 0};
 function fitsLog({name, data, gone}) {
   const {needle, pattern, kind, raw} = logView, [kindOf] = EVENTS[name];
   if (gone || kindOf === "raw" && !raw) return false;
-  if (kind && kindOf !== kind && !(kind === "error" && data.level === "ERROR") && !(kind === "request" && name === "error")) return false;
+  if (kind && kindOf !== kind && !(kind === "errors" && data.level === "ERROR") && !(kind === "requests" && name === "error")) return false;
   if (!pattern && !needle) return true;
   const text = [name, data.requestId, EVENTS[name][2](data)].join(" ");
   return pattern ? pattern.test(text) : text.toLowerCase().includes(needle);
@@ -13352,8 +13194,8 @@ function showRaw() {
   $("log-raw").setAttribute("aria-pressed", logView.raw);
   const [epoch, seq] = stream.last.split("-");
   if (logView.raw && epoch) {
-    stream.last = `${epoch}-${Math.max(0, seq - AT_FIRST)}`;
-    page.events = page.events.filter(({id}) => Number(String(id).split("-")[1]) <= seq - AT_FIRST);
+    stream.last = `${epoch}-${Math.max(0, seq - AT_FIRST())}`;
+    page.events = page.events.filter(({id}) => Number(String(id).split("-")[1]) <= seq - AT_FIRST());
     folds.clear();
   }
   relog();
@@ -13536,7 +13378,7 @@ function tick() {
   if (active.some(r => r.requestId === drawer.id)) readDetail();
 }
 
-options($("log-kind"), KINDS, "");
+choices($("log-kind"), "All events", ["requests", "LM Studio", "errors"], "");
 $("keys-on").checked = stored("keys", "on") === "on";
 attribute($("notify"), "aria-pressed", stored("notify", "off") === "on");
 setTheme(stored("theme", "auto"));

@@ -34,6 +34,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -93,19 +94,18 @@ def own_log():
 
 
 def config_of(flags=(), environ=None, env_file=None):
-    """(Config, sources, warnings) of a command line, an environment and a `.env` file's path."""
+    """(Config, warnings) of a command line, an environment and a `.env` file's path."""
     args = lmgateway.build_parser().parse_args(list(flags))
     config, warnings, errors = lmgateway.load_config(vars(args), environ or {}, env_file)
     if errors:
         raise lmgateway.ConfigError(errors[0])
-    return config, config.sources, warnings
+    return config, warnings
 
 
 @pytest.fixture
 def stopped(monkeypatch):
     """A command that should never have begun ends at once."""
-    monkeypatch.setattr(lmgateway, "Stop",
-                        lambda: types.SimpleNamespace(wait=lambda seconds=None: True, status=0))
+    monkeypatch.setattr(lmgateway, "Stop", lambda: types.SimpleNamespace(wait=lambda seconds=None: True, status=0))
     monkeypatch.setattr(lmgateway, "freeze_start_up", lambda: None)
 
 
@@ -122,24 +122,21 @@ def env_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, environ, text, port, source", [
-    ([], {}, "", 8001, None),
-    ([], {}, "GATEWAY_PORT=1", 1, "line 1"),
+    ([], {}, "", 8001, None), ([], {}, "GATEWAY_PORT=1", 1, "@ line 1"),
     ([], {"GATEWAY_PORT": "2"}, "GATEWAY_PORT=1", 2, "environment variable GATEWAY_PORT"),
-    (["--port", "3"], {"GATEWAY_PORT": "2"}, "GATEWAY_PORT=1", 3, "--port"),
-    (["--port=3"], {}, "", 3, "--port"),
-    ([], {"GATEWAY_PORT": " "}, "GATEWAY_PORT=1", 1, "line 1"),
-    ([], {}, "GATEWAY_PORT=\nGATEWAY_PORT=7\nGATEWAY_PORT=", 7, "line 2")])
+    (["--port", "3"], {"GATEWAY_PORT": "2"}, "GATEWAY_PORT=1", 3, "--port"), (["--port=3"], {}, "", 3, "--port"),
+    ([], {"GATEWAY_PORT": " "}, "GATEWAY_PORT=1", 1, "@ line 1"),
+    ([], {}, "GATEWAY_PORT=\nGATEWAY_PORT=7\nGATEWAY_PORT=", 7, "@ line 2")])
 def test_flag_beats_environment_beats_env_file_beats_default(env_file, flags, environ, text, port, source):
-    config, sources, warnings = config_of(flags, environ, env_file(text))
-    assert (config.port, warnings) == (port, [])
-    assert source is None or source in sources["port"]
+    path = env_file(text)
+    config, warnings = config_of(flags, environ, path)
+    assert (config.port, config.sources.get("port"), warnings) == (port, source and source.replace("@", path), [])
 
 
 def test_the_working_directorys_env_file_is_read_and_need_not_be_there(env_file, tmp_path):
     assert config_of()[0].port == 8001
     (tmp_path / ".env").write_text("GATEWAY_PORT=9", encoding="utf-8")
-    config, sources, _ = config_of()
-    assert (config.port, sources["port"]) == (9, ".env line 1")
+    assert (config_of()[0].port, config_of()[0].sources["port"]) == (9, ".env line 1")
 
 
 @pytest.mark.parametrize("line, value", [
@@ -153,10 +150,9 @@ def test_env_files_are_read_as_people_write_them(env_file, line, value):
     assert config_of(env_file=env_file(line))[0].log_file == value
 
 
-@pytest.mark.parametrize("variable", [row.variable for row in lmgateway.OPTIONS if "_" in row.variable
-                                      and row.variable != "NO_AUTH"])
+@pytest.mark.parametrize("variable", [row.variable for row in lmgateway.OPTIONS if row.variable != "NO_AUTH"])
 def test_a_slip_in_any_name_of_ours_is_a_warning(env_file, variable):
-    [warning] = config_of(env_file=env_file(f"OTHERS_OPTION=2\n{variable}S=1"))[2]
+    [warning] = config_of(env_file=env_file(f"OTHERS_OPTION=2\n{variable}S=1"))[1]
     assert f"line 2: {variable}S is not a known option; did you mean {variable}?" in warning
 
 
@@ -193,15 +189,14 @@ WRONG = {       # command line, `.env` -> what the one line on stderr names
     "LAN without a key by .env": ([], "GATEWAY_HOST=0.0.0.0",
                                  ["GATEWAY_HOST", "settings.env line 1", "--no-auth"]),
     "an empty key": (["--api-key", "anna=,bob=K"], "", ["--api-key", "NAME=KEY"]),
-    "a key of equals signs": (["--api-key", "==,bob=K"], "", ["--api-key", "NAME=KEY"]),
-    "a key without its name": ([], "GATEWAY_API_KEY==abc", ["line 1", "NAME=KEY"]),
-    "address with a blank": (["--upstream", "http://a b"], "", ["--upstream", "http://127.0.0.1:1234"]),
-    "port, as Python writes numbers": (["--port", "80_01"], "", ["--port", "65535"]),
-    "port, in other digits": (["--port", "\u0668\u0660"], "", ["--port", "65535"]),
     "nobody allowed": (["--allow", ""], "", ["--allow", "192.168.1.0/24"]),
-    "an origin without a scheme": (["--cors-origins", "chat.example"], "", ["--cors-origins", "https://"]),
-    "an origin with a path": (["--cors-origins", "https://x/y"], "", ["--cors-origins", "https://chat"]),
     "no rights": (["--new-key", "x", "--rights", ""], "", ["--rights", "infer"]),
+    "no days": (["--prune", "0"], "", ["--prune 0", "days"]),
+    "days that are no number": (["--prune=-1"], "", ["--prune -1", "days"]),
+    "no logs to prune": (["--prune", "30", "--log-dir", "/nowhere"], "", ["--prune", "/nowhere", "--log-dir"]),
+    "yes to nothing": (["--yes"], "", ["--yes", "--prune"]),
+    "rights of nobody": (["--rights", "infer"], "", ["--rights", "--new-key"]),
+    "an address that is none": (["--watch", "ftp://x"], "", ["--watch ftp://x", "http://"]),
 }
 
 
@@ -215,10 +210,9 @@ def test_what_is_wrong_is_one_line_with_option_source_and_remedy_and_status_2(en
         assert word in lines[0]
 
 
-@pytest.mark.parametrize("options",
-                         [{"host": "localhost"}, {"host": "::1"}, {"host": "0.0.0.0", "no_auth": True},
+@pytest.mark.parametrize("options", [{"host": "localhost"}, {"host": "::1"}, {"host": "0.0.0.0", "no_auth": True},
                                      {"host": "0.0.0.0", "api_key": {"anna": "secret"}}], ids=str)
-def test_who_listens_on_loopback_has_a_key_or_says_no_auth_may_start(home, options):
+def test_a_gateway_on_loopback_with_a_key_or_without_auth_may_start(home, options):
     lmgateway.check_exposure(lmgateway.Config(**options))
     with pytest.raises(lmgateway.ConfigError, match="--no-auth"):
         lmgateway.check_exposure(lmgateway.Config(host="192.168.1.5"))
@@ -229,32 +223,18 @@ def test_an_env_file_in_another_encoding_is_read_as_far_as_it_goes(env_file):
     assert (config.log_file, config.port) == ("d\ufffdj\ufffd", 7)
 
 
-def test_a_wrong_secret_is_not_shown(env_file, capfd):
-    assert lmgateway.main(["--env-file", env_file("GATEWAY_API_KEY=kl\u00e9bold")]) == 2
-    err = capfd.readouterr().err
-    assert "bold" not in err and "GATEWAY_API_KEY" in err
-
-
 def test_rows_of_options_are_complete_and_their_names_unique(env_file):
-    rows = lmgateway.OPTIONS
-    for field in ("name", "variable", "flag"):
-        named = [getattr(row, field) for row in rows if getattr(row, field)]
-        assert len(named) == len(set(named))
-    for row in rows:
-        assert row.about and re.fullmatch(r"[A-Z][A-Z0-9_]+", row.variable)
-        assert row.flag is None or re.fullmatch(r"--[a-z][a-z-]+", row.flag)
-    fixed = {"LMSTUDIO_BASE_URL": ("--upstream", "http://127.0.0.1:1234"),
-             "GATEWAY_HOST": ("--host", "127.0.0.1"),
-             "GATEWAY_PORT": ("--port", 8001), "GATEWAY_API_KEY": ("--api-key", {}),
-             "IP_ALLOWLIST": ("--allow", None),
+    rows, config = lmgateway.OPTIONS, config_of()[0]
+    for field in ("name", "variable"):
+        assert len({getattr(row, field) for row in rows}) == len(rows)
+    assert all(row.about and re.fullmatch(r"[A-Z][A-Z0-9_]+", row.variable) for row in rows)
+    fixed = {"LMSTUDIO_BASE_URL": ("--upstream", "http://127.0.0.1:1234"), "GATEWAY_HOST": ("--host", "127.0.0.1"),
+             "GATEWAY_PORT": ("--port", 8001), "GATEWAY_API_KEY": ("--api-key", {}), "IP_ALLOWLIST": ("--allow", None),
              "REQUIRE_AUTH_FOR_HEALTH": (None, False), "LOG_LEVEL": ("--log-level", "info"),
-             "PROXY_TIMEOUT": (None, 600000),
-             "PROXY_STREAM_TIMEOUT": (None, 0), "LMSTUDIO_LOG_DIR": ("--log-dir", None),
-             "ENABLE_LOG_MONITORING": (None, True)}
-    config = config_of()[0]
-    assert fixed == {row.variable: (row.flag, getattr(config, row.name)) for row in rows
-                     if row.variable in fixed}
-    assert config.max_body == 256 * 1024 * 1024 and config.requests_kept == 100
+             "PROXY_TIMEOUT": (None, 600000), "PROXY_STREAM_TIMEOUT": (None, 0), "LMSTUDIO_LOG_DIR": ("--log-dir", None),
+             "ENABLE_LOG_MONITORING": (None, True), "MAX_BODY_BYTES": (None, 256 * 1024 * 1024),
+             "REQUESTS_KEPT": (None, 100)}
+    assert fixed == {row.variable: (row.flag, getattr(config, row.name)) for row in rows if row.variable in fixed}
 
 
 def nets(*texts):
@@ -262,16 +242,15 @@ def nets(*texts):
 
 
 @pytest.mark.parametrize("variable, text", [
-    *(("GATEWAY_PORT", text) for text in ("-1", "65536", "1.5", "x")), ("MAX_CONNECTIONS", "7"),
-    ("MAX_BODY_BYTES", "0"),
-    ("REQUESTS_KEPT", "0"), ("HISTORY_DAYS", "-1"), ("NO_AUTH", "2"), ("LOG_LEVEL", "trace"),
-    ("PROXY_TIMEOUT", "-1"),
-    *(("LMSTUDIO_BASE_URL", text) for text in ("ftp://h:1", "//h:1", "http://", "http://h:0",
-                                               "http://h:1/v1", "http://h?x", "http://u@h")),
-    ("IP_ALLOWLIST", "localhost"), ("GATEWAY_API_KEY", "a=1,a=2"), ("GATEWAY_API_KEY", "a b"),
-    ("GATEWAY_API_KEY", "a\x07"),
+    *(("GATEWAY_PORT", text) for text in ("-1", "65536", "1.5", "x", "80_01", "\u0668\u0660")), ("MAX_CONNECTIONS", "7"),
+    ("MAX_BODY_BYTES", "0"), ("REQUESTS_KEPT", "0"), ("HISTORY_DAYS", "-1"), ("NO_AUTH", "2"), ("LOG_LEVEL", "trace"),
+    ("PROXY_TIMEOUT", "-1"), ("LOG_SOURCE", "file"),
+    *(("LMSTUDIO_BASE_URL", text) for text in ("ftp://h:1", "//h:1", "http://", "http://h:0", "http://h:1/v1", "http://h?x",
+                                               "http://u@h", "http://a b")),
+    ("IP_ALLOWLIST", "localhost"), *(("CORS_ORIGINS", text) for text in ("chat.example", "https://x/y")),
+    *(("GATEWAY_API_KEY", text) for text in ("a=1,a=2", "a b", "a\x07", "kl\u00e9bold", "==,bob=K", "=abc")),
     *(("UPSTREAM_TOKEN", text) for text in ("a b", "kl\u00e9", "a\x07"))])
-def test_other_values_are_refused_with_what_to_write_and_secrets_are_not_shown(variable, text):
+def test_other_values_are_refused_with_the_form_and_secrets_are_not_shown(variable, text):
     with pytest.raises(lmgateway.ConfigError, match=variable) as refused:
         config_of(environ={variable: text})
     assert re.search(r"use |stands there twice|is made of", str(refused.value))
@@ -289,15 +268,12 @@ def test_loopback_is_what_only_this_machine_reaches(host, alone):
 
 @pytest.mark.parametrize("variable, text, value", [
     ("LOG_LEVEL", "WARN", "warn"), ("LMSTUDIO_BASE_URL", "http://a:1/", "http://a:1"),
-    ("IP_ALLOWLIST", "10.0.0.1, *", None),
-    ("ENABLE_LOG_MONITORING", "No", False), ("REQUIRE_AUTH_FOR_HEALTH", "yes", True), ("NO_AUTH", "ON", True),
-    ("CORS_ORIGINS", "https://A/, https://b", ("https://a", "https://b")), ("CORS_ORIGINS", "*", ("*",)),
-    ("PROXY_TIMEOUT", " 0 ", 0),
-    ("GATEWAY_PORT", "65535", 65535), ("HISTORY_DAYS", "0", 0),
-    ("LMSTUDIO_BASE_URL", "https://[::1]", "https://[::1]"),
-    *(("NO_AUTH", text, True) for text in ("true", "1", "yes")),
+    ("LMSTUDIO_BASE_URL", "https://[::1]", "https://[::1]"), ("IP_ALLOWLIST", "10.0.0.1, *", None),
+    ("ENABLE_LOG_MONITORING", "No", False), ("CORS_ORIGINS", "https://A/, https://b", ("https://a", "https://b")),
+    ("CORS_ORIGINS", "*", ("*",)), ("PROXY_TIMEOUT", " 0 ", 0), ("GATEWAY_PORT", "65535", 65535),
+    ("HISTORY_DAYS", "0", 0), ("UPSTREAM_TOKEN", " x ", "x"),
+    *(("NO_AUTH", text, True) for text in ("true", "1", "yes", "ON")),
     *(("NO_AUTH", text, False) for text in ("False", "0", "off")),
-    ("UPSTREAM_TOKEN", " x ", "x"),
     ("IP_ALLOWLIST", "192.168.1.7/24, fd00::/8", nets("192.168.1.0/24", "fd00::/8")),
     ("IP_ALLOWLIST", "::ffff:192.168.1.0/120", nets("192.168.1.0/24")),
     ("IP_ALLOWLIST", "::ffff:0:0/95", nets("::fffe:0:0/95"))])
@@ -329,20 +305,24 @@ def test_one_key_or_several_with_names(text, keys):
 @pytest.mark.parametrize("settings, environ, upstream", [
     ('{"port": 4321}', {}, "http://127.0.0.1:4321"),
     ('{"port": 4321}', {"LMSTUDIO_BASE_URL": "http://x:1"}, "http://x:1"),
-    ("{", {}, "http://127.0.0.1:1234"), ('{"port": "x"}', {}, "http://127.0.0.1:1234"),
-    ("[]", {}, "http://127.0.0.1:1234"),
-    ('{"port": 99999}', {}, "http://127.0.0.1:1234"), (None, {}, "http://127.0.0.1:1234")])
-def test_lm_studios_port_is_read_from_its_settings_where_none_is_given(home, settings, environ, upstream):
+    *((settings, {}, "http://127.0.0.1:1234") for settings in ("{", "[]", '{"port": "x"}', '{"port": 99999}', None))])
+def test_lm_studios_port_is_read_from_its_settings_if_none_is_given(home, settings, environ, upstream):
     if settings is not None:
-        path = home / ".lmstudio" / ".internal" / "http-server-config.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(settings, encoding="utf-8")
+        put(home / ".lmstudio/.internal/http-server-config.json", settings)
     assert lmgateway.find_upstream(config_of(environ=environ)[0]).upstream == upstream
 
 
 # === 3. CORE =================================================================
 
 SAMPLES = sorted((HERE / ".ci" / "samples").glob("*.log"))
+
+
+def sample(name):
+    """The path of a saved log; without it the test is skipped."""
+    path = HERE / ".ci" / "samples" / f"{name}.log"
+    if not path.exists():
+        pytest.skip(f"there is no {path}")
+    return path
 
 
 @pytest.fixture
@@ -1103,91 +1083,6 @@ def test_local_time_becomes_utc_in_file_order(monkeypatch, zone, times, expected
         time.tzset()
 
 
-
-
-# --- 3.10 wire formats
-
-def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_readers_take_for_a_line_end():
-    data = {"message": 'é "🦊"\n\\\x7f\ud800 \u2028\u2029\x85\x0c', "tags": [], "a": -0.5, "b": True, "c": None}
-    line = lmgateway.to_utf8(lmgateway.json_line("e-1", Event("n", data)))
-    assert json.loads(line, parse_constant=no_constant) == {"id": "e-1", "event": "n", "data": data}
-    text = line.decode()
-    assert len(text.splitlines()) == 1 and 'é \\"🦊\\"' in text and "\\ud800" in text
-    fox = lmgateway.sse_frame("e-1", "n", lmgateway.to_json({"message": "🦊" * 1000}))
-    assert len(fox) < 4100      # not 12 bytes a character
-
-
-# --- 3.11 WebSocket
-
-MASK = b"\x01\x7f\x80\xfe"
-
-
-def fed(frames, data, size):
-    """What Frames gives for the bytes in pieces of that size."""
-    return [message for at in range(0, len(data), size) for message in frames.feed(data[at:at + size])]
-
-
-@pytest.mark.parametrize("mask", [b"", MASK])
-@pytest.mark.parametrize("length", [0, 1, 125, 126, 300, 65535, 65536])
-def test_a_frame_is_read_as_it_was_written(mask, length):
-    payload = (b"\xc3\xa9x" * length)[:length // 3 * 3] + b"a" * (length % 3)
-    data = lmgateway.frame(lmgateway.TEXT, payload, mask)
-    whole = lmgateway.Message(lmgateway.TEXT, payload, data)
-    for size in (1, 2, 7, 1000) if length < 1000 else (7777, 200_000):
-        frames = lmgateway.Frames(bool(mask), 100_000)
-        assert fed(frames, data + data[:1], size) == [whole] and not frames.between
-
-
-def test_rfc_6455s_own_examples():
-    hello, ping = bytes.fromhex("818537fa213d7f9f4d5158"), bytes.fromhex("898537fa213d7f9f4d5158")
-    assert [message[:2] for message in lmgateway.Frames(True, 99).feed(hello + ping)] == [(1, b"Hello"), (9, b"Hello")]
-    pieces = bytes.fromhex("010348656c") + bytes.fromhex("80026c6f")
-    assert lmgateway.Frames(False, 99).feed(pieces) == [(1, b"Hello", pieces)]
-    assert lmgateway.accept_key("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
-
-
-def test_a_control_frame_may_stand_between_the_pieces_of_a_message():
-    first, ping, last = (lmgateway.frame(op, text, MASK) for op, text in ((1, b"a"), (9, b"p"), (0, b"b")))
-    first = bytes([first[0] & 0x7F]) + first[1:]
-    for size in (1, 3, 100):
-        frames = lmgateway.Frames(True, 99)
-        assert fed(frames, first + ping + last, size) == [(9, b"p", ping), (1, b"ab", first + last)]
-
-
-@pytest.mark.parametrize(("code", "faulty"), [
-    (1002, "8100"), (1002, "c180 00000000"), (1002, "9180 00000000"), (1002, "8380 00000000"), (1002, "8b80 00000000"),
-    (1002, "0980 00000000"), (1002, "89fe 0080 00000000"), (1002, "8080 00000000"),
-    (1002, "0180 00000000 8180 00000000"), (1002, "81fe 007d 00000000"), (1002, "81ff 000000000000ffff 00000000"),
-    (1002, "81ff 8000000000000000 00000000"), (1002, "8881 00000000 03"), (1002, "8882 00000000 03ee"),
-    (1002, "8882 00000000 0000"), (1002, "8882 00000000 0bb7"), (1002, "8882 00000000 1388"),
-    (1007, "8181 00000000 ff"), (1007, "8883 00000000 03e8 ff"), (1007, "0181 00000000 c3 8081 00000000 41"),
-    (1009, "82fe 0400 00000000"), (1009, "0281 00000000 41 80fe 03e8 00000000"),
-    (1009, "82ff 7fffffffffffffff 00000000")])
-def test_faulty_frames_have_their_close_code(code, faulty):
-    data = bytes.fromhex(faulty)
-    for size in (1, 2, 100):
-        with pytest.raises(lmgateway.FrameError) as fault:
-            fed(lmgateway.Frames(True, 1000), data, size)
-        assert fault.value.code == code
-
-
-def test_a_servers_frame_has_no_mask_and_one_too_long_to_keep_is_passed_over():
-    with pytest.raises(lmgateway.FrameError):
-        lmgateway.Frames(False, 99).feed(lmgateway.frame(1, b"x", MASK))
-    long, small = lmgateway.frame(1, b"x" * 70_000), lmgateway.frame(1, b"{}")
-    for size in (1, 1000, 100_000):
-        frames = lmgateway.Frames(False, 99)
-        assert [message.payload for message in fed(frames, long + small, size)] == [b"", b"{}"]
-        assert frames.between
-
-
-@pytest.mark.parametrize(("value", "found"), [
-    (1, 1), (5.0, 5), (0, 0), (-3, -3), (2**53 - 1, 2**53 - 1), (2**53, None), (True, None), (1.5, None),
-    ("1", None), (None, None), ([], None), ({}, None), (float("inf"), None)])
-def test_ids_are_whole_numbers(value, found):
-    assert lmgateway.id_of({"callId": value}, "callId") == found
-
-
 # --- 3.4 to 3.6: dialects, meter, request bodies
 
 def event(data, name=None):
@@ -1228,113 +1123,46 @@ def typed(kind, **data):
 
 
 MESSAGES_USAGE = typed("message_delta", delta={}, usage={"input_tokens": 21, "output_tokens": 3})
+MESSAGES_START = typed("message_start", message={"model": "qwen/qwen3-8b", "content": [],
+                                                 "usage": {"input_tokens": 21, "output_tokens": 0}})
 COUNTS = {"promptTokens": 21, "completionTokens": 3, "totalTokens": 24}
 THINKING = {**COUNTS, "reasoningTokens": 2}
 CACHED = {**THINKING, "cachedTokens": 20}
+
+
+def block_delta(kind, **delta):
+    return typed("content_block_delta", index=0, delta={"type": f"{kind}_delta", **delta})
+
+
+def text_chunk(text, finish=None):
+    return event({"model": "qwen/qwen3-8b", "choices": [{"text": text, "finish_reason": finish}]})
+
+
 METERED = {     # path, the answer's events or its whole body, tokenUsage, finishReason, which event is the first token
     "chat": ("/v1/chat/completions", CHAT_WHOLE, THINKING, "stop", None),
     "chat stream": ("/v1/chat/completions", CHAT_STREAM, COUNTS, "stop", 1),
-    "chat reasoning": ("/v1/chat/completions", [chunk({"role": "assistant"}),
-                                                chunk({"reasoning_content": "Hm"}),
-                                                chunk({"content": "Hi"}, "length"), USAGE_CHUNK], COUNTS,
-                                                "length", 1),
-    "chat gpt-oss": ("/v1/chat/completions", [chunk({"content": None, "reasoning": "Hm"}), chunk({}, "stop"),
-                                              USAGE_CHUNK],
+    "chat reasoning": ("/v1/chat/completions", [
+        chunk({"role": "assistant"}), chunk({"reasoning_content": "Hm"}), chunk({"content": "Hi"}, "length"), USAGE_CHUNK],
+        COUNTS, "length", 1),
+    "chat gpt-oss": ("/v1/chat/completions", [chunk({"content": None, "reasoning": "Hm"}), chunk({}, "stop"), USAGE_CHUNK],
                      COUNTS, "stop", 0),
-    "chat tools": ("/v1/chat/completions",
-                   [chunk({"role": "assistant", "content": None}),
-                    chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": ""}}]}),
-                    chunk({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}),
-                    chunk({}, "tool_calls"),
-                    USAGE_CHUNK], COUNTS, "tool_calls", 1),
-    "chat usage with choices": ("/v1/chat/completions", [chunk({"content": "Hi"}),
-                                                         chunk({"content": "."}, "stop", usage={
+    "chat tools": ("/v1/chat/completions", [
+        chunk({"role": "assistant", "content": None}),
+        chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": ""}}]}),
+        chunk({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}), chunk({}, "tool_calls"), USAGE_CHUNK],
+        COUNTS, "tool_calls", 1),
+    "chat usage with choices": ("/v1/chat/completions", [chunk({"content": "Hi"}), chunk({"content": "."}, "stop", usage={
         "prompt_tokens": 21, "completion_tokens": 3, "total_tokens": 24})], COUNTS, "stop", 0),
-    "chat that quotes": ("/v1/chat/completions", [chunk({"content": ""}),
-                                                  chunk({"content": '{"usage": {"content": "x"}}'}),
-                                                  chunk({"content": '"error": 1'}), USAGE_CHUNK], COUNTS,
-                                                  None, 1),
-    "completions": ("/v1/completions", COMPLETION_WHOLE, COUNTS, "length", None),
-    "completions stream": ("/v1/completions",
-                           [event({"model": "qwen/qwen3-8b",
-                                   "choices": [{"text": "", "finish_reason": None}]}),
-                            event({"model": "qwen/qwen3-8b",
-                                   "choices": [{"text": "Hi", "finish_reason": None}]}),
-                            event({"choices": [{"text": "", "finish_reason": "stop"}]}), USAGE_CHUNK], COUNTS,
-                            "stop", 1),
-    "embeddings": ("/v1/embeddings",
-                   b'{"model":"qwen/qwen3-8b","data":[],"usage":{"prompt_tokens":8,"total_tokens":8}}',
-                   {"promptTokens": 8, "completionTokens": 0, "totalTokens": 8}, None, None),
-    "embeddings of LM Studio": ("/api/v0/embeddings", (b'{"data":[],"model":"qwen/qwen3-8b","usage":'
-                                                       b'{"prompt_tokens":0,"total_tokens":0}}'),
-                                {"promptTokens": 0, "completionTokens": 0, "totalTokens": 0}, None, None),
-    "v0": ("/api/v0/chat/completions", V0_WHOLE, COUNTS, "stop", None),
-    "responses": ("/v1/responses", RESPONSES_WHOLE, CACHED, None, None),
-    "responses cut short": ("/v1/responses", RESPONSES_WHOLE.replace(
-        b'"completed"', b'"incomplete","incomplete_details":{"reason":"max_output_tokens"}'), CACHED,
-        "max_output_tokens", None),
-    "responses stream": ("/v1/responses", [
-        typed("response.created", response={"id": "resp_1", "model": "qwen/qwen3-8b", "output": []}),
-        typed("response.output_item.added", item={"content": []}),
-        typed("response.output_text.delta", delta=""),
-        typed("response.reasoning_text.delta", delta="Hm"), typed("response.output_text.delta", delta="Hi"),
-        typed("response.output_text.done", text="Hi"),
-        typed("response.completed", response=json.loads(RESPONSES_WHOLE))], CACHED, None, 3),
-    "responses tools": ("/v1/responses", [typed("response.created", response={"model": "qwen/qwen3-8b"}),
-                                          typed("response.function_call_arguments.delta", delta="{"),
-                                          typed("response.completed", response=json.loads(RESPONSES_WHOLE))],
-                        CACHED, None, 1),
-    "messages": ("/v1/messages", MESSAGES_WHOLE, COUNTS, "end_turn", None),
-    "messages stream": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "content": [],
-                                        "usage": {"input_tokens": 21, "output_tokens": 0}}),
-        typed("ping"), typed("content_block_start", index=0, content_block={"type": "text", "text": ""}),
-        typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hi"}),
-        typed("content_block_stop", index=0),
-        typed("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 3}),
-        typed("message_stop")],
-        COUNTS, "max_tokens", 3),
-    "messages from a cache": ("/v1/messages", MESSAGES_WHOLE.replace(
-        b'"input_tokens":21',
-        b'"cache_creation_input_tokens":5,"cache_read_input_tokens":15,"input_tokens":1'),
-        {**COUNTS, "cachedTokens": 15}, "end_turn", None),
-    "messages stream from a cache": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "content": [], "usage": {
-            "input_tokens": 6, "cache_read_input_tokens": 15, "output_tokens": 0}}),
-        typed("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hi"}),
-        typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 3}),
-        typed("message_stop")], {**COUNTS, "cachedTokens": 15}, "end_turn", 1),
-    "more pieces than tokens": ("/v1/chat/completions", [
-        *CHAT_STREAM[:2], *CHAT_STREAM[1:2] * 4, *CHAT_STREAM[2:]], COUNTS, "stop", 1),
-    "messages thinking": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b",
-                                        "usage": {"input_tokens": 21, "output_tokens": 1}}),
-        typed("content_block_delta", index=0, delta={"type": "thinking_delta", "thinking": "Hm"}),
-        typed("message_delta", delta={"stop_reason": "tool_use"},
-              usage={"input_tokens": 21, "output_tokens": 3})],
-        COUNTS, "tool_use", 1),
-    "native": ("/api/v1/chat", NATIVE_WHOLE, THINKING, None, None),
-    "native stream": ("/api/v1/chat", [
-        typed("chat.start", model_instance_id="qwen/qwen3-8b"),
-        typed("prompt_processing.progress", progress=0.4),
-        typed("reasoning.start"), typed("reasoning.delta", content="Hm"),
-        typed("message.delta", content="Hi"),
-        typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 3),
-    "v0 without a reason of OpenAI's": ("/api/v0/completions", V0_WHOLE.replace(
-        b'"finish_reason":"stop",', b""), COUNTS, "eosFound", None),
+    "chat that quotes": ("/v1/chat/completions", [
+        chunk({"content": ""}), chunk({"content": '{"usage": {"content": "x"}}'}), chunk({"content": '"error": 1'}),
+        USAGE_CHUNK], COUNTS, None, 1),
     "chat cached": ("/v1/chat/completions", CHAT_WHOLE.replace(
-        b'"completion_tokens_details"', b'"prompt_tokens_details":{"cached_tokens":20},'
-        b'"completion_tokens_details"'), CACHED, "stop", None),
-    "chat over two lines": ("/v1/chat/completions", [
-        CHAT_STREAM[1], USAGE_CHUNK.replace(b', "usage"', b',\ndata: "usage"')], COUNTS, None, 0),
+        b'"completion_tokens_details"', b'"prompt_tokens_details":{"cached_tokens":20},"completion_tokens_details"'),
+        CACHED, "stop", None),
+    "chat over two lines": ("/v1/chat/completions", [CHAT_STREAM[1], USAGE_CHUNK.replace(b', "usage"', b',\ndata: "usage"')],
+                            COUNTS, None, 0),
     "chat with a function": ("/v1/chat/completions", [
-        chunk({"content": None}), chunk({"function_call": {"name": "f", "arguments": ""}}), USAGE_CHUNK],
-        COUNTS, None, 1),
-    "messages that count down": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "usage": {"input_tokens": 21}}),
-        typed("message_delta", delta={}, usage={"output_tokens": 3}),
-        typed("message_delta", delta={"stop_reason": "end_turn"},
-              usage={"input_tokens": 0, "output_tokens": 0})], COUNTS, "end_turn", None),
+        chunk({"content": None}), chunk({"function_call": {"name": "f", "arguments": ""}}), USAGE_CHUNK], COUNTS, None, 1),
     "two choices": ("/v1/chat/completions", [
         event({"model": "qwen/qwen3-8b", "choices": [{"index": 0, "finish_reason": "length", "delta": {}},
                                                      {"index": 1, "finish_reason": "stop", "delta": {}}]}),
@@ -1343,30 +1171,79 @@ METERED = {     # path, the answer's events or its whole body, tokenUsage, finis
         event({"model": "qwen/qwen3-8b", "choices": [], "usage": {
             "prompt_tokens": 21, "prompt_tokens_details": {"cached_tokens": 20},
             "completion_tokens_details": {"reasoning_tokens": 2}}}),
-        event({"choices": [], "usage": {
-            "completion_tokens": 3, "total_tokens": 24, "prompt_tokens_details": {},
-            "completion_tokens_details": {"audio_tokens": 0}}})], CACHED, None, None),
+        event({"choices": [], "usage": {"completion_tokens": 3, "total_tokens": 24, "prompt_tokens_details": {},
+                                        "completion_tokens_details": {"audio_tokens": 0}}})], CACHED, None, None),
+    "completions": ("/v1/completions", COMPLETION_WHOLE, COUNTS, "length", None),
+    "completions stream": ("/v1/completions", [text_chunk(""), text_chunk("Hi"), text_chunk("", "stop"), USAGE_CHUNK],
+                           COUNTS, "stop", 1),
+    "embeddings": ("/v1/embeddings", b'{"model":"qwen/qwen3-8b","data":[],"usage":{"prompt_tokens":8,"total_tokens":8}}',
+                   {"promptTokens": 8, "completionTokens": 0, "totalTokens": 8}, None, None),
+    "embeddings of LM Studio": ("/api/v0/embeddings", (
+        b'{"data":[],"model":"qwen/qwen3-8b","usage":{"prompt_tokens":0,"total_tokens":0}}'),
+        {"promptTokens": 0, "completionTokens": 0, "totalTokens": 0}, None, None),
+    "v0": ("/api/v0/chat/completions", V0_WHOLE, COUNTS, "stop", None),
+    "v0 without a reason of OpenAI's": ("/api/v0/completions", V0_WHOLE.replace(b'"finish_reason":"stop",', b""), COUNTS,
+                                        "eosFound", None),
+    "responses": ("/v1/responses", RESPONSES_WHOLE, CACHED, None, None),
+    "responses cut short": ("/v1/responses", RESPONSES_WHOLE.replace(
+        b'"completed"', b'"incomplete","incomplete_details":{"reason":"max_output_tokens"}'), CACHED,
+        "max_output_tokens", None),
+    "responses stream": ("/v1/responses", [
+        typed("response.created", response={"id": "resp_1", "model": "qwen/qwen3-8b", "output": []}),
+        typed("response.output_item.added", item={"content": []}), typed("response.output_text.delta", delta=""),
+        typed("response.reasoning_text.delta", delta="Hm"), typed("response.output_text.delta", delta="Hi"),
+        typed("response.output_text.done", text="Hi"),
+        typed("response.completed", response=json.loads(RESPONSES_WHOLE))], CACHED, None, 3),
+    "responses tools": ("/v1/responses", [
+        typed("response.created", response={"model": "qwen/qwen3-8b"}),
+        typed("response.function_call_arguments.delta", delta="{"),
+        typed("response.completed", response=json.loads(RESPONSES_WHOLE))], CACHED, None, 1),
+    "messages": ("/v1/messages", MESSAGES_WHOLE, COUNTS, "end_turn", None),
+    "messages stream": ("/v1/messages", [
+        MESSAGES_START, typed("ping"), typed("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+        block_delta("text", text="Hi"), typed("content_block_stop", index=0),
+        typed("message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 3}), typed("message_stop")],
+        COUNTS, "max_tokens", 3),
+    "messages from a cache": ("/v1/messages", MESSAGES_WHOLE.replace(
+        b'"input_tokens":21', b'"cache_creation_input_tokens":5,"cache_read_input_tokens":15,"input_tokens":1'),
+        {**COUNTS, "cachedTokens": 15}, "end_turn", None),
+    "messages stream from a cache": ("/v1/messages", [
+        typed("message_start", message={"model": "qwen/qwen3-8b", "content": [], "usage": {
+            "input_tokens": 6, "cache_read_input_tokens": 15, "output_tokens": 0}}),
+        block_delta("text", text="Hi"),
+        typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 3})],
+        {**COUNTS, "cachedTokens": 15}, "end_turn", 1),
+    "messages thinking": ("/v1/messages", [
+        MESSAGES_START, block_delta("thinking", thinking="Hm"), typed(
+            "message_delta", delta={"stop_reason": "tool_use"}, usage={"input_tokens": 21, "output_tokens": 3})],
+        COUNTS, "tool_use", 1),
+    "messages that count down": ("/v1/messages", [
+        MESSAGES_START, typed("message_delta", delta={}, usage={"output_tokens": 3}),
+        typed("message_delta", delta={"stop_reason": "end_turn"}, usage={"input_tokens": 0, "output_tokens": 0})],
+        COUNTS, "end_turn", None),
     "messages tools": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "content": []}),
-        typed("content_block_start", index=0, content_block={"type": "tool_use", "name": "f", "input": {}}),
+        MESSAGES_START, typed("content_block_start", index=0, content_block={"type": "tool_use", "name": "f", "input": {}}),
         MESSAGES_USAGE], COUNTS, None, 1),
     "messages tools, arguments": ("/v1/messages", [
-        typed("message_start", message={"model": "qwen/qwen3-8b", "content": []}),
-        typed("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": ""}),
-        typed("content_block_delta", index=0, delta={"type": "input_json_delta", "partial_json": "{}"}),
+        MESSAGES_START, block_delta("input_json", partial_json=""), block_delta("input_json", partial_json="{}"),
         MESSAGES_USAGE], COUNTS, None, 2),
+    "native": ("/api/v1/chat", NATIVE_WHOLE, THINKING, None, None),
+    "native stream": ("/api/v1/chat", [
+        typed("chat.start", model_instance_id="qwen/qwen3-8b"), typed("prompt_processing.progress", progress=0.4),
+        typed("reasoning.start"), typed("reasoning.delta", content="Hm"), typed("message.delta", content="Hi"),
+        typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 3),
     "native tools": ("/api/v1/chat", [
         typed("chat.start", model_instance_id="qwen/qwen3-8b"), typed("tool_call.start", tool="f"),
         typed("chat.end", result=json.loads(NATIVE_WHOLE))], THINKING, None, 1),
-    "odd counts": ("/v1/chat/completions", (b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":true,'
-                                            b'"completion_tokens":"3","total_tokens":null}}'), None, None, None),
-    "counts that nobody can mean": (
-        "/v1/chat/completions", b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":-1,"completion_tokens":'
-        + b"9" * 400 + b',"total_tokens":1e999}}', None, None, None),
-    "decisions": ("/v1/decisions", b'{"model":"qwen/qwen3-8b","usage":{"inputTokens":21}}',
-                  {"promptTokens": 21}, None, None),
-    "no usage": ("/v1/chat/completions", b'{"model":"qwen/qwen3-8b","choices":[{"finish_reason":"stop"}]}',
-                 None, "stop",
+    "decisions": ("/v1/decisions", b'{"model":"qwen/qwen3-8b","usage":{"inputTokens":21}}', {"promptTokens": 21}, None,
+                  None),
+    "odd counts": ("/v1/chat/completions", (
+        b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":true,"completion_tokens":"3","total_tokens":null}}'),
+        None, None, None),
+    "counts that nobody can mean": ("/v1/chat/completions", (
+        b'{"model":"qwen/qwen3-8b","usage":{"prompt_tokens":-1,"completion_tokens":' + b"9" * 400
+        + b',"total_tokens":1e999}}'), None, None, None),
+    "no usage": ("/v1/chat/completions", b'{"model":"qwen/qwen3-8b","choices":[{"finish_reason":"stop"}]}', None, "stop",
                  None),
 }
 
@@ -1390,8 +1267,7 @@ def test_meter_times_tokens_only_from_the_first_to_the_last():
     meter = lmgateway.Meter(lmgateway.CHAT, stream=True)
     for number, part in enumerate(CHAT_STREAM):
         meter.feed(part, 10.0 + number)
-    assert (meter.first, meter.last, meter.pieces) == (11.0, 12.0,
-                                                       2)   # neither role, finish, usage nor [DONE]
+    assert (meter.first, meter.last, meter.pieces) == (11.0, 12.0, 2)   # neither role, finish, usage nor [DONE]
 
 
 TOKEN = chunk({"content": "x"})
@@ -1421,14 +1297,7 @@ def test_meter_learns_the_same_from_whole_pieces_and_from_single_bytes(pieces):
     assert vars(whole.usage) == vars(bytewise.usage)
 
 
-def test_meter_takes_what_lm_studio_timed_itself():
-    meter = lmgateway.Meter(lmgateway.NATIVE, stream=False)
-    meter.feed(NATIVE_WHOLE, 1.0)
-    meter.end()
-    assert (meter.usage.speed, meter.usage.first_ms) == (48.2, 120.0)
-
-
-ERRORS = {  # how LM Studio says no inside an answer that looks fine
+NO_ANSWERS = {  # how LM Studio says no inside an answer that looks fine
     "string": (False, b'{"error":"Unexpected endpoint or method. (POST /v1/x)"}',
                "Unexpected endpoint or method. (POST /v1/x)"),
     "object": (False, b'{"error":{"message":"No models loaded.","code":"model_not_found"}}',
@@ -1445,7 +1314,7 @@ ERRORS = {  # how LM Studio says no inside an answer that looks fine
 }
 
 
-@pytest.mark.parametrize("row", ERRORS.values(), ids=ERRORS)
+@pytest.mark.parametrize("row", NO_ANSWERS.values(), ids=NO_ANSWERS)
 def test_meter_finds_errors_in_answers_that_look_fine(row):
     stream, data, error = row
     meter = lmgateway.Meter(lmgateway.CHAT, stream)
@@ -1485,10 +1354,10 @@ def test_the_beginning_of_an_event_is_held_back_only_while_it_may_be_ours(beginn
     assert meter.feed(CHAT_STREAM[1] + USAGE_CHUNK, 1.0) == CHAT_STREAM[1]
 
 
-def test_an_endless_event_passes_unread_in_linear_time_and_bounded_memory():
-    meter, piece = lmgateway.Meter(lmgateway.CHAT, True, cut=True), b"x" * 4096
-    got = sum(len(meter.feed(piece, 1.0)) for _ in range(2000))
-    assert len(meter._rest) <= lmgateway.STREAM_LIMIT and got + len(meter.end()) == 2000 * len(piece)
+def test_an_endless_event_passes_unread_in_bounded_memory():
+    meter, piece = lmgateway.Meter(lmgateway.CHAT, True, cut=True), b"x" * 65536
+    got = sum(len(meter.feed(piece, 1.0)) for _ in range(120))
+    assert len(meter._rest) <= lmgateway.STREAM_LIMIT and got + len(meter.end()) == 120 * len(piece)
 
 
 def test_a_huge_body_passes_unread(monkeypatch):
@@ -1580,36 +1449,84 @@ def test_a_body_costs_no_more_than_a_few_times_its_size(body):
         assert time.thread_time() - started < 1.5 and peak() < 2.5 * len(body) + 5_000_000
 
 
-def test_a_body_in_chunks_of_a_byte_costs_time_in_proportion():
-    chunks, data, started = lmgateway.Chunks(), b"1\r\nx\r\n" * 1_000_000 + b"0\r\n\r\n", time.thread_time()
-    assert sum(len(chunks.feed(data[at:at + 65536])) for at in range(0, len(data), 65536)) == 1_000_000
-    assert chunks.over and time.thread_time() - started < 3.0
+# --- 3.11 wire formats
+
+def test_json_is_utf_8_with_escapes_only_for_what_has_no_utf_8_and_what_some_readers_take_for_a_line_end():
+    data = {"message": 'é "🦊"\n\\\x7f\ud800 \u2028\u2029\x85\x0c', "tags": [], "a": -0.5, "b": True, "c": None}
+    line = lmgateway.to_utf8(lmgateway.json_line("e-1", Event("n", data)))
+    assert json.loads(line, parse_constant=no_constant) == {"id": "e-1", "event": "n", "data": data}
+    text = line.decode()
+    assert len(text.splitlines()) == 1 and 'é \\"🦊\\"' in text and "\\ud800" in text
+    fox = lmgateway.sse_frame("e-1", "n", lmgateway.to_json({"message": "🦊" * 1000}))
+    assert len(fox) < 4100      # not 12 bytes a character
 
 
-CHUNKED = b"5;name=\"x\"\r\nhello\r\n1 \r\n!\r\n0\r\nTrailer: x\r\n\r\nNEXT"
+# --- 3.12 WebSocket
+
+MASK = b"\x01\x7f\x80\xfe"
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
-def test_chunked_bodies_are_decoded_at_every_split(size):
-    chunks, got = lmgateway.Chunks(), b""
-    for at in range(0, len(CHUNKED), size):
-        got += chunks.feed(CHUNKED[at:at + size])
-    assert (got, chunks.over, chunks.rest) == (b"hello!", True, b"NEXT")
+def fed(frames, data, size):
+    """What Frames gives for the bytes in pieces of that size."""
+    return [message for at in range(0, len(data), size) for message in frames.feed(data[at:at + size])]
 
 
-@pytest.mark.parametrize("data", [
-    b"\r\n", b"x\r\n", b"-1\r\n", b"+1\r\n", b"0x1\r\n", b" 1\r\n", b"1\n", b"1\rx", b"1_0\r\n", b"\xb9\r\n",
-    b"1;\x00\r\n",
-    b"11111111111111111\r\n", b"1\r\nab", b"1\r\na\nb", b"1\r\na\rb", b"0\r\nno colon\r\n", b"0\r\n x: y\r\n",
-    b"0\r\nx: y\n",
-    b"0\r\na: b\rc", b"0\r\n" + b"x: y\r\n" * 3000, b"1;" + b"x" * 9000, b"0\r\nx:" + b"x" * 9000],
-    ids=lambda data: repr(data[:20]))
-def test_chunked_bodies_that_can_be_read_in_two_ways_are_refused(data):
-    for size in (1 if len(data) < 5000 else 100, len(data)):
-        with pytest.raises(ValueError, match="chunk|trailers"):     # noqa: PT012
-            chunks = lmgateway.Chunks()
-            for at in range(0, len(data), size):
-                chunks.feed(data[at:at + size])
+@pytest.mark.parametrize("mask", [b"", MASK])
+@pytest.mark.parametrize("length", [0, 1, 125, 126, 300, 65535, 65536])
+def test_a_frame_is_read_as_it_was_written(mask, length):
+    payload = (b"\xc3\xa9x" * length)[:length // 3 * 3] + b"a" * (length % 3)
+    data = lmgateway.frame(lmgateway.TEXT, payload, mask)
+    whole = lmgateway.Message(lmgateway.TEXT, payload, data)
+    for size in (1, 2, 7, 1000) if length < 1000 else (7777, 200_000):
+        frames = lmgateway.Frames(bool(mask), 100_000)
+        assert fed(frames, data + data[:1], size) == [whole] and not frames.between
+
+
+def test_rfc_6455s_own_examples():
+    hello, ping = bytes.fromhex("818537fa213d7f9f4d5158"), bytes.fromhex("898537fa213d7f9f4d5158")
+    assert [message[:2] for message in lmgateway.Frames(True, 99).feed(hello + ping)] == [(1, b"Hello"), (9, b"Hello")]
+    pieces = bytes.fromhex("010348656c") + bytes.fromhex("80026c6f")
+    assert lmgateway.Frames(False, 99).feed(pieces) == [(1, b"Hello", pieces)]
+    assert lmgateway.accept_key("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+
+def test_a_control_frame_may_stand_between_the_pieces_of_a_message():
+    first, ping, last = (lmgateway.frame(op, text, MASK) for op, text in ((1, b"a"), (9, b"p"), (0, b"b")))
+    first = bytes([first[0] & 0x7F]) + first[1:]
+    for size in (1, 3, 100):
+        frames = lmgateway.Frames(True, 99)
+        assert fed(frames, first + ping + last, size) == [(9, b"p", ping), (1, b"ab", first + last)]
+
+
+@pytest.mark.parametrize(("code", "faulty"), [
+    (1002, "8100"), (1002, "c180 00000000"), (1002, "9180 00000000"), (1002, "8380 00000000"), (1002, "8b80 00000000"),
+    (1002, "0980 00000000"), (1002, "89fe 0080 00000000"), (1002, "8080 00000000"),
+    (1002, "0180 00000000 8180 00000000"), (1002, "81fe 007d 00000000"), (1002, "81ff 000000000000ffff 00000000"),
+    (1002, "81ff 8000000000000000 00000000"), (1002, "8881 00000000 03"), (1002, "8882 00000000 03ee"),
+    (1002, "8882 00000000 0000"), (1002, "8882 00000000 0bb7"), (1002, "8882 00000000 1388"),
+    (1007, "8181 00000000 ff"), (1007, "8883 00000000 03e8 ff"), (1007, "0181 00000000 c3 8081 00000000 41"),
+    (1009, "82fe 0400 00000000"), (1009, "0281 00000000 41 80fe 03e8 00000000"),
+    (1009, "82ff 7fffffffffffffff 00000000")])
+def test_faulty_frames_have_their_close_code(code, faulty):
+    data = bytes.fromhex(faulty)
+    for size in (1, 2, 100):
+        with pytest.raises(lmgateway.FrameError) as fault:
+            fed(lmgateway.Frames(True, 1000), data, size)
+        assert fault.value.code == code
+
+
+@pytest.mark.parametrize(("code", "data"), [(1002, lmgateway.frame(1, b"x", MASK)), (1009, b"\x81\x7e\x03\xe9")])
+def test_a_servers_frame_has_no_mask_and_a_limit_too(code, data):
+    with pytest.raises(lmgateway.FrameError) as fault:
+        lmgateway.Frames(False, 1000).feed(data)
+    assert fault.value.code == code
+
+
+@pytest.mark.parametrize(("value", "found"), [
+    (1, 1), (5.0, 5), (0, 0), (-3, -3), (2**53 - 1, 2**53 - 1), (2**53, None), (True, None), (1.5, None),
+    ("1", None), (None, None), ([], None), ({}, None), (float("inf"), None)])
+def test_ids_are_whole_numbers(value, found):
+    assert lmgateway.id_of({"callId": value}, "callId") == found
 
 
 # --- 3.8 the join
@@ -1883,6 +1800,18 @@ def test_what_no_request_can_have_caused_is_lm_studios_own(utc):
     assert office.claimed() == set() and not office.requests.running
 
 
+def test_a_prediction_of_an_sdk_has_its_run_and_no_line_of_the_app(utc):
+    office = Office()
+    record = office.ask("sdk", dialect="socket", target="/llm/predict", messages=1)
+    office.log(running("m/one"), streaming("m/one"))    # of somebody else
+    office.log(engine_run(5, 300), engine_end(5, 300, 20))
+    office.over(record, prompt=300, completion=20)
+    office.pass_s(1)
+    assert (record.binding, record.read_speed, record.begun) == ("exact", 1000.0, False)
+    assert [one.source for one in (*office.requests.running.values(), *office.requests.finished)] == ["lmstudio", "gateway"]
+    assert office.told(record) == []    # it was not certain while it ran
+
+
 @pytest.mark.parametrize(("requests", "percents"), [(1, [0.0, 40.0, 100.0]), (2, [])])
 def test_without_an_engines_lines_progress_is_that_of_the_only_request_of_its_model(utc, requests, percents):
     office = Office()
@@ -2020,6 +1949,19 @@ def test_one_request_through_us_gets_all_events_of_its_chat_whichever_engine_ran
     assert typed - {name for _, name, _ in record.timeline} == set()
 
 
+def test_hundreds_of_requests_at_once_hold_up_no_line_of_the_log():
+    office, took = Office(), [0.0]
+    for number in range(300):
+        office.ask(f"r{number}", "m")
+    log_bytes = b"".join(log_path.read_bytes() for log_path in SAMPLES) * 4
+    for at in range(0, len(log_bytes), 20_000):
+        office.clock += 0.1
+        events, began = office.parser.feed(log_bytes[at:at + 20_000]), time.thread_time()
+        office.requests.see(events, office.clock)
+        took.append(time.thread_time() - began)
+    assert sum(took) < 1.0 and max(took) < 0.03     # else each is compared with each for each line
+
+
 # --- 3.7 the life of a request
 
 TOKEN_TIMES = {   # path, the answer's events, their clocks after the request -> timeToFirstTokenMs, tokensPerSecond
@@ -2102,48 +2044,45 @@ def exposition(figures, **gauges):
 
 
 def test_no_client_can_invent_a_series():
-    figures = lmgateway.Figures()
-    for number in range(lmgateway.SERIES + 50):
+    figures, most = lmgateway.Figures(), lmgateway.Figures.SERIES
+    for number in range(most + 50):
         record = lmgateway.Record(f"r{number}", 0, 0, model_asked=f"invented-{number}", target="/v1/made-up")
         record.end(1, lmgateway.Outcome("failed", 404, "no", "upstream_error"))
         figures.count_request(record)
         figures.count_event(Event("lmstudio_cache_stats", {"model": f"tag-{number}", "reused": 1}))
-    requests = [line for line in exposition(figures) if line.startswith("lmstudio_gateway_requests_total{")]
-    assert requests == ['lmstudio_gateway_requests_total{key="none",model="other",endpoint="other",code="404"} '
-                        f"{lmgateway.SERIES + 50}"]
-    cached = [line for line in exposition(figures) if line.startswith("lmstudio_cached_input_tokens_total{")]
-    assert len(cached) == lmgateway.MODELS + 1
-
-
-def test_a_metric_has_a_bounded_number_of_series_and_stands_there_once_it_has_one():
-    figures = lmgateway.Figures()
-    assert exposition(figures) == [""]
-    for number in range(lmgateway.SERIES + 50):
         figures.add("lmstudio_log_rotations_total", f"reason {number}")
-    assert len(exposition(figures)) == 2 + lmgateway.SERIES + 1
-    assert exposition(figures)[-1] == 'lmstudio_log_rotations_total{reason="other"} 50'
+    lines = exposition(figures)
+    assert [line for line in lines if line.startswith("lmstudio_gateway_requests_total{")] == [
+        f'lmstudio_gateway_requests_total{{key="none",model="other",endpoint="other",code="404"}} {most + 50}']
+    cached, rotations = ([line for line in lines if line.startswith(name)]
+                         for name in ("lmstudio_cached_input_tokens_total{", "lmstudio_log_rotations_total{"))
+    assert len(cached) == lmgateway.Figures.MODELS + 1
+    assert len(rotations) == most + 1 and rotations[-1] == 'lmstudio_log_rotations_total{reason="other"} 50'
+    assert exposition(lmgateway.Figures()) == [""]
 
 
 def test_figures_of_the_engine_are_summed_in_seconds_and_by_kind_of_token():
     figures = lmgateway.Figures()
-    figures.count_event(Event("lmstudio_prediction_stats",
-                              {"model": "m", "timeToFirstTokenMs": 500, "reasoningTokens": 3,
-                                                            "acceptedDraftTokens": 4}))
-    for line in ("time_to_first_token_seconds_sum{model=\"m\"} 0.5", 'reasoning_tokens_total{model="m"} 3',
-                 'accepted_draft_tokens_total{model="m"} 4'):
-        assert f"lmstudio_{line}" in exposition(figures)
+    figures.count_event(Event("lmstudio_prediction_stats", {
+        "model": "m", "timeToFirstTokenMs": 500, "promptMs": 250, "reasoningTokens": 3, "acceptedDraftTokens": 4,
+        "completionTokens": 60, "tokensPerSecond": 20.0, "promptTokensPerSecond": 800.0}))
+    figures.count_event(Event("lmstudio_chat_end", {"model": "m"}, about={"requests": 1, "input": 7}))
+    found = dict(line.rsplit(" ", 1) for line in exposition(figures) if "_sum" in line or "_total{" in line)
+    assert found == {f'lmstudio_{name}{{model="m"}}': value for name, value in {
+        "time_to_first_token_seconds_sum": "0.5", "prompt_eval_seconds_sum": "0.25", "generation_seconds_sum": "3.0",
+        "prompt_tokens_per_second_sum": "800.0", "tokens_per_second_sum": "20.0", "output_tokens_total": "60",
+        "reasoning_tokens_total": "3", "accepted_draft_tokens_total": "4", "requests_total": "1",
+        "input_tokens_total": "7"}.items()}
 
 
 def test_histograms_are_cumulative_and_labels_escaped():
     figures = lmgateway.Figures()
     for value in (0.05, 0.3, 9999):
-        figures.observe("lmstudio_time_to_first_token_seconds", value, 'a"b\\c\nd')
-    text = exposition(figures)
-    label = r'model="a\"b\\c\nd"'
-    assert f'lmstudio_time_to_first_token_seconds_bucket{{{label},le="0.05"}} 1' in text
-    assert f'lmstudio_time_to_first_token_seconds_bucket{{{label},le="0.5"}} 2' in text
-    assert f'lmstudio_time_to_first_token_seconds_bucket{{{label},le="+Inf"}} 3' in text
-    assert f'lmstudio_time_to_first_token_seconds_count{{{label}}} 3' in text
+        figures.add("lmstudio_time_to_first_token_seconds", 'a"b\\c\nd', amount=value)
+    text, label = exposition(figures), r'model="a\"b\\c\nd"'
+    for line in (f'bucket{{{label},le="0.05"}} 1', f'bucket{{{label},le="0.5"}} 2', f'bucket{{{label},le="+Inf"}} 3',
+                 f"count{{{label}}} 3"):
+        assert f"lmstudio_time_to_first_token_seconds_{line}" in text
 
 
 def test_time_in_lm_studios_queue_is_counted_where_the_log_shows_it(utc):
@@ -2160,19 +2099,11 @@ def test_time_in_lm_studios_queue_is_counted_where_the_log_shows_it(utc):
 
 
 @pytest.mark.parametrize(("state", "outcome", "line"), [
-    ("waiting", ("failed", None, "x", "upstream_unreachable"), 'upstream_errors_total{kind="refused"} 1'),
-    ("waiting", ("failed", 504, "x", "upstream_timeout"), 'upstream_errors_total{kind="timeout"} 1'),
-    ("generating", ("failed", 200, "x", "upstream_reset"), 'upstream_errors_total{kind="reset"} 1'),
-    ("waiting", ("failed", 500, "x", "upstream_error"), 'upstream_errors_total{kind="bad_status"} 1'),
-    ("waiting", ("failed", 200, "x", "upstream_error"), 'upstream_errors_total{kind="error_in_200"} 1'),
-    ("waiting", ("abandoned", None, "x", "client_disconnected"),
-     'client_disconnects_total{phase="queued"} 1'),
-    ("loading", ("abandoned", None, "x", "client_disconnected"),
-     'client_disconnects_total{phase="queued"} 1'),
-    ("prompt", ("abandoned", None, "x", "client_disconnected"),
-     'client_disconnects_total{phase="prefill"} 1'),
-    ("generating", ("abandoned", 200, "x", "client_disconnected"),
-     'client_disconnects_total{phase="decode"} 1')])
+    *(("waiting", ("failed", status, "x", f"upstream_{operation}"), f'upstream_errors_total{{kind="{kind}"}} 1')
+      for status, operation, kind in ((None, "unreachable", "refused"), (504, "timeout", "timeout"),
+                                      (200, "reset", "reset"), (500, "error", "bad_status"), (200, "error", "error_in_200"))),
+    *((state, ("abandoned", None, "x", "client_disconnected"), f'client_disconnects_total{{phase="{phase}"}} 1')
+      for state, phase in (("waiting", "queued"), ("loading", "queued"), ("prompt", "prefill"), ("generating", "decode")))])
 def test_a_request_that_fails_is_counted_by_its_cause_and_one_that_is_left_by_its_phase(state, outcome, line):
     figures, record = lmgateway.Figures(), lmgateway.Record("r1", 0, 0)
     record.enter(state, 0.5)
@@ -2189,12 +2120,12 @@ def test_times_of_a_request_are_seconds_and_running_ones_are_gauges(utc):
     waiting = office.ask("r2")
     office.log(running("m/one"), streaming("m/one"))
     figures.model("m/one")
-    gauges = figures.of_requests(office.requests)
+    gauges = figures.gauges(office.requests)
     assert gauges["lmstudio_gateway_requests_in_flight"] == {("m/one",): 2}
     assert (waiting.state, gauges["lmstudio_gateway_requests_queued"]) == ("queued", {("m/one",): 1})
     assert list(gauges["lmstudio_prompt_progress_ratio"].values()) == [0.4]
     office.log(running("m/two", 7))       # not through us
-    assert figures.of_requests(office.requests)["lmstudio_gateway_requests_in_flight"] == {("m/one",): 2, ("m/two",): 0}
+    assert figures.gauges(office.requests)["lmstudio_gateway_requests_in_flight"] == {("m/one",): 2, ("m/two",): 0}
     office.clock += 2
     record.first_ms, record.speed = 500.0, 20.0
     office.over(record, prompt=500)
@@ -2203,30 +2134,24 @@ def test_times_of_a_request_are_seconds_and_running_ones_are_gauges(utc):
     assert {name: float(value) for name, value in sums.items()} == {
         "request_duration": 2, "time_to_first_token": 0.5, "time_per_output_token": 0.05,
         "overhead": 0.002, "queue": 0}
-    assert figures.of_requests(office.requests)["lmstudio_gateway_correlated_total"] == {
-        ("exact",): 1, ("none",): 0}
+    assert figures.gauges(office.requests)["lmstudio_gateway_correlated_total"] == {("exact",): 1, ("none",): 0}
 
 
 def test_performance_is_of_the_requests_that_are_kept():
-    records = [lmgateway.Record(f"r{number}", 0, 0, speed=speed, first_ms=first)
-               for number, speed,
-               first in ((1, 10.0, 100.0), (2, None, None), (3, 30.0, 300.0), (4, None, 200.0))]
+    records = [lmgateway.Record(f"r{number}", 0, 0, speed=speed, first_ms=first) for number, (speed, first) in enumerate(
+        ((10.0, 100.0), (None, None), (30.0, 300.0), (None, 200.0)))]
     for number, record in enumerate(records, 1):
         record.end(number, lmgateway.Outcome("done", 200))
     tokens = Counter({"input": 7, "output": 5, "cached_input": 3, "reasoning": 2})
     counts = types.SimpleNamespace(total=40, errors=10, abandoned=3)
     assert lmgateway.performance(records, counts, tokens) == {
         "totalRequests": 40, "totalErrors": 10, "totalAbandoned": 3, "errorRate": 0.25, "keptRequests": 4,
-        "avgResponseTimeMs": 2500.0,
-        "minResponseTimeMs": 1000, "maxResponseTimeMs": 4000, "medianResponseTimeMs": 2000,
-        "p95ResponseTimeMs": 4000,
-        "p99ResponseTimeMs": 4000, "medianTimeToFirstTokenMs": 200.0, "p95TimeToFirstTokenMs": 300.0,
-        "avgTokensPerSec": 20.0,
-        "totalTokensProcessed": 12,
+        "avgResponseTimeMs": 2500.0, "minResponseTimeMs": 1000, "maxResponseTimeMs": 4000, "medianResponseTimeMs": 2000,
+        "p95ResponseTimeMs": 4000, "p99ResponseTimeMs": 4000, "medianTimeToFirstTokenMs": 200.0,
+        "p95TimeToFirstTokenMs": 300.0, "avgTokensPerSec": 20.0, "totalTokensProcessed": 12,
         "tokenStats": {"promptTokens": 7, "completionTokens": 5, "cachedTokens": 3, "reasoningTokens": 2}}
     nothing = lmgateway.performance([], lmgateway.Requests("", 1), Counter())
-    assert (nothing["errorRate"], nothing["avgResponseTimeMs"],
-            nothing["p95ResponseTimeMs"]) == (0, None, None)
+    assert (nothing["errorRate"], nothing["avgResponseTimeMs"], nothing["p95ResponseTimeMs"]) == (0, None, None)
 
 
 def test_tokens_that_the_log_tells_later_are_counted_once():
@@ -2243,8 +2168,6 @@ def test_tokens_that_the_log_tells_later_are_counted_once():
 def test_percentiles_are_values_that_occur(share, value):
     assert lmgateway.rank(list(range(1, 11)), share) == value
     assert lmgateway.rank([], share) is None
-
-
 
 
 # === 4. HUB ==================================================================
@@ -2291,15 +2214,13 @@ def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_fig
     hub, started = lmgateway.Hub(keep=rows.extend), lmgateway.UtcClock().moment(stamp).epoch
 
     def log(*entries):
-        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n"
-                                            for entry in entries).encode()) + parser.quiet())
+        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n" for entry in entries).encode()) + parser.quiet())
 
     record = lmgateway.Record(hub.request_id(), started, time.monotonic(), model_asked="m/one", messages=1,
                               dialect="chat",
                               target="/v1/chat/completions", stream=True)
     hub.begin(record)
-    log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100), percent("m/one", 0),
-        percent("m/one", 100))
+    log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100), percent("m/one", 0), percent("m/one", 100))
     for _ in range(2):
         hub.end(record, lmgateway.Outcome("abandoned", None, "it left", "client_disconnected"))
     log(engine_end(1, 400, 12), finished("m/one"))
@@ -2319,25 +2240,16 @@ def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_fig
 
 def test_requests_are_shown_running_ones_first_and_each_newest_first():
     hub = lmgateway.Hub()
-    records = [lmgateway.Record(f"r{number}", 0, 0) for number in range(4)]
+    records = [lmgateway.Record(f"r{number}", 0, 0, model_asked="m/old" if number == 1 else None) for number in range(5)]
     for record in records:
         hub.begin(record)
-    for record in records[:2]:
+    for record in records[:3]:
         hub.end(record, lmgateway.Outcome("done", 200))
-    assert [shown["requestId"] for shown in hub.shown()] == ["r3", "r2", "r1", "r0"]
-    assert [shown["requestId"] for shown in hub.shown(3)] == ["r3", "r2", "r1"]
-
-
-def test_the_overview_has_all_running_requests_the_latest_ended_ones_and_the_latest_model():
-    hub = lmgateway.Hub()
-    records = [lmgateway.Record(f"r{number}", 0, 0, model_asked="m/old" if number == 1 else None)
-               for number in range(5)]
-    for record in records:
-        hub.begin(record)
-    for record in records[:4]:
-        hub.end(record, lmgateway.Outcome("done", 200))
-    running, over, model = hub.overview(2)
-    assert [shown["requestId"] for shown in running + over] == ["r4", "r3", "r2"] and model == "m/old"
+    assert [shown["requestId"] for shown in hub.shown()] == ["r4", "r3", "r2", "r1", "r0"]
+    assert [shown["requestId"] for shown in hub.shown(3)] == ["r4", "r3", "r2"]
+    running, over, model = hub.overview(1)
+    assert ([shown["requestId"] for shown in running], [shown["requestId"] for shown in over]) == (["r4", "r3"], ["r2"])
+    assert model == "m/old"     # of the newest that has one
 
 
 def test_nothing_is_told_of_the_progress_of_a_request_after_its_end(monkeypatch):
@@ -2355,8 +2267,7 @@ def test_nothing_is_told_of_the_progress_of_a_request_after_its_end(monkeypatch)
         return encode(data)
 
     def log(*entries):
-        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n" for entry in entries).encode())
-                        + parser.quiet())
+        hub.publish_log(parser.feed("".join(f"[{stamp}]{entry}\n" for entry in entries).encode()) + parser.quiet())
 
     log(running("m/one"), streaming("m/one"), percent("m/one", 0))
     monkeypatch.setattr(record, "_told", -math.inf)
@@ -2640,6 +2551,7 @@ def spoil_history(path):
 @pytest.mark.parametrize("harm", [lock_history, spoil_history], ids=["locked", "spoiled"])
 def test_rows_wait_for_a_history_that_cannot_be_written_in_a_bounded_number(tmp_path, said, monkeypatch, harm):
     monkeypatch.setattr(lmgateway.History, "RETRY_S", 0.05)
+    monkeypatch.setattr(lmgateway.History, "LOCK_S", 0.05)
     monkeypatch.setattr(lmgateway.History, "PAUSE_S", 0)
     monkeypatch.setattr(lmgateway.History, "ROWS", 3)
     history = lmgateway.History(str(tmp_path / "h.db"))
@@ -2680,11 +2592,15 @@ def test_a_full_disk_is_said_once_and_a_row_that_waits_gives_way_to_its_later_wo
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
 def test_a_history_is_for_its_owner_alone(tmp_path):
-    history = lmgateway.History(str(tmp_path / "h.db"))
-    history.keep(rows_of("r1"))
-    until(lambda: kept(history))
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
-    history.close()
+    for path in (tmp_path / "new.db", tmp_path / "old.db"):
+        if path.stem == "old":
+            with contextlib.closing(lmgateway.open_history(path)):
+                path.chmod(0o644)       # as an earlier version made it
+        history = lmgateway.History(str(path))
+        history.keep(rows_of("r1"))
+        until(lambda: kept(history))    # noqa: B023
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+        history.close()
 
 
 def test_history_survives_a_killed_process(tmp_path):
@@ -3301,7 +3217,6 @@ def test_sizes_are_shown_as_disks_are_sold(count, shown):
 # === 6. UPSTREAM =============================================================
 
 
-
 # A scripted LM Studio, a gateway before it, a client that speaks bytes
 
 class Peer:
@@ -3408,22 +3323,21 @@ def framed(*pieces, end=True):
                     for piece in pieces) + (b"0\r\n\r\n" if end else b"")
 
 
-TICK_S = 0.05   # of a Front's watcher, which looks less often in the program
+LOOK_S = 0.03   # of a Front, which looks less often in the program
 
 
 class Front:
     """A running gateway, and what its tests ask of it."""
 
-    def __init__(self, upstream, tmp_path, monitor=None, **options):
+    def __init__(self, upstream, tmp_path, monitor=None, hub=None, **options):
         options = {"keys_file": str(tmp_path / "no-keys.json"), "host": "127.0.0.1", "port": 0, **options}
         self.config = lmgateway.Config(upstream=upstream, **options)
-        self.hub = lmgateway.Hub()
+        self.hub = hub or lmgateway.Hub()
         upstream = lmgateway.Upstream(self.config.upstream, self.config.upstream_token)
         self.gateway = lmgateway.Gateway(self.config, self.hub, upstream, monitor)
-        self.gateway.watcher.TICK_S = TICK_S
         self.server = lmgateway.open_server(self.gateway, lmgateway.tls_context(self.gateway.config))
-        self.port = self.server.port
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.port, self.server.LOOK_S = self.server.port, LOOK_S
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.003,))
         self.thread.start()
 
     def close(self):
@@ -3432,6 +3346,11 @@ class Front:
         self.server.server_close()
         self.thread.join(PATIENCE_S)
         assert not self.thread.is_alive()
+
+    @property
+    def watched(self):
+        """Connections whose client must not leave unnoticed."""
+        return [connection for connection in self.server._all() if connection.leave]
 
     def events(self, mark, *names, count=1):
         """The data of the events of these names after the SEQ mark, once there are count of them."""
@@ -3529,7 +3448,7 @@ def front(shared, studio, caplog):
         yield shared[1]
     assert "a fault in lmgateway" not in caplog.text
     assert not shared[1].hub._requests.running
-    until(lambda: not shared[1].gateway.watcher._watched)
+    until(lambda: not shared[1].watched)
 
 
 @pytest.fixture
@@ -3805,46 +3724,27 @@ def test_a_proxy_of_the_environment_is_not_asked(fronts, studio, monkeypatch):
     assert status_of(talk(front.port, request())) == status_of(talk(front.port, request("GET /ready"))) == 200
 
 
-def test_each_piece_leaves_when_it_arrives(front, studio):
+@pytest.mark.parametrize(("line", "head", "pieces", "end"), [
+    (POST_CHAT, STREAM_HEAD, [framed(b"data: %d\n\n" % number, end=False) for number in range(5)], b"0\r\n\r\n"),
+    ("GET /v1/models", plain(b"abcd")[:-4], [b"a", b"b", b"c"], b"d")], ids=["chunks", "length"])
+def test_each_piece_leaves_when_it_arrives(front, studio, line, head, pieces, end):
     turn = threading.Semaphore(0)
 
     def script(peer):
-        peer.send(STREAM_HEAD)
-        for number in range(5):
+        peer.send(head)
+        for piece in (*pieces, end):
             turn.acquire(timeout=PATIENCE_S)
-            peer.send(framed(b"data: %d\n\n" % number, end=False))
-        turn.acquire(timeout=PATIENCE_S)
-        peer.send(b"0\r\n\r\n")
+            peer.send(piece)
 
     studio.script = script
     with dial(front.port) as sock:
-        sock.sendall(request(POST_CHAT, b'{"stream":true}'))
-        assert split_answer(read_until(sock,
-                                       b"\r\n\r\n"))[2] == b""    # the head comes before the first piece
-        for number in range(5):
+        sock.sendall(request(line, b'{"stream":true}'))
+        assert split_answer(read_until(sock, b"\r\n\r\n"))[2] == b""     # the head comes before the first piece
+        for piece in pieces:
             turn.release()
-            assert sock.recv(65536) == framed(b"data: %d\n\n" % number, end=False)
+            assert sock.recv(65536) == piece
         turn.release()
-        assert rest_of(sock) == b"0\r\n\r\n"
-
-
-def test_pieces_of_an_answer_with_a_length_leave_when_they_arrive_too(front, studio):
-    turn = threading.Semaphore(0)
-
-    def script(peer):
-        head, _, body = plain(b"abcd").rpartition(b"\r\n\r\n")
-        peer.send(head + b"\r\n\r\n")
-        for byte in b"abcd":
-            turn.acquire(timeout=PATIENCE_S)
-            peer.send(bytes([byte]))
-
-    studio.script = script
-    with dial(front.port) as sock:
-        sock.sendall(request())
-        assert split_answer(read_until(sock, b"\r\n\r\n"))[2] == b""
-        for byte in b"abcd":
-            turn.release()
-            assert sock.recv(65536) == bytes([byte])
+        assert rest_of(sock) == end
 
 
 def test_a_large_answer_passes_whole_and_in_little_memory(front, studio):
@@ -3952,7 +3852,7 @@ def test_each_request_to_lm_studio_goes_through_urllib(fronts, studio, monkeypat
 
 
 def test_only_so_many_idle_connections_are_kept():
-    idle, pairs = lmgateway.IdleConnections(), [socket.socketpair() for _ in range(70)]
+    idle, pairs = lmgateway.KeptConnections("http://127.0.0.1:9"), [socket.socketpair() for _ in range(70)]
     for mine, _ in pairs:
         idle.put(mine, True, None)
     assert [mine.fileno() < 0 for mine, _ in pairs] == [True] * 6 + [False] * 64
@@ -4174,29 +4074,19 @@ def test_speed_is_tokens_over_the_time_from_the_first_to_the_last(front, studio)
     assert 5 < done["tokensPerSecond"] < 32       # 3 tokens, 0.1 s from the first to the last
 
 
-def test_what_was_generated_before_the_end_is_an_estimate(front, studio):
+@pytest.mark.parametrize(("path", "sent", "prompt"), [
+    (POST_CHAT, CHAT_STREAM[:3], None),
+    ("POST /v1/messages", [METERED["messages stream"][1][place] for place in (0, 3, 3)], 21)], ids=["chat", "messages"])
+def test_what_was_generated_before_the_end_is_an_estimate(front, studio, path, sent, prompt):
+    """The first event of Anthropic's has counts already, and none of what is generated."""
     def script(peer):
-        peer.send(STREAM_HEAD, framed(*CHAT_STREAM[:3], end=False))
+        peer.send(STREAM_HEAD, framed(*sent, end=False))
         peer.reset()
 
     studio.script, mark = script, front.hub.last
-    talk(front.port, request(POST_CHAT, b'{"stream":true}'))
+    talk(front.port, request(path, b'{"stream":true}'))
     assert front.events(mark, "error")[0]["tokenUsage"] == {
-        "promptTokens": None, "completionTokens": 2, "totalTokens": None, "estimated": True}
-
-
-def test_an_anthropic_stream_that_breaks_off_is_counted_as_far_as_it_came(front, studio):
-    """Its first event has counts already, and none of what is generated."""
-    begin, piece = METERED["messages stream"][1][0], METERED["messages stream"][1][3]
-
-    def script(peer):
-        peer.send(STREAM_HEAD, framed(begin, piece, piece, end=False))
-        peer.reset()
-
-    studio.script, mark = script, front.hub.last
-    talk(front.port, request("POST /v1/messages", b'{"stream":true}'))
-    assert front.events(mark, "error")[0]["tokenUsage"] == {
-        "promptTokens": 21, "completionTokens": 2, "totalTokens": 23, "estimated": True}
+        "promptTokens": prompt, "completionTokens": 2, "totalTokens": prompt and prompt + 2, "estimated": True}
 
 
 def test_an_estimate_gives_way_to_the_log_and_what_was_known_beside_it_stays():
@@ -4423,10 +4313,10 @@ def test_who_waits_in_vain_for_an_answer_is_told_which_patience_ended(fronts, st
 def test_a_large_body_that_nobody_reads_is_given_up_in_time(fronts):
     """Each part of it that found room must not begin the wait anew."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        front = fronts(f"http://127.0.0.1:{listener.getsockname()[1]}", proxy_timeout=500)
+        front = fronts(f"http://127.0.0.1:{listener.getsockname()[1]}", proxy_timeout=200)
         started = time.monotonic()
         answer = talk(front.port, request("POST /v1/audio", bytes(20_000_000)))
-        assert status_of(answer) == 504 and 0.4 < time.monotonic() - started < 1.3
+        assert status_of(answer) == 504 and 0.15 < time.monotonic() - started < 0.6
 
 
 def test_each_slice_of_a_large_body_has_the_timeout_for_itself():
@@ -4485,7 +4375,7 @@ def test_the_time_to_connect_is_not_the_time_to_answer(fronts, studio, monkeypat
 
 @pytest.mark.parametrize("late", ["body", "reader"])
 def test_a_head_that_came_in_pieces_leaves_what_follows_its_own_time(fronts, studio, monkeypatch, late):
-    monkeypatch.setattr(lmgateway.Wire, "HEAD_S", 0.1)
+    monkeypatch.setattr(lmgateway.Wire, "HEAD_S", 0.05)
     front, nothing = fronts(), threading.Event()
     studio.script = lambda peer: peer.send(plain(b"x" * 8_000_000))
     sent = request("POST /v1/audio", b"{}") if late == "body" else request()
@@ -4494,8 +4384,8 @@ def test_a_head_that_came_in_pieces_leaves_what_follows_its_own_time(fronts, stu
         for part in (sent[:9], sent[9:-2], sent[-2:]):
             sock.sendall(part)
             until(lambda: front.server.connections or studio.peers)
-            nothing.wait(0.2 if part == sent[9:-2] and late == "body" else 0.02)
-        nothing.wait(0.4 if late == "reader" else 0.0)
+            nothing.wait(0.1 if part == sent[9:-2] and late == "body" else 0.01)
+        nothing.wait(0.15 if late == "reader" else 0.0)
         assert len(split_answer(rest_of(sock))[2]) == 8_000_000
 
 
@@ -4510,10 +4400,10 @@ def test_the_answer_to_a_body_that_we_cannot_read_shows_whether_it_is_a_stream(f
 
     def script(peer):
         peer.send(STREAM_HEAD, framed(*CHAT_STREAM[:2], end=False))
-        silent.wait(0.5)    # longer than an answer that is no stream may
+        silent.wait(0.1)    # longer than an answer that is no stream may
         peer.send(framed(*CHAT_STREAM[2:]))
 
-    front, studio.script = fronts(proxy_timeout=200, proxy_stream_timeout=0), script
+    front, studio.script = fronts(proxy_timeout=50, proxy_stream_timeout=0), script
     assert unchunked(split_answer(talk(front.port, request(POST_CHAT, body)))[2]) == b"".join(CHAT_STREAM)
     (done,) = front.events(0, "inference_complete", "error")
     assert (done.get("error"), done["tokenUsage"], done["model"]) == (None, COUNTS, "qwen/qwen3-8b")
@@ -4568,10 +4458,10 @@ def age(remembered, seconds):
 
 @pytest.mark.parametrize("script", [drips, endless_news, silence], ids=lambda script: script.__name__)
 def test_a_question_ends_in_time_and_the_next_one_is_asked(fronts, studio, monkeypatch, script):
-    monkeypatch.setattr(lmgateway, "QUESTION_S", 0.3)
+    monkeypatch.setattr(lmgateway, "QUESTION_S", 0.1)
     front, studio.script, started = fronts(), script, time.monotonic()
     assert ask(front, "GET /ready")[0] == 503
-    assert front.gateway.upstream.models()[0] is None and time.monotonic() - started < 2.0
+    assert front.gateway.upstream.models()[0] is None and time.monotonic() - started < 0.9
     studio.script, health = (lambda peer: peer.send(plain(b'{"lmstudio":true}'))), front.gateway.upstream._health
     health._known = -math.inf, health._known[1]
     assert ask(front, "GET /ready")[0] == 200
@@ -4640,7 +4530,7 @@ def test_a_request_can_be_stopped_from_another_thread(front, studio, row):
     assert not front.gateway.inferences
 
 
-@pytest.mark.parametrize("row", ERRORS.values(), ids=ERRORS)
+@pytest.mark.parametrize("row", NO_ANSWERS.values(), ids=NO_ANSWERS)
 def test_an_error_in_a_200_is_relayed_as_it_is_and_told(front, studio, row):
     stream, data, error = row
     studio.script, mark = lambda peer: peer.send(STREAM_HEAD + framed(data) if stream
@@ -4765,7 +4655,7 @@ def test_a_client_that_leaves_ends_the_request_within_a_second(front, studio, ph
     if PHASES[phase]:
         read_until(sock, PHASES[phase][-1][-10:])
     leave(sock)
-    assert ended.get(timeout=PATIENCE_S) < 1.0 - (lmgateway.Watcher.TICK_S - TICK_S)
+    assert ended.get(timeout=PATIENCE_S) < 1.0 - (lmgateway.Server.LOOK_S - LOOK_S)
     (event,) = front.events(mark, "error", "inference_complete")
     assert (event["operation"], event["error"]) == ("client_disconnected", f"the client left {phase.strip()}")
     assert len(studio.peers) == 1
@@ -4779,7 +4669,7 @@ def test_a_client_that_leaves_a_plain_request_frees_lm_studio_too(front, studio,
         sock.sendall(request("POST /api/v1/models/load", b"{}"))
         assert here.wait(PATIENCE_S)
     assert ended.get(timeout=PATIENCE_S) < 1.0 and front.hub.last == mark
-    until(lambda: not front.gateway.watcher._watched and not front.server.working)
+    until(lambda: not front.watched and not front.server.working)
     assert [record.getMessage() for record in caplog.records if "models/load" in record.getMessage()] == [
         "POST /api/v1/models/load: the client left before the answer"]
 
@@ -4809,7 +4699,7 @@ def test_waiting_requests_share_one_watcher(front, studio):
 
 
 def test_a_client_that_stays_and_does_not_read_is_given_up(fronts, studio, monkeypatch):
-    monkeypatch.setattr(lmgateway.Wire, "CLIENT_S", 0.2)
+    monkeypatch.setattr(lmgateway.Wire, "CLIENT_S", 0.05)
     front, ended = fronts(), threading.Event()
 
     def script(peer):
@@ -4859,7 +4749,7 @@ def test_a_client_that_stays_is_not_taken_for_one_that_left(front, studio):
     with dial(front.port) as sock:
         sock.sendall(request(POST_CHAT, b"{}",
                              close=False) + request("GET /health"))     # the second waits unread
-        go.wait(2.5 * front.gateway.watcher.TICK_S)
+        go.wait(2.5 * LOOK_S)
         go.set()
         assert len(re.findall(rb"HTTP/1.1 200 OK", rest_of(sock))) == 2
     front.events(mark, "inference_complete")
@@ -4897,12 +4787,46 @@ def test_who_left_is_seen_on_every_system(monkeypatch, system, row):
 # === 7. HTTP =================================================================
 
 
+# --- 7.1 wire
+
+def test_a_body_in_chunks_of_a_byte_costs_time_in_proportion():
+    chunks, data, started = lmgateway.Chunks(), b"1\r\nx\r\n" * 200_000 + b"0\r\n\r\n", time.thread_time()
+    assert sum(len(chunks.feed(data[at:at + 65536])) for at in range(0, len(data), 65536)) == 200_000
+    assert chunks.over and time.thread_time() - started < 0.6
+
+
+CHUNKED = b"5;name=\"x\"\r\nhello\r\n1 \r\n!\r\n0\r\nTrailer: x\r\n\r\nNEXT"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_chunked_bodies_are_decoded_at_every_split(size):
+    chunks, got = lmgateway.Chunks(), b""
+    for at in range(0, len(CHUNKED), size):
+        got += chunks.feed(CHUNKED[at:at + size])
+    assert (got, chunks.over, chunks.rest) == (b"hello!", True, b"NEXT")
+
+
+@pytest.mark.parametrize("data", [
+    b"\r\n", b"x\r\n", b"-1\r\n", b"+1\r\n", b"0x1\r\n", b" 1\r\n", b"1\n", b"1\rx", b"1_0\r\n", b"\xb9\r\n",
+    b"1;\x00\r\n",
+    b"11111111111111111\r\n", b"1\r\nab", b"1\r\na\nb", b"1\r\na\rb", b"0\r\nno colon\r\n", b"0\r\n x: y\r\n",
+    b"0\r\nx: y\n",
+    b"0\r\na: b\rc", b"0\r\n" + b"x: y\r\n" * 3000, b"1;" + b"x" * 9000, b"0\r\nx:" + b"x" * 9000],
+    ids=lambda data: repr(data[:20]))
+def test_chunked_bodies_that_can_be_read_in_two_ways_are_refused(data):
+    for size in (1 if len(data) < 5000 else 100, len(data)):
+        with pytest.raises(ValueError, match="chunk|trailers"):     # noqa: PT012
+            chunks = lmgateway.Chunks()
+            for at in range(0, len(data), size):
+                chunks.feed(data[at:at + size])
+
+
 # --- what a waiting client may see (PREFILL_COMMENTS)
 
 
 @pytest.fixture
 def impatient(fronts, monkeypatch):
-    monkeypatch.setattr(lmgateway.Forward, "SILENCE_S", 0.02)
+    monkeypatch.setattr(lmgateway.CommentedForward, "SILENCE_S", 0.02)
     return fronts(prefill_comments=True)
 
 
@@ -4980,7 +4904,7 @@ def test_a_fault_of_ours_does_not_leave_a_client_with_comments_for_ever(impatien
     go = threading.Event()
     monkeypatch.setattr(lmgateway.Meter, "feed", fail)
     if not late:
-        monkeypatch.setattr(lmgateway.Forward, "SILENCE_S", float(PATIENCE_S))
+        monkeypatch.setattr(lmgateway.CommentedForward, "SILENCE_S", float(PATIENCE_S))
         go.set()
     studio.script = lambda peer: (go.wait(PATIENCE_S), peer.send(STREAM_HEAD, framed(*CHAT_STREAM)))
     with dial(impatient.port) as sock:
@@ -4993,7 +4917,7 @@ def test_a_fault_of_ours_does_not_leave_a_client_with_comments_for_ever(impatien
 
 
 def test_without_the_option_no_comment_is_sent(fronts, studio, monkeypatch):
-    monkeypatch.setattr(lmgateway.Forward, "SILENCE_S", 0.02)
+    monkeypatch.setattr(lmgateway.CommentedForward, "SILENCE_S", 0.02)
     go = threading.Event()
     studio.script = lambda peer: (peer.send(STREAM_HEAD), go.wait(0.1), peer.send(framed(*CHAT_STREAM)))
     assert b": waiting" not in talk(fronts().port, request("POST /v1/chat/completions", b'{"stream":true}'))
@@ -5036,8 +4960,6 @@ def test_every_metric_has_its_help_and_type_once_and_a_known_name(front):
     names = re.findall(r"^# HELP (\S+) \S", text, re.M)
     assert names == re.findall(r"^# TYPE (\S+) (?:counter|gauge|histogram)$", text, re.M)
     assert len(names) == len(set(names)) and set(names) <= set(lmgateway.METRIC)
-    for metric in lmgateway.METRICS:
-        assert metric.name.endswith("_total") == (metric.kind == "counter")
 
 
 @pytest.fixture
@@ -5094,10 +5016,6 @@ def test_listeners_and_what_they_lost_are_in_metrics_and_status(logged):
                  'sse_replays_total{result="full"} 1'):
         assert f"lmstudio_gateway_{line}" in text
     assert 'lmstudio_cache_resets_total{model="desk"} 5' in text
-
-
-def test_metrics_say_that_lm_studio_is_away(fronts):
-    assert "lmstudio_up 0" in fetched(fronts("http://127.0.0.1:9"), "/metrics")[2].decode().splitlines()
 
 
 def test_the_status_says_which_engine_wrote_and_what_is_not_understood(logged):
@@ -5330,8 +5248,7 @@ def test_a_series_is_told_apart_by_model_key_and_who_asked():
                       "user": {"anna": 1, "ben": 1, "OpenAI/Python": 1, "::1": 1, "not via gateway": 1}}
 
 
-def test_a_series_forgets_after_a_day_and_is_bounded_whoever_asks(monkeypatch):
-    monkeypatch.setattr(lmgateway, "CELLS", 1500)
+def test_a_series_forgets_after_a_day_and_is_bounded_whoever_asks():
     series = lmgateway.Series(0)
     for minute in range(2000):
         ended(series, 60 * minute, client=str(minute), key=None)
@@ -5340,7 +5257,7 @@ def test_a_series_forgets_after_a_day_and_is_bounded_whoever_asks(monkeypatch):
     assert [row["requests"] for row in series_of(series, 3600)["rows"]] == [40, *[60] * 23, 20]
     for number in range(500):
         ended(series, 60 * 1999, client=f"client {number}", key=None)
-    assert len([1 for minute, *_ in series.cells(0) if minute == 1999]) <= 61
+    assert len([1 for minute, *_ in series.cells(0) if minute == 1999]) == lmgateway.CELLS + 1
     assert sum(row["requests"] for row in series_of(series, 3600)["rows"]) == 1440 + 500
     assert len(series_of(series, by="user")["rows"]) <= lmgateway.MOST_NAMES + 1
 
@@ -5469,6 +5386,7 @@ def test_status_without_lm_studio_says_why(fronts):
     assert f"not reachable at http://127.0.0.1:{port}" in data["lmstudio"]["reason"]
     status, _, body = fetched(front, "/ready")
     assert status == 503 and json.loads(body)["error"]["message"] == data["lmstudio"]["reason"]
+    assert "lmstudio_up 0" in fetched(front, "/metrics")[2].decode().splitlines()
 
 
 def test_requests_are_shown_newest_first_and_one_with_its_timeline(fronts, studio):
@@ -5589,17 +5507,19 @@ def test_ready_when_lm_studio_answers(fronts, studio, answer, up):
     assert ask(front, "GET /ready")[0] == (200 if up else 503) and len(studio.peers) == 2
 
 
-def test_a_slow_lm_studio_is_ready_and_greets_from_what_is_known(fronts, studio):
+def test_a_slow_lm_studio_is_ready_and_greets_from_what_is_known(fronts, studio, monkeypatch):
+    assert lmgateway.GREETING_S < 0.5
+    monkeypatch.setattr(lmgateway, "GREETING_S", 0.1)
     front, go, pause = fronts(), threading.Event(), threading.Event()
     go.set()
-    studio.script = lambda peer: (pause.wait(0.4), go.wait(PATIENCE_S),
+    studio.script = lambda peer: (pause.wait(0.15), go.wait(PATIENCE_S),
                                   peer.send(plain(b'{"lmstudio":true}')))
     assert ask(front, "GET /ready")[0] == 200
     front.gateway.upstream._health._known = (-1e9, "")
     go.clear()
     started = time.monotonic()
     assert ask(front, "GET /lmstudio-greeting")[0] == ask(front, "GET /lmstudio-greeting")[0] == 200
-    assert time.monotonic() - started < 0.9 and len(studio.peers) == 2      # two answers, one question
+    assert time.monotonic() - started < 0.5 and len(studio.peers) == 2      # two answers, one question
     go.set()
     until(lambda: front.gateway.upstream._health._asking is None)
 
@@ -5615,20 +5535,14 @@ def test_names_are_kept_short_whatever_a_request_brings(front, studio):
     assert front.events(mark, "inference_start", count=2)[1]["model"] == "a?"
 
 
-def test_errors_have_the_shape_of_the_api_that_was_called(front):
-    openai = json_of(talk(front.port, request("POST /v1/chat/completions", b"{}", "Upgrade: WebSocket")))
-    anthropic = json_of(talk(front.port, request("POST /v1/messages?beta=true", b"{}", "Upgrade: websocket")))
-    assert openai == {"error": {"message": openai["error"]["message"], "type": "not_found_error",
-                                "code": "namespace_unknown"}}
-    assert anthropic == {"type": "error", "error": openai["error"]}
-
-
-@pytest.mark.parametrize("header",
-                         ["Host: other", "Content-Length: x", "Expect: a-miracle", "bare\rreturn: x"])
-def test_heads_that_are_refused_are_told_in_the_shape_of_the_api_too(front, header):
-    wrong = {path: json_of(talk(front.port, request(f"POST {path}", b"", header)))
-             for path in ("/v1/messages?beta=true", "/messages", "/v1/chat/completions")}
-    assert [list(answer) for answer in wrong.values()] == [["type", "error"]] * 2 + [["error"]]
+@pytest.mark.parametrize("header", ["Upgrade: WebSocket", "Host: other", "Content-Length: x", "Expect: a-miracle",
+                                    "bare\rreturn: x"])
+def test_errors_have_the_shape_of_the_api_that_was_called(front, header):
+    """Also those of heads that are refused."""
+    *anthropic, openai = (json_of(talk(front.port, request(f"POST {path}", b"", header)))
+                          for path in ("/v1/messages?beta=true", "/messages", "/v1/chat/completions"))
+    assert openai == {"error": {name: openai["error"][name] for name in ("message", "type", "code")}}
+    assert anthropic == 2 * [{"type": "error", "error": openai["error"]}]
 
 
 def test_other_upgrades_are_ignored(front, studio):
@@ -5699,39 +5613,33 @@ def test_the_stream_begins_with_connected_and_goes_on_with_events(front):
 
 
 def test_a_listener_that_comes_back_gets_each_event_that_it_missed_once(front):
-    mark = front.hub.last
+    """By its Last-Event-ID, which counts before the since of an EventSource's address."""
+    mark, event_id = front.hub.last, front.hub.event_id
     for number in range(5):
         tell(front.hub, "even" if number % 2 == 0 else "odd", number=number)
-    missed = [mark + 3, mark + 4, mark + 5]
-    for query, header in (("", [f"Last-Event-ID: {front.hub.event_id(mark + 2)}"]),
-                          (f"?since={front.hub.event_id(mark + 2)}", [])):
+    known, missed = event_id(mark + 2), [event_id(mark + seq) for seq in (3, 4, 5)]
+    for query, header in (("", [f"Last-Event-ID: {known}"]), (f"?since={known}", []),
+                          (f"?since={event_id(mark)}", [f"Last-Event-ID: {known}"])):
         with listening(front, query, *header) as (_, _, frames):
-            assert next(frames)[:2] == (front.hub.event_id(mark + 2), "connected")
-            assert [next(frames)[0] for _ in missed] == [front.hub.event_id(seq) for seq in missed]
-    with listening(front, f"?events=%20odd,gap&since={front.hub.event_id(mark)}") as (_, _, frames):
+            assert next(frames)[:2] == (known, "connected")
+            assert [next(frames)[0] for _ in missed] == missed
+    with listening(front, f"?events=%20odd&events=gap,none&since={event_id(mark)}") as (_, _, frames):
         assert [next(frames)[1:3:2] for _ in range(3)] == [("connected",), ("odd",), ("odd",)]
 
 
-def test_a_listener_of_another_start_is_told_that_nobody_knows_what_it_missed(fronts):
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_listener_of_another_start_is_told_at_once_that_nobody_knows_what_it_missed(fronts, before):
     front = fronts()
-    tell(front.hub, "one")
-    with listening(front, "", "Last-Event-ID: 0ther-41") as (_, _, frames):
+    for _ in range(before):
+        tell(front.hub, "one")
+    with listening(front, "?events=one,two", "Last-Event-ID: 0ther-41") as (_, _, frames):
         assert next(frames)[1] == "connected"
         _, name, data, _ = next(frames)
-        assert (name, data["from"], data["to"], data["count"]) == ("gap", "0ther-42", front.hub.event_id(0),
-                                                                   None)
+        assert (name, data["from"], data["to"], data["count"]) == ("gap", "0ther-42", front.hub.event_id(0), None)
         assert re.fullmatch(UTC_TIME, data["timestamp"])
-        assert next(frames)[:2] == (front.hub.event_id(1), "one")
+        assert [next(frames)[:2] for _ in range(before)] == [(front.hub.event_id(1), "one")] * before
         tell(front.hub, "two")
         assert next(frames)[1] == "two"     # and no second gap
-
-
-def test_a_gateway_that_has_just_started_tells_a_listener_of_before_at_once_that_it_missed_something(fronts):
-    front = fronts()
-    with listening(front, "?events=one", "Last-Event-ID: 0ther-41") as (_, _, frames):
-        assert [next(frames)[1] for _ in range(2)] == ["connected", "gap"]
-        tell(front.hub, "one")
-        assert next(frames)[1] == "one"
 
 
 def test_what_the_ring_no_longer_holds_is_told_as_a_gap(fronts):
@@ -5748,22 +5656,10 @@ def test_what_the_ring_no_longer_holds_is_told_as_a_gap(fronts):
             assert next(frames)[0] == front.hub.event_id(first)
 
 
-def test_the_id_of_an_event_source_that_reconnects_counts_before_the_since_of_its_address(front):
-    mark = front.hub.last
-    for _ in range(3):
-        tell(front.hub, "one")
-    with listening(front, f"?since={front.hub.event_id(mark)}",
-                   f"Last-Event-ID: {front.hub.event_id(mark + 2)}") as (
-            _, _, frames):
-        assert [next(frames)[0] for _ in range(2)] == [front.hub.event_id(mark + 2),
-                                                       front.hub.event_id(mark + 3)]
-
-
 def frames_for(hub, *names):
     """stream_frames() without a socket."""
-    watcher = types.SimpleNamespace(watch=lambda *args: None, forget=lambda sock: None)
-    return contextlib.closing(
-        lmgateway.stream_frames(hub, "", names, watcher, types.SimpleNamespace(connection=None, identity=lmgateway.Identity(None))))
+    listener = types.SimpleNamespace(connection=types.SimpleNamespace(), identity=lmgateway.Identity(None))
+    return contextlib.closing(lmgateway.stream_frames(hub, "", names, listener))
 
 
 def test_what_is_published_while_a_listener_connects_is_not_lost():
@@ -5819,27 +5715,25 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_is_told_what_it_lost(fr
         assert seqs == sorted(seqs)
 
 
-def test_silence_is_broken_by_pings(front, monkeypatch):
+def test_silence_is_broken_by_pings_that_repeat_the_id_of_the_listeners_latest_event(front, monkeypatch):
     assert lmgateway.PING_S == 15
     monkeypatch.setattr(lmgateway, "PING_S", 0.02)
-    with listening(front) as (_, _, frames):
+    with listening(front, "?events=wanted") as (_, _, frames):
         last = next(frames)[0]
         for _ in range(2):
             event_id, name, data, _ = next(frames)
             assert (event_id, name, list(data)) == (last, "ping", ["timestamp"])
+        front.hub.publish([Event(name, {"timestamp": "x"}) for name in ("other", "wanted", "other")])
+        wanted = next(frame for frame in frames if frame[1] == "wanted")[0]
+        assert (wanted, next(frames)[:2]) == (front.hub.event_id(front.hub.last - 1), (wanted, "ping"))
 
 
 def test_events_that_a_listener_does_not_want_do_not_put_its_ping_off(front, monkeypatch):
     monkeypatch.setattr(lmgateway, "PING_S", 0.05)
+    quiet = threading.Event()
+    talker = threading.Thread(target=lambda: [tell(front.hub, "other") for _ in iter(lambda: quiet.wait(0.001), True)])
     with listening(front, "?events=wanted") as (_, _, frames):
         next(frames)
-        quiet = threading.Event()
-
-        def chatter():
-            while not quiet.wait(0.001):
-                tell(front.hub, "other")
-
-        talker = threading.Thread(target=chatter)
         talker.start()
         try:
             assert next(frames)[1] == "ping"
@@ -5848,30 +5742,13 @@ def test_events_that_a_listener_does_not_want_do_not_put_its_ping_off(front, mon
             talker.join()
 
 
-def test_events_may_be_named_more_than_once(front):
-    with listening(front, "?events=one&events=two,three") as (_, _, frames):
-        next(frames)
-        for name in ("none", "one", "three", "two"):
-            tell(front.hub, name)
-        assert [next(frames)[1] for _ in range(3)] == ["one", "three", "two"]
-
-
-def test_a_ping_repeats_the_id_of_the_event_that_its_listener_got_last(front, monkeypatch):
-    monkeypatch.setattr(lmgateway, "PING_S", 0.02)
-    with listening(front, "?events=wanted") as (_, _, frames):
-        next(frames)
-        front.hub.publish([Event(name, {"timestamp": "x"}) for name in ("other", "wanted", "other")])
-        wanted = next(frame for frame in frames if frame[1] == "wanted")[0]
-        assert (wanted, next(frames)[:2]) == (front.hub.event_id(front.hub.last - 1), (wanted, "ping"))
-
-
 def test_the_stream_ends_in_order_when_the_gateway_stops(fronts):
     front = fronts()
     with listening(front) as (_, _, frames):
         next(frames)
         front.hub.close()
         assert list(frames) == []
-    until(lambda: not front.gateway.watcher._watched)       # its connection is not looked after any more
+    until(lambda: not front.watched)       # its connection is not looked after any more
 
 
 def test_a_head_of_the_stream_has_no_end_to_wait_for(front):
@@ -6010,7 +5887,7 @@ def test_login_with_anything_else_is_401(guarded, body):
 
 def test_a_guesser_waits_and_its_neighbours_do_not(fronts, monkeypatch):
     """They share an address: its NAT's.  A right key that is new there waits like a wrong one, and is answered."""
-    monkeypatch.setattr(lmgateway.AccessControl, "LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr(lmgateway.AccessControl, "LONGEST_PAUSE_S", 0.2)
     front, known, new = fronts(api_key=KEYS), f"X-API-Key: {ANNA}", "X-API-Key: other="
 
     def timed(*headers):
@@ -6020,17 +5897,17 @@ def test_a_guesser_waits_and_its_neighbours_do_not(fronts, monkeypatch):
     cookie = f"Cookie: {session(front)}"
     assert timed(known)[0] == 200
     for _ in range(lmgateway.AccessControl.FREE_FAILURES):
-        assert timed("X-API-Key: wrong")[1] < 0.15
+        assert timed("X-API-Key: wrong")[1] < 0.1
     with contextlib.ExitStack() as guesses:
         for number in range(8):
             guesses.enter_context(dial(front.port)).sendall(
                 request("GET /debug/status", b"", f"X-API-Key: wrong{number}"))
         until(lambda: front.gateway.access._failures["127.0.0.1"][0] > 8)
         for headers, status in ((known, 200), (cookie, 200), ("X: none", 401)):
-            assert timed(headers) == (status, pytest.approx(0, abs=0.3))
-        assert timed("X-API-Key: wrong") == (401, pytest.approx(0.6, abs=0.2))
-        assert timed(new) == (200, pytest.approx(0.6, abs=0.2))
-        assert timed(new) == (200, pytest.approx(0, abs=0.3))
+            assert timed(headers) == (status, pytest.approx(0, abs=0.15))
+        assert timed("X-API-Key: wrong") == (401, pytest.approx(0.3, abs=0.12))
+        assert timed(new) == (200, pytest.approx(0.3, abs=0.12))
+        assert timed(new) == (200, pytest.approx(0, abs=0.15))
 
 
 @pytest.mark.parametrize(("one", "other", "same"), [
@@ -6051,12 +5928,12 @@ def test_each_key_is_compared_in_constant_time_whichever_is_offered(guarded, mon
 
 
 def test_guesses_are_forgotten_after_a_while_and_any_number_of_them_is_a_pause(guarded, monkeypatch):
-    monkeypatch.setattr(lmgateway.AccessControl, "LONGEST_PAUSE_S", 0.3)
+    monkeypatch.setattr(lmgateway.AccessControl, "LONGEST_PAUSE_S", 0.1)
     guarded.gateway.access._failures["127.0.0.1"] = 5000, time.monotonic()
-    for minimum in (0.3, 0):
+    for minimum in (0.1, 0):
         started = time.monotonic()
         assert ask(guarded, "POST /login", body=b'{"key":"wrong"}')[0] == 401
-        assert minimum <= time.monotonic() - started < minimum + 0.3
+        assert minimum <= time.monotonic() - started < minimum + 0.1
         monkeypatch.setattr(lmgateway.AccessControl, "FAILURES_S", -1.0)
 
 
@@ -6211,6 +6088,29 @@ def test_keys_that_are_minted_at_once_are_all_there_and_unknown_fields_stay(tmp_
     assert content["format"] == 2 and content["keys"][0]["limits"] == {"rpm": 3}
 
 
+def test_on_windows_a_change_has_one_byte_locked_and_outlasts_readers(tmp_path, monkeypatch):
+    path, calls = tmp_path / "keys.json", []
+
+    class Windows:      # msvcrt, by its documentation: the region begins at the file's position
+        LK_LOCK, LK_UNLCK = "lock", "unlock"
+
+        @staticmethod
+        def locking(number, mode, size):
+            calls.append((mode, os.lseek(number, 0, os.SEEK_CUR), size, path.exists()))
+
+    def replace(draft, target, original=os.replace):
+        monkeypatch.setattr(os, "replace", original)
+        raise PermissionError(13, "Permission denied")      # somebody reads the old file
+
+    monkeypatch.setitem(sys.modules, "msvcrt", Windows)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "replace", replace)
+    with lmgateway.KeyFile(path).changing() as rows:
+        rows.append({"name": "anna", "sha256": "00", "rights": []})
+    assert calls == [("lock", 0, 1, False), ("unlock", 0, 1, True)]
+    assert [key.name for key in lmgateway.KeyFile(path).keys()] == ["anna"]
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
 def test_a_keys_file_that_could_block_is_not_waited_for(fronts, tmp_path):
     os.mkfifo(tmp_path / "pipe")
@@ -6274,7 +6174,6 @@ def logged_out(front, keys, cookie):
     ("cookie", weakened, True), ("cookie", logged_out, True), ("key", logged_out, False)])
 def test_a_right_that_is_used_for_long_is_asked_for_again(keys, fronts, monkeypatch, how, change, ends):
     assert lmgateway.Server.LOOK_S + 1 < 2
-    monkeypatch.setattr(lmgateway.Server, "LOOK_S", 0.05)
     key = keys("--new-key", "anna", "--rights", "infer,view")[1].strip()
     front = fronts(keys_file=str(keys.path))
     cookie = f"Cookie: {session(front, key)}"
@@ -6283,14 +6182,13 @@ def test_a_right_that_is_used_for_long_is_asked_for_again(keys, fronts, monkeypa
         next(frames)
         change(front, keys, cookie)
         tell(front.hub, "one")
-        sock.settimeout(0.5 if not ends else PATIENCE_S)
+        sock.settimeout(0.2 if not ends else PATIENCE_S)
         with contextlib.nullcontext() if ends else pytest.raises(socket.timeout):
             assert {frame[1] for frame in frames} <= {"one"}    # it ends in order, and then ...
             assert sock.recv(1) == b""      # ... so does the connection
 
 
 def test_the_first_key_ends_the_streams_of_listeners_without_one(keys, fronts, monkeypatch):
-    monkeypatch.setattr(lmgateway.Server, "LOOK_S", 0.05)
     front = fronts(keys_file=str(keys.path))
     with listening(front) as (_, _, frames):
         next(frames)
@@ -6299,7 +6197,7 @@ def test_the_first_key_ends_the_streams_of_listeners_without_one(keys, fronts, m
 
 
 def test_a_listener_that_does_not_read_is_cut_when_its_key_is_revoked(keys, fronts, monkeypatch):
-    monkeypatch.setattr(lmgateway.Server, "LOOK_S", 0.05)
+    monkeypatch.setattr(lmgateway.Server, "LEAVE_S", 0.1)
     key = keys("--new-key", "anna", "--rights", "view")[1].strip()
     front = fronts(keys_file=str(keys.path))
     with dial(front.port) as sock:
@@ -6310,7 +6208,7 @@ def test_a_listener_that_does_not_read_is_cut_when_its_key_is_revoked(keys, fron
         keys("--revoke-key", "anna")
         started = time.monotonic()
         until(lambda: not front.server._connections)
-        assert time.monotonic() - started < 2.5
+        assert time.monotonic() - started < 1.5
 
 
 @pytest.mark.parametrize(("args", "said"), [
@@ -6593,9 +6491,9 @@ def upgrade(path="/llm", *headers, **changed):
     return "\r\n".join([f"GET {path} HTTP/1.1", *lines, *headers, "", ""]).encode("latin-1")
 
 
-def enter(front, path="/llm", hello=HELLO, *headers):
+def enter(front, path="/llm", hello=HELLO, *headers, secure=lambda sock: sock):
     """A client's Speaker whose first message has been sent."""
-    sock = dial(front.port)
+    sock = secure(dial(front.port))
     sock.sendall(upgrade(path, *headers))
     head, rest = read_until(sock, b"\r\n\r\n").split(b"\r\n\r\n", 1)
     assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n"), head
@@ -6704,7 +6602,7 @@ def test_a_piece_of_a_frame_of_lm_studios_waits_for_nothing(joined):
 def test_who_does_not_read_holds_up_the_other_side(joined, way):
     ends = joined("/files")
     sender = ends[way]
-    sender.sock.settimeout(1.0)
+    sender.sock.settimeout(0.2)
     data, sent = lmgateway.frame(2, b'{"x":"' + b"a" * 60_000 + b'"}', sender.mask), 0
     with pytest.raises(lmgateway.TIMEOUTS):
         while sent < 200_000_000:
@@ -6733,10 +6631,10 @@ def test_lm_studio_is_shown_the_upstream_tokens_halves(fronts, scripted):
                                 "clientPasskey": "ABCDEFGHIJKLMNOPQRST"}]
 
 
-@pytest.mark.parametrize("python", [False, True])
-@pytest.mark.parametrize(("path", "hello"), [
-    ("/llm", HELLO), ("/key/wrong/llm", HELLO), ("/llm", {"clientIdentifier": [], "clientPasskey": {}}), ("/llm", b"x"),
-    ("/llm", {**HELLO, "clientIdentifier": "abcdefgh", "clientPasskey": "abcdefghijklmnopqrsT"})])
+@pytest.mark.parametrize(("python", "path", "hello"), [
+    (False, "/llm", HELLO), (True, "/llm", HELLO), (False, "/key/wrong/llm", HELLO), (True, "/llm", b"x"),
+    (False, "/llm", {"clientIdentifier": [], "clientPasskey": {}}),
+    (False, "/llm", {**HELLO, "clientIdentifier": "abcdefgh", "clientPasskey": "abcdefghijklmnopqrsT"})])
 def test_without_a_right_key_nobody_is_let_in(guarded, scripted, path, hello, python, caplog):
     agent = ["User-Agent: python-httpx/0.28"] if python else []
     client = enter(guarded, path, hello, *agent)
@@ -6795,12 +6693,13 @@ OPENED = {  # kind -> (id, refusal)
     "signalSubscribe": ("subscribeId", "signalError"), "writableSignalSubscribe": ("subscribeId", "writableSignalError")}
 
 
-@pytest.mark.parametrize("kind", OPENED)
-@pytest.mark.parametrize(("namespace", "endpoint", "right"), [
-    ("llm", "unloadModel", "admin"), ("llm", "loadModel", "admin"), ("llm", "not yet known", "admin"),
-    ("embedding", "predict", "admin"), ("system", "startHttpServer", "admin"), ("files", "getLocalFileAbsolutePath", "admin"),
-    ("diagnostics", "streamLogs", "view"), ("repository", "searchModels", "admin"), ("plugins", "reportError", "admin"),
-    ("runtime", "listEngines", "admin"), ("llm", ["predict"], "admin"), ("llm", None, "admin")])
+@pytest.mark.parametrize(("kind", "namespace", "endpoint", "right"), [
+    ("rpcCall", "llm", "unloadModel", "admin"), ("channelCreate", "llm", "loadModel", "admin"),
+    ("signalSubscribe", "llm", "not yet known", "admin"), ("writableSignalSubscribe", "embedding", "predict", "admin"),
+    ("rpcCall", "system", "startHttpServer", "admin"), ("rpcCall", "files", "getLocalFileAbsolutePath", "admin"),
+    ("channelCreate", "diagnostics", "streamLogs", "view"), ("rpcCall", "repository", "searchModels", "admin"),
+    ("channelCreate", "plugins", "reportError", "admin"), ("rpcCall", "runtime", "listEngines", "admin"),
+    ("channelCreate", "llm", ["predict"], "admin"), ("rpcCall", "llm", None, "admin")])
 def test_a_call_without_its_right_is_refused_alone(joined, limited, kind, namespace, endpoint, right):
     client, studio = joined(f"/key/{ANNA}/{namespace}", limited)
     name, refusal = OPENED[kind]
@@ -6827,21 +6726,13 @@ def test_words_of_the_gateway_stand_between_two_messages_of_lm_studios(joined, l
     assert [client.hear()["type"] for _ in range(2)] == ["rpcError"] * 2
 
 
-@pytest.mark.parametrize(("namespace", "endpoint"), [
-    ("llm", "listLoaded"), ("llm", "getOrLoad"), ("embedding", "countTokens"), ("system", "listDownloadedModels"),
-    ("files", "uploadFileBase64")])
-def test_a_call_with_its_right_goes_on(joined, limited, namespace, endpoint):
-    client, studio = joined(f"/key/{ANNA}/{namespace}", limited)
-    client.say(call(endpoint))
-    assert studio.hear() == call(endpoint)
-
-
-@pytest.mark.parametrize("number", [True, "1", None, 1.5, 2**53, [1], {"a": 1}])
-def test_a_call_without_a_proper_id_goes_nowhere(joined, limited, number):
-    client, studio = joined(f"/key/{ANNA}/llm", limited)
-    client.say(call("listLoaded", number))
-    client.say(call("listLoaded", 5.0))
-    assert studio.hear()["callId"] == 5
+def test_a_call_with_its_right_and_a_proper_id_goes_on(joined, limited):
+    for namespace, endpoint in (("llm", "listLoaded"), ("llm", "getOrLoad"), ("embedding", "countTokens"),
+                                ("system", "listDownloadedModels"), ("files", "uploadFileBase64")):
+        client, studio = joined(f"/key/{ANNA}/{namespace}", limited)
+        for number in (True, "1", None, 1.5, 2**53, [1], {"a": 1}, 5.0):
+            client.say(call(endpoint, number))
+        assert studio.hear() == call(endpoint, 5)
 
 
 @pytest.mark.parametrize("text", [b"x", b"[1]", b'{"a":' + b"9" * 5000 + b"}", b'{"a":' * 5000, b'{"a":NaN}'],
@@ -6863,9 +6754,11 @@ def test_a_revoked_keys_socket_ends(joined, limited):
     client, studio = joined(f"/key/{ANNA}/llm", limited)
     client.say(channel("predict"))
     studio.hear()
+    limited.server.LOOK_S = 0.05
     limited.revoke()
     assert client.closed() == 1008 and studio.closed() == "end"
     assert limited.events(0, "error")[0]["operation"] == "key_revoked"
+    client.sock.close()
 
 
 SOCKET_STATS = {"stopReason": "eosFound", "promptTokensCount": 30, "predictedTokensCount": 5, "totalTokensCount": 35,
@@ -6911,6 +6804,27 @@ def test_a_prediction_is_a_request_like_any_other(front, joined):
     studio.say({"type": "channelClose", "channelId": 1})
     client.hear()
     assert front.events(mark, "error", count=0) == []
+
+
+def test_tokens_are_counted_however_their_fragments_are_written_and_drafts_as_lm_studio_says(front, joined):
+    client, studio = joined()
+    mark = front.hub.last
+    client.say(channel("predict"))
+    studio.hear()
+    (inference,) = front.gateway.inferences.values()
+    odd = {"type": "channelSend", "message": {"fragment": {"tokensCount": 3, "content": "x"}, "type": "fragment"}, "channelId": 1}
+    for said in (fragment(tokens=2), odd, fragment(2), sent(type="fragment", fragment={
+            "content": '","tokensCount":50,\\', "tokensCount": 1, "isStructural": False})):
+        studio.say(said)
+        assert client.hear() == said
+    inference._due = 0
+    studio.say(fragment())
+    client.hear()
+    assert front.hub.shown()[0]["progress"]["outputTokens"] == 7
+    studio.say(success(totalDraftTokensCount=8, acceptedDraftTokensCount=6))
+    front.events(mark, "inference_complete")
+    row = front.hub.shown()[0]
+    assert (row["draftTokens"], row["acceptedDraftTokens"]) == (8, 6)
 
 
 def test_a_result_without_figures_has_none(front, joined):
@@ -6972,7 +6886,8 @@ def cancels(client, studio):
     (lambda client, studio: studio.sock.shutdown(socket.SHUT_RDWR), "upstream_reset"),
     (lambda client, studio: studio.say(b"\x03\xe8", 8), "upstream_reset"),
     (lambda client, studio: client.sock.sendall(b"\x81\x00"), "protocol_error")])
-def test_each_end_of_a_prediction_is_told_once(front, joined, ends, operation):
+def test_each_end_of_a_prediction_is_told_once(front, joined, ends, operation, monkeypatch):
+    monkeypatch.setattr(lmgateway, "PARTING_S", 0.05)
     client, studio = joined()
     mark = front.hub.last
     client.say(channel("predict", **BY_NAME))
@@ -7022,7 +6937,8 @@ def test_a_message_that_is_coming_counts_in_the_budget_of_all_bodies(fronts, joi
     client.sock.sendall(data[:800_000])
     until(lambda: front.server.memory.used == 800_000)
     client.sock.sendall(data[800_000:])
-    assert studio.hear() and front.server.memory.used == 0
+    assert studio.hear()
+    until(lambda: front.server.memory.used == 0)
     client.sock.sendall(lmgateway.frame(1, b'{"x":"' + b"a" * 1_100_000 + b'"}', MASK)[:1_050_000])
     assert client.closed() == 1009
     client.sock.close()
@@ -7039,6 +6955,105 @@ def test_a_prediction_can_be_stopped_by_somebody_else(front, joined):
     assert client.hear() == {"type": "channelError", "channelId": 3, "error": {"title": "stopped by ben"}}
     assert studio.hear() == sent(3, type="cancel")
     assert front.events(mark, "error")[0]["operation"] == "stopped"
+
+
+@pytest.fixture
+def waiting(fronts, joined):
+    """(gateway, a socket with the prediction that runs, one with the prediction 7 that waits for its turn)."""
+    front = fronts(max_running=1)
+    busy, queued = joined("/llm", front), joined("/llm", front)
+    busy[0].say(channel("predict", **BY_NAME))
+    busy[1].hear()
+    queued[0].say(channel("predict", 7, **BY_NAME))
+    until(lambda: [row["position"] for row in front.hub.shown() if row["state"] == "queued"] == [1])
+    until(lambda: front.server.memory.used)     # what waits counts in the budget of all bodies
+    yield front, busy, queued
+    for client, _ in (busy, queued):
+        client.sock.close()
+    until(lambda: not front.server.memory.used)
+    until(lambda: not front.gateway.inferences)
+    assert not front.gateway.turns._scheduler._lines
+
+
+def test_a_call_waits_for_its_turn_and_its_socket_for_nothing(waiting):
+    front, (_, studio), (client, own) = waiting
+    for said in ({"type": "keepAlive"}, call("listLoaded", 7)):
+        client.say(said)
+        assert own.hear() == said
+    for said in (channel("predict", 7), sent(7, type="?"), {"type": "keepAlive"}):   # of the call that waits: no word
+        client.say(said)
+    assert own.hear() == {"type": "keepAlive"}
+    assert len(front.events(0, "inference_start", count=2)) == 2
+    studio.say(success())
+    assert own.hear() == channel("predict", 7, **BY_NAME)
+    until(lambda: [row["state"] for row in front.hub.shown() if row["totalTimeMs"] is None] == ["waiting"])
+    own.say(success(7))
+    assert client.hear() == success(7)
+    row = front.hub.shown()[0]
+    assert row["state"] == "done" and row["queuedMs"] > 0
+
+
+def closes(front, client):
+    client.sock.close()
+
+
+def cancels_early(front, client):
+    client.say(sent(7, type="cancel"))
+    assert client.hear() == {"type": "channelError", "channelId": 7, "error": {
+        "title": "it was cancelled while it waited for its turn"}}
+
+
+def stops_it(front, client):
+    (inference,) = [one for one in front.gateway.inferences.values() if one.turn.bell]
+    inference.stop(lmgateway.Stopped("ben"))
+    assert client.hear()["error"]["title"].startswith("stopped by ben")
+
+
+@pytest.mark.parametrize(("ends", "operation"), [
+    (closes, "client_disconnected"), (cancels_early, "client_disconnected"), (stops_it, "stopped")])
+def test_a_call_that_ends_while_it_waits_never_reached_lm_studio(waiting, ends, operation):
+    front, (_, studio), (client, own) = waiting
+    ends(front, client)
+    (error,) = front.events(0, "error")
+    assert (error["operation"], error.get("by")) == (operation, "ben" if ends is stops_it else None)
+    studio.say(success())
+    if ends is not closes:
+        client.say({"type": "keepAlive"})
+        assert own.hear() == {"type": "keepAlive"}
+    else:
+        assert own.closed() == "end"
+
+
+@pytest.mark.parametrize(("flags", "code", "says"), [
+    (("--limits", "rpm=1"), "rate_limit_exceeded", "rpm: 1 of 1 requests in the last minute are used"),
+    (("--models", "q*"), "model_not_allowed", "the key anna may ask q*; m/one is not among them")])
+def test_a_call_beyond_its_keys_limits_is_refused_alone(household, scripted, studio, joined, flags, code, says):
+    home = household(*flags)
+    studio.script = scripted.script
+    for namespace, opens, name, refusal in (("llm", channel("predict", **BY_NAME), "channelId", "channelError"),
+                                            ("embedding", call("embedString", **BY_NAME), "callId", "rpcError")):
+        client, own = joined(f"/key/{home.keys['anna']}/{namespace}", home.front)
+        if code == "rate_limit_exceeded" and namespace == "llm":
+            client.say(opens)
+            assert own.hear() == opens
+        client.say({**opens, name: 9})
+        said = client.hear()
+        assert (said["type"], said[name]) == (refusal, 9) and says in said["error"]["title"]
+        client.say({"type": "keepAlive"})
+        assert own.hear() == {"type": "keepAlive"}
+    assert home.me("anna")["minute"]["requests"] == len(home.rows()) == (code == "rate_limit_exceeded")
+
+
+def test_each_prediction_of_a_socket_gives_its_slot_back_whatever_becomes_of_another(fronts, joined):
+    front = fronts(max_running=2)
+    client, studio = joined("/llm", front)
+    for number in range(2):
+        client.say(channel("predict", number))
+        studio.hear()
+    front.gateway.hub.end = lambda *args: 1 / 0
+    client.sock.close()
+    until(lambda: not front.gateway.turns._scheduler._lines)
+    del front.gateway.hub.end
 
 
 def test_at_the_end_idle_sockets_are_told_and_predictions_may_finish(fronts, joined):
@@ -7067,13 +7082,6 @@ def test_a_system_without_poll_serves_sockets_too(joined, monkeypatch):
     assert client.hear() == {"a": 1}
     client.sock.close()
     assert studio.closed() == "end"
-
-
-def test_many_sockets_at_once_each_have_their_own(front, joined):
-    pairs = [joined() for _ in range(30)]
-    for number, (client, _) in enumerate(pairs):
-        client.say({"type": "keepAlive", "x": number})
-    assert [studio.hear()["x"] for _, studio in pairs] == list(range(30))
 
 
 # --- LOG_SOURCE
@@ -7115,6 +7123,29 @@ def test_the_stream_gives_the_lines_of_a_log_file(diagnostics, utc, line, text):
     assert until_news(stream) == text and stream.problem == ""
 
 
+def test_the_figures_of_an_answer_fill_what_its_lines_leave_out(diagnostics, utc):
+    stream, side = diagnostics
+    parser, events = Parser(), []
+    lines = [f"[2026-05-01 10:00:0{second}][INFO][m/one] {text}" for second, text in enumerate((
+        "Running chat completion on conversation with 1 messages.", "Streaming response...", "Finished streaming response"))]
+    output = {"output": "secret", "modelIdentifier": "m/one", "stats": {**SOCKET_STATS, "totalDraftTokensCount": 4}}
+    chat = [*(logged_line("server.log", content=line) for line in lines), logged_line("llm.prediction.output", **output)]
+    for packet in (*chat, *chat, logged_line("llm.prediction.output", **output),      # of no request
+                   logged_line("llm.prediction.output", **{**output, "modelIdentifier": "a\n[2026-05-01 10:00:00][ERROR] b"})):
+        side.say(packet)
+    side.say(logged_line("server.log", content="[2026-05-01 10:00:09][INFO] last"))
+    while not events or events[-1].data["message"] != "last":
+        events += parser.feed(until_news(stream)) + parser.quiet()
+    stats, again = [event.data for event in events if event.name == "lmstudio_prediction_stats"]
+    assert stats == again
+    assert {name: stats[name] for name in ("promptTokens", "completionTokens", "tokensPerSecond", "timeToFirstTokenMs",
+                                           "draftTokens", "model")} == {
+        "promptTokens": 30, "completionTokens": 5, "tokensPerSecond": 12.345, "timeToFirstTokenMs": 250.0,
+        "draftTokens": 4, "model": "m/one"}
+    assert [event.name for event in events].count("lmstudio_chat_end") == 2 and not parser.faults
+    assert "secret" not in str(events) and not [event for event in events if event.name == "lmstudio_error"]
+
+
 def test_a_stream_that_breaks_is_said_and_comes_back(diagnostics, scripted):
     stream, side = diagnostics
     side.sock.shutdown(socket.SHUT_RDWR)
@@ -7153,7 +7184,7 @@ def order_of(slots, turns, clock=0.0, scheduler=None):
     while begun:
         found.append(begun[0].who)
         begun = begun[1:] + scheduler.leave(begun[0], clock)
-    assert not scheduler.waiting and not scheduler._running and not scheduler._queues and not scheduler._of_key
+    assert not scheduler.waiting and not scheduler._lines and not scheduler._of_key
     return found
 
 
@@ -7168,6 +7199,13 @@ def test_whose_turn_it_is(turns, clock, order):
     assert "".join(order_of(1, turns, clock)) == order
 
 
+def test_whoever_has_the_fewest_running_comes_before_whoever_was_served_longest_ago():
+    scheduler, turns = lmgateway.Scheduler(4), [turn(name) for name in "aabcab"]
+    for each in turns:
+        scheduler.join(each, 0)
+    assert scheduler.leave(turns[3], 1) == [turns[5]] and scheduler.leave(turns[5], 2) == [turns[4]]
+
+
 def test_slots_count_for_each_model_and_a_keys_own_limit_holds_nobody_up():
     scheduler = lmgateway.Scheduler(2)
     scheduler.limits["a"] = 1
@@ -7176,7 +7214,10 @@ def test_slots_count_for_each_model_and_a_keys_own_limit_holds_nobody_up():
     fourth = turn("d")
     assert scheduler.join(fourth, 0) == [] and scheduler.counts("a") == (1, 1)
     assert scheduler.leave(third, 1) == [fourth]    # the one of a may not run yet
+    elsewhere = turn("a", model="n")
+    assert scheduler.join(elsewhere, 1) == []   # the limit is one of all models
     assert scheduler.leave(first, 1) == [second] and scheduler.leave(first, 1) == []
+    assert scheduler.leave(second, 2) == [elsewhere]
 
 
 def test_two_names_of_one_model_share_its_slots_once_that_is_known():
@@ -7202,16 +7243,15 @@ def test_places_and_what_is_foretold():
     assert "etaMs" not in scheduler.places(40)[0][1]    # it is longer than any
 
 
-def test_a_choice_is_quick():
-    scheduler = lmgateway.Scheduler(4)
-    turns = [turn(f"k{number % 10}") for number in range(504)]
-    for each in turns:
-        scheduler.join(each, 0)
-    began = time.perf_counter()
-    running = turns[:4]
+def test_a_choice_among_500_people_is_quick():
+    scheduler, spent = lmgateway.Scheduler(4), []
+    turns = [turn(f"k{number}") for number in range(504)]
+    running = [begun for each in turns for begun in scheduler.join(each, 0)]
     for _ in range(200):
+        began = time.perf_counter()
         running += scheduler.leave(running.pop(0), 1)
-    assert (time.perf_counter() - began) / 200 < 200e-6     # a tenth of that on a machine with nothing else to do
+        spent.append(time.perf_counter() - began)
+    assert sorted(spent)[100] < 30e-6     # a fifth of that on a machine with nothing else to do
 
 
 def test_a_minute_slides_and_a_day_ends():
@@ -7273,24 +7313,36 @@ def household(keys, fronts, studio):
     return make
 
 
-def test_one_waits_for_its_turn_is_told_and_then_answered(household):
+def test_inferences_wait_for_their_turn_are_told_and_then_answered(household):
     home = household(max_running=1)
     answers = [home.chat("anna")]
     until(lambda: len(home.studio.peers) == 1)
-    for who, place in (("ben", 1), ("anna", 2)):
-        answers.append(home.chat(who))
+    for who, path, place in (("ben", "/v1/chat/completions", 1), ("anna", "/v1/embeddings", 2)):
+        answers.append(home.chat(who, path=path))
         until(lambda: [row["position"] for row in home.rows(state="queued", key=who)] == [place])
     assert home.rows("ben", state="queued")[0]["waiting"] == 2 and home.me("ben")["waiting"] == 1
-    assert home.me("anna")["running"] == 1 and len(home.studio.peers) == 1
+    assert home.ask("GET /v1/models", "ben")[0] == 200 and home.me("anna")["running"] == 1   # it never waits
     (told, *_) = home.front.events(0, "inference_progress", count=2)
     assert (told["state"], told["position"], told["key"]) == ("queued", 1, "ben")
+    assert len(home.front.events(0, "inference_start", count=3)) == 3 and len(home.studio.peers) == 2
     text = ask(home.front, "GET /metrics", f"X-API-Key: {home.keys['root']}")[2].decode()
     assert 'lmstudio_gateway_queue_waiting{model="other"} 2' in text
-    for _ in answers:
-        home.go.release()
+    home.go.release(3)
     assert [answer.get(timeout=PATIENCE_S)[0] for answer in answers] == [200] * 3
     assert len([row for row in home.rows() if row.get("queuedMs", 0) > 0]) == 2 and home.me("anna")["running"] == 0
     assert not home.front.gateway.turns._scheduler.waiting
+
+
+def test_people_behind_one_key_take_turns(household):
+    home = household(max_running=1, users_from=("anna",))
+    answers = [home.chat("anna", b'{"model":"m","user":"eva"}')]
+    until(lambda: len(home.studio.peers) == 1)
+    for count, user in enumerate(("eva", "eva", "fritz"), 1):
+        answers.append(home.chat("anna", json.dumps({"model": "m", "user": user}).encode()))
+        until(lambda: len(home.rows(state="queued")) == count)
+    assert [row["position"] for row in home.rows(state="queued")] == [1, 3, 2]   # the newest first
+    home.go.release(4)
+    assert [answer.get(timeout=PATIENCE_S)[0] for answer in answers] == [200] * 4
 
 
 def test_the_queue_has_an_end_and_a_client_that_leaves_it_never_reached_lm_studio(household):
@@ -7307,7 +7359,17 @@ def test_the_queue_has_an_end_and_a_client_that_leaves_it_never_reached_lm_studi
     until(lambda: home.rows(operation="client_disconnected"))
     home.go.release()
     assert first.get(timeout=PATIENCE_S)[0] == 200 and len(home.studio.peers) == 1
-    assert not home.front.gateway.turns._scheduler._running
+    assert not home.front.gateway.turns._scheduler._lines
+
+
+def dies(home, row):
+    """Its thread has a fault, with the answer in hand."""
+    def fault(*args):
+        lmgateway.framed_head = before
+        raise ZeroDivisionError("planted")
+
+    before, lmgateway.framed_head = lmgateway.framed_head, fault
+    home.studio.peers[0].send(plain(b"{}"))
 
 
 ENDINGS = {     # how a request that runs ends -> what does it
@@ -7316,6 +7378,7 @@ ENDINGS = {     # how a request that runs ends -> what does it
     "reset": lambda home, row: home.studio.peers[0].reset(),
     "fault": lambda home, row: (setattr(home.front.gateway.hub, "end", lambda *args: 1 / 0),
                                 home.studio.peers[0].send(plain(b"{}"))),
+    "dies": dies,
 }
 
 
@@ -7331,7 +7394,7 @@ def test_a_slot_is_free_whatever_way_a_request_ends(household, end):
     home.front.gateway.hub.__dict__.pop("end", None)
     home.go.release()
     home.go.release()
-    until(lambda: not home.front.gateway.turns._scheduler._running)
+    until(lambda: not home.front.gateway.turns._scheduler._lines)
     home.front.hub._requests.running.clear()
 
 
@@ -7358,6 +7421,10 @@ def test_limits_are_told_as_openai_tells_them(household):
     assert "x-ratelimit-limit-requests" not in home.ask(POST_CHAT, "anna", b"{}")[1]
 
 
+def test_me_is_for_whoever_has_a_key_or_needs_none(front, guarded):
+    assert json.loads(fetched(front, "/me")[2])["name"] is None and fetched(guarded, "/me")[0] == 401
+
+
 def test_a_key_is_bound_to_models_and_ends_with_its_last_day(household):
     home = household("--models", "Qwen*,b")
     home.go.release(9)
@@ -7369,6 +7436,8 @@ def test_a_key_is_bound_to_models_and_ends_with_its_last_day(household):
     home.command("--set-key", "anna", "--expires", "2020-01-01")
     until(lambda: home.ask(POST_CHAT, "anna", b"{}")[0] == 401)
     assert home.ask(POST_CHAT, "anna", b"{}")[2]["error"]["code"] == "key_expired"
+    home.command("--set-key", "anna", "--expires", "never")
+    until(lambda: home.ask(POST_CHAT, "anna", b"{}")[0] == 200)
 
 
 def test_a_keys_own_limit_makes_wait_and_a_new_one_or_none_counts_for_those_that_wait(household):
@@ -7437,16 +7506,17 @@ def test_people_behind_a_shared_key(household, headers, body, user):
     home = household(users_from=("anna",))
     home.go.release(2)
     for who, known in (("anna", user), ("ben", None)):
-        home.ask(POST_CHAT, who, json.dumps(body).encode(), *headers)
+        for line in ("GET /v1/models", POST_CHAT):
+            home.ask(line, who, json.dumps(body).encode(), *headers)
+            passed = [name for name, _ in home.studio.peers[-1].headers if "OpenWebUI" in name]
+            assert len(passed) == (0 if who == "anna" else len(headers))
         assert home.rows(key=who)[0]["user"] == known
-        passed = [name for name, _ in home.studio.peers[-1].headers if "OpenWebUI" in name]
-        assert len(passed) == (0 if who == "anna" else len(headers))
     start, other = home.front.events(0, "inference_start", count=2)
     assert (start.get("user"), "user" in other) == (user, False)
 
 
 def test_a_waiting_stream_is_told_its_place_in_comments(household, monkeypatch):
-    monkeypatch.setattr(lmgateway.Forward, "SILENCE_S", 0.05)
+    monkeypatch.setattr(lmgateway.CommentedForward, "SILENCE_S", 0.05)
     home = household(max_running=1, prefill_comments=True)
     home.chat("anna")
     until(lambda: len(home.studio.peers) == 1)
@@ -7455,7 +7525,7 @@ def test_a_waiting_stream_is_told_its_place_in_comments(household, monkeypatch):
         read_until(sock, b": queued 1 of 1\n\n")
         home.go.release(2)
         assert b"event: error" not in rest_of(sock)
-    until(lambda: not home.front.gateway.turns._scheduler._running)
+    until(lambda: not home.front.gateway.turns._scheduler._lines)
 
 
 def test_a_days_count_survives_a_restart(keys, fronts, studio, tmp_path):
@@ -7471,7 +7541,8 @@ def test_a_days_count_survives_a_restart(keys, fronts, studio, tmp_path):
     turns = lmgateway.Turns(config, lmgateway.AccessControl(config), lmgateway.Hub(), history)
     assert turns.used("anna")["day"] == {"requests": 1, "promptTokens": 30, "completionTokens": 12}
     assert turns.used(None)["day"]["requests"] == 0
-    keys("--new-key", "anna", "--limits", "tpd=9,running=2", "--priority", "low", "--models", "q*", "--expires", "2099-01-31")
+    said = keys("--new-key", "anna", "--limits", "tpd=9,running=2", "--priority", "low", "--models", "q*", "--expires", "2099-01-31")[2]
+    assert "anna may ask models and see its own requests; running=2,tpd=9  priority low  models q*  until 2099-01-31" in said
     listed = keys("--list-keys", "--history", history.path)[1]
     assert re.search(r"anna +infer .*tpd=9.*priority low  models q\*  until 2099-01-31  last used \d{4}", listed), listed
 
@@ -7563,6 +7634,18 @@ def test_a_client_that_leaves_over_tls_ends_the_request_within_a_second(
     assert ended.get(timeout=PATIENCE_S) < 1.0
     sock.close()
     assert front.events(0, "error")[0]["operation"] == "client_disconnected"
+
+
+def test_a_socket_over_tls_passes_megabytes_both_ways_at_once(fronts, scripted, pair):
+    client = enter(fronts(tls_cert=pair[0], tls_key=pair[1]), secure=lambda sock: secured(sock, pair))
+    assert client.hear() == {"success": True}
+    studio, value = scripted.met.get(timeout=PATIENCE_S), {"type": "keepAlive", "x": "a" * 3_000_000}
+    threading.Thread(target=studio.say, args=(value,), daemon=True).start()
+    client.say(value)
+    assert (client.hear(), studio.hear()) == (value, value)
+    client.sock.close()
+    assert studio.closed() == "end"
+    studio.over.set()
 
 
 def test_https_to_lm_studio_checks_its_certificate(fronts, pair):
@@ -7741,13 +7824,6 @@ def test_a_body_that_drips_has_a_deadline_for_the_whole(front, monkeypatch):
         assert time.monotonic() - started < 1 and status_of(rest_of(sock)) == 408
 
 
-def test_a_body_in_chunks_of_one_byte_costs_little():
-    """0.7 us a chunk; 3.5 before chunks were taken many at a time."""
-    chunks, began = lmgateway.Chunks(), time.thread_time()
-    assert sum(len(chunks.feed(b"1\r\nx\r\n" * 10_000)) for _ in range(20)) == 200_000
-    assert time.thread_time() - began < 0.4
-
-
 def test_slow_heads_end_in_408(front, monkeypatch):
     monkeypatch.setattr(lmgateway.Wire, "HEAD_S", 0.1)
     with dial(front.port) as sock:
@@ -7790,7 +7866,7 @@ def test_the_body_of_a_refused_request_is_no_request(guarded, studio, line):
 
 
 def test_bodies_that_stop_coming_end_in_408_and_silent_clients_without_a_word(front, monkeypatch):
-    monkeypatch.setattr(lmgateway.Wire, "CLIENT_S", 0.1)
+    monkeypatch.setattr(lmgateway.Wire, "CLIENT_S", 0.04)
     for framing in (b"Content-Length: 5\r\n\r\nab", b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"):
         with dial(front.port) as sock:
             sock.sendall(POST + framing)
@@ -7860,8 +7936,7 @@ def test_the_address_that_has_the_most_gives_way(fronts):
 
 @pytest.mark.parametrize("sent", [STRANGERS["half a login"], request("GET /", close=False) * 200], ids=["half a login", "unread"])
 def test_the_whole_answer_to_a_stranger_has_a_deadline(fronts, studio, monkeypatch, sent):
-    monkeypatch.setattr(lmgateway.Connection, "ANSWER_S", 0.2)
-    monkeypatch.setattr(lmgateway.Server, "LOOK_S", 0.05)
+    monkeypatch.setattr(lmgateway.Connection, "ANSWER_S", 0.1)
     front = fronts(api_key=KEYS)
     with dial(front.port) as guest, contextlib.closing(socket.socket()) as stranger:
         guest.sendall(request("POST /v1/x", b"xx", f"X-API-Key: {ANNA}")[:-1])
@@ -8083,6 +8158,20 @@ def test_a_clock_that_is_set_changes_no_uptime(fronts):
         assert 0 <= json.loads(fetched(front, page)[2])["uptime"] < 3600
 
 
+def test_a_client_that_leaves_while_the_server_ends_is_noticed_too(fronts, studio):
+    front, here, ended = fronts(), threading.Event(), threading.Event()
+    studio.script = lambda peer: (here.set(), peer.wait_for_end(), ended.set())
+    with dial(front.port) as sock:
+        sock.sendall(request(POST_CHAT, b"{}"))
+        assert here.wait(PATIENCE_S)
+        front.server.shutdown()     # the accept thread is over
+        end = threading.Thread(target=front.server.finish_requests, args=(PATIENCE_S,))
+        end.start()
+    assert ended.wait(1.0)
+    end.join(PATIENCE_S)
+    assert front.events(0, "error")[0]["operation"] == "client_disconnected"
+
+
 def test_requests_that_take_too_long_are_cut_at_the_end_and_told(fronts, studio):
     front, here = fronts(), threading.Event()
     studio.script = lambda peer: (here.set(), peer.wait_for_end())
@@ -8213,7 +8302,7 @@ def ask_demo(front, number, model, messages=1):
             "messages": [{"role": "user", "content": content}] * messages}
     talk(front.port,
          request("POST /v1/chat/completions", json.dumps(body).encode(), f"User-Agent: client-{number}"))
-    return 400 + 7 * len(content) * messages
+    return 20 + 7 * len(content) * messages
 
 
 def at_once(*calls):
@@ -8240,8 +8329,13 @@ def of_client(front, number):
 
 def test_clients_of_two_models_find_their_own_progress_cache_and_speed(demo):
     front, _ = demo
-    tokens = at_once(*(lambda number=number: ask_demo(front, number, lmgateway.DEMO_MODELS[number])
-                       for number in (0, 1)))
+
+    def ask_as(number):
+        if number:
+            front.events(0, "lmstudio_processing_start")    # the other one's
+        return ask_demo(front, number, lmgateway.DEMO_MODELS[number])
+
+    tokens = at_once(lambda: ask_as(0), lambda: ask_as(1))
     front.events(0, "lmstudio_chat_end", count=2)
     for number, total in enumerate(tokens):
         record = of_client(front, number)
@@ -8285,16 +8379,62 @@ def test_eight_clients_and_one_beside_us_are_bound_right_or_not_at_all(demo):
             assert (claim["model"], claim["messages"]) == (lmgateway.DEMO_MODELS[number % 2], number % 4 + 1)
 
 
-def test_the_demo_needs_nothing_of_the_machine():
-    config = lmgateway.Config(upstream="http://127.0.0.1:9", log_dir="/nowhere", enable_log_monitoring=False)
+@contextlib.contextmanager
+def demonstration(**options):
+    """(the demo, its Config) for a user's options."""
     with contextlib.ExitStack() as cleanup:
-        made = lmgateway.start_demo(config, cleanup)
+        demo = lmgateway.Demo(cleanup)
+        yield demo, demo.config(lmgateway.Config(**options))
+
+
+def furnished(demo, config):
+    """A gateway that the demo has given its people and its past."""
+    hub = lmgateway.Hub(100, None, demo.now, demo.clock)
+    gateway = lmgateway.Gateway(config, hub, lmgateway.Upstream(config.upstream))
+    demo.furnish(gateway)
+    return gateway
+
+
+def test_the_demo_needs_nothing_of_the_machine():
+    with demonstration(upstream="http://127.0.0.1:9", log_dir="/nowhere", enable_log_monitoring=False) as (demo, made):
         models = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(made.upstream + "/v1/models", timeout=PATIENCE_S)
         assert [model["id"] for model in json.load(models)["data"]] == list(lmgateway.DEMO_MODELS)
-        assert made.enable_log_monitoring and os.path.isdir(made.log_dir)
-        assert (made.keys_file, made.api_key) == (os.path.join(made.log_dir, "keys.json"),
-                                                  {})     # none of the user's
+        assert made.enable_log_monitoring and os.path.isdir(made.log_dir) and made.max_running == 1
+        assert (made.keys_file, made.api_key) == (os.path.join(made.log_dir, "keys.json"), {})     # none of the user's
     assert not os.path.exists(made.log_dir)
+
+
+@pytest.mark.parametrize(("options", "needed"), [({}, False), ({"api_key": {"mum": "a"}}, True), ({"keys_file": "k.json"}, True)])
+def test_the_demo_asks_for_a_key_only_where_one_was_named(home, monkeypatch, options, needed):
+    put(home / "k.json", '{"version": 1, "keys": []}')
+    put(home / ".config/lmgateway/keys.json", '{"version": 1, "keys": []}')
+    monkeypatch.chdir(home)
+    with demonstration(**options) as (demo, config):
+        access = furnished(demo, config).access
+        assert access.need_key == needed
+        for secret, name in [*((secret, name) for name, secret in demo._keys.items()), ("any text", None)]:
+            asked = lmgateway.Request("POST", "/v1/models", (1, 1), [("X-API-Key", secret)])
+            identity = access.recognize(asked)
+            assert (identity and identity.name) == name and (identity is None) == (needed and name is None)
+        assert {access.terms(name).priority for name in lmgateway.DEMO_KEYS} == set(lmgateway.PRIORITIES)
+
+
+def test_the_demo_has_an_hour_behind_it():
+    """An hour without an empty quarter, of five who ask and two models, told as if the gateway had been there."""
+    with demonstration() as (demo, config):
+        gateway = furnished(demo, config)
+    cells, now = gateway.hub.series(0)[1], time.time()
+    assert {minute * 60 // 900 * 900 for minute, *_ in cells} >= {(now - 900 * n) // 900 * 900 for n in (1, 2, 3)}
+    assert min(minute for minute, *_ in cells) * 60 > now - 3700 and max(minute for minute, *_ in cells) * 60 <= now
+    people = lmgateway.series_rows(cells, 60, "user")["total"]
+    assert set(people) == set(lmgateway.DEMO_KEYS) and set(lmgateway.series_rows(cells, 60, "model")["total"]) == set(lmgateway.DEMO_MODELS)
+    total = lmgateway.series_rows(cells, 60, "")["total"]
+    assert total["errors"] and total["abandoned"] and total["queuedMs"]["p95"] > 1000 and total["cachedTokens"] > 10_000
+    rows = gateway.hub.shown()
+    assert len(rows) == 100 and all(row["state"] in ("done", "failed", "abandoned") for row in rows)
+    assert all(sum(phase["ms"] for phase in row["phases"]) == pytest.approx(row["totalTimeMs"], abs=2) for row in rows)
+    times = [json.loads(data.partition(b"data: ")[2])["timestamp"] for _, _, data in gateway.hub._frames]
+    assert times == sorted(times) and abs(gateway.hub._clock() - time.monotonic()) < 1
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -8304,39 +8444,46 @@ def test_the_imitation_speaks_the_readmes_dialects_and_its_log_agrees(demo, path
     studio.batch_s = studio.token_s = 0.001
     sent = json.dumps({"model": "demo/wren-2b", "stream": stream,
                        "messages": [{"role": "user", "content": "Say something"}]}).encode()
-    for reused in (0, 490):     # the second time all but one token is in the cache
+    for reused in (0, 110):     # the second time all but one token is in the cache
         mark = front.hub.last
         answer = talk(front.port, request(f"POST {path}", sent))
         body = split_answer(answer)[2]
         words = re.findall(rb'"(?:content|text)": "(\w+) "', unchunked(body)) if stream else body.split()
         assert status_of(answer) == 200 and b"lamp" in words
         (done,) = front.events(mark, "inference_complete", "error")
-        assert done["tokenUsage"] == {"promptTokens": 491, "completionTokens": 8, "totalTokens": 499}
+        assert done["tokenUsage"] == {"promptTokens": 111, "completionTokens": 8, "totalTokens": 119}
         assert done["model"] == "demo/wren-2b" and (done["timeToFirstTokenMs"] is not None) == stream
         (stats,) = front.events(mark, "lmstudio_prediction_stats")
-        assert (stats["promptTokens"], stats["completionTokens"]) == (491, 8)
+        assert (stats["promptTokens"], stats["completionTokens"]) == (111, 8)
         front.events(mark, "lmstudio_chat_end")
         record = front.hub.shown()[0]
         assert record["binding"] == "exact" and record["cache"]["reused"] == reused
 
 
-@pytest.mark.parametrize(("sought", "found"), [("client-1", 1), ("127.0.0.1", 2), ("", 2), ("CLIENT-0", 1), ("anna", 0)])
-def test_requests_are_found_by_who_sent_them(demo, sought, found):
-    front, _ = demo
+def test_requests_are_found_by_who_sent_them(front, studio):
+    mark = front.hub.last
     for number in (0, 1):
-        ask_demo(front, number, lmgateway.DEMO_MODELS[0])
-    rows = json_of(talk(front.port, request(f"GET /debug/requests?client={sought}")))["requests"]
-    assert len(rows) == found
+        talk(front.port, request(POST_CHAT, b"{}", f"User-Agent: who-{number}"))
+    front.events(mark, "inference_complete", count=2)
+    for sought, found in (("who-1", 1), ("127.0.0.1", None), ("", None), ("WHO-0", 1), ("anna", 0)):
+        rows = json_of(talk(front.port, request(f"GET /debug/requests?client={sought}")))["requests"]
+        assert len(rows) == (len(front.hub.shown()) if found is None else found), sought
 
 
 def test_the_demos_own_traffic_tells_its_story(studio):
-    pauses = iter([False] * len(lmgateway.DEMO_STORY))
-    lmgateway.demo_traffic(studio.url, "secret", lambda seconds: next(pauses, True))
-    until(lambda: len(studio.peers) == len(lmgateway.DEMO_STORY) and all(peer.body for peer in studio.peers))
-    heads, bodies = [dict(peer.headers) for peer in studio.peers], [json.loads(peer.body) for peer in studio.peers]
-    assert {head["Authorization"] for head in heads} == {"Bearer secret"}
-    assert len({head["User-Agent"] for head in heads}) >= 5 and {body["model"] for body in bodies} == set(lmgateway.DEMO_MODELS)
+    pauses, story = iter([False] * len(lmgateway.DEMO_STORY)), lmgateway.DEMO_STORY
+    with demonstration() as (demo, _):
+        demo.traffic(studio.url, lambda seconds: next(pauses, True))
+        until(lambda: len(studio.peers) == len(story) + 1 and all(peer.body for peer in studio.peers))
+        heads, bodies = [dict(peer.headers) for peer in studio.peers], [json.loads(peer.body) for peer in studio.peers]
+        assert {head["Authorization"] for head in heads} == {f"Bearer {secret}" for secret in demo._keys.values()}
+    assert len({head["User-Agent"] for head in heads}) == 5 and {body["model"] for body in bodies} == set(lmgateway.DEMO_MODELS)
     assert {body["stream"] for body in bodies} == {True, False} and [] in [body["messages"] for body in bodies]
+    assert any(client.read_bytes for client in story) and max(Counter((client.who, client.model) for client in story).values()) > 5
+    engine = lmgateway.DemoEngine(None, 1)
+    sizes = [(engine.cached(client.prompt, tokens), tokens) for client in story if len(client.prompt) > 3000
+             for tokens in [20 + 7 * len(client.prompt)]]
+    assert 23_000 < sizes[0][1] < 24_500 and 0.94 < sizes[1][0] / sizes[1][1] < 0.96
 
 
 def test_the_imitation_answers_as_lm_studio_does(tmp_path):
@@ -8484,7 +8631,7 @@ CARDS = [  # what happened, the lines of the cards at second 5
      ["m  anna  10.0.0.7  /v1/chat/completions", "WAIT  elapsed 5s"]),
     ([STARTED, Event("inference_complete", {"requestId": "req_1"})], []),
     ([STARTED, Event("error", {"requestId": "req_1"})], []),
-    ([READING], ["m", "PREFILL  ###.....  41 %  eta 1m22s  6,144/14,906 tok  101 tok/s  elapsed 1m06s",
+    ([READING], ["m", "PREFILL  ###.....  41 %  eta 1m22s  6,144/14,906  101 tok/s  elapsed 1m06s",
                  "cache    0 of 14,906 prompt tokens reused (0 %)  context 14,906 of 32,768"]),
     ([READING, WRITING], ["(model not named)", "WRITE  1,312 tok  17.8 tok/s  elapsed 4s"]),
     ([STARTED, record_progress(model="m", state="queued", position=2, waiting=5, etaMs=40000)],
@@ -8629,20 +8776,13 @@ def test_bars_are_made_of_what_the_terminal_can_show(encoding, marks):
 @contextlib.contextmanager
 def stream_server(hub, port=0, **options):
     """A gateway that serves hub's events; gives its port."""
-    config = lmgateway.Config(port=port, **{"keys_file": "/nowhere/keys.json", **options})
-    gateway = lmgateway.Gateway(config, hub, lmgateway.Upstream("http://127.0.0.1:9"))
-    server = lmgateway.Server(gateway, "127.0.0.1", port)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
+    front = Front("http://127.0.0.1:9", Path("/nowhere"), hub=hub, port=port, **options)
     try:
-        yield server.port
+        yield front.port
     finally:
         hub.close()
-        server.shutdown()
-        server.finish_requests(PATIENCE_S)
-        server.server_close()
-        thread.join(PATIENCE_S)
-        hub._closed = False
+        front.close()
+        hub.closed = False
 
 
 class Reached(Exception):
@@ -8726,13 +8866,8 @@ def test_watch_without_the_right_key_ends_with_the_remedy(key, said):
         assert named("connected")(brought(f"127.0.0.1:{port}", lambda item: True, key="right")[0])
 
 
-def test_watch_of_lm_studio_itself_is_a_wrong_address(tmp_path):
-    demo = lmgateway.DemoServer(str(tmp_path))
-    demo.start()
-    try:
-        (error,) = brought(demo.url, lambda item: True)
-    finally:
-        demo.stop()
+def test_watch_of_lm_studio_itself_is_a_wrong_address(studio):
+    (error,) = brought(studio.url, lambda item: True)
     assert isinstance(error, lmgateway.ConfigError) and "no lmgateway" in str(error)
 
 
@@ -8747,59 +8882,43 @@ def test_watch_says_why_there_is_no_line(error, said):
     assert said in lmgateway.connection_problem(error)
 
 
-@contextlib.contextmanager
-def watching(port, *flags):
-    """A --watch process of a gateway's port that prints JSON lines."""
-    command = [sys.executable, lmgateway.__file__, "--watch", f"127.0.0.1:{port}", "--json", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_watch_prints_the_gateways_ids_and_ends_quietly_on_a_signal(number, status):
+def test_watch_prints_the_gateways_ids_and_ends_quietly_on_a_signal(tmp_path, number, status):
     hub = lmgateway.Hub()
-    with stream_server(hub) as port, watching(port, "--events", "lmstudio_error") as process:
-        deadline = time.monotonic() + PATIENCE_S
-        while not hub.listeners and time.monotonic() < deadline:
-            time.sleep(0.01)
+    with stream_server(hub) as port, started(
+            tmp_path, "--watch", f"127.0.0.1:{port}", "--json", "--events", "lmstudio_error") as process:
+        until(lambda: hub.listeners)
         hub.publish([Event("lmstudio_log", {"timestamp": "t"}),
                      Event("lmstudio_error", {"timestamp": "t", "message": "ж"})])
         assert json.loads(process.stdout.readline()) == {
             "id": hub.event_id(2), "event": "lmstudio_error", "data": {"timestamp": "t", "message": "ж"}}
         process.send_signal(number)
-        assert (process.wait(PATIENCE_S), process.stdout.read(), process.stderr.read()) == (status, "", "")
+        assert (process.wait(PATIENCE_S), process.stdout.read(), process.stderr.read()) == (status, b"", b"")
 
 
-def test_watch_ends_quietly_when_nobody_reads_it_any_more():
+def test_watch_ends_quietly_when_nobody_reads_it_any_more(tmp_path):
     hub = lmgateway.Hub()
-    with stream_server(hub) as port, watching(port, "--from-start") as process:
+    with stream_server(hub) as port, started(
+            tmp_path, "--watch", f"127.0.0.1:{port}", "--json", "--from-start") as process:
         assert json.loads(process.stdout.readline())["event"] == "connected"
         process.stdout.close()
-        deadline = time.monotonic() + PATIENCE_S
-        while process.poll() is None and time.monotonic() < deadline:
-            tell(hub, "more", message="x" * 65536)
-            time.sleep(0.01)
-        assert (process.wait(PATIENCE_S), process.stderr.read()) == (0, "")
-
-
-@pytest.mark.parametrize("text", ["", "ftp://x", "http://", "http://h:0", "http://h:x", "http://a b",
-                                  "http://h:1/\x07",
-                                  "http://" + "x" * 64, "http://[::1"])
-def test_watch_refuses_what_is_no_address(text):
-    with pytest.raises(lmgateway.ConfigError, match="--watch"):
-        lmgateway.watched_address(text)
+        until(lambda: tell(hub, "more", message="x" * 65536) or process.poll() is not None)
+        assert (process.wait(PATIENCE_S), process.stderr.read()) == (0, b"")
 
 
 @pytest.mark.parametrize(("text", "url"), [
+    *((text, None) for text in ("", "ftp://x", "http://", "http://h:0", "http://h:x", "http://a b", "http://h:1/\x07",
+                                "http://[::1")),
     ("192.168.1.20:8001", "http://192.168.1.20:8001/debug/stream"), ("http://h/", "http://h/debug/stream"),
     ("https://h/llm/?x=1#y", "https://h/llm/debug/stream"), ("h:1/debug/stream", "http://h:1/debug/stream"),
     ("http://[::1]:8001", "http://[::1]:8001/debug/stream")])
 def test_watch_takes_an_address_as_people_type_it(text, url):
-    assert lmgateway.watched_address(text).geturl() == url
+    if url is None:
+        with pytest.raises(lmgateway.ConfigError, match="--watch"):
+            lmgateway.watched_address(text)
+    else:
+        assert lmgateway.watched_address(text).geturl() == url
 
 
 def test_stream_events_are_the_same_however_their_bytes_arrive():
@@ -8818,11 +8937,11 @@ def test_stream_events_are_the_same_however_their_bytes_arrive():
 
 
 def test_report_of_saved_logs_sums_by_day_and_model(tmp_path, capsys, utc):
-    for name in ("g2-nonstream-cache-hit.log", "g3-stream-split-lines.log"):
-        (tmp_path / name).write_bytes((HERE / ".ci" / "samples" / name).read_bytes())
-    assert lmgateway.main(["--report", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [
+    for name in ("g2-nonstream-cache-hit", "g3-stream-split-lines"):
+        shutil.copy(sample(name), tmp_path)
+    status, out, _ = run(capsys, "--report", str(tmp_path))
+    lines = out.splitlines()
+    assert status == 0 and [line.split()[:2] for line in lines] == [
         ["day", "model"], ["2026-08-08", "tundra/nimbus-14b-coder"], ["2026-04-08", "desk"], ["total", "2"]]
     assert lines[1].split()[2:] == ["1", "0", "1,500", "41", "%", "55", "737.9", "139.3"]
     assert len({len(line) for line in lines}) == 1
@@ -8880,30 +8999,24 @@ def test_the_address_for_others_is_the_way_out_else_those_of_the_machines_name(m
 def test_this_machine_is_asked_for_its_addresses_without_an_error():
     assert all(map(lmgateway.ipaddress.ip_address, lmgateway.lan_addresses()))
     assert "127.0.0.1" in lmgateway.resolved("localhost") and lmgateway.resolved("no such host") == set()
-    assert lmgateway.is_own_address("127.0.0.1") and not lmgateway.is_own_address("192.0.2.77")
 
 
-@pytest.mark.parametrize("argv", [("--port", "8123", "--upstream", "http://127.0.0.1:8123"),
-                                  ("--port", "8123", "--upstream", "http://localhost:8123"),
-                                  ("--port", "80", "--upstream", "http://127.0.0.1"),
-                                  ("--port", "8123", "--upstream", "http://127.0.0.1:8123", "--host", "0.0.0.0",
-                                   "--no-auth")], ids=" ".join)
-def test_an_upstream_that_is_the_gateway_itself_is_refused(home, capsys, stopped, argv):
-    status, _, err = run(capsys, *argv)
-    assert status == 2 and re.fullmatch(r"lmgateway: --upstream .* is this gateway's own address; name .*\n", err)
+@pytest.mark.parametrize(("upstream", "options", "itself"), [
+    ("http://127.0.0.1:81", {}, True), ("http://localhost:81", {}, True), ("http://127.0.0.1", {"port": 80}, True),
+    ("http://127.0.0.1:81", {"host": "0.0.0.0"}, True), ("http://192.0.2.7:81", {}, False),
+    ("http://127.0.0.1:82", {}, False), ("http://127.0.0.1:81", {"host": "192.0.2.77"}, False)])
+def test_an_upstream_that_is_the_gateway_itself_is_refused(upstream, options, itself):
+    with pytest.raises(lmgateway.ConfigError, match="--upstream .* is this gateway's own") if itself else (
+            contextlib.nullcontext()):
+        lmgateway.check_upstream(lmgateway.Config(upstream=upstream, **{"port": 81, **options}))
 
 
-@pytest.mark.parametrize(("upstream", "options"), [
-    ("http://192.0.2.7:81", {}), ("http://127.0.0.1:82", {}), ("http://127.0.0.1:81", {"host": "192.0.2.77"})])
-def test_another_upstream_is_not_the_gateway_itself(upstream, options):
-    lmgateway.check_upstream(lmgateway.Config(port=81, upstream=upstream, **options))
-
-
-def test_a_port_in_use_is_one_line_also_where_there_is_no_log_directory(tmp_path):
+def test_a_port_in_use_is_one_line_also_without_a_log_directory(home, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        run = command(tmp_path, "--port", str(taken.getsockname()[1]), "--log-dir", tmp_path / "none")
-    assert run.returncode == 1
-    assert re.fullmatch(rb"lmgateway: port \d+ is in use on 127\.0\.0\.1: stop .* or choose another with --port .*\r?\n", run.stderr)
+        threading.Thread(target=lambda: taken.accept()[0].close(), daemon=True).start()
+        status, _, err = run(capsys, "--port", str(taken.getsockname()[1]), "--log-dir", "none")
+    assert status == 1 and err.count("\n") == 1
+    assert re.fullmatch(r"lmgateway: port \d+ is in use on 127\.0\.0\.1; stop .* or choose another with --port .*", err.strip())
 
 
 def test_a_port_that_the_system_chose_is_printed_whatever_the_level(tmp_path):
@@ -8986,17 +9099,19 @@ def test_the_watchdog_gets_no_sign_of_life_from_a_server_that_hangs(monkeypatch)
     assert told == ["WATCHDOG=1"]
 
 
-def test_launchd_agent_runs_this_file_as_it_was_called(capsys, home):
-    assert run(capsys, "--print-launchd", "--port", "9000", "--no-auth")[0] == 0
-    agent = plistlib.loads(run(capsys, "--print-launchd", "--port", "9000", "--no-auth")[1].encode())
-    assert agent["ProgramArguments"] == [sys.executable, "-m", "lmgateway", "--port", "9000", "--no-auth"]
-    assert agent["EnvironmentVariables"]["PYTHONPATH"] == str(HERE)
-    assert agent["EnvironmentVariables"]["PYTHONPYCACHEPREFIX"].endswith("lmgateway")
-    assert agent["WorkingDirectory"] == os.getcwd() and agent["KeepAlive"] == {"SuccessfulExit": False}
-    assert agent["EnvironmentVariables"]["LOG_FILE"].endswith("lmgateway.log")
-    status, out, err = run(capsys, "--print-launchd", "--api-key", "secret")
-    assert (status, out, "secret" in err.replace("a secret", ""),
-            "GATEWAY_API_KEY" in err) == (2, "", False, True)
+def test_launchd_agent_runs_this_file_as_it_was_called(tmp_path, home, capsys):
+    shutil.copy(HERE / "lmgateway.py", tmp_path / "here.py")
+    (tmp_path / "elsewhere").mkdir()
+    made = subprocess.run([sys.executable, "../here.py", "--print-launchd", "--port", "9000", "--no-auth"],
+                          cwd=tmp_path / "elsewhere", capture_output=True, timeout=PATIENCE_S, check=True)
+    agent = plistlib.loads(made.stdout)
+    assert agent["ProgramArguments"] == [sys.executable, "-m", "here", "--port", "9000", "--no-auth"]
+    assert agent["WorkingDirectory"] == str(tmp_path / "elsewhere") and agent["KeepAlive"] == {"SuccessfulExit": False}
+    environ = agent["EnvironmentVariables"]
+    assert environ["PYTHONPATH"] == str(tmp_path) and environ["LOG_FILE"].endswith("lmgateway.log")
+    assert environ["PYTHONPYCACHEPREFIX"].endswith("lmgateway")
+    status, out, err = run(capsys, "--print-launchd", "--api-key", "s3cret")
+    assert (status, out, "s3cret" in err, "GATEWAY_API_KEY" in err) == (2, "", False, True)
 
 
 def test_service_files_are_what_their_systems_read():
@@ -9034,12 +9149,15 @@ def home(tmp_path, monkeypatch):
 
 
 def run(capsys, *argv):
-    """(exit status, stdout, stderr) of a command."""
+    """(exit status, stdout, stderr) of a command in this process, whose signals stay its own."""
     handlers = list(lmgateway.log.handlers)
-    try:
-        status = lmgateway.main(list(argv))
-    finally:
-        lmgateway.log.handlers = handlers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *args: None)
+        patch.setattr(lmgateway, "freeze_start_up", lambda: None)
+        try:
+            status = lmgateway.main(list(map(str, argv)))
+        finally:
+            lmgateway.log.handlers = handlers
     return (status, *capsys.readouterr())
 
 
@@ -9048,8 +9166,7 @@ def findings(capsys, *argv):
     status, out, _ = run(capsys, "--check", "--json", *argv)
     report = json.loads(out)
     assert report["status"] == ("bad" if status else "ok")
-    return status, [(row["check"], row["mark"], f"{row['what']} -> {row['remedy']}")
-                    for row in report["findings"]]
+    return status, [(row["check"], row["mark"], f"{row['what']} -> {row['remedy']}") for row in report["findings"]]
 
 
 def put(path, content=""):
@@ -9071,82 +9188,71 @@ def stamped(message, level="INFO", seconds_ago=0.0):
 
 
 G1_LINES = stamped("BeginProcessingPrompt", "DEBUG") + stamped("[m] Prompt processing progress: 10.0%")
-SICK = [  # name, what is broken, arguments, (check, mark, words) that must be found
-    ("no home", lambda home: None, (), ("Logs", "bad", "start LM Studio's server once")),
-    ("no settings", lambda home: None, (), ("Settings", "warn", "http-server-config.json")),
-    ("settings are no JSON",
-     lambda home: put(home / ".lmstudio/.internal/http-server-config.json", b"\xff{"), (),
+
+
+def nothing(home):
+    """A home as it is."""
+
+
+SICK = [  # what is broken, arguments, (check, mark, words) that must be found
+    (nothing, (), ("Logs", "bad", "start LM Studio's server once")),
+    (nothing, (), ("Settings", "warn", "http-server-config.json")),
+    (lambda home: put(home / ".lmstudio/.internal/http-server-config.json", b"\xff{"), (),
      ("Settings", "warn", "no JSON object")),
-    ("settings are a directory", lambda home: put(home / ".lmstudio/.internal/http-server-config.json/x"), (),
+    (lambda home: put(home / ".lmstudio/.internal/http-server-config.json/x"), (),
      ("Settings", "warn", "cannot be read")),
-    ("settings are odd",
-     lambda home: put_settings(home, port="x", networkInterface=7, verbose="no", cors=None), (),
+    (lambda home: put_settings(home, port="x", networkInterface=7, verbose="no", cors=None), (),
      ("Settings", "ok", "port not named, interface not named")),
-    ("settings of Bionic",
-     lambda home: put(home / ".lmstudio/apps/bionic/.internal/http-server-config.json", '{"port": 4321}'),
-     (), ("Settings", "ok", "port 4321")),
-    ("on the LAN", lambda home: put_settings(home, networkInterface="0.0.0.0"), (),
+    (lambda home: put(home / ".lmstudio/apps/bionic/.internal/http-server-config.json", '{"port": 4321}'), (),
+     ("Settings", "ok", "port 4321")),
+    (lambda home: put_settings(home, networkInterface="0.0.0.0"), (),
      ("Settings", "warn", "Serve on Local Network: off")),
-    ("loopback", lambda home: put_settings(home, networkInterface="127.0.0.1", port=1), (),
+    (lambda home: put_settings(home, networkInterface="127.0.0.1", port=1), (),
      ("Settings", "ok", "port 1, interface 127.0.0.1")),
-    ("CORS", lambda home: put_settings(home, cors=True), (), ("Settings", "warn", "Enable CORS: off")),
-    ("no files", lambda home: put_settings(home, fileLoggingMode="off"), (),
+    (lambda home: put_settings(home, cors=True), (), ("Settings", "warn", "Enable CORS: off")),
+    (lambda home: put_settings(home, fileLoggingMode="off"), (),
      ("Settings", "bad", 'Developer Logs, "..." menu > File Logging Mode: Succinct')),
-    ("terse", lambda home: put_settings(home, verbose=False), (),
-     ("Settings", "warn", "Verbose Logging: on")),
-    ("clear text", lambda home: put_settings(home, logSensitiveData=True), (),
-     ("Settings", "warn", "Redact Content: on")),
-    ("redacted", lambda home: put_settings(home, logSensitiveData=False), (), ("Settings", "ok", "redacted")),
-    ("tokens", lambda home: put_settings(home, logIncomingTokens=True), (),
-     ("Settings", "warn", "Log Incoming Tokens: off")),
-    ("its port is another", lambda home: put_settings(home, port=4321), ("--upstream", "http://127.0.0.1:9"),
-     ("LM Studio", "bad", "its settings say port 4321")),
-    ("not running", lambda home: put_settings(home, port=9), (), ("LM Studio", "bad", "127.0.0.1:9 (")),
-    ("empty directory", lambda home: put_log(home, "", "x.log"), (),
-     ("Logs", "bad", "no server logs (YYYY-MM")),
-    ("named directory is none", lambda home: None, ("--log-dir", "nowhere"), ("Logs", "bad", "nowhere: ")),
-    ("fresh log", lambda home: put_log(home, G1_LINES), (), ("Logs", "ok", "written 0s ago")),
-    ("engine", lambda home: put_log(home, G1_LINES), (),
-     ("Logs", "ok", "2 entries looked at, written by: G1")),
-    ("no DEBUG", lambda home: put_log(home, stamped("hello")), (), ("Logs", "warn", "Verbose Logging: on")),
-    ("no entries", lambda home: put_log(home, b"\0\xff" * 99), (), ("Logs", "warn", "no log entry")),
-    ("old log", lambda home: os.utime(put_log(home, G1_LINES), (1e9, 1e9)), (), ("Logs", "warn", "days ago")),
-    ("stale home", lambda home: (os.utime(put_log(home, G1_LINES), (1e9, 1e9)),
-                                 put(home / ".cache/lm-studio/server-logs/2026-09/2026-09-01.1.log", "x")),
+    (lambda home: put_settings(home, verbose=False), (), ("Settings", "warn", "Verbose Logging: on")),
+    (lambda home: put_settings(home, logSensitiveData=True), (), ("Settings", "warn", "Redact Content: on")),
+    (lambda home: put_settings(home, logSensitiveData=False), (), ("Settings", "ok", "redacted")),
+    (lambda home: put_settings(home, logIncomingTokens=True), (), ("Settings", "warn", "Log Incoming Tokens: off")),
+    (lambda home: put_settings(home, port=4321), ("--upstream", "http://127.0.0.1:9"),
+     ("LM Studio", "bad", "its settings say http://127.0.0.1:4321")),
+    (lambda home: put_settings(home, port=9), (), ("LM Studio", "bad", "127.0.0.1:9 (")),
+    (lambda home: put_log(home, "", "x.log"), (), ("Logs", "bad", "no server logs (YYYY-MM")),
+    (nothing, ("--log-dir", "nowhere"), ("Logs", "bad", "nowhere: ")),
+    (lambda home: put_log(home, G1_LINES), (), ("Logs", "ok", "written 0s ago")),
+    (lambda home: put_log(home, G1_LINES), (), ("Logs", "ok", "2 entries looked at, written by: G1")),
+    (lambda home: put_log(home, stamped("hello")), (), ("Logs", "warn", "Verbose Logging: on")),
+    (lambda home: put_log(home, b"\0\xff" * 99), (), ("Logs", "warn", "no log entry")),
+    (lambda home: os.utime(put_log(home, G1_LINES), (1e9, 1e9)), (), ("Logs", "warn", "days ago")),
+    (lambda home: (os.utime(put_log(home, G1_LINES), (1e9, 1e9)),
+                   put(home / ".cache/lm-studio/server-logs/2026-09/2026-09-01.1.log", "x")),
      ("--log-dir", ".lmstudio/server-logs"), ("Logs", "warn", "holds a newer log")),
-    ("monitor off", lambda home: put(home / ".env", "ENABLE_LOG_MONITORING=false"), (),
-     ("Logs", "warn", "switched off")),
-    ("size", lambda home: (put_log(home, G1_LINES), put(home / ".env", "LOG_DIR_WARN_BYTES=10")), (),
+    (lambda home: put(home / ".env", "ENABLE_LOG_MONITORING=false"), (), ("Logs", "warn", "switched off")),
+    (lambda home: (put_log(home, G1_LINES), put(home / ".env", "LOG_DIR_WARN_BYTES=10")), (),
      ("Room", "warn", "--prune 30")),
-    ("room", lambda home: put_log(home, "x" * 12345), (), ("Room", "ok", "12.3 kB")),
-    ("misspelt", lambda home: put(home / ".env", "GATEWAY_PROT=1"), (),
-     ("Options", "warn", "did you mean GATEWAY_PORT?")),
-    ("two mistakes", lambda home: put(home / ".env", "LOG_LEVEL=loud\nPROXY_TIMEOUT=soon"), (),
-     ("Options", "bad", ".env line 2")),
-    ("no .env line", lambda home: put(home / ".env", "what is this"), (), ("Options", "bad", ".env line 1")),
-    ("no env file", lambda home: None, ("--env-file", "nowhere"), ("Options", "bad", "nowhere")),
-    ("sources", lambda home: put(home / ".env", "GATEWAY_API_KEY=abc"), (),
+    (lambda home: put_log(home, "x" * 12345), (), ("Room", "ok", "12.3 kB")),
+    (lambda home: put(home / ".env", "GATEWAY_PROT=1"), (), ("Options", "warn", "did you mean GATEWAY_PORT?")),
+    (lambda home: put(home / ".env", "LOG_LEVEL=loud\nPROXY_TIMEOUT=soon"), (), ("Options", "bad", ".env line 2")),
+    (lambda home: put(home / ".env", "what is this"), (), ("Options", "bad", ".env line 1")),
+    (nothing, ("--env-file", "nowhere"), ("Options", "bad", "nowhere")),
+    (lambda home: put(home / ".env", "GATEWAY_API_KEY=abc"), (),
      ("Options", "ok", "GATEWAY_API_KEY: set (from .env line 1)")),
-    ("log file", lambda home: None, ("--log-file", "nowhere/x.log"), ("Options", "bad", "cannot be written")),
-    ("no such address", lambda home: None, ("--host", "192.0.2.77", "--no-auth"), ("Port", "bad", "--host")),
-    ("no such host", lambda home: None, ("--host", "no host", "--no-auth"), ("Port", "bad", "--host")),
-    ("exposed", lambda home: None, ("--host", "0.0.0.0"), ("Keys", "bad", "--new-key NAME")),
-    ("exposed on purpose", lambda home: None, ("--host", "0.0.0.0", "--no-auth"),
-     ("Keys", "warn", "open to the network")),
-    ("clear text on the LAN", lambda home: None, ("--host", "0.0.0.0", "--api-key", "k"),
-     ("Network", "warn", "--tls-cert")),
-    ("certificate", lambda home: None, ("--tls-cert", "nowhere", "--tls-key", "nowhere"),
-     ("Network", "bad", "--tls-cert")),
-    ("keys", lambda home: put(home / ".env", "GATEWAY_API_KEY=anna=a,ben=b"), (),
-     ("Keys", "ok", "anna (all rights), ben")),
-    ("clock", lambda home: put_log(home, stamped("hello", seconds_ago=7200)), (),
-     ("Clock", "warn", "(environment variable TZ)")),
-    ("clock agrees", lambda home: put_log(home, stamped("hello")), (), ("Clock", "ok", "time zone")),
+    (nothing, ("--log-file", "nowhere/x.log"), ("Options", "bad", "cannot be written")),
+    (nothing, ("--host", "192.0.2.77", "--no-auth"), ("Port", "bad", "--host")),
+    (nothing, ("--host", "no host", "--no-auth"), ("Port", "bad", "--host")),
+    (nothing, ("--host", "0.0.0.0"), ("Keys", "bad", "--new-key NAME")),
+    (nothing, ("--host", "0.0.0.0", "--no-auth"), ("Keys", "warn", "open to the network")),
+    (nothing, ("--host", "0.0.0.0", "--api-key", "k"), ("Network", "warn", "--tls-cert")),
+    (nothing, ("--tls-cert", "nowhere", "--tls-key", "nowhere"), ("Network", "bad", "--tls-cert")),
+    (lambda home: put(home / ".env", "GATEWAY_API_KEY=anna=a,ben=b"), (), ("Keys", "ok", "anna (all rights), ben")),
+    (lambda home: put_log(home, stamped("hello", seconds_ago=7200)), (), ("Clock", "warn", "(environment variable TZ)")),
+    (lambda home: put_log(home, stamped("hello")), (), ("Clock", "ok", "time zone")),
 ]
 
 
-@pytest.mark.parametrize(("sicken", "argv", "wanted"), [row[1:] for row in SICK],
-                         ids=[row[0] for row in SICK])
+@pytest.mark.parametrize(("sicken", "argv", "wanted"), SICK, ids=[": ".join(row[-1]) for row in SICK])
 def test_check_names_what_is_wrong_and_the_remedy(home, capsys, sicken, argv, wanted):
     sicken(home)
     status, found = findings(capsys, *argv)
@@ -9177,7 +9283,7 @@ def test_check_finds_a_sound_installation_sound(home, capsys):
         assert (status, {mark for _, mark, _ in found}) == (0, {"ok"})
         assert {name for name, _, _ in found} == set(lmgateway.CHECKS)
         status, out, _ = run(capsys, "--check", "--port", str(demo.server_address[1]))
-        assert status == 1 and re.search(r"^bad   Port .* is held by .*  ->  stop it \(", out, re.M)
+        assert status == 1 and re.search(r"^bad   Port .* is in use on .*  ->  stop the program", out, re.M)
     finally:
         demo.stop()
 
@@ -9186,7 +9292,7 @@ def test_check_finds_a_sound_installation_sound(home, capsys):
 def test_another_lmgateway_is_known_on_the_port_and_at_the_upstream(home, capsys, options):
     with stream_server(lmgateway.Hub(), **options) as port:
         found = findings(capsys, "--port", str(port), "--upstream", f"http://127.0.0.1:{port}")[1]
-        assert ("Port", "ok", f"port {port} of 127.0.0.1 is held by a running lmgateway -> ") in found
+        assert ("Port", "ok", f"a running lmgateway has it: http://127.0.0.1:{port} -> ") in found
         assert any(row[:2] == ("LM Studio", "bad") and "another lmgateway answers" in row[2] for row in found)
         status, _, err = run(capsys, "--port", str(port))
         assert status == 1 and f"lmgateway already runs there: http://127.0.0.1:{port}; " in err
@@ -9196,18 +9302,7 @@ def test_check_sees_that_every_key_was_revoked(home, capsys):
     assert run(capsys, "--new-key", "anna")[0] == 0
     assert any(text.startswith("keys: anna (infer)") for _, _, text in findings(capsys)[1])
     assert run(capsys, "--revoke-key", "anna")[0] == 0
-    assert any(row[:2] == ("Keys", "warn") and "mint one with --new-key" in row[2]
-               for row in findings(capsys)[1])
-
-
-@pytest.mark.parametrize(("options", "names"), [({}, []), ({"api_key": {"anna": "a"}}, ["anna", "demo"]),
-                                                ({"keys_file": "k.json"}, ["demo"])])
-def test_the_demo_asks_for_a_key_only_where_one_was_named(home, options, names):
-    put(home / ".config/lmgateway/keys.json", '{"version": 1, "keys": []}')
-    with contextlib.ExitStack() as cleanup:
-        config = lmgateway.start_demo(lmgateway.Config(**options), cleanup)
-        assert sorted(config.api_key) == names
-        assert lmgateway.AccessControl(config).need_key == bool(names)
+    assert any(row[:2] == ("Keys", "warn") and "mint one with --new-key" in row[2] for row in findings(capsys)[1])
 
 
 @pytest.mark.parametrize(("error", "warned"), [(PermissionError(13, "Permission denied"), True),
@@ -9234,18 +9329,6 @@ def test_a_user_without_a_home_is_no_fault(home, capsys, monkeypatch):
     assert status == 1 and any(name == "Logs" and f"~{os.sep}.lmstudio" in text for name, _, text in found)
 
 
-@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0,
-                    reason="root reads everything")
-def test_a_home_that_cannot_be_read_is_a_finding(home, capsys):
-    put_settings(home, port=1)
-    put_log(home, "x")
-    os.chmod(home / ".lmstudio", 0)
-    try:
-        assert any(name == "Logs" and "Permission denied" in text for name, _, text in findings(capsys)[1])
-    finally:
-        os.chmod(home / ".lmstudio", 0o700)
-
-
 def test_check_answers_also_where_nobody_can_read_it(home, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert lmgateway.main(["--check"]) == 1
@@ -9253,11 +9336,11 @@ def test_check_answers_also_where_nobody_can_read_it(home, monkeypatch):
 
 def test_a_check_that_fails_is_a_finding():
     def fail(installation):
-        yield lmgateway.Finding("ok", "so far")
+        yield "ok", "so far"
         raise RuntimeError("boom")
 
     found = lmgateway.findings_of(fail, None)
-    assert [finding.mark for finding in found] == ["ok", "bad"] and "boom" in found[1].what
+    assert [mark for mark, *_ in found] == ["ok", "bad"] and "boom" in found[1][1]
 
 
 # --- 9.9 --prune and the room that logs take
@@ -9269,9 +9352,6 @@ def test_prune_shows_and_then_removes_only_old_server_logs(home, capsys):
     stay = [put(logs / day[:7] / name, "x")
             for name in (f"{day}.log", f"{day}.4.log.txt", "notes.txt", f"x{day}.1.log")]
     stay += [put(logs / name / f"{day}.1.log", "x") for name in ("backup", "2020-01", f"{day[:7]}x")]
-    stay.append(put(logs / day[:7] / f"{day}.3.log", "LM Studio's note says that it wrote this last"))
-    put(home / ".lmstudio/.internal/server-logs-state.json", json.dumps(
-        {"lastWrittenFile": {"filePathBase": f"C:\\logs\\{day[:7]}\\{day}", "index": 3}}))
     stay.append(put(logs / kept[:7] / f"{kept}.1.log", "30 days old, not more"))
     stay.append(put(logs / f"{datetime.date.today()}"[:7] / f"{datetime.date.today()}.1.log", "the newest"))
     status, out, _ = run(capsys, "--prune", "30")
@@ -9284,10 +9364,7 @@ def test_prune_shows_and_then_removes_only_old_server_logs(home, capsys):
     assert "nothing to do" in run(capsys, "--prune", "30")[1]
 
 
-@pytest.mark.parametrize("note", [b"", b"[]", b'{"lastWrittenFile": 7}',
-                                  b'{"lastWrittenFile": {"filePathBase": 1, "index": "x"}}'])
-def test_prune_keeps_the_newest_also_when_lm_studio_notes_nothing(home, capsys, note):
-    put(home / ".lmstudio/.internal/server-logs-state.json", note)
+def test_prune_keeps_the_newest_however_old_it_is(home, capsys):
     paths = [put_log(home, "x", f"2020-01/2020-01-01.{number}.log") for number in (9, 10)]
     assert run(capsys, "--prune", "30", "--yes")[0] == 0
     assert [path.exists() for path in paths] == [False, True]
@@ -9308,22 +9385,10 @@ def test_prune_follows_no_links(home, capsys):
 def test_prune_says_which_file_could_not_go_and_goes_on(home, capsys, monkeypatch):
     paths = [put_log(home, "x", f"2020-01/2020-01-0{number}.1.log") for number in (1, 2, 3)]
     remove = os.remove
-    monkeypatch.setattr(os, "remove", lambda path: os.stat("/nowhere") if path.endswith("01.1.log")
-                        else remove(path))
+    monkeypatch.setattr(os, "remove", lambda path: os.stat("/nowhere") if path.endswith("01.1.log") else remove(path))
     status, out, _ = run(capsys, "--prune", "1", "--yes")
     assert status == 1 and out.startswith("kept, No such file") and "removed 1 file, 1 bytes" in out
     assert [path.exists() for path in paths] == [True, False, True]
-
-
-@pytest.mark.parametrize("argv", [("--prune", "0"), ("--prune", "x"), ("--prune", "-1"), ("--prune=",),
-                                  ("--prune", "30"),
-                                  ("--yes",), ("--prune", "30", "--check"), ("--watch", ""),
-                                  ("--watch", "ftp://x"),
-                                  ("--watch", "h", "--tail-only"), ("--rights", "infer"), ("--json",)])
-def test_what_cannot_be_done_is_one_line_and_status_2(home, capsys, stopped, argv):
-    status, out, err = run(capsys, *argv)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("lmgateway: ")
 
 
 def test_help_fits_one_screen(capsys):
@@ -9332,18 +9397,27 @@ def test_help_fits_one_screen(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert end.value.code == 0 and len(lines) <= 51 and max(map(len, lines)) <= 100
     assert all(row.flag in "\n".join(lines) for row in lmgateway.OPTIONS if row.flag)
+    with pytest.raises(SystemExit):
+        lmgateway.main(["--version"])
+    assert capsys.readouterr().out == f"lmgateway {lmgateway.VERSION}\n"
 
 
 # --- 9.x the tail, the demo, and how they end
 
 
-PROGRAM = [sys.executable, str(HERE / "lmgateway.py")]
+PROGRAM = [sys.executable, "-m", "lmgateway"]     # compiled once: a script takes twice as long to start
+COMPILED = tempfile.TemporaryDirectory(prefix="lmgateway-")     # goes with the interpreter
+PROGRESS_LOG = b"".join(HEADER + line.encode() + b"\n" for line in (
+    "[m] Running chat completion on conversation with 1 messages.",
+    *(f"[m] Prompt processing progress: {done}.0%" for done in (1, 2, 3))))
 
 
 def alone(home, **more):
     """An environment in which no LM Studio, no `.env` and no option of this machine is found."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(lmgateway.PREFIXES)}
-    return {**kept, "HOME": str(home), "USERPROFILE": str(home), "TZ": "UTC", **more}
+    kept = {name: value for name, value in os.environ.items()
+            if not name.startswith((*lmgateway.PREFIXES, "PYTHONDONTWRITEBYTECODE"))}
+    return {**kept, "HOME": str(home), "USERPROFILE": str(home), "TZ": "UTC", "PYTHONPATH": str(HERE),
+            "PYTHONPYCACHEPREFIX": COMPILED.name, **more}
 
 
 def command(home, *args, **how):
@@ -9380,73 +9454,57 @@ def line_with(stream, words):
     raise AssertionError(f"{words!r} did not come")
 
 
-def sample(name):
-    return HERE / ".ci" / "samples" / f"{name}.log"
-
-
 def json_lines(data):
-    return [json.loads(line, parse_constant=no_constant) for line in data.decode().splitlines()]
+    text = data if isinstance(data, str) else data.decode()
+    return [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
 
 
-def test_a_saved_log_is_replayed_as_json_lines(tmp_path):
-    run = command(tmp_path, "--tail-only", "--json", sample("g1-full-cache-inf"))
-    assert (run.returncode, run.stderr) == (0, b"")
-    lines = json_lines(run.stdout)
+@pytest.mark.parametrize("name", ["g1-full-cache-inf", "splash-stream"])
+def test_a_saved_log_is_replayed_as_json_lines_from_a_file_or_standard_input(tmp_path, capsys, utc, name):
+    if name == "splash-stream":
+        found = command(tmp_path, "--tail-only", "--json", "-", input=sample(name).read_bytes())
+        status, out, err = found.returncode, found.stdout, found.stderr.decode()
+    else:
+        status, out, err = run(capsys, "--tail-only", "--json", sample(name))
+    lines = json_lines(out)
+    assert (status, err) == (0, "")
     assert [line["id"].partition("-")[2] for line in lines] == [str(seq) for seq in range(1, len(lines) + 1)]
     assert len({line["id"].partition("-")[0] for line in lines}) == 1
-    assert unmet(expected_of(sample("g1-full-cache-inf")),
-                 [Event(line["event"], line["data"]) for line in lines]) == []
+    assert unmet(expected_of(sample(name)), [Event(line["event"], line["data"]) for line in lines]) == []
 
 
-def test_events_are_filtered_and_keep_their_ids(tmp_path):
-    run = command(tmp_path, "--tail-only", "--json", "--events", "lmstudio_chat_end,lmstudio_chat_start",
-                  sample("errors"))
-    lines = json_lines(run.stdout)
+def test_events_are_filtered_and_keep_their_ids(capsys):
+    lines = json_lines(run(capsys, "--tail-only", "--json", "--events", "lmstudio_chat_end,lmstudio_chat_start",
+                           sample("errors"))[1])
     assert [line["event"] for line in lines] == ["lmstudio_chat_start", "lmstudio_chat_end"] * 2
     assert [line["id"].partition("-")[2] for line in lines] == ["2", "6", "11", "15"]
 
 
-def test_standard_input_is_replayed(tmp_path):
-    data = sample("splash-stream").read_bytes()
-    run = command(tmp_path, "--tail-only", "--json", "-", input=data)
-    assert run.returncode == 0
-    assert unmet(expected_of(sample("splash-stream")),
-                 [Event(line["event"], line["data"]) for line in json_lines(run.stdout)]) == []
+@pytest.mark.parametrize("start, status, said", [
+    (b"\xff\xfew\0", 2, "UTF-16"), (b"\xfe\xff\0w", 2, "UTF-16"), (gzip.compress(b"words"), 2, "packed"),
+    (b"PK\3\4\24\0", 2, "packed"), (b"\x28\xb5\x2f\xfd\4", 2, "packed"), (b"Buy milk\n", 0, "no entries in"), (b"", 0, "")])
+def test_what_is_no_log_is_said(tmp_path, capsys, start, status, said):
+    got, out, err = run(capsys, "--tail-only", put(tmp_path / "x.log", start))
+    assert (got, out, err.count("\n")) == (status, "", bool(said)) and said in err and ("x.log" in err) == bool(said)
 
 
-@pytest.mark.parametrize("start, said", [
-    (b"\xff\xfew\0", "UTF-16"), (b"\xfe\xff\0w", "UTF-16"), (gzip.compress(b"words"), "packed"),
-    (b"PK\3\4\24\0", "packed"),
-    (b"\x28\xb5\x2f\xfd\4", "packed")])
-def test_what_is_no_log_is_said(tmp_path, capfd, monkeypatch, start, said):
-    monkeypatch.setattr("signal.signal", lambda *args: None)
-    (tmp_path / "x.log").write_bytes(start)
-    assert lmgateway.main(["--tail-only", str(tmp_path / "x.log")]) == 2
-    out, err = capfd.readouterr()
-    assert (out, len(err.splitlines())) == ("", 1) and said in err
-
-
-def test_directories_are_replayed_in_date_order_with_their_switches(tmp_path):
+def test_directories_are_replayed_in_date_order_with_their_switches(tmp_path, capsys):
     logs = Logs(tmp_path / "server-logs")
     for name in ("2026-05-01.10", "2026-04-30.1", "2026-05-01.9", "2026-05-02.1"):
         logs.write(name, name)
-    run = command(tmp_path, "--tail-only", "--json", logs.directory)
-    assert [Logs.words(Event(line["event"], line["data"])) for line in json_lines(run.stdout)] == [
-        "2026-04-30.1", "2026-04 >> 2026-05-01.9", "2026-05-01.9", "2026-05-01.9 > 2026-05-01.10",
-        "2026-05-01.10",
+    lines = json_lines(run(capsys, "--tail-only", "--json", logs.directory)[1])
+    assert [Logs.words(Event(line["event"], line["data"])) for line in lines] == [
+        "2026-04-30.1", "2026-04 >> 2026-05-01.9", "2026-05-01.9", "2026-05-01.9 > 2026-05-01.10", "2026-05-01.10",
         "2026-05-01.10 > 2026-05-02.1", "2026-05-02.1"]
-    (tmp_path / "flat").mkdir()
     for name in ("2026-05-01.10.log", "2026-05-01.9.log", "b.txt"):
-        (tmp_path / "flat" / name).write_bytes(HEADER + name.encode() + b"\n")
-    run = command(tmp_path, "--tail-only", "--json", "--events", "lmstudio_log", tmp_path / "flat",
-                  sample("bystanders"))
-    assert [line["data"]["message"]
-            for line in json_lines(run.stdout)][:2] == ["2026-05-01.9.log", "2026-05-01.10.log"]
-    assert json_lines(run.stdout)[2]["data"]["message"] == "Server stopped."
+        put(tmp_path / "flat" / name, HEADER + name.encode() + b"\n")
+    lines = json_lines(run(capsys, "--tail-only", "--json", "--events", "lmstudio_log", tmp_path / "flat",
+                           put(tmp_path / "x.log", HEADER + b"x\n"))[1])
+    assert [line["data"]["message"] for line in lines] == ["2026-05-01.9.log", "2026-05-01.10.log", "x"]
     assert lmgateway.saved_logs(["-", str(tmp_path / "flat"), __file__]) == [
         "-", *(str(tmp_path / "flat" / f"2026-05-01.{number}.log") for number in (9, 10)), __file__]
     (tmp_path / "empty").mkdir()
-    assert command(tmp_path, "--tail-only", tmp_path / "empty").returncode == 2
+    assert run(capsys, "--tail-only", tmp_path / "empty")[0] == 2
 
 
 @pytest.mark.parametrize(("names", "told"), [
@@ -9464,16 +9522,6 @@ def test_a_saved_log_goes_on_with_the_entry_of_the_one_before_it_where_lm_studio
             switch["newLogFile"]) == (found[0].data["timestamp"].replace(" ", "T") + "Z", str(paths[1]))
 
 
-def test_a_file_that_is_no_log_of_lm_studio_is_said(tmp_path, capsys, home):
-    (tmp_path / "notes.txt").write_text("Buy milk\n")
-    (tmp_path / "empty.log").write_text("")
-    assert lmgateway.main(["--tail-only", str(tmp_path / "notes.txt")]) == 0
-    assert "no entries in" in (err := capsys.readouterr().err) and "notes.txt" in err and err.count("\n") == 1
-    for path in (tmp_path / "empty.log", sample("errors")):
-        assert lmgateway.main(["--tail-only", str(path)]) == 0
-        assert "no entries" not in capsys.readouterr().err
-
-
 def test_a_saved_directory_that_cannot_be_read_is_status_2_with_a_remedy(tmp_path, monkeypatch, capsys):
     def refused(directory):
         raise PermissionError(13, "Permission denied")
@@ -9483,68 +9531,51 @@ def test_a_saved_directory_that_cannot_be_read_is_status_2_with_a_remedy(tmp_pat
     assert f"{tmp_path} cannot be read (Permission denied); name" in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_read_in_the_middle_is_status_1_after_what_came_before(tmp_path, monkeypatch, capfd):
+def test_a_file_that_cannot_be_read_in_the_middle_is_status_1_after_what_came_before(tmp_path, monkeypatch, capsys):
     def opened(path, *args, original=open, **kwargs):
         if str(path).endswith("2.log"):
             raise PermissionError(13, "Permission denied")
         return original(path, *args, **kwargs)
 
-    for name in ("1.log", "2.log"):
-        (tmp_path / name).write_bytes(HEADER + name.encode() + b"\n")
+    paths = [put(tmp_path / name, HEADER + name.encode() + b"\n") for name in ("1.log", "2.log")]
     monkeypatch.setattr("builtins.open", opened)
-    monkeypatch.setattr(lmgateway, "freeze_start_up", lambda: None)
-    monkeypatch.setattr("signal.signal", lambda *args: None)
-    assert lmgateway.main(["--tail-only", str(tmp_path / "1.log"), str(tmp_path / "2.log")]) == 1
-    out, err = capfd.readouterr()
-    assert "1.log" in out and "2.log: Permission denied" in err and len(err.splitlines()) == 1
+    status, out, err = run(capsys, "--tail-only", *paths)
+    assert (status, "1.log" in out, err.count("\n")) == (1, True, 1) and "2.log: Permission denied" in err
 
 
 def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
-    log = tmp_path / "long.log"
-    log.write_bytes(b"".join(path.read_bytes() for path in SAMPLES) * 30)
-    with started(tmp_path, "--tail-only", "--json", log) as process:
+    with started(tmp_path, "--tail-only", "--json", put(tmp_path / "long.log", PROGRESS_LOG * 5000)) as process:
         assert process.stdout.readline().startswith(b'{"id": ')
         process.stdout.close()
-        assert process.wait(PATIENCE_S) == 0
-        assert process.stderr.read() == b""
+        assert (process.wait(PATIENCE_S), process.stderr.read()) == (0, b"")
 
 
-@pytest.mark.parametrize("words", [[sample("errors")],
-                                   ["--json", sample("traps"), sample("errors")]], ids=["people", "json"])
-def test_a_short_output_into_a_closed_pipe_ends_quietly_too(tmp_path, words):
-    reading, writing = os.pipe()
-    os.close(reading)
-    run = command(tmp_path, "--tail-only", *words, capture_output=False, stdout=writing,
-                  stderr=subprocess.PIPE)
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("full, status, said", [(False, 0, rb""), (True, 1, rb"lmgateway: .*No space left on device\n")])
+def test_output_that_cannot_be_written_is_no_traceback(tmp_path, full, status, said):
+    reading, writing = os.pipe() if not full else (None, os.open("/dev/full", os.O_WRONLY))
+    if reading:
+        os.close(reading)
+    run = command(tmp_path, "--tail-only", put(tmp_path / "x.log", PROGRESS_LOG), capture_output=False,
+                  stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
-    assert (run.returncode, run.stderr) == (0, b"")
+    assert run.returncode == status and re.fullmatch(said, run.stderr)
 
 
-def test_a_process_without_standard_output_says_so(monkeypatch, capsys):
+def test_a_process_without_standard_output_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", None)
-    assert lmgateway.main(["--tail-only", str(sample("errors"))]) == 1
+    assert lmgateway.main(["--tail-only", str(put(tmp_path / "x.log", PROGRESS_LOG))]) == 1
     err = capsys.readouterr().err
     assert err.startswith("lmgateway: there is no standard output") and err.count("\n") == 1
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_output_that_cannot_be_written_is_one_line_and_status_1(tmp_path):
-    with open("/dev/full", "wb") as full:
-        run = command(tmp_path, "--tail-only", "--json", sample("errors"), capture_output=False, stdout=full,
-                      stderr=subprocess.PIPE)
-    assert run.returncode == 1
-    assert re.fullmatch(rb"lmgateway: .*No space left on device\n", run.stderr)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", 0)])
-@pytest.mark.parametrize("path", [[], ["-"]], ids=["following", "replaying"])
+@pytest.mark.parametrize("number, status, path", [("SIGINT", 130, []), ("SIGTERM", 0, []), ("SIGINT", 130, ["-"])])
 def test_signals_end_the_tail_quietly(tmp_path, number, status, path):
     logs = Logs(tmp_path / "server-logs")
     logs.write("2026-05-01.1", "a", "b")
     with started(tmp_path, "--tail-only", "--json", *([] if path else ["--from-start"]), "--log-dir",
-                 logs.directory, *path,
-                 stdin=subprocess.PIPE) as process:
+                 logs.directory, *path, stdin=subprocess.PIPE) as process:
         if path:
             process.stdin.write((HEADER + b"x" * 600 + b"\n") * 200)
             process.stdin.flush()
@@ -9626,22 +9657,19 @@ def test_start_up_lines_have_the_form_of_the_contract(tmp_path, command_flags):
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eabc\u2066\u2028\x7f\r\b\0"
 
 
-def test_control_characters_of_a_log_never_reach_the_terminal(tmp_path):
-    log = tmp_path / "hostile.log"
-    log.write_bytes((f"[2026-05-01 10:00:00][INFO][{HOSTILE}] Running chat completion on conversation with 1 messages.\n"
-                     f"[2026-05-01 10:00:00][ERROR] {HOSTILE}\n{HOSTILE}\n[2026-05-01 10:00:00][INFO] {HOSTILE}\n").encode())
-    out = command(tmp_path, "--tail-only", log, environ={"PYTHONIOENCODING": "utf-8"}).stdout.decode("utf-8")
-    assert not re.search("[\0-\t\x0b-\x1f\x7f-\x9f\u2028\u202e\u2066]", out.replace("\r\n", "\n"))
-    assert out.count("owned") >= 3
+def test_control_characters_of_a_log_never_reach_the_terminal(tmp_path, capsys):
+    log = put(tmp_path / "hostile.log", (
+        f"[2026-05-01 10:00:00][INFO][{HOSTILE}] Running chat completion on conversation with 1 messages.\n"
+        f"[2026-05-01 10:00:00][ERROR] {HOSTILE}\n{HOSTILE}\n[2026-05-01 10:00:00][INFO] {HOSTILE}\n").encode())
+    out = run(capsys, "--tail-only", log)[1]
+    assert not re.search("[\0-\t\x0b-\x1f\x7f-\x9f\u2028\u202e\u2066]", out) and out.count("owned") >= 3
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-16"])
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
 def test_any_text_can_be_printed_whatever_the_output_can_show(tmp_path, encoding):
-    log = tmp_path / "words.log"
-    log.write_bytes(HEADER + "東京 🦊 é\n".encode() + HEADER + b"\xff\xfe\n")
+    log = put(tmp_path / "words.log", HEADER + "\u6771\u4eac \U0001f98a \xe9\n".encode() + HEADER + b"\xff\xfe\n")
     run = command(tmp_path, "--tail-only", log, environ={"PYTHONIOENCODING": encoding})
-    assert (run.returncode, run.stderr) == (0, b"")
-    assert len(run.stdout.decode(encoding).splitlines()) == 2
+    assert (run.returncode, run.stderr, len(run.stdout.decode(encoding).splitlines())) == (0, b"", 2)
 
 
 @pytest.mark.parametrize("names, coloured", [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True),
@@ -9675,15 +9703,9 @@ def test_progress_of_a_replay_is_one_line_until_something_else_comes(terminal):
                                  "message": "Prompt processing progress: 20.0%", "tags": []})
     printer([progress[0], progress[1], log])
     printer([progress[2], Event("lmstudio_error", {"timestamp": "", "message": "x"}), progress[0]])
-    assert not terminal.written.endswith("\n")
     printer.finish()
     assert [row.split()[:1] + row.split()[-2:-1] for row in terminal.rows] == [
         ["prompt_progress", "100.0"], ["error", "error"], ["prompt_progress", "10.0"], []]
-
-
-PROGRESS_LOG = b"".join(HEADER + line.encode() + b"\n" for line in (
-    "[m] Running chat completion on conversation with 1 messages.",
-    *(f"[m] Prompt processing progress: {done}.0%" for done in (1, 2, 3))))
 
 
 @pytest.fixture
@@ -9702,7 +9724,7 @@ def on_terminal(terminal, monkeypatch):
 def test_a_replay_on_a_terminal_has_its_progress_in_place_and_no_cards(on_terminal, terminal, tmp_path):
     (tmp_path / "x.log").write_bytes(PROGRESS_LOG)
     on_terminal("--tail-only", tmp_path / "x.log")
-    assert "\r\x1b[J" in terminal.written and "PREFILL" not in terminal.written
+    assert "PREFILL" not in terminal.written
     assert sum("prompt_progress" in row for row in terminal.rows) == 1
 
 
@@ -9719,11 +9741,11 @@ def test_a_tail_on_a_terminal_has_cards_and_takes_them_off_at_the_end(on_termina
 def test_our_log_takes_the_cards_off_the_screen_before_it_writes(terminal, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", terminal)
     lmgateway.set_up_logging(lmgateway.Config())
-    printer = lmgateway.open_printer(types.SimpleNamespace(json=False, events=None), live=True)
-    printer([READING])
-    assert [row for row in terminal.rows if "PREFILL" in row]
-    lmgateway.log.warning("beside them")
-    assert not [row for row in terminal.rows if "PREFILL" in row]
+    with lmgateway.open_printer(types.SimpleNamespace(json=False, events=None), live=True) as printer:
+        printer([READING])
+        assert [row for row in terminal.rows if "PREFILL" in row]
+        lmgateway.log.warning("beside them")
+        assert not [row for row in terminal.rows if "PREFILL" in row]
     assert "beside them" in capsys.readouterr().err
 
 
@@ -9736,10 +9758,6 @@ def test_the_clocks_of_cards_go_on_in_silence_and_lines_are_never_wider_than_the
     printer.tick()
     assert [row for row in terminal.rows if "elapsed 1m01s" in row] and max(map(len, terminal.rows)) == 79
     printer.finish()
-
-
-def test_the_version_is_printed(tmp_path):
-    assert command(tmp_path, "--version").stdout.decode().strip() == f"lmgateway {lmgateway.VERSION}"
 
 
 def test_the_demo_shows_everything_and_leaves_nothing_behind(tmp_path):
@@ -9806,16 +9824,6 @@ def test_nobody_waits_for_our_log_and_the_lines_that_are_lost_are_counted(monkey
     assert told == [("0", ""), ("", "5"), ("1", ""), ("2", ""), ("3", "")] and lmgateway.log.handlers == [handler]
 
 
-def test_lines_of_many_threads_are_whole_and_in_order(capsys):
-    lmgateway.set_up_logging(lmgateway.Config())
-    with lmgateway.LogWriter(lmgateway.log.handlers[0]):
-        at_once(*(lambda name=name: [lmgateway.log.info("%s %d", name, number) for number in range(200)]
-                  for name in "abcd"))
-    told = re.findall(r"^[\d-]{10} [\d:]{8} \[info\]: (\w) (\d+)$", capsys.readouterr().err, re.MULTILINE)
-    assert {name: [int(number) for one, number in told if one == name] for name in "abcd"} == dict.fromkeys(
-        "abcd", list(range(200)))
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="makes the pipe small")
 def test_a_server_whose_stderr_nobody_reads_answers_and_ends_on_one_signal(tmp_path, studio):
     studio.script = lambda peer: peer.send(plain(b"{}"))
@@ -9824,7 +9832,7 @@ def test_a_server_whose_stderr_nobody_reads_answers_and_ends_on_one_signal(tmp_p
         line_with(process.stderr, b"Log directory")
         import fcntl
         fcntl.fcntl(process.stderr, 1031, 4096)     # F_SETPIPE_SZ: full after some sixty lines
-        status = [status_of(talk(port, request("GET /v1/models"))) for _ in range(150)]
+        status = [status_of(talk(port, request("GET /v1/models"))) for _ in range(90)]
         process.send_signal(signal.SIGTERM)
         assert (set(status), process.wait(PATIENCE_S)) == ({200}, 0)
 
@@ -9863,31 +9871,18 @@ def test_our_log_file_is_turned_over_takes_any_text_and_is_never_the_end(tmp_pat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 def test_as_a_module_it_keeps_its_compiled_code_and_not_its_syntax_tree(tmp_path):
-    """As the unit starts it: 27 MB in place of 49, 42 on 3.14."""
+    """As the unit starts it: 31 MB in place of 57."""
     limit = 35_000 if sys.version_info < (3, 14) else 42_000
-    environ = {**alone(tmp_path), "PYTHONPATH": str(HERE), "PYTHONPYCACHEPREFIX": str(tmp_path / "cache")}
-    environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    words = [sys.executable, "-m", "lmgateway"]
-    subprocess.run([*words, "--version"], env=environ, cwd=tmp_path, timeout=PATIENCE_S, check=True,
+    environ = alone(tmp_path, PYTHONPYCACHEPREFIX=str(tmp_path / "cache"))
+    subprocess.run([*PROGRAM, "--version"], env=environ, cwd=tmp_path, timeout=PATIENCE_S, check=True,
                    stdout=subprocess.DEVNULL)
     assert [*(tmp_path / "cache").rglob("lmgateway.*.pyc")]
-    with subprocess.Popen([*words, "--port", "0"], env=environ, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([*PROGRAM, "--port", "0"], env=environ, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         line_with(process.stderr, b"Log directory")
         status = Path(f"/proc/{process.pid}/status").read_text()
         process.terminate()
         process.stderr.read()
     assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < limit and process.returncode == 0
-
-
-def test_the_program_knows_its_own_path(tmp_path):
-    (tmp_path / "home").mkdir()
-    shutil.copy(HERE / "lmgateway.py", tmp_path / "here.py")
-    run = subprocess.run([sys.executable, "../here.py", "--print-launchd"], cwd=tmp_path / "home",
-                         capture_output=True,
-                         env=alone(tmp_path / "home"), timeout=PATIENCE_S, check=False)
-    agent = plistlib.loads(run.stdout)
-    assert agent["ProgramArguments"][1:] == ["-m", "here"]
-    assert agent["EnvironmentVariables"]["PYTHONPATH"] == str(tmp_path)
 
 
 # === 10. DASHBOARD ===========================================================
@@ -9943,7 +9938,7 @@ def test_colours_can_be_read(theme):
 
 
 def test_page_asks_only_for_its_own_routes():
-    asked = set(re.findall(r"[\"`](/[a-z][\w/]*)", SCRIPT)) - {"/api/v1/models/", "/v1"}      # LM Studio's
+    asked = set(re.findall(r"[\"`](/[a-z][\w/]*)", SCRIPT)) - {"/api/v1/models", "/api/v1/models/", "/v1"}      # LM Studio's
     asked |= {attributes["action"] for _, attributes in Elements().found if "action" in attributes}
     assert {"/debug/stream", "/debug/series", "/debug/models", "/debug/requests/", "/login"} < asked
     assert asked <= {route.path.rstrip("*") for route in lmgateway.ROUTES} | {"/me", "/logout"}
