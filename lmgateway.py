@@ -813,7 +813,82 @@ class Entry:
         return data
 
 
-class Parser:
+class EngineReader:
+    """The lines of the engines in the entry at hand, told to the tracker."""
+
+    SAMPLES = 8
+
+    def __init__(self):
+        self._events: list[Event] = []
+        self.story = ChatTracker(self._events)
+        self._entry: Any = None
+        self._last_line = None  # (text, rule's group, epoch) of the engine's latest line
+        self._engine = ""  # the generation that wrote it
+        self.unknown = self.faults = 0
+        self.by_engine: Counter[str] = Counter()
+        self._strange: deque[str] = deque(maxlen=self.SAMPLES)  # how the latest unknown lines begin
+
+    @property
+    def samples(self):
+        """How the latest unknown lines look, without their words."""
+        return [redacted(line) for line in tuple(self._strange)]
+
+    def _tell(self, listener, *news):
+        """Tell the tracker something.  A fault there costs these events, is counted, and stops nothing else."""
+        try:
+            listener(*news)
+        except Exception:  # lines that nobody foresaw; CORE has no log to say it in, the status shows it
+            self.faults += 1
+
+    def _engine_lines(self, lines, moment, torn):
+        """Facts from lines of a DEBUG entry; torn is the line before its header, if they are its first."""
+        match: Any = None
+        entry: Any = self._entry
+        for found in ENGINE.finditer(lines):
+            match = self._mended(torn, found, moment) if torn else found
+            torn = None
+            group = match.lastgroup
+            if group == "unknown":
+                self._note_unknown(match[0])
+                continue
+            rule, fields = ENGINE_ROWS[group]
+            engine = self._engine = engine_of(rule, match, self._engine)
+            if engine and engine != "App":
+                self.by_engine[engine] += 1
+            if rule.shape == "text":
+                entry.shape, self._last_line = "text", None
+                return
+            if rule.fact:
+                facts = {name: match[index] for name, index in fields}
+                self._tell(self.story.engine, rule.fact, facts, engine, moment)
+        if match:
+            self._last_line = match[0], group, moment.epoch
+
+    def _mended(self, torn, match, moment):
+        """The match of a line, joined with the line before its header if the two are one line.
+
+        A rule's pattern begins at the start of a line.  So one that fits both together and not the first
+        half alone says that they belong together; how the second half looks alone is chance.  A line of
+        parameters fits at any of its numbers' digits."""
+        line, group, epoch = torn
+        if moment.epoch - epoch > TORN_S or group not in HALVES and match.lastgroup != "unknown":
+            return match
+        blank = line.endswith(" ") or match[0].startswith(" ")
+        for glue in ("",) if blank else (" ", ""):
+            joined = ENGINE.match(line + glue + match[0])
+            if joined.lastgroup not in ("unknown", ANY_WORDING, group) or group == joined.lastgroup in GROWING or (
+                    group == ANY_WORDING and match.lastgroup == "unknown"):
+                if group == "unknown":
+                    self.unknown -= 1
+                return joined
+        return match
+
+    def _note_unknown(self, line):
+        self.unknown += 1
+        self._strange.append(line[:160])
+
+
+class Parser(EngineReader):
     """Bytes of one log, in any pieces, to events.
 
     feed() takes news and gives the events that are certain; quiet() says that nothing was added
@@ -821,7 +896,6 @@ class Parser:
     bytes so far (end of a file, a replaced file)."""
 
     UNENDED_LIMIT = 1024 * 1024  # bytes of a line that does not end; more is read and not kept
-    SAMPLES = 8
     # The file's header, or the one that the Developer Logs panel copies (both seen from 04-2025 to 09-2026).
     HEADER = re.compile(r"\n(\[)?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?(1)\]|  ?)\[(DEBUG|INFO|WARN|ERROR)\] ?"
                         r"(?(1)|(?=\n|\Z))", re.ASCII)
@@ -829,21 +903,15 @@ class Parser:
     ONE_LINE_HEADER = re.compile(r"\n()(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\S)", re.ASCII)
 
     def __init__(self):
+        super().__init__()
         self._rest = b"\n"  # the unfinished last line, after the "\n" that ends the one before
         self._cut = False  # it was longer than a line may be
         self._first = True  # the next line is the first of its file
         self._header = self.HEADER
-        self._entry = None
-        self._last_line = None  # (text, rule's group, epoch) of the engine's latest line
-        self._engine = ""  # the generation that wrote it
         self._clock = UtcClock()
-        self._events: list[Event] = []
-        self.story = ChatTracker(self._events)
-        self.entries = self.lines = self.unknown = self.headless = self.faults = 0
+        self.entries = self.lines = self.headless = 0
         self.by_event: Counter[str] = Counter()
-        self.by_engine: Counter[str] = Counter()
         self.by_level: Counter[str] = Counter()
-        self._strange: deque[str] = deque(maxlen=self.SAMPLES)  # how the latest unknown lines begin
         self.last_moment = None
 
     def feed(self, chunk):
@@ -886,11 +954,6 @@ class Parser:
         """True while the last line has not ended."""
         return len(self._rest) > 1
 
-    @property
-    def samples(self):
-        """How the latest unknown lines look, without their words."""
-        return [redacted(line) for line in tuple(self._strange)]
-
     def _taken(self):
         events, self._events[:] = self._events[:], []
         self.by_event.update([event.name for event in events if event.name])
@@ -915,13 +978,6 @@ class Parser:
             self._open(stamp, level, not bracket and self._header is self.HEADER)
             if lines:
                 self._add(lines)
-
-    def _tell(self, listener, *news):
-        """Tell the tracker something.  A fault there costs these events, is counted, and stops nothing else."""
-        try:
-            listener(*news)
-        except Exception:  # lines that nobody foresaw; CORE has no log to say it in, the status shows it
-            self.faults += 1
 
     def _open(self, stamp, level, panel):
         self.entries += 1
@@ -970,53 +1026,6 @@ class Parser:
             return "engine"
         self._note_unknown(text)
         return "text"
-
-    def _engine_lines(self, lines, moment, torn):
-        """Facts from lines of a DEBUG entry; torn is the line before its header, if they are its first."""
-        match: Any = None
-        entry: Any = self._entry
-        for found in ENGINE.finditer(lines):
-            match = self._mended(torn, found, moment) if torn else found
-            torn = None
-            group = match.lastgroup
-            if group == "unknown":
-                self._note_unknown(match[0])
-                continue
-            rule, fields = ENGINE_ROWS[group]
-            engine = self._engine = engine_of(rule, match, self._engine)
-            if engine and engine != "App":
-                self.by_engine[engine] += 1
-            if rule.shape == "text":
-                entry.shape, self._last_line = "text", None
-                return
-            if rule.fact:
-                facts = {name: match[index] for name, index in fields}
-                self._tell(self.story.engine, rule.fact, facts, engine, moment)
-        if match:
-            self._last_line = match[0], group, moment.epoch
-
-    def _mended(self, torn, match, moment):
-        """The match of a line, joined with the line before its header if the two are one line.
-
-        A rule's pattern begins at the start of a line.  So one that fits both together and not the first
-        half alone says that they belong together; how the second half looks alone is chance.  A line of
-        parameters fits at any of its numbers' digits."""
-        line, group, epoch = torn
-        if moment.epoch - epoch > TORN_S or group not in HALVES and match.lastgroup != "unknown":
-            return match
-        blank = line.endswith(" ") or match[0].startswith(" ")
-        for glue in ("",) if blank else (" ", ""):
-            joined = ENGINE.match(line + glue + match[0])
-            if joined.lastgroup not in ("unknown", ANY_WORDING, group) or group == joined.lastgroup in GROWING or (
-                    group == ANY_WORDING and match.lastgroup == "unknown"):
-                if group == "unknown":
-                    self.unknown -= 1
-                return joined
-        return match
-
-    def _note_unknown(self, line):
-        self.unknown += 1
-        self._strange.append(line[:160])
 
     def _conclude(self, entry):
         """Tell what a whole entry states and send it, without waiting for the next header."""
@@ -1251,8 +1260,8 @@ def countable(chat, prompt_tokens):
     return without_none(requests=1, input=prompt_tokens)
 
 
-class EngineLines:
-    """Facts of the engines' lines, on_<fact>."""
+class Runs:
+    """The runs and chats that are known, and which of them are taken for each other."""
 
     def __init__(self, news):
         self._emit = Emitter(news)
@@ -1393,6 +1402,10 @@ class EngineLines:
                 self._tell_stats(chat, since)
             else:
                 self._held.append((since, chat))
+
+
+class EngineLines(Runs):
+    """Facts of the engines' lines, on_<fact>."""
 
     # --- G1
 
@@ -1576,8 +1589,8 @@ class EngineLines:
 
 
 
-class ChatTracker(EngineLines):
-    """What the log says about chats, told once each.  Facts come in as on_<fact>, events go to a list."""
+class AppLines(EngineLines):
+    """Facts of the app's lines up to a chat's end, on_<fact>."""
 
     def __init__(self, news):
         super().__init__(news)
@@ -1590,13 +1603,6 @@ class ChatTracker(EngineLines):
         if entry.row.fact in ("received", "start"):
             self._release()
         self._facts[entry.row.fact](entry)
-
-    def error(self, entry):
-        """An ERROR entry of LM Studio's own, complete."""
-        self._emit.emit("lmstudio_error", entry.moment, model=entry.model, message=entry.text.strip())
-        match = ERRORS.match(entry.text[entry.text.find(entry.line):].rstrip())
-        if match and SERVER_ERROR not in entry.tags and ERROR_ROWS[match.lastgroup][0].fact:
-            self._facts[ERROR_ROWS[match.lastgroup][0].fact](entry)
 
     def later(self, moment):
         """The log's time has gone on, or (None) nothing will follow: what waited for a line is told."""
@@ -1709,7 +1715,16 @@ class ChatTracker(EngineLines):
             chat.first_token = True
             self._emit.generation(entry.moment, chat, model=entry.model)
 
-    # --- ends
+
+class ChatTracker(AppLines):
+    """What the log says about chats, told once each.  Facts come in as on_<fact>, events go to a list."""
+
+    def error(self, entry):
+        """An ERROR entry of LM Studio's own, complete."""
+        self._emit.emit("lmstudio_error", entry.moment, model=entry.model, message=entry.text.strip())
+        match = ERRORS.match(entry.text[entry.text.find(entry.line):].rstrip())
+        if match and SERVER_ERROR not in entry.tags and ERROR_ROWS[match.lastgroup][0].fact:
+            self._facts[ERROR_ROWS[match.lastgroup][0].fact](entry)
 
     def _end(self, chat, entry, outcome, model, message=None, answer=None):
         if chat:
@@ -2407,7 +2422,7 @@ class Outcome(NamedTuple):
     by: str | None = None  # the name of the key that stopped it
 
 
-class Record:
+class RequestState:
     """One request, from its arrival to its end: an HTTP request of a client, or (source "lmstudio") a chat
     that the log shows and that did not come through us.
 
@@ -2619,7 +2634,9 @@ class Record:
             prompt = {"totalTokens": usage.prompt + meter.pieces} if usage.prompt is not None else {}
             self.usage = {**(self.usage or {}), "completionTokens": meter.pieces, **prompt, "estimated": True}
 
-    # --- what is shown of it
+
+class Record(RequestState):
+    """What is shown of a request."""
 
     def progress(self, clock):
         """What is known of a running request's progress, {} of nothing; speeds per second, etaMs in ms."""
@@ -3040,7 +3057,7 @@ class Requests:
             self._gap, self._heard = min(FLUSH_S, clock - self._heard + AT_ONCE_S), self._seen
         self._seen = clock
         for event in events:
-            if event.name in PROGRESS:
+            if event.name in OF_PROMPTS:
                 event = self._see_progress(event, clock)
             if event.name == "lmstudio_log":
                 self._see_entry(event, clock)
@@ -3126,7 +3143,7 @@ class Requests:
                 self._enter(run)
             self._end_own(run, clock)
             return
-        if event.name in PROGRESS:
+        if event.name in OF_PROMPTS:
             run.works(clock - run.base - self._gap, unread=True)
             if event.data.get("progress") == 100:
                 run.read = run.read or clock - run.base
@@ -3574,8 +3591,8 @@ def only(rows):
 SETTLING = frozenset(("prompt", "model", "over", "cancel"))  # facts that can make a run's request certain
 LEFT_STATES = ("abandoned", "stopped")
 ENDS = {"finished": ("done",), "disconnected": LEFT_STATES, "error": ("failed",)}  # of a chat -> states of its request
-PROGRESS = frozenset(("lmstudio_prompt_progress", "lmstudio_generation_start"))
-LIVE = PROGRESS | {""}  # events of lines that are told as soon as they are read
+OF_PROMPTS = frozenset(("lmstudio_prompt_progress", "lmstudio_generation_start"))
+LIVE = OF_PROMPTS | {""}  # events of lines that are told as soon as they are read
 LINES_OF_ENTRIES = frozenset(("lmstudio_chat_start", "lmstudio_prompt_progress"))
 LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progress": Requests._line_of_progress,
          "lmstudio_processing_start": Requests._line_of_progress, "lmstudio_generation_start": Requests._line_of_progress,
