@@ -2495,7 +2495,7 @@ class RequestState:
         """An event of its chat.  True when listeners should hear of its progress."""
         self.note(event, clock)
         self.heard = clock
-        before, lesson = self.state, LESSONS.get(event.name)
+        before, lesson = self.state, RECORD_HANDLERS.get(event.name)
         if lesson is None:
             return False
         lesson(self, event.data, clock)
@@ -2530,6 +2530,47 @@ class RequestState:
     def _stop_waiting(self, clock):
         if self.place:
             self.place, self.waited_ms = None, round(1000 * (clock - self.clock), 1)
+
+    def cached_usage(self):
+        """The cached part of tokenUsage, {} where the log has not told it."""
+        return {"cachedTokens": self.cache["reused"]} if self.cache else {}
+
+    def end(self, clock, outcome):
+        """It is over."""
+        self._stop_waiting(clock)
+        self.total_ms, self.by = round(1000 * (clock - self.clock), 1), outcome.by
+        self.status, self.error, self.operation = outcome.status, outcome.error, outcome.operation
+        if outcome.meter:
+            self._take_answer(outcome.meter, outcome.state == "done")
+        self.ended, self.state = clock, outcome.state
+        if self.usage is not None and self.usage.get("cachedTokens") is None:
+            self.usage = {**self.usage, **self.cached_usage()}
+
+    def _take_answer(self, meter, whole):
+        """What the answer says goes before what the log said, and what was measured before an estimate.  An
+        answer that broke off may have counted up to where it began (/v1/messages)."""
+        usage = meter.usage
+        self.model, self.finish = usage.model or self.model, usage.finish
+        self.answer_id = usage.answer_id
+        if usage.drafted is not None:
+            self.drafted, self.accepted = usage.drafted, usage.accepted
+        self.usage = usage.tokens(meter.dialect) or self.usage
+        begun = not whole and usage.completion is not None and usage.completion < meter.pieces
+        self.first_ms = self.first_ms if usage.first_ms is None else usage.first_ms
+        if meter.first is not None:
+            self.first_ms = round(1000 * (meter.first - self.clock), 1)
+            self.generated(meter.pieces, meter.first)
+            spent = meter.last - meter.first
+            if usage.speed is None and usage.completion and spent > 0:
+                self.speed = round((meter.pieces if begun else usage.completion) / spent, 2)
+        self.speed = usage.speed or self.speed
+        if meter.pieces and (self.usage is None or begun):
+            prompt = {"totalTokens": usage.prompt + meter.pieces} if usage.prompt is not None else {}
+            self.usage = {**(self.usage or {}), "completionTokens": meter.pieces, **prompt, "estimated": True}
+
+
+class LoggedState(RequestState):
+    """What a request learns from the events of its chat (RECORD_HANDLERS)."""
 
     def on_start(self, data, clock):
         self.enter("queued", clock)
@@ -2597,45 +2638,8 @@ class RequestState:
                      Outcome(OUTCOMES[data["outcome"]],
                              error=data["message"][:LONGEST_ERROR] if failed else None))
 
-    def cached_usage(self):
-        """The cached part of tokenUsage, {} where the log has not told it."""
-        return {"cachedTokens": self.cache["reused"]} if self.cache else {}
 
-    def end(self, clock, outcome):
-        """It is over."""
-        self._stop_waiting(clock)
-        self.total_ms, self.by = round(1000 * (clock - self.clock), 1), outcome.by
-        self.status, self.error, self.operation = outcome.status, outcome.error, outcome.operation
-        if outcome.meter:
-            self._take_answer(outcome.meter, outcome.state == "done")
-        self.ended, self.state = clock, outcome.state
-        if self.usage is not None and self.usage.get("cachedTokens") is None:
-            self.usage = {**self.usage, **self.cached_usage()}
-
-    def _take_answer(self, meter, whole):
-        """What the answer says goes before what the log said, and what was measured before an estimate.  An
-        answer that broke off may have counted up to where it began (/v1/messages)."""
-        usage = meter.usage
-        self.model, self.finish = usage.model or self.model, usage.finish
-        self.answer_id = usage.answer_id
-        if usage.drafted is not None:
-            self.drafted, self.accepted = usage.drafted, usage.accepted
-        self.usage = usage.tokens(meter.dialect) or self.usage
-        begun = not whole and usage.completion is not None and usage.completion < meter.pieces
-        self.first_ms = self.first_ms if usage.first_ms is None else usage.first_ms
-        if meter.first is not None:
-            self.first_ms = round(1000 * (meter.first - self.clock), 1)
-            self.generated(meter.pieces, meter.first)
-            spent = meter.last - meter.first
-            if usage.speed is None and usage.completion and spent > 0:
-                self.speed = round((meter.pieces if begun else usage.completion) / spent, 2)
-        self.speed = usage.speed or self.speed
-        if meter.pieces and (self.usage is None or begun):
-            prompt = {"totalTokens": usage.prompt + meter.pieces} if usage.prompt is not None else {}
-            self.usage = {**(self.usage or {}), "completionTokens": meter.pieces, **prompt, "estimated": True}
-
-
-class Record(RequestState):
+class Record(LoggedState):
     """What is shown of a request."""
 
     def progress(self, clock):
@@ -2769,7 +2773,7 @@ class Record(RequestState):
                                             "tokensPerSecond": self.speed, "finishReason": self.finish})
 
 
-LESSONS = {  # what a record learns from the events of its chat
+RECORD_HANDLERS = {  # what a record learns from the events of its chat
     "lmstudio_chat_start": Record.on_start,
     "lmstudio_sampling_params": Record.on_sampling,
     "lmstudio_token_info": Record.on_tokens,
@@ -2783,6 +2787,35 @@ LESSONS = {  # what a record learns from the events of its chat
 
 
 # --- 3.8 join: whose run and whose line it is ---------------------------------
+# A run is bound to a request if it fits no other request and that request fits no other run.  These hard facts
+# rule a request out for a run:
+#
+#   1. It was sent after the run's first line was read.
+#   2. The run was seen at work well after its answer had ended.
+#   3. LM Studio serves its model under another name than the run's.
+#   4. Its prompt is too long or too short for the run's tokens, by what answers of its model have shown.
+#   5. Its first token came before the run can have read its prompt, or not when the run had read it.
+#   6. Its usage has other counts.
+#   7. It goes on although the run is over, or the run is over well before or after it.
+#   8. The run was cancelled and its client did not leave, nor did it fail.
+#   9. A request of its model that was clearly sent before it has no run yet; or a later one has been bound.
+#
+# A run also is a request's if both counts of its usage and its end are the run's, and no other's (10).  As long as
+# its usage is not known a run can be of a chat inside the app, of which the app writes no line.  So it waits until
+# the app has told of it, or until the request's first token is so old that its own run must have been seen.
+# A run that no request fits is LM Studio's own: a chat inside the app or of a client beside us.
+#
+# A line of the app that surely is a run's (3.3) goes with the run.  Other lines:
+#
+#  11. A chat's start: the one request with that fingerprint, else the one that has no start yet.
+#  12. Progress: the one request of its model that can go on to this percent.
+#  13. An end: the request that ended in that way then; of several the first, as LM Studio writes them in order.
+#  14. An answer: the request whose answer has that id, or alone has these counts.
+#
+# Assumed of LM Studio, as seen: a line is read at most FLUSH_S late, and not later than others that were read
+# before it; the app writes 0 % when an engine begins with a prompt; MLX reads one prompt of a model at a time.
+# What is open is published without an id and held; once it is certain the request's record takes it in with its
+# own clocks.  Nothing that was published is taken back.
 
 LAG_S = 0.6  # a line is read at most so long after what it tells of, and an HTTP moment noted
 AT_ONCE_S = 0.06  # two lines that tell of one moment are read so close to each other
@@ -2940,34 +2973,8 @@ class OpenRun:
                 yield state, at + self.base
 
 
-class Requests:
-    """Every request, the runs and lines of the log, and which belong together.
-
-    A run is bound to a request if it fits no other request and that request fits no other run.  These hard
-    facts rule a request out for a run:
-
-      1. It was sent after the run's first line was read.
-      2. The run was seen at work well after its answer had ended.
-      3. LM Studio serves its model under another name than the run's.
-      4. Its prompt is too long or too short for the run's tokens, by what answers of its model have shown.
-      5. Its first token came while the run still read its prompt, or not when the run had read it.
-      6. Its usage has other counts.
-      7. It goes on although the run is over, or the run is over well before or after it.
-      8. The run was cancelled and its client did not leave, nor did it fail.
-      9. A request of its model that was clearly sent before it has no run yet; or a later one has been bound.
-
-    A run also is a request's if both counts of its usage and its end are the run's, and no other's (10).
-    A run that no request fits is LM Studio's own: a chat inside the app or of a client beside us.
-
-    A line of the app that surely is a run's (3.3) goes with the run.  Other lines:
-
-     11. A chat's start: the one request with that fingerprint, else the one that has no start yet.
-     12. Progress: the one request of its model that can go on to this percent.
-     13. An end: the request that ended in that way then; of several the first, as LM Studio writes them in order.
-     14. An answer: the request whose answer has that id, or alone has these counts.
-
-    What is open is published without an id and held; once it is certain the request's record takes it in with
-    its own clocks.  Nothing that was published is taken back.  Hub's lock guards all of it."""
+class Ledger:
+    """The requests, the runs and LM Studio's own chats, as far as they are known."""
 
     def __init__(self, epoch, keep):
         self._epoch = epoch
@@ -2995,32 +3002,28 @@ class Requests:
         self._seen = self._heard = -math.inf  # clock of the latest look at the log; of the one before there were lines
         self._gap = FLUSH_S  # how late the latest lines can have been read
 
-    # --- the HTTP side
+    def find(self, request_id):
+        """A record by its id, or None."""
+        return self.running.get(request_id) or next(
+            (record for record in self.finished if record.id == request_id), None)
 
-    def begin(self, record):
-        """A request goes to LM Studio."""
-        self.running[record.id] = record
-        record.usual = {name: median(times) for name, times in
-                        self._usual.get(record.model_asked, {}).items()}
-        if record.dialect in JOINED:
-            self._open[record.id] = record
-        self.total += 1
+    def bound(self):
+        """How the requests that are over were bound, as far as is known by now."""
+        late = Counter(record.binding for record in self._open.values() if record.ended is not None)
+        return {binding: self.bindings[binding] + late[binding] for binding in ("exact", "none")}
 
-    def over(self, record, clock, outcome):
-        """A request is over.  False when it was over before."""
-        if self.running.pop(record.id, None) is None:
-            return False
-        record.end(clock, outcome)
-        self.finished.append(record)
-        self.changed.append(record)
-        left = was_left(record.state, record.operation)
-        self.abandoned += left
-        self.errors += record.error is not None and not left
-        if record.run:
-            self._enter(record.run)
-        self._learn(record)
-        self.settle(clock)
-        return True
+    def served(self, asked):
+        """The model that has answered to a name, else the name."""
+        return self._names.get(asked, asked)
+
+    def _of_model(self, event):
+        """The requests that a line of its model can mean, as far as the model tells."""
+        model = event.data.get("model")
+        for record in self._open.values():
+            served = record.model or self._names.get(record.model_asked)
+            if record.sent < math.inf and record.dialect != SOCKET.name and (
+                    None in (model, served) or model == served):     # an SDK's has no lines of the app
+                yield record
 
     def _learn(self, record):
         if record.model and record.model_asked and len(self._names) < NAMES_KEPT:
@@ -3037,49 +3040,77 @@ class Requests:
             for model in (record.model_asked, None):  # None: of all models
                 self._sizes.setdefault(model, deque(maxlen=SIZES_KEPT)).append((record.size, total))
 
-    def bound(self):
-        """How the requests that are over were bound, as far as is known by now."""
-        late = Counter(record.binding for record in self._open.values() if record.ended is not None)
-        return {binding: self.bindings[binding] + late[binding] for binding in ("exact", "none")}
+    def _show(self, record, news):
+        if news and record.ended is None:
+            self.told[record.id] = record
 
-    def find(self, request_id):
-        """A record by its id, or None."""
-        return self.running.get(request_id) or next(
-            (record for record in self.finished if record.id == request_id), None)
+    def _give(self, record, event, clock):
+        """An event is a record's."""
+        if record is None:
+            return
+        if record.source == "gateway":
+            event.data["requestId"] = record.id
+        record.model = record.model or event.data.get("model")
+        self._show(record, record.take(event, clock))
+        if record.ended is not None:
+            self.changed.append(record)
+            if record.id in self.running:  # LM Studio's own, and over
+                self._own_over(record)
 
-    # --- the log's side
+    def _take_as_own(self, run, clock):
+        chat = run.chat if run.chat in self._own else -run.number
+        run.record = self._own_record(chat, run.launched + run.base, run.epoch)
+        if run.record.run is None:
+            run.record.run = run
+        for event, seen in run.held:
+            self._give(run.record, event, seen)
+        run.held = []
+        self._end_own(run, clock)
 
-    def see(self, events, clock):
-        """Take the log's events in, and write requestId into those that surely are a request's of ours.
+    def _own_record(self, chat, clock, started, **about):
+        record = self._own.get(chat)
+        if record is None:
+            record = self._own[chat] = Record(f"log_{self._epoch}{next(self._numbers):06x}", started, clock,
+                                              source="lmstudio", **about)
+            self.running[record.id] = record
+        return record
 
-        Gives the records of which listeners should hear; clock: monotonic seconds."""
-        if any(event.name in LIVE for event in events):  # these lines were not there when the log was read before
+    def _end_own(self, run, clock):
+        """A chat inside the app has no line for its end."""
+        record = run.record
+        if record and record.source == "lmstudio" and record.ended is None and (run.in_app and run.over or run.cancelled):
+            record.end(clock, Outcome("abandoned" if run.cancelled else "done"))
+            self._own_over(record)
+
+    def _own_over(self, record):
+        if self.running.pop(record.id, None):
+            self.finished.append(record)
+            self.told[record.id] = record  # it has no other event that says its end
+        self.changed.append(record)
+
+
+class Timing(Ledger):
+    """When the lines were written, and which run a line about a prompt means."""
+
+    def _look(self, events, clock):
+        """The log has been read.  Lines that were not there when it was read before are not older than that."""
+        if any(event.name in LIVE for event in events):
             self._gap, self._heard = min(FLUSH_S, clock - self._heard + AT_ONCE_S), self._seen
         self._seen = clock
-        for event in events:
-            if event.name in OF_PROMPTS:
-                event = self._see_progress(event, clock)
-            if event.name == "lmstudio_log":
-                self._see_entry(event, clock)
-            elif event.run is not None:
-                self._see_run(event, clock)
-            elif event.name in LINES:
-                self._give(LINES[event.name](self, event, clock), event, clock)
-        self._announce(clock)
-        self.settle(clock)
-        told, self.told = list(self.told.values()), {}
-        return told
 
-    def _see_entry(self, event, clock):
-        """An entry carries the id that an event of its line has, and may announce the loading of a model."""
-        about = event.about or {}
-        found = next((told.data["requestId"] for told in about.get("told") or ()
-                      if told.name in LINES_OF_ENTRIES and "requestId" in told.data), None)
-        if found:
-            event.data["requestId"] = found
-        for record in self._open.values() if about.get("loads") else ():
-            if record.model_asked == about["loads"]:
-                record.enter("loading", clock)
+    def _time_of(self, run, stamp, clock):
+        """The time of an engine's line, by the engine's own clock (minutes.seconds.ms.us) if it wrote one; and the
+        earliest time that it can be."""
+        if not stamp:
+            return clock - run.base, clock - run.base - self._gap
+        minutes, *parts = map(int, stamp.split("."))
+        at = 60 * minutes + parts[0] + parts[1] / 1e3 + parts[2] / 1e6
+        if run.process is None or not run.process.takes(clock - at, clock):
+            run.process = next((known for known in self._processes if known.takes(clock - at, clock)), None)
+            if run.process is None:
+                run.process = Process(clock - at, clock)
+                self._processes.append(run.process)
+        return at, at - (EXACT_S if run.process.reads >= SURE_READS else FLUSH_S)
 
     def _see_progress(self, event, clock):
         """The event with the run that it is of, as far as that is certain.  MLX reads one prompt of a model at a time;
@@ -3127,49 +3158,6 @@ class Requests:
             if len(runs) == 1 and runs[0].engine == "MLX" and len(self._readers) < NAMES_KEPT:
                 self._readers[models[0]] = runs[0]
 
-    def _see_run(self, event, clock):
-        run = self._runs.get(event.run) or self._runs.setdefault(event.run, OpenRun(event.run, event.chat))
-        run.chat = event.chat
-        if event.name == "":
-            if event.about["fact"] == "model" and clock - self._stray.get(event.about["model"], -math.inf) > AT_ONCE_S:
-                return  # the app's line was of another batch
-            run.learn(event.about["fact"], event.about, *self._time_of(run, event.about["clock"], clock))
-            if event.about["fact"] == "prompt":
-                self._see_begun(run, clock)
-            run.heard = clock
-            if run.record is None and event.about["fact"] in SETTLING:
-                self.settle(clock)
-            elif run.record:
-                self._enter(run)
-            self._end_own(run, clock)
-            return
-        if event.name in OF_PROMPTS:
-            run.works(clock - run.base - self._gap, unread=True)
-            if event.data.get("progress") == 100:
-                run.read = run.read or clock - run.base
-        if "model" in event.data and event.name in LINES_OF_ENTRIES:  # else it is the tracker's guess
-            run.model, proven = event.data["model"], run.is_of_api
-            if not proven and run.record is None:
-                self.settle(clock)
-        if run.record:
-            self._give(run.record, event, clock)
-        else:
-            run.held.append((event, clock))
-
-    def _time_of(self, run, stamp, clock):
-        """The time of an engine's line, by the engine's own clock (minutes.seconds.ms.us) if it wrote one; and the
-        earliest time that it can be."""
-        if not stamp:
-            return clock - run.base, clock - run.base - self._gap
-        minutes, *parts = map(int, stamp.split("."))
-        at = 60 * minutes + parts[0] + parts[1] / 1e3 + parts[2] / 1e6
-        if run.process is None or not run.process.takes(clock - at, clock):
-            run.process = next((known for known in self._processes if known.takes(clock - at, clock)), None)
-            if run.process is None:
-                run.process = Process(clock - at, clock)
-                self._processes.append(run.process)
-        return at, at - (EXACT_S if run.process.reads >= SURE_READS else FLUSH_S)
-
     def _enter(self, run):
         """The phases of a request that its run's lines show; a stream's first token is seen better here."""
         record = run.record
@@ -3177,82 +3165,9 @@ class Requests:
             if state == "prompt" or not record.stream:
                 self._show(record, record.enter(state, clock))
 
-    def _give(self, record, event, clock):
-        """An event is a record's."""
-        if record is None:
-            return
-        if record.source == "gateway":
-            event.data["requestId"] = record.id
-        record.model = record.model or event.data.get("model")
-        self._show(record, record.take(event, clock))
-        if record.ended is not None:
-            self.changed.append(record)
-            if record.id in self.running:  # LM Studio's own, and over
-                self._own_over(record)
 
-    def _show(self, record, news):
-        if news and record.ended is None:
-            self.told[record.id] = record
-
-    # --- runs
-
-    def settle(self, clock):
-        """Bind what has become certain by now.  The more there is to compare, the less often it is done."""
-        if clock >= self._settle_at and (self._runs or self._lines):
-            self._pairs = 0
-            while self._bind_one(clock):
-                pass
-            self._match_lines(clock)
-            self._settle_at = clock + PAIR_S * self._pairs if self._pairs > PAIRS_AT_ONCE else clock
-        if clock - self._swept > 1.0 or len(self._open) > 2 * OPEN_LIMIT:  # also when no log is followed
-            self._expire(clock)
-
-    def _bind_one(self, clock):
-        """Bind the first run that has become certain; False if there is none, or too much to compare."""
-        open_runs = [run for run in self._runs.values() if run.record is None and not run.is_mixed and (
-            run.total or run.over is not None or run.cancelled is not None)]
-        free = [record for record in self._open.values() if record.run is None]
-        self._pairs += len(open_runs) * len(free)
-        if self._pairs > PAIRS_MOST:
-            return False
-        fits = {run: [record for record in free if not self._ruled_out(run, record, clock)]
-                for run in open_runs}
-        self._compare_sizes(fits)
-        wanted = Counter(record.id for records in fits.values() for record in records)
-        waiting = sorted((record for record in free if record.ended is None), key=lambda record: record.sent)
-        for run, records in fits.items():
-            records = [record for record in records if not self._overtakes(run, record, waiting, clock)]
-            record = self._proven(run, records, fits) or only([
-                record for record in records if self._is_certain(run, record, len(records), wanted[record.id], clock)
-                and not self._has_twin(run, record, free, clock)])
-            if record:
-                self._bind(run, record, free, clock)
-                return True
-            if not fits[run] and all(self._ruled_out(run, other, clock) not in (4, 5) for other in free):
-                self._take_as_own(run, clock)
-        return False
-
-    def _is_certain(self, run, record, records, runs, clock):
-        """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
-        known a line of the app has to be about the run, which it can't be for a chat inside the app or an SDK's, or
-        nothing else may be at work."""
-        if runs == 1 and (has_counts(record) or record.first and record.first < clock - LAG_S):
-            return True
-        near = run.cancelled is not None and abs(run.cancelled + run.base - (record.ended or 0)) < FLUSH_S
-        shown = record.dialect != SOCKET.name and (run.is_of_api or self._is_alone(run, record))
-        return records == 1 and (near or runs == 1 and shown)
-
-    def _has_twin(self, run, record, free, clock):
-        """Before its usage is known: another request of its size is out by a few hundredths of a second alone."""
-        return not has_counts(record) and any(
-            other is not record and other.size and record.size and abs(other.size / record.size - 1) < TWIN_SIZE
-            and self._ruled_out(run, other, clock) in (5, 7) for other in free)
-
-    def _is_alone(self, run, record):
-        return record.state != "loading" and not any(
-            other is not record and other.run is None and other.ended is None for other in self._open.values()) and not any(
-            other is not run and other.over is None and other.cancelled is None
-            and not (other.record and other.record.ended is not None) for other in self._runs.values())
+class Matching(Timing):
+    """Rules 1 to 10: which request caused a run."""
 
     def _ruled_out(self, run, record, clock):
         """The number of the rule by which a run is not a request's; 0 if it can be."""
@@ -3362,69 +3277,31 @@ class Requests:
             return None
         return mine[0]
 
-    def _bind(self, run, record, free, clock):
-        others = [other for other in self._open.values() if other is not record]
-        rules = {self._ruled_out(run, other, clock) or 9 for other in others if other in free}
-        run.record, record.run, record.binding = record, run, "exact"
-        record.bound_by = ", ".join(map(str, sorted(rules))) or "alone"
-        for other in others:
-            if other.run is None and other.ended is not None and self._is_clearly_before(other, record):
-                other.passed = run.launched + run.base
-        if run.model:
-            record.model = record.model or run.model
-        self._learn_size(record, run.total)
-        self._enter(run)
-        for event, seen in run.held:
-            record.take(event, seen)
-        run.held = []
-        record.timeline.sort(key=lambda row: row[0])
-        self._show(record, True)
-        if record.ended is not None:
-            self.changed.append(record)
+    def _is_certain(self, run, record, records, runs, clock):
+        """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
+        known a line of the app has to be about the run, which it can't be for a chat inside the app or an SDK's, or
+        nothing else may be at work."""
+        if runs == 1 and (has_counts(record) or record.first and record.first < clock - LAG_S):
+            return True
+        near = run.cancelled is not None and abs(run.cancelled + run.base - (record.ended or 0)) < FLUSH_S
+        shown = record.dialect != SOCKET.name and (run.is_of_api or self._is_alone(run, record))
+        return records == 1 and (near or runs == 1 and shown)
 
-    # --- LM Studio's own
+    def _has_twin(self, run, record, free, clock):
+        """Before its usage is known: another request of its size is out by a few hundredths of a second alone."""
+        return not has_counts(record) and any(
+            other is not record and other.size and record.size and abs(other.size / record.size - 1) < TWIN_SIZE
+            and self._ruled_out(run, other, clock) in (5, 7) for other in free)
 
-    def _take_as_own(self, run, clock):
-        chat = run.chat if run.chat in self._own else -run.number
-        run.record = self._own_record(chat, run.launched + run.base, run.epoch)
-        if run.record.run is None:
-            run.record.run = run
-        for event, seen in run.held:
-            self._give(run.record, event, seen)
-        run.held = []
-        self._end_own(run, clock)
+    def _is_alone(self, run, record):
+        return record.state != "loading" and not any(
+            other is not record and other.run is None and other.ended is None for other in self._open.values()) and not any(
+            other is not run and other.over is None and other.cancelled is None
+            and not (other.record and other.record.ended is not None) for other in self._runs.values())
 
-    def _own_record(self, chat, clock, started, **about):
-        record = self._own.get(chat)
-        if record is None:
-            record = self._own[chat] = Record(f"log_{self._epoch}{next(self._numbers):06x}", started, clock,
-                                              source="lmstudio", **about)
-            self.running[record.id] = record
-        return record
 
-    def _end_own(self, run, clock):
-        """A chat inside the app has no line for its end."""
-        record = run.record
-        if record and record.source == "lmstudio" and record.ended is None and (run.in_app and run.over or run.cancelled):
-            record.end(clock, Outcome("abandoned" if run.cancelled else "done"))
-            self._own_over(record)
-
-    def _own_over(self, record):
-        if self.running.pop(record.id, None):
-            self.finished.append(record)
-            self.told[record.id] = record  # it has no other event that says its end
-        self.changed.append(record)
-
-    # --- lines of the app that name no run
-
-    def _of_model(self, event):
-        """The requests that a line of its model can mean, as far as the model tells."""
-        model = event.data.get("model")
-        for record in self._open.values():
-            served = record.model or self._names.get(record.model_asked)
-            if record.sent < math.inf and record.dialect != SOCKET.name and (
-                    None in (model, served) or model == served):     # an SDK's has no lines of the app
-                yield record
+class Lines(Matching):
+    """Rules 11 to 14: whose a line of the app is that names no run."""
 
     def _line_of_start(self, event, clock):
         """11."""
@@ -3539,11 +3416,149 @@ class Requests:
         if record.binding == "none":
             record.binding, record.bound_by = "exact", rule
 
-    # --- afterwards
 
-    def served(self, asked):
-        """The model that has answered to a name, else the name."""
-        return self._names.get(asked, asked)
+class Requests(Lines):
+    """Every request, and what the log says of it.  Hub's lock guards all of it."""
+
+    def begin(self, record):
+        """A request goes to LM Studio."""
+        self.running[record.id] = record
+        record.usual = {name: median(times) for name, times in
+                        self._usual.get(record.model_asked, {}).items()}
+        if record.dialect in JOINED:
+            self._open[record.id] = record
+        self.total += 1
+
+    def over(self, record, clock, outcome):
+        """A request is over.  False when it was over before."""
+        if self.running.pop(record.id, None) is None:
+            return False
+        record.end(clock, outcome)
+        self.finished.append(record)
+        self.changed.append(record)
+        left = was_left(record.state, record.operation)
+        self.abandoned += left
+        self.errors += record.error is not None and not left
+        if record.run:
+            self._enter(record.run)
+        self._learn(record)
+        self.settle(clock)
+        return True
+
+    def see(self, events, clock):
+        """Take the log's events in, and write requestId into those that surely are a request's of ours.
+
+        Gives the records of which listeners should hear; clock: monotonic seconds."""
+        self._look(events, clock)
+        for event in events:
+            if event.name in OF_PROMPTS:
+                event = self._see_progress(event, clock)
+            if event.name == "lmstudio_log":
+                self._see_entry(event, clock)
+            elif event.run is not None:
+                self._see_run(event, clock)
+            elif event.name in LINES:
+                self._give(LINES[event.name](self, event, clock), event, clock)
+        self._announce(clock)
+        self.settle(clock)
+        told, self.told = list(self.told.values()), {}
+        return told
+
+    def _see_entry(self, event, clock):
+        """An entry carries the id that an event of its line has, and may announce the loading of a model."""
+        about = event.about or {}
+        found = next((told.data["requestId"] for told in about.get("told") or ()
+                      if told.name in LINES_OF_ENTRIES and "requestId" in told.data), None)
+        if found:
+            event.data["requestId"] = found
+        for record in self._open.values() if about.get("loads") else ():
+            if record.model_asked == about["loads"]:
+                record.enter("loading", clock)
+
+    def _see_run(self, event, clock):
+        run = self._runs.get(event.run) or self._runs.setdefault(event.run, OpenRun(event.run, event.chat))
+        run.chat = event.chat
+        if event.name == "":
+            if event.about["fact"] == "model" and clock - self._stray.get(event.about["model"], -math.inf) > AT_ONCE_S:
+                return  # the app's line was of another batch
+            run.learn(event.about["fact"], event.about, *self._time_of(run, event.about["clock"], clock))
+            if event.about["fact"] == "prompt":
+                self._see_begun(run, clock)
+            run.heard = clock
+            if run.record is None and event.about["fact"] in SETTLING:
+                self.settle(clock)
+            elif run.record:
+                self._enter(run)
+            self._end_own(run, clock)
+            return
+        if event.name in OF_PROMPTS:
+            run.works(clock - run.base - self._gap, unread=True)
+            if event.data.get("progress") == 100:
+                run.read = run.read or clock - run.base
+        if "model" in event.data and event.name in LINES_OF_ENTRIES:  # else it is the tracker's guess
+            run.model, proven = event.data["model"], run.is_of_api
+            if not proven and run.record is None:
+                self.settle(clock)
+        if run.record:
+            self._give(run.record, event, clock)
+        else:
+            run.held.append((event, clock))
+
+    def settle(self, clock):
+        """Bind what has become certain by now.  The more there is to compare, the less often it is done."""
+        if clock >= self._settle_at and (self._runs or self._lines):
+            self._pairs = 0
+            while self._bind_one(clock):
+                pass
+            self._match_lines(clock)
+            self._settle_at = clock + PAIR_S * self._pairs if self._pairs > PAIRS_AT_ONCE else clock
+        if clock - self._swept > 1.0 or len(self._open) > 2 * OPEN_LIMIT:  # also when no log is followed
+            self._expire(clock)
+
+    def _bind_one(self, clock):
+        """Bind the first run that has become certain; False if there is none, or too much to compare."""
+        open_runs = [run for run in self._runs.values() if run.record is None and not run.is_mixed and (
+            run.total or run.over is not None or run.cancelled is not None)]
+        free = [record for record in self._open.values() if record.run is None]
+        self._pairs += len(open_runs) * len(free)
+        if self._pairs > PAIRS_MOST:
+            return False
+        fits = {run: [record for record in free if not self._ruled_out(run, record, clock)]
+                for run in open_runs}
+        self._compare_sizes(fits)
+        wanted = Counter(record.id for records in fits.values() for record in records)
+        waiting = sorted((record for record in free if record.ended is None), key=lambda record: record.sent)
+        for run, records in fits.items():
+            records = [record for record in records if not self._overtakes(run, record, waiting, clock)]
+            record = self._proven(run, records, fits) or only([
+                record for record in records if self._is_certain(run, record, len(records), wanted[record.id], clock)
+                and not self._has_twin(run, record, free, clock)])
+            if record:
+                self._bind(run, record, free, clock)
+                return True
+            if not fits[run] and all(self._ruled_out(run, other, clock) not in (4, 5) for other in free):
+                self._take_as_own(run, clock)
+        return False
+
+    def _bind(self, run, record, free, clock):
+        others = [other for other in self._open.values() if other is not record]
+        rules = {self._ruled_out(run, other, clock) or 9 for other in others if other in free}
+        run.record, record.run, record.binding = record, run, "exact"
+        record.bound_by = ", ".join(map(str, sorted(rules))) or "alone"
+        for other in others:
+            if other.run is None and other.ended is not None and self._is_clearly_before(other, record):
+                other.passed = run.launched + run.base
+        if run.model:
+            record.model = record.model or run.model
+        self._learn_size(record, run.total)
+        self._enter(run)
+        for event, seen in run.held:
+            record.take(event, seen)
+        run.held = []
+        record.timeline.sort(key=lambda row: row[0])
+        self._show(record, True)
+        if record.ended is not None:
+            self.changed.append(record)
 
     def _expire(self, clock):
         """Requests that are over for good are counted and forgotten, and runs with them."""
