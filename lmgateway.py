@@ -3128,10 +3128,10 @@ class Timing(Ledger):
         if run is None and model in self._readers:
             return event._replace(run=self._readers[model].number)
         if run is None and model and (percent == 100 or event.name == "lmstudio_generation_start"):
-            found = [run for run in self._runs.values() if run.sampled is not None and run.over is None
-                     and run.cancelled is None and run.model in (None, model) and run.read in (None, clock - run.base)]
-            if len(found) == 1:
-                return event._replace(run=found[0].number)
+            unread = [run for run in self._runs.values() if run.over is None and run.cancelled is None
+                      and run.model in (None, model) and run.read in (None, clock - run.base)]
+            if len(unread) == 1 and unread[0].sampled is not None:
+                return event._replace(run=unread[0].number)
         if run and percent and model and run.engine not in UNTIMED and clock - run.heard > AT_ONCE_S:
             event, run = event._replace(run=None), None
         if run is None and len(self._stray) < NAMES_KEPT:
