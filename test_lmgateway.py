@@ -1026,6 +1026,7 @@ def test_what_nobody_knows_is_counted_and_shown_without_its_words(utc):
 
 
 def test_engines_are_counted_by_generation(utc):
+    sample("two-models-at-once")
     counts = {}
     for path in FILE_STYLE:
         parser = Parser()
