@@ -644,14 +644,6 @@ def answer(prompt, completion, model="m"):
     return ANSWER.replace("21", str(completion)).replace("100", str(prompt)).replace("[m]", f"[{model}]")
 
 
-def g1_run(prompt, fresh=1):
-    return G1_RUN.replace("tokens: 100", f"tokens: {prompt}").replace("decode: 100", f"decode: {fresh}")
-
-
-def g1_timed(completion, fresh=1):
-    return G1_TIMED.replace("100 tokens", f"{fresh} tokens").replace("20 runs", f"{completion} runs")
-
-
 def task_run(task, prompt):
     return its(PROMPT, task).replace("n_tokens = 100", f"n_tokens = {prompt}")
 
@@ -9649,13 +9641,13 @@ def test_start_up_lines_have_the_form_of_the_contract(tmp_path, command_flags):
             wanted = {name: form for name, form in wanted.items() if not re.fullmatch(form, rest)}
 
 
-HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eabc\u2066\u2028\x7f\r\b\0"
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eabc\u2066\u2028\x7f\r\b\0"
 
 
 def test_control_characters_of_a_log_never_reach_the_terminal(tmp_path, capsys):
     log = put(tmp_path / "hostile.log", (
-        f"[2026-05-01 10:00:00][INFO][{HOSTILE}] Running chat completion on conversation with 1 messages.\n"
-        f"[2026-05-01 10:00:00][ERROR] {HOSTILE}\n{HOSTILE}\n[2026-05-01 10:00:00][INFO] {HOSTILE}\n").encode())
+        f"[2026-05-01 10:00:00][INFO][{ESCAPES}] Running chat completion on conversation with 1 messages.\n"
+        f"[2026-05-01 10:00:00][ERROR] {ESCAPES}\n{ESCAPES}\n[2026-05-01 10:00:00][INFO] {ESCAPES}\n").encode())
     out = run(capsys, "--tail-only", log)[1]
     assert not re.search("[\0-\t\x0b-\x1f\x7f-\x9f\u2028\u202e\u2066]", out) and out.count("owned") >= 3
 
