@@ -3242,7 +3242,7 @@ class Requests:
         records = {record.id for records in fits.values() for record in records if record.ended is None}
         if len(runs) != len(records):
             runs = [run for run in runs if run.is_of_api]
-        if self._sizes or not 1 < len(runs) <= 8:
+        if self._sizes or not 1 < len(runs) <= 8 or len(records) > 8:  # each is tried with each
             return
 
         def is_possible(ratio, rest, taken):
@@ -3392,12 +3392,13 @@ class Requests:
         """12."""
         percent = event.data.get("progress", 0 if event.name == "lmstudio_processing_start" else 100)
         own = self._own.get(event.chat)
-        found = [record for record in self._of_model(event) if not (record.silent and record.state in LEFT_STATES)
+        found = (record for record in self._of_model(event) if not (record.silent and record.state in LEFT_STATES)
                  and (record.percent is None or record.percent < percent or record.percent == percent < 100
                       or event.name == "lmstudio_generation_start" and record.heard == clock)
                  and (record.ended is None or record.state == "abandoned" or clock - record.ended < LAG_S)
                  and not (record.first and percent < 100 and record.first < clock - LAG_S)
-                 and not (record.run and (record.run.over or record.run.cancelled))]
+                 and not (record.run and (record.run.over or record.run.cancelled)))
+        found = [*itertools.islice(found, 2)]   # whether there is one, or more, is all that counts
         model = event.data.get("model")
         if own or any(record.model == model and record.ended is None and clock - record.heard < LATE_S
                       for record in self._own.values()):
@@ -12643,8 +12644,10 @@ const TILES = [             // label, figure, unit, note
   ["Waited in line", t => span(t.queuedMs.p95), "", t => known(t.queuedMs.p95) ? "p95" : "No data yet"],
 ];
 const CHARTS = [
-  ["Tokens", "by the end of the request", tokenChart], ["Speed", "median, and up to p95", speedChart],
-  ["Time to first token", "median, and up to p95", firstChart],
+  ["Tokens", "by the end of the request", tokenChart],
+  ["Speed", "median, and up to p95", byModel({reading: "Reading, tok/s", writing: "Writing, tok/s"}, 97, short, rate)],
+  ["Time to first token", "median, and up to p95", byModel({ttftMs: "Time to first token"}, 236,
+    ms => ms < 1000 ? whole(ms) + " ms" : short(ms / 1000) + " s", span)],
 ];
 PANELS.figures = () => {
   const {all} = figures;
@@ -12659,7 +12662,7 @@ PANELS.figures = () => {
   $("csv").hidden = !history;
   $("csv").href = "/debug/usage?by=key&format=csv&since=" + (minutesOf() < 1440 ? "1h" : minutesOf() / 1440 + "d");
   if (!$("charts").children.length) makeCharts();
-  paintCharts();
+  CHARTS.forEach(paintChart);
   paintPeople();
   figures.shown ??= performance.now();
 };
@@ -12671,7 +12674,7 @@ function makeCharts() {
     const toggle = button("Show as table", () => {
       [plots.hidden, twin.hidden] = [twin.hidden, plots.hidden];
       put(toggle, twin.hidden ? "Show as table" : "Show as chart");
-      paintCharts();
+      paintChart(chart);
     }, "button.quiet.push");
     Object.assign(chart, {plots, twin, legend});
     $("charts").append(el("figure.box.chart", el("div.head", el("figcaption", el("h3", title)), el("span.muted.small", note), toggle),
@@ -12683,13 +12686,11 @@ function makeCharts() {
   $("charts").append(el("figure.box.chart", el("div.head", el("figcaption", el("h3.unseen", "Who used how much")),
     ...Object.values(figures.tabs)), figures.people));
 }
-function paintCharts() {
-  for (const {1: note, 2: make, plots, twin, legend} of CHARTS) {
-    const made = make(Math.max(240, plots.clientWidth || 560));
-    legend.replaceChildren(...made.legend);
-    if (plots.hidden) twin.replaceChildren(made.rows.length ? table(made.head, made.rows) : el("p.empty", "No data yet"));
-    else plots.replaceChildren(...made.rows.length ? made.plots() : [el("p.none", "No data yet")]);
-  }
+function paintChart({2: make, plots, twin, legend}) {
+  const made = make(Math.max(240, plots.clientWidth || 560));
+  legend.replaceChildren(...made.legend);
+  if (plots.hidden) twin.replaceChildren(made.rows.length ? table(made.head, made.rows) : el("p.empty", "No data yet"));
+  else plots.replaceChildren(...made.rows.length ? made.plots() : [el("p.none", "No data yet")]);
 }
 
 /* A round number at or above n. */
@@ -12777,23 +12778,19 @@ function lineChart(title, name, width, height, text) {
   }
   return svg;
 }
-const modelRows = (...names) => Object.entries(figures.model.rows).flatMap(([model, rows]) => rows.map(row => [model, row]))
-  .filter(([, row]) => names.some(name => known(row[name].p50))).sort(([, a], [, b]) => a.t < b.t ? 1 : -1);
-const modelLegend = (...names) => different(modelRows(...names).map(([model]) => model)).map(model => el("li.isolate", swatch(toneOf(model)), model));
-function speedChart(width) {
-  return {
-    legend: modelLegend("reading", "writing"), head: ["Model", "From", "Read, median", "p95", "Written, median", "p95"],
-    rows: modelRows("reading", "writing").map(([model, row]) => [model, timeOf(row),
-      ...["reading", "writing"].flatMap(name => [rate(row[name].p50), rate(row[name].p95)])]),
-    plots: () => [["reading", "Reading, tok/s"], ["writing", "Writing, tok/s"]].flatMap(([name, title]) =>
-      [el("p.muted.small", title), lineChart(title, name, width, 97, short)]),
-  };
-}
-function firstChart(width) {
-  return {
-    legend: modelLegend("ttftMs"), head: ["Model", "From", "Median", "p95"],
-    rows: modelRows("ttftMs").map(([model, row]) => [model, timeOf(row), span(row.ttftMs.p50), span(row.ttftMs.p95)]),
-    plots: () => [lineChart("Time to first token", "ttftMs", width, 236, ms => ms < 1000 ? whole(ms) + " ms" : short(ms / 1000) + " s")],
+/* Charts by model of some of a row's percentiles, each with its title; all as one table. */
+function byModel(titles, height, text, shown) {
+  const names = Object.keys(titles);
+  return width => {
+    const rows = Object.entries(figures.model.rows).flatMap(([model, of]) => of.map(row => [model, row]))
+      .filter(([, row]) => names.some(name => known(row[name].p50))).sort(([, a], [, b]) => a.t < b.t ? 1 : -1);
+    return {
+      legend: different(rows.map(([model]) => model)).map(model => el("li.isolate", swatch(toneOf(model)), model)),
+      head: ["Model", "From", ...names.flatMap(name => [titles[name], "p95"])],
+      rows: rows.map(([model, row]) => [model, timeOf(row), ...names.flatMap(name => [shown(row[name].p50), shown(row[name].p95)])]),
+      plots: () => names.flatMap(name => [names.length > 1 && el("p.muted.small", titles[name]),
+        lineChart(titles[name], name, width, height, text)]).filter(Boolean),
+    };
   };
 }
 

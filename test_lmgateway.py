@@ -7193,6 +7193,13 @@ def test_whose_turn_it_is(turns, clock, order):
     assert "".join(order_of(1, turns, clock)) == order
 
 
+def test_whoever_has_the_fewest_running_comes_before_whoever_was_served_longest_ago():
+    scheduler, turns = lmgateway.Scheduler(4), [turn(name) for name in "aabcab"]
+    for each in turns:
+        scheduler.join(each, 0)
+    assert scheduler.leave(turns[3], 1) == [turns[5]] and scheduler.leave(turns[5], 2) == [turns[4]]
+
+
 def test_slots_count_for_each_model_and_a_keys_own_limit_holds_nobody_up():
     scheduler = lmgateway.Scheduler(2)
     scheduler.limits["a"] = 1
