@@ -4404,6 +4404,14 @@ def test_the_answer_to_a_body_that_we_cannot_read_shows_whether_it_is_a_stream(f
     assert front.hub.shown()[0]["stream"] and studio.peers[0].body == body
 
 
+@pytest.mark.parametrize("depth", [300, 600, 900])
+def test_a_body_that_is_nested_as_deep_as_json_is_read_is_an_inference(front, studio, depth):
+    body, mark = b'{"messages":%b}' % (b"[" * depth + b"]" * depth), front.hub.last
+    assert status_of(talk(front.port, request(POST_CHAT, body))) == 200
+    front.events(mark, "inference_complete")
+    assert studio.peers[0].body == body
+
+
 def test_what_no_answer_came_to_is_given_up_even_if_its_body_cannot_be_read(fronts, studio):
     front, studio.script = fronts(proxy_timeout=100), silence
     assert status_of(talk(front.port, request(POST_CHAT, UNREADABLE["utf-16"]))) == 504
