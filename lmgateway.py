@@ -2324,16 +2324,23 @@ def parse_body(dialect, data):
             "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
 
+FILES = ("image_url", "source", "input_audio", "file", "data_url")    # members that stand for what is no text
+
+
 def text_size(value):
     """Characters of all texts in JSON, roles and types aside; None if there are pictures or files."""
-    sizes: list[Any] = [len(value)] if isinstance(value, str) and not value.startswith("data:") else []
-    if isinstance(value, dict):
-        files = ("image_url", "source", "input_audio", "file", "data_url")
-        sizes = [None if name in files else text_size(item)
-                 for name, item in value.items() if name not in ("role", "type")]
-    elif isinstance(value, list):
-        sizes = [text_size(item) for item in value]
-    return None if None in sizes else sum(sizes)
+    size, rest = 0, [value]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            size += 0 if value.startswith("data:") else len(value)
+        elif isinstance(value, list):
+            rest += value
+        elif isinstance(value, dict):
+            if not value.keys().isdisjoint(FILES):
+                return None
+            rest += [item for name, item in value.items() if name not in ("role", "type")]
+    return size
 
 
 def ask_usage(data, options):

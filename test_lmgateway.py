@@ -644,14 +644,6 @@ def answer(prompt, completion, model="m"):
     return ANSWER.replace("21", str(completion)).replace("100", str(prompt)).replace("[m]", f"[{model}]")
 
 
-def g1_run(prompt, fresh=1):
-    return G1_RUN.replace("tokens: 100", f"tokens: {prompt}").replace("decode: 100", f"decode: {fresh}")
-
-
-def g1_timed(completion, fresh=1):
-    return G1_TIMED.replace("100 tokens", f"{fresh} tokens").replace("20 runs", f"{completion} runs")
-
-
 def task_run(task, prompt):
     return its(PROMPT, task).replace("n_tokens = 100", f"n_tokens = {prompt}")
 
@@ -1026,6 +1018,7 @@ def test_what_nobody_knows_is_counted_and_shown_without_its_words(utc):
 
 
 def test_engines_are_counted_by_generation(utc):
+    sample("two-models-at-once")
     counts = {}
     for path in FILE_STYLE:
         parser = Parser()
@@ -4409,6 +4402,14 @@ def test_the_answer_to_a_body_that_we_cannot_read_shows_whether_it_is_a_stream(f
     (done,) = front.events(0, "inference_complete", "error")
     assert (done.get("error"), done["tokenUsage"], done["model"]) == (None, COUNTS, "qwen/qwen3-8b")
     assert front.hub.shown()[0]["stream"] and studio.peers[0].body == body
+
+
+@pytest.mark.parametrize("depth", [300, 600, 900])
+def test_a_body_that_is_nested_as_deep_as_json_is_read_is_an_inference(front, studio, depth):
+    body, mark = b'{"messages":%b}' % (b"[" * depth + b"]" * depth), front.hub.last
+    assert status_of(talk(front.port, request(POST_CHAT, body))) == 200
+    front.events(mark, "inference_complete")
+    assert studio.peers[0].body == body
 
 
 def test_what_no_answer_came_to_is_given_up_even_if_its_body_cannot_be_read(fronts, studio):
@@ -9671,13 +9672,13 @@ def test_start_up_lines_have_the_form_of_the_contract(tmp_path, command_flags):
             wanted = {name: form for name, form in wanted.items() if not re.fullmatch(form, rest)}
 
 
-HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eabc\u2066\u2028\x7f\r\b\0"
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eabc\u2066\u2028\x7f\r\b\0"
 
 
 def test_control_characters_of_a_log_never_reach_the_terminal(tmp_path, capsys):
     log = put(tmp_path / "hostile.log", (
-        f"[2026-05-01 10:00:00][INFO][{HOSTILE}] Running chat completion on conversation with 1 messages.\n"
-        f"[2026-05-01 10:00:00][ERROR] {HOSTILE}\n{HOSTILE}\n[2026-05-01 10:00:00][INFO] {HOSTILE}\n").encode())
+        f"[2026-05-01 10:00:00][INFO][{ESCAPES}] Running chat completion on conversation with 1 messages.\n"
+        f"[2026-05-01 10:00:00][ERROR] {ESCAPES}\n{ESCAPES}\n[2026-05-01 10:00:00][INFO] {ESCAPES}\n").encode())
     out = run(capsys, "--tail-only", log)[1]
     assert not re.search("[\0-\t\x0b-\x1f\x7f-\x9f\u2028\u202e\u2066]", out) and out.count("owned") >= 3
 
