@@ -8418,6 +8418,7 @@ def test_the_demo_asks_for_a_key_only_where_one_was_named(home, monkeypatch, opt
             asked = lmgateway.Request("POST", "/v1/models", (1, 1), [("X-API-Key", secret)])
             identity = access.recognize(asked)
             assert (identity and identity.name) == name and (identity is None) == (needed and name is None)
+            assert needed or access.identify(asked, []) == identity     # as a request that is served
         assert {access.terms(name).priority for name in lmgateway.DEMO_KEYS} == set(lmgateway.PRIORITIES)
 
 
@@ -8437,6 +8438,8 @@ def test_the_demo_has_an_hour_behind_it():
     assert all(sum(phase["ms"] for phase in row["phases"]) == pytest.approx(row["totalTimeMs"], abs=2) for row in rows)
     times = [json.loads(data.partition(b"data: ")[2])["timestamp"] for _, _, data in gateway.hub._frames]
     assert times == sorted(times) and abs(gateway.hub._clock() - time.monotonic()) < 1
+    assert {model: len(known) >= 3 for model, known in gateway.turns._scheduler._times.items()} == dict.fromkeys(
+        lmgateway.DEMO_MODELS, True)    # so that a place in the line has a time from the start
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -8514,6 +8517,19 @@ def test_the_imitation_answers_as_lm_studio_does(tmp_path):
         assert turns == ["processing task", "Finished streaming"] * 5       # one after the other
         assert status_of(asked("GET /v1/nothing")) == 200 and "Unexpected endpoint" in json_of(asked("GET /v1/nothing"))["error"]
         assert status_of(asked(POST_CHAT, b'{"messages": []}')) == 400
+
+        def loaded():
+            return [row["key"] for row in json_of(asked("GET /api/v1/models"))["models"] if row["loaded_instances"]]
+
+        small, embedding = lmgateway.DEMO_MODELS[1], lmgateway.DEMO_EMBEDDING
+        assert small in loaded() and embedding not in loaded()
+        for change, name in (("unload", "instance_id"), ("load", "model")):
+            for model in (small, embedding):
+                assert status_of(asked(f"POST /api/v1/models/{change}", json.dumps({name: model}).encode())) == 200
+            assert (small in loaded(), embedding in loaded()) == (change == "load",) * 2
+        asked("POST /api/v1/models/unload", json.dumps({"instance_id": small}).encode())
+        asked(POST_CHAT, json.dumps({**stream, "model": small}).encode())     # which loads it
+        assert small in loaded()
         studio.batch_s, studio.batch = 0.02, 20
         with dial(port) as sock:
             sock.sendall(request(POST_CHAT, json.dumps(stream).encode()))
