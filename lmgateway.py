@@ -155,8 +155,13 @@ class Option(NamedTuple):
     value: str | None = None  # its flag's placeholder in --help; None: it has no flag
     alias: str | None = None  # its name, if that is not the variable's
 
-    name = property(lambda self: self.alias or self.variable.lower())
-    flag = property(lambda self: None if self.value is None else flag_of(self.name))
+    @property
+    def name(self):
+        return self.alias or self.variable.lower()
+
+    @property
+    def flag(self):
+        return None if self.value is None else flag_of(self.name)
 
 
 def flag_of(name):
