@@ -155,8 +155,13 @@ class Option(NamedTuple):
     value: str | None = None  # its flag's placeholder in --help; None: it has no flag
     alias: str | None = None  # its name, if that is not the variable's
 
-    name = property(lambda self: self.alias or self.variable.lower())
-    flag = property(lambda self: None if self.value is None else flag_of(self.name))
+    @property
+    def name(self):
+        return self.alias or self.variable.lower()
+
+    @property
+    def flag(self):
+        return None if self.value is None else flag_of(self.name)
 
 
 def flag_of(name):
@@ -297,8 +302,8 @@ ACCESS_OPTIONS = (
     Option("GATEWAY_API_KEY", {}, api_keys,
            "one key, or several as name=key,name=key; a process list shows it", "KEY", "api_key"),
     Option("KEYS_FILE", None, str, "minted keys, hashed; else in the user's configuration directory", "FILE"),
-    Option("USERS_FROM", (), words, "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
-    Option("NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
+    Option("USERS_FROM", (), words, "keys of several users each, whom Open WebUI's headers name", "LIST"),
+    Option("NO_AUTH", False, boolean, "listen beyond this machine without a key", ""),
     Option("IP_ALLOWLIST", None, networks, "addresses and CIDR ranges that may connect", "LIST", "allow"),
     Option("CORS_ORIGINS", (), origins, "origins whose pages may call (https://chat.example), or *", "LIST"),
     Option("TRUSTED_PROXIES", (), networks,
