@@ -10210,16 +10210,16 @@ class Cards:
 
 
 def card_lines(record, age_s, marks):
-    """A running request in up to three lines: its client, its progress, its cache and context.
-
-    record is the data of an inference_progress that is age_s old."""
+    """A running request in up to three lines: its client, its progress, its cache and context; one that waits in
+    one.  record is the data of an inference_progress that is age_s old."""
     who = [record.get("model") or "(model not named)",
            *(record[name] for name in ("user", "key", "client", "path") if record.get(name))]
     try:
-        rows = [map(str, who), doing(record, age_s, marks), holding(record)]
+        words = list(doing(record, age_s, marks))
+        rows = [[*words, *who]] if words[0] == "WAIT" else [who, words, list(holding(record))]
     except ODD:
-        rows = [map(str, who)]
-    return [printable(row) for row in map("  ".join, rows) if row]
+        rows = [who]
+    return [printable("  ".join(map(str, row))) for row in rows if row]
 
 
 def doing(record, age_s, marks):

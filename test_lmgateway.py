@@ -8644,23 +8644,23 @@ READING = record_progress(model="m", state="prompt", elapsedMs=61000, cache={"re
                    context={"size": 32768, "used": 14906, "percentage": 45.5})
 WRITING = record_progress(state="generating", elapsedMs=0, progress={"outputTokens": 1312, "outputTokensPerSecond": 17.84})
 CARDS = [  # what happened, the lines of the cards at second 5
-    ([STARTED], ["m  anna  10.0.0.7  /v1/chat/completions", "WAIT  elapsed 5s"]),
+    ([STARTED], ["WAIT  elapsed 5s  m  anna  10.0.0.7  /v1/chat/completions"]),
     ([STARTED, Event("lmstudio_chat_end", {"outcome": "finished"})],
-     ["m  anna  10.0.0.7  /v1/chat/completions", "WAIT  elapsed 5s"]),
+     ["WAIT  elapsed 5s  m  anna  10.0.0.7  /v1/chat/completions"]),
     ([STARTED, Event("inference_complete", {"requestId": "req_1"})], []),
     ([STARTED, Event("error", {"requestId": "req_1"})], []),
     ([READING], ["m", "PREFILL  ###.....  41 %  eta 1m22s  6,144/14,906  101 tok/s  elapsed 1m06s",
                  "cache    0 of 14,906 prompt tokens reused (0 %)  context 14,906 of 32,768"]),
     ([READING, WRITING], ["(model not named)", "WRITE  1,312 tok  17.8 tok/s  elapsed 4s"]),
     ([STARTED, record_progress(model="m", state="queued", position=2, waiting=5, etaMs=40000)],
-     ["m", "WAIT  queued  2 of 5  elapsed 4s  eta 36s"]),
+     ["WAIT  queued  2 of 5  elapsed 4s  eta 36s  m"]),
     ([record_progress("log_1", model="m", source="lmstudio", state="prompt"),
       record_progress("log_1", model="m", source="lmstudio", state="done")], []),
     ([record_progress(**{name: "x\x1b[2J" for name in READING.data if name not in ("requestId", "timestamp")})],
      ["x\\x1b[2J"]),
     ([record_progress(["odd"], **{name: 10 ** 400 for name in ("model", "progress", "cache", "elapsedMs")})],
      [str(10 ** 400)[:120]]),
-    ([record_progress(model={"odd": []}, state=["odd"])], ["{'odd': []}", "WAIT  ['odd']  elapsed 5s"]),
+    ([record_progress(model={"odd": []}, state=["odd"])], ["WAIT  ['odd']  elapsed 5s  {'odd': []}"]),
 ]
 
 
@@ -8677,7 +8677,7 @@ def test_cards_never_need_more_room_than_the_terminal_has():
             lines = cards_after(events, columns=columns, rows=rows)
             assert len(lines) <= max(0, rows)
             assert all(lmgateway.width_of(line) <= max(1, columns) and "\u202e" not in line for line in lines)
-    assert cards_after(events, rows=7)[-1] == "and 6 more running"
+    assert cards_after(events, rows=7)[-1] == "and 3 more running"
     assert cards_after(events, now=lmgateway.Cards.STALE_S + 10) == []
 
 
