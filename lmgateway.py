@@ -155,8 +155,13 @@ class Option(NamedTuple):
     value: str | None = None  # its flag's placeholder in --help; None: it has no flag
     alias: str | None = None  # its name, if that is not the variable's
 
-    name = property(lambda self: self.alias or self.variable.lower())
-    flag = property(lambda self: None if self.value is None else flag_of(self.name))
+    @property
+    def name(self):
+        return self.alias or self.variable.lower()
+
+    @property
+    def flag(self):
+        return None if self.value is None else flag_of(self.name)
 
 
 def flag_of(name):
@@ -297,8 +302,8 @@ ACCESS_OPTIONS = (
     Option("GATEWAY_API_KEY", {}, api_keys,
            "one key, or several as name=key,name=key; a process list shows it", "KEY", "api_key"),
     Option("KEYS_FILE", None, str, "minted keys, hashed; else in the user's configuration directory", "FILE"),
-    Option("USERS_FROM", (), words, "keys behind which others stand, whom Open WebUI's headers name", "LIST"),
-    Option("NO_AUTH", False, boolean, "listen beyond loopback without a key", ""),
+    Option("USERS_FROM", (), words, "keys of several users each, whom Open WebUI's headers name", "LIST"),
+    Option("NO_AUTH", False, boolean, "listen beyond this machine without a key", ""),
     Option("IP_ALLOWLIST", None, networks, "addresses and CIDR ranges that may connect", "LIST", "allow"),
     Option("CORS_ORIGINS", (), origins, "origins whose pages may call (https://chat.example), or *", "LIST"),
     Option("TRUSTED_PROXIES", (), networks,
@@ -432,7 +437,7 @@ def loopback(host):
 
 
 class Event(NamedTuple):
-    """What every listener receives.  data is strict JSON.  One without a name is a fact for the join alone."""
+    """News for every listener.  data is strict JSON.  One without a name is a fact for the join alone."""
 
     name: str
     data: dict
@@ -2061,7 +2066,8 @@ def answer_figures(body):
         # Anthropic counts tokens apart that come from a cache or go into it
         found["prompt"] += sum(count(usage, f"cache_{kind}_input_tokens", default=0)
                                for kind in ("read", "creation"))
-    rates = {figure: usable(stats[name]) for figure, names in RATES.items() for name in names if name in stats}
+    rates = {figure: usable(stats[name]) for figure, names in RATES.items() for name in names
+             if name in stats}
     return without_none(**found, **rates)
 
 
@@ -2309,21 +2315,28 @@ def parse_body(dialect, data):
         return found
     return found._replace(
         messages=len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
-        fingerprint=fingerprint(body) if len(data) <= 1024 * 1024 else None,   # the log cuts a longer one itself
+        fingerprint=fingerprint(body) if len(data) <= 1024 * 1024 else None,   # the log cuts a longer one
         size=text_size([body.get(name) for name in (
             "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
 
+FILES = ("image_url", "source", "input_audio", "file", "data_url")    # members that stand for what is no text
+
+
 def text_size(value):
     """Characters of all texts in JSON, roles and types aside; None if there are pictures or files."""
-    sizes: list[Any] = [len(value)] if isinstance(value, str) and not value.startswith("data:") else []
-    if isinstance(value, dict):
-        files = ("image_url", "source", "input_audio", "file", "data_url")
-        sizes = [None if name in files else text_size(item)
-                 for name, item in value.items() if name not in ("role", "type")]
-    elif isinstance(value, list):
-        sizes = [text_size(item) for item in value]
-    return None if None in sizes else sum(sizes)
+    size, rest = 0, [value]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            size += 0 if value.startswith("data:") else len(value)
+        elif isinstance(value, list):
+            rest += value
+        elif isinstance(value, dict):
+            if not value.keys().isdisjoint(FILES):
+                return None
+            rest += [item for name, item in value.items() if name not in ("role", "type")]
+    return size
 
 
 def ask_usage(data, options):
@@ -2370,8 +2383,8 @@ def json_hash(value):
 
 
 def log_text(text, keeps=100):
-    """A string of a request body as the log shows it, without the mark for its missing middle: 50 UTF-16 units (100
-    bytes) before and after it."""
+    """A string of a request body as the log shows it, without the mark for its missing middle: 50 UTF-16 units
+    (100 bytes) before and after it."""
     head, cut, tail = text.partition(LOG_CUT)
     if cut:
         return head + tail
@@ -3636,9 +3649,8 @@ A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000
 A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
-# Names and meanings: lmstudio_* are figures of the log and of LM Studio's REST API, whether a request came
-# through us or not, with lmstudio-exporter's names; lmstudio_gateway_* are of requests through us.  Base units,
-# ratios from 0 to 1.
+# lmstudio_* are figures of the log and of LM Studio's REST API, whether a request came through us or not, with
+# lmstudio-exporter's names; lmstudio_gateway_* are of requests through us.  Base units, ratios from 0 to 1.
 METRICS = (
     Metric("lmstudio_up", "", "1 when LM Studio answered when last asked"),
     Metric("lmstudio_loaded_models", "", "Models that are loaded; absent when unknown"),
@@ -3666,8 +3678,8 @@ METRICS = (
     Metric("lmstudio_log_last_entry_timestamp_seconds", "", "Time of the latest log entry"),
     Metric("lmstudio_log_directory_bytes", "", "Size of the log directory"),
     Metric("lmstudio_log_filesystem_free_bytes", "", "Room left on its file system"),
-    Metric("lmstudio_gateway_requests_total", "key model endpoint code", "Inferences that ended; code 0: no answer"),
-    Metric("lmstudio_gateway_tokens_total", "key model type", "Tokens: input, output, cached_input, reasoning"),
+    Metric("lmstudio_gateway_requests_total", "key model endpoint code", "Ended inferences; 0: no answer"),
+    Metric("lmstudio_gateway_tokens_total", "key model type", "input, output, cached_input, reasoning"),
     Metric("lmstudio_gateway_request_duration_seconds", "endpoint model stream", "From arrival to end",
            DURATION_S),
     Metric("lmstudio_gateway_time_to_first_token_seconds", "model",
@@ -10286,16 +10298,16 @@ class Cards:
 
 
 def card_lines(record, age_s, marks):
-    """A running request in up to three lines: its client, its progress, its cache and context.
-
-    record is the data of an inference_progress that is age_s old."""
+    """A running request in up to three lines: its client, its progress, its cache and context; one that waits in
+    one.  record is the data of an inference_progress that is age_s old."""
     who = [record.get("model") or "(model not named)",
            *(record[name] for name in ("user", "key", "client", "path") if record.get(name))]
     try:
-        rows = [map(str, who), doing(record, age_s, marks), holding(record)]
+        words = list(doing(record, age_s, marks))
+        rows = [[*words, *who]] if words[0] == "WAIT" else [who, words, list(holding(record))]
     except ODD:
-        rows = [map(str, who)]
-    return [printable(row) for row in map("  ".join, rows) if row]
+        rows = [who]
+    return [printable("  ".join(map(str, row))) for row in rows if row]
 
 
 def doing(record, age_s, marks):
@@ -10524,7 +10536,8 @@ def report(args, config):
             freeze_start_up()
             requests = Requests("", keep=0)
             replay(saved_logs(args.paths), lambda events: store_rows(kept, [
-                history_row(record) for record in changed_records(requests, events) if record.ended is not None]))
+                history_row(record) for record in changed_records(requests, events)
+                if record.ended is not None]))
         rows, total = usage_rows(kept, ["day", "model"]), usage_rows(kept, [])
     if args.json:
         print("\n".join(map(json.dumps, rows)))
@@ -10808,8 +10821,8 @@ def check_upstream(config):
     if config.port == (parts.port or (443 if parts.scheme == "https" else 80)):
         ours = {"127.0.0.1", "::1", *lan_addresses()} if config.host in ANYWHERE else resolved(config.host)
         if ours & resolved(parts.hostname):
-            raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
-                              "as http://127.0.0.1:1234")
+            raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, "
+                              "such as http://127.0.0.1:1234")
 
 
 def open_monitor(config, upstream=None):
@@ -11284,7 +11297,7 @@ def prune(args, config):
 def old_logs(directory, days, today):
     """[(LogFile, bytes)] of the logs that are, by their names, more than so many days old.
 
-    Never the newest.  Only plain files in plain directories, with names of server logs.  Raises OSError when the
+    Never the newest.  Only plain files in plain directories, with names of server logs.  Raises OSError if the
     directory cannot be listed."""
     first_kept = (today - datetime.timedelta(days=days)).isoformat()
     old = [(log_file, os.lstat(log_file.path)) for log_file in list_logs(directory)[:-1]
@@ -11418,8 +11431,8 @@ def chosen_command(args):
     for name in dict.fromkeys(name for command in COMMANDS for name in command.companions):
         hosts = [command for command in COMMANDS if name in command.companions]
         if getattr(args, name) not in (None, False) and chosen not in hosts and (chosen or name != "open"):
-            raise ConfigError(f"{flag_of(name)} goes with {' or '.join(flag_of(command.name) for command in hosts)}"
-                              + " or no command" * (name == "open"))
+            others = [flag_of(command.name) for command in hosts] + ["no command"] * (name == "open")
+            raise ConfigError(f"{flag_of(name)} goes with {' or '.join(others)}")
     if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     if args.events is not None and not words(args.events):

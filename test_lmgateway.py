@@ -644,14 +644,6 @@ def answer(prompt, completion, model="m"):
     return ANSWER.replace("21", str(completion)).replace("100", str(prompt)).replace("[m]", f"[{model}]")
 
 
-def g1_run(prompt, fresh=1):
-    return G1_RUN.replace("tokens: 100", f"tokens: {prompt}").replace("decode: 100", f"decode: {fresh}")
-
-
-def g1_timed(completion, fresh=1):
-    return G1_TIMED.replace("100 tokens", f"{fresh} tokens").replace("20 runs", f"{completion} runs")
-
-
 def task_run(task, prompt):
     return its(PROMPT, task).replace("n_tokens = 100", f"n_tokens = {prompt}")
 
@@ -1025,6 +1017,7 @@ def test_what_nobody_knows_is_counted_and_shown_without_its_words(utc):
 
 
 def test_engines_are_counted_by_generation(utc):
+    sample("two-models-at-once")
     counts = {}
     for path in FILE_STYLE:
         parser = Parser()
@@ -4408,6 +4401,14 @@ def test_the_answer_to_a_body_that_we_cannot_read_shows_whether_it_is_a_stream(f
     (done,) = front.events(0, "inference_complete", "error")
     assert (done.get("error"), done["tokenUsage"], done["model"]) == (None, COUNTS, "qwen/qwen3-8b")
     assert front.hub.shown()[0]["stream"] and studio.peers[0].body == body
+
+
+@pytest.mark.parametrize("depth", [300, 600, 900])
+def test_a_body_that_is_nested_as_deep_as_json_is_read_is_an_inference(front, studio, depth):
+    body, mark = b'{"messages":%b}' % (b"[" * depth + b"]" * depth), front.hub.last
+    assert status_of(talk(front.port, request(POST_CHAT, body))) == 200
+    front.events(mark, "inference_complete")
+    assert studio.peers[0].body == body
 
 
 def test_what_no_answer_came_to_is_given_up_even_if_its_body_cannot_be_read(fronts, studio):
@@ -8416,6 +8417,7 @@ def test_the_demo_asks_for_a_key_only_where_one_was_named(home, monkeypatch, opt
             asked = lmgateway.Request("POST", "/v1/models", (1, 1), [("X-API-Key", secret)])
             identity = access.recognize(asked)
             assert (identity and identity.name) == name and (identity is None) == (needed and name is None)
+            assert needed or access.identify(asked, []) == identity     # as a request that is served
         assert {access.terms(name).priority for name in lmgateway.DEMO_KEYS} == set(lmgateway.PRIORITIES)
 
 
@@ -8435,6 +8437,8 @@ def test_the_demo_has_an_hour_behind_it():
     assert all(sum(phase["ms"] for phase in row["phases"]) == pytest.approx(row["totalTimeMs"], abs=2) for row in rows)
     times = [json.loads(data.partition(b"data: ")[2])["timestamp"] for _, _, data in gateway.hub._frames]
     assert times == sorted(times) and abs(gateway.hub._clock() - time.monotonic()) < 1
+    assert {model: len(known) >= 3 for model, known in gateway.turns._scheduler._times.items()} == dict.fromkeys(
+        lmgateway.DEMO_MODELS, True)    # so that a place in the line has a time from the start
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -8512,6 +8516,19 @@ def test_the_imitation_answers_as_lm_studio_does(tmp_path):
         assert turns == ["processing task", "Finished streaming"] * 5       # one after the other
         assert status_of(asked("GET /v1/nothing")) == 200 and "Unexpected endpoint" in json_of(asked("GET /v1/nothing"))["error"]
         assert status_of(asked(POST_CHAT, b'{"messages": []}')) == 400
+
+        def loaded():
+            return [row["key"] for row in json_of(asked("GET /api/v1/models"))["models"] if row["loaded_instances"]]
+
+        small, embedding = lmgateway.DEMO_MODELS[1], lmgateway.DEMO_EMBEDDING
+        assert small in loaded() and embedding not in loaded()
+        for change, name in (("unload", "instance_id"), ("load", "model")):
+            for model in (small, embedding):
+                assert status_of(asked(f"POST /api/v1/models/{change}", json.dumps({name: model}).encode())) == 200
+            assert (small in loaded(), embedding in loaded()) == (change == "load",) * 2
+        asked("POST /api/v1/models/unload", json.dumps({"instance_id": small}).encode())
+        asked(POST_CHAT, json.dumps({**stream, "model": small}).encode())     # which loads it
+        assert small in loaded()
         studio.batch_s, studio.batch = 0.02, 20
         with dial(port) as sock:
             sock.sendall(request(POST_CHAT, json.dumps(stream).encode()))
@@ -8626,23 +8643,23 @@ READING = record_progress(model="m", state="prompt", elapsedMs=61000, cache={"re
                    context={"size": 32768, "used": 14906, "percentage": 45.5})
 WRITING = record_progress(state="generating", elapsedMs=0, progress={"outputTokens": 1312, "outputTokensPerSecond": 17.84})
 CARDS = [  # what happened, the lines of the cards at second 5
-    ([STARTED], ["m  anna  10.0.0.7  /v1/chat/completions", "WAIT  elapsed 5s"]),
+    ([STARTED], ["WAIT  elapsed 5s  m  anna  10.0.0.7  /v1/chat/completions"]),
     ([STARTED, Event("lmstudio_chat_end", {"outcome": "finished"})],
-     ["m  anna  10.0.0.7  /v1/chat/completions", "WAIT  elapsed 5s"]),
+     ["WAIT  elapsed 5s  m  anna  10.0.0.7  /v1/chat/completions"]),
     ([STARTED, Event("inference_complete", {"requestId": "req_1"})], []),
     ([STARTED, Event("error", {"requestId": "req_1"})], []),
     ([READING], ["m", "PREFILL  ###.....  41 %  eta 1m22s  6,144/14,906  101 tok/s  elapsed 1m06s",
                  "cache    0 of 14,906 prompt tokens reused (0 %)  context 14,906 of 32,768"]),
     ([READING, WRITING], ["(model not named)", "WRITE  1,312 tok  17.8 tok/s  elapsed 4s"]),
     ([STARTED, record_progress(model="m", state="queued", position=2, waiting=5, etaMs=40000)],
-     ["m", "WAIT  queued  2 of 5  elapsed 4s  eta 36s"]),
+     ["WAIT  queued  2 of 5  elapsed 4s  eta 36s  m"]),
     ([record_progress("log_1", model="m", source="lmstudio", state="prompt"),
       record_progress("log_1", model="m", source="lmstudio", state="done")], []),
     ([record_progress(**{name: "x\x1b[2J" for name in READING.data if name not in ("requestId", "timestamp")})],
      ["x\\x1b[2J"]),
     ([record_progress(["odd"], **{name: 10 ** 400 for name in ("model", "progress", "cache", "elapsedMs")})],
      [str(10 ** 400)[:120]]),
-    ([record_progress(model={"odd": []}, state=["odd"])], ["{'odd': []}", "WAIT  ['odd']  elapsed 5s"]),
+    ([record_progress(model={"odd": []}, state=["odd"])], ["WAIT  ['odd']  elapsed 5s  {'odd': []}"]),
 ]
 
 
@@ -8659,7 +8676,7 @@ def test_cards_never_need_more_room_than_the_terminal_has():
             lines = cards_after(events, columns=columns, rows=rows)
             assert len(lines) <= max(0, rows)
             assert all(lmgateway.width_of(line) <= max(1, columns) and "\u202e" not in line for line in lines)
-    assert cards_after(events, rows=7)[-1] == "and 6 more running"
+    assert cards_after(events, rows=7)[-1] == "and 3 more running"
     assert cards_after(events, now=lmgateway.Cards.STALE_S + 10) == []
 
 
@@ -9654,13 +9671,13 @@ def test_start_up_lines_have_the_form_of_the_contract(tmp_path, command_flags):
             wanted = {name: form for name, form in wanted.items() if not re.fullmatch(form, rest)}
 
 
-HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eabc\u2066\u2028\x7f\r\b\0"
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eabc\u2066\u2028\x7f\r\b\0"
 
 
 def test_control_characters_of_a_log_never_reach_the_terminal(tmp_path, capsys):
     log = put(tmp_path / "hostile.log", (
-        f"[2026-05-01 10:00:00][INFO][{HOSTILE}] Running chat completion on conversation with 1 messages.\n"
-        f"[2026-05-01 10:00:00][ERROR] {HOSTILE}\n{HOSTILE}\n[2026-05-01 10:00:00][INFO] {HOSTILE}\n").encode())
+        f"[2026-05-01 10:00:00][INFO][{ESCAPES}] Running chat completion on conversation with 1 messages.\n"
+        f"[2026-05-01 10:00:00][ERROR] {ESCAPES}\n{ESCAPES}\n[2026-05-01 10:00:00][INFO] {ESCAPES}\n").encode())
     out = run(capsys, "--tail-only", log)[1]
     assert not re.search("[\0-\t\x0b-\x1f\x7f-\x9f\u2028\u202e\u2066]", out) and out.count("owned") >= 3
 
