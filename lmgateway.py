@@ -3013,7 +3013,7 @@ class Ledger:
         self._swept = self._settle_at = 0.0  # clock of the last _expire, of the next settle
         self._pairs = 0  # that the present settle has compared
         self._seen = self._heard = -math.inf  # clock of the latest look at the log; of the one before there were lines
-        self._gap = FLUSH_S  # how late the latest lines can have been read
+        self._gap = LAG_S  # how late the latest lines can have been read
 
     def find(self, request_id):
         """A record by its id, or None."""
@@ -3108,7 +3108,7 @@ class Timing(Ledger):
     def _look(self, events, clock):
         """The log has been read.  Lines that were not there when it was read before are not older than that."""
         if any(event.name in LIVE for event in events):
-            self._gap, self._heard = min(FLUSH_S, clock - self._heard + AT_ONCE_S), self._seen
+            self._gap, self._heard = min(LAG_S, clock - self._heard) + AT_ONCE_S, self._seen
         self._seen = clock
 
     def _time_of(self, run, stamp, clock):
@@ -3249,7 +3249,8 @@ class Matching(Timing):
         """5: an answer of tool calls begins late, so its first token says less."""
         read_by = [time + HTTP_S for time in (run.read, run.read_by) if time is not None]
         if record.first is None:
-            return read_by and not record.tools and now > min(read_by) + LAG_S
+            until = now if record.ended is None else record.ended - run.base
+            return read_by and not record.tools and until > min(read_by) + LAG_S
         first = record.first - run.base
         return (first < run.unread
                 or read_by and not record.tools and first > min(read_by))
@@ -3292,25 +3293,17 @@ class Matching(Timing):
 
     def _is_certain(self, run, record, records, runs, clock):
         """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
-        known a line of the app has to be about the run, which it can't be for a chat inside the app or an SDK's, or
-        nothing else may be at work."""
+        known the app must have told of the run, which it does not of a chat inside the app or an SDK's."""
         if runs == 1 and (has_counts(record) or record.first and record.first < clock - LAG_S):
             return True
         near = run.cancelled is not None and abs(run.cancelled + run.base - (record.ended or 0)) < FLUSH_S
-        shown = record.dialect != SOCKET.name and (run.is_of_api or self._is_alone(run, record))
-        return records == 1 and (near or runs == 1 and shown)
+        return records == 1 and (near or runs == 1 and run.is_of_api and record.dialect != SOCKET.name)
 
     def _has_twin(self, run, record, free, clock):
         """Before its usage is known: another request of its size is out by a few hundredths of a second alone."""
         return not has_counts(record) and any(
             other is not record and other.size and record.size and abs(other.size / record.size - 1) < TWIN_SIZE
             and self._ruled_out(run, other, clock) in (5, 7) for other in free)
-
-    def _is_alone(self, run, record):
-        return record.state != "loading" and not any(
-            other is not record and other.run is None and other.ended is None for other in self._open.values()) and not any(
-            other is not run and other.over is None and other.cancelled is None
-            and not (other.record and other.record.ended is not None) for other in self._runs.values())
 
 
 class Lines(Matching):

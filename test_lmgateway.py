@@ -1841,6 +1841,129 @@ def test_an_end_is_the_one_that_ended_then_and_an_answer_the_one_with_its_id(utc
     assert [record.bound_by for record in (whole, stream)] == ["14", "13"]
 
 
+def test_a_prompt_that_the_app_tells_of_at_its_begin_is_not_of_a_chat_inside_the_app(utc):
+    told = {}
+    for inside in (False, True):
+        office = Office()
+        learned(office)
+        record = office.ask("a", size=4000)
+        office.log(*[g2_run(9, 990)] * inside, g2_run(1, 1000), percent("m/one", 0))
+        office.pass_s(0.1)
+        told[inside] = record.run and record.run.total
+    assert told == {False: 1000, True: None}
+
+
+def test_a_first_token_that_is_old_has_a_run_and_if_only_one_fits_that_is_it(utc):
+    office = Office()
+    record, other = office.ask("a", size=4000), office.ask("b", size=9000, stream=False)
+    office.log(g2_run(1, 1000))
+    office.pass_s(0.5)
+    office.first("a")
+    office.pass_s(0.5)
+    assert record.run is None
+    office.pass_s(0.2)
+    assert (record.run.total, record.progress(office.clock)["percent"], other.run) == (1000, 100, None)
+
+
+MLX_LINE = "[DEBUG][coordinator][INFO]: Prompt cache restore: cached_tokens={} uncached_tokens={} lifetime_efficiency=50.00%"
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_mlx_reads_one_prompt_of_a_model_from_its_0_percent_on(utc, inside):
+    office = Office()
+    learned(office)
+    record = office.ask("a", size=4000)
+    office.log(running("m/one"), *[MLX_LINE.format(0, 970)] * inside, MLX_LINE.format(200, 800), percent("m/one", 0))
+    office.pass_s(0.1)
+    office.log(percent("m/one", 60))
+    office.log(percent("m/one", 100))
+    told = [event.data["progress"] for event in office.events
+            if event.name == "lmstudio_prompt_progress" and event.data.get("requestId") == "a"]
+    assert told == ([] if inside else [0.0, 60.0, 100.0])
+    assert (record.run and record.run.total) == (None if inside else 1000)
+
+
+def test_tasks_of_two_engines_with_one_number_and_slot_are_nobodys(utc):
+    office = Office()
+    learned(office)
+    first = office.ask("a", size=4000)
+    office.log(running("m/one"), g2_run(1, 1000), percent("m/one", 0))
+    office.pass_s(0.1)
+    second = office.ask("b", size=2000, model="m/two")
+    office.log(running("m/two"), g2_run(1, 500), g2_end(1, 500, 14))
+    office.over(second, prompt=500, completion=14)
+    office.over(first, prompt=1000, completion=20)
+    office.pass_s(0.1)
+    assert (first.run.total, first.read_speed, second.run) == (1000, None, None)
+
+
+def test_a_percent_is_of_the_batch_that_is_written_with_it(utc):
+    office = Office()
+    record = office.ask("a", size=4000)
+    office.log(g2_run(9, 1000), g2_at(9, 512))    # a chat inside the app
+    office.pass_s(0.3)
+    office.log(percent("m/one", 51.2))
+    assert record.run is None
+
+
+def test_a_token_that_came_before_a_line_can_have_been_written_is_of_another_run(utc):
+    """The log was read 0.1 s before without that line, so its prompt was not read by then."""
+    office = Office()
+    learned(office)
+    early, late = office.ask("a", size=4000), office.ask("b", size=4400)
+    office.log(g2_run(1, 1000))
+    office.pass_s(0.3)
+    office.first("a")
+    office.pass_s(0.2)
+    office.log(g2_run(2, 5000))
+    office.pass_s(0.1)
+    office.log(g2_at(1, 512), percent("m/one", 51.2))
+    assert early.run is None and late.run.total == 1000 and late.bound_by == "5"
+
+
+@pytest.mark.parametrize("apart_s, lines, told", [
+    (0.1, 2, [True, True]), (0.1, 1, [False, True]),    # the first one's line was not seen
+    (0.01, 2, [False, False])], ids=["in their order", "the nearest", "at once"])
+def test_ends_are_told_in_the_order_of_the_answers(utc, apart_s, lines, told):
+    office = Office()
+    records = [office.ask(name) for name in "ab"]
+    office.log(*[running("m/one"), streaming("m/one")] * 2)
+    for record in records:
+        office.pass_s(apart_s)
+        office.over(record, prompt=8)
+    for _ in range(lines):
+        office.log(finished("m/one"))
+    for _ in range(5):
+        office.pass_s(0.1)
+    assert [record.told_end and record.bound_by == "13" for record in records] == told
+
+
+@pytest.mark.parametrize("more, told", [(1, True), (2, False)])    # 2: one that nobody expects
+def test_the_last_line_of_a_stream_whose_client_left_is_not_anothers(utc, more, told):
+    office = Office()
+    gone, record = office.ask("a"), office.ask("b")
+    office.log(*[running("m/one"), streaming("m/one")] * 2)
+    office.leaves(gone)
+    office.log(GONE)
+    office.pass_s(1)
+    office.over(record, prompt=8)
+    office.log(finished("m/one"), *[finished("m/one")] * more)
+    for _ in range(7):
+        office.pass_s(0.1)
+    assert record.told_end is told
+
+
+def test_of_two_failures_the_line_is_of_the_one_with_its_text(utc):
+    office = Office()
+    records = [office.ask(name) for name in "ab"]
+    for record, text in zip(records, ("'max_tokens' field must be a number", "The model has crashed")):
+        office.requests.over(record, office.clock, lmgateway.Outcome("failed", 400, text, "upstream_error"))
+        office.pass_s(0.1)
+    office.log("[ERROR][m/one] Engine protocol predict stream returned an error: The model has crashed")
+    office.pass_s(0.5)
+    assert [record.told_end for record in records] == [False, True]
+
+
 def test_bindings_are_counted_and_what_is_over_is_forgotten(utc):
     office = Office()
     office.over(office.ask("a"), prompt=10)
@@ -2214,6 +2337,8 @@ def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_fig
                               target="/v1/chat/completions", stream=True)
     hub.begin(record)
     log(running("m/one"), streaming("m/one"), engine_run(1, 500, 100), percent("m/one", 0), percent("m/one", 100))
+    while record.run is None:   # a moment later it is certain
+        hub.publish_log([])
     for _ in range(2):
         hub.end(record, lmgateway.Outcome("abandoned", None, "it left", "client_disconnected"))
     log(engine_end(1, 400, 12), finished("m/one"))
