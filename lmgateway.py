@@ -3012,7 +3012,8 @@ class Ledger:
         self._numbers = itertools.count(1)
         self._swept = self._settle_at = 0.0  # clock of the last _expire, of the next settle
         self._pairs = 0  # that the present settle has compared
-        self._seen = self._heard = -math.inf  # clock of the latest look at the log; of the one before there were lines
+        self._seen = self._live = -math.inf  # clock of the latest look at the log, of the latest that found lines
+        self._bound = self._heard = -math.inf  # what that one found was written after _heard, what is next after _bound
         self._gap = LAG_S  # how late the latest lines can have been read
 
     def find(self, request_id):
@@ -3106,9 +3107,13 @@ class Timing(Ledger):
     """When the lines were written, and which run a line about a prompt means."""
 
     def _look(self, events, clock):
-        """The log has been read.  Lines that were not there when it was read before are not older than that."""
+        """The log has been read.  Lines that were not there when it was read before are not older than that, unless
+        they are the rest of what was written a moment ago."""
         if any(event.name in LIVE for event in events):
-            self._gap, self._heard = min(LAG_S, clock - self._heard) + AT_ONCE_S, self._seen
+            if clock - self._live > AT_ONCE_S:
+                self._heard = self._bound
+            self._bound, self._live = self._seen, clock
+            self._gap = min(LAG_S, clock - self._heard) + AT_ONCE_S
         self._seen = clock
 
     def _time_of(self, run, stamp, clock):
@@ -3374,8 +3379,8 @@ class Lines(Matching):
                 for record, other in zip(records, alike):
                     record.told_end |= event.name == "lmstudio_chat_end"
                     self._lines.remove(other)
-            elif line in self._lines and clock - seen > LAG_S:
-                self._lines.remove(line)
+        while self._lines and clock - self._lines[0][1] > LAG_S:
+            self._lines.popleft()
 
     def _match_line(self, event, seen, clock, alike):
         """The requests that ended at once of which one has this last line, [] while that is open."""

@@ -1697,7 +1697,7 @@ TWO = {  # of two requests ("a" was sent first), what happens before and after a
         lambda o: (o.log(g2_run(9, 40)), o.ask("a", size=4000), o.log(g2_run(1, 1000)), o.pass_s(0.1),
                    o.ask("b", size=4000)), "a", "1"),
     "one has ended before it": (
-        lambda o: (o.over(o.ask("a", size=4000), 1000), o.pass_s(0.5), o.ask("b", size=4000), o.log(g2_run(1, 1000)),
+        lambda o: (o.over(o.ask("a", size=4000), 1000), o.pass_s(1.0), o.ask("b", size=4000), o.log(g2_run(1, 1000)),
                    o.pass_s(0.1)), "b", "2"),
     "one asked another model": (
         lambda o: (o.ask("a", model="m/two", size=4000), o.log(running("m/two")), o.ask("b", size=4000),
