@@ -2608,6 +2608,8 @@ class LoggedState(RequestState):
     def on_cache(self, data, clock):
         self.cache = {name: data[name] for name in ("reused", "total", "percentage")}
         self.prompt_tokens = data["total"]
+        if self._base:  # the reading began behind what was cached
+            self._base = self._base[0], max(self._base[1], data["percentage"])
         if self.usage:
             self.usage = {**self.usage, "cachedTokens": data["reused"]}
 

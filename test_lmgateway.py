@@ -1704,9 +1704,6 @@ TWO = {  # of two requests ("a" was sent first), what happens before and after a
                    o.log(running("m/one"), g2_run(1, 1000))), "b", "3"),
     "one is longer": (
         lambda o: (learned(o), o.ask("a", size=8000), o.ask("b", size=4000), o.log(g2_run(1, 1000))), "b", "4"),
-    "one writes while it reads": (
-        lambda o: (o.ask("a", size=4000), o.ask("b", size=4800), o.log(g2_run(1, 1000)), o.first("b"), o.pass_s(0.6)),
-        "a", "5"),
 }
 
 
