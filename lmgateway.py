@@ -479,7 +479,7 @@ RULES = (
          "First token generated. Continuing to stream response.."),
     Rule("finish", "app", "line", "App", r"Finished streaming response", "Finished streaming response"),
     Rule("prediction", "app", "json", "App", r"Generated prediction: ", "Generated prediction: {"),
-    Rule("output", "app", "json", "App", r"Prediction stats: ", "Prediction stats: {"),  # by LogStream, of any answer
+    Rule("output", "app", "json", "App", r"Prediction stats: ", "Prediction stats: {"),     # LogStream's own
     Rule("response", "app", "json", "App", r"Generated synchronous v1/responses response: ",
          "Generated synchronous v1/responses response: {"),
     Rule("disconnect", "app", "line", "App", r"Client disconnected\. Stopping generation",
@@ -7403,7 +7403,7 @@ class Exchange:
     """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an inference:
     it has a record and a turn, and others hear of it until its one end."""
 
-    bell = threading.Event  # gives what rings when its turn comes
+    bell: Callable[[], Any] = threading.Event  # gives what rings when its turn comes
     record: Any = None
     turn: Any = None
     cause: Any = None  # the GatewayError for which it was stopped
