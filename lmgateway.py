@@ -3590,7 +3590,7 @@ METRICS = (
     Metric("lmstudio_log_last_entry_timestamp_seconds", "", "Time of the latest log entry"),
     Metric("lmstudio_log_directory_bytes", "", "Size of the log directory"),
     Metric("lmstudio_log_filesystem_free_bytes", "", "Room left on its file system"),
-    Metric("lmstudio_gateway_requests_total", "key model endpoint code", "Inferences that ended; code 0: none"),
+    Metric("lmstudio_gateway_requests_total", "key model endpoint code", "Ended inferences; 0: no answer"),
     Metric("lmstudio_gateway_tokens_total", "key model type", "input, output, cached_input, reasoning"),
     Metric("lmstudio_gateway_request_duration_seconds", "endpoint model stream", "From arrival to end",
            DURATION_S),
