@@ -3880,14 +3880,18 @@ def test_what_follows_a_body_is_the_next_request(front, studio, framing):
 
 
 def test_a_kept_connection_that_lm_studio_closed_costs_no_request(front, studio):
+    closed = threading.Event()
+
     def script(peer):
         peer.send(plain(b"one"))
         if len(studio.peers) == 1:
             peer.sock.shutdown(socket.SHUT_RDWR)
+            closed.set()
 
     studio.script = script
     for _ in range(3):
         assert talk(front.port, request(POST_CHAT, b"{}")).endswith(b"one")
+        assert closed.wait(PATIENCE_S)
     assert len(studio.peers) == 3
 
 
