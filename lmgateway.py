@@ -11694,7 +11694,8 @@ applyTheme(stored("theme", "auto"));
     <p class="error" id="login-error" role="alert" hidden></p>
   </form>
 
-  <section id="models" class="all view" aria-label="Models" hidden><ul class="models" id="model-list"></ul></section>
+  <section id="models" class="all view" aria-labelledby="models-title" hidden>
+    <h2 class="unseen" id="models-title">Models</h2><ul class="models" id="model-list"></ul></section>
 
   <div class="column">
   <section id="now" aria-labelledby="now-title">
