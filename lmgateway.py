@@ -10196,9 +10196,10 @@ class Cards:
             self._cards[key] = (now, event.data)
 
     def lines(self, now, columns, rows):
-        """At most rows lines of at most so many columns; the oldest requests first."""
+        """At most rows lines of at most so many columns: the oldest requests first, those in a queue last."""
         self._cards = {key: card for key, card in self._cards.items() if now - card[0] < self.STALE_S}
-        blocks = [card_lines(record, now - told, self._marks) for told, record in self._cards.values()]
+        cards = sorted(self._cards.values(), key=lambda card: count(card[1], "position", default=0))
+        blocks = [card_lines(record, now - told, self._marks) for told, record in cards]
         shown: list[str] = []
         for number, block in enumerate(blocks):
             more = len(blocks) - number
