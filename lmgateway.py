@@ -437,7 +437,7 @@ def loopback(host):
 
 
 class Event(NamedTuple):
-    """What every listener receives.  data is strict JSON.  One without a name is a fact for the join alone."""
+    """News for every listener.  data is strict JSON.  One without a name is a fact for the join alone."""
 
     name: str
     data: dict
@@ -479,7 +479,7 @@ RULES = (
          "First token generated. Continuing to stream response.."),
     Rule("finish", "app", "line", "App", r"Finished streaming response", "Finished streaming response"),
     Rule("prediction", "app", "json", "App", r"Generated prediction: ", "Generated prediction: {"),
-    Rule("output", "app", "json", "App", r"Prediction stats: ", "Prediction stats: {"),  # by LogStream, of any answer
+    Rule("output", "app", "json", "App", r"Prediction stats: ", "Prediction stats: {"),     # LogStream's own
     Rule("response", "app", "json", "App", r"Generated synchronous v1/responses response: ",
          "Generated synchronous v1/responses response: {"),
     Rule("disconnect", "app", "line", "App", r"Client disconnected\. Stopping generation",
@@ -2076,7 +2076,8 @@ def answer_figures(body):
         # Anthropic counts tokens apart that come from a cache or go into it
         found["prompt"] += sum(count(usage, f"cache_{kind}_input_tokens", default=0)
                                for kind in ("read", "creation"))
-    rates = {figure: usable(stats[name]) for figure, names in RATES.items() for name in names if name in stats}
+    rates = {figure: usable(stats[name]) for figure, names in RATES.items() for name in names
+             if name in stats}
     return without_none(**found, **rates)
 
 
@@ -2324,7 +2325,7 @@ def parse_body(dialect, data):
         return found
     return found._replace(
         messages=len(messages) if dialect.counts_messages and isinstance(messages, list) else None,
-        fingerprint=fingerprint(body) if len(data) <= 1024 * 1024 else None,   # the log cuts a longer one itself
+        fingerprint=fingerprint(body) if len(data) <= 1024 * 1024 else None,   # the log cuts a longer one
         size=text_size([body.get(name) for name in (
             "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
@@ -2392,8 +2393,8 @@ def json_hash(value):
 
 
 def log_text(text, keeps=100):
-    """A string of a request body as the log shows it, without the mark for its missing middle: 50 UTF-16 units (100
-    bytes) before and after it."""
+    """A string of a request body as the log shows it, without the mark for its missing middle: 50 UTF-16 units
+    (100 bytes) before and after it."""
     head, cut, tail = text.partition(LOG_CUT)
     if cut:
         return head + tail
@@ -3560,9 +3561,8 @@ A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000
 A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
-# Names and meanings: lmstudio_* are figures of the log and of LM Studio's REST API, whether a request came
-# through us or not, with lmstudio-exporter's names; lmstudio_gateway_* are of requests through us.  Base units,
-# ratios from 0 to 1.
+# lmstudio_* are figures of the log and of LM Studio's REST API, whether a request came through us or not, with
+# lmstudio-exporter's names; lmstudio_gateway_* are of requests through us.  Base units, ratios from 0 to 1.
 METRICS = (
     Metric("lmstudio_up", "", "1 when LM Studio answered when last asked"),
     Metric("lmstudio_loaded_models", "", "Models that are loaded; absent when unknown"),
@@ -3590,8 +3590,8 @@ METRICS = (
     Metric("lmstudio_log_last_entry_timestamp_seconds", "", "Time of the latest log entry"),
     Metric("lmstudio_log_directory_bytes", "", "Size of the log directory"),
     Metric("lmstudio_log_filesystem_free_bytes", "", "Room left on its file system"),
-    Metric("lmstudio_gateway_requests_total", "key model endpoint code", "Inferences that ended; code 0: no answer"),
-    Metric("lmstudio_gateway_tokens_total", "key model type", "Tokens: input, output, cached_input, reasoning"),
+    Metric("lmstudio_gateway_requests_total", "key model endpoint code", "Ended inferences; 0: no answer"),
+    Metric("lmstudio_gateway_tokens_total", "key model type", "input, output, cached_input, reasoning"),
     Metric("lmstudio_gateway_request_duration_seconds", "endpoint model stream", "From arrival to end",
            DURATION_S),
     Metric("lmstudio_gateway_time_to_first_token_seconds", "model",
@@ -7403,7 +7403,7 @@ class Exchange:
     """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an inference:
     it has a record and a turn, and others hear of it until its one end."""
 
-    bell = threading.Event  # gives what rings when its turn comes
+    bell: Callable[[], Any] = threading.Event  # gives what rings when its turn comes
     record: Any = None
     turn: Any = None
     cause: Any = None  # the GatewayError for which it was stopped
@@ -10449,7 +10449,8 @@ def report(args, config):
             freeze_start_up()
             requests = Requests("", keep=0)
             replay(saved_logs(args.paths), lambda events: store_rows(kept, [
-                history_row(record) for record in changed_records(requests, events) if record.ended is not None]))
+                history_row(record) for record in changed_records(requests, events)
+                if record.ended is not None]))
         rows, total = usage_rows(kept, ["day", "model"]), usage_rows(kept, [])
     if args.json:
         print("\n".join(map(json.dumps, rows)))
@@ -10733,8 +10734,8 @@ def check_upstream(config):
     if config.port == (parts.port or (443 if parts.scheme == "https" else 80)):
         ours = {"127.0.0.1", "::1", *lan_addresses()} if config.host in ANYWHERE else resolved(config.host)
         if ours & resolved(parts.hostname):
-            raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, such "
-                              "as http://127.0.0.1:1234")
+            raise ConfigError(f"{config.named('upstream')} is this gateway's own address; name LM Studio's, "
+                              "such as http://127.0.0.1:1234")
 
 
 def open_monitor(config, upstream=None):
@@ -11209,7 +11210,7 @@ def prune(args, config):
 def old_logs(directory, days, today):
     """[(LogFile, bytes)] of the logs that are, by their names, more than so many days old.
 
-    Never the newest.  Only plain files in plain directories, with names of server logs.  Raises OSError when the
+    Never the newest.  Only plain files in plain directories, with names of server logs.  Raises OSError if the
     directory cannot be listed."""
     first_kept = (today - datetime.timedelta(days=days)).isoformat()
     old = [(log_file, os.lstat(log_file.path)) for log_file in list_logs(directory)[:-1]
@@ -11343,8 +11344,8 @@ def chosen_command(args):
     for name in dict.fromkeys(name for command in COMMANDS for name in command.companions):
         hosts = [command for command in COMMANDS if name in command.companions]
         if getattr(args, name) not in (None, False) and chosen not in hosts and (chosen or name != "open"):
-            raise ConfigError(f"{flag_of(name)} goes with {' or '.join(flag_of(command.name) for command in hosts)}"
-                              + " or no command" * (name == "open"))
+            others = [flag_of(command.name) for command in hosts] + ["no command"] * (name == "open")
+            raise ConfigError(f"{flag_of(name)} goes with {' or '.join(others)}")
     if args.prune is not None and not re.fullmatch(r"[1-9]\d{0,4}", args.prune):
         raise ConfigError(f"--prune {args.prune}: use a number of days from 1")
     if args.events is not None and not words(args.events):
