@@ -10211,8 +10211,8 @@ class Cards:
 
 
 def card_lines(record, age_s, marks):
-    """A running request in up to three lines: its client, its progress, its cache and context; one that waits in
-    one.  record is the data of an inference_progress that is age_s old."""
+    """A running request in up to three lines: its client, its progress, its cache and context; one that waits
+    in one.  record is the data of an inference_progress that is age_s old."""
     who = [record.get("model") or "(model not named)",
            *(record[name] for name in ("user", "key", "client", "path") if record.get(name))]
     try:

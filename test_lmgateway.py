@@ -8538,7 +8538,7 @@ def test_the_imitation_answers_as_lm_studio_does(tmp_path):
         studio.batch_s, left = PATIENCE_S, threading.Thread(target=asked,
                                                            args=(POST_CHAT, json.dumps(stream).encode()))
         left.start()
-        until(lambda: log.read_text(encoding="utf-8").count("Running chat completion") == 7)
+        until(lambda: log.read_text(encoding="utf-8").count("Running chat completion") == 8)
     finally:
         studio.stop()
     started = time.monotonic()
