@@ -479,7 +479,7 @@ RULES = (
          "First token generated. Continuing to stream response.."),
     Rule("finish", "app", "line", "App", r"Finished streaming response", "Finished streaming response"),
     Rule("prediction", "app", "json", "App", r"Generated prediction: ", "Generated prediction: {"),
-    Rule("output", "app", "json", "App", r"Prediction stats: ", "Prediction stats: {"),  # by LogStream, of any answer
+    Rule("output", "app", "json", "App", r"Prediction stats: ", "Prediction stats: {"),     # LogStream's own
     Rule("response", "app", "json", "App", r"Generated synchronous v1/responses response: ",
          "Generated synchronous v1/responses response: {"),
     Rule("disconnect", "app", "line", "App", r"Client disconnected\. Stopping generation",
@@ -7403,7 +7403,7 @@ class Exchange:
     """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an inference:
     it has a record and a turn, and others hear of it until its one end."""
 
-    bell = threading.Event  # gives what rings when its turn comes
+    bell: Callable[[], Any] = threading.Event  # gives what rings when its turn comes
     record: Any = None
     turn: Any = None
     cause: Any = None  # the GatewayError for which it was stopped
@@ -10220,9 +10220,10 @@ class Cards:
             self._cards[key] = (now, event.data)
 
     def lines(self, now, columns, rows):
-        """At most rows lines of at most so many columns; the oldest requests first."""
+        """At most rows lines of at most so many columns: the oldest requests first, those in a queue last."""
         self._cards = {key: card for key, card in self._cards.items() if now - card[0] < self.STALE_S}
-        blocks = [card_lines(record, now - told, self._marks) for told, record in self._cards.values()]
+        cards = sorted(self._cards.values(), key=lambda card: count(card[1], "position", default=0))
+        blocks = [card_lines(record, now - told, self._marks) for told, record in cards]
         shown: list[str] = []
         for number, block in enumerate(blocks):
             more = len(blocks) - number
@@ -10234,8 +10235,8 @@ class Cards:
 
 
 def card_lines(record, age_s, marks):
-    """A running request in up to three lines: its client, its progress, its cache and context; one that waits in
-    one.  record is the data of an inference_progress that is age_s old."""
+    """A running request in up to three lines: its client, its progress, its cache and context; one that waits
+    in one.  record is the data of an inference_progress that is age_s old."""
     who = [record.get("model") or "(model not named)",
            *(record[name] for name in ("user", "key", "client", "path") if record.get(name))]
     try:
@@ -11719,7 +11720,8 @@ applyTheme(stored("theme", "auto"));
     <p class="error" id="login-error" role="alert" hidden></p>
   </form>
 
-  <section id="models" class="all view" aria-label="Models" hidden><ul class="models" id="model-list"></ul></section>
+  <section id="models" class="all view" aria-labelledby="models-title" hidden>
+    <h2 class="unseen" id="models-title">Models</h2><ul class="models" id="model-list"></ul></section>
 
   <div class="column">
   <section id="now" aria-labelledby="now-title">

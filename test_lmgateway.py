@@ -3880,14 +3880,18 @@ def test_what_follows_a_body_is_the_next_request(front, studio, framing):
 
 
 def test_a_kept_connection_that_lm_studio_closed_costs_no_request(front, studio):
+    closed = threading.Event()
+
     def script(peer):
         peer.send(plain(b"one"))
         if len(studio.peers) == 1:
             peer.sock.shutdown(socket.SHUT_RDWR)
+            closed.set()
 
     studio.script = script
     for _ in range(3):
         assert talk(front.port, request(POST_CHAT, b"{}")).endswith(b"one")
+        assert closed.wait(PATIENCE_S)
     assert len(studio.peers) == 3
 
 
@@ -8538,7 +8542,7 @@ def test_the_imitation_answers_as_lm_studio_does(tmp_path):
         studio.batch_s, left = PATIENCE_S, threading.Thread(target=asked,
                                                            args=(POST_CHAT, json.dumps(stream).encode()))
         left.start()
-        until(lambda: log.read_text(encoding="utf-8").count("Running chat completion") == 7)
+        until(lambda: log.read_text(encoding="utf-8").count("Running chat completion") == 8)
     finally:
         studio.stop()
     started = time.monotonic()
@@ -8654,6 +8658,9 @@ CARDS = [  # what happened, the lines of the cards at second 5
     ([READING, WRITING], ["(model not named)", "WRITE  1,312 tok  17.8 tok/s  elapsed 4s"]),
     ([STARTED, record_progress(model="m", state="queued", position=2, waiting=5, etaMs=40000)],
      ["WAIT  queued  2 of 5  elapsed 4s  eta 36s  m"]),
+    ([*(record_progress(f"req_{place}", model="m", state="queued", position=place, waiting=3) for place in (3, 1, 2)), WRITING],
+     ["(model not named)", "WRITE  1,312 tok  17.8 tok/s  elapsed 2s",
+      *(f"WAIT  queued  {place} of 3  elapsed {age}s  m" for place, age in ((2, 3), (3, 5)))]),
     ([record_progress("log_1", model="m", source="lmstudio", state="prompt"),
       record_progress("log_1", model="m", source="lmstudio", state="done")], []),
     ([record_progress(**{name: "x\x1b[2J" for name in READING.data if name not in ("requestId", "timestamp")})],
