@@ -9797,10 +9797,25 @@ class LogQueue(logging.handlers.QueueHandler):
             self.lost += 1
 
 
+class Lines(logging.Formatter):
+    """Formats a record whose batch are records, each as another formatter does."""
+
+    def __init__(self, each):
+        super().__init__()
+        self.each = each
+
+    def format(self, record):
+        return "\n".join(map(self.each.format, record.batch))
+
+
 class LogWriter(logging.handlers.QueueListener):
     """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for the
-    reader of stderr."""
+    reader of stderr.
 
+    It gathers lines: to be woken for each, and to let others in while each is written, would cost a request
+    more than all else here."""
+
+    GATHER_S, BATCH = 0.01, 1000    # for a batch of lines; the most of them
     END_S = 0.5     # to write the rest
 
     def __init__(self, handler):
@@ -9808,6 +9823,7 @@ class LogWriter(logging.handlers.QueueListener):
         super().__init__(self._entrance.queue, handler)
 
     def __enter__(self):
+        self.handlers[0].setFormatter(Lines(self.handlers[0].formatter))
         log.handlers = [self._entrance]
         lone = isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)
         if lone and hasattr(signal, "SIGHUP"):  # else it ends with its terminal
@@ -9815,21 +9831,29 @@ class LogWriter(logging.handlers.QueueListener):
         self.start()
 
     def handle(self, record):
-        super().handle(record)
+        time.sleep(self.GATHER_S)
+        batch = [record]
+        while not self.queue.empty() and len(batch) < self.BATCH:
+            batch.append(self.queue.get_nowait())
+        if batch[-1] is None:   # the end, as stop() says it
+            batch.pop()
+            self.enqueue_sentinel()
+        super().handle(logging.makeLogRecord({"batch": batch}))
         if self._entrance.lost:
             with self._entrance.lock:   # type: ignore[union-attr]
                 lost, self._entrance.lost = self._entrance.lost, 0
-            super().handle(logging.makeLogRecord({
-                "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"}))
+            super().handle(logging.makeLogRecord({"batch": [logging.makeLogRecord({
+                "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"})]}))
 
     def __exit__(self, kind, error, traceback):
         """Write the rest.  A stream that takes nothing would also hold up the interpreter's own end."""
-        log.handlers = list(self.handlers)
         ending = threading.Thread(target=self.stop, daemon=True)
         ending.start()
         ending.join(self.END_S)
         if ending.is_alive():
             os._exit(0 if kind is None else 1)
+        self.handlers[0].setFormatter(self.handlers[0].formatter.each)  # type: ignore[union-attr]
+        log.handlers = list(self.handlers)
 
 
 def set_up_logging(config):
