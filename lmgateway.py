@@ -3358,10 +3358,11 @@ class Requests:
             self.running[record.id] = record
         return record
 
-    def _end_own(self, run, clock):
-        """A chat inside the app has no line for its end."""
+    def _end_own(self, run, clock, late=False):
+        """A chat inside the app has no line for its end; of another, late, none will come."""
         record = run.record
-        if record and record.source == "lmstudio" and record.ended is None and (run.in_app and run.over or run.cancelled):
+        if record and record.source == "lmstudio" and record.ended is None and (
+                run.over and (late or run.in_app) or run.cancelled):
             record.end(clock, Outcome("abandoned" if run.cancelled else "done"))
             self._own_over(record)
 
@@ -3501,6 +3502,8 @@ class Requests:
                     len(self._runs) > RUNS_OPEN):
                 if run.record is None:
                     self._take_as_own(run, clock)
+                if run.over:
+                    self._end_own(run, run.base + run.over, late=True)
                 del self._runs[number]
         for chat, record in list(self._own.items()):
             if record.ended is None and clock - record.heard > FORGOTTEN_S:
