@@ -443,7 +443,7 @@ class Event(NamedTuple):
     data: dict
     run: int | None = None  # number of the run that its line surely is about
     chat: int | None = None  # number of the chat that the tracker takes it for
-    about: Any = None  # what the join and the figures want to know beyond it: {name: value}
+    about: Any = None  # further facts for the join and the figures: {name: value}
 
 
 # --- 3.1 log rules: the only place that knows a wording of LM Studio's log ---
@@ -453,12 +453,12 @@ class Event(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One wording.  The pattern is matched where the line's tags, clock and slot have been cut off."""
+    """One wording.  The pattern is matched behind the line's tags, clock and slot."""
 
-    fact: str  # what it states: on_<fact> takes the pattern's named groups (engine) or the Entry
+    fact: str  # its statement: on_<fact> takes the pattern's named groups (engine) or the Entry
     where: str  # "app": first line of an entry; "error": all of an ERROR entry; "engine": any line of a DEBUG entry
     shape: str  # "line", "json" (goes on to a brace in column 1), "text" (so does all of its entry), "half" (a line)
-    engines: str  # who writes it: App, or the engine generations named below
+    engines: str  # its writer: App, or the engine generations named below
     pattern: str
     sample: str
 
@@ -592,7 +592,7 @@ RULES = (
          "LlamaV4: server assigned slot 1 to task 3416"),
     Rule("", "engine", "half", "G2 G3", r"[IWED]?(?<=[\dIWED|])$",    # the rest is under the next header
          "0.30.015.244 I"),
-    # --- what a model load, the app's planning and errors told elsewhere write: whole classes, by their beginning
+    # --- lines of a model load, of the app's planning, of errors told elsewhere: classes, by their beginning
     Rule("", "engine", "text", "App", r"\[LM Studio\]|1 Error predicting: |\[LLMProcess\]|\[SamplingSwitch\]"
          r"|lmstudio-llama-cpp: failed to load model|SpeculativeDecodingNotSupportedError|CUDA error",
          "1 Error predicting: Error: the prompt does not fit."),
@@ -658,7 +658,7 @@ RULES = (
 PLUGIN = re.compile(r"\[Plugin\(")
 STRANGER = re.compile(r"\[(?:Plugin\(|Client=|LMSAuthenticator)")  # entries of plugins and SDK clients
 TAG = re.compile(r"\[(?!\])([^\[\]\n]{0,200}(?:\[[^\[\]\n]*\][^\[\]\n]{0,200}){0,9})\] ?")
-SERVER_TAG = "LM STUDIO SERVER"  # stands where later versions name the model, or before it; never a model
+SERVER_TAG = "LM STUDIO SERVER"  # where later versions name the model, or before it; never a model
 SERVER_ERROR = "Server Error"  # its JSON may quote any other error; it ends no chat
 
 
@@ -670,14 +670,14 @@ def compile_rules(where, prefix="", suffix=""):
     for number, rule in enumerate(RULES):
         if rule.where == where:
             bounded = rule.pattern.replace("(?P<", f"(?P<r{number}_").replace(r"\d+", r"\d{1,15}")
-            parts.append(f"(?:{bounded})(?P<r{number}>)")  # re passes over what begins with another letter
+            parts.append(f"(?:{bounded})(?P<r{number}>)")  # re passes over lines with another first letter
             rows[f"r{number}"] = rule
     pattern = re.compile(prefix + "(?:" + "|".join(parts) + ")" + suffix, re.MULTILINE)
     return pattern, {name: (rule, fields_of(pattern, name)) for name, rule in rows.items()}
 
 
 def fields_of(pattern, name):
-    """[(field, group index)] of one rule inside a compiled alternation: its own, and what the prefix has."""
+    """[(field, group index)] of one rule inside a compiled alternation: its own, and the prefix's."""
     return [(group.rpartition(f"{name}_")[2], index) for group, index in pattern.groupindex.items()
             if group.startswith(f"{name}_") or group in ("slot", "task", "clock")]
 
@@ -700,7 +700,7 @@ ANY_WORDING = next(group for group, (rule, _) in ENGINE_ROWS.items() if rule is 
 
 
 def number(text):
-    """int or float of the log's text; None for inf, nan and what is no number at all."""
+    """int or float of the log's text; None for inf, nan and a text that is no number."""
     if text is not None and text.isdecimal():
         return int(text)
     try:
@@ -1024,7 +1024,7 @@ class Parser:
         self._strange.append(line[:160])
 
     def _conclude(self, entry):
-        """Tell what a whole entry states and send it, without waiting for the next header."""
+        """Tell the statement of a whole entry and send it, without waiting for the next header."""
         if entry.level == "ERROR" and not entry.text.strip():
             entry.listener = self.story.error
         if entry.listener:
@@ -1040,7 +1040,7 @@ class Parser:
 
 
 def engine_of(rule, match, before):
-    """The engine generation that wrote a line: what the line shows, else before, that of the line before
+    """The engine generation that wrote a line: by the line itself, else before, that of the line before
     it; "" if neither tells."""
     if " " not in rule.engines:
         return rule.engines
@@ -1054,7 +1054,7 @@ WORD = re.compile(r"[^\W\d_]{4,}|\d+")
 
 
 def redacted(line):
-    """A line as a specimen without what a user may have written: quotes emptied, words cut, digits to 0."""
+    """A line as a specimen without a user's own words: quotes emptied, words cut, digits to 0."""
     line = QUOTED.sub('"..."', line)
     return WORD.sub(lambda word: "0" if word[0].isdigit() else word[0][:3] + "~", line)[:100]
 
@@ -1075,7 +1075,7 @@ def redacted(line):
 
 
 class Run:
-    """What an engine's lines tell of one prediction.  G2 and G3 number it, G1 begins one with its sampling
+    """One prediction, as an engine's lines tell it.  G2 and G3 number it, G1 begins one with its sampling
     block, MLX has a cache line for each, Splash a line when it is over."""
 
     def __init__(self, number, engine, task, born):
@@ -1201,7 +1201,7 @@ class Emitter:
         self._news.append(Event(name, data, run and run.number, chat and chat.number, about))
 
     def fact(self, name, run, **about):
-        """What the join needs to know of a run and no event tells."""
+        """Facts of a run that the join needs and no event tells."""
         chat = run.chat
         self._news.append(Event("", {}, run.number, chat and chat.number, {"fact": name, "clock": self.clock, **about}))
 
@@ -1237,7 +1237,7 @@ class Emitter:
             self.once("lmstudio_token_info", moment, run.chat, run, model, **run.tokens)
 
     def stats(self, moment, chat, run, model):
-        """lmstudio_prediction_stats of a run with what its chat's answer adds, or of one of the two."""
+        """lmstudio_prediction_stats of a run with the figures of its chat's answer, or of one of the two."""
         run = run if run and (run.over or run.engine in UNTIMED) else None
         mine = run is None or chat.may_be_answer_of(run)
         stats = {**chat.speeds, **(run.stats if run else {}), **chat.counts} if mine else run.stats
@@ -1249,7 +1249,7 @@ class Emitter:
 
 
 def countable(chat, prompt_tokens):
-    """What figures count of a chat at its stats or its end, whichever comes first."""
+    """The amounts that figures count for a chat, at its stats or its end: the first of the two."""
     if chat is None or chat.counted:
         return None
     chat.counted = True
@@ -1582,7 +1582,7 @@ class EngineLines:
 
 
 class ChatTracker(EngineLines):
-    """What the log says about chats, told once each.  Facts come in as on_<fact>, events go to a list."""
+    """The log's news of chats, told once each.  Facts come in as on_<fact>, events go to a list."""
 
     def __init__(self, news):
         super().__init__(news)
@@ -1604,7 +1604,7 @@ class ChatTracker(EngineLines):
             self._facts[ERROR_ROWS[match.lastgroup][0].fact](entry)
 
     def later(self, moment):
-        """The log's time has gone on, or (None) nothing will follow: what waited for a line is told."""
+        """The log's time has gone on, or (None) nothing will follow: news that waited for a line is told."""
         if self._sampling and (moment is None or moment.epoch - self._sampling[1].epoch > TORN_S):
             self._close_sampling()
         self._close_timings()
@@ -1652,7 +1652,7 @@ class ChatTracker(EngineLines):
             return None
         if any(chat.api and chat.model not in (None, model) for chat in self.running):
             for each in self._runs:
-                each.told = each.told or each.engine == "MLX"  # nobody can say any more what belongs to it
+                each.told = each.told or each.engine == "MLX"  # nobody can say any more which lines are its
             return None
         if percent == 0:
             mine = run and not run.begun and self._now - run.born <= TORN_S
@@ -1888,7 +1888,7 @@ def parameters(pairs):
 
 
 def rate(fields):
-    """Tokens per second of a timing line; worked out where the line does not give it."""
+    """Tokens per second of a timing line; worked out if the line does not give it."""
     if fields["rate"]:
         return number(fields["rate"])
     ms = number(fields["ms"])
@@ -1899,7 +1899,7 @@ LENIENT = json.JSONDecoder()
 
 
 def prediction_of(text):
-    """The JSON of a Generated prediction, {} where it is hidden or cut."""
+    """The JSON of a Generated prediction, {} if it is hidden or cut."""
     try:
         body, _ = LENIENT.raw_decode(text, text.index("{"))
     except (ValueError, RecursionError):
@@ -4834,7 +4834,7 @@ class Hub(Ring):
 
 # --- 4.2 history: finished requests in an SQLite file ------------------------
 
-HISTORY = (  # column, type, what it holds; no prompt and no answer
+HISTORY = (  # column, type, its value; no prompt and no answer
     ("id", "TEXT PRIMARY KEY", lambda record: record.id),
     ("source", "TEXT", lambda record: record.source),
     ("started", "REAL", lambda record: record.started),  # epoch seconds
@@ -4862,7 +4862,7 @@ HISTORY = (  # column, type, what it holds; no prompt and no answer
 )
 HISTORY_NAMES, HISTORY_TYPES, HISTORY_VALUES = zip(*HISTORY)
 ADDED = {"user", "queued_ms"}  # columns that files of an earlier version lack
-GROUPS = {  # what usage can be summed by
+GROUPS = {  # the ways to sum usage
     "key": "COALESCE(key, CASE source WHEN 'lmstudio' THEN 'not via gateway' ELSE 'no key' END)",
     "model": "COALESCE(model, model_asked, 'unknown')",
     "day": "date(started, 'unixepoch', 'localtime')",
@@ -4925,8 +4925,8 @@ def usage_rows(connection, groups, since=0.0):
 class History:
     """Keeps one row for each request that is over.  Any thread may call keep() and usage().
 
-    A thread commits rows as they come; WAL lets a process die at any moment without harm to what is
-    committed.  No file is held open: one that was removed is made anew, and that is said.  So is trouble,
+    A thread commits rows as they come; WAL lets a process die at any moment without harm to
+    rows that are committed.  No file is held open: one that was removed is made anew, and that is said.  So is trouble,
     once: the latest ROWS wait and are tried again.  Raises HistoryError if the file is no database or
     cannot be written."""
 
@@ -5012,7 +5012,7 @@ class History:
 
 
 def requests_by_key(path, since=0.0):
-    """{key or None: (requests, prompt tokens, completion tokens, epoch of the latest)} of what went through us.
+    """{key or None: (requests, prompt tokens, completion tokens, epoch of the latest)} of our requests.
     Raises HistoryError."""
     with contextlib.closing(open_history(path)) as connection, history_errors():
         return {key: row for key, *row in connection.execute(
@@ -5200,7 +5200,7 @@ def file_state(path):
 
 
 class Follower:
-    """Follows the newest log of a directory.  next_news() gives what there is; it never waits.
+    """Follows the newest log of a directory.  next_news() gives the bytes that are there; it never waits.
 
     Only the tail thread calls methods; other threads may read the fields."""
 
@@ -5374,7 +5374,7 @@ class LogVolume:
         self._known: tuple = (-math.inf, {})    # (clock, facts)
 
     def facts(self, max_age_s=60.0):
-        """{directoryBytes, growthBytesPerDay, freeBytes (None: unknown), warnings (what to do)}"""
+        """{directoryBytes, growthBytesPerDay, freeBytes (None: unknown), warnings (with the remedy)}"""
         if time.monotonic() - self._known[0] >= max_age_s:
             self._known = time.monotonic(), self._look()
         return self._known[1]
@@ -5446,8 +5446,8 @@ class Monitor:
         self.switches: Counter[str] = Counter()
 
     def run(self, publish, wait):
-        """Until wait(seconds) returns True; what is there by then is told, too.  publish takes a list of
-        events."""
+        """Until wait(seconds) returns True; lines that are there by then are told, too.  publish takes a list
+        of events."""
         over = False
         while not over:
             began = time.thread_time()
@@ -9794,10 +9794,25 @@ class LogQueue(logging.handlers.QueueHandler):
             self.lost += 1
 
 
+class Lines(logging.Formatter):
+    """Formats a record whose batch are records, each as another formatter does."""
+
+    def __init__(self, each):
+        super().__init__()
+        self.each = each
+
+    def format(self, record):
+        return "\n".join(map(self.each.format, record.batch))
+
+
 class LogWriter(logging.handlers.QueueListener):
     """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for the
-    reader of stderr."""
+    reader of stderr.
 
+    It gathers lines: to be woken for each, and to let others in while each is written, would cost a request
+    more than all else here."""
+
+    GATHER_S, BATCH = 0.01, 1000    # for a batch of lines; the most of them
     END_S = 0.5     # to write the rest
 
     def __init__(self, handler):
@@ -9805,6 +9820,7 @@ class LogWriter(logging.handlers.QueueListener):
         super().__init__(self._entrance.queue, handler)
 
     def __enter__(self):
+        self.handlers[0].setFormatter(Lines(self.handlers[0].formatter))
         log.handlers = [self._entrance]
         lone = isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)
         if lone and hasattr(signal, "SIGHUP"):  # else it ends with its terminal
@@ -9812,21 +9828,29 @@ class LogWriter(logging.handlers.QueueListener):
         self.start()
 
     def handle(self, record):
-        super().handle(record)
+        time.sleep(self.GATHER_S)
+        batch = [record]
+        while not self.queue.empty() and len(batch) < self.BATCH:
+            batch.append(self.queue.get_nowait())
+        if batch[-1] is None:   # the end, as stop() says it
+            batch.pop()
+            self.enqueue_sentinel()
+        super().handle(logging.makeLogRecord({"batch": batch}))
         if self._entrance.lost:
             with self._entrance.lock:   # type: ignore[union-attr]
                 lost, self._entrance.lost = self._entrance.lost, 0
-            super().handle(logging.makeLogRecord({
-                "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"}))
+            super().handle(logging.makeLogRecord({"batch": [logging.makeLogRecord({
+                "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"})]}))
 
     def __exit__(self, kind, error, traceback):
         """Write the rest.  A stream that takes nothing would also hold up the interpreter's own end."""
-        log.handlers = list(self.handlers)
         ending = threading.Thread(target=self.stop, daemon=True)
         ending.start()
         ending.join(self.END_S)
         if ending.is_alive():
             os._exit(0 if kind is None else 1)
+        self.handlers[0].setFormatter(self.handlers[0].formatter.each)  # type: ignore[union-attr]
+        log.handlers = list(self.handlers)
 
 
 def set_up_logging(config):

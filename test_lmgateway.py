@@ -9859,6 +9859,26 @@ def test_nobody_waits_for_our_log_and_the_lines_that_are_lost_are_counted(monkey
     assert told == [("0", ""), ("", "5"), ("1", ""), ("2", ""), ("3", "")] and lmgateway.log.handlers == [handler]
 
 
+def test_lines_of_our_log_that_come_together_are_written_together():
+    class Counted(io.StringIO):
+        writes = 0
+
+        def write(self, text):
+            self.writes += 1
+            return super().write(text)
+
+    lmgateway.set_up_logging(lmgateway.Config())
+    [handler] = lmgateway.log.handlers
+    stream = handler.stream = Counted()
+    with lmgateway.LogWriter(handler):
+        for number in range(500):
+            lmgateway.log.info("%d", number)
+    assert [int(line.split()[-1]) for line in stream.getvalue().splitlines()] == list(range(500))
+    assert stream.writes < 100
+    lmgateway.log.info("after it")
+    assert stream.getvalue().endswith("[info]: after it\n")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="makes the pipe small")
 def test_a_server_whose_stderr_nobody_reads_answers_and_ends_on_one_signal(tmp_path, studio):
     studio.script = lambda peer: peer.send(plain(b"{}"))
