@@ -3358,10 +3358,11 @@ class Requests:
             self.running[record.id] = record
         return record
 
-    def _end_own(self, run, clock):
-        """A chat inside the app has no line for its end."""
+    def _end_own(self, run, clock, late=False):
+        """A chat inside the app has no line for its end; of another, late, none will come."""
         record = run.record
-        if record and record.source == "lmstudio" and record.ended is None and (run.in_app and run.over or run.cancelled):
+        if record and record.source == "lmstudio" and record.ended is None and (
+                run.over and (late or run.in_app) or run.cancelled):
             record.end(clock, Outcome("abandoned" if run.cancelled else "done"))
             self._own_over(record)
 
@@ -3501,6 +3502,8 @@ class Requests:
                     len(self._runs) > RUNS_OPEN):
                 if run.record is None:
                     self._take_as_own(run, clock)
+                if run.over:
+                    self._end_own(run, run.base + run.over, late=True)
                 del self._runs[number]
         for chat, record in list(self._own.items()):
             if record.ended is None and clock - record.heard > FORGOTTEN_S:
@@ -4285,7 +4288,6 @@ class Turn:
         self.model, self.key, self.who, self.since = model, key, who, clock
         self.level = PRIORITIES.index(priority)  # rises while it waits
         self.number = 0  # in order of arrival
-        self.rank: tuple = ()  # as it stands in its line, while it is the first of its who there
         self.began = None  # clock when its turn came
         self.over = False
         self.bell: Any = None
@@ -4298,7 +4300,8 @@ class Line:
     def __init__(self):
         self.running = set()  # of Turns
         self.queues = {}  # who -> deque of Turns that wait, in order of arrival
-        self.ranks = []  # of the first Turn of each who, sorted: the first is next
+        self.rank_of = {}  # who -> rank of the first of these
+        self.ranks = []  # the same, sorted: the first is next
 
 
 class Scheduler:
@@ -4400,17 +4403,12 @@ class Scheduler:
     def _rank(self, who):
         """Somebody's rank may be another, in every line."""
         for line in self._lines.values():
+            before = line.rank_of.pop(who, None)
+            if before:
+                del line.ranks[bisect.bisect_left(line.ranks, before)]
             if who in line.queues:
-                first = line.queues[who][0]
-                self._unrank(line, first)
-                first.rank = self._rank_of(first)
-                bisect.insort(line.ranks, first.rank)
-
-    @staticmethod
-    def _unrank(line, turn):
-        if turn.rank:
-            del line.ranks[bisect.bisect_left(line.ranks, turn.rank)]
-            turn.rank = ()
+                line.rank_of[who] = self._rank_of(line.queues[who][0])
+                bisect.insort(line.ranks, line.rank_of[who])
 
     def _rank_of(self, turn, ahead=0):
         """Less is sooner; ahead: how many of the same wait before it."""
@@ -4423,12 +4421,11 @@ class Scheduler:
         self._rank(turn.who)
 
     def _dequeue(self, turn):
-        line = self._lines[turn.model]
-        self._unrank(line, turn)
-        line.queues[turn.who].remove(turn)
+        queues = self._lines[turn.model].queues
+        queues[turn.who].remove(turn)
         self.waiting.discard(turn)
-        if not line.queues[turn.who]:
-            del line.queues[turn.who]
+        if not queues[turn.who]:
+            del queues[turn.who]
         self._rank(turn.who)
 
     def rename(self, old, new):
