@@ -9795,7 +9795,7 @@ class LogQueue(logging.handlers.QueueHandler):
 
 
 class Lines(logging.Formatter):
-    """Formats a record whose batch are records, each as another formatter does."""
+    """Formats a record with a batch of others in it, each as another formatter does."""
 
     def __init__(self, each):
         super().__init__()
@@ -9831,10 +9831,11 @@ class LogWriter(logging.handlers.QueueListener):
         time.sleep(self.GATHER_S)
         batch = [record]
         while not self.queue.empty() and len(batch) < self.BATCH:
-            batch.append(self.queue.get_nowait())
-        if batch[-1] is None:   # the end, as stop() says it
-            batch.pop()
-            self.enqueue_sentinel()
+            following = self.queue.get_nowait()
+            if following is None:   # the end, as stop() says it: behind the lines that came since
+                self.enqueue_sentinel()
+                break
+            batch.append(following)
         super().handle(logging.makeLogRecord({"batch": batch}))
         if self._entrance.lost:
             with self._entrance.lock:   # type: ignore[union-attr]
@@ -10135,7 +10136,7 @@ class Printer:
         return erasure([line for line, _ in self._drawn], size)
 
     def _line(self, event):
-        """(line for people, its colour).  A line that is redrawn, and an excerpt of the log, is cut at the edge
+        """(line for people, its colour).  A redrawn line, and an excerpt of the log, is cut at the edge
         of a terminal; any other line goes on in the next row."""
         time_of_day = printable(str(event.data.get("timestamp", ""))[11:19])
         name = printable(event.name.replace("lmstudio_", ""))
