@@ -1806,6 +1806,16 @@ def test_a_prediction_of_an_sdk_has_its_run_and_no_line_of_the_app(utc):
     assert office.told(record) == []    # it was not certain while it ran
 
 
+def test_a_chat_whose_last_line_went_to_another_is_over_with_its_run(utc):
+    office = Office()
+    office.log(running("m/one", 3), streaming("m/one"), g2_run(1, 1000), g2_at(1, 512), percent("m/one", 51.2))
+    office.log(g2_end(1, 1000, 20))
+    for _ in range(2):
+        office.pass_s(11)
+    assert [(record.source, record.state) for record in office.requests.finished] == [("lmstudio", "done")]
+    assert not office.requests.running and office.requests.finished[0].total_ms < 5000
+
+
 @pytest.mark.parametrize(("requests", "percents"), [(1, [0.0, 40.0, 100.0]), (2, [])])
 def test_without_an_engines_lines_progress_is_that_of_the_only_request_of_its_model(utc, requests, percents):
     office = Office()
