@@ -1806,6 +1806,16 @@ def test_a_prediction_of_an_sdk_has_its_run_and_no_line_of_the_app(utc):
     assert office.told(record) == []    # it was not certain while it ran
 
 
+def test_a_chat_whose_last_line_went_to_another_is_over_with_its_run(utc):
+    office = Office()
+    office.log(running("m/one", 3), streaming("m/one"), g2_run(1, 1000), g2_at(1, 512), percent("m/one", 51.2))
+    office.log(g2_end(1, 1000, 20))
+    for _ in range(2):
+        office.pass_s(11)
+    assert [(record.source, record.state) for record in office.requests.finished] == [("lmstudio", "done")]
+    assert not office.requests.running and office.requests.finished[0].total_ms < 5000
+
+
 @pytest.mark.parametrize(("requests", "percents"), [(1, [0.0, 40.0, 100.0]), (2, [])])
 def test_without_an_engines_lines_progress_is_that_of_the_only_request_of_its_model(utc, requests, percents):
     office = Office()
@@ -3880,14 +3890,18 @@ def test_what_follows_a_body_is_the_next_request(front, studio, framing):
 
 
 def test_a_kept_connection_that_lm_studio_closed_costs_no_request(front, studio):
+    closed = threading.Event()
+
     def script(peer):
         peer.send(plain(b"one"))
         if len(studio.peers) == 1:
             peer.sock.shutdown(socket.SHUT_RDWR)
+            closed.set()
 
     studio.script = script
     for _ in range(3):
         assert talk(front.port, request(POST_CHAT, b"{}")).endswith(b"one")
+        assert closed.wait(PATIENCE_S)
     assert len(studio.peers) == 3
 
 
@@ -9843,6 +9857,26 @@ def test_nobody_waits_for_our_log_and_the_lines_that_are_lost_are_counted(monkey
         stream.go.set()
     told = re.findall(r"]: (\d)$|(\d) lines were lost", stream.getvalue(), re.M)
     assert told == [("0", ""), ("", "5"), ("1", ""), ("2", ""), ("3", "")] and lmgateway.log.handlers == [handler]
+
+
+def test_lines_of_our_log_that_come_together_are_written_together():
+    class Counted(io.StringIO):
+        writes = 0
+
+        def write(self, text):
+            self.writes += 1
+            return super().write(text)
+
+    lmgateway.set_up_logging(lmgateway.Config())
+    [handler] = lmgateway.log.handlers
+    stream = handler.stream = Counted()
+    with lmgateway.LogWriter(handler):
+        for number in range(500):
+            lmgateway.log.info("%d", number)
+    assert [int(line.split()[-1]) for line in stream.getvalue().splitlines()] == list(range(500))
+    assert stream.writes < 100
+    lmgateway.log.info("after it")
+    assert stream.getvalue().endswith("[info]: after it\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="makes the pipe small")
