@@ -12207,9 +12207,6 @@ const live = () => stream.state === "live";
 
 // --- 6. questions, and the key
 const refused = answer => answer.status === 401;
-async function reasonOf(answer) {
-  try { return (await answer.json()).error.message; } catch { return "The gateway says no."; }
-}
 
 /* The JSON of one of our routes; null where there is no answer, no such route or no right. */
 async function get(address) {
@@ -12314,7 +12311,9 @@ async function act(method, address, body) {
   try {
     const answer = await fetch(address, {method, headers: {"Content-Type": "application/json"},
       body: body && JSON.stringify(body)});
-    return answer.ok ? "" : refused(answer) && body?.key ? "Wrong key." : await reasonOf(answer);
+    if (answer.ok) return "";
+    const said = await answer.json().catch(() => null);
+    return refused(answer) && body?.key ? "Wrong key." : words(said?.error?.message ?? said?.error ?? "The gateway says no.");
   } catch { return "The gateway does not answer."; }
 }
 async function stop(r, from) {
@@ -12528,14 +12527,11 @@ function cardOf(r) {
     bar: el("div.bar"), legend: el("ul.legend"), speed: el("span.speed"), context: el("span"), more: el("span.muted.isolate"),
     open: button("Details", () => openDrawer(r.requestId), "button.quiet.push"),
     stop: button("Stop", event => stop(r, event.currentTarget), "button.quiet")};
-  const {bar} = part;
-  for (const [name, value] of [["role", "progressbar"], ["aria-valuemin", 0], ["aria-valuemax", 100], ["aria-label", "Prompt read"]]) {
-    bar.setAttribute(name, value);
-  }
-  for (const tone of ["cached", "prefill", "rest", "decode"]) bar.append(el("i." + tone));
+  Object.assign(part.bar, {role: "progressbar", ariaValueMin: 0, ariaValueMax: 100, ariaLabel: "Prompt read"});
+  part.bar.append(...["cached", "prefill", "rest", "decode"].map(tone => el("i." + tone)));
   card = {...part, spoken: 0, node: el("article.box.card",
     el("div.row", el("h3", part.who, " ", part.model), el("p.left", part.big, part.small)),
-    bar, el("div.row", part.legend),
+    part.bar, el("div.row", part.legend),
     el("div.details", part.speed, part.context, part.more, part.open, part.stop))};
   cards.set(r.requestId, card);
   return card;
