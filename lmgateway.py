@@ -8689,8 +8689,8 @@ class Tunnel:
 
 GRACE_S = 10.0  # for running requests at the end
 OWN_BODY = 4 * 1024  # bytes of a body for our own pages, some of which come before any key
-# The paths, as plain_path() gives them, that the right to infer lets pass.  All others, also those that LM Studio
-# has yet to invent, need the right to admin.
+# The paths, as plain_path() gives them, that the right to infer lets pass.  All others, also those that LM
+# Studio has yet to invent, need the right to admin.
 INFERENCES = re.compile(r"/v1(?:/.*)?|/api/v0/(?:chat/completions|completions|embeddings)|/api/v1/chat",
                         re.DOTALL)
 LISTINGS = re.compile(r"/api/v\d+/models(?:/.*)?", re.DOTALL)   # GET and HEAD
@@ -9816,8 +9816,9 @@ class LogWriter(logging.handlers.QueueListener):
     END_S = 0.5     # to write the rest
 
     def __init__(self, handler):
-        self._entrance = LogQueue(queue.SimpleQueue())
-        super().__init__(self._entrance.queue, handler)
+        self._lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        super().__init__(self._lines, handler)
+        self._entrance = LogQueue(self._lines)
 
     def __enter__(self):
         self.handlers[0].setFormatter(Lines(self.handlers[0].formatter))
@@ -9830,8 +9831,8 @@ class LogWriter(logging.handlers.QueueListener):
     def handle(self, record):
         time.sleep(self.GATHER_S)
         batch = [record]
-        while not self.queue.empty() and len(batch) < self.BATCH:
-            following = self.queue.get_nowait()
+        while not self._lines.empty() and len(batch) < self.BATCH:
+            following = self._lines.get_nowait()
             if following is None:   # the end, as stop() says it: behind the lines that came since
                 self.enqueue_sentinel()
                 break
