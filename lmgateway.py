@@ -2330,7 +2330,7 @@ def parse_body(dialect, data):
             "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
 
-FILES = ("image_url", "source", "input_audio", "file", "data_url")    # members that stand for what is no text
+FILES = ("image_url", "source", "input_audio", "file", "data_url")    # members that hold no text
 
 
 def text_size(value):
@@ -8689,8 +8689,8 @@ class Tunnel:
 
 GRACE_S = 10.0  # for running requests at the end
 OWN_BODY = 4 * 1024  # bytes of a body for our own pages, some of which come before any key
-# What the right to infer lets pass, of paths as plain_path() gives them.  What is not named here, and what
-# LM Studio has yet to invent, needs the right to admin.
+# The paths, as plain_path() gives them, that the right to infer lets pass.  All others, also those that LM Studio
+# has yet to invent, need the right to admin.
 INFERENCES = re.compile(r"/v1(?:/.*)?|/api/v0/(?:chat/completions|completions|embeddings)|/api/v1/chat",
                         re.DOTALL)
 LISTINGS = re.compile(r"/api/v\d+/models(?:/.*)?", re.DOTALL)   # GET and HEAD
@@ -8926,8 +8926,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self.gateway.turns.look()
 
     def _look(self, now):
-        """Notice clients that left.  End connections that are over their time, and streams whose listener's
-        right has changed: in order if the stream can be woken, else LEAVE_S later."""
+        """Notice clients that left.  End connections that are over their time, and streams if the right of
+        their listener has changed: in order if the stream can be woken, else LEAVE_S later."""
         watched = {connection.sock: connection for connection in self._all() if connection.leave}
         for sock in those_left(list(watched)):
             watched[sock].dismiss()
@@ -8978,8 +8978,8 @@ class Server(http.server.ThreadingHTTPServer):
         return [connection for connection in self._all() if not connection.proven]
 
     def _surplus_guests(self, coming=0):
-        """Guests of whom one has to make room: those that rest, else those whose request is still coming.
-        None while they leave room for strangers, who could not show a key otherwise."""
+        """Guests of which one has to make room: those that rest, else those with a request still coming.
+        None while they leave room for strangers: else these could not show a key."""
         guests = [connection for connection in self._all() if connection.proven]
         if len(guests) + coming <= self._most_guests:
             return []
@@ -9702,7 +9702,7 @@ DEMO_OUTCOMES = (Outcome("done", 200),
 
 
 def demo_answer(record, client, source, begin, pace):
-    """What a request of the past was like, whose turn came at a clock reading; gives the s that it took."""
+    """A request of the past, with its turn at a clock reading; gives the s that it took."""
     prompt = 20 + round(7 * len(client.prompt) * source.uniform(0.5, 1.2))
     cached = round(prompt * source.choice((0, 0.3, 0.95)))
     answer = round(client.answer_tokens * source.uniform(0.6, 1.6))
