@@ -2330,7 +2330,7 @@ def parse_body(dialect, data):
             "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
 
-FILES = ("image_url", "source", "input_audio", "file", "data_url")    # members that stand for what is no text
+FILES = ("image_url", "source", "input_audio", "file", "data_url")    # members that hold no text
 
 
 def text_size(value):
@@ -3827,14 +3827,14 @@ DAY_MINUTES = 24 * 60
 MOST_MINUTES = 7 * DAY_MINUTES  # that one can ask for
 CELLS = 30  # (model, key, who) of one minute that are kept apart; the others are "other"
 BUCKET = 1.1  # a histogram's buckets are so much wider each: a percentile of it is right to 5 %
-BY = ("", "model", "key", "user")  # what rows can be told apart by
+BY = ("", "model", "key", "user")  # the ways to tell rows apart
 STEPS = (60, 300, 3600)  # seconds of a row
 MOST_ROWS = 360
 MOST_NAMES = 50  # in one answer; the others are "other"
 
 
 def tally(row):
-    """What one request, a row of the history, adds to its minute: {figure, or (figure, bucket): amount}."""
+    """One request, a row of the history, in its minute: {figure, or (figure, bucket): amount}."""
     prompt, cached = row["prompt_tokens"] or 0, row["cached_tokens"] or 0
     written = row["completion_tokens"] or 0
     fresh, read_ms, write_ms = max(0, prompt - cached), row["prompt_ms"] or 0, row["generation_ms"] or 0
@@ -3866,7 +3866,7 @@ def percentile(amounts, name, share):
 
 
 def series_row(amounts):
-    """Sums of tallies as /debug/series shows them; None is what no request told."""
+    """Sums of tallies as /debug/series shows them; None if no request told it."""
     def speed(tokens, ms):
         return round(1000 * amounts[tokens] / amounts[ms], 1) if amounts[ms] > 0 else None
 
@@ -3889,7 +3889,7 @@ class Series:
         self.used: dict[str, float] = {}  # model -> when it last answered, epoch seconds
 
     def take(self, row, before=None):
-        """Add a request that is over.  before: what this gave for the same one earlier, which is taken back:
+        """Add a request that is over.  before: the result for the same one earlier, which is taken back:
         the log can tell more of a request after its end."""
         ended = row["started"] + (row["total_ms"] or 0) / 1000
         model = row["model"] or row["model_asked"] or "unknown"
@@ -3914,7 +3914,7 @@ class Series:
         return minute, names, amounts
 
     def cells(self, begin):
-        """A copy of what ended from the minute of begin (epoch seconds) on: [(minute, names, tally)]."""
+        """A copy of the tallies from the minute of begin (epoch seconds) on: [(minute, names, tally)]."""
         return [(minute, names, dict(amounts)) for minute, cells in self._minutes.items()
                 if minute >= begin // 60 for names, amounts in cells.items()]
 
@@ -3977,12 +3977,12 @@ def json_line(event_id, event):
 
 
 
-# --- 3.12 WebSocket: what LM Studio's own SDKs speak --------------------------
+# --- 3.12 WebSocket: the protocol of LM Studio's own SDKs ---------------------
 
 NAMESPACES = ("llm", "embedding", "system", "files", "diagnostics", "repository", "plugins", "runtime")
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes (RFC 6455, 5.2)
 LONGEST_CONTROL = 125  # bytes of a control frame's payload (RFC 6455, 5.5)
-LONGEST_MESSAGE = 128 * 1024 * 1024  # bytes of one of LM Studio's, whose `ws` refuses more than 100 MiB
+LONGEST_MESSAGE = 128 * 1024 * 1024  # bytes of one of LM Studio's: its `ws` refuses more than 100 MiB
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))  # RFC 6455, 7.4; IANA
 
 
@@ -4122,7 +4122,7 @@ def packet(mask=b"", **members):
     return frame(TEXT, json.dumps(members, separators=(",", ":")).encode(), mask)
 
 
-# What each endpoint needs; one that stands in no row, or in another namespace than here, is admin.
+# The right that each endpoint needs; one in no row, or in another namespace than here, is admin.
 ANY_MODEL = ("listLoaded getModelInfo getLoadConfig getBasePredictionConfig getInstanceProcessingState "
              "estimateModelUsage tokenize countTokens getOrLoad ")
 ENDPOINTS = (
@@ -4137,7 +4137,7 @@ OPENERS = {  # a client's message that begins something -> its id, the message t
     "rpcCall": ("callId", "rpcError"), "channelCreate": ("channelId", "channelError"),
     "signalSubscribe": ("subscribeId", "signalError"),
     "writableSignalSubscribe": ("subscribeId", "writableSignalError")}
-FOLLOWERS = {  # what only makes sense after one of these -> its id
+FOLLOWERS = {  # packets that only make sense after one of these -> their id
     "channelSend": "channelId", "channelAck": "channelId", "signalUnsubscribe": "subscribeId",
     "writableSignalUpdate": "subscribeId", "writableSignalUnsubscribe": "subscribeId"}
 METERED = {("llm", "channelCreate", "predict"): SOCKET, ("llm", "channelCreate", "completeRawText"): SOCKET,
@@ -4148,7 +4148,7 @@ FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message"
 
 
 def id_of(message, name):
-    """A message's id under that name; None for what is no whole number that Node keeps exact.  LM Studio
+    """A message's id under that name; None if it is no whole number that Node keeps exact.  LM Studio
     takes 5.0 for 5."""
     value = message.get(name)
     if type(value) is float and value.is_integer():
@@ -4177,7 +4177,7 @@ def named_instances(body):
 
 
 def has_files(messages):
-    """True if a history refers to uploaded files, whose size nobody knows."""
+    """True if a history refers to uploaded files: nobody knows their size."""
     return any(part.get("type") == "file" for message in messages for part in listed(message.get("content")))
 
 
@@ -5622,7 +5622,7 @@ class Chunks:
 
     def __init__(self):
         self.left, self.over = 0, False
-        self.rest = b""  # what is not read yet; once over, what follows the body
+        self.rest = b""  # bytes that are not read yet; once over, those behind the body
         self._room = self.LINE_LIMIT  # for trailers
         self._step = self._whole_chunks
         self.between = True  # the next byte begins a chunk
@@ -5728,7 +5728,7 @@ def joined(headers):
 
 class Call(urllib.request.Request):
     """A request to a server, origin, and the connection that it runs over.  Its target and its headers are
-    sent as they are: urllib's own lose what follows a #, order, case and repeats.
+    sent as they are: urllib's own lose a # and all behind it, order, case and repeats.
 
     timeout_s is for each read and write, None without end; deadline, a clock reading, for all together."""
 
@@ -5865,7 +5865,7 @@ class Answer:
 
     @property
     def rest(self):
-        """What came behind the head of a 101."""
+        """The bytes behind the head of a 101."""
         return self._buffer
 
     @property
@@ -5918,7 +5918,7 @@ def readable(sock, seconds=0.0):
 def set_timeout(sock, seconds):
     """Each read and each write waits at most so long, without end for None.
 
-    Where the kernel keeps the time (socket(7), SO_RCVTIMEO), each is one system call and not two, and lets
+    If the kernel keeps the time (socket(7), SO_RCVTIMEO), each is one system call and not two, and lets
     go of the GIL once.  It tells TLS nothing, and Windows counts in another unit: there Python keeps it."""
     sock.settimeout(seconds)
     if os.name == "posix" and not isinstance(sock, ssl.SSLSocket):
@@ -5933,12 +5933,12 @@ class Remembered:
     """A question that one asks for all: ask() gives its answer, also to a failure.
 
     It is asked in a thread of its own.  After limit_s the answer is silent and the next caller asks anew,
-    whatever has become of that thread."""
+    also if that thread has ended."""
 
     def __init__(self, ask, limit_s, silent):
         self._ask, self._limit_s, self._silent = ask, limit_s, silent
         self._lock = threading.Lock()  # guards the two below
-        self._known, self._version = (-math.inf, silent), 0   # (clock, answer), what it was asked for
+        self._known, self._version = (-math.inf, silent), 0   # (clock, answer), and the question
         self._asking: Any = None    # (clock, Event that is set in the end) of the question under way
 
     def value(self, max_age_s, wait_s, version=0):
@@ -6067,7 +6067,7 @@ class Upstream:
     def open(self, call):
         """The Answer, its body unread.  Raises OSError, HTTPException, HttpError.
 
-        What fails on a connection that was used before is tried once more if the method allows it; other
+        A call that fails on a connection that was used before is tried again if the method allows it; other
         requests are not, because LM Studio may have begun to work (RFC 9110, 9.2.2)."""
         answer = self.send(call)
         try:
@@ -6129,7 +6129,7 @@ class Upstream:
     def models(self, loads=0):
         """(ModelRow of each model that LM Studio lists, or None if it never told; epoch seconds of that).
 
-        Remembered for MODELS_S while loads, a count of what the log told of loading, stays the same."""
+        Remembered for MODELS_S while loads, a count of the log's lines on loading, stays the same."""
         if not self.health(10.0, GREETING_S):
             self._models.value(MODELS_S if self._listed[0] is not None else 3.0, QUESTION_S + 1.0, loads)
         return self._listed
@@ -6198,14 +6198,14 @@ def first_message(sock, frames, data=b""):
 
 
 class LogStream:
-    """A Follower whose log comes from LM Studio itself: diagnostics.streamLogs, which `lms log stream` reads
+    """A Follower of the log that LM Studio sends itself: diagnostics.streamLogs, which `lms log stream` reads
     (lmstudio-js, diagnosticsBackendInterface.ts), in the bytes of a log file.
 
     files: the Follower of this machine's log.  With both, files go first: as soon as they grow they are the
-    log for good; what comes by the stream alone for DOUBT_S makes it that."""
+    log for good; an entry that only the stream has had for DOUBT_S makes it that."""
 
     RETRY_S, DOUBT_S = 5.0, 2.0
-    LINES = {"server.log": "content", "runtime.log": "message"}  # data.type -> where its text stands
+    LINES = {"server.log": "content", "runtime.log": "message"}  # data.type -> the place of its text
     LEVELS = ("DEBUG", "INFO", "WARN", "ERROR")
 
     def __init__(self, upstream, files, both):
@@ -6213,11 +6213,11 @@ class LogStream:
         self._by = "" if both else "stream"     # or "files", once that is known
         self._sock, self._retry_at = None, -math.inf
         self._frames: Any = None
-        self._held, self._since = b"", math.inf     # what came while _by is open, and its clock
+        self._held, self._since = b"", math.inf     # entries while _by is open, and their clock
         self._trouble = ""
 
     def __getattr__(self, name):
-        """Which file is read, and where, is the Follower's to say."""
+        """The Follower says which file is read, and from which place on."""
         return getattr(self._files, name)
 
     @property
@@ -6278,7 +6278,7 @@ class LogStream:
 
     @classmethod
     def _line(cls, message):
-        """What a packet of the stream would be in a log file; of an answer its figures, which no file has."""
+        """A packet of the stream as a log file would have it; of an answer its figures, which no file has."""
         entry = member(member(json_object(message.payload) or {}, "message"), "log")
         data = member(entry, "data")
         kind, level = str(data.get("type")), str(data.get("level")).upper()
@@ -6306,7 +6306,7 @@ class ModelRow(NamedTuple):
 
 
 def model_rows(body):
-    """The ModelRows in an answer of /api/v1/models or /api/v0/models; None where it is no such answer."""
+    """The ModelRows in an answer of /api/v1/models or /api/v0/models; None if it is no such answer."""
     for name, model_of in (("models", model_of_v1), ("data", model_of_v0)):
         if isinstance(body.get(name), list):
             return [row for row in map(model_of, listed(body[name])) if row.shown["id"]]
@@ -6340,7 +6340,7 @@ def model_row(model, name, state, quantization, loaded):
 
 
 def text_of(value):
-    """A name in LM Studio's answer; None for what is none."""
+    """A name in LM Studio's answer; None if it is none."""
     return value[:LONGEST_NAME] if isinstance(value, str) and value else None
 
 
@@ -6352,13 +6352,13 @@ def error_text(error):
 
 
 # === 7. HTTP: wire, access, views, routes ====================================
-# Four ideas keep one client from taking what is there for all: bodies count against one budget in bytes as
+# Four ideas keep one client from taking all room: bodies count against one budget in bytes as
 # they come (BodyMemory); a head, a body and the whole answer to a stranger each have a deadline; a connection
 # that has shown no right key gives way, those of the address that has the most first (Server); and a right
 # that is used for long is asked for again (Server._look).
 
 PING_S = 15.0
-RETRY_MS = 2000  # what a browser waits before it connects again
+RETRY_MS = 2000  # of a browser before it connects again
 WAKES_PER_S = 14_000  # of all listeners together: each pauses so long that they share these
 FIRST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,40}) ([!-~]+) HTTP/(\d)\.(\d)")
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%25\w+)?\]|[\w.\-]*)(?::\d{0,5})?", re.ASCII)
@@ -6382,7 +6382,7 @@ class Request:
         self.encrypted = False
         self.body: Any = b""  # bytes-like
         self.arrived = 0.0  # clock when its last byte had come
-        self.identity: Any = None  # whose key it carried, once it has been checked
+        self.identity: Any = None  # of the key that it carried, once it has been checked
         self.forwarded = False  # it goes on to LM Studio
         self.told = False  # the log has its line
         self.ratelimit: list = []  # headers for its answer that tell of its key's limits
@@ -6736,26 +6736,26 @@ class Connection:
         self.state, self.request, self.deadline, self.since = RESTING, None, math.inf, time.monotonic()
 
     def dismiss(self):
-        """Any thread.  The client has left, or is to go: whoever waits for something else is told."""
+        """Any thread.  The client has left, or is to go: a thread that waits for something else is told."""
         leave = self.leave
         if leave:
             self.leave = None
             leave()
 
     def end(self):
-        """Any thread.  Its handler notices, whatever it waits for."""
+        """Any thread.  Its handler notices, also while it waits."""
         self.ended.set()
         shut(self.sock)
 
 
 def shut(sock):
-    """Any thread.  Ends a connection; its handler notices.  Below TLS, whose objects are the handler's."""
+    """Any thread.  Ends a connection; its handler notices.  Below TLS: its objects are the handler's."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def those_left(sockets):
-    """Those of the sockets whose clients left, also if bytes that nobody read come before the end.
+    """The sockets of clients that left, also if bytes that nobody read come before the end.
 
     Linux says so by POLLRDHUP; elsewhere a look at the first bytes tells, unless a client has sent more."""
     mask = getattr(select, "POLLRDHUP", None)
@@ -6787,14 +6787,14 @@ def has_left(sock):
     return not first or isinstance(sock, ssl.SSLSocket) and goodbye
 
 
-# --- 7.3 access: who may do what ---------------------------------------------
+# --- 7.3 access: keys, their rights, addresses ---------------------------------
 
 SESSION = "lmgateway_session"  # how the names of our cookies begin; the port follows
 LOCAL_ONLY = "without a key only this machine is served: use http://127.0.0.1, or set GATEWAY_API_KEY"
 
 
 class Identity(NamedTuple):
-    """Whose request it is.  name is the key's; None when no key is asked for."""
+    """The sender of a request.  name is the key's; None when no key is asked for."""
 
     name: str | None
     rights: frozenset = frozenset(("infer", "view", "admin"))
@@ -6802,7 +6802,7 @@ class Identity(NamedTuple):
 
     @property
     def owner(self):
-        """The key whose requests it may see; None: everybody's."""
+        """The only key with requests that it may see; None: everybody's."""
         return None if "view" in self.rights else self.name
 
 
@@ -7021,7 +7021,7 @@ class AccessControl:
         return None
 
     def _guest(self, request):
-        """The Identity where no key is asked for."""
+        """The Identity if no key is asked for."""
         key = self._find(credentials(request)) if self.guests else None
         return Identity(key.name, key.rights) if key else Identity(None)
 
@@ -7062,7 +7062,7 @@ class AccessControl:
         """The Key among those offered, or None, after a pause if the address has offered wrong keys.
 
         A right key that is new from there waits as long as a wrong one: a guess cannot be told from its
-        time.  Others behind the same address, whose keys or cookies are known, wait for nothing."""
+        time.  Others behind the same address with keys or cookies that are known wait for nothing."""
         key, place = self._find(offered), network_of(request.client)
         if key and (place, key.digest) in self._proven:
             return key
@@ -7137,7 +7137,7 @@ def remember(table, name, value, limit=10_000):
 
 @functools.lru_cache(maxsize=1024)
 def network_of(address):
-    """The address whose share a client takes: of IPv6, the /64 that one household or host is given."""
+    """The address that a client's share is counted for: of IPv6, the /64 of one household or host."""
     if ":" in address:
         with contextlib.suppress(ValueError):
             found = ipaddress.IPv6Address(address.partition("%")[0])
@@ -7272,7 +7272,7 @@ class Turns:
         return account
 
     def enter(self, request, model, user, bell=threading.Event):
-        """The Turn of an inference that is let in; if it has to wait, with what bell() gives.  Raises
+        """The Turn of an inference that is let in; if it has to wait, with the result of bell().  Raises
         HttpError."""
         name, clock, (day, left_s) = request.identity.name, time.monotonic(), this_day()
         terms = self._access.terms(name)
@@ -7305,7 +7305,7 @@ class Turns:
             turn.bell = bell()
 
     def leave(self, turn, record):
-        """A request is over, in whatever way: its slot is another's."""
+        """A request is over, in any way: its slot is another's."""
         usage, served = record.usage or {}, self._hub.served(turn.model)
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
@@ -7334,7 +7334,7 @@ class Turns:
         self._hub.place(placed)
 
     def look(self):
-        """Now and then: what has changed about the keys of those that wait counts."""
+        """Now and then: changes of the keys of those that wait count."""
         with self._lock:
             waiting = [(turn.key, turn.about) for turn in self._scheduler.waiting]
         if not waiting:
@@ -7349,7 +7349,7 @@ class Turns:
         self.tell()
 
     def used(self, name):
-        """What GET /me tells of a key's use."""
+        """A key's use, as GET /me tells it."""
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
             account, (running, waiting) = self._account(name, day), self._scheduler.counts(name)
@@ -7373,7 +7373,7 @@ def limit_reached(limits, name, used, free_s):
 
 
 class Gateway:
-    """What views may reach.  Built once in main()."""
+    """All that views may reach.  Built once in main()."""
 
     def __init__(self, config, hub, upstream, monitor=None, history=None):
         self.config, self.hub, self.upstream, self.monitor = config, hub, upstream, monitor
@@ -7392,7 +7392,7 @@ class Gateway:
 
     @property
     def uptime(self):
-        """Seconds since it was built, whatever became of the clock since."""
+        """Seconds since it was built, also if the clock was set since."""
         return round(time.monotonic() - self._started, 1)
 
 
@@ -7400,7 +7400,7 @@ class Exchange:
     """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an inference:
     it has a record and a turn, and others hear of it until its one end."""
 
-    bell: Callable[[], Any] = threading.Event  # gives what rings when its turn comes
+    bell: Callable[[], Any] = threading.Event  # gives the bell that rings when its turn comes
     record: Any = None
     turn: Any = None
     cause: Any = None  # the GatewayError for which it was stopped
@@ -7445,7 +7445,7 @@ class Exchange:
             self._gateway.hub.generated(self.record, tokens, first)
 
     def conclude(self, error, operation, status, meter):
-        """An inference is over, in whatever way: its turn is another's; the hub and the log are told."""
+        """An inference is over, in any way: its turn is another's; the hub and the log are told."""
         record, self.over = self.record, True
         state = "done" if error is None else "failed" if operation not in LEFT else "abandoned"
         self._gateway.inferences.pop(record.id, None)
@@ -7700,7 +7700,7 @@ class Forward(Exchange):
 
 
 class CommentedForward(Forward):
-    """A Forward whose stream is filled with SSE comments while LM Studio is silent (PREFILL_COMMENTS): every
+    """A Forward that fills its stream with SSE comments while LM Studio is silent (PREFILL_COMMENTS): every
     client ignores them, and they keep idle timers awake.
 
     A client without a byte for SILENCE_S gets a head of ours; a failure after that is told inside the
@@ -7823,7 +7823,7 @@ def event_stream(gateway, request):
 
 
 def stream_frames(hub, since, names, request):
-    """Bytes for one listener until the hub closes: connected, what it missed, what comes, pings.
+    """Bytes for one listener until the hub closes: connected, events that it missed, those that come, pings.
 
     No piece is longer than PIECE: so much does a client cost that does not read."""
     with hub.listening(since, request.identity.owner) as listener, watching(request, listener.bell) as left:
@@ -7831,7 +7831,7 @@ def stream_frames(hub, since, names, request):
         yield own_frame(hub, held, "connected", {"message": "Connected to lmgateway"}, f"retry: {RETRY_MS}\n")
         heard = time.monotonic()    # when the client last had a byte
         while True:
-            over = hub.closed or left.is_set()  # asked first: what was published before the end is still sent
+            over = hub.closed or left.is_set()  # asked first: events of before the end are still sent
             frames, gap = hub.read(listener, names, PIECE)
             if gap:
                 frames.insert(0, own_frame(hub, held, "gap", gap))
@@ -7919,7 +7919,7 @@ def log_status(monitor):
 
 
 def requests_list(gateway, request):
-    """`?client=` keeps the requests whose address, key, user or program has this text in it."""
+    """`?client=` keeps the requests with this text in their address, key, user or program."""
     sought = request.query.get("client", "").lower()
     rows = gateway.hub.shown(gateway.config.requests_kept, request.identity.owner)
     who = ("client", "key", "user", "userAgent")
@@ -7954,7 +7954,7 @@ def stop_request(gateway, request):
 
 
 def me(gateway, request):
-    """The key that asks: what it may, and what it has used."""
+    """The key that asks: its rights, limits and use."""
     identity = request.identity
     terms = gateway.access.terms(identity.name)
     rights = [name for name in RIGHTS if name in identity.rights]
@@ -7964,7 +7964,7 @@ def me(gateway, request):
 
 
 def series_page(gateway, request):
-    """Figures by minute: from memory for what this start has seen of the last day, else from the history."""
+    """Figures by minute: from memory for the part of the last day since this start, else from the history."""
     minutes, by = request.query.get("minutes", "60"), request.query.get("by", "")
     if not re.fullmatch("[0-9]{1,5}", minutes) or not 1 <= int(minutes) <= MOST_MINUTES:
         raise HttpError(400, "minutes_unknown", f"minutes={minutes[:50]}: use 1 to {MOST_MINUTES}")
@@ -7984,7 +7984,7 @@ def series_page(gateway, request):
 
 
 def models_page(gateway, request):
-    """LM Studio's models, the loaded ones first, with what runs and waits here."""
+    """LM Studio's models, the loaded ones first, with the requests that run and wait here."""
     rows, as_of = gateway.upstream.models(gateway.hub.loads)
     if rows is None:
         raise HttpError(502, "upstream_unreachable", gateway.upstream.health(10.0, GREETING_S) or
@@ -7997,7 +7997,7 @@ def models_page(gateway, request):
 
 
 def doings(ours, state):
-    """What Hub.models() has of one model, under all of its names."""
+    """The row of Hub.models() of one model, under all of its names."""
     used = max((used for _, _, used, _ in ours if used), default=None)
     return {"state": "loading" if state != "loaded" and any(loading for *_, loading in ours) else state,
             "running": sum(row[0] for row in ours), "waiting": sum(row[1] for row in ours),
@@ -8133,7 +8133,7 @@ class Route(NamedTuple):
     method: str
     path: str  # ending in /*: one more part
     view: Callable[[Gateway, Request], Response]
-    access: str  # "open", "health", the right that it needs, or "own": any key, for what is its own
+    access: str  # "open", "health", the right that it needs, or "own": any key, for its own requests
     about: str
 
 
@@ -8689,8 +8689,8 @@ class Tunnel:
 
 GRACE_S = 10.0  # for running requests at the end
 OWN_BODY = 4 * 1024  # bytes of a body for our own pages, some of which come before any key
-# What the right to infer lets pass, of paths as plain_path() gives them.  What is not named here, and what
-# LM Studio has yet to invent, needs the right to admin.
+# The paths, as plain_path() gives them, that the right to infer lets pass.  All others, also those that LM Studio
+# has yet to invent, need the right to admin.
 INFERENCES = re.compile(r"/v1(?:/.*)?|/api/v0/(?:chat/completions|completions|embeddings)|/api/v1/chat",
                         re.DOTALL)
 LISTINGS = re.compile(r"/api/v\d+/models(?:/.*)?", re.DOTALL)   # GET and HEAD
@@ -8733,7 +8733,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _serve_one(self):
         """Answer one request.  True when the connection can take another."""
-        self.target = ""  # what the request line asks for
+        self.target = ""  # the target of the request line
         self.seen = None  # the Request, once its head is understood
         self.unread = True  # its body is still on the wire
         self.begun = False  # its answer is on the wire
@@ -8810,12 +8810,12 @@ class Handler(socketserver.BaseRequestHandler):
         return response
 
     def _identify(self, request, route, offered):
-        """Whose request it is.  Raises HttpError 401, and 403 for a key without the right."""
+        """The Identity that sent it.  Raises HttpError 401, and 403 for a key without the right."""
         gateway = self.server.gateway
         if route.access == "open" or route.access == "health" and not gateway.config.require_auth_for_health:
             return Identity(None)
         identity = gateway.access.identify(request, offered)
-        self.connection.deadline = math.inf     # what it asks for may take its time
+        self.connection.deadline = math.inf     # the answer may take its time
         if identity.name is not None:
             self.server.prove(self.connection)
         right = route.access
@@ -8830,7 +8830,7 @@ class Handler(socketserver.BaseRequestHandler):
         if response.status == 101:
             return self._tunnel(response, request)
         body, alive = response.body, bool(request) and keeps_alive(request)
-        try:    # whatever happens: a body that is closed gives its turn to another
+        try:    # in any case: a body that is closed gives its turn to another
             head, chunked, alive = framed_head(response, request,
                                                alive and not close and not self.server.gateway.stopping)
             self.begun = True
@@ -8892,14 +8892,14 @@ def right_missing(identity, right):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Carries the gateway to its handlers, and decides whose connection gives way when there are too many."""
+    """Carries the gateway to its handlers, and decides which connection gives way when there are too many."""
 
     daemon_threads = True
     request_queue_size = 256
     allow_reuse_address = os.name != "nt"   # there it would let two servers share a port,
     allow_reuse_port = False                # which this would do elsewhere
     LOOK_S = 0.25   # between two looks at clients, deadlines and the rights of listeners
-    LEAVE_S = 1.0   # for a listener whose right has changed
+    LEAVE_S = 1.0   # for a listener that has lost its right
     SPARE = 32  # connections beyond the limit that may still be on their way out
     NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -8926,8 +8926,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self.gateway.turns.look()
 
     def _look(self, now):
-        """Notice clients that left.  End connections that are over their time, and streams whose listener's
-        right has changed: in order if the stream can be woken, else LEAVE_S later."""
+        """Notice clients that left.  End connections that are over their time, and streams if the right of
+        their listener has changed: in order if the stream can be woken, else LEAVE_S later."""
         watched = {connection.sock: connection for connection in self._all() if connection.leave}
         for sock in those_left(list(watched)):
             watched[sock].dismiss()
@@ -8978,8 +8978,8 @@ class Server(http.server.ThreadingHTTPServer):
         return [connection for connection in self._all() if not connection.proven]
 
     def _surplus_guests(self, coming=0):
-        """Guests of whom one has to make room: those that rest, else those whose request is still coming.
-        None while they leave room for strangers, who could not show a key otherwise."""
+        """Guests of which one has to make room: those that rest, else those with a request still coming.
+        None while they leave room for strangers: else these could not show a key."""
         guests = [connection for connection in self._all() if connection.proven]
         if len(guests) + coming <= self._most_guests:
             return []
@@ -9156,7 +9156,7 @@ class DemoRun:
             yield DEMO_WORDS[number % len(DEMO_WORDS)]
 
     def remember(self):
-        """Its turn has come: what is cached now is known."""
+        """Its turn has come: now its cached part is known."""
         self.cached = self.engine.cached("".join(self.texts), self.prompt)
 
     def _pause(self, seconds):
@@ -9368,7 +9368,7 @@ class DemoSocket:
             self._open[name] = threading.Event()
             start_thread(self._run, name, endpoint, member(body, "creationParameter"), name="demo-channel")
         elif kind == "channelSend" and name in self._open:
-            self._open[name].set()  # whatever is said to it here: cancel, or stop
+            self._open[name].set()  # any packet to it: cancel, or stop
         else:
             self._say(type="communicationWarning", warning=f"nothing is known of {kind} {endpoint}")
 
@@ -9399,7 +9399,7 @@ class DemoSocket:
                 if (name == DEMO_EMBEDDING) == (self._kind == "embedding")]
 
     def load(self, asked, cancelled):
-        """getOrLoad and loadModel, whose packets have other names."""
+        """getOrLoad and loadModel: their packets have other names."""
         name, get = asked.get("modelKey") or asked.get("identifier"), "modelKey" not in asked
         own = asked.get("identifier") or name
         info = demo_model(name, own)
@@ -9416,7 +9416,7 @@ class DemoSocket:
         yield {"type": "loadSuccess" if get else "success", "info": info}
 
     def logs(self, asked, cancelled):
-        """What the log says from now on."""
+        """The log's lines from now on."""
         news: queue.Queue = queue.Queue()
         self.server.log.listeners.append(news)
         while not cancelled.is_set():
@@ -9596,7 +9596,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
-# --- 8.1 the story: who asks the imitation ------------------------------------
+# --- 8.1 the story: people who ask the imitation ------------------------------
 
 
 class DemoClient(NamedTuple):
@@ -9669,7 +9669,7 @@ class Demo:
         self._behind_s = 0.0
 
     def _past(self, gateway):
-        """An hour of requests: (second of the hour, what the Hub is told then, its arguments)."""
+        """An hour of requests: (second of the hour, method of the Hub, its arguments)."""
         source, hub, began, clock, at = random.Random(3), gateway.hub, self.now(), self.clock(), 20.0
         kinds, free = list(dict.fromkeys(DEMO_STORY)), dict.fromkeys(DEMO_MODELS, 0.0)
         weights = [1 if client.prompt and not client.read_bytes else 0.3 for client in kinds]
@@ -9702,7 +9702,7 @@ DEMO_OUTCOMES = (Outcome("done", 200),
 
 
 def demo_answer(record, client, source, begin, pace):
-    """What a request of the past was like, whose turn came at a clock reading; gives the s that it took."""
+    """A request of the past, with its turn at a clock reading; gives the s that it took."""
     prompt = 20 + round(7 * len(client.prompt) * source.uniform(0.5, 1.2))
     cached = round(prompt * source.choice((0, 0.3, 0.95)))
     answer = round(client.answer_tokens * source.uniform(0.6, 1.6))
@@ -9795,7 +9795,7 @@ class LogQueue(logging.handlers.QueueHandler):
 
 
 class Lines(logging.Formatter):
-    """Formats a record whose batch are records, each as another formatter does."""
+    """Formats a record with a batch of others in it, each as another formatter does."""
 
     def __init__(self, each):
         super().__init__()
@@ -9831,10 +9831,11 @@ class LogWriter(logging.handlers.QueueListener):
         time.sleep(self.GATHER_S)
         batch = [record]
         while not self.queue.empty() and len(batch) < self.BATCH:
-            batch.append(self.queue.get_nowait())
-        if batch[-1] is None:   # the end, as stop() says it
-            batch.pop()
-            self.enqueue_sentinel()
+            following = self.queue.get_nowait()
+            if following is None:   # the end, as stop() says it: behind the lines that came since
+                self.enqueue_sentinel()
+                break
+            batch.append(following)
         super().handle(logging.makeLogRecord({"batch": batch}))
         if self._entrance.lost:
             with self._entrance.lock:   # type: ignore[union-attr]
@@ -9877,7 +9878,7 @@ def set_up_logging(config):
 
 # --- 9.2 keys ----------------------------------------------------------------
 
-# These read what a flag says of a key, and give None for what is none of the forms in TERMS.
+# These read a key's flags, and give None for a text that is none of the forms in TERMS.
 
 def rights_of(text):
     rights = set(words(text))
@@ -9905,7 +9906,7 @@ def expiry_of(text):
     return "" if text == "never" else last_day(text)
 
 
-TERMS = {  # what a key's row may have -> the reader of its flag, the forms that it takes
+TERMS = {  # field of a key's row -> the reader of its flag, the forms that it takes
     "rights": (rights_of, f"choose from {', '.join(RIGHTS)}"),
     "limits": (limits_of, "use running=2,rpm=30,tpm=20000,tpd=500000, or some of them, or none"),
     "priority": (lambda text: text if text in PRIORITIES else None, f"choose from {', '.join(PRIORITIES)}"),
@@ -9917,7 +9918,7 @@ MAY = {"infer": "ask models and see its own requests", "view": "see everybody's 
 
 
 def chosen_terms(args):
-    """What the flags set of a key's row.  Raises ConfigError."""
+    """The fields of a key's row that flags set.  Raises ConfigError."""
     said = {name: getattr(args, name) for name in TERMS if getattr(args, name) is not None}
     found = {name: TERMS[name][0](text) for name, text in said.items()}
     for name, value in found.items():
@@ -9927,7 +9928,7 @@ def chosen_terms(args):
 
 
 def change_row(row, changes):
-    """Set these in a key's row; what is empty or usual does not stand there."""
+    """Set these in a key's row; empty and usual values do not stand there."""
     row.update(changes)
     for name in changes:
         if row[name] in ({}, [], "", "normal"):
@@ -9935,7 +9936,7 @@ def change_row(row, changes):
 
 
 def terms_text(terms):
-    """What a key is bound to, in words; empty if to nothing."""
+    """A key's limits and the like in words; empty if it has none."""
     return "  ".join(filter(None, (
         ",".join(f"{name}={number}" for name, number in terms.limits.items()),
         f"priority {terms.priority}" if terms.priority != "normal" else "",
@@ -9979,7 +9980,7 @@ def row_of(file, rows, flag, name):
 
 
 def set_key(args, config):
-    """--set-key NAME: change what a key may; a running gateway notices within a second."""
+    """--set-key NAME: change a key; a running gateway notices within a second."""
     chosen = chosen_terms(args)
     if not chosen:
         raise ConfigError(f"--set-key {args.set_key}: say what to change, with "
@@ -9992,7 +9993,7 @@ def set_key(args, config):
 
 
 def list_keys(args, config):
-    """--list-keys: names, rights, dates, what each key is bound to and, from the history, its last use."""
+    """--list-keys: names, rights, dates, limits and, from the history, the last use."""
     file, keys = open_key_file(config)
     used = requests_by_key(config.history) if config.history and os.path.exists(config.history) else {}
     rows = [(key.name, ",".join(sorted(key.rights)), key.created, terms_text(key.terms)) for key in keys]
@@ -10076,7 +10077,7 @@ class Printer:
         self._colour = self._redraws and not os.environ.get("NO_COLOR")
         self.cards: Any = Cards(bar_marks(out.encoding)) if self._redraws and live else None
         self._progress = []  # without cards: the latest
-        self._drawn = []  # (line, its colour) of what stands below
+        self._drawn = []  # (line, its colour) of the block below
         self._ticked = 0.0
 
     def __call__(self, events):
@@ -10120,7 +10121,7 @@ class Printer:
             self._drawn = []
 
     def _screen(self, text):
-        """The bytes that show text above what is redrawn; empty when nothing changed."""
+        """The bytes that show text above the block that is redrawn; empty when nothing changed."""
         size, self._ticked = shutil.get_terminal_size(), time.monotonic()
         below = self._progress if not self.cards else [
             (line, CARD_COLOURS.get(line.partition(" ")[0], "0"))
@@ -10135,7 +10136,7 @@ class Printer:
         return erasure([line for line, _ in self._drawn], size)
 
     def _line(self, event):
-        """(line for people, its colour).  What may be redrawn, and an excerpt of the log, is cut at the edge
+        """(line for people, its colour).  A redrawn line, and an excerpt of the log, is cut at the edge
         of a terminal; any other line goes on in the next row."""
         time_of_day = printable(str(event.data.get("timestamp", ""))[11:19])
         name = printable(event.name.replace("lmstudio_", ""))
@@ -12206,9 +12207,6 @@ const live = () => stream.state === "live";
 
 // --- 6. questions, and the key
 const refused = answer => answer.status === 401;
-async function reasonOf(answer) {
-  try { return (await answer.json()).error.message; } catch { return "The gateway says no."; }
-}
 
 /* The JSON of one of our routes; null where there is no answer, no such route or no right. */
 async function get(address) {
@@ -12313,7 +12311,9 @@ async function act(method, address, body) {
   try {
     const answer = await fetch(address, {method, headers: {"Content-Type": "application/json"},
       body: body && JSON.stringify(body)});
-    return answer.ok ? "" : refused(answer) && body?.key ? "Wrong key." : await reasonOf(answer);
+    if (answer.ok) return "";
+    const said = await answer.json().catch(() => null);
+    return refused(answer) && body?.key ? "Wrong key." : words(said?.error?.message ?? said?.error ?? "The gateway says no.");
   } catch { return "The gateway does not answer."; }
 }
 async function stop(r, from) {
@@ -12527,14 +12527,11 @@ function cardOf(r) {
     bar: el("div.bar"), legend: el("ul.legend"), speed: el("span.speed"), context: el("span"), more: el("span.muted.isolate"),
     open: button("Details", () => openDrawer(r.requestId), "button.quiet.push"),
     stop: button("Stop", event => stop(r, event.currentTarget), "button.quiet")};
-  const {bar} = part;
-  for (const [name, value] of [["role", "progressbar"], ["aria-valuemin", 0], ["aria-valuemax", 100], ["aria-label", "Prompt read"]]) {
-    bar.setAttribute(name, value);
-  }
-  for (const tone of ["cached", "prefill", "rest", "decode"]) bar.append(el("i." + tone));
+  Object.assign(part.bar, {role: "progressbar", ariaValueMin: 0, ariaValueMax: 100, ariaLabel: "Prompt read"});
+  part.bar.append(...["cached", "prefill", "rest", "decode"].map(tone => el("i." + tone)));
   card = {...part, spoken: 0, node: el("article.box.card",
     el("div.row", el("h3", part.who, " ", part.model), el("p.left", part.big, part.small)),
-    bar, el("div.row", part.legend),
+    part.bar, el("div.row", part.legend),
     el("div.details", part.speed, part.context, part.more, part.open, part.stop))};
   cards.set(r.requestId, card);
   return card;
