@@ -11696,7 +11696,7 @@ applyTheme(stored("theme", "auto"));
       <button type="button" id="theme" title="Colours: as the system has them, light or dark">&#9680; Auto</button>
     </div>
   </div>
-  <nav aria-label="Panels">
+  <nav id="panels" aria-label="Panels">
     <a href="#now">Now</a><a href="#figures" class="view">Figures</a><a href="#requests">Requests</a>
     <a href="#log" class="view">Log</a><a href="#server" class="view">Server</a>
     <div class="range view" id="range" role="group" aria-label="Time range"></div>
@@ -12276,7 +12276,7 @@ function signOut() {
 /* The login form: above what the page has; before it has anything, alone. */
 function lock(is) {
   $("login").hidden = !is;
-  for (const id of ["now", "figures", "requests", "log", "server"]) $(id).hidden = is && !page.loaded;
+  for (const id of ["panels", "now", "figures", "requests", "log", "server"]) $(id).hidden = is && !page.loaded;
   dirty.add("header").add("now");
 }
 async function logIn(event) {

@@ -6607,13 +6607,6 @@ def test_megabytes_pass_in_one_frame(joined, way):
     sender.join(PATIENCE_S)
 
 
-def test_a_piece_of_a_frame_of_lm_studios_waits_for_nothing(joined):
-    client, studio = joined()
-    data = lmgateway.frame(1, b"x" * 1000)
-    studio.sock.sendall(data[:500])
-    assert len(client.sock.recv(1000)) == 500
-
-
 @pytest.mark.parametrize("way", [0, 1])
 def test_who_does_not_read_holds_up_the_other_side(joined, way):
     ends = joined("/files")
