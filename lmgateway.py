@@ -9794,17 +9794,6 @@ class LogQueue(logging.handlers.QueueHandler):
             self.lost += 1
 
 
-class Lines(logging.Formatter):
-    """Formats a record with a batch of others in it, each as another formatter does."""
-
-    def __init__(self, each):
-        super().__init__()
-        self.each = each
-
-    def format(self, record):
-        return "\n".join(map(self.each.format, record.batch))
-
-
 class LogWriter(logging.handlers.QueueListener):
     """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for the
     reader of stderr.
@@ -9818,12 +9807,12 @@ class LogWriter(logging.handlers.QueueListener):
     def __init__(self, handler):
         self._lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
         super().__init__(self._lines, handler)
-        self._entrance = LogQueue(self._lines)
+        self._entrance, self._handler, self._formatter = LogQueue(self._lines), handler, handler.formatter
 
     def __enter__(self):
-        self.handlers[0].setFormatter(Lines(self.handlers[0].formatter))
+        self._handler.setFormatter(None)    # a batch has its form
         log.handlers = [self._entrance]
-        lone = isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)
+        lone = isinstance(self._handler, OwnLogFile) or not is_terminal(sys.stderr)
         if lone and hasattr(signal, "SIGHUP"):  # else it ends with its terminal
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.start()
@@ -9831,18 +9820,18 @@ class LogWriter(logging.handlers.QueueListener):
     def handle(self, record):
         time.sleep(self.GATHER_S)
         batch = [record]
+        if self._entrance.lost:
+            with self._entrance.lock:   # type: ignore[union-attr]
+                lost, self._entrance.lost = self._entrance.lost, 0
+            batch.insert(0, logging.makeLogRecord({
+                "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"}))
         while not self._lines.empty() and len(batch) < self.BATCH:
             following = self._lines.get_nowait()
             if following is None:   # the end, as stop() says it: behind the lines that came since
                 self.enqueue_sentinel()
                 break
             batch.append(following)
-        super().handle(logging.makeLogRecord({"batch": batch}))
-        if self._entrance.lost:
-            with self._entrance.lock:   # type: ignore[union-attr]
-                lost, self._entrance.lost = self._entrance.lost, 0
-            super().handle(logging.makeLogRecord({"batch": [logging.makeLogRecord({
-                "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"})]}))
+        super().handle(logging.makeLogRecord({"msg": "\n".join(map(self._formatter.format, batch))}))
 
     def __exit__(self, kind, error, traceback):
         """Write the rest.  A stream that takes nothing would also hold up the interpreter's own end."""
@@ -9851,8 +9840,8 @@ class LogWriter(logging.handlers.QueueListener):
         ending.join(self.END_S)
         if ending.is_alive():
             os._exit(0 if kind is None else 1)
-        self.handlers[0].setFormatter(self.handlers[0].formatter.each)  # type: ignore[union-attr]
-        log.handlers = list(self.handlers)
+        self._handler.setFormatter(self._formatter)
+        log.handlers = [self._handler]
 
 
 def set_up_logging(config):
