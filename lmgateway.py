@@ -93,7 +93,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -4232,10 +4232,9 @@ class Window:
 class Account:
     """What a key has used: in the last minute, and on this day, which has a name and so many s left."""
 
-    def __init__(self, day=""):
+    def __init__(self):
         self.requests, self.tokens = Window(), Window()
-        self._day = day
-        self.today: Counter[str] = Counter()
+        self._day, self.today = "", Counter()
 
     def turn(self, day):
         """Another day has begun, or the clock was set."""
@@ -7251,7 +7250,7 @@ class Turns:
         self._config, self._access, self._hub = config, access, hub
         self._lock = threading.Lock()  # guards the next two; held for memory work only
         self._scheduler = Scheduler(config.max_running)
-        self._accounts: dict = {}  # name of a key -> Account
+        self._accounts: defaultdict = defaultdict(Account)  # by name of a key
         if history:
             self._restore(history)
 
@@ -7267,7 +7266,7 @@ class Turns:
             log.error("history %s: %s; limits by the day begin anew", history.path, error)
 
     def _account(self, name, day):
-        account = self._accounts.setdefault(name, Account(day))
+        account = self._accounts[name]
         account.turn(day)
         return account
 

@@ -7264,7 +7264,8 @@ def test_a_choice_among_500_people_is_quick():
 
 
 def test_a_minute_slides_and_a_day_ends():
-    account, limits = lmgateway.Account("mon"), {"rpm": 2, "tpm": 100, "tpd": 150}
+    account, limits = lmgateway.Account(), {"rpm": 2, "tpm": 100, "tpd": 150}
+    account.turn("mon")
     account.let_in(0.0)
     account.let_in(30.0)
     assert account.refusal(limits, 40.0, 500) == ("rpm", 2, 20.0) and account.refusal(limits, 60.0, 500) is None
