@@ -8688,8 +8688,8 @@ class Tunnel:
 
 GRACE_S = 10.0  # for running requests at the end
 OWN_BODY = 4 * 1024  # bytes of a body for our own pages, some of which come before any key
-# The paths, as plain_path() gives them, that the right to infer lets pass.  All others, also those that LM Studio
-# has yet to invent, need the right to admin.
+# The paths, as plain_path() gives them, that the right to infer lets pass.  All others, also those that LM
+# Studio has yet to invent, need the right to admin.
 INFERENCES = re.compile(r"/v1(?:/.*)?|/api/v0/(?:chat/completions|completions|embeddings)|/api/v1/chat",
                         re.DOTALL)
 LISTINGS = re.compile(r"/api/v\d+/models(?:/.*)?", re.DOTALL)   # GET and HEAD
@@ -9815,8 +9815,9 @@ class LogWriter(logging.handlers.QueueListener):
     END_S = 0.5     # to write the rest
 
     def __init__(self, handler):
-        self._entrance = LogQueue(queue.SimpleQueue())
-        super().__init__(self._entrance.queue, handler)
+        self._lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        super().__init__(self._lines, handler)
+        self._entrance = LogQueue(self._lines)
 
     def __enter__(self):
         self.handlers[0].setFormatter(Lines(self.handlers[0].formatter))
@@ -9829,8 +9830,8 @@ class LogWriter(logging.handlers.QueueListener):
     def handle(self, record):
         time.sleep(self.GATHER_S)
         batch = [record]
-        while not self.queue.empty() and len(batch) < self.BATCH:
-            following = self.queue.get_nowait()
+        while not self._lines.empty() and len(batch) < self.BATCH:
+            following = self._lines.get_nowait()
             if following is None:   # the end, as stop() says it: behind the lines that came since
                 self.enqueue_sentinel()
                 break
@@ -11694,7 +11695,7 @@ applyTheme(stored("theme", "auto"));
       <button type="button" id="theme" title="Colours: as the system has them, light or dark">&#9680; Auto</button>
     </div>
   </div>
-  <nav aria-label="Panels">
+  <nav id="panels" aria-label="Panels">
     <a href="#now">Now</a><a href="#figures" class="view">Figures</a><a href="#requests">Requests</a>
     <a href="#log" class="view">Log</a><a href="#server" class="view">Server</a>
     <div class="range view" id="range" role="group" aria-label="Time range"></div>
@@ -12274,7 +12275,7 @@ function signOut() {
 /* The login form: above what the page has; before it has anything, alone. */
 function lock(is) {
   $("login").hidden = !is;
-  for (const id of ["now", "figures", "requests", "log", "server"]) $(id).hidden = is && !page.loaded;
+  for (const id of ["panels", "now", "figures", "requests", "log", "server"]) $(id).hidden = is && !page.loaded;
   dirty.add("header").add("now");
 }
 async function logIn(event) {
