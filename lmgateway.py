@@ -7298,9 +7298,9 @@ class Turns:
         if turn.began is None:
             if len(self._scheduler.waiting) > self._config.max_waiting:
                 self._scheduler.leave(turn, turn.since)
-                raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, "
-                                                   "as many as MAX_WAITING allows; try again later",
-                                [("Retry-After", str(QUEUE_RETRY_S))])
+                raise HttpError(
+                    429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, as many as "
+                    "MAX_WAITING allows; try again later", [("Retry-After", str(QUEUE_RETRY_S))])
             turn.bell = bell()
 
     def leave(self, turn, record):
@@ -7396,8 +7396,8 @@ class Gateway:
 
 
 class Exchange:
-    """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an inference:
-    it has a record and a turn, and others hear of it until its one end."""
+    """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an
+    inference: it has a record and a turn, and others hear of it until its one end."""
 
     bell: Callable[[], Any] = threading.Event  # gives the bell that rings when its turn comes
     record: Any = None
@@ -7410,7 +7410,7 @@ class Exchange:
         self._gateway, self.request = gateway, request
 
     def enter(self, **about):
-        """It is an inference.  Raises HttpError if the limits of its key, or the queue's, do not let it in."""
+        """It is an inference.  Raises HttpError if the limits of its key or the queue do not let it in."""
         gateway, request = self._gateway, self.request
         self.turn = gateway.turns.enter(request, about["model_asked"], about.get("user"), self.bell)
         self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), client=request.client,
@@ -7533,8 +7533,8 @@ class Forward(Exchange):
     def __init__(self, gateway, request, target, asked):
         super().__init__(gateway, request)
         self._asked, self._shared = asked, request.identity.name in gateway.config.users_from
-        headers = upstream_headers(request, len(asked.data), gateway.upstream, asked.asks_usage or self.alters,
-                                   USER_HEADERS if self._shared else ())
+        headers = upstream_headers(request, len(asked.data), gateway.upstream,
+                                   asked.asks_usage or self.alters, USER_HEADERS if self._shared else ())
         self._call = Call(gateway.upstream.origin, request.method, target, headers, asked.data)
         self._choose_timeout(asked.stream)
         self._anthropic = plain_target(target).lower() == "/v1/messages"
