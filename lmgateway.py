@@ -93,7 +93,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -4232,10 +4232,9 @@ class Window:
 class Account:
     """What a key has used: in the last minute, and on this day, which has a name and so many s left."""
 
-    def __init__(self, day=""):
+    def __init__(self):
         self.requests, self.tokens = Window(), Window()
-        self._day = day
-        self.today: Counter[str] = Counter()
+        self._day, self.today = "", Counter()
 
     def turn(self, day):
         """Another day has begun, or the clock was set."""
@@ -7251,7 +7250,7 @@ class Turns:
         self._config, self._access, self._hub = config, access, hub
         self._lock = threading.Lock()  # guards the next two; held for memory work only
         self._scheduler = Scheduler(config.max_running)
-        self._accounts: dict = {}  # name of a key -> Account
+        self._accounts: defaultdict = defaultdict(Account)  # by name of a key
         if history:
             self._restore(history)
 
@@ -7267,7 +7266,7 @@ class Turns:
             log.error("history %s: %s; limits by the day begin anew", history.path, error)
 
     def _account(self, name, day):
-        account = self._accounts.setdefault(name, Account(day))
+        account = self._accounts[name]
         account.turn(day)
         return account
 
@@ -7299,9 +7298,9 @@ class Turns:
         if turn.began is None:
             if len(self._scheduler.waiting) > self._config.max_waiting:
                 self._scheduler.leave(turn, turn.since)
-                raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, "
-                                                   "as many as MAX_WAITING allows; try again later",
-                                [("Retry-After", str(QUEUE_RETRY_S))])
+                raise HttpError(
+                    429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, as many as "
+                    "MAX_WAITING allows; try again later", [("Retry-After", str(QUEUE_RETRY_S))])
             turn.bell = bell()
 
     def leave(self, turn, record):
@@ -7397,8 +7396,8 @@ class Gateway:
 
 
 class Exchange:
-    """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an inference:
-    it has a record and a turn, and others hear of it until its one end."""
+    """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an
+    inference: it has a record and a turn, and others hear of it until its one end."""
 
     bell: Callable[[], Any] = threading.Event  # gives the bell that rings when its turn comes
     record: Any = None
@@ -7411,7 +7410,7 @@ class Exchange:
         self._gateway, self.request = gateway, request
 
     def enter(self, **about):
-        """It is an inference.  Raises HttpError if the limits of its key, or the queue's, do not let it in."""
+        """It is an inference.  Raises HttpError if the limits of its key or the queue do not let it in."""
         gateway, request = self._gateway, self.request
         self.turn = gateway.turns.enter(request, about["model_asked"], about.get("user"), self.bell)
         self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), client=request.client,
@@ -7534,8 +7533,8 @@ class Forward(Exchange):
     def __init__(self, gateway, request, target, asked):
         super().__init__(gateway, request)
         self._asked, self._shared = asked, request.identity.name in gateway.config.users_from
-        headers = upstream_headers(request, len(asked.data), gateway.upstream, asked.asks_usage or self.alters,
-                                   USER_HEADERS if self._shared else ())
+        headers = upstream_headers(request, len(asked.data), gateway.upstream,
+                                   asked.asks_usage or self.alters, USER_HEADERS if self._shared else ())
         self._call = Call(gateway.upstream.origin, request.method, target, headers, asked.data)
         self._choose_timeout(asked.stream)
         self._anthropic = plain_target(target).lower() == "/v1/messages"
