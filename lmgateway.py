@@ -93,7 +93,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -2330,7 +2330,7 @@ def parse_body(dialect, data):
             "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
 
-FILES = ("image_url", "source", "input_audio", "file", "data_url")    # members that stand for what is no text
+FILES = ("image_url", "source", "input_audio", "file", "data_url")    # members that hold no text
 
 
 def text_size(value):
@@ -4232,10 +4232,9 @@ class Window:
 class Account:
     """What a key has used: in the last minute, and on this day, which has a name and so many s left."""
 
-    def __init__(self, day=""):
+    def __init__(self):
         self.requests, self.tokens = Window(), Window()
-        self._day = day
-        self.today: Counter[str] = Counter()
+        self._day, self.today = "", Counter()
 
     def turn(self, day):
         """Another day has begun, or the clock was set."""
@@ -7253,7 +7252,7 @@ class Turns:
         self._config, self._access, self._hub = config, access, hub
         self._lock = threading.Lock()  # guards the next two; held for memory work only
         self._scheduler = Scheduler(config.max_running)
-        self._accounts: dict = {}  # name of a key -> Account
+        self._accounts: defaultdict = defaultdict(Account)  # by name of a key
         if history:
             self._restore(history)
 
@@ -7269,7 +7268,7 @@ class Turns:
             log.error("history %s: %s; limits by the day begin anew", history.path, error)
 
     def _account(self, name, day):
-        account = self._accounts.setdefault(name, Account(day))
+        account = self._accounts[name]
         account.turn(day)
         return account
 
@@ -7301,9 +7300,9 @@ class Turns:
         if turn.began is None:
             if len(self._scheduler.waiting) > self._config.max_waiting:
                 self._scheduler.leave(turn, turn.since)
-                raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, "
-                                                   "as many as MAX_WAITING allows; try again later",
-                                [("Retry-After", str(QUEUE_RETRY_S))])
+                raise HttpError(
+                    429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, as many as "
+                    "MAX_WAITING allows; try again later", [("Retry-After", str(QUEUE_RETRY_S))])
             turn.bell = bell()
 
     def leave(self, turn, record):
@@ -7399,8 +7398,8 @@ class Gateway:
 
 
 class Exchange:
-    """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an inference:
-    it has a record and a turn, and others hear of it until its one end."""
+    """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an
+    inference: it has a record and a turn, and others hear of it until its one end."""
 
     bell: Callable[[], Any] = threading.Event  # gives the bell that rings when its turn comes
     record: Any = None
@@ -7413,7 +7412,7 @@ class Exchange:
         self._gateway, self.request = gateway, request
 
     def enter(self, **about):
-        """It is an inference.  Raises HttpError if the limits of its key, or the queue's, do not let it in."""
+        """It is an inference.  Raises HttpError if the limits of its key or the queue do not let it in."""
         gateway, request = self._gateway, self.request
         self.turn = gateway.turns.enter(request, about["model_asked"], about.get("user"), self.bell)
         self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), client=request.client,
@@ -7536,8 +7535,8 @@ class Forward(Exchange):
     def __init__(self, gateway, request, target, asked):
         super().__init__(gateway, request)
         self._asked, self._shared = asked, request.identity.name in gateway.config.users_from
-        headers = upstream_headers(request, len(asked.data), gateway.upstream, asked.asks_usage or self.alters,
-                                   USER_HEADERS if self._shared else ())
+        headers = upstream_headers(request, len(asked.data), gateway.upstream,
+                                   asked.asks_usage or self.alters, USER_HEADERS if self._shared else ())
         self._call = Call(gateway.upstream.origin, request.method, target, headers, asked.data)
         self._choose_timeout(asked.stream)
         self._anthropic = plain_target(target).lower() == "/v1/messages"
@@ -8691,8 +8690,8 @@ class Tunnel:
 
 GRACE_S = 10.0  # for running requests at the end
 OWN_BODY = 4 * 1024  # bytes of a body for our own pages, some of which come before any key
-# What the right to infer lets pass, of paths as plain_path() gives them.  What is not named here, and what
-# LM Studio has yet to invent, needs the right to admin.
+# The paths, as plain_path() gives them, that the right to infer lets pass.  All others, also those that LM
+# Studio has yet to invent, need the right to admin.
 INFERENCES = re.compile(r"/v1(?:/.*)?|/api/v0/(?:chat/completions|completions|embeddings)|/api/v1/chat",
                         re.DOTALL)
 LISTINGS = re.compile(r"/api/v\d+/models(?:/.*)?", re.DOTALL)   # GET and HEAD
@@ -8929,8 +8928,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self.gateway.turns.look()
 
     def _look(self, now):
-        """Notice clients that left.  End connections that are over their time, and streams whose listener's
-        right has changed: in order if the stream can be woken, else LEAVE_S later."""
+        """Notice clients that left.  End connections that are over their time, and streams if the right of
+        their listener has changed: in order if the stream can be woken, else LEAVE_S later."""
         watched = {connection.sock: connection for connection in self._all() if connection.leave}
         for sock in those_left(list(watched)):
             watched[sock].dismiss()
@@ -8981,8 +8980,8 @@ class Server(http.server.ThreadingHTTPServer):
         return [connection for connection in self._all() if not connection.proven]
 
     def _surplus_guests(self, coming=0):
-        """Guests of whom one has to make room: those that rest, else those whose request is still coming.
-        None while they leave room for strangers, who could not show a key otherwise."""
+        """Guests of which one has to make room: those that rest, else those with a request still coming.
+        None while they leave room for strangers: else these could not show a key."""
         guests = [connection for connection in self._all() if connection.proven]
         if len(guests) + coming <= self._most_guests:
             return []
@@ -9706,7 +9705,7 @@ DEMO_OUTCOMES = (Outcome("done", 200),
 
 
 def demo_answer(record, client, source, begin, pace):
-    """What a request of the past was like, whose turn came at a clock reading; gives the s that it took."""
+    """A request of the past, with its turn at a clock reading; gives the s that it took."""
     prompt = 20 + round(7 * len(client.prompt) * source.uniform(0.5, 1.2))
     cached = round(prompt * source.choice((0, 0.3, 0.95)))
     answer = round(client.answer_tokens * source.uniform(0.6, 1.6))
@@ -9798,17 +9797,6 @@ class LogQueue(logging.handlers.QueueHandler):
             self.lost += 1
 
 
-class Lines(logging.Formatter):
-    """Formats a record with a batch of others in it, each as another formatter does."""
-
-    def __init__(self, each):
-        super().__init__()
-        self.each = each
-
-    def format(self, record):
-        return "\n".join(map(self.each.format, record.batch))
-
-
 class LogWriter(logging.handlers.QueueListener):
     """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for the
     reader of stderr.
@@ -9820,13 +9808,14 @@ class LogWriter(logging.handlers.QueueListener):
     END_S = 0.5     # to write the rest
 
     def __init__(self, handler):
-        self._entrance = LogQueue(queue.SimpleQueue())
-        super().__init__(self._entrance.queue, handler)
+        self._lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        super().__init__(self._lines, handler)
+        self._entrance, self._handler, self._formatter = LogQueue(self._lines), handler, handler.formatter
 
     def __enter__(self):
-        self.handlers[0].setFormatter(Lines(self.handlers[0].formatter))
+        self._handler.setFormatter(None)    # a batch has its form
         log.handlers = [self._entrance]
-        lone = isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)
+        lone = isinstance(self._handler, OwnLogFile) or not is_terminal(sys.stderr)
         if lone and hasattr(signal, "SIGHUP"):  # else it ends with its terminal
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.start()
@@ -9834,18 +9823,18 @@ class LogWriter(logging.handlers.QueueListener):
     def handle(self, record):
         time.sleep(self.GATHER_S)
         batch = [record]
-        while not self.queue.empty() and len(batch) < self.BATCH:
-            following = self.queue.get_nowait()
+        if self._entrance.lost:
+            with self._entrance.lock:   # type: ignore[union-attr]
+                lost, self._entrance.lost = self._entrance.lost, 0
+            batch.insert(0, logging.makeLogRecord({
+                "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"}))
+        while not self._lines.empty() and len(batch) < self.BATCH:
+            following = self._lines.get_nowait()
             if following is None:   # the end, as stop() says it: behind the lines that came since
                 self.enqueue_sentinel()
                 break
             batch.append(following)
-        super().handle(logging.makeLogRecord({"batch": batch}))
-        if self._entrance.lost:
-            with self._entrance.lock:   # type: ignore[union-attr]
-                lost, self._entrance.lost = self._entrance.lost, 0
-            super().handle(logging.makeLogRecord({"batch": [logging.makeLogRecord({
-                "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"})]}))
+        super().handle(logging.makeLogRecord({"msg": "\n".join(map(self._formatter.format, batch))}))
 
     def __exit__(self, kind, error, traceback):
         """Write the rest.  A stream that takes nothing would also hold up the interpreter's own end."""
@@ -9854,8 +9843,8 @@ class LogWriter(logging.handlers.QueueListener):
         ending.join(self.END_S)
         if ending.is_alive():
             os._exit(0 if kind is None else 1)
-        self.handlers[0].setFormatter(self.handlers[0].formatter.each)  # type: ignore[union-attr]
-        log.handlers = list(self.handlers)
+        self._handler.setFormatter(self._formatter)
+        log.handlers = [self._handler]
 
 
 def set_up_logging(config):
@@ -11699,7 +11688,7 @@ applyTheme(stored("theme", "auto"));
       <button type="button" id="theme" title="Colours: as the system has them, light or dark">&#9680; Auto</button>
     </div>
   </div>
-  <nav aria-label="Panels">
+  <nav id="panels" aria-label="Panels">
     <a href="#now">Now</a><a href="#figures" class="view">Figures</a><a href="#requests">Requests</a>
     <a href="#log" class="view">Log</a><a href="#server" class="view">Server</a>
     <div class="range view" id="range" role="group" aria-label="Time range"></div>
@@ -12211,9 +12200,6 @@ const live = () => stream.state === "live";
 
 // --- 6. questions, and the key
 const refused = answer => answer.status === 401;
-async function reasonOf(answer) {
-  try { return (await answer.json()).error.message; } catch { return "The gateway says no."; }
-}
 
 /* The JSON of one of our routes; null where there is no answer, no such route or no right. */
 async function get(address) {
@@ -12282,7 +12268,7 @@ function signOut() {
 /* The login form: above what the page has; before it has anything, alone. */
 function lock(is) {
   $("login").hidden = !is;
-  for (const id of ["now", "figures", "requests", "log", "server"]) $(id).hidden = is && !page.loaded;
+  for (const id of ["panels", "now", "figures", "requests", "log", "server"]) $(id).hidden = is && !page.loaded;
   dirty.add("header").add("now");
 }
 async function logIn(event) {
@@ -12318,7 +12304,9 @@ async function act(method, address, body) {
   try {
     const answer = await fetch(address, {method, headers: {"Content-Type": "application/json"},
       body: body && JSON.stringify(body)});
-    return answer.ok ? "" : refused(answer) && body?.key ? "Wrong key." : await reasonOf(answer);
+    if (answer.ok) return "";
+    const said = await answer.json().catch(() => null);
+    return refused(answer) && body?.key ? "Wrong key." : words(said?.error?.message ?? said?.error ?? "The gateway says no.");
   } catch { return "The gateway does not answer."; }
 }
 async function stop(r, from) {
@@ -12532,14 +12520,11 @@ function cardOf(r) {
     bar: el("div.bar"), legend: el("ul.legend"), speed: el("span.speed"), context: el("span"), more: el("span.muted.isolate"),
     open: button("Details", () => openDrawer(r.requestId), "button.quiet.push"),
     stop: button("Stop", event => stop(r, event.currentTarget), "button.quiet")};
-  const {bar} = part;
-  for (const [name, value] of [["role", "progressbar"], ["aria-valuemin", 0], ["aria-valuemax", 100], ["aria-label", "Prompt read"]]) {
-    bar.setAttribute(name, value);
-  }
-  for (const tone of ["cached", "prefill", "rest", "decode"]) bar.append(el("i." + tone));
+  Object.assign(part.bar, {role: "progressbar", ariaValueMin: 0, ariaValueMax: 100, ariaLabel: "Prompt read"});
+  part.bar.append(...["cached", "prefill", "rest", "decode"].map(tone => el("i." + tone)));
   card = {...part, spoken: 0, node: el("article.box.card",
     el("div.row", el("h3", part.who, " ", part.model), el("p.left", part.big, part.small)),
-    bar, el("div.row", part.legend),
+    part.bar, el("div.row", part.legend),
     el("div.details", part.speed, part.context, part.more, part.open, part.stop))};
   cards.set(r.requestId, card);
   return card;

@@ -6607,13 +6607,6 @@ def test_megabytes_pass_in_one_frame(joined, way):
     sender.join(PATIENCE_S)
 
 
-def test_a_piece_of_a_frame_of_lm_studios_waits_for_nothing(joined):
-    client, studio = joined()
-    data = lmgateway.frame(1, b"x" * 1000)
-    studio.sock.sendall(data[:500])
-    assert len(client.sock.recv(1000)) == 500
-
-
 @pytest.mark.parametrize("way", [0, 1])
 def test_who_does_not_read_holds_up_the_other_side(joined, way):
     ends = joined("/files")
@@ -6797,11 +6790,21 @@ def success(number=1, **stats):
 BY_NAME = {"modelSpecifier": {"type": "query", "query": {"identifier": "m/one"}}}
 
 
-def test_a_prediction_is_a_request_like_any_other(front, joined):
-    client, studio = joined()
-    mark = front.hub.last
-    client.say(channel("predict", history={"messages": [{}, {}]}, **BY_NAME))
-    studio.hear()
+@pytest.fixture
+def begun(front, joined):
+    """Gives (client, LM Studio's side, the latest event before it) of a prediction that has begun."""
+    def begin(endpoint="predict", number=1, **asked):
+        client, studio = joined()
+        mark = front.hub.last
+        client.say(channel(endpoint, number, **asked))
+        studio.hear()
+        return client, studio, mark
+
+    return begin
+
+
+def test_a_prediction_is_a_request_like_any_other(front, begun):
+    client, studio, mark = begun(history={"messages": [{}, {}]}, **BY_NAME)
     (start,) = front.events(mark, "inference_start")
     assert (start["path"], start["model"], start["stream"], start["client"]) == ("/llm/predict", "m/one", True, "127.0.0.1")
     studio.say(sent(type="promptProcessingProgress", progress=0.41, details={
@@ -6822,11 +6825,8 @@ def test_a_prediction_is_a_request_like_any_other(front, joined):
     assert front.events(mark, "error", count=0) == []
 
 
-def test_tokens_are_counted_however_their_fragments_are_written_and_drafts_as_lm_studio_says(front, joined):
-    client, studio = joined()
-    mark = front.hub.last
-    client.say(channel("predict"))
-    studio.hear()
+def test_tokens_are_counted_however_their_fragments_are_written_and_drafts_as_lm_studio_says(front, begun):
+    client, studio, mark = begun()
     (inference,) = front.gateway.inferences.values()
     odd = {"type": "channelSend", "message": {"fragment": {"tokensCount": 3, "content": "x"}, "type": "fragment"}, "channelId": 1}
     for said in (fragment(tokens=2), odd, fragment(2), sent(type="fragment", fragment={
@@ -6843,11 +6843,8 @@ def test_tokens_are_counted_however_their_fragments_are_written_and_drafts_as_lm
     assert (row["draftTokens"], row["acceptedDraftTokens"]) == (8, 6)
 
 
-def test_a_result_without_figures_has_none(front, joined):
-    client, studio = joined()
-    mark = front.hub.last
-    client.say(channel("completeRawText", rawPrompt="x"))
-    studio.hear()
+def test_a_result_without_figures_has_none(front, begun):
+    client, studio, mark = begun("completeRawText", rawPrompt="x")
     studio.say(fragment())
     studio.say(sent(type="success", stats={"stopReason": "eosFound"}))
     (over,) = front.events(mark, "inference_complete")
@@ -6902,12 +6899,9 @@ def cancels(client, studio):
     (lambda client, studio: studio.sock.shutdown(socket.SHUT_RDWR), "upstream_reset"),
     (lambda client, studio: studio.say(b"\x03\xe8", 8), "upstream_reset"),
     (lambda client, studio: client.sock.sendall(b"\x81\x00"), "protocol_error")])
-def test_each_end_of_a_prediction_is_told_once(front, joined, ends, operation, monkeypatch):
+def test_each_end_of_a_prediction_is_told_once(front, begun, ends, operation, monkeypatch):
     monkeypatch.setattr(lmgateway, "PARTING_S", 0.05)
-    client, studio = joined()
-    mark = front.hub.last
-    client.say(channel("predict", **BY_NAME))
-    studio.hear()
+    client, studio, mark = begun(**BY_NAME)
     for _ in range(3):
         studio.say(fragment())
         client.hear()
@@ -6961,11 +6955,8 @@ def test_a_message_that_is_coming_counts_in_the_budget_of_all_bodies(fronts, joi
     until(lambda: front.server.memory.used == 0)
 
 
-def test_a_prediction_can_be_stopped_by_somebody_else(front, joined):
-    client, studio = joined()
-    mark = front.hub.last
-    client.say(channel("predict", 3, **BY_NAME))
-    studio.hear()
+def test_a_prediction_can_be_stopped_by_somebody_else(front, begun):
+    client, studio, mark = begun(number=3, **BY_NAME)
     (prediction,) = front.gateway.inferences.values()
     prediction.stop(lmgateway.HttpError(503, "stopped", "stopped by ben"))
     assert client.hear() == {"type": "channelError", "channelId": 3, "error": {"title": "stopped by ben"}}
@@ -7271,7 +7262,8 @@ def test_a_choice_among_500_people_is_quick():
 
 
 def test_a_minute_slides_and_a_day_ends():
-    account, limits = lmgateway.Account("mon"), {"rpm": 2, "tpm": 100, "tpd": 150}
+    account, limits = lmgateway.Account(), {"rpm": 2, "tpm": 100, "tpd": 150}
+    account.turn("mon")
     account.let_in(0.0)
     account.let_in(30.0)
     assert account.refusal(limits, 40.0, 500) == ("rpm", 2, 20.0) and account.refusal(limits, 60.0, 500) is None
