@@ -9876,6 +9876,7 @@ def test_lines_behind_the_end_of_our_log_are_written_too(capsys):
     writer = lmgateway.LogWriter(lmgateway.log.handlers[0])
     for line in ("one", "two", None, "three"):      # None: what stop() puts there
         writer._lines.put(line and logging.makeLogRecord({"msg": line}))
+    lmgateway.log.handlers[0].setFormatter(None)
     writer.start()
     writer.stop()
     assert re.findall(r"\w+$", capsys.readouterr().err, re.M) == ["one", "two", "three"]
