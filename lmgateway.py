@@ -4924,8 +4924,8 @@ def usage_rows(connection, groups, since=0.0):
 class History:
     """Keeps one row for each request that is over.  Any thread may call keep() and usage().
 
-    A thread commits rows as they come; WAL lets a process die at any moment without harm to
-    rows that are committed.  No file is held open: one that was removed is made anew, and that is said.  So is trouble,
+    A thread commits rows as they come; WAL lets a process die at any moment without harm to rows that are
+    committed.  No file is held open: one that was removed is made anew, and that is said.  So is trouble,
     once: the latest ROWS wait and are tried again.  Raises HistoryError if the file is no database or
     cannot be written."""
 
@@ -5047,7 +5047,8 @@ def open_history(path):
             connection.execute(f"CREATE TABLE IF NOT EXISTS requests ({columns})")
             have = {row[1] for row in connection.execute("PRAGMA table_info(requests)")}
             lacks = [(name, kind) for name, kind, _ in HISTORY if name not in have]
-            for name, kind in lacks if {name for name, _ in lacks} <= ADDED else ():    # else another program's
+            known = {name for name, _ in lacks} <= ADDED    # else it is another program's
+            for name, kind in lacks if known else ():
                 connection.execute(f"ALTER TABLE requests ADD COLUMN {name} {kind}")
             connection.execute("CREATE INDEX IF NOT EXISTS requests_started ON requests (started)")
         stack.pop_all()     # it stays open
@@ -5941,8 +5942,8 @@ class Remembered:
         self._asking: Any = None    # (clock, Event that is set in the end) of the question under way
 
     def value(self, max_age_s, wait_s, version=0):
-        """Any thread.  An answer for this version, not older than max_age_s; the one before if none comes within
-        wait_s."""
+        """Any thread.  An answer for this version, not older than max_age_s; the one before if none comes
+        within wait_s."""
         with self._lock:
             now, (since, answer) = time.monotonic(), self._known
             if now - since < max_age_s and version == self._version:
@@ -6038,8 +6039,8 @@ class KeptConnections(urllib.request.BaseHandler):
         except OSError as error:
             why = "the connection timed out" if isinstance(error, TIMEOUTS) else error_text(error)
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise HttpError(503, "no_descriptors", f"lmgateway cannot connect to LM Studio ({why}). Raise "
-                                "its limit of open files (ulimit -n), or try again",
+                raise HttpError(503, "no_descriptors", f"lmgateway cannot connect to LM Studio ({why}). "
+                                "Raise its limit of open files (ulimit -n), or try again",
                                 [("Retry-After", "5")]) from None
             raise UpstreamError(502, "unreachable",
                                 f"LM Studio is not reachable at {self._base} ({why}). Start its server "
@@ -6061,7 +6062,7 @@ class Upstream:
         self._health = Remembered(self._ask_health, QUESTION_S + 1.0, self._silent)
         self._listed: Any = (None, 0.0)     # the latest rows that LM Studio told, and when
         self._models = Remembered(self._ask_models, QUESTION_S + 1.0, self._listed)
-        self._listings: tuple = ("/api/v1/models", "/api/v0/models")  # since 0.4.0, since 0.3.6; or the one that is
+        self._listings: tuple = "/api/v1/models", "/api/v0/models"  # since 0.4.0, 0.3.6; then the one that is
 
     def open(self, call):
         """The Answer, its body unread.  Raises OSError, HTTPException, HttpError.
@@ -6696,11 +6697,11 @@ RESTING, READING, WORKING, STREAMING, TUNNELLING = "resting", "reading", "workin
 
 
 class Connection:
-    """A client's connection: its handler's thread writes the state, the accept thread reads it and may end the
-    connection.  A guest has shown a right key, or needs none; others are strangers.
+    """A client's connection: its handler's thread writes the state, the accept thread reads it and may end
+    the connection.  A guest has shown a right key, or needs none; others are strangers.
 
-    A client that only closes its sending side has left, too: nginx and Node see it so, and a browser or an SDK
-    that gives up looks like that."""
+    A client that only closes its sending side has left, too: nginx and Node see it so, and a browser or an
+    SDK that gives up looks like that."""
 
     __slots__ = ("sock", "place", "state", "since", "proven", "deadline", "request", "ended", "leave")
     ANSWER_S = 20.0  # for a stranger's request: its body, our answer
@@ -6788,6 +6789,8 @@ def has_left(sock):
 
 # --- 7.3 access: keys, their rights, addresses ---------------------------------
 
+RIGHTS = "infer", "view", "admin"   # to ask models; to see /debug, /metrics; to load, unload, download models
+ALL_RIGHTS = frozenset(RIGHTS)
 SESSION = "lmgateway_session"  # how the names of our cookies begin; the port follows
 LOCAL_ONLY = "without a key only this machine is served: use http://127.0.0.1, or set GATEWAY_API_KEY"
 
@@ -6796,7 +6799,7 @@ class Identity(NamedTuple):
     """The sender of a request.  name is the key's; None when no key is asked for."""
 
     name: str | None
-    rights: frozenset = frozenset(("infer", "view", "admin"))
+    rights: frozenset = ALL_RIGHTS
     by_cookie: bool = False
 
     @property
@@ -6940,8 +6943,6 @@ def locked(file):
         yield
 
 
-RIGHTS = ("infer", "view",
-          "admin")  # to ask models; to see /debug, /metrics; to load, unload, download models
 ALPHANUMERIC = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -6972,7 +6973,7 @@ class AccessControl:
 
     def __init__(self, config):
         self._config = config
-        self._fixed = [Key(name, digest(key), frozenset(RIGHTS)) for name, key in config.api_key.items()]
+        self._fixed = [Key(name, digest(key), ALL_RIGHTS) for name, key in config.api_key.items()]
         self._file = KeyFile(keys_path(config))
         self.guests: list[Key] = []  # Keys that are known though none may be asked for
         self._lock = threading.Lock()  # held to change the three below; each look at them is atomic
@@ -7036,17 +7037,18 @@ class AccessControl:
         return identity
 
     def _identity(self, request, key):
-        """The Identity by the Key, else by the cookie; None without either.  Raises HttpError 401 if the key's
-        last day is over."""
+        """The Identity by the Key, else by the cookie; None without either.  Raises HttpError 401 if the
+        key's last day is over."""
         by_cookie = key is None
         if by_cookie:
             cookie = session_of(request)
             session = self._sessions.get(digest(cookie)) if cookie else None
             key = next((key for key in self._keys() if key.digest == session), None)    # as it is now
         if key and key.terms.expires and this_day()[0] > key.terms.expires:
-            raise HttpError(401, "key_expired", f"the last day of the key {key.name} was {key.terms.expires}; "
-                            f"--set-key {key.name} --expires 30d gives it more time")
-        return key and Identity(key.name, frozenset(RIGHTS) if "admin" in key.rights else key.rights, by_cookie)
+            raise HttpError(401, "key_expired",
+                            f"the last day of the key {key.name} was {key.terms.expires}; --set-key "
+                            f"{key.name} --expires 30d gives it more time")
+        return key and Identity(key.name, ALL_RIGHTS if "admin" in key.rights else key.rights, by_cookie)
 
     def _find(self, offered):
         """The Key that is among those offered, or None.  Every key is compared, in constant time."""
@@ -8798,7 +8800,8 @@ class Handler(socketserver.BaseRequestHandler):
         limit = min(config.max_body, config.max_body_memory) if request.forwarded else OWN_BODY
         request.body, request.arrived = self.wire.body(request, limit), time.monotonic()
         self.unread = False
-        if not self.connection.proven and route.access in (*RIGHTS, "own"):   # without keys, a whole request proves it
+        if not self.connection.proven and route.access in (*RIGHTS, "own"):
+            # without keys, a whole request proves it
             self.server.prove(self.connection)
         if request.forwarded and "admin" not in request.identity.rights and runs_tools(request):
             raise right_missing(request.identity, "admin")
@@ -9035,7 +9038,8 @@ class Server(http.server.ThreadingHTTPServer):
         wait_until(lambda: self._are_over(STREAMING), 1.0)
 
     def _are_over(self, *states):
-        """True when no connection is in one of the states.  The accept thread, which looks after them, has ended."""
+        """True when no connection is in one of the states.  The accept thread, which looks after them, has
+        ended."""
         self.service_actions()
         return not self._all(*states)
 
