@@ -9871,6 +9871,17 @@ def test_lines_of_our_log_that_come_together_are_written_together():
     assert stream.getvalue().endswith("[info]: after it\n")
 
 
+def test_lines_behind_the_end_of_our_log_are_written_too(capsys):
+    lmgateway.set_up_logging(lmgateway.Config())
+    writer = lmgateway.LogWriter(lmgateway.log.handlers[0])
+    for line in ("one", "two", None, "three"):      # None: what stop() puts there
+        writer._lines.put(line and logging.makeLogRecord({"msg": line}))
+    lmgateway.log.handlers[0].setFormatter(None)
+    writer.start()
+    writer.stop()
+    assert re.findall(r"\w+$", capsys.readouterr().err, re.M) == ["one", "two", "three"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="makes the pipe small")
 def test_a_server_whose_stderr_nobody_reads_answers_and_ends_on_one_signal(tmp_path, studio):
     studio.script = lambda peer: peer.send(plain(b"{}"))
