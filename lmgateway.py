@@ -3406,13 +3406,13 @@ class Requests:
         """12."""
         percent = event.data.get("progress", 0 if event.name == "lmstudio_processing_start" else 100)
         own = self._own.get(event.chat)
-        found = (record for record in self._of_model(event) if not (record.silent and record.state in LEFT_STATES)
+        fitting = (record for record in self._of_model(event) if not (record.silent and record.state in LEFT_STATES)
                  and (record.percent is None or record.percent < percent or record.percent == percent < 100
                       or event.name == "lmstudio_generation_start" and record.heard == clock)
                  and (record.ended is None or record.state == "abandoned" or clock - record.ended < LAG_S)
                  and not (record.first and percent < 100 and record.first < clock - LAG_S)
                  and not (record.run and (record.run.over or record.run.cancelled)))
-        found = [*itertools.islice(found, 2)]   # whether there is one, or more, is all that counts
+        found = [*itertools.islice(fitting, 2)]   # whether there is one, or more, is all that counts
         model = event.data.get("model")
         if own or any(record.model == model and record.ended is None and clock - record.heard < LATE_S
                       for record in self._own.values()):
@@ -4940,7 +4940,8 @@ class History:
         self._rows: list[tuple] = []  # not yet committed
         self._lost = 0  # rows that were too many to wait
         self._news, self._end = threading.Event(), threading.Event()
-        open_history(path).close()
+        with open_history(path):
+            pass
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
         self._thread.start()
 
@@ -4962,13 +4963,13 @@ class History:
 
     def usage(self, group, since=0.0):
         """Sums by one of GROUPS.  Raises HistoryError."""
-        with contextlib.closing(open_history(self.path)) as connection, history_errors():
+        with open_history(self.path) as connection:
             return usage_rows(connection, [group], since)
 
     def ended(self, begin, end):
         """Series of the requests that ended from begin until end (epoch seconds).  Raises HistoryError."""
         found = Series(begin, MOST_MINUTES + STEPS[-1])
-        with contextlib.closing(open_history(self.path)) as connection, history_errors():
+        with open_history(self.path) as connection:
             for row in connection.execute(
                     f"SELECT {', '.join(HISTORY_NAMES)} FROM requests WHERE started >= ? "
                     "AND started + COALESCE(total_ms, 0) / 1000 BETWEEN ? AND ?",
@@ -5003,7 +5004,7 @@ class History:
             log.error("history %s: %d requests are missing in it", self.path, len(self._rows) + self._lost)
 
     def _write(self, rows):
-        with contextlib.closing(open_history(self.path)) as connection, history_errors():
+        with open_history(self.path) as connection:
             store_rows(connection, rows)
             if self._days and time.monotonic() - self._pruned > self.PRUNE_S:
                 self._pruned = time.monotonic()
@@ -5013,46 +5014,42 @@ class History:
 def requests_by_key(path, since=0.0):
     """{key or None: (requests, prompt tokens, completion tokens, epoch of the latest)} of our requests.
     Raises HistoryError."""
-    with contextlib.closing(open_history(path)) as connection, history_errors():
+    with open_history(path) as connection:
         return {key: row for key, *row in connection.execute(
             "SELECT key, COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0), "
             "MAX(started) FROM requests WHERE source = 'gateway' AND started >= ? GROUP BY key", (since,))}
 
 
 @contextlib.contextmanager
-def history_errors():
-    """Errors of SQLite and of the file as HistoryError."""
+def open_history(path):
+    """Yields a connection to a history, whose file is its owner's alone; makes the file and the table if they
+    are missing.  Raises HistoryError, also for what fails meanwhile."""
     import sqlite3  # here, because it takes 2 MB that only --history and --report need
 
     try:
-        yield
+        if path != ":memory:":  # SQLite's other two files take the mode of this one
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            os.chmod(path, 0o600)   # one that was there, too
+        with contextlib.closing(sqlite3.connect(path, timeout=History.LOCK_S)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            make_table(connection)
+            yield connection
     except (sqlite3.Error, OSError) as error:
         raise HistoryError(f"{error}; name a file that can be written and is a history or new") from None
 
 
-def open_history(path):
-    """A connection to a history, whose file is its owner's alone; makes the file and the table if they are
-    missing.  Raises HistoryError."""
-    import sqlite3
-
-    with history_errors(), contextlib.ExitStack() as stack:
-        if path != ":memory:":  # SQLite's other two files take the mode of this one
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            os.chmod(path, 0o600)   # one that was there, too
-        connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=History.LOCK_S)))
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
-        with connection:
-            connection.execute(f"CREATE TABLE IF NOT EXISTS requests ({columns})")
-            have = {row[1] for row in connection.execute("PRAGMA table_info(requests)")}
-            lacks = [(name, kind) for name, kind, _ in HISTORY if name not in have]
-            known = {name for name, _ in lacks} <= ADDED    # else it is another program's
-            for name, kind in lacks if known else ():
-                connection.execute(f"ALTER TABLE requests ADD COLUMN {name} {kind}")
-            connection.execute("CREATE INDEX IF NOT EXISTS requests_started ON requests (started)")
-        stack.pop_all()     # it stays open
-    return connection
+def make_table(connection):
+    """Make the table, or add the columns that a file of an earlier version lacks."""
+    columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
+    with connection:
+        connection.execute(f"CREATE TABLE IF NOT EXISTS requests ({columns})")
+        have = {row[1] for row in connection.execute("PRAGMA table_info(requests)")}
+        lacks = [(name, kind) for name, kind, _ in HISTORY if name not in have]
+        known = {name for name, _ in lacks} <= ADDED    # else it is another program's
+        for name, kind in lacks if known else ():
+            connection.execute(f"ALTER TABLE requests ADD COLUMN {name} {kind}")
+        connection.execute("CREATE INDEX IF NOT EXISTS requests_started ON requests (started)")
 
 
 def remove_rows(connection, before):
@@ -6847,7 +6844,7 @@ class KeyFile:
             found = os.stat(self.path)
             which = found.st_mtime_ns, found.st_size, found.st_ino
             if which != self._seen:
-                self._keys = self.read()
+                self._keys = self.load()[1]
                 self._seen, self._problem = which, ""
         except FileNotFoundError:
             self._keys = self._seen and []  # a file that vanished opens no door
@@ -6858,11 +6855,7 @@ class KeyFile:
             self._problem = str(error)
             self._keys = self._keys or []   # a file that cannot be read opens no door either
 
-    def read(self):
-        """The file's Keys.  Raises OSError, and ConfigError when it is damaged."""
-        return self._load()[1]
-
-    def _load(self):
+    def load(self):
         """(the file's content, its Keys).  Raises OSError, ConfigError."""
         try:
             with open_plain(self.path) as file:
@@ -6880,7 +6873,7 @@ class KeyFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         with open(beside, "wb") as file, locked(file):
-            content = self._load()[0] if self.path.exists() else {"keys": []}
+            content = self.load()[0] if self.path.exists() else {"keys": []}
             yield content["keys"]
             self._replace(content)
 
@@ -10012,7 +10005,7 @@ def open_key_file(config):
     """(KeyFile, its Keys).  Raises ConfigError when it cannot be read."""
     file = KeyFile(keys_path(config))
     try:
-        return file, file.read() if file.path.exists() else []
+        return file, file.load()[1] if file.path.exists() else []
     except OSError as error:
         raise ConfigError(f"{config.named('keys_file', file.path)}: {error_text(error)}; name a file that "
                           "can be read") from None
@@ -10459,7 +10452,7 @@ def report(args, config):
     if config.history and not args.paths and not os.path.exists(config.history):
         raise ConfigError(f"{config.named('history')}: no such file; name one that a gateway keeps")
     file = ":memory:" if args.paths else config.history
-    with naming_history(config), contextlib.closing(open_history(file)) as kept, history_errors():
+    with naming_history(config), open_history(file) as kept:
         if args.paths:
             freeze_start_up()
             requests = Requests("", keep=0)

@@ -2425,9 +2425,9 @@ def test_history_holds_no_prompt_and_no_answer(tmp_path, utc):
 
 def usage_of(records, *groups):
     """Rows of usage of records that are over, their figures cut down to what a test names."""
-    connection = lmgateway.open_history(":memory:")
-    lmgateway.store_rows(connection, [lmgateway.history_row(record) for record in records])
-    return lmgateway.usage_rows(connection, groups)
+    with lmgateway.open_history(":memory:") as connection:
+        lmgateway.store_rows(connection, [lmgateway.history_row(record) for record in records])
+        return lmgateway.usage_rows(connection, groups)
 
 
 def test_usage_is_summed_by_key_model_and_day_whoever_asked(utc, monkeypatch):
@@ -2455,7 +2455,7 @@ def test_usage_is_summed_by_key_model_and_day_whoever_asked(utc, monkeypatch):
 
 def kept(history):
     """The ids in a history's file."""
-    with contextlib.closing(lmgateway.open_history(history.path)) as connection:
+    with lmgateway.open_history(history.path) as connection:
         return [name for name, in connection.execute("SELECT id FROM requests ORDER BY started, id")]
 
 
@@ -2479,7 +2479,8 @@ def test_keeping_a_row_never_waits_and_old_ones_are_removed_once_an_hour(tmp_pat
     go.set()
     history.close()
     assert kept(history) == ["new"] and calls["removed"] == 1
-    assert lmgateway.open_history(history.path).execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    with lmgateway.open_history(history.path) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_text("no database"), lambda path: path.mkdir()],
@@ -2598,7 +2599,7 @@ def test_a_full_disk_is_said_once_and_a_row_that_waits_gives_way_to_its_later_wo
 def test_a_history_is_for_its_owner_alone(tmp_path):
     for path in (tmp_path / "new.db", tmp_path / "old.db"):
         if path.stem == "old":
-            with contextlib.closing(lmgateway.open_history(path)):
+            with lmgateway.open_history(path):
                 path.chmod(0o644)       # as an earlier version made it
         history = lmgateway.History(str(path))
         history.keep(rows_of("r1"))
@@ -8991,8 +8992,8 @@ def test_report_of_nothing_makes_no_history_and_says_so(home, capsys):
 
 
 def test_report_shows_no_control_characters(capsys):
-    row = dict(lmgateway.usage_rows(lmgateway.open_history(":memory:"), [])[0], day="2026-01-01",
-               model="a\x1b[2J", errors=0)
+    with lmgateway.open_history(":memory:") as connection:
+        row = {**lmgateway.usage_rows(connection, [])[0], "day": "2026-01-01", "model": "a\x1b[2J", "errors": 0}
     assert "a\\x1b[2J" in lmgateway.report_text([row])
 
 
