@@ -2410,7 +2410,7 @@ def log_text(text, keeps=100):
 TIMELINE = 400  # events of one request that are kept
 WAITING_SLOW_MS = 10_000  # a wait longer than this is marked; another phase if it takes twice its model's usual
 OWN_EVENTS = frozenset(("inference_start", "inference_complete", "error"))
-PLACE_S = 1.0  # between two that say where it is in the queue
+PLACE_S = 1.0  # between two that tell its place in the queue
 TELL_S = 0.25  # between two inference_progress of one request
 SPEED_S = 0.25  # before that nothing can be said of how fast an answer is written
 COUNT_S = 1.0  # between two that say how many tokens its answer has: each costs as much as ten pieces of it
@@ -2426,7 +2426,7 @@ def was_left(state, operation):
 
 
 def who(source, user, key, agent, client):
-    """In a word for people, who asked: a person, else a key, else a program, else an address."""
+    """The sender in a word for people: a person, else a key, else a program, else an address."""
     if source == "lmstudio":
         return "not via gateway"
     program = re.match(r"[A-Za-z][\w.-]*(?:/[A-Za-z][\w.-]*)?", agent or "")
@@ -2434,7 +2434,7 @@ def who(source, user, key, agent, client):
 
 
 class Outcome(NamedTuple):
-    """How a request ended.  state: done, failed or abandoned; meter: what read its answer."""
+    """How a request ended.  state: done, failed or abandoned; meter: the one of its answer."""
 
     state: str
     status: int | None = None
@@ -2457,7 +2457,7 @@ class Record:
         self.user = None  # the person behind the key, once known
         self.model_asked = self.messages = self.fingerprint = None
         self.stream = False
-        self.model = None  # what answered, once an answer or the log has named it
+        self.model = None  # the one that answered, once an answer or the log has named it
         self.answer_id = None
         self.state, self.entered = "waiting", {"waiting": clock}  # state -> clock when it began
         self.status = self.ended = None
@@ -2480,14 +2480,14 @@ class Record:
         self.begun = self.told_end = False  # its first and last line of the app have been found
         self.silent = False  # another prompt of its model has begun: if its client has left, it is read no further
         self.passed = None  # a request that was sent later has had its run since this clock
-        self.usual = {}  # phase -> what it took lately on its model (ms)
+        self.usual = {}  # phase -> its length lately on this model (ms)
         self.counted = {}  # tokens that the figures have, by kind
-        self.tallied = None  # what the series has of it, as Series.take() gave it
+        self.tallied = None  # its share of the series, as Series.take() gave it
         self._base = None  # (clock, percent) from which the prompt's speed is measured
         self._told = -math.inf  # clock of the last inference_progress
         self.__dict__.update(about)
 
-    # --- what happens to it
+    # --- its life
 
     first = property(lambda self: self.output_since)  # clock of its first token
 
@@ -2579,7 +2579,7 @@ class Record:
         self.context_size = data.get("n_ctx", self.context_size)
 
     def on_stats(self, data, clock):
-        """The engine's own figures; where no answer brought usage, they are what the request has cost."""
+        """The engine's own figures; if no answer brought usage, they are the request's."""
         self.read_speed = data.get("promptTokensPerSecond", self.read_speed)
         self._split(data, clock)
         self.drafted, self.accepted = data.get("draftTokens"), data.get("acceptedDraftTokens")
@@ -2615,7 +2615,7 @@ class Record:
                              error=data["message"][:LONGEST_ERROR] if failed else None))
 
     def cached_usage(self):
-        """The cached part of tokenUsage, {} where the log has not told it."""
+        """The cached part of tokenUsage, {} if the log has not told it."""
         return {"cachedTokens": self.cache["reused"]} if self.cache else {}
 
     def end(self, clock, outcome):
@@ -2630,8 +2630,8 @@ class Record:
             self.usage = {**self.usage, **self.cached_usage()}
 
     def _take_answer(self, meter, whole):
-        """What the answer says goes before what the log said, and what was measured before an estimate.  An
-        answer that broke off may have counted up to where it began (/v1/messages)."""
+        """The answer counts before the log, a measurement before an estimate.  An
+        answer that broke off may have counted up to its beginning (/v1/messages)."""
         usage = meter.usage
         self.model, self.finish = usage.model or self.model, usage.finish
         self.answer_id = usage.answer_id
@@ -2651,10 +2651,10 @@ class Record:
             prompt = {"totalTokens": usage.prompt + meter.pieces} if usage.prompt is not None else {}
             self.usage = {**(self.usage or {}), "completionTokens": meter.pieces, **prompt, "estimated": True}
 
-    # --- what is shown of it
+    # --- how it is shown
 
     def progress(self, clock):
-        """What is known of a running request's progress, {} of nothing; speeds per second, etaMs in ms."""
+        """The known progress of a running request, {} of none; speeds per second, etaMs in ms."""
         known: dict[str, Any] = {}
         if self.percent is not None:
             known["percent"] = self.percent
@@ -2676,7 +2676,7 @@ class Record:
         return known
 
     def told(self, clock):
-        """Where it is, in words: `prompt 41% eta 87s`."""
+        """Its progress in words: `prompt 41% eta 87s`."""
         known = self.place or self.progress(clock)
         place = f" {known['position']} of {known['waiting']}" if self.place else ""
         percent = f" {known['percent']:.0f}%" if "percent" in known else ""
@@ -2703,7 +2703,7 @@ class Record:
                 "percentage": round(100 * used / self.context_size, 1)}
 
     def phases(self, clock):
-        """[{name, ms, slow}] in the order in which they were entered.  What nobody saw the parts of is answering."""
+        """[{name, ms, slow}] in the order in which they began.  One without known parts is answering."""
         starts: list[tuple] = []
         latest = math.inf
         for name in reversed([name for name in STATES if name in self.entered]):
@@ -2718,12 +2718,12 @@ class Record:
                 for name, ms in spans]
 
     def used(self, field, otherwise=None):
-        """A count of tokenUsage; where LM Studio gave none, what else is known."""
+        """A count of tokenUsage; if LM Studio gave none, the other one."""
         found = (self.usage or {}).get(field)
         return otherwise if found is None else found
 
     def prompt_ms(self):
-        """How long the prompt was read: from the engine's speed where it is known, else as it was seen."""
+        """How long the prompt was read: from the engine's speed if it is known, else as it was seen."""
         fresh = (self.used("promptTokens") or 0) - (self.used("cachedTokens") or 0)
         return round(1000 * fresh / self.read_speed, 1) if self.read_speed else self._phase_ms("prompt")
 
@@ -2760,7 +2760,7 @@ class Record:
                                                      acceptedDraftTokens=self.accepted)}
 
     def token_usage(self):
-        """tokenUsage with its three counts, None where one is unknown; beside it those that only some answers
+        """tokenUsage with its three counts, None if one is unknown; beside it those that only some answers
         and logs have."""
         if self.usage is None:
             return {"tokenUsage": None}
@@ -2786,7 +2786,7 @@ class Record:
                                             "tokensPerSecond": self.speed, "finishReason": self.finish})
 
 
-LESSONS = {  # what a record learns from the events of its chat
+LESSONS = {  # event of its chat -> the way a record takes it in
     "lmstudio_chat_start": Record.on_start,
     "lmstudio_sampling_params": Record.on_sampling,
     "lmstudio_token_info": Record.on_tokens,
@@ -2799,16 +2799,16 @@ LESSONS = {  # what a record learns from the events of its chat
 }
 
 
-# --- 3.8 join: whose run and whose line it is ---------------------------------
+# --- 3.8 join: runs and lines of the log to requests ---------------------------
 
-LAG_S = 0.6  # a line is read at most so long after what it tells of, and an HTTP moment noted
+LAG_S = 0.6  # a line is read at most so long after its moment, and an HTTP moment noted
 FLUSH_S = 0.45  # a line is read at most so long after it was due
 AT_ONCE_S = 0.06  # two lines that tell of one moment are read so close to each other
 EXACT_S = 0.12  # how far a time can be off if the engine wrote it, and ...
 SURE_READS = 15  # ... one of so many reads of its lines was not late
 ITERATION_S = 0.003  # llama.cpp writes the lines of one batch within this
 DRIFT = 2e-4  # seconds a second between two clocks
-HTTP_S = 0.5  # what happens to an answer is noted here at most so much later
+HTTP_S = 0.5  # news of an answer is noted here at most so much later
 CLEAR_S = 0.3  # of two requests sent so far apart the first reaches the engine first ...
 CLEAR_S_PER_CHARACTER = 1e-6  # ... and so much later if it is longer, for its template and its tokens
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its run, for so long
@@ -2826,7 +2826,7 @@ SAME_SIZE = 1.2  # prompts of one kind have as many tokens for a character up to
 SIZES_KEPT = 20  # answers of a model from which its tokens for a character are learned
 FORGOTTEN_S = 3600.0  # LM Studio's own is taken for over when the log has said nothing of it for so long
 LINES_KEPT = 200  # last lines of chats that wait for their request's end
-NO_START = "/v1/responses"  # the path whose chats write no start
+NO_START = "/v1/responses"  # the path of chats that write no start
 
 
 class Logged(NamedTuple):
@@ -2861,7 +2861,7 @@ class Process:
     def __init__(self, offset, clock):
         self.offset, self.reads, self._latest = offset, 0, clock
         self.model: Any = None  # False once two were seen
-        self._unread = []  # runs whose last batch is being read
+        self._unread = []  # runs with their last batch being read
 
     def see(self, run, fact, time):
         """A line of one run shows that the last batch of others, which were written before it, has been read."""
@@ -2885,8 +2885,8 @@ class Process:
 
 
 class OpenRun:
-    """What the join knows of a run.  Its times are the process's if that is known, else those at which lines were
-    read."""
+    """A run, as the join knows it.  Its times are the process's if that is known, else those at which lines
+    were read."""
 
     def __init__(self, number, chat):
         self.number, self.chat = number, chat
@@ -2958,7 +2958,7 @@ class Requests:
       1. It was sent after the run's first line was read.
       2. The run was seen at work well after its answer had ended.
       3. LM Studio serves its model under another name than the run's.
-      4. Its prompt is too long or too short for the run's tokens, by what answers of its model have shown.
+      4. Its prompt is too long or too short for the run's tokens, by the answers of its model so far.
       5. Its first token came while the run still read its prompt, or not when the run had read it.
       6. Its usage has other counts.
       7. It goes on although the run is over, or the run is over well before or after it.
@@ -2975,7 +2975,7 @@ class Requests:
      13. An end: the request that ended in that way then; of several the first, as LM Studio writes them in order.
      14. An answer: the request whose answer has that id, or alone has these counts.
 
-    What is open is published without an id and held; once it is certain the request's record takes it in with
+    An open line is published without an id and held; once it is certain the request's record takes it in with
     its own clocks.  Nothing that was published is taken back.  Hub's lock guards all of it."""
 
     def __init__(self, epoch, keep):
@@ -3150,7 +3150,7 @@ class Requests:
     # --- runs
 
     def settle(self, clock):
-        """Bind what has become certain by now.  The more there is to compare, the less often it is done."""
+        """Bind all that is certain by now.  The more there is to compare, the less often it is done."""
         if clock >= self._settle_at and (self._runs or self._lines):
             self._pairs = 0
             while self._bind_one(clock):
@@ -3238,7 +3238,7 @@ class Requests:
     def _other_size(self, run, record):
         """4: learned from answers; how far they lie apart says how far a run's tokens may."""
         known, slack = self._sizes.get(record.model_asked), 1.05
-        if not known:  # by those of other models, whose tokens can be longer or shorter
+        if not known:  # by those of other models: their tokens can be longer or shorter
             known, slack = self._sizes.get(None), 1.3
         if not known or not run.total or not record.size:
             return False
@@ -3461,7 +3461,7 @@ class Requests:
         if data["outcome"] == "finished" and not answer and any(
                 record.stream and record.state in LEFT_STATES and 0 < seen - record.ended < LATE_END_S
                 for record in self._of_model(event)):
-            return None  # it can be the late one of a stream whose client left
+            return None  # it can be the late one of a stream that its client left
         found = [record for record in self._of_model(event) if not record.told_end
                  and (record.state in wanted or record.ended is None)
                  and (record.ended is None or seen - max(LAG_S, LEFT_LINE_S * (wanted is LEFT_STATES)) < record.ended < seen + 0.1)
@@ -3519,7 +3519,7 @@ def epoch_of(text):
 
 
 def has_counts(record):
-    """True for an answer whose usage LM Studio has told."""
+    """True for an answer with LM Studio's usage."""
     return record.state == "done" and record.usage is not None and not record.usage.get("estimated")
 
 
@@ -4181,18 +4181,18 @@ def has_files(messages):
     return any(part.get("type") == "file" for message in messages for part in listed(message.get("content")))
 
 
-# --- 3.13 sharing: what a key may use, and whose turn it is -------------------
+# --- 3.13 sharing: limits of keys, and turns -----------------------------------
 
 PRIORITIES = ("high", "normal", "low")
 RISE_S = 30.0  # of waiting raise a request by one priority
-MINUTE_S, GRAIN_S = 60.0, 0.1  # what comes within GRAIN_S counts as one
+MINUTE_S, GRAIN_S = 60.0, 0.1  # amounts within GRAIN_S count as one
 TIMES_KEPT, TIMES_NEEDED = 50, 3  # of a model's latest requests; before that nothing is foretold
 LIMITS = {"running": "requests at once", "rpm": "requests in the last minute",
           "tpm": "tokens in the last minute", "tpd": "tokens today"}
 
 
 class Terms(NamedTuple):
-    """What a key may use."""
+    """The limits of a key."""
 
     limits: dict = {}  # name in LIMITS -> number
     priority: str = "normal"
@@ -4230,7 +4230,7 @@ class Window:
 
 
 class Account:
-    """What a key has used: in the last minute, and on this day, which has a name and so many s left."""
+    """The use of a key: in the last minute, and on this day, which has a name and so many s left."""
 
     def __init__(self):
         self.requests, self.tokens = Window(), Window()
@@ -4242,7 +4242,7 @@ class Account:
             self._day, self.today = day, Counter()
 
     def refusal(self, limits, clock, left_s):
-        """(name of a limit that is reached, what is used, seconds until it is free), None if it may ask."""
+        """(name of a limit that is reached, the use, seconds until it is free), None if it may ask."""
         today = self.today["promptTokens"] + self.today["completionTokens"]
         for name, used, free_s in (("rpm", self.requests.used(clock), self.requests.free_s),
                                    ("tpm", self.tokens.used(clock), self.tokens.free_s),
@@ -4281,7 +4281,7 @@ def span(seconds):
 
 
 class Turn:
-    """A request's place: it waits, then runs, then is over.  who: whose turn it is; about: the caller's."""
+    """A request's place: it waits, then runs, then is over.  who: its owner in turns; about: the caller's."""
 
     def __init__(self, model, key, who, priority, clock):
         self.model, self.key, self.who, self.since = model, key, who, clock
@@ -4294,7 +4294,7 @@ class Turn:
 
 
 class Line:
-    """What runs and what waits for one model."""
+    """The Turns of one model that run, and those that wait."""
 
     def __init__(self):
         self.running = set()  # of Turns
@@ -4304,7 +4304,7 @@ class Line:
 
 
 class Scheduler:
-    """Whose turn it is.  Pure: every caller brings the clock, and one lock guards all calls.
+    """Gives turns.  Pure: every caller brings the clock, and one lock guards all calls.
 
     Each model has so many slots.  A free one goes to the higher priority, then to whoever has the fewest
     running, then to whoever was served longest ago, then to the first.  A key may have a limit of its own."""
@@ -4446,8 +4446,8 @@ class Scheduler:
         return self._of_key.get(key, 0), sum(turn.key == key for turn in self.waiting)
 
     def places(self, clock, left_s=lambda turn: 0.0):
-        """[(Turn, {position, waiting, etaMs})] of those that wait; left_s(turn): what one that runs still
-        needs at least."""
+        """[(Turn, {position, waiting, etaMs})] of those that wait; left_s(turn): time that one still needs at
+        least that runs."""
         found = []
         for model, line in self._lines.items():
             order = sorted(self._rank_of(turn, ahead) for queue in line.queues.values()
@@ -8188,7 +8188,7 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 FIRST_LIMIT = 4096  # bytes of a client's first message
 PARTING_S = 0.5  # for the other side's close frame once one side has sent its own
 UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read
-REFUSALS_KEPT = 1000  # of calls whose later messages must not go on either
+REFUSALS_KEPT = 1000  # of calls that must send nothing more
 READ, WRITE = 1, 4  # of poll(2)
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 OPERATIONS = {1001: "gateway_stopped", 1008: "key_revoked", 1011: "upstream_reset"}  # by close code
@@ -8213,7 +8213,7 @@ def check_upgrade(access, request):
 
 
 def open_tunnel(gateway, request):
-    """The Response 101 whose body is a Tunnel.  Raises HttpError."""
+    """The Response 101 with a Tunnel for its body.  Raises HttpError."""
     check_upgrade(gateway.access, request)
     request.forwarded = True
     tunnel = Tunnel(gateway, request, *gateway.upstream.upgrade(request.path))
@@ -8222,7 +8222,7 @@ def open_tunnel(gateway, request):
 
 
 def key_in(first):
-    """The key whose halves a client's first message has; "" for none."""
+    """The key that a client's first message has in two halves; "" for none."""
     identifier, passkey = first.get("clientIdentifier"), first.get("clientPasskey")
     both = isinstance(identifier, str) and isinstance(passkey, str)
     return f"sk-lm-{identifier}:{passkey}" if both and len(identifier) == 8 and len(passkey) == 20 else ""
@@ -8230,7 +8230,7 @@ def key_in(first):
 
 class Prediction(Exchange):
     """One inference over a socket, from its call to its end, and the meter that its end asks: LM Studio's own
-    figures come with the result, and what is counted here is for an end without one."""
+    figures come with the result, and the count here is for an end without one."""
 
     first = last = None
 
@@ -8277,7 +8277,7 @@ class Prediction(Exchange):
         self.generated(self.pieces, self._begun, now)
 
     def on_progress(self, content, now):
-        """How much of the prompt has been read; what of it came from the cache is said nowhere else."""
+        """How much of the prompt has been read; only here is said how much of it came from the cache."""
         read, details = usable(content.get("progress")), member(content, "details")
         cached, total = count(details, "cachedTokenCount"), count(details, "totalPromptTokenCount")
         events = []
@@ -8292,12 +8292,12 @@ class Prediction(Exchange):
     def on_success(self, content, now):
         stats, model = member(content, "stats"), member(content, "modelInfo").get("identifier")
         self.usage.take({"stats": stats, "stop_reason": stats.get("stopReason"), "model": model})
-        self.pieces = 0  # estimates are for what has no figures
+        self.pieces = 0  # estimates are for requests without figures
         self.cancelled = self.usage.finish == "userStopped"
         self.end("the client cancelled it" if self.cancelled else None)
 
     def end(self, error=None, operation=None):
-        """It is over, in whatever way.  Later calls do nothing."""
+        """It is over, in any way.  Later calls do nothing."""
         if self.cause:
             error, operation = str(self.cause), self.cause.code
         elif error and self.cancelled:
@@ -8315,7 +8315,7 @@ PACKETS: dict[str, Callable] = {  # of a prediction's channel
 
 
 class Conversation:
-    """What is said over one socket: which calls may go on, and when, and what they cost."""
+    """The talk over one socket: which calls may go on, and when, and their cost."""
 
     def __init__(self, gateway, request, bell):
         self.gateway, self.request, self.bell, self.namespace = gateway, request, bell, request.path[1:]
@@ -8329,13 +8329,13 @@ class Conversation:
         return sum(len(prediction.held) for prediction in self.running.values())
 
     def check_key(self):
-        """Raises FrameError when the client's key is no longer what it was."""
+        """Raises FrameError when the client's key has changed."""
         if self.gateway.access.recognize(self.request) != self.request.identity:
             raise FrameError(1008, "the key was revoked or has other rights now")
 
     def admits(self, message):
         """True when a client's message may go on to LM Studio now.  Raises FrameError for one that cannot be
-        judged: what this program cannot read LM Studio may."""
+        judged: LM Studio may read more than this program can."""
         self.check_key()
         text = message.payload
         if message.opcode == BINARY:    # LM Studio reads it as text
@@ -8430,7 +8430,7 @@ class Conversation:
 
     def end(self, error, operation):
         """The socket is over, and with it all that runs or waits."""
-        with contextlib.ExitStack() as stack:   # each of them, whatever becomes of another
+        with contextlib.ExitStack() as stack:   # each of them, also if another fails
             while self.running:
                 stack.callback(self.running.popitem()[1].end, error, operation)
 
@@ -8458,17 +8458,17 @@ class Side:
 
     def __init__(self, sock, frames, gone):
         self.sock, self.frames, self._gone = sock, frames, gone
-        self.pending = bytearray()  # what it has not taken
+        self.pending = bytearray()  # bytes that it has not taken
 
     def receive(self):
-        """What has come, b"" for nothing."""
+        """The bytes that have come, b"" for none."""
         data = self._call(self.sock.recv, PIECE)
         if data == b"":
             raise self._gone
         return data or b""
 
     def send(self, data=b""):
-        """Send what there is room for, and keep the rest."""
+        """Send as much as there is room for, and keep the rest."""
         if self.pending:
             self.pending += data
             data = self.pending
@@ -8517,10 +8517,10 @@ class Tunnel:
         self.talk = Conversation(gateway, request, self._bell)
         self._memory, self._held = BodyMemory(0), 0     # held: bytes of messages that it counts
         self._dismissed = False     # the client has left, or is to go
-        self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
+        self._parting = math.inf  # clock when it is over in any case: one side has closed
 
     def serve(self, server, head, early):
-        """Answer the upgrade with head, and pass on what is said until one side ends it; early: bytes of the
+        """Answer the upgrade with head, and pass messages on until one side ends it; early: bytes of the
         client's that came with its request.  Gives the exception that ended it, if one did."""
         fault: Any = None
         try:
@@ -8539,7 +8539,7 @@ class Tunnel:
             self._part(fault)
         return fault
 
-    # --- who is there
+    # --- the two sides
 
     def _admit(self, early):
         """Take the client's first message, early the bytes of it that are there, and give LM Studio one of
@@ -8577,7 +8577,7 @@ class Tunnel:
         self.client.sock.sendall(packet(success=False, error=text if plain else {"title": text})
                                  + frame(CLOSE, b""))
 
-    # --- what passes
+    # --- the bytes between them
 
     def _run(self, connection, memory):
         """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
