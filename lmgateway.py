@@ -5202,7 +5202,8 @@ class Follower:
     Only the tail thread calls methods; other threads may read the fields."""
 
     PIECE, PIECE_MOST = 8 * 1024, 1024 * 1024  # bytes of one read; more while there is a backlog
-    LATE_S = 0.01  # of CPU for a piece: so late it may make a stream
+    LATE_S = 0.0025  # of CPU for a piece: with the hub's lock held for longer than the interpreter's switch
+    # interval of 5 ms, a stream would be late by more than 10 ms
     PATIENCE_S = 10.0  # an old file that cannot be read holds up a newer one for so long
     LOOK_S = 0.1  # between listings of the directory
     ANCHOR = 64  # bytes before our position that must still be there

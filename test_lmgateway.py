@@ -3073,8 +3073,9 @@ def test_a_backlog_is_read_in_pieces_that_grow_with_it_in_bounded_memory(logs):
 def test_a_piece_of_the_log_is_as_large_as_a_stream_may_be_late(tmp_path):
     follower, sizes = lmgateway.Follower(str(tmp_path)), []
     follower.size = 10_000_000
-    for spent in (0.001, 0.004, 0.007, 0.02, 0.02, 0.02, *[0.0] * 9):
-        follower.pace(spent)
+    assert follower.LATE_S <= sys.getswitchinterval() / 2
+    for spent in (0.1, 0.4, 0.7, 2, 2, 2, *[0] * 9):
+        follower.pace(spent * follower.LATE_S)
         sizes.append(follower._piece // 1024)
     assert sizes == [16, 32, 32, 16, 8, 8, 16, 32, 64, 128, 256, 512, 1024, 1024, 1024]
     follower.size = 20_000
