@@ -93,7 +93,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -443,7 +443,7 @@ class Event(NamedTuple):
     data: dict
     run: int | None = None  # number of the run that its line surely is about
     chat: int | None = None  # number of the chat that the tracker takes it for
-    about: Any = None  # what the join and the figures want to know beyond it: {name: value}
+    about: Any = None  # further facts for the join and the figures: {name: value}
 
 
 # --- 3.1 log rules: the only place that knows a wording of LM Studio's log ---
@@ -453,12 +453,12 @@ class Event(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One wording.  The pattern is matched where the line's tags, clock and slot have been cut off."""
+    """One wording.  The pattern is matched behind the line's tags, clock and slot."""
 
-    fact: str  # what it states: on_<fact> takes the pattern's named groups (engine) or the Entry
+    fact: str  # its statement: on_<fact> takes the pattern's named groups (engine) or the Entry
     where: str  # "app": first line of an entry; "error": all of an ERROR entry; "engine": any line of a DEBUG entry
     shape: str  # "line", "json" (goes on to a brace in column 1), "text" (so does all of its entry), "half" (a line)
-    engines: str  # who writes it: App, or the engine generations named below
+    engines: str  # its writer: App, or the engine generations named below
     pattern: str
     sample: str
 
@@ -479,7 +479,7 @@ RULES = (
          "First token generated. Continuing to stream response.."),
     Rule("finish", "app", "line", "App", r"Finished streaming response", "Finished streaming response"),
     Rule("prediction", "app", "json", "App", r"Generated prediction: ", "Generated prediction: {"),
-    Rule("output", "app", "json", "App", r"Prediction stats: ", "Prediction stats: {"),  # by LogStream, of any answer
+    Rule("output", "app", "json", "App", r"Prediction stats: ", "Prediction stats: {"),     # LogStream's own
     Rule("response", "app", "json", "App", r"Generated synchronous v1/responses response: ",
          "Generated synchronous v1/responses response: {"),
     Rule("disconnect", "app", "line", "App", r"Client disconnected\. Stopping generation",
@@ -592,7 +592,7 @@ RULES = (
          "LlamaV4: server assigned slot 1 to task 3416"),
     Rule("", "engine", "half", "G2 G3", r"[IWED]?(?<=[\dIWED|])$",    # the rest is under the next header
          "0.30.015.244 I"),
-    # --- what a model load, the app's planning and errors told elsewhere write: whole classes, by their beginning
+    # --- lines of a model load, of the app's planning, of errors told elsewhere: classes, by their beginning
     Rule("", "engine", "text", "App", r"\[LM Studio\]|1 Error predicting: |\[LLMProcess\]|\[SamplingSwitch\]"
          r"|lmstudio-llama-cpp: failed to load model|SpeculativeDecodingNotSupportedError|CUDA error",
          "1 Error predicting: Error: the prompt does not fit."),
@@ -658,7 +658,7 @@ RULES = (
 PLUGIN = re.compile(r"\[Plugin\(")
 STRANGER = re.compile(r"\[(?:Plugin\(|Client=|LMSAuthenticator)")  # entries of plugins and SDK clients
 TAG = re.compile(r"\[(?!\])([^\[\]\n]{0,200}(?:\[[^\[\]\n]*\][^\[\]\n]{0,200}){0,9})\] ?")
-SERVER_TAG = "LM STUDIO SERVER"  # stands where later versions name the model, or before it; never a model
+SERVER_TAG = "LM STUDIO SERVER"  # where later versions name the model, or before it; never a model
 SERVER_ERROR = "Server Error"  # its JSON may quote any other error; it ends no chat
 
 
@@ -670,14 +670,14 @@ def compile_rules(where, prefix="", suffix=""):
     for number, rule in enumerate(RULES):
         if rule.where == where:
             bounded = rule.pattern.replace("(?P<", f"(?P<r{number}_").replace(r"\d+", r"\d{1,15}")
-            parts.append(f"(?:{bounded})(?P<r{number}>)")  # re passes over what begins with another letter
+            parts.append(f"(?:{bounded})(?P<r{number}>)")  # re passes over lines with another first letter
             rows[f"r{number}"] = rule
     pattern = re.compile(prefix + "(?:" + "|".join(parts) + ")" + suffix, re.MULTILINE)
     return pattern, {name: (rule, fields_of(pattern, name)) for name, rule in rows.items()}
 
 
 def fields_of(pattern, name):
-    """[(field, group index)] of one rule inside a compiled alternation: its own, and what the prefix has."""
+    """[(field, group index)] of one rule inside a compiled alternation: its own, and the prefix's."""
     return [(group.rpartition(f"{name}_")[2], index) for group, index in pattern.groupindex.items()
             if group.startswith(f"{name}_") or group in ("slot", "task", "clock")]
 
@@ -700,7 +700,7 @@ ANY_WORDING = next(group for group, (rule, _) in ENGINE_ROWS.items() if rule is 
 
 
 def number(text):
-    """int or float of the log's text; None for inf, nan and what is no number at all."""
+    """int or float of the log's text; None for inf, nan and a text that is no number."""
     if text is not None and text.isdecimal():
         return int(text)
     try:
@@ -1033,7 +1033,7 @@ class Parser(EngineReader):
         return "text"
 
     def _conclude(self, entry):
-        """Tell what a whole entry states and send it, without waiting for the next header."""
+        """Tell the statement of a whole entry and send it, without waiting for the next header."""
         if entry.level == "ERROR" and not entry.text.strip():
             entry.listener = self.story.error
         if entry.listener:
@@ -1049,7 +1049,7 @@ class Parser(EngineReader):
 
 
 def engine_of(rule, match, before):
-    """The engine generation that wrote a line: what the line shows, else before, that of the line before
+    """The engine generation that wrote a line: by the line itself, else before, that of the line before
     it; "" if neither tells."""
     if " " not in rule.engines:
         return rule.engines
@@ -1063,7 +1063,7 @@ WORD = re.compile(r"[^\W\d_]{4,}|\d+")
 
 
 def redacted(line):
-    """A line as a specimen without what a user may have written: quotes emptied, words cut, digits to 0."""
+    """A line as a specimen without a user's own words: quotes emptied, words cut, digits to 0."""
     line = QUOTED.sub('"..."', line)
     return WORD.sub(lambda word: "0" if word[0].isdigit() else word[0][:3] + "~", line)[:100]
 
@@ -1084,7 +1084,7 @@ def redacted(line):
 
 
 class Run:
-    """What an engine's lines tell of one prediction.  G2 and G3 number it, G1 begins one with its sampling
+    """One prediction, as an engine's lines tell it.  G2 and G3 number it, G1 begins one with its sampling
     block, MLX has a cache line for each, Splash a line when it is over."""
 
     def __init__(self, number, engine, task, born):
@@ -1210,7 +1210,7 @@ class Emitter:
         self._news.append(Event(name, data, run and run.number, chat and chat.number, about))
 
     def fact(self, name, run, **about):
-        """What the join needs to know of a run and no event tells."""
+        """Facts of a run that the join needs and no event tells."""
         chat = run.chat
         self._news.append(Event("", {}, run.number, chat and chat.number, {"fact": name, "clock": self.clock, **about}))
 
@@ -1246,7 +1246,7 @@ class Emitter:
             self.once("lmstudio_token_info", moment, run.chat, run, model, **run.tokens)
 
     def stats(self, moment, chat, run, model):
-        """lmstudio_prediction_stats of a run with what its chat's answer adds, or of one of the two."""
+        """lmstudio_prediction_stats of a run with the figures of its chat's answer, or of one of the two."""
         run = run if run and (run.over or run.engine in UNTIMED) else None
         mine = run is None or chat.may_be_answer_of(run)
         stats = {**chat.speeds, **(run.stats if run else {}), **chat.counts} if mine else run.stats
@@ -1258,7 +1258,7 @@ class Emitter:
 
 
 def countable(chat, prompt_tokens):
-    """What figures count of a chat at its stats or its end, whichever comes first."""
+    """The amounts that figures count for a chat, at its stats or its end: the first of the two."""
     if chat is None or chat.counted:
         return None
     chat.counted = True
@@ -1610,7 +1610,7 @@ class AppLines(EngineLines):
         self._facts[entry.row.fact](entry)
 
     def later(self, moment):
-        """The log's time has gone on, or (None) nothing will follow: what waited for a line is told."""
+        """The log's time has gone on, or (None) nothing will follow: news that waited for a line is told."""
         if self._sampling and (moment is None or moment.epoch - self._sampling[1].epoch > TORN_S):
             self._close_sampling()
         self._close_timings()
@@ -1722,7 +1722,7 @@ class AppLines(EngineLines):
 
 
 class ChatTracker(AppLines):
-    """What the log says about chats, told once each.  Facts come in as on_<fact>, events go to a list."""
+    """The log's news of chats, told once each.  Facts come in as on_<fact>, events go to a list."""
 
     def error(self, entry):
         """An ERROR entry of LM Studio's own, complete."""
@@ -1878,7 +1878,7 @@ def parameters(pairs):
 
 
 def rate(fields):
-    """Tokens per second of a timing line; worked out where the line does not give it."""
+    """Tokens per second of a timing line; worked out if the line does not give it."""
     if fields["rate"]:
         return number(fields["rate"])
     ms = number(fields["ms"])
@@ -1889,7 +1889,7 @@ LENIENT = json.JSONDecoder()
 
 
 def prediction_of(text):
-    """The JSON of a Generated prediction, {} where it is hidden or cut."""
+    """The JSON of a Generated prediction, {} if it is hidden or cut."""
     try:
         body, _ = LENIENT.raw_decode(text, text.index("{"))
     except (ValueError, RecursionError):
@@ -2320,7 +2320,7 @@ def parse_body(dialect, data):
             "messages", "input", "prompt", "system", "system_prompt", "instructions", "tools")]))
 
 
-FILES = ("image_url", "source", "input_audio", "file", "data_url")    # members that stand for what is no text
+FILES = ("image_url", "source", "input_audio", "file", "data_url")    # members that hold no text
 
 
 def text_size(value):
@@ -2400,7 +2400,7 @@ def log_text(text, keeps=100):
 TIMELINE = 400  # events of one request that are kept
 WAITING_SLOW_MS = 10_000  # a wait longer than this is marked; another phase if it takes twice its model's usual
 OWN_EVENTS = frozenset(("inference_start", "inference_complete", "error"))
-PLACE_S = 1.0  # between two that say where it is in the queue
+PLACE_S = 1.0  # between two that tell its place in the queue
 TELL_S = 0.25  # between two inference_progress of one request
 SPEED_S = 0.25  # before that nothing can be said of how fast an answer is written
 FLUSH_S = 0.45  # a line is read at most so long after it was due
@@ -2417,7 +2417,7 @@ def was_left(state, operation):
 
 
 def who(source, user, key, agent, client):
-    """In a word for people, who asked: a person, else a key, else a program, else an address."""
+    """The sender in a word for people: a person, else a key, else a program, else an address."""
     if source == "lmstudio":
         return "not via gateway"
     program = re.match(r"[A-Za-z][\w.-]*(?:/[A-Za-z][\w.-]*)?", agent or "")
@@ -2425,7 +2425,7 @@ def who(source, user, key, agent, client):
 
 
 class Outcome(NamedTuple):
-    """How a request ended.  state: done, failed or abandoned; meter: what read its answer."""
+    """How a request ended.  state: done, failed or abandoned; meter: the one of its answer."""
 
     state: str
     status: int | None = None
@@ -2448,7 +2448,7 @@ class RequestState:
         self.user = None  # the person behind the key, once known
         self.model_asked = self.messages = self.fingerprint = None
         self.stream = False
-        self.model = None  # what answered, once an answer or the log has named it
+        self.model = None  # the one that answered, once an answer or the log has named it
         self.answer_id = None
         self.state, self.entered = "waiting", {"waiting": clock}  # state -> clock when it began
         self.status = self.ended = None
@@ -2471,14 +2471,14 @@ class RequestState:
         self.begun = self.told_end = False  # its first and last line of the app have been found
         self.silent = False  # another prompt of its model has begun: if its client has left, it is read no further
         self.passed = None  # a request that was sent later has had its run since this clock
-        self.usual = {}  # phase -> what it took lately on its model (ms)
+        self.usual = {}  # phase -> its length lately on this model (ms)
         self.counted = {}  # tokens that the figures have, by kind
-        self.tallied = None  # what the series has of it, as Series.take() gave it
+        self.tallied = None  # its share of the series, as Series.take() gave it
         self._base = None  # (clock, percent) from which the prompt's speed is measured
         self._told = -math.inf  # clock of the last inference_progress
         self.__dict__.update(about)
 
-    # --- what happens to it
+    # --- its life
 
     first = property(lambda self: self.output_since)  # clock of its first token
 
@@ -2545,7 +2545,7 @@ class RequestState:
             self.place, self.waited_ms = None, round(1000 * (clock - self.clock), 1)
 
     def cached_usage(self):
-        """The cached part of tokenUsage, {} where the log has not told it."""
+        """The cached part of tokenUsage, {} if the log has not told it."""
         return {"cachedTokens": self.cache["reused"]} if self.cache else {}
 
     def end(self, clock, outcome):
@@ -2560,8 +2560,8 @@ class RequestState:
             self.usage = {**self.usage, **self.cached_usage()}
 
     def _take_answer(self, meter, whole):
-        """What the answer says goes before what the log said, and what was measured before an estimate.  An
-        answer that broke off may have counted up to where it began (/v1/messages)."""
+        """The answer counts before the log, a measurement before an estimate.  An
+        answer that broke off may have counted up to its beginning (/v1/messages)."""
         usage = meter.usage
         self.model, self.finish = usage.model or self.model, usage.finish
         self.answer_id = usage.answer_id
@@ -2618,7 +2618,7 @@ class LoggedState(RequestState):
         self.context_size = data.get("n_ctx", self.context_size)
 
     def on_stats(self, data, clock):
-        """The engine's own figures; where no answer brought usage, they are what the request has cost."""
+        """The engine's own figures; if no answer brought usage, they are the request's."""
         self.read_speed = data.get("promptTokensPerSecond", self.read_speed)
         self._split(data, clock)
         self.drafted, self.accepted = data.get("draftTokens"), data.get("acceptedDraftTokens")
@@ -2658,7 +2658,7 @@ class Record(LoggedState):
     """What is shown of a request."""
 
     def progress(self, clock):
-        """What is known of a running request's progress, {} of nothing; speeds per second, etaMs in ms."""
+        """The known progress of a running request, {} of none; speeds per second, etaMs in ms."""
         run = self.run  # if it is known, its first token tells that its prompt has been read
         percent = 100 if run and self.state == "generating" and (self.first or run.read) else self.percent
         known = without_none(percent=percent, promptTokens=self.prompt_tokens)
@@ -2678,7 +2678,7 @@ class Record(LoggedState):
         return known
 
     def told(self, clock):
-        """Where it is, in words: `prompt 41% eta 87s`."""
+        """Its progress in words: `prompt 41% eta 87s`."""
         known = self.place or self.progress(clock)
         place = f" {known['position']} of {known['waiting']}" if self.place else ""
         percent = f" {known['percent']:.0f}%" if "percent" in known else ""
@@ -2705,7 +2705,7 @@ class Record(LoggedState):
                 "percentage": round(100 * used / self.context_size, 1)}
 
     def phases(self, clock):
-        """[{name, ms, slow}] in the order in which they were entered.  What nobody saw the parts of is answering."""
+        """[{name, ms, slow}] in the order in which they began.  One without known parts is answering."""
         starts: list[tuple] = []
         latest = math.inf
         for name in reversed([name for name in STATES if name in self.entered]):
@@ -2720,12 +2720,12 @@ class Record(LoggedState):
                 for name, ms in spans]
 
     def used(self, field, otherwise=None):
-        """A count of tokenUsage; where LM Studio gave none, what else is known."""
+        """A count of tokenUsage; if LM Studio gave none, the other one."""
         found = (self.usage or {}).get(field)
         return otherwise if found is None else found
 
     def prompt_ms(self):
-        """How long the prompt was read: from the engine's speed where it is known, else as it was seen."""
+        """How long the prompt was read: from the engine's speed if it is known, else as it was seen."""
         fresh = (self.used("promptTokens") or 0) - (self.used("cachedTokens") or 0)
         return round(1000 * fresh / self.read_speed, 1) if self.read_speed else self._phase_ms("prompt")
 
@@ -2762,7 +2762,7 @@ class Record(LoggedState):
                                                      acceptedDraftTokens=self.accepted)}
 
     def token_usage(self):
-        """tokenUsage with its three counts, None where one is unknown; beside it those that only some answers
+        """tokenUsage with its three counts, None if one is unknown; beside it those that only some answers
         and logs have."""
         if self.usage is None:
             return {"tokenUsage": None}
@@ -2801,7 +2801,7 @@ RECORD_HANDLERS = {  # what a record learns from the events of its chat
 }
 
 
-# --- 3.8 join: whose run and whose line it is ---------------------------------
+# --- 3.8 join: runs and lines of the log to requests ---------------------------
 # A run is bound to a request if it fits no other request and that request fits no other run.  These hard facts
 # rule a request out for a run:
 #
@@ -2832,13 +2832,13 @@ RECORD_HANDLERS = {  # what a record learns from the events of its chat
 # What is open is published without an id and held; once it is certain the request's record takes it in with its
 # own clocks.  Nothing that was published is taken back.
 
-LAG_S = 0.6  # a line is read at most so long after what it tells of, and an HTTP moment noted
+LAG_S = 0.6  # a line is read at most so long after its moment, and an HTTP moment noted
 AT_ONCE_S = 0.06  # two lines that tell of one moment are read so close to each other
 EXACT_S = 0.12  # how far a time can be off if the engine wrote it, and ...
 SURE_READS = 15  # ... one of so many reads of its lines was not late
 ITERATION_S = 0.003  # llama.cpp writes the lines of one batch within this
 DRIFT = 2e-4  # seconds a second between two clocks
-HTTP_S = 0.5  # what happens to an answer is noted here at most so much later
+HTTP_S = 0.5  # news of an answer is noted here at most so much later
 CLEAR_S = 0.3  # of two requests sent so far apart the first reaches the engine first ...
 CLEAR_S_PER_CHARACTER = 1e-6  # ... and so much later if it is longer, for its template and its tokens
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its run, for so long
@@ -2856,7 +2856,7 @@ SAME_SIZE = 1.2  # prompts of one kind have as many tokens for a character up to
 SIZES_KEPT = 20  # answers of a model from which its tokens for a character are learned
 FORGOTTEN_S = 3600.0  # LM Studio's own is taken for over when the log has said nothing of it for so long
 LINES_KEPT = 200  # last lines of chats that wait for their request's end
-NO_START = "/v1/responses"  # the path whose chats write no start
+NO_START = "/v1/responses"  # the path of chats that write no start
 
 
 class Logged(NamedTuple):
@@ -2891,7 +2891,7 @@ class Process:
     def __init__(self, offset, clock):
         self.offset, self.reads, self._latest = offset, 0, clock
         self.model: Any = None  # False once two were seen
-        self._unread = []  # runs whose last batch is being read
+        self._unread = []  # runs with their last batch being read
 
     def see(self, run, fact, time):
         """A line of one run shows that the last batch of others, which were written before it, has been read."""
@@ -2915,8 +2915,8 @@ class Process:
 
 
 class OpenRun:
-    """What the join knows of a run.  Its times are the process's if that is known, else those at which lines were
-    read."""
+    """A run, as the join knows it.  Its times are the process's if that is known, else those at which lines
+    were read."""
 
     def __init__(self, number, chat):
         self.number, self.chat = number, chat
@@ -3091,10 +3091,11 @@ class Ledger:
             self.running[record.id] = record
         return record
 
-    def _end_own(self, run, clock):
-        """A chat inside the app has no line for its end."""
+    def _end_own(self, run, clock, late=False):
+        """A chat inside the app has no line for its end; of another, late, none will come."""
         record = run.record
-        if record and record.source == "lmstudio" and record.ended is None and (run.in_app and run.over or run.cancelled):
+        if record and record.source == "lmstudio" and record.ended is None and (
+                run.over and (late or run.in_app) or run.cancelled):
             record.end(clock, Outcome("abandoned" if run.cancelled else "done"))
             self._own_over(record)
 
@@ -3220,7 +3221,7 @@ class Matching(Timing):
     def _other_size(self, run, record):
         """4: learned from answers; how far they lie apart says how far a run's tokens may."""
         known, slack = self._sizes.get(record.model_asked), 1.05
-        if not known:  # by those of other models, whose tokens can be longer or shorter
+        if not known:  # by those of other models: their tokens can be longer or shorter
             known, slack = self._sizes.get(None), 1.3
         if not known or not run.total or not record.size:
             return False
@@ -3339,13 +3340,13 @@ class Lines(Matching):
         """12."""
         percent = event.data.get("progress", 0 if event.name == "lmstudio_processing_start" else 100)
         own = self._own.get(event.chat)
-        found = (record for record in self._of_model(event) if not (record.silent and record.state in LEFT_STATES)
+        fitting = (record for record in self._of_model(event) if not (record.silent and record.state in LEFT_STATES)
                  and (record.percent is None or record.percent < percent or record.percent == percent < 100
                       or event.name == "lmstudio_generation_start" and record.heard == clock)
                  and (record.ended is None or record.state == "abandoned" or clock - record.ended < LAG_S)
                  and not (record.first and percent < 100 and record.first < clock - LAG_S)
                  and not (record.run and (record.run.over or record.run.cancelled)))
-        found = [*itertools.islice(found, 2)]   # whether there is one, or more, is all that counts
+        found = [*itertools.islice(fitting, 2)]   # whether there is one, or more, is all that counts
         model = event.data.get("model")
         if own or any(record.model == model and record.ended is None and clock - record.heard < LATE_S
                       for record in self._own.values()):
@@ -3518,7 +3519,7 @@ class Requests(Lines):
             run.held.append((event, clock))
 
     def settle(self, clock):
-        """Bind what has become certain by now.  The more there is to compare, the less often it is done."""
+        """Bind all that is certain by now.  The more there is to compare, the less often it is done."""
         if clock >= self._settle_at and (self._runs or self._lines):
             self._pairs = 0
             while self._bind_one(clock):
@@ -3587,6 +3588,10 @@ class Requests(Lines):
                     len(self._runs) > RUNS_OPEN):
                 if run.record is None:
                     self._take_as_own(run, clock)
+                if run.over:
+                    self._end_own(run, run.base + run.over, late=True)
+                if run.over:
+                    self._end_own(run, run.base + run.over, late=True)
                 del self._runs[number]
         for chat, record in list(self._own.items()):
             if record.ended is None and clock - record.heard > FORGOTTEN_S:
@@ -3602,7 +3607,7 @@ def epoch_of(text):
 
 
 def has_counts(record):
-    """True for an answer whose usage LM Studio has told."""
+    """True for an answer with LM Studio's usage."""
     return record.state == "done" and record.usage is not None and not record.usage.get("estimated")
 
 
@@ -3912,14 +3917,14 @@ DAY_MINUTES = 24 * 60
 MOST_MINUTES = 7 * DAY_MINUTES  # that one can ask for
 CELLS = 30  # (model, key, who) of one minute that are kept apart; the others are "other"
 BUCKET = 1.1  # a histogram's buckets are so much wider each: a percentile of it is right to 5 %
-BY = ("", "model", "key", "user")  # what rows can be told apart by
+BY = ("", "model", "key", "user")  # the ways to tell rows apart
 STEPS = (60, 300, 3600)  # seconds of a row
 MOST_ROWS = 360
 MOST_NAMES = 50  # in one answer; the others are "other"
 
 
 def tally(row):
-    """What one request, a row of the history, adds to its minute: {figure, or (figure, bucket): amount}."""
+    """One request, a row of the history, in its minute: {figure, or (figure, bucket): amount}."""
     prompt, cached = row["prompt_tokens"] or 0, row["cached_tokens"] or 0
     written = row["completion_tokens"] or 0
     fresh, read_ms, write_ms = max(0, prompt - cached), row["prompt_ms"] or 0, row["generation_ms"] or 0
@@ -3951,7 +3956,7 @@ def percentile(amounts, name, share):
 
 
 def series_row(amounts):
-    """Sums of tallies as /debug/series shows them; None is what no request told."""
+    """Sums of tallies as /debug/series shows them; None if no request told it."""
     def speed(tokens, ms):
         return round(1000 * amounts[tokens] / amounts[ms], 1) if amounts[ms] > 0 else None
 
@@ -3974,7 +3979,7 @@ class Series:
         self.used: dict[str, float] = {}  # model -> when it last answered, epoch seconds
 
     def take(self, row, before=None):
-        """Add a request that is over.  before: what this gave for the same one earlier, which is taken back:
+        """Add a request that is over.  before: the result for the same one earlier, which is taken back:
         the log can tell more of a request after its end."""
         ended = row["started"] + (row["total_ms"] or 0) / 1000
         model = row["model"] or row["model_asked"] or "unknown"
@@ -3999,7 +4004,7 @@ class Series:
         return minute, names, amounts
 
     def cells(self, begin):
-        """A copy of what ended from the minute of begin (epoch seconds) on: [(minute, names, tally)]."""
+        """A copy of the tallies from the minute of begin (epoch seconds) on: [(minute, names, tally)]."""
         return [(minute, names, dict(amounts)) for minute, cells in self._minutes.items()
                 if minute >= begin // 60 for names, amounts in cells.items()]
 
@@ -4062,12 +4067,12 @@ def json_line(event_id, event):
 
 
 
-# --- 3.12 WebSocket: what LM Studio's own SDKs speak --------------------------
+# --- 3.12 WebSocket: the protocol of LM Studio's own SDKs ---------------------
 
 NAMESPACES = ("llm", "embedding", "system", "files", "diagnostics", "repository", "plugins", "runtime")
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes (RFC 6455, 5.2)
 LONGEST_CONTROL = 125  # bytes of a control frame's payload (RFC 6455, 5.5)
-LONGEST_MESSAGE = 128 * 1024 * 1024  # bytes of one of LM Studio's, whose `ws` refuses more than 100 MiB
+LONGEST_MESSAGE = 128 * 1024 * 1024  # bytes of one of LM Studio's: its `ws` refuses more than 100 MiB
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))  # RFC 6455, 7.4; IANA
 
 
@@ -4207,7 +4212,7 @@ def packet(mask=b"", **members):
     return frame(TEXT, json.dumps(members, separators=(",", ":")).encode(), mask)
 
 
-# What each endpoint needs; one that stands in no row, or in another namespace than here, is admin.
+# The right that each endpoint needs; one in no row, or in another namespace than here, is admin.
 ANY_MODEL = ("listLoaded getModelInfo getLoadConfig getBasePredictionConfig getInstanceProcessingState "
              "estimateModelUsage tokenize countTokens getOrLoad ")
 ENDPOINTS = (
@@ -4222,7 +4227,7 @@ OPENERS = {  # a client's message that begins something -> its id, the message t
     "rpcCall": ("callId", "rpcError"), "channelCreate": ("channelId", "channelError"),
     "signalSubscribe": ("subscribeId", "signalError"),
     "writableSignalSubscribe": ("subscribeId", "writableSignalError")}
-FOLLOWERS = {  # what only makes sense after one of these -> its id
+FOLLOWERS = {  # packets that only make sense after one of these -> their id
     "channelSend": "channelId", "channelAck": "channelId", "signalUnsubscribe": "subscribeId",
     "writableSignalUpdate": "subscribeId", "writableSignalUnsubscribe": "subscribeId"}
 METERED = {("llm", "channelCreate", "predict"): SOCKET, ("llm", "channelCreate", "completeRawText"): SOCKET,
@@ -4233,7 +4238,7 @@ FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message"
 
 
 def id_of(message, name):
-    """A message's id under that name; None for what is no whole number that Node keeps exact.  LM Studio
+    """A message's id under that name; None if it is no whole number that Node keeps exact.  LM Studio
     takes 5.0 for 5."""
     value = message.get(name)
     if type(value) is float and value.is_integer():
@@ -4262,22 +4267,22 @@ def named_instances(body):
 
 
 def has_files(messages):
-    """True if a history refers to uploaded files, whose size nobody knows."""
+    """True if a history refers to uploaded files: nobody knows their size."""
     return any(part.get("type") == "file" for message in messages for part in listed(message.get("content")))
 
 
-# --- 3.13 sharing: what a key may use, and whose turn it is -------------------
+# --- 3.13 sharing: limits of keys, and turns -----------------------------------
 
 PRIORITIES = ("high", "normal", "low")
 RISE_S = 30.0  # of waiting raise a request by one priority
-MINUTE_S, GRAIN_S = 60.0, 0.1  # what comes within GRAIN_S counts as one
+MINUTE_S, GRAIN_S = 60.0, 0.1  # amounts within GRAIN_S count as one
 TIMES_KEPT, TIMES_NEEDED = 50, 3  # of a model's latest requests; before that nothing is foretold
 LIMITS = {"running": "requests at once", "rpm": "requests in the last minute",
           "tpm": "tokens in the last minute", "tpd": "tokens today"}
 
 
 class Terms(NamedTuple):
-    """What a key may use."""
+    """The limits of a key."""
 
     limits: dict = {}  # name in LIMITS -> number
     priority: str = "normal"
@@ -4315,12 +4320,11 @@ class Window:
 
 
 class Account:
-    """What a key has used: in the last minute, and on this day, which has a name and so many s left."""
+    """The use of a key: in the last minute, and on this day, which has a name and so many s left."""
 
-    def __init__(self, day=""):
+    def __init__(self):
         self.requests, self.tokens = Window(), Window()
-        self._day = day
-        self.today: Counter[str] = Counter()
+        self._day, self.today = "", Counter()
 
     def turn(self, day):
         """Another day has begun, or the clock was set."""
@@ -4328,7 +4332,7 @@ class Account:
             self._day, self.today = day, Counter()
 
     def refusal(self, limits, clock, left_s):
-        """(name of a limit that is reached, what is used, seconds until it is free), None if it may ask."""
+        """(name of a limit that is reached, the use, seconds until it is free), None if it may ask."""
         today = self.today["promptTokens"] + self.today["completionTokens"]
         for name, used, free_s in (("rpm", self.requests.used(clock), self.requests.free_s),
                                    ("tpm", self.tokens.used(clock), self.tokens.free_s),
@@ -4367,13 +4371,12 @@ def span(seconds):
 
 
 class Turn:
-    """A request's place: it waits, then runs, then is over.  who: whose turn it is; about: the caller's."""
+    """A request's place: it waits, then runs, then is over.  who: its owner in turns; about: the caller's."""
 
     def __init__(self, model, key, who, priority, clock):
         self.model, self.key, self.who, self.since = model, key, who, clock
         self.level = PRIORITIES.index(priority)  # rises while it waits
         self.number = 0  # in order of arrival
-        self.rank: tuple = ()  # as it stands in its line, while it is the first of its who there
         self.began = None  # clock when its turn came
         self.over = False
         self.bell: Any = None
@@ -4381,16 +4384,17 @@ class Turn:
 
 
 class Line:
-    """What runs and what waits for one model."""
+    """The Turns of one model that run, and those that wait."""
 
     def __init__(self):
         self.running = set()  # of Turns
         self.queues = {}  # who -> deque of Turns that wait, in order of arrival
-        self.ranks = []  # of the first Turn of each who, sorted: the first is next
+        self.rank_of = {}  # who -> rank of the first of these
+        self.ranks = []  # the same, sorted: the first is next
 
 
 class Scheduler:
-    """Whose turn it is.  Pure: every caller brings the clock, and one lock guards all calls.
+    """Gives turns.  Pure: every caller brings the clock, and one lock guards all calls.
 
     Each model has so many slots.  A free one goes to the higher priority, then to whoever has the fewest
     running, then to whoever was served longest ago, then to the first.  A key may have a limit of its own."""
@@ -4488,17 +4492,12 @@ class Scheduler:
     def _rank(self, who):
         """Somebody's rank may be another, in every line."""
         for line in self._lines.values():
+            before = line.rank_of.pop(who, None)
+            if before:
+                del line.ranks[bisect.bisect_left(line.ranks, before)]
             if who in line.queues:
-                first = line.queues[who][0]
-                self._unrank(line, first)
-                first.rank = self._rank_of(first)
-                bisect.insort(line.ranks, first.rank)
-
-    @staticmethod
-    def _unrank(line, turn):
-        if turn.rank:
-            del line.ranks[bisect.bisect_left(line.ranks, turn.rank)]
-            turn.rank = ()
+                line.rank_of[who] = self._rank_of(line.queues[who][0])
+                bisect.insort(line.ranks, line.rank_of[who])
 
     def _rank_of(self, turn, ahead=0):
         """Less is sooner; ahead: how many of the same wait before it."""
@@ -4511,12 +4510,11 @@ class Scheduler:
         self._rank(turn.who)
 
     def _dequeue(self, turn):
-        line = self._lines[turn.model]
-        self._unrank(line, turn)
-        line.queues[turn.who].remove(turn)
+        queues = self._lines[turn.model].queues
+        queues[turn.who].remove(turn)
         self.waiting.discard(turn)
-        if not line.queues[turn.who]:
-            del line.queues[turn.who]
+        if not queues[turn.who]:
+            del queues[turn.who]
         self._rank(turn.who)
 
     def rename(self, old, new):
@@ -4538,8 +4536,8 @@ class Scheduler:
         return self._of_key.get(key, 0), sum(turn.key == key for turn in self.waiting)
 
     def places(self, clock, left_s=lambda turn: 0.0):
-        """[(Turn, {position, waiting, etaMs})] of those that wait; left_s(turn): what one that runs still
-        needs at least."""
+        """[(Turn, {position, waiting, etaMs})] of those that wait; left_s(turn): time that one still needs at
+        least that runs."""
         found = []
         for model, line in self._lines.items():
             order = sorted(self._rank_of(turn, ahead) for queue in line.queues.values()
@@ -4925,7 +4923,7 @@ class Hub(Ring):
 
 # --- 4.2 history: finished requests in an SQLite file ------------------------
 
-HISTORY = (  # column, type, what it holds; no prompt and no answer
+HISTORY = (  # column, type, its value; no prompt and no answer
     ("id", "TEXT PRIMARY KEY", lambda record: record.id),
     ("source", "TEXT", lambda record: record.source),
     ("started", "REAL", lambda record: record.started),  # epoch seconds
@@ -4953,7 +4951,7 @@ HISTORY = (  # column, type, what it holds; no prompt and no answer
 )
 HISTORY_NAMES, HISTORY_TYPES, HISTORY_VALUES = zip(*HISTORY)
 ADDED = {"user", "queued_ms"}  # columns that files of an earlier version lack
-GROUPS = {  # what usage can be summed by
+GROUPS = {  # the ways to sum usage
     "key": "COALESCE(key, CASE source WHEN 'lmstudio' THEN 'not via gateway' ELSE 'no key' END)",
     "model": "COALESCE(model, model_asked, 'unknown')",
     "day": "date(started, 'unixepoch', 'localtime')",
@@ -5016,7 +5014,7 @@ def usage_rows(connection, groups, since=0.0):
 class History:
     """Keeps one row for each request that is over.  Any thread may call keep() and usage().
 
-    A thread commits rows as they come; WAL lets a process die at any moment without harm to what is
+    A thread commits rows as they come; WAL lets a process die at any moment without harm to rows that are
     committed.  No file is held open: one that was removed is made anew, and that is said.  So is trouble,
     once: the latest ROWS wait and are tried again.  Raises HistoryError if the file is no database or
     cannot be written."""
@@ -5032,7 +5030,8 @@ class History:
         self._rows: list[tuple] = []  # not yet committed
         self._lost = 0  # rows that were too many to wait
         self._news, self._end = threading.Event(), threading.Event()
-        open_history(path).close()
+        with open_history(path):
+            pass
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
         self._thread.start()
 
@@ -5054,13 +5053,13 @@ class History:
 
     def usage(self, group, since=0.0):
         """Sums by one of GROUPS.  Raises HistoryError."""
-        with contextlib.closing(open_history(self.path)) as connection, history_errors():
+        with open_history(self.path) as connection:
             return usage_rows(connection, [group], since)
 
     def ended(self, begin, end):
         """Series of the requests that ended from begin until end (epoch seconds).  Raises HistoryError."""
         found = Series(begin, MOST_MINUTES + STEPS[-1])
-        with contextlib.closing(open_history(self.path)) as connection, history_errors():
+        with open_history(self.path) as connection:
             for row in connection.execute(
                     f"SELECT {', '.join(HISTORY_NAMES)} FROM requests WHERE started >= ? "
                     "AND started + COALESCE(total_ms, 0) / 1000 BETWEEN ? AND ?",
@@ -5095,7 +5094,7 @@ class History:
             log.error("history %s: %d requests are missing in it", self.path, len(self._rows) + self._lost)
 
     def _write(self, rows):
-        with contextlib.closing(open_history(self.path)) as connection, history_errors():
+        with open_history(self.path) as connection:
             store_rows(connection, rows)
             if self._days and time.monotonic() - self._pruned > self.PRUNE_S:
                 self._pruned = time.monotonic()
@@ -5103,47 +5102,44 @@ class History:
 
 
 def requests_by_key(path, since=0.0):
-    """{key or None: (requests, prompt tokens, completion tokens, epoch of the latest)} of what went through us.
+    """{key or None: (requests, prompt tokens, completion tokens, epoch of the latest)} of our requests.
     Raises HistoryError."""
-    with contextlib.closing(open_history(path)) as connection, history_errors():
+    with open_history(path) as connection:
         return {key: row for key, *row in connection.execute(
             "SELECT key, COUNT(*), COALESCE(SUM(prompt_tokens), 0), COALESCE(SUM(completion_tokens), 0), "
             "MAX(started) FROM requests WHERE source = 'gateway' AND started >= ? GROUP BY key", (since,))}
 
 
 @contextlib.contextmanager
-def history_errors():
-    """Errors of SQLite and of the file as HistoryError."""
+def open_history(path):
+    """Yields a connection to a history, whose file is its owner's alone; makes the file and the table if they
+    are missing.  Raises HistoryError, also for what fails meanwhile."""
     import sqlite3  # here, because it takes 2 MB that only --history and --report need
 
     try:
-        yield
+        if path != ":memory:":  # SQLite's other two files take the mode of this one
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            os.chmod(path, 0o600)   # one that was there, too
+        with contextlib.closing(sqlite3.connect(path, timeout=History.LOCK_S)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            make_table(connection)
+            yield connection
     except (sqlite3.Error, OSError) as error:
         raise HistoryError(f"{error}; name a file that can be written and is a history or new") from None
 
 
-def open_history(path):
-    """A connection to a history, whose file is its owner's alone; makes the file and the table if they are
-    missing.  Raises HistoryError."""
-    import sqlite3
-
-    with history_errors(), contextlib.ExitStack() as stack:
-        if path != ":memory:":  # SQLite's other two files take the mode of this one
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            os.chmod(path, 0o600)   # one that was there, too
-        connection = stack.enter_context(contextlib.closing(sqlite3.connect(path, timeout=History.LOCK_S)))
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
-        with connection:
-            connection.execute(f"CREATE TABLE IF NOT EXISTS requests ({columns})")
-            have = {row[1] for row in connection.execute("PRAGMA table_info(requests)")}
-            lacks = [(name, kind) for name, kind, _ in HISTORY if name not in have]
-            for name, kind in lacks if {name for name, _ in lacks} <= ADDED else ():    # else another program's
-                connection.execute(f"ALTER TABLE requests ADD COLUMN {name} {kind}")
-            connection.execute("CREATE INDEX IF NOT EXISTS requests_started ON requests (started)")
-        stack.pop_all()     # it stays open
-    return connection
+def make_table(connection):
+    """Make the table, or add the columns that a file of an earlier version lacks."""
+    columns = ", ".join(f"{name} {kind}" for name, kind, _ in HISTORY)
+    with connection:
+        connection.execute(f"CREATE TABLE IF NOT EXISTS requests ({columns})")
+        have = {row[1] for row in connection.execute("PRAGMA table_info(requests)")}
+        lacks = [(name, kind) for name, kind, _ in HISTORY if name not in have]
+        known = {name for name, _ in lacks} <= ADDED    # else it is another program's
+        for name, kind in lacks if known else ():
+            connection.execute(f"ALTER TABLE requests ADD COLUMN {name} {kind}")
+        connection.execute("CREATE INDEX IF NOT EXISTS requests_started ON requests (started)")
 
 
 def remove_rows(connection, before):
@@ -5291,12 +5287,13 @@ def file_state(path):
 
 
 class Follower:
-    """Follows the newest log of a directory.  next_news() gives what there is; it never waits.
+    """Follows the newest log of a directory.  next_news() gives the bytes that are there; it never waits.
 
     Only the tail thread calls methods; other threads may read the fields."""
 
     PIECE, PIECE_MOST = 8 * 1024, 1024 * 1024  # bytes of one read; more while there is a backlog
-    LATE_S = 0.01  # of CPU for a piece: so late it may make a stream
+    LATE_S = 0.0025  # of CPU for a piece: with the hub's lock held for longer than the interpreter's switch
+    # interval of 5 ms, a stream would be late by more than 10 ms
     PATIENCE_S = 10.0  # an old file that cannot be read holds up a newer one for so long
     LOOK_S = 0.1  # between listings of the directory
     ANCHOR = 64  # bytes before our position that must still be there
@@ -5465,7 +5462,7 @@ class LogVolume:
         self._known: tuple = (-math.inf, {})    # (clock, facts)
 
     def facts(self, max_age_s=60.0):
-        """{directoryBytes, growthBytesPerDay, freeBytes (None: unknown), warnings (what to do)}"""
+        """{directoryBytes, growthBytesPerDay, freeBytes (None: unknown), warnings (with the remedy)}"""
         if time.monotonic() - self._known[0] >= max_age_s:
             self._known = time.monotonic(), self._look()
         return self._known[1]
@@ -5537,8 +5534,8 @@ class Monitor:
         self.switches: Counter[str] = Counter()
 
     def run(self, publish, wait):
-        """Until wait(seconds) returns True; what is there by then is told, too.  publish takes a list of
-        events."""
+        """Until wait(seconds) returns True; lines that are there by then are told, too.  publish takes a list
+        of events."""
         over = False
         while not over:
             began = time.thread_time()
@@ -5713,7 +5710,7 @@ class Chunks:
 
     def __init__(self):
         self.left, self.over = 0, False
-        self.rest = b""  # what is not read yet; once over, what follows the body
+        self.rest = b""  # bytes that are not read yet; once over, those behind the body
         self._room = self.LINE_LIMIT  # for trailers
         self._step = self._whole_chunks
         self.between = True  # the next byte begins a chunk
@@ -5819,7 +5816,7 @@ def joined(headers):
 
 class Call(urllib.request.Request):
     """A request to a server, origin, and the connection that it runs over.  Its target and its headers are
-    sent as they are: urllib's own lose what follows a #, order, case and repeats.
+    sent as they are: urllib's own lose a # and all behind it, order, case and repeats.
 
     timeout_s is for each read and write, None without end; deadline, a clock reading, for all together."""
 
@@ -5956,7 +5953,7 @@ class Answer:
 
     @property
     def rest(self):
-        """What came behind the head of a 101."""
+        """The bytes behind the head of a 101."""
         return self._buffer
 
     @property
@@ -6009,7 +6006,7 @@ def readable(sock, seconds=0.0):
 def set_timeout(sock, seconds):
     """Each read and each write waits at most so long, without end for None.
 
-    Where the kernel keeps the time (socket(7), SO_RCVTIMEO), each is one system call and not two, and lets
+    If the kernel keeps the time (socket(7), SO_RCVTIMEO), each is one system call and not two, and lets
     go of the GIL once.  It tells TLS nothing, and Windows counts in another unit: there Python keeps it."""
     sock.settimeout(seconds)
     if os.name == "posix" and not isinstance(sock, ssl.SSLSocket):
@@ -6024,17 +6021,17 @@ class Remembered:
     """A question that one asks for all: ask() gives its answer, also to a failure.
 
     It is asked in a thread of its own.  After limit_s the answer is silent and the next caller asks anew,
-    whatever has become of that thread."""
+    also if that thread has ended."""
 
     def __init__(self, ask, limit_s, silent):
         self._ask, self._limit_s, self._silent = ask, limit_s, silent
         self._lock = threading.Lock()  # guards the two below
-        self._known, self._version = (-math.inf, silent), 0   # (clock, answer), what it was asked for
+        self._known, self._version = (-math.inf, silent), 0   # (clock, answer), and the question
         self._asking: Any = None    # (clock, Event that is set in the end) of the question under way
 
     def value(self, max_age_s, wait_s, version=0):
-        """Any thread.  An answer for this version, not older than max_age_s; the one before if none comes within
-        wait_s."""
+        """Any thread.  An answer for this version, not older than max_age_s; the one before if none comes
+        within wait_s."""
         with self._lock:
             now, (since, answer) = time.monotonic(), self._known
             if now - since < max_age_s and version == self._version:
@@ -6130,8 +6127,8 @@ class KeptConnections(urllib.request.BaseHandler):
         except OSError as error:
             why = "the connection timed out" if isinstance(error, TIMEOUTS) else error_text(error)
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise HttpError(503, "no_descriptors", f"lmgateway cannot connect to LM Studio ({why}). Raise "
-                                "its limit of open files (ulimit -n), or try again",
+                raise HttpError(503, "no_descriptors", f"lmgateway cannot connect to LM Studio ({why}). "
+                                "Raise its limit of open files (ulimit -n), or try again",
                                 [("Retry-After", "5")]) from None
             raise UpstreamError(502, "unreachable",
                                 f"LM Studio is not reachable at {self._base} ({why}). Start its server "
@@ -6153,12 +6150,12 @@ class Upstream:
         self._health = Remembered(self._ask_health, QUESTION_S + 1.0, self._silent)
         self._listed: Any = (None, 0.0)     # the latest rows that LM Studio told, and when
         self._models = Remembered(self._ask_models, QUESTION_S + 1.0, self._listed)
-        self._listings: tuple = ("/api/v1/models", "/api/v0/models")  # since 0.4.0, since 0.3.6; or the one that is
+        self._listings: tuple = "/api/v1/models", "/api/v0/models"  # since 0.4.0, 0.3.6; then the one that is
 
     def open(self, call):
         """The Answer, its body unread.  Raises OSError, HTTPException, HttpError.
 
-        What fails on a connection that was used before is tried once more if the method allows it; other
+        A call that fails on a connection that was used before is tried again if the method allows it; other
         requests are not, because LM Studio may have begun to work (RFC 9110, 9.2.2)."""
         answer = self.send(call)
         try:
@@ -6220,7 +6217,7 @@ class Upstream:
     def models(self, loads=0):
         """(ModelRow of each model that LM Studio lists, or None if it never told; epoch seconds of that).
 
-        Remembered for MODELS_S while loads, a count of what the log told of loading, stays the same."""
+        Remembered for MODELS_S while loads, a count of the log's lines on loading, stays the same."""
         if not self.health(10.0, GREETING_S):
             self._models.value(MODELS_S if self._listed[0] is not None else 3.0, QUESTION_S + 1.0, loads)
         return self._listed
@@ -6289,14 +6286,14 @@ def first_message(sock, frames, data=b""):
 
 
 class LogStream:
-    """A Follower whose log comes from LM Studio itself: diagnostics.streamLogs, which `lms log stream` reads
+    """A Follower of the log that LM Studio sends itself: diagnostics.streamLogs, which `lms log stream` reads
     (lmstudio-js, diagnosticsBackendInterface.ts), in the bytes of a log file.
 
     files: the Follower of this machine's log.  With both, files go first: as soon as they grow they are the
-    log for good; what comes by the stream alone for DOUBT_S makes it that."""
+    log for good; an entry that only the stream has had for DOUBT_S makes it that."""
 
     RETRY_S, DOUBT_S = 5.0, 2.0
-    LINES = {"server.log": "content", "runtime.log": "message"}  # data.type -> where its text stands
+    LINES = {"server.log": "content", "runtime.log": "message"}  # data.type -> the place of its text
     LEVELS = ("DEBUG", "INFO", "WARN", "ERROR")
 
     def __init__(self, upstream, files, both):
@@ -6304,11 +6301,11 @@ class LogStream:
         self._by = "" if both else "stream"     # or "files", once that is known
         self._sock, self._retry_at = None, -math.inf
         self._frames: Any = None
-        self._held, self._since = b"", math.inf     # what came while _by is open, and its clock
+        self._held, self._since = b"", math.inf     # entries while _by is open, and their clock
         self._trouble = ""
 
     def __getattr__(self, name):
-        """Which file is read, and where, is the Follower's to say."""
+        """The Follower says which file is read, and from which place on."""
         return getattr(self._files, name)
 
     @property
@@ -6369,7 +6366,7 @@ class LogStream:
 
     @classmethod
     def _line(cls, message):
-        """What a packet of the stream would be in a log file; of an answer its figures, which no file has."""
+        """A packet of the stream as a log file would have it; of an answer its figures, which no file has."""
         entry = member(member(json_object(message.payload) or {}, "message"), "log")
         data = member(entry, "data")
         kind, level = str(data.get("type")), str(data.get("level")).upper()
@@ -6397,7 +6394,7 @@ class ModelRow(NamedTuple):
 
 
 def model_rows(body):
-    """The ModelRows in an answer of /api/v1/models or /api/v0/models; None where it is no such answer."""
+    """The ModelRows in an answer of /api/v1/models or /api/v0/models; None if it is no such answer."""
     for name, model_of in (("models", model_of_v1), ("data", model_of_v0)):
         if isinstance(body.get(name), list):
             return [row for row in map(model_of, listed(body[name])) if row.shown["id"]]
@@ -6431,7 +6428,7 @@ def model_row(model, name, state, quantization, loaded):
 
 
 def text_of(value):
-    """A name in LM Studio's answer; None for what is none."""
+    """A name in LM Studio's answer; None if it is none."""
     return value[:LONGEST_NAME] if isinstance(value, str) and value else None
 
 
@@ -6443,13 +6440,13 @@ def error_text(error):
 
 
 # === 7. HTTP: wire, access, views, routes ====================================
-# Four ideas keep one client from taking what is there for all: bodies count against one budget in bytes as
+# Four ideas keep one client from taking all room: bodies count against one budget in bytes as
 # they come (BodyMemory); a head, a body and the whole answer to a stranger each have a deadline; a connection
 # that has shown no right key gives way, those of the address that has the most first (Server); and a right
 # that is used for long is asked for again (Server._look).
 
 PING_S = 15.0
-RETRY_MS = 2000  # what a browser waits before it connects again
+RETRY_MS = 2000  # of a browser before it connects again
 WAKES_PER_S = 14_000  # of all listeners together: each pauses so long that they share these
 FIRST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,40}) ([!-~]+) HTTP/(\d)\.(\d)")
 HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%25\w+)?\]|[\w.\-]*)(?::\d{0,5})?", re.ASCII)
@@ -6473,7 +6470,7 @@ class Request:
         self.encrypted = False
         self.body: Any = b""  # bytes-like
         self.arrived = 0.0  # clock when its last byte had come
-        self.identity: Any = None  # whose key it carried, once it has been checked
+        self.identity: Any = None  # of the key that it carried, once it has been checked
         self.forwarded = False  # it goes on to LM Studio
         self.told = False  # the log has its line
         self.ratelimit: list = []  # headers for its answer that tell of its key's limits
@@ -6788,11 +6785,11 @@ RESTING, READING, WORKING, STREAMING, TUNNELLING = "resting", "reading", "workin
 
 
 class Connection:
-    """A client's connection: its handler's thread writes the state, the accept thread reads it and may end the
-    connection.  A guest has shown a right key, or needs none; others are strangers.
+    """A client's connection: its handler's thread writes the state, the accept thread reads it and may end
+    the connection.  A guest has shown a right key, or needs none; others are strangers.
 
-    A client that only closes its sending side has left, too: nginx and Node see it so, and a browser or an SDK
-    that gives up looks like that."""
+    A client that only closes its sending side has left, too: nginx and Node see it so, and a browser or an
+    SDK that gives up looks like that."""
 
     __slots__ = ("sock", "place", "state", "since", "proven", "deadline", "request", "ended", "leave")
     ANSWER_S = 20.0  # for a stranger's request: its body, our answer
@@ -6827,26 +6824,26 @@ class Connection:
         self.state, self.request, self.deadline, self.since = RESTING, None, math.inf, time.monotonic()
 
     def dismiss(self):
-        """Any thread.  The client has left, or is to go: whoever waits for something else is told."""
+        """Any thread.  The client has left, or is to go: a thread that waits for something else is told."""
         leave = self.leave
         if leave:
             self.leave = None
             leave()
 
     def end(self):
-        """Any thread.  Its handler notices, whatever it waits for."""
+        """Any thread.  Its handler notices, also while it waits."""
         self.ended.set()
         shut(self.sock)
 
 
 def shut(sock):
-    """Any thread.  Ends a connection; its handler notices.  Below TLS, whose objects are the handler's."""
+    """Any thread.  Ends a connection; its handler notices.  Below TLS: its objects are the handler's."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def those_left(sockets):
-    """Those of the sockets whose clients left, also if bytes that nobody read come before the end.
+    """The sockets of clients that left, also if bytes that nobody read come before the end.
 
     Linux says so by POLLRDHUP; elsewhere a look at the first bytes tells, unless a client has sent more."""
     mask = getattr(select, "POLLRDHUP", None)
@@ -6878,22 +6875,24 @@ def has_left(sock):
     return not first or isinstance(sock, ssl.SSLSocket) and goodbye
 
 
-# --- 7.3 access: who may do what ---------------------------------------------
+# --- 7.3 access: keys, their rights, addresses ---------------------------------
 
+RIGHTS = "infer", "view", "admin"   # to ask models; to see /debug, /metrics; to load, unload, download models
+ALL_RIGHTS = frozenset(RIGHTS)
 SESSION = "lmgateway_session"  # how the names of our cookies begin; the port follows
 LOCAL_ONLY = "without a key only this machine is served: use http://127.0.0.1, or set GATEWAY_API_KEY"
 
 
 class Identity(NamedTuple):
-    """Whose request it is.  name is the key's; None when no key is asked for."""
+    """The sender of a request.  name is the key's; None when no key is asked for."""
 
     name: str | None
-    rights: frozenset = frozenset(("infer", "view", "admin"))
+    rights: frozenset = ALL_RIGHTS
     by_cookie: bool = False
 
     @property
     def owner(self):
-        """The key whose requests it may see; None: everybody's."""
+        """The only key with requests that it may see; None: everybody's."""
         return None if "view" in self.rights else self.name
 
 
@@ -6936,7 +6935,7 @@ class KeyFile:
             found = os.stat(self.path)
             which = found.st_mtime_ns, found.st_size, found.st_ino
             if which != self._seen:
-                self._keys = self.read()
+                self._keys = self.load()[1]
                 self._seen, self._problem = which, ""
         except FileNotFoundError:
             self._keys = self._seen and []  # a file that vanished opens no door
@@ -6947,11 +6946,7 @@ class KeyFile:
             self._problem = str(error)
             self._keys = self._keys or []   # a file that cannot be read opens no door either
 
-    def read(self):
-        """The file's Keys.  Raises OSError, and ConfigError when it is damaged."""
-        return self._load()[1]
-
-    def _load(self):
+    def load(self):
         """(the file's content, its Keys).  Raises OSError, ConfigError."""
         try:
             with open_plain(self.path) as file:
@@ -6969,7 +6964,7 @@ class KeyFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         with open(beside, "wb") as file, locked(file):
-            content = self._load()[0] if self.path.exists() else {"keys": []}
+            content = self.load()[0] if self.path.exists() else {"keys": []}
             yield content["keys"]
             self._replace(content)
 
@@ -7032,8 +7027,6 @@ def locked(file):
         yield
 
 
-RIGHTS = ("infer", "view",
-          "admin")  # to ask models; to see /debug, /metrics; to load, unload, download models
 ALPHANUMERIC = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -7064,7 +7057,7 @@ class AccessControl:
 
     def __init__(self, config):
         self._config = config
-        self._fixed = [Key(name, digest(key), frozenset(RIGHTS)) for name, key in config.api_key.items()]
+        self._fixed = [Key(name, digest(key), ALL_RIGHTS) for name, key in config.api_key.items()]
         self._file = KeyFile(keys_path(config))
         self.guests: list[Key] = []  # Keys that are known though none may be asked for
         self._lock = threading.Lock()  # held to change the three below; each look at them is atomic
@@ -7112,7 +7105,7 @@ class AccessControl:
         return None
 
     def _guest(self, request):
-        """The Identity where no key is asked for."""
+        """The Identity if no key is asked for."""
         key = self._find(credentials(request)) if self.guests else None
         return Identity(key.name, key.rights) if key else Identity(None)
 
@@ -7128,17 +7121,18 @@ class AccessControl:
         return identity
 
     def _identity(self, request, key):
-        """The Identity by the Key, else by the cookie; None without either.  Raises HttpError 401 if the key's
-        last day is over."""
+        """The Identity by the Key, else by the cookie; None without either.  Raises HttpError 401 if the
+        key's last day is over."""
         by_cookie = key is None
         if by_cookie:
             cookie = session_of(request)
             session = self._sessions.get(digest(cookie)) if cookie else None
             key = next((key for key in self._keys() if key.digest == session), None)    # as it is now
         if key and key.terms.expires and this_day()[0] > key.terms.expires:
-            raise HttpError(401, "key_expired", f"the last day of the key {key.name} was {key.terms.expires}; "
-                            f"--set-key {key.name} --expires 30d gives it more time")
-        return key and Identity(key.name, frozenset(RIGHTS) if "admin" in key.rights else key.rights, by_cookie)
+            raise HttpError(401, "key_expired",
+                            f"the last day of the key {key.name} was {key.terms.expires}; --set-key "
+                            f"{key.name} --expires 30d gives it more time")
+        return key and Identity(key.name, ALL_RIGHTS if "admin" in key.rights else key.rights, by_cookie)
 
     def _find(self, offered):
         """The Key that is among those offered, or None.  Every key is compared, in constant time."""
@@ -7153,7 +7147,7 @@ class AccessControl:
         """The Key among those offered, or None, after a pause if the address has offered wrong keys.
 
         A right key that is new from there waits as long as a wrong one: a guess cannot be told from its
-        time.  Others behind the same address, whose keys or cookies are known, wait for nothing."""
+        time.  Others behind the same address with keys or cookies that are known wait for nothing."""
         key, place = self._find(offered), network_of(request.client)
         if key and (place, key.digest) in self._proven:
             return key
@@ -7228,7 +7222,7 @@ def remember(table, name, value, limit=10_000):
 
 @functools.lru_cache(maxsize=1024)
 def network_of(address):
-    """The address whose share a client takes: of IPv6, the /64 that one household or host is given."""
+    """The address that a client's share is counted for: of IPv6, the /64 of one household or host."""
     if ":" in address:
         with contextlib.suppress(ValueError):
             found = ipaddress.IPv6Address(address.partition("%")[0])
@@ -7342,7 +7336,7 @@ class Turns:
         self._config, self._access, self._hub = config, access, hub
         self._lock = threading.Lock()  # guards the next two; held for memory work only
         self._scheduler = Scheduler(config.max_running)
-        self._accounts: dict = {}  # name of a key -> Account
+        self._accounts: defaultdict = defaultdict(Account)  # by name of a key
         if history:
             self._restore(history)
 
@@ -7358,12 +7352,12 @@ class Turns:
             log.error("history %s: %s; limits by the day begin anew", history.path, error)
 
     def _account(self, name, day):
-        account = self._accounts.setdefault(name, Account(day))
+        account = self._accounts[name]
         account.turn(day)
         return account
 
     def enter(self, request, model, user, bell=threading.Event):
-        """The Turn of an inference that is let in; if it has to wait, with what bell() gives.  Raises
+        """The Turn of an inference that is let in; if it has to wait, with the result of bell().  Raises
         HttpError."""
         name, clock, (day, left_s) = request.identity.name, time.monotonic(), this_day()
         terms = self._access.terms(name)
@@ -7390,13 +7384,13 @@ class Turns:
         if turn.began is None:
             if len(self._scheduler.waiting) > self._config.max_waiting:
                 self._scheduler.leave(turn, turn.since)
-                raise HttpError(429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, "
-                                                   "as many as MAX_WAITING allows; try again later",
-                                [("Retry-After", str(QUEUE_RETRY_S))])
+                raise HttpError(
+                    429, "queue_full", f"{self._config.max_waiting} requests wait for their turn, as many as "
+                    "MAX_WAITING allows; try again later", [("Retry-After", str(QUEUE_RETRY_S))])
             turn.bell = bell()
 
     def leave(self, turn, record):
-        """A request is over, in whatever way: its slot is another's."""
+        """A request is over, in any way: its slot is another's."""
         usage, served = record.usage or {}, self._hub.served(turn.model)
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
@@ -7425,7 +7419,7 @@ class Turns:
         self._hub.place(placed)
 
     def look(self):
-        """Now and then: what has changed about the keys of those that wait counts."""
+        """Now and then: changes of the keys of those that wait count."""
         with self._lock:
             waiting = [(turn.key, turn.about) for turn in self._scheduler.waiting]
         if not waiting:
@@ -7440,7 +7434,7 @@ class Turns:
         self.tell()
 
     def used(self, name):
-        """What GET /me tells of a key's use."""
+        """A key's use, as GET /me tells it."""
         clock, (day, _) = time.monotonic(), this_day()
         with self._lock:
             account, (running, waiting) = self._account(name, day), self._scheduler.counts(name)
@@ -7464,7 +7458,7 @@ def limit_reached(limits, name, used, free_s):
 
 
 class Gateway:
-    """What views may reach.  Built once in main()."""
+    """All that views may reach.  Built once in main()."""
 
     def __init__(self, config, hub, upstream, monitor=None, history=None):
         self.config, self.hub, self.upstream, self.monitor = config, hub, upstream, monitor
@@ -7483,15 +7477,15 @@ class Gateway:
 
     @property
     def uptime(self):
-        """Seconds since it was built, whatever became of the clock since."""
+        """Seconds since it was built, also if the clock was set since."""
         return round(time.monotonic() - self._started, 1)
 
 
 class Exchange:
-    """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an inference:
-    it has a record and a turn, and others hear of it until its one end."""
+    """A client's request on its way to LM Studio, over HTTP or a socket.  One that asks a model is an
+    inference: it has a record and a turn, and others hear of it until its one end."""
 
-    bell = threading.Event  # gives what rings when its turn comes
+    bell: Callable[[], Any] = threading.Event  # gives the bell that rings when its turn comes
     record: Any = None
     turn: Any = None
     cause: Any = None  # the GatewayError for which it was stopped
@@ -7502,7 +7496,7 @@ class Exchange:
         self._gateway, self.request = gateway, request
 
     def enter(self, **about):
-        """It is an inference.  Raises HttpError if the limits of its key, or the queue's, do not let it in."""
+        """It is an inference.  Raises HttpError if the limits of its key or the queue do not let it in."""
         gateway, request = self._gateway, self.request
         self.turn = gateway.turns.enter(request, about["model_asked"], about.get("user"), self.bell)
         self.record = Record(gateway.hub.request_id(), time.time(), time.monotonic(), client=request.client,
@@ -7536,7 +7530,7 @@ class Exchange:
             self._gateway.hub.generated(self.record, tokens, first)
 
     def conclude(self, error, operation, status, meter):
-        """An inference is over, in whatever way: its turn is another's; the hub and the log are told."""
+        """An inference is over, in any way: its turn is another's; the hub and the log are told."""
         record, self.over = self.record, True
         state = "done" if error is None else "failed" if operation not in LEFT else "abandoned"
         self._gateway.inferences.pop(record.id, None)
@@ -7625,8 +7619,8 @@ class Forward(Exchange):
     def __init__(self, gateway, request, target, asked):
         super().__init__(gateway, request)
         self._asked, self._shared = asked, request.identity.name in gateway.config.users_from
-        headers = upstream_headers(request, len(asked.data), gateway.upstream, asked.asks_usage or self.alters,
-                                   USER_HEADERS if self._shared else ())
+        headers = upstream_headers(request, len(asked.data), gateway.upstream,
+                                   asked.asks_usage or self.alters, USER_HEADERS if self._shared else ())
         self._call = Call(gateway.upstream.origin, request.method, target, headers, asked.data)
         self._choose_timeout(asked.stream)
         self._anthropic = plain_target(target).lower() == "/v1/messages"
@@ -7791,7 +7785,7 @@ class Forward(Exchange):
 
 
 class CommentedForward(Forward):
-    """A Forward whose stream is filled with SSE comments while LM Studio is silent (PREFILL_COMMENTS): every
+    """A Forward that fills its stream with SSE comments while LM Studio is silent (PREFILL_COMMENTS): every
     client ignores them, and they keep idle timers awake.
 
     A client without a byte for SILENCE_S gets a head of ours; a failure after that is told inside the
@@ -7914,7 +7908,7 @@ def event_stream(gateway, request):
 
 
 def stream_frames(hub, since, names, request):
-    """Bytes for one listener until the hub closes: connected, what it missed, what comes, pings.
+    """Bytes for one listener until the hub closes: connected, events that it missed, those that come, pings.
 
     No piece is longer than PIECE: so much does a client cost that does not read."""
     with hub.listening(since, request.identity.owner) as listener, watching(request, listener.bell) as left:
@@ -7922,7 +7916,7 @@ def stream_frames(hub, since, names, request):
         yield own_frame(hub, held, "connected", {"message": "Connected to lmgateway"}, f"retry: {RETRY_MS}\n")
         heard = time.monotonic()    # when the client last had a byte
         while True:
-            over = hub.closed or left.is_set()  # asked first: what was published before the end is still sent
+            over = hub.closed or left.is_set()  # asked first: events of before the end are still sent
             frames, gap = hub.read(listener, names, PIECE)
             if gap:
                 frames.insert(0, own_frame(hub, held, "gap", gap))
@@ -8010,7 +8004,7 @@ def log_status(monitor):
 
 
 def requests_list(gateway, request):
-    """`?client=` keeps the requests whose address, key, user or program has this text in it."""
+    """`?client=` keeps the requests with this text in their address, key, user or program."""
     sought = request.query.get("client", "").lower()
     rows = gateway.hub.shown(gateway.config.requests_kept, request.identity.owner)
     who = ("client", "key", "user", "userAgent")
@@ -8045,7 +8039,7 @@ def stop_request(gateway, request):
 
 
 def me(gateway, request):
-    """The key that asks: what it may, and what it has used."""
+    """The key that asks: its rights, limits and use."""
     identity = request.identity
     terms = gateway.access.terms(identity.name)
     rights = [name for name in RIGHTS if name in identity.rights]
@@ -8055,7 +8049,7 @@ def me(gateway, request):
 
 
 def series_page(gateway, request):
-    """Figures by minute: from memory for what this start has seen of the last day, else from the history."""
+    """Figures by minute: from memory for the part of the last day since this start, else from the history."""
     minutes, by = request.query.get("minutes", "60"), request.query.get("by", "")
     if not re.fullmatch("[0-9]{1,5}", minutes) or not 1 <= int(minutes) <= MOST_MINUTES:
         raise HttpError(400, "minutes_unknown", f"minutes={minutes[:50]}: use 1 to {MOST_MINUTES}")
@@ -8075,7 +8069,7 @@ def series_page(gateway, request):
 
 
 def models_page(gateway, request):
-    """LM Studio's models, the loaded ones first, with what runs and waits here."""
+    """LM Studio's models, the loaded ones first, with the requests that run and wait here."""
     rows, as_of = gateway.upstream.models(gateway.hub.loads)
     if rows is None:
         raise HttpError(502, "upstream_unreachable", gateway.upstream.health(10.0, GREETING_S) or
@@ -8088,7 +8082,7 @@ def models_page(gateway, request):
 
 
 def doings(ours, state):
-    """What Hub.models() has of one model, under all of its names."""
+    """The row of Hub.models() of one model, under all of its names."""
     used = max((used for _, _, used, _ in ours if used), default=None)
     return {"state": "loading" if state != "loaded" and any(loading for *_, loading in ours) else state,
             "running": sum(row[0] for row in ours), "waiting": sum(row[1] for row in ours),
@@ -8224,7 +8218,7 @@ class Route(NamedTuple):
     method: str
     path: str  # ending in /*: one more part
     view: Callable[[Gateway, Request], Response]
-    access: str  # "open", "health", the right that it needs, or "own": any key, for what is its own
+    access: str  # "open", "health", the right that it needs, or "own": any key, for its own requests
     about: str
 
 
@@ -8285,7 +8279,7 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 FIRST_LIMIT = 4096  # bytes of a client's first message
 PARTING_S = 0.5  # for the other side's close frame once one side has sent its own
 UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read
-REFUSALS_KEPT = 1000  # of calls whose later messages must not go on either
+REFUSALS_KEPT = 1000  # of calls that must send nothing more
 READ, WRITE = 1, 4  # of poll(2)
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 OPERATIONS = {1001: "gateway_stopped", 1008: "key_revoked", 1011: "upstream_reset"}  # by close code
@@ -8310,7 +8304,7 @@ def check_upgrade(access, request):
 
 
 def open_tunnel(gateway, request):
-    """The Response 101 whose body is a Tunnel.  Raises HttpError."""
+    """The Response 101 with a Tunnel for its body.  Raises HttpError."""
     check_upgrade(gateway.access, request)
     request.forwarded = True
     tunnel = Tunnel(gateway, request, *gateway.upstream.upgrade(request.path))
@@ -8319,7 +8313,7 @@ def open_tunnel(gateway, request):
 
 
 def key_in(first):
-    """The key whose halves a client's first message has; "" for none."""
+    """The key that a client's first message has in two halves; "" for none."""
     identifier, passkey = first.get("clientIdentifier"), first.get("clientPasskey")
     both = isinstance(identifier, str) and isinstance(passkey, str)
     return f"sk-lm-{identifier}:{passkey}" if both and len(identifier) == 8 and len(passkey) == 20 else ""
@@ -8327,7 +8321,7 @@ def key_in(first):
 
 class Prediction(Exchange):
     """One inference over a socket, from its call to its end, and the meter that its end asks: LM Studio's own
-    figures come with the result, and what is counted here is for an end without one."""
+    figures come with the result, and the count here is for an end without one."""
 
     first = last = None
 
@@ -8374,7 +8368,7 @@ class Prediction(Exchange):
         self.generated(self.pieces, self._begun, now)
 
     def on_progress(self, content, now):
-        """How much of the prompt has been read; what of it came from the cache is said nowhere else."""
+        """How much of the prompt has been read; only here is said how much of it came from the cache."""
         read, details = usable(content.get("progress")), member(content, "details")
         cached, total = count(details, "cachedTokenCount"), count(details, "totalPromptTokenCount")
         events = []
@@ -8389,12 +8383,12 @@ class Prediction(Exchange):
     def on_success(self, content, now):
         stats, model = member(content, "stats"), member(content, "modelInfo").get("identifier")
         self.usage.take({"stats": stats, "stop_reason": stats.get("stopReason"), "model": model})
-        self.pieces = 0  # estimates are for what has no figures
+        self.pieces = 0  # estimates are for requests without figures
         self.cancelled = self.usage.finish == "userStopped"
         self.end("the client cancelled it" if self.cancelled else None)
 
     def end(self, error=None, operation=None):
-        """It is over, in whatever way.  Later calls do nothing."""
+        """It is over, in any way.  Later calls do nothing."""
         if self.cause:
             error, operation = str(self.cause), self.cause.code
         elif error and self.cancelled:
@@ -8412,7 +8406,7 @@ PACKETS: dict[str, Callable] = {  # of a prediction's channel
 
 
 class Conversation:
-    """What is said over one socket: which calls may go on, and when, and what they cost."""
+    """The talk over one socket: which calls may go on, and when, and their cost."""
 
     def __init__(self, gateway, request, bell):
         self.gateway, self.request, self.bell, self.namespace = gateway, request, bell, request.path[1:]
@@ -8426,13 +8420,13 @@ class Conversation:
         return sum(len(prediction.held) for prediction in self.running.values())
 
     def check_key(self):
-        """Raises FrameError when the client's key is no longer what it was."""
+        """Raises FrameError when the client's key has changed."""
         if self.gateway.access.recognize(self.request) != self.request.identity:
             raise FrameError(1008, "the key was revoked or has other rights now")
 
     def admits(self, message):
         """True when a client's message may go on to LM Studio now.  Raises FrameError for one that cannot be
-        judged: what this program cannot read LM Studio may."""
+        judged: LM Studio may read more than this program can."""
         self.check_key()
         text = message.payload
         if message.opcode == BINARY:    # LM Studio reads it as text
@@ -8527,7 +8521,7 @@ class Conversation:
 
     def end(self, error, operation):
         """The socket is over, and with it all that runs or waits."""
-        with contextlib.ExitStack() as stack:   # each of them, whatever becomes of another
+        with contextlib.ExitStack() as stack:   # each of them, also if another fails
             while self.running:
                 stack.callback(self.running.popitem()[1].end, error, operation)
 
@@ -8555,17 +8549,17 @@ class Side:
 
     def __init__(self, sock, frames, gone):
         self.sock, self.frames, self._gone = sock, frames, gone
-        self.pending = bytearray()  # what it has not taken
+        self.pending = bytearray()  # bytes that it has not taken
 
     def receive(self):
-        """What has come, b"" for nothing."""
+        """The bytes that have come, b"" for none."""
         data = self._call(self.sock.recv, PIECE)
         if data == b"":
             raise self._gone
         return data or b""
 
     def send(self, data=b""):
-        """Send what there is room for, and keep the rest."""
+        """Send as much as there is room for, and keep the rest."""
         if self.pending:
             self.pending += data
             data = self.pending
@@ -8614,10 +8608,10 @@ class Tunnel:
         self.talk = Conversation(gateway, request, self._bell)
         self._memory, self._held = BodyMemory(0), 0     # held: bytes of messages that it counts
         self._dismissed = False     # the client has left, or is to go
-        self._parting = math.inf  # clock when it is over whatever is still missing: one side has closed
+        self._parting = math.inf  # clock when it is over in any case: one side has closed
 
     def serve(self, server, head, early):
-        """Answer the upgrade with head, and pass on what is said until one side ends it; early: bytes of the
+        """Answer the upgrade with head, and pass messages on until one side ends it; early: bytes of the
         client's that came with its request.  Gives the exception that ended it, if one did."""
         fault: Any = None
         try:
@@ -8636,7 +8630,7 @@ class Tunnel:
             self._part(fault)
         return fault
 
-    # --- who is there
+    # --- the two sides
 
     def _admit(self, early):
         """Take the client's first message, early the bytes of it that are there, and give LM Studio one of
@@ -8674,7 +8668,7 @@ class Tunnel:
         self.client.sock.sendall(packet(success=False, error=text if plain else {"title": text})
                                  + frame(CLOSE, b""))
 
-    # --- what passes
+    # --- the bytes between them
 
     def _run(self, connection, memory):
         """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
@@ -8780,8 +8774,8 @@ class Tunnel:
 
 GRACE_S = 10.0  # for running requests at the end
 OWN_BODY = 4 * 1024  # bytes of a body for our own pages, some of which come before any key
-# What the right to infer lets pass, of paths as plain_path() gives them.  What is not named here, and what
-# LM Studio has yet to invent, needs the right to admin.
+# The paths, as plain_path() gives them, that the right to infer lets pass.  All others, also those that LM
+# Studio has yet to invent, need the right to admin.
 INFERENCES = re.compile(r"/v1(?:/.*)?|/api/v0/(?:chat/completions|completions|embeddings)|/api/v1/chat",
                         re.DOTALL)
 LISTINGS = re.compile(r"/api/v\d+/models(?:/.*)?", re.DOTALL)   # GET and HEAD
@@ -8824,7 +8818,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _serve_one(self):
         """Answer one request.  True when the connection can take another."""
-        self.target = ""  # what the request line asks for
+        self.target = ""  # the target of the request line
         self.seen = None  # the Request, once its head is understood
         self.unread = True  # its body is still on the wire
         self.begun = False  # its answer is on the wire
@@ -8890,7 +8884,8 @@ class Handler(socketserver.BaseRequestHandler):
         limit = min(config.max_body, config.max_body_memory) if request.forwarded else OWN_BODY
         request.body, request.arrived = self.wire.body(request, limit), time.monotonic()
         self.unread = False
-        if not self.connection.proven and route.access in (*RIGHTS, "own"):   # without keys, a whole request proves it
+        if not self.connection.proven and route.access in (*RIGHTS, "own"):
+            # without keys, a whole request proves it
             self.server.prove(self.connection)
         if request.forwarded and "admin" not in request.identity.rights and runs_tools(request):
             raise right_missing(request.identity, "admin")
@@ -8901,12 +8896,12 @@ class Handler(socketserver.BaseRequestHandler):
         return response
 
     def _identify(self, request, route, offered):
-        """Whose request it is.  Raises HttpError 401, and 403 for a key without the right."""
+        """The Identity that sent it.  Raises HttpError 401, and 403 for a key without the right."""
         gateway = self.server.gateway
         if route.access == "open" or route.access == "health" and not gateway.config.require_auth_for_health:
             return Identity(None)
         identity = gateway.access.identify(request, offered)
-        self.connection.deadline = math.inf     # what it asks for may take its time
+        self.connection.deadline = math.inf     # the answer may take its time
         if identity.name is not None:
             self.server.prove(self.connection)
         right = route.access
@@ -8921,7 +8916,7 @@ class Handler(socketserver.BaseRequestHandler):
         if response.status == 101:
             return self._tunnel(response, request)
         body, alive = response.body, bool(request) and keeps_alive(request)
-        try:    # whatever happens: a body that is closed gives its turn to another
+        try:    # in any case: a body that is closed gives its turn to another
             head, chunked, alive = framed_head(response, request,
                                                alive and not close and not self.server.gateway.stopping)
             self.begun = True
@@ -8983,7 +8978,7 @@ def right_missing(identity, right):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Carries the gateway to its handlers, and decides whose connection gives way when there are too many."""
+    """Carries the gateway to its handlers, and decides which connection gives way when there are too many."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -9017,8 +9012,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self.gateway.turns.look()
 
     def _look(self, now):
-        """Notice clients that left.  End connections that are over their time, and streams whose listener's
-        right has changed: in order if the stream can be woken, else LEAVE_S later."""
+        """Notice clients that left.  End connections that are over their time, and streams if the right of
+        their listener has changed: in order if the stream can be woken, else LEAVE_S later."""
         watched = {connection.sock: connection for connection in self._all() if connection.leave}
         for sock in those_left(list(watched)):
             watched[sock].dismiss()
@@ -9069,8 +9064,8 @@ class Server(http.server.ThreadingHTTPServer):
         return [connection for connection in self._all() if not connection.proven]
 
     def _surplus_guests(self, coming=0):
-        """Guests of whom one has to make room: those that rest, else those whose request is still coming.
-        None while they leave room for strangers, who could not show a key otherwise."""
+        """Guests of which one has to make room: those that rest, else those with a request still coming.
+        None while they leave room for strangers: else these could not show a key."""
         guests = [connection for connection in self._all() if connection.proven]
         if len(guests) + coming <= self._most_guests:
             return []
@@ -9127,7 +9122,8 @@ class Server(http.server.ThreadingHTTPServer):
         wait_until(lambda: self._are_over(STREAMING), 1.0)
 
     def _are_over(self, *states):
-        """True when no connection is in one of the states.  The accept thread, which looks after them, has ended."""
+        """True when no connection is in one of the states.  The accept thread, which looks after them, has
+        ended."""
         self.service_actions()
         return not self._all(*states)
 
@@ -9247,7 +9243,7 @@ class DemoRun:
             yield DEMO_WORDS[number % len(DEMO_WORDS)]
 
     def remember(self):
-        """Its turn has come: what is cached now is known."""
+        """Its turn has come: now its cached part is known."""
         self.cached = self.engine.cached("".join(self.texts), self.prompt)
 
     def _pause(self, seconds):
@@ -9459,7 +9455,7 @@ class DemoSocket:
             self._open[name] = threading.Event()
             start_thread(self._run, name, endpoint, member(body, "creationParameter"), name="demo-channel")
         elif kind == "channelSend" and name in self._open:
-            self._open[name].set()  # whatever is said to it here: cancel, or stop
+            self._open[name].set()  # any packet to it: cancel, or stop
         else:
             self._say(type="communicationWarning", warning=f"nothing is known of {kind} {endpoint}")
 
@@ -9490,7 +9486,7 @@ class DemoSocket:
                 if (name == DEMO_EMBEDDING) == (self._kind == "embedding")]
 
     def load(self, asked, cancelled):
-        """getOrLoad and loadModel, whose packets have other names."""
+        """getOrLoad and loadModel: their packets have other names."""
         name, get = asked.get("modelKey") or asked.get("identifier"), "modelKey" not in asked
         own = asked.get("identifier") or name
         info = demo_model(name, own)
@@ -9507,7 +9503,7 @@ class DemoSocket:
         yield {"type": "loadSuccess" if get else "success", "info": info}
 
     def logs(self, asked, cancelled):
-        """What the log says from now on."""
+        """The log's lines from now on."""
         news: queue.Queue = queue.Queue()
         self.server.log.listeners.append(news)
         while not cancelled.is_set():
@@ -9687,7 +9683,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
         self.server_close()
 
 
-# --- 8.1 the story: who asks the imitation ------------------------------------
+# --- 8.1 the story: people who ask the imitation ------------------------------
 
 
 class DemoClient(NamedTuple):
@@ -9760,7 +9756,7 @@ class Demo:
         self._behind_s = 0.0
 
     def _past(self, gateway):
-        """An hour of requests: (second of the hour, what the Hub is told then, its arguments)."""
+        """An hour of requests: (second of the hour, method of the Hub, its arguments)."""
         source, hub, began, clock, at = random.Random(3), gateway.hub, self.now(), self.clock(), 20.0
         kinds, free = list(dict.fromkeys(DEMO_STORY)), dict.fromkeys(DEMO_MODELS, 0.0)
         weights = [1 if client.prompt and not client.read_bytes else 0.3 for client in kinds]
@@ -9793,7 +9789,7 @@ DEMO_OUTCOMES = (Outcome("done", 200),
 
 
 def demo_answer(record, client, source, begin, pace):
-    """What a request of the past was like, whose turn came at a clock reading; gives the s that it took."""
+    """A request of the past, with its turn at a clock reading; gives the s that it took."""
     prompt = 20 + round(7 * len(client.prompt) * source.uniform(0.5, 1.2))
     cached = round(prompt * source.choice((0, 0.3, 0.95)))
     answer = round(client.answer_tokens * source.uniform(0.6, 1.6))
@@ -9887,37 +9883,52 @@ class LogQueue(logging.handlers.QueueHandler):
 
 class LogWriter(logging.handlers.QueueListener):
     """A thread that writes our log, while the context lasts: no other thread waits for a disk, or for the
-    reader of stderr."""
+    reader of stderr.
 
+    It gathers lines: to be woken for each, and to let others in while each is written, would cost a request
+    more than all else here."""
+
+    GATHER_S, BATCH = 0.01, 1000    # for a batch of lines; the most of them
     END_S = 0.5     # to write the rest
 
     def __init__(self, handler):
-        self._entrance = LogQueue(queue.SimpleQueue())
-        super().__init__(self._entrance.queue, handler)
+        self._lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        super().__init__(self._lines, handler)
+        self._entrance, self._handler, self._formatter = LogQueue(self._lines), handler, handler.formatter
 
     def __enter__(self):
+        self._handler.setFormatter(None)    # a batch has its form
         log.handlers = [self._entrance]
-        lone = isinstance(self.handlers[0], OwnLogFile) or not is_terminal(sys.stderr)
+        lone = isinstance(self._handler, OwnLogFile) or not is_terminal(sys.stderr)
         if lone and hasattr(signal, "SIGHUP"):  # else it ends with its terminal
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.start()
 
     def handle(self, record):
-        super().handle(record)
+        time.sleep(self.GATHER_S)
+        batch = [record]
         if self._entrance.lost:
             with self._entrance.lock:   # type: ignore[union-attr]
                 lost, self._entrance.lost = self._entrance.lost, 0
-            super().handle(logging.makeLogRecord({
+            batch.insert(0, logging.makeLogRecord({
                 "levelname": "warn", "msg": f"{lost} lines were lost: they came too fast to be written"}))
+        while not self._lines.empty() and len(batch) < self.BATCH:
+            following = self._lines.get_nowait()
+            if following is None:   # the end, as stop() says it: behind the lines that came since
+                self.enqueue_sentinel()
+                break
+            batch.append(following)
+        super().handle(logging.makeLogRecord({"msg": "\n".join(map(self._formatter.format, batch))}))
 
     def __exit__(self, kind, error, traceback):
         """Write the rest.  A stream that takes nothing would also hold up the interpreter's own end."""
-        log.handlers = list(self.handlers)
         ending = threading.Thread(target=self.stop, daemon=True)
         ending.start()
         ending.join(self.END_S)
         if ending.is_alive():
             os._exit(0 if kind is None else 1)
+        self._handler.setFormatter(self._formatter)
+        log.handlers = [self._handler]
 
 
 def set_up_logging(config):
@@ -9944,7 +9955,7 @@ def set_up_logging(config):
 
 # --- 9.2 keys ----------------------------------------------------------------
 
-# These read what a flag says of a key, and give None for what is none of the forms in TERMS.
+# These read a key's flags, and give None for a text that is none of the forms in TERMS.
 
 def rights_of(text):
     rights = set(words(text))
@@ -9972,7 +9983,7 @@ def expiry_of(text):
     return "" if text == "never" else last_day(text)
 
 
-TERMS = {  # what a key's row may have -> the reader of its flag, the forms that it takes
+TERMS = {  # field of a key's row -> the reader of its flag, the forms that it takes
     "rights": (rights_of, f"choose from {', '.join(RIGHTS)}"),
     "limits": (limits_of, "use running=2,rpm=30,tpm=20000,tpd=500000, or some of them, or none"),
     "priority": (lambda text: text if text in PRIORITIES else None, f"choose from {', '.join(PRIORITIES)}"),
@@ -9984,7 +9995,7 @@ MAY = {"infer": "ask models and see its own requests", "view": "see everybody's 
 
 
 def chosen_terms(args):
-    """What the flags set of a key's row.  Raises ConfigError."""
+    """The fields of a key's row that flags set.  Raises ConfigError."""
     said = {name: getattr(args, name) for name in TERMS if getattr(args, name) is not None}
     found = {name: TERMS[name][0](text) for name, text in said.items()}
     for name, value in found.items():
@@ -9994,7 +10005,7 @@ def chosen_terms(args):
 
 
 def change_row(row, changes):
-    """Set these in a key's row; what is empty or usual does not stand there."""
+    """Set these in a key's row; empty and usual values do not stand there."""
     row.update(changes)
     for name in changes:
         if row[name] in ({}, [], "", "normal"):
@@ -10002,7 +10013,7 @@ def change_row(row, changes):
 
 
 def terms_text(terms):
-    """What a key is bound to, in words; empty if to nothing."""
+    """A key's limits and the like in words; empty if it has none."""
     return "  ".join(filter(None, (
         ",".join(f"{name}={number}" for name, number in terms.limits.items()),
         f"priority {terms.priority}" if terms.priority != "normal" else "",
@@ -10046,7 +10057,7 @@ def row_of(file, rows, flag, name):
 
 
 def set_key(args, config):
-    """--set-key NAME: change what a key may; a running gateway notices within a second."""
+    """--set-key NAME: change a key; a running gateway notices within a second."""
     chosen = chosen_terms(args)
     if not chosen:
         raise ConfigError(f"--set-key {args.set_key}: say what to change, with "
@@ -10059,7 +10070,7 @@ def set_key(args, config):
 
 
 def list_keys(args, config):
-    """--list-keys: names, rights, dates, what each key is bound to and, from the history, its last use."""
+    """--list-keys: names, rights, dates, limits and, from the history, the last use."""
     file, keys = open_key_file(config)
     used = requests_by_key(config.history) if config.history and os.path.exists(config.history) else {}
     rows = [(key.name, ",".join(sorted(key.rights)), key.created, terms_text(key.terms)) for key in keys]
@@ -10085,7 +10096,7 @@ def open_key_file(config):
     """(KeyFile, its Keys).  Raises ConfigError when it cannot be read."""
     file = KeyFile(keys_path(config))
     try:
-        return file, file.read() if file.path.exists() else []
+        return file, file.load()[1] if file.path.exists() else []
     except OSError as error:
         raise ConfigError(f"{config.named('keys_file', file.path)}: {error_text(error)}; name a file that "
                           "can be read") from None
@@ -10143,7 +10154,7 @@ class Printer:
         self._colour = self._redraws and not os.environ.get("NO_COLOR")
         self.cards: Any = Cards(bar_marks(out.encoding)) if self._redraws and live else None
         self._progress = []  # without cards: the latest
-        self._drawn = []  # (line, its colour) of what stands below
+        self._drawn = []  # (line, its colour) of the block below
         self._ticked = 0.0
 
     def __call__(self, events):
@@ -10187,7 +10198,7 @@ class Printer:
             self._drawn = []
 
     def _screen(self, text):
-        """The bytes that show text above what is redrawn; empty when nothing changed."""
+        """The bytes that show text above the block that is redrawn; empty when nothing changed."""
         size, self._ticked = shutil.get_terminal_size(), time.monotonic()
         below = self._progress if not self.cards else [
             (line, CARD_COLOURS.get(line.partition(" ")[0], "0"))
@@ -10202,7 +10213,7 @@ class Printer:
         return erasure([line for line, _ in self._drawn], size)
 
     def _line(self, event):
-        """(line for people, its colour).  What may be redrawn, and an excerpt of the log, is cut at the edge
+        """(line for people, its colour).  A redrawn line, and an excerpt of the log, is cut at the edge
         of a terminal; any other line goes on in the next row."""
         time_of_day = printable(str(event.data.get("timestamp", ""))[11:19])
         name = printable(event.name.replace("lmstudio_", ""))
@@ -10284,9 +10295,10 @@ class Cards:
             self._cards[key] = (now, event.data)
 
     def lines(self, now, columns, rows):
-        """At most rows lines of at most so many columns; the oldest requests first."""
+        """At most rows lines of at most so many columns: the oldest requests first, those in a queue last."""
         self._cards = {key: card for key, card in self._cards.items() if now - card[0] < self.STALE_S}
-        blocks = [card_lines(record, now - told, self._marks) for told, record in self._cards.values()]
+        cards = sorted(self._cards.values(), key=lambda card: count(card[1], "position", default=0))
+        blocks = [card_lines(record, now - told, self._marks) for told, record in cards]
         shown: list[str] = []
         for number, block in enumerate(blocks):
             more = len(blocks) - number
@@ -10298,8 +10310,8 @@ class Cards:
 
 
 def card_lines(record, age_s, marks):
-    """A running request in up to three lines: its client, its progress, its cache and context; one that waits in
-    one.  record is the data of an inference_progress that is age_s old."""
+    """A running request in up to three lines: its client, its progress, its cache and context; one that waits
+    in one.  record is the data of an inference_progress that is age_s old."""
     who = [record.get("model") or "(model not named)",
            *(record[name] for name in ("user", "key", "client", "path") if record.get(name))]
     try:
@@ -10531,7 +10543,7 @@ def report(args, config):
     if config.history and not args.paths and not os.path.exists(config.history):
         raise ConfigError(f"{config.named('history')}: no such file; name one that a gateway keeps")
     file = ":memory:" if args.paths else config.history
-    with naming_history(config), contextlib.closing(open_history(file)) as kept, history_errors():
+    with naming_history(config), open_history(file) as kept:
         if args.paths:
             freeze_start_up()
             requests = Requests("", keep=0)
@@ -11760,7 +11772,7 @@ applyTheme(stored("theme", "auto"));
       <button type="button" id="theme" title="Colours: as the system has them, light or dark">&#9680; Auto</button>
     </div>
   </div>
-  <nav aria-label="Panels">
+  <nav id="panels" aria-label="Panels">
     <a href="#now">Now</a><a href="#figures" class="view">Figures</a><a href="#requests">Requests</a>
     <a href="#log" class="view">Log</a><a href="#server" class="view">Server</a>
     <div class="range view" id="range" role="group" aria-label="Time range"></div>
@@ -11783,7 +11795,8 @@ applyTheme(stored("theme", "auto"));
     <p class="error" id="login-error" role="alert" hidden></p>
   </form>
 
-  <section id="models" class="all view" aria-label="Models" hidden><ul class="models" id="model-list"></ul></section>
+  <section id="models" class="all view" aria-labelledby="models-title" hidden>
+    <h2 class="unseen" id="models-title">Models</h2><ul class="models" id="model-list"></ul></section>
 
   <div class="column">
   <section id="now" aria-labelledby="now-title">
@@ -12271,9 +12284,6 @@ const live = () => stream.state === "live";
 
 // --- 6. questions, and the key
 const refused = answer => answer.status === 401;
-async function reasonOf(answer) {
-  try { return (await answer.json()).error.message; } catch { return "The gateway says no."; }
-}
 
 /* The JSON of one of our routes; null where there is no answer, no such route or no right. */
 async function get(address) {
@@ -12342,7 +12352,7 @@ function signOut() {
 /* The login form: above what the page has; before it has anything, alone. */
 function lock(is) {
   $("login").hidden = !is;
-  for (const id of ["now", "figures", "requests", "log", "server"]) $(id).hidden = is && !page.loaded;
+  for (const id of ["panels", "now", "figures", "requests", "log", "server"]) $(id).hidden = is && !page.loaded;
   dirty.add("header").add("now");
 }
 async function logIn(event) {
@@ -12378,7 +12388,9 @@ async function act(method, address, body) {
   try {
     const answer = await fetch(address, {method, headers: {"Content-Type": "application/json"},
       body: body && JSON.stringify(body)});
-    return answer.ok ? "" : refused(answer) && body?.key ? "Wrong key." : await reasonOf(answer);
+    if (answer.ok) return "";
+    const said = await answer.json().catch(() => null);
+    return refused(answer) && body?.key ? "Wrong key." : words(said?.error?.message ?? said?.error ?? "The gateway says no.");
   } catch { return "The gateway does not answer."; }
 }
 async function stop(r, from) {
@@ -12592,14 +12604,11 @@ function cardOf(r) {
     bar: el("div.bar"), legend: el("ul.legend"), speed: el("span.speed"), context: el("span"), more: el("span.muted.isolate"),
     open: button("Details", () => openDrawer(r.requestId), "button.quiet.push"),
     stop: button("Stop", event => stop(r, event.currentTarget), "button.quiet")};
-  const {bar} = part;
-  for (const [name, value] of [["role", "progressbar"], ["aria-valuemin", 0], ["aria-valuemax", 100], ["aria-label", "Prompt read"]]) {
-    bar.setAttribute(name, value);
-  }
-  for (const tone of ["cached", "prefill", "rest", "decode"]) bar.append(el("i." + tone));
+  Object.assign(part.bar, {role: "progressbar", ariaValueMin: 0, ariaValueMax: 100, ariaLabel: "Prompt read"});
+  part.bar.append(...["cached", "prefill", "rest", "decode"].map(tone => el("i." + tone)));
   card = {...part, spoken: 0, node: el("article.box.card",
     el("div.row", el("h3", part.who, " ", part.model), el("p.left", part.big, part.small)),
-    bar, el("div.row", part.legend),
+    part.bar, el("div.row", part.legend),
     el("div.details", part.speed, part.context, part.more, part.open, part.stop))};
   cards.set(r.requestId, card);
   return card;
