@@ -1097,6 +1097,7 @@ class Run:
         self.launched = self.begun = self.read = False  # it is at work, its prompt is being read, has been read
         self.waiting = None  # (Moment, percent) of the engine's progress while the app's own can follow
         self.stats = {}  # of lmstudio_prediction_stats
+        self.stops = False  # its number has been cancelled
         self.claimed = False  # a last line of the app has been taken for its
         self.over = None  # the Moment of its last figures
         self.said = set()  # names of the events that it gave and that come once
@@ -1519,10 +1520,12 @@ class EngineLines(Runs):
         self._emit.fact("read", run, total=run.total)
 
     def on_cancel(self, fields, moment):
-        runs = [run for (_, task), run in self._tasks.items() if task == fields["cancelled"]]
-        if len(runs) == 1:
-            runs[0].positions = {}
-            self._emit.fact("cancel", runs[0])
+        """The number can be of another engine's task, which has not begun: the run that is meant has no timings."""
+        for run in self._runs:
+            if run.task and run.task[1] == fields["cancelled"] and "totalMs" not in run.stats:
+                run.stops, run.positions = True, {}
+                if run.over:
+                    self._emit.fact("cancel", run)
 
     def on_release(self, fields, moment):
         run = self._tasks.get((fields["slot"], fields["task"]))
@@ -1531,6 +1534,8 @@ class EngineLines(Runs):
         written = run.stats.get("completionTokens")
         if run.total is None and written and fields["truncated"] == "0":  # terse G3 tells the total nowhere else
             run.total = int(fields["context"]) - written + 1
+        if run.stops and "totalMs" not in run.stats:
+            self._emit.fact("cancel", run)
         self._end_run(run, moment)
 
     # --- timings, in every generation of llama.cpp
@@ -3588,8 +3593,6 @@ class Requests(Lines):
                     len(self._runs) > RUNS_OPEN):
                 if run.record is None:
                     self._take_as_own(run, clock)
-                if run.over:
-                    self._end_own(run, run.base + run.over, late=True)
                 if run.over:
                     self._end_own(run, run.base + run.over, late=True)
                 del self._runs[number]

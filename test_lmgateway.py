@@ -1904,6 +1904,15 @@ def test_tasks_of_two_engines_with_one_number_and_slot_are_nobodys(utc):
     assert (first.run.total, first.read_speed, second.run) == (1000, None, None)
 
 
+def test_a_number_that_is_cancelled_can_be_of_another_engines_task(utc):
+    office = Office()
+    records = [office.ask("a", size=4000), office.ask("b", size=9000)]
+    office.log(g2_run(1, 1000), "[DEBUG] srv          stop: cancel task, id_task = 1")
+    office.log(g2_end(1, 1000, 20))
+    office.over(records[0], prompt=1000, completion=20)
+    assert (records[0].run.total, records[0].read_speed) == (1000, 1000.0)
+
+
 def test_a_percent_is_of_the_batch_that_is_written_with_it(utc):
     office = Office()
     record = office.ask("a", size=4000)
