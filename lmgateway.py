@@ -2475,7 +2475,6 @@ class RequestState:
         self.binding, self.bound_by = "none", None  # or "exact", and the numbers of the rules (3.8)
         self.begun = self.told_end = False  # its first and last line of the app have been found
         self.silent = False  # another prompt of its model has begun: if its client has left, it is read no further
-        self.passed = None  # a request that was sent later has had its run since this clock
         self.usual = {}  # phase -> its length lately on this model (ms)
         self.counted = {}  # tokens that the figures have, by kind
         self.tallied = None  # its share of the series, as Series.take() gave it
@@ -2818,11 +2817,11 @@ RECORD_HANDLERS = {  # what a record learns from the events of its chat
 #   6. Its usage has other counts.
 #   7. It goes on although the run is over, or the run is over well before or after it.
 #   8. The run was cancelled and its client did not leave, nor did it fail.
-#   9. A request of its model that was clearly sent before it has no run yet; or a later one has been bound.
+#   9. A request of its model that was clearly sent before it has no run yet.
 #
-# A run also is a request's if both counts of its usage and its end are the run's, and no other's (10).  As long as
-# its usage is not known a run can be of a chat inside the app, of which the app writes no line.  So it waits until
-# the app has told of it, or until the request's first token is so old that its own run must have been seen.
+# As long as its usage is not known a run can be of a chat inside the app, of which the app writes no line (10).  So
+# it waits until the app has told of it, or until the request's first token is so old that its own run must have
+# been seen.
 # A run that no request fits is LM Studio's own: a chat inside the app or of a client beside us.
 #
 # A line of the app that surely is a run's (3.3) goes with the run.  Other lines:
@@ -2841,7 +2840,6 @@ LAG_S = 0.6  # a line is read at most so long after its moment, and an HTTP mome
 AT_ONCE_S = 0.06  # two lines that tell of one moment are read so close to each other
 EXACT_S = 0.12  # how far a time can be off if the engine wrote it, and ...
 SURE_READS = 15  # ... one of so many reads of its lines was not late
-ITERATION_S = 0.003  # llama.cpp writes the lines of one batch within this
 DRIFT = 2e-4  # seconds a second between two clocks
 HTTP_S = 0.5  # news of an answer is noted here at most so much later
 CLEAR_S = 0.3  # of two requests sent so far apart the first reaches the engine first ...
@@ -2896,16 +2894,6 @@ class Process:
     def __init__(self, offset, clock):
         self.offset, self.reads, self._latest = offset, 0, clock
         self.model: Any = None  # False once two were seen
-        self._unread = []  # runs with their last batch being read
-
-    def see(self, run, fact, time):
-        """A line of one run shows that the last batch of others, which were written before it, has been read."""
-        for other in self._unread[:]:
-            if other is not run and time > other.sampled + ITERATION_S:
-                other.read_by = time
-                self._unread.remove(other)
-        if fact == "read" and run.read_by is None and run not in self._unread:
-            self._unread.append(run)
 
     def takes(self, apart, clock):
         """True if a line is its own, by how far its clock is apart from ours."""
@@ -2929,7 +2917,7 @@ class OpenRun:
         self.launched: Any = None  # its first line
         self.active = self.unread = -math.inf  # it surely still worked then; had not written a token
         self.began = self.read = None  # its prompt began to be read, was read
-        self.sampled = self.read_by = None  # its last batch is about to be read; it surely has been
+        self.sampled = None  # its last batch is about to be read
         self.over: Any = None
         self.cancelled: Any = None
         self.ran = -math.inf  # it surely was neither of both before
@@ -2974,8 +2962,6 @@ class OpenRun:
             self.began = time
         if fact == "read":
             self.sampled = self.sampled or time
-        if self.process:
-            self.process.see(self, fact, time)
 
     def works(self, since, unread):
         """It was at work at some time after since, and had not written a token if unread."""
@@ -2987,7 +2973,7 @@ class OpenRun:
         """(state, clock of ours) that its lines show; readings: those of its model, one of which can be its."""
         same = next((end for begin, end in readings if self.engine == "MLX" and self.began is not None
                      and -AT_ONCE_S < begin - self.began < FLUSH_S), None)
-        last = self.sampled if self.read_by or self.over else None  # its last batch has been read for sure
+        last = self.sampled if self.over else None  # its last batch has been read for sure
         for state, at in (("prompt", self.began), ("generating", self.read or last or same)):
             if at is not None:
                 yield state, at + self.base
@@ -3221,7 +3207,7 @@ class Matching(Timing):
             return 7
         if run.over is None and done and run.engine not in UNTIMED and now > ended + LAG_S:
             return 7
-        return 9 if record.passed is not None and run.launched + run.base > record.passed else 0
+        return 0
 
     def _other_size(self, run, record):
         """4: learned from answers; how far they lie apart says how far a run's tokens may."""
@@ -3260,13 +3246,10 @@ class Matching(Timing):
     @staticmethod
     def _other_first(run, record, now):
         """5: an answer of tool calls begins late, so its first token says less."""
-        read_by = [time + HTTP_S for time in (run.read, run.read_by) if time is not None]
+        read_by = math.inf if run.read is None or record.tools else run.read + HTTP_S
         if record.first is None:
-            until = now if record.ended is None else record.ended - run.base
-            return read_by and not record.tools and until > min(read_by) + LAG_S
-        first = record.first - run.base
-        return (first < run.unread
-                or read_by and not record.tools and first > min(read_by))
+            return (now if record.ended is None else record.ended - run.base) > read_by + LAG_S
+        return not run.unread <= record.first - run.base <= read_by
 
     @staticmethod
     def _other_usage(run, record):
@@ -3294,23 +3277,12 @@ class Matching(Timing):
         longer = max(0, (one.size or 0) - (other.size or 0))
         return one.sent < other.sent - CLEAR_S - CLEAR_S_PER_CHARACTER * longer
 
-    @staticmethod
-    def _proven(run, records, fits):
-        """10: both counts and the end are the request's, and no other's."""
-        def same(one, record):
-            return one.over and has_counts(record) and (one.total, one.written) == (record.used("promptTokens"), record.used("completionTokens"))
-        mine = [record for record in records if same(run, record)]
-        if len(mine) != 1 or sum(bool(same(other, mine[0])) for other in fits if mine[0] in fits[other]) != 1:
-            return None
-        return mine[0]
-
     def _is_certain(self, run, record, records, runs, clock):
         """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
         known the app must have told of the run, which it does not of a chat inside the app or an SDK's."""
         if runs == 1 and (has_counts(record) or record.first and record.first < clock - LAG_S):
             return True
-        near = run.cancelled is not None and abs(run.cancelled + run.base - (record.ended or 0)) < FLUSH_S
-        return records == 1 and (near or runs == 1 and run.is_of_api and record.dialect != SOCKET.name)
+        return records == runs == 1 and run.is_of_api and record.dialect != SOCKET.name
 
     def _has_twin(self, run, record, free, clock):
         """Before its usage is known: another request of its size is out by a few hundredths of a second alone."""
@@ -3549,7 +3521,7 @@ class Requests(Lines):
         waiting = sorted((record for record in free if record.ended is None), key=lambda record: record.sent)
         for run, records in fits.items():
             records = [record for record in records if not self._overtakes(run, record, waiting, clock)]
-            record = self._proven(run, records, fits) or only([
+            record = only([
                 record for record in records if self._is_certain(run, record, len(records), wanted[record.id], clock)
                 and not self._has_twin(run, record, free, clock)])
             if record:
@@ -3560,13 +3532,9 @@ class Requests(Lines):
         return False
 
     def _bind(self, run, record, free, clock):
-        others = [other for other in self._open.values() if other is not record]
-        rules = {self._ruled_out(run, other, clock) or 9 for other in others if other in free}
+        rules = {self._ruled_out(run, other, clock) or 9 for other in free if other is not record}
         run.record, record.run, record.binding = record, run, "exact"
         record.bound_by = ", ".join(map(str, sorted(rules))) or "alone"
-        for other in others:
-            if other.run is None and other.ended is not None and self._is_clearly_before(other, record):
-                other.passed = run.launched + run.base
         if run.model:
             record.model = record.model or run.model
         self._learn_size(record, run.total)

@@ -1757,7 +1757,7 @@ def test_who_left_is_told_by_the_cancelled_task_and_by_the_order_of_the_lines(ut
     office = Office()
     learned(office)
     one, other = office.ask("a", size=4000), office.ask("b", size=8000)
-    office.log(running("m/one"), running("m/one"), g2_run(1, 1000), g2_run(2, 2000))
+    office.log(*[running("m/one")] * 2, g2_run(1, 1000), g2_run(2, 2000), *[percent("m/one", 0)] * 2)
     office.pass_s(1.0)
     office.leaves(other)
     office.log(GONE, g2_cancel(2))
