@@ -1088,13 +1088,14 @@ class Run:
     block, MLX has a cache line for each, Splash a line when it is over."""
 
     def __init__(self, number, engine, task, born):
-        self.number, self.engine, self.task, self.born = number, engine, task, born  # born: epoch of its first line
+        self.number, self.engine, self.task = number, engine, task
+        self.born = born  # epoch of its first line
         self.chat: Any = None  # the Chat that it is taken for
         self.model = None  # once an app line has named it (3)
         self.tokens = {}  # of lmstudio_token_info
         self.total = self.cached = None  # tokens of the prompt; those of them that were cached
-        self.positions = {}  # tokens read after each of the latest batches, of which the app has not told: epoch
-        self.launched = self.begun = self.read = False  # it is at work, its prompt is being read, has been read
+        self.positions = {}  # tokens read after the latest batches, of which the app has not told: epoch
+        self.launched = self.begun = self.read = False  # it is at work, its prompt is read, has been read
         self.waiting = None  # (Moment, percent) of the engine's progress while the app's own can follow
         self.stats = {}  # of lmstudio_prediction_stats
         self.stops = False  # its number has been cancelled
@@ -1144,11 +1145,11 @@ class Chat:
 
     def began(self, created):
         """True if an answer's "created" (UTC) is the second of its start; the log's zone can be another."""
-        apart = (created - self.started.epoch + 450) % 900 - 450 if isinstance(created, int) and self.started else None
-        return apart is not None and abs(apart) <= 1
+        return (isinstance(created, int) and self.started is not None
+                and abs((created - self.started.epoch + 450) % 900 - 450) <= 1)
 
     def may_be_answer_of(self, run, slack=1):
-        """True if its answer has the counts of a run.  MLX counts one token less, G1 writes one more or less."""
+        """True if its answer has the counts of a run.  MLX counts a token less, G1 writes one more or less."""
         pairs = ((self.counts.get("promptTokens"), run.total),
                  (self.counts.get("completionTokens"), run.stats.get("completionTokens")))
         return not any(None not in pair and abs(pair[0] - pair[1]) > slack for pair in pairs)
@@ -1213,7 +1214,8 @@ class Emitter:
     def fact(self, name, run, **about):
         """Facts of a run that the join needs and no event tells."""
         chat = run.chat
-        self._news.append(Event("", {}, run.number, chat and chat.number, {"fact": name, "clock": self.clock, **about}))
+        about = {"fact": name, "clock": self.clock, **about}
+        self._news.append(Event("", {}, run.number, chat and chat.number, about))
 
     def once(self, name, moment, chat, run=None, model=None, **data):
         """An event that a run and its chat give once together."""
@@ -1254,7 +1256,8 @@ class Emitter:
         prompt = stats.get("promptTokens") or run and run.total or stats.get("evaluated")
         known = without_none(promptTokens=prompt, **{name: stats.get(name) for name in STATS})
         if known.keys() - {"promptTokens"}:
-            self.once("lmstudio_prediction_stats", moment, chat if mine else None, run if run and run.stats else None, model,
+            self.once("lmstudio_prediction_stats", moment, chat if mine else None,
+                      run if run and run.stats else None, model,
                       about=countable(chat, known.get("promptTokens")), **known)
 
 
@@ -1284,7 +1287,7 @@ class Runs:
         self._timing: Any = None  # G2: fields of the line before bare timing lines
         self._timed_run: Any = None  # G1: (run, Moment) whose figures are whole unless a timing line follows
         self._held: list[tuple] = []  # (Moment, chat) whose stats wait for their other half (5)
-        self._unmatched: deque[tuple] = deque(maxlen=8)  # (model, percent, epoch) of the app that no run was at
+        self._unmatched: deque[tuple] = deque(maxlen=8)  # (model, percent, epoch) at which no run was
         self._engine, self._now = "", 0.0  # engine and epoch of the line at hand
         self.resets: Counter[str] = Counter()  # prompts that were read wholly anew, by model
 
@@ -1315,9 +1318,11 @@ class Runs:
         """A new run, taken for the oldest chat that can have it (2)."""
         waiting = [other for other in self.running if other.api and other.run is None
                    and self._engines.get(other.model, self._engine) == self._engine]
-        left = [other for other in self._ended if other.abandoned and other.run is None and other.percent is None]
+        left = [other for other in self._ended
+                if other.abandoned and other.run is None and other.percent is None]
         run = Run(next(self._numbers), self._engine, task, self._now)
-        chat = chat or pick(waiting, lambda c: c.percent is None) or pick(left) or self._new_chat(None, None, api=False)
+        chat = (chat or pick(waiting, lambda c: c.percent is None) or pick(left)
+                or self._new_chat(None, None, api=False))
         run.chat, chat.run = chat, run
         if chat.model and sum(other.api for other in self.running) == 1:
             self._engines[chat.model] = self._engine
@@ -1369,7 +1374,8 @@ class Runs:
         """No figures of it will follow."""
         self._tasks.pop(run.task, None)
         run.over = moment
-        self._emit.fact("over", run, total=run.total, written=run.stats.get("completionTokens"), api=run.chat.api)
+        written = run.stats.get("completionTokens")
+        self._emit.fact("over", run, total=run.total, written=written, api=run.chat.api)
         self._settle(run.chat, moment)
         if run.chat in self.running and not run.chat.api:
             self._close(run.chat, moment, "finished")
@@ -1440,7 +1446,8 @@ class EngineLines(Runs):
         run = self._run(lacks=lambda r: r.cached is None)
         run.total = int(fields["total"])
         self._emit.fact("prompt", run, total=run.total)
-        self._emit.cache(moment, run, self._model(run), *(int(fields[name]) for name in ("reused", "prefix", "other")))
+        counts = (int(fields[name]) for name in ("reused", "prefix", "other"))
+        self._emit.cache(moment, run, self._model(run), *counts)
 
     def on_prompt_total(self, fields, moment):
         self._run(lacks=lambda r: "promptTokensToDecode" not in r.tokens).total = int(fields["total"])
@@ -1481,7 +1488,7 @@ class EngineLines(Runs):
         run = self._run(fields)
         run.total = int(fields["total"])
         run.tokens.update(n_ctx=int(fields["n_ctx"]), n_keep=int(fields["n_keep"]))
-        self._emit.fact("prompt", run, total=run.total, slot=fields["slot"])
+        self._emit.fact("prompt", run, total=run.total)
         self._emit.processing(moment, run.chat, run, self._model(run))
 
     def on_cached(self, fields, moment):
@@ -1520,7 +1527,7 @@ class EngineLines(Runs):
         self._emit.fact("read", run, total=run.total)
 
     def on_cancel(self, fields, moment):
-        """The number can be of another engine's task, which has not begun: the run that is meant has no timings."""
+        """The number can be of another engine's task that has not begun.  The run that is meant has no timings."""
         for run in self._runs:
             if run.task and run.task[1] == fields["cancelled"] and "totalMs" not in run.stats:
                 run.stops, run.positions = True, {}
@@ -1574,7 +1581,7 @@ class EngineLines(Runs):
     # --- MLX and Splash
 
     def on_mlx_cache(self, fields, moment):
-        begun = [chat for chat in self.running if chat.run is None and chat.percent is not None and chat.percent < 100]
+        begun = [chat for chat in self.running if chat.run is None and chat.percent not in (None, 100)]
         run, reused = self._begin(chat=pick(begun)), int(fields["reused"])
         run.total = int(fields["total"]) if "total" in fields else reused + int(fields["fresh"])
         self._emit.fact("prompt", run, total=run.total)
@@ -1720,7 +1727,8 @@ class AppLines(EngineLines):
         return chat
 
     def on_first_token(self, entry):
-        chat = pick([chat for chat in self._of(entry) if not chat.first_token], lambda c: c.stream, lambda c: c.works)
+        found = [chat for chat in self._of(entry) if not chat.first_token]
+        chat = pick(found, lambda c: c.stream, lambda c: c.works)
         if chat:
             chat.first_token = True
             self._emit.generation(entry.moment, chat, model=entry.model)
@@ -1744,10 +1752,9 @@ class ChatTracker(AppLines):
                 self._emit.token_info(entry.moment, run, self._model(run))
             self._close(chat, entry.moment, outcome)
             self._settle(chat, entry.moment)
-        about = {**(answer or {}), **(countable(chat, chat.run and chat.run.total) or {} if outcome == "finished" and chat
-                                      else {})}
-        self._emit.emit("lmstudio_chat_end", entry.moment, chat, model=model, about=about, outcome=outcome,
-                        message=message or entry.line)
+        counted = countable(chat, chat.run and chat.run.total) if outcome == "finished" and chat else None
+        self._emit.emit("lmstudio_chat_end", entry.moment, chat, model=model, outcome=outcome,
+                        message=message or entry.line, about={**(answer or {}), **(counted or {})})
 
     def _has_ended(self, entry, *outcomes):
         """True if the line can be the last one of a chat that has just ended so.  Each chat is asked once."""
@@ -1828,7 +1835,8 @@ class ChatTracker(AppLines):
         now, found = entry.moment.epoch, self._of(entry)
         for chat in self._ended:
             began = any(other.works and other.started.epoch >= chat.ended.epoch for other in found)
-            if chat.outcome == "finished" and chat.api and not (chat.left or began) and now - chat.ended.epoch <= SWALLOW_S:
+            if (chat.outcome == "finished" and chat.api and not (chat.left or began)
+                    and now - chat.ended.epoch <= SWALLOW_S):
                 chat.left = True  # the connection of an answer that is whole
                 return
         chat = pick(found, lambda c: not (c.run and c.run.over), lambda c: c.works)
@@ -2474,7 +2482,7 @@ class RequestState:
         self.run: Any = None  # the OpenRun that it caused
         self.binding, self.bound_by = "none", None  # or "exact", and the numbers of the rules (3.8)
         self.begun = self.told_end = False  # its first and last line of the app have been found
-        self.silent = False  # another prompt of its model has begun: if its client has left, it is read no further
+        self.silent = False  # another prompt of its model has begun: if its client has left, it is over
         self.usual = {}  # phase -> its length lately on this model (ms)
         self.counted = {}  # tokens that the figures have, by kind
         self.tallied = None  # its share of the series, as Series.take() gave it
@@ -2487,8 +2495,8 @@ class RequestState:
     first = property(lambda self: self.output_since)  # clock of its first token
 
     def enter(self, state, clock):
-        """A phase begins, or is known later to have begun.  True if its state is another now.  A line that is read
-        after the next phase has begun tells of a moment at most FLUSH_S before."""
+        """A phase begins, or is known later to have begun.  True if its state is another now.  A line that is
+        read after the next phase has begun tells of a moment at most FLUSH_S before."""
         place = STATES.index(state)
         ends = [self.entered[name] for name in STATES[place + 1:] if name in self.entered]
         end = min(ends if self.ended is None else [*ends, self.ended], default=math.inf)
@@ -2922,13 +2930,14 @@ class OpenRun:
         self.cancelled: Any = None
         self.ran = -math.inf  # it surely was neither of both before
         self.heard = -math.inf  # clock of its latest line
-        self.engine = self._model = self.total = self.written = self.epoch = self.slot = None
+        self.engine = self._model = self.total = self.written = self.epoch = None
         self.in_app = self.is_announced = self.is_mixed = False
         self.record: Any = None
         self.held = []  # [(event, clock)] until it is bound
 
     # Lines of the app are about it; G1, which has no tasks, works on one chat after the other.
-    is_of_api = property(lambda self: self._model is not None or self.is_announced or self.engine == "G1" and not self.in_app)
+    is_of_api = property(lambda self: self._model is not None or self.is_announced
+                         or self.engine == "G1" and not self.in_app)
     base = property(lambda self: self.process.offset if self.process else 0.0)  # its time to ours
 
     @property
@@ -2943,11 +2952,13 @@ class OpenRun:
 
     def learn(self, fact, about, time, since):
         """Take in one fact of its engine, of a time of its own, not before since."""
-        self.total, self.slot = about.get("total") or self.total, about.get("slot", self.slot)
+        self.total = about.get("total") or self.total
+        if "api" in about:
+            self.in_app = not about["api"]
         if fact == "launch":
-            self.engine, self.epoch, self.launched, self.in_app = about["engine"], about["epoch"], time, not about["api"]
+            self.launched, self.engine, self.epoch = time, about["engine"], about["epoch"]
         elif fact == "over":
-            self.over, self.ran, self.written, self.in_app = time, since, about["written"], not about["api"]
+            self.over, self.ran, self.written = time, since, about["written"]
         elif fact == "cancel":
             self.cancelled, self.ran = time, since
         elif fact == "mixed":
@@ -3005,8 +3016,8 @@ class Ledger:
         self._numbers = itertools.count(1)
         self._swept = self._settle_at = 0.0  # clock of the last _expire, of the next settle
         self._pairs = 0  # that the present settle has compared
-        self._seen = self._live = -math.inf  # clock of the latest look at the log, of the latest that found lines
-        self._bound = self._heard = -math.inf  # what that one found was written after _heard, what is next after _bound
+        self._seen = self._live = -math.inf  # clock of the latest look at the log, of the latest with lines
+        self._heard = self._bound = -math.inf  # those lines were written after _heard, the next after _bound
         self._gap = LAG_S  # how late the latest lines can have been read
 
     def find(self, request_id):
@@ -3101,8 +3112,8 @@ class Timing(Ledger):
     """When the lines were written, and which run a line about a prompt means."""
 
     def _look(self, events, clock):
-        """The log has been read.  Lines that were not there when it was read before are not older than that, unless
-        they are the rest of what was written a moment ago."""
+        """The log has been read.  Lines that were not there when it was read before are not older than that,
+        unless they are the rest of lines that were written a moment ago."""
         if any(event.name in LIVE for event in events):
             if clock - self._live > AT_ONCE_S:
                 self._heard = self._bound
@@ -3111,8 +3122,8 @@ class Timing(Ledger):
         self._seen = clock
 
     def _time_of(self, run, stamp, clock):
-        """The time of an engine's line, by the engine's own clock (minutes.seconds.ms.us) if it wrote one; and the
-        earliest time that it can be."""
+        """The time of an engine's line, by the engine's own clock (minutes.seconds.ms.us) if it wrote one; and
+        the earliest time that it can be."""
         if not stamp:
             return clock - run.base, clock - run.base - self._gap
         minutes, *parts = map(int, stamp.split("."))
@@ -3125,8 +3136,8 @@ class Timing(Ledger):
         return at, at - (EXACT_S if run.process.reads >= SURE_READS else FLUSH_S)
 
     def _see_progress(self, event, clock):
-        """The event with the run that it is of, as far as that is certain.  MLX reads one prompt of a model at a time;
-        llama.cpp writes of a batch when the app does."""
+        """The event with the run that it is of, as far as that is certain.  MLX reads one prompt of a model at a
+        time; llama.cpp writes of a batch when the app does."""
         model, percent = event.data.get("model"), event.data.get("progress")
         if len(self._readings) < NAMES_KEPT and percent in (0, 100):
             readings = self._readings.setdefault(model, deque([[-math.inf, None]], maxlen=SIZES_KEPT))
@@ -3155,8 +3166,8 @@ class Timing(Ledger):
         self._begun.append((clock, thing))
 
     def _announce(self, clock):
-        """The app writes 0 % when an engine begins with a prompt of the API: if there are as many of both at one moment,
-        none of these runs is of a chat inside the app."""
+        """The app writes 0 % when an engine begins with a prompt of the API: if there are as many of both at one
+        moment, none of these runs is of a chat inside the app."""
         if not self._begun or clock - self._begun[-1][0] < AT_ONCE_S:
             return
         runs = [thing for _, thing in self._begun if isinstance(thing, OpenRun)]
@@ -3173,7 +3184,8 @@ class Timing(Ledger):
     def _enter(self, run):
         """The phases of a request that its run's lines show; a stream's first token is seen better here."""
         record = run.record
-        for state, clock in run.phases(self._readings.get(record.model or self.served(record.model_asked), ())):
+        model = record.model or self.served(record.model_asked)
+        for state, clock in run.phases(self._readings.get(model, ())):
             if state == "prompt" or not record.stream:
                 self._show(record, record.enter(state, clock))
 
@@ -3200,8 +3212,8 @@ class Matching(Timing):
         if self._other_usage(run, record):
             return 6
         if run.cancelled:
-            before = run.cancelled - (now if ended is None else ended)
-            return 8 if done or before < (-0.3 if ended is None else -0.1) or not left and run.ran > (ended or now) else 0
+            until, early_s = (now, 0.3) if ended is None else (ended, 0.1)
+            return 8 if done or run.cancelled < until - early_s or not left and run.ran > until else 0
         if run.over and (now > run.over + LAG_S if ended is None else
                          ended > run.over + HTTP_S or not left and ended < run.ran - AT_ONCE_S):
             return 7
@@ -3216,8 +3228,8 @@ class Matching(Timing):
             known, slack = self._sizes.get(None), 1.3
         if not known or not run.total or not record.size:
             return False
-        known = [total / size for size, total in known if 1 / 3 < record.size / size < 3]  # of another length the
-        if not known:  # template weighs more or less
+        known = [total / size for size, total in known if 1 / 3 < record.size / size < 3]
+        if not known:  # of another length the template weighs more or less
             return False
         usual = median(known)
         slack *= max(1.07, max(known) / usual, usual / min(known)) * (1 + 0.1 / len(known))
@@ -3267,8 +3279,8 @@ class Matching(Timing):
                 break
             if (other is not record and other.model_asked == record.model_asked
                     and self._is_clearly_before(other, record)
-                    and not any(earlier.record is None and earlier.number < run.number
-                                and not self._ruled_out(earlier, other, clock) for earlier in self._runs.values())):
+                    and not any(one.record is None and one.number < run.number
+                                and not self._ruled_out(one, other, clock) for one in self._runs.values())):
                 return True
         return False
 
@@ -3286,9 +3298,11 @@ class Matching(Timing):
 
     def _has_twin(self, run, record, free, clock):
         """Before its usage is known: another request of its size is out by a few hundredths of a second alone."""
-        return not has_counts(record) and any(
-            other is not record and other.size and record.size and abs(other.size / record.size - 1) < TWIN_SIZE
-            and self._ruled_out(run, other, clock) in (5, 7) for other in free)
+        if has_counts(record) or not record.size:
+            return False
+        twins = (other for other in free if other is not record and other.size
+                 and abs(other.size / record.size - 1) < TWIN_SIZE)
+        return any(self._ruled_out(run, other, clock) in (5, 7) for other in twins)
 
 
 class Lines(Matching):
@@ -3331,7 +3345,8 @@ class Lines(Matching):
         if model and not any(self._of_model(event)):
             return self._own_record(event.chat, clock, epoch_of(event.data["timestamp"]), model=model)
         others = [run for run in self._runs.values() if run.over is None and run.cancelled is None
-                  and (run.engine not in UNTIMED or run.record is None) and (len(found) != 1 or run is not found[0].run)]
+                  and (run.engine not in UNTIMED or run.record is None)
+                  and (len(found) != 1 or run is not found[0].run)]
         if len(found) != 1 or model is None or len(others) > (found[0].run is None):
             return None  # a percent of its own names its run (3.3)
         for record in self._of_model(event) if percent == 0 else ():
@@ -3375,9 +3390,10 @@ class Lines(Matching):
         late = data["outcome"] == "finished" and not answer and any(
             record.stream and record.state in LEFT_STATES and 0 < seen - record.ended < LATE_END_S
             for record in self._of_model(event))
+        since = seen - (LEFT_LINE_S if wanted is LEFT_STATES else LAG_S)
         found = [record for record in self._of_model(event) if not record.told_end
                  and (record.state in wanted or record.ended is None)
-                 and (record.ended is None or seen - max(LAG_S, LEFT_LINE_S * (wanted is LEFT_STATES)) < record.ended < alike[-1][1] + 0.1)
+                 and (record.ended is None or since < record.ended < alike[-1][1] + 0.1)
                  and (data["outcome"] != "finished" or record.stream != answer)]
         if answer:
             same = [record for record in self._open.values()
@@ -3387,7 +3403,7 @@ class Lines(Matching):
                              or counts == (record.used("promptTokens"), record.used("completionTokens"))]
         if wanted == ("failed",):
             found = [record for record in found if record.error and record.error in data["message"]] or found
-        ended = sorted((record for record in found if record.ended is not None), key=lambda record: record.ended)
+        ended = sorted((record for record in found if record.ended is not None), key=lambda one: one.ended)
         waits = len(found) > len(ended) and clock - seen < 0.15 or (late or len(alike) < len(ended)) and (
             clock - seen < FLUSH_S)
         if waits or late and len(alike) > len(ended) or not ended:
@@ -3399,8 +3415,8 @@ class Lines(Matching):
     @staticmethod
     def _is_like(other, at, event, seen):
         """True if two last lines are of one kind and model and were read at about the same time."""
-        one, two = ((line.name, line.data.get("outcome"), line.data.get("model"), "counts" in (line.about or ()))
-                    for line in (event, other))
+        one, two = ((line.name, line.data.get("outcome"), line.data.get("model"),
+                     "counts" in (line.about or ())) for line in (event, other))
         return one == two and abs(at - seen) < FLUSH_S
 
     def _mark(self, record, rule):
@@ -3470,13 +3486,14 @@ class Requests(Lines):
         run = self._runs.get(event.run) or self._runs.setdefault(event.run, OpenRun(event.run, event.chat))
         run.chat = event.chat
         if event.name == "":
-            if event.about["fact"] == "model" and clock - self._stray.get(event.about["model"], -math.inf) > AT_ONCE_S:
+            about, fact = event.about, event.about["fact"]
+            if fact == "model" and clock - self._stray.get(about["model"], -math.inf) > AT_ONCE_S:
                 return  # the app's line was of another batch
-            run.learn(event.about["fact"], event.about, *self._time_of(run, event.about["clock"], clock))
-            if event.about["fact"] == "prompt":
+            run.learn(fact, about, *self._time_of(run, about["clock"], clock))
+            if fact == "prompt":
                 self._see_begun(run, clock)
             run.heard = clock
-            if run.record is None and event.about["fact"] in SETTLING:
+            if run.record is None and fact in SETTLING:
                 self.settle(clock)
             elif run.record:
                 self._enter(run)
@@ -3557,8 +3574,8 @@ class Requests(Lines):
                 self.bindings[record.binding] += 1
                 record.run = None
         for number, run in list(self._runs.items()):
-            if (run.over or run.cancelled) and clock - run.base - max(run.over or 0, run.cancelled or 0) > LATE_S or (
-                    len(self._runs) > RUNS_OPEN):
+            end = max(run.over or 0, run.cancelled or 0)
+            if end and clock - run.base - end > LATE_S or len(self._runs) > RUNS_OPEN:
                 if run.record is None:
                     self._take_as_own(run, clock)
                 if run.over:
@@ -3594,12 +3611,15 @@ def only(rows):
 
 SETTLING = frozenset(("prompt", "model", "over", "cancel"))  # facts that can make a run's request certain
 LEFT_STATES = ("abandoned", "stopped")
-ENDS = {"finished": ("done",), "disconnected": LEFT_STATES, "error": ("failed",)}  # of a chat -> states of its request
+# outcome of a chat -> states of its request
+ENDS = {"finished": ("done",), "disconnected": LEFT_STATES, "error": ("failed",)}
 OF_PROMPTS = frozenset(("lmstudio_prompt_progress", "lmstudio_generation_start"))
 LIVE = OF_PROMPTS | {""}  # events of lines that are told as soon as they are read
 LINES_OF_ENTRIES = frozenset(("lmstudio_chat_start", "lmstudio_prompt_progress"))
-LINES = {"lmstudio_chat_start": Requests._line_of_start, "lmstudio_prompt_progress": Requests._line_of_progress,
-         "lmstudio_processing_start": Requests._line_of_progress, "lmstudio_generation_start": Requests._line_of_progress,
+LINES = {"lmstudio_chat_start": Requests._line_of_start,
+         "lmstudio_prompt_progress": Requests._line_of_progress,
+         "lmstudio_processing_start": Requests._line_of_progress,
+         "lmstudio_generation_start": Requests._line_of_progress,
          "lmstudio_chat_end": Requests._line_of_end, "lmstudio_prediction_stats": Requests._line_of_end}
 
 
