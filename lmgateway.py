@@ -1296,8 +1296,9 @@ class Runs:
         self._engine, self._now, self._emit.clock = engine, moment.epoch, fields.get("clock")
         if fact not in TIMINGS:
             self._timing = None
-            self._close_timings()
-        if fact != "params":
+            if self._timed_run:
+                self._close_timings()
+        if self._sampling and fact != "params":
             self._close_sampling()
         self._facts[fact](fields, moment)
 
@@ -1309,8 +1310,10 @@ class Runs:
 
     def _model(self, run):
         """The model of a run, None unless it is certain."""
+        if run.model or not run.chat.api:
+            return run.model
         chats = [*self.running, *(chat for chat in self._ended if chat is run.chat or chat.abandoned)]
-        return run.model or (shared_model([chat for chat in chats if chat.api]) if run.chat.api else None)
+        return shared_model([chat for chat in chats if chat.api])
 
     # --- runs
 
@@ -2856,7 +2859,7 @@ LATE_S = 10.0  # a request that is over can still be bound, and learn from its r
 LEFT_LINE_S = 1.0  # LM Studio writes that a client has left within this
 LATE_END_S = 3.5  # and ends its stream within this
 TWIN_SIZE = 0.08  # prompts whose lengths differ by less are alike
-TWINS_S = 0.025  # ends so close to each other can be written in either order
+TWINS_S = 0.02  # ends so close to each other can be written in either order
 PAIR_S = 1e-4  # until the next look for each pair of a run and a request (a line and a request) of the last ...
 PAIRS_AT_ONCE, PAIRS_MOST = 200, 4000  # ... beyond so many; of more none would be certain
 OPEN_LIMIT = 512  # requests that are over and can still be bound
@@ -3168,18 +3171,20 @@ class Timing(Ledger):
     def _announce(self, clock):
         """The app writes 0 % when an engine begins with a prompt of the API: if there are as many of both at one
         moment, none of these runs is of a chat inside the app."""
-        if not self._begun or clock - self._begun[-1][0] < AT_ONCE_S:
-            return
-        runs = [thing for _, thing in self._begun if isinstance(thing, OpenRun)]
-        models = [thing for _, thing in self._begun if not isinstance(thing, OpenRun)]
-        self._begun = []
-        if len(runs) == len(models):
-            for run in runs:
+        asked = {record.model_asked for record in self._open.values() if record.ended is None}
+        while self._begun and clock - self._begun[-1][0] >= AT_ONCE_S:
+            runs = [thing for _, thing in self._begun if isinstance(thing, OpenRun)]
+            models = [thing for _, thing in self._begun if not isinstance(thing, OpenRun)]
+            late = len(asked) == 1 and clock - self._begun[0][0] < FLUSH_S  # one of the two can still come
+            if late and len(runs) != len(models):
+                return
+            self._begun = self._begun[1:] if len(asked) == 1 and len(runs) != len(models) else []
+            for run in runs if len(runs) == len(models) else ():
                 run.is_announced = True
                 if len(set(models)) == 1 and run.model is None:
                     run.model = models[0]
-            if len(runs) == 1 and runs[0].engine == "MLX" and len(self._readers) < NAMES_KEPT:
-                self._readers[models[0]] = runs[0]
+                if len(set(models)) == 1 and run.engine == "MLX" and len(self._readers) < NAMES_KEPT:
+                    self._readers[models[0]] = run
 
     def _enter(self, run):
         """The phases of a request that its run's lines show; a stream's first token is seen better here."""
@@ -3331,13 +3336,16 @@ class Lines(Matching):
         """12."""
         percent = event.data.get("progress", 0 if event.name == "lmstudio_processing_start" else 100)
         own = self._own.get(event.chat)
-        fitting = (record for record in self._of_model(event) if not (record.silent and record.state in LEFT_STATES)
-                 and (record.percent is None or record.percent < percent or record.percent == percent < 100
+        fitting = (record for record in self._of_model(event) if not (record.silent and record.ended is not None)
+                 and (record.percent is None or record.percent < percent
+                      or record.percent == percent < 100 and record.ended is None
                       or event.name == "lmstudio_generation_start" and record.heard == clock)
                  and (record.ended is None or record.state == "abandoned" or clock - record.ended < LAG_S)
                  and not (record.first and percent < 100 and record.first < clock - LAG_S)
                  and not (record.run and (record.run.over or record.run.cancelled)))
-        found = [*itertools.islice(fitting, 2)]   # whether there is one, or more, is all that counts
+        found = [*itertools.islice(fitting, 3)]   # whether there is one, or more, is all that counts
+        if len(found) == 2 and percent:  # of two it is the one whose reading has begun
+            found = [record for record in found if record.percent is not None] or found
         model = event.data.get("model")
         if own or any(record.model == model and record.ended is None and clock - record.heard < LATE_S
                       for record in self._own.values()):
