@@ -3175,16 +3175,23 @@ class Timing(Ledger):
         while self._begun and clock - self._begun[-1][0] >= AT_ONCE_S:
             runs = [thing for _, thing in self._begun if isinstance(thing, OpenRun)]
             models = [thing for _, thing in self._begun if not isinstance(thing, OpenRun)]
-            late = len(asked) == 1 and clock - self._begun[0][0] < FLUSH_S  # one of the two can still come
-            if late and len(runs) != len(models):
-                return
-            self._begun = self._begun[1:] if len(asked) == 1 and len(runs) != len(models) else []
-            for run in runs if len(runs) == len(models) else ():
-                run.is_announced = True
-                if len(set(models)) == 1 and run.model is None:
-                    run.model = models[0]
-                if len(set(models)) == 1 and run.engine == "MLX" and len(self._readers) < NAMES_KEPT:
-                    self._readers[models[0]] = run
+            if len(runs) == len(models):
+                self._begun = []
+                self._tell_announced(runs, set(models))
+            elif len(asked) != 1:
+                self._begun = []
+            elif clock - self._begun[0][0] < FLUSH_S:  # with one model at work the other half can be late
+                break
+            else:
+                del self._begun[0]
+
+    def _tell_announced(self, runs, models):
+        for run in runs:
+            run.is_announced = True
+            if len(models) == 1:
+                model = run.model = run.model or min(models)
+                if run.engine == "MLX" and len(self._readers) < NAMES_KEPT:
+                    self._readers[model] = run
 
     def _enter(self, run):
         """The phases of a request that its run's lines show; a stream's first token is seen better here."""
