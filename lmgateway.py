@@ -457,7 +457,7 @@ class Rule(NamedTuple):
 
     fact: str  # its statement: on_<fact> takes the pattern's named groups (engine) or the Entry
     where: str  # "app": first line of an entry; "error": all of an ERROR entry; "engine": any line of a DEBUG entry
-    shape: str  # "line", "json" (goes on to a brace in column 1), "text" (so does all of its entry), "half" (a line)
+    shape: str  # "line", "json" (on to a brace in column 1), "text" (all of its entry), "half" (a line)
     engines: str  # its writer: App, or the engine generations named below
     pattern: str
     sample: str
@@ -497,8 +497,8 @@ RULES = (
          "Received request to embed: BeginProcessingPrompt"),
     Rule("", "app", "text", "App", r"Received request for .* with invalid JSON",
          "Received request for /v1/models with invalid JSON"),
-    Rule("", "app", "line", "App", r"Start thinking\.\.\.|Done (?:thinking|reasoning)\.|Start to generate a tool call"
-         r"|Tool name generated: |Model generated a tool call\.", "Done reasoning. Reasoned for 6.13 seconds."),
+    Rule("", "app", "line", "App", r"Start thinking\.\.\.|Done (?:thinking|reasoning)\.|Tool name generated: "
+         r"|Start to generate a tool call|Model generated a tool call\.", "Done reasoning. Reasoned for 6.13 seconds."),
     Rule("respond", "app", "line", "App", r"Generating synchronous v1/responses response",
          "Generating synchronous v1/responses response..."),
     Rule("", "app", "line", "App", r"Returning \d+ models", "Returning 5 models from v1 API"),
@@ -517,7 +517,7 @@ RULES = (
          "Success! HTTP server listening on port 1234"),
     Rule("", "app", "line", "App", r"Supported endpoints:|  OpenAI-compatible|  LM Studio API| *->\s+[A-Z]+ +http",
          "   ->  GET  http://localhost:1234/v1/models"),
-    # --- errors: the whole text of an ERROR entry, 02-2025 to 09-2026.  Most stream errors end in "Error Data".
+    # --- errors: the whole text of an ERROR entry, 02-2025 to 09-2026.  Most of streams end in "Error Data".
     Rule("", "error", "text", "App", r"Failed to generate a tool call",
          "Failed to generate a tool call (this tool call will be omitted from the response):  no end"),
     Rule("", "error", "text", "App", r"Model Output: ", "Model Output:  <tool_call>{, Additional Data: n/a"),
@@ -525,7 +525,8 @@ RULES = (
          'Error rendering prompt with jinja template: "No user turn to render".'),
     Rule("crash", "error", "text", "App", r"(?:Error: )?The model has crashed(?!.*Error Data: )",
          "Error: The model has crashed without additional information. (Exit code: 18446744072635812000)"),
-    Rule("chat_error", "error", "text", "App", r"Error: (?:Channel Error|received prediction-error)|Engine protocol predict "
+    Rule("chat_error", "error", "text", "App", r"Error: (?:Channel Error|received prediction-error)"
+         r"|Engine protocol predict "
          r"|The number of tokens to keep from the initial prompt", "Error: Channel Error"),
     Rule("chat_error", "error", "text", "App", r"(?s:.*)Error Data: [^\n]*, Additional Data: [^\n]*\Z",
          "Model unloaded.. Error Data: n/a, Additional Data: n/a"),
@@ -839,7 +840,7 @@ class EngineReader:
         return [redacted(line) for line in tuple(self._strange)]
 
     def _tell(self, listener, *news):
-        """Tell the tracker something.  A fault there costs these events, is counted, and stops nothing else."""
+        """Tell the tracker something.  A fault there costs these events, is counted and stops nothing else."""
         try:
             listener(*news)
         except Exception:  # lines that nobody foresaw; CORE has no log to say it in, the status shows it
@@ -881,8 +882,8 @@ class EngineReader:
         blank = line.endswith(" ") or match[0].startswith(" ")
         for glue in ("",) if blank else (" ", ""):
             joined = ENGINE.match(line + glue + match[0])
-            if joined.lastgroup not in ("unknown", ANY_WORDING, group) or group == joined.lastgroup in GROWING or (
-                    group == ANY_WORDING and match.lastgroup == "unknown"):
+            if (joined.lastgroup not in ("unknown", ANY_WORDING, group) or group == joined.lastgroup in GROWING
+                    or group == ANY_WORDING and match.lastgroup == "unknown"):
                 if group == "unknown":
                     self.unknown -= 1
                 return joined
@@ -905,7 +906,8 @@ class Parser(EngineReader):
     HEADER = re.compile(r"\n(\[)?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?(1)\]|  ?)\[(DEBUG|INFO|WARN|ERROR)\] ?"
                         r"(?(1)|(?=\n|\Z))", re.ASCII)
     # The panel's header with its text on the same line; inside a log of another look it is a plugin's text.
-    ONE_LINE_HEADER = re.compile(r"\n()(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\S)", re.ASCII)
+    ONE_LINE_HEADER = re.compile(r"\n()(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\S)",
+                                 re.ASCII)
 
     def __init__(self):
         super().__init__()
@@ -1149,7 +1151,7 @@ class Chat:
                 and abs((created - self.started.epoch + 450) % 900 - 450) <= 1)
 
     def may_be_answer_of(self, run, slack=1):
-        """True if its answer has the counts of a run.  MLX counts a token less, G1 writes one more or less."""
+        """True if its answer has a run's counts.  MLX counts a token less, G1 writes one more or less."""
         pairs = ((self.counts.get("promptTokens"), run.total),
                  (self.counts.get("completionTokens"), run.stats.get("completionTokens")))
         return not any(None not in pair and abs(pair[0] - pair[1]) > slack for pair in pairs)
@@ -1530,7 +1532,7 @@ class EngineLines(Runs):
         self._emit.fact("read", run, total=run.total)
 
     def on_cancel(self, fields, moment):
-        """The number can be of another engine's task that has not begun.  The run that is meant has no timings."""
+        """The number can be of another engine's task that has not begun.  The run in question has no timings."""
         for run in self._runs:
             if run.task and run.task[1] == fields["cancelled"] and "totalMs" not in run.stats:
                 run.stops, run.positions = True, {}
@@ -1542,7 +1544,7 @@ class EngineLines(Runs):
         if run is None:
             return
         written = run.stats.get("completionTokens")
-        if run.total is None and written and fields["truncated"] == "0":  # terse G3 tells the total nowhere else
+        if run.total is None and written and fields["truncated"] == "0":  # all that terse G3 tells of it
             run.total = int(fields["context"]) - written + 1
         if run.stops and "totalMs" not in run.stats:
             self._emit.fact("cancel", run)
@@ -1597,7 +1599,8 @@ class EngineLines(Runs):
         waiting = [chat for chat in (*self._ended, *self.running) if chat.api and chat.run is None
                    and (chat.ended is None or chat.abandoned)]
         run = self._begin(chat=pick(waiting, lambda c: self._engines.get(c.model, "Splash") == "Splash",
-                                    lambda c: c.has_said("lmstudio_generation_start"), lambda c: c.percent is not None))
+                                    lambda c: c.has_said("lmstudio_generation_start"),
+                                    lambda c: c.percent is not None))
         run.total = number(fields["total"])
         run.tokens["promptTokensToDecode"] = run.total - number(fields["reused"])
         self._emit.token_info(moment, run, self._model(run))
@@ -1868,7 +1871,8 @@ class ChatTracker(AppLines):
         """The engine has never heard of its chat."""
         found = self._of(entry)
         if found or not self._has_ended(entry, "disconnected"):
-            self._end(pick(found[::-1], lambda c: not c.run), entry, "error", entry.model or shared_model(found))
+            chat = pick(found[::-1], lambda c: not c.run)
+            self._end(chat, entry, "error", entry.model or shared_model(found))
 
     def on_empty_error(self, entry):
         found = [chat for chat in self._of(entry) if chat.model is None]
@@ -2414,7 +2418,7 @@ def log_text(text, keeps=100):
 # --- 3.7 records: the life of a request --------------------------------------
 
 TIMELINE = 400  # events of one request that are kept
-WAITING_SLOW_MS = 10_000  # a wait longer than this is marked; another phase if it takes twice its model's usual
+WAITING_SLOW_MS = 10_000  # a longer wait is marked; another phase if it takes twice its model's usual
 OWN_EVENTS = frozenset(("inference_start", "inference_complete", "error"))
 PLACE_S = 1.0  # between two that tell its place in the queue
 TELL_S = 0.25  # between two inference_progress of one request
@@ -2675,7 +2679,7 @@ class Record(LoggedState):
     def progress(self, clock):
         """The known progress of a running request, {} of none; speeds per second, etaMs in ms."""
         run = self.run  # if it is known, its first token tells that its prompt has been read
-        percent = 100 if run and self.state == "generating" and (self.first or run.read) else self.percent
+        percent: Any = 100 if run and self.state == "generating" and (self.first or run.read) else self.percent
         known = without_none(percent=percent, promptTokens=self.prompt_tokens)
         if len(known) == 2:
             known["promptTokensRead"] = round(self.prompt_tokens * percent / 100)
@@ -2704,7 +2708,8 @@ class Record(LoggedState):
         """inference_progress: the record as it is now."""
         self._told = clock
         return Event("inference_progress", {
-            "timestamp": now, "requestId": self.id, **self.shown(clock), **self.progress(clock), **self.cached_usage(),
+            "timestamp": now, "requestId": self.id, **self.shown(clock), **self.progress(clock),
+            **self.cached_usage(),
             **without_none(contextSize=self.context_size, contextUsed=self.context_used())})
 
     def context_used(self):
@@ -2803,7 +2808,7 @@ class Record(LoggedState):
                                             "tokensPerSecond": self.speed, "finishReason": self.finish})
 
 
-RECORD_HANDLERS = {  # what a record learns from the events of its chat
+RECORD_HANDLERS: dict[str, Any] = {  # what a record learns from the events of its chat
     "lmstudio_chat_start": Record.on_start,
     "lmstudio_sampling_params": Record.on_sampling,
     "lmstudio_token_info": Record.on_tokens,
@@ -3379,7 +3384,7 @@ class Lines(Matching):
         self._pairs += len(self._lines) * len(self._open)
         for line in list(self._lines):
             event, seen = line
-            alike = [other for other in self._lines if self._is_like(*other, event, seen)]
+            alike = [other for other in self._lines if self._is_like(other, line)]
             records = self._match_line(event, seen, clock, alike) if alike and alike[0] is line else []
             if len(records) == 1:
                 alike = [line]
@@ -3428,11 +3433,11 @@ class Lines(Matching):
         return [record for record in ended if record.ended - ended[0].ended < TWINS_S]
 
     @staticmethod
-    def _is_like(other, at, event, seen):
+    def _is_like(one, other):
         """True if two last lines are of one kind and model and were read at about the same time."""
-        one, two = ((line.name, line.data.get("outcome"), line.data.get("model"),
-                     "counts" in (line.about or ())) for line in (event, other))
-        return one == two and abs(at - seen) < FLUSH_S
+        kinds = [(event.name, event.data.get("outcome"), event.data.get("model"), "counts" in (event.about or ()))
+                 for event, _ in (one, other)]
+        return kinds[0] == kinds[1] and abs(one[1] - other[1]) < FLUSH_S
 
     def _mark(self, record, rule):
         if record.binding == "none":
@@ -4330,7 +4335,8 @@ class Account:
 
     def __init__(self):
         self.requests, self.tokens = Window(), Window()
-        self._day, self.today = "", Counter()
+        self._day = ""
+        self.today: Counter[str] = Counter()
 
     def turn(self, day):
         """Another day has begun, or the clock was set."""
