@@ -3314,12 +3314,13 @@ class Matching(Timing):
         return records == runs == 1 and run.is_of_api and record.dialect != SOCKET.name
 
     def _has_twin(self, run, record, free, clock):
-        """Before its usage is known: another request of its size is out by a few hundredths of a second alone."""
-        if has_counts(record) or not record.size:
+        """Before its usage is known: another request or run of that size is out by some hundredths of a second."""
+        if has_counts(record):
             return False
-        twins = (other for other in free if other is not record and other.size
-                 and abs(other.size / record.size - 1) < TWIN_SIZE)
-        return any(self._ruled_out(run, other, clock) in (5, 7) for other in twins)
+        pairs = [(run, other) for other in free if other is not record and alike(other.size, record.size)]
+        pairs += [(other, record) for other in self._runs.values()
+                  if other is not run and other.record is None and alike(other.total, run.total)]
+        return any(self._ruled_out(*pair, clock) in (5, 7) for pair in pairs)
 
 
 class Lines(Matching):
@@ -3424,7 +3425,7 @@ class Lines(Matching):
         if wanted == ("failed",):
             found = [record for record in found if record.error and record.error in data["message"]] or found
         ended = sorted((record for record in found if record.ended is not None), key=lambda one: one.ended)
-        waits = len(found) > len(ended) and clock - seen < 0.15 or (late or len(alike) < len(ended)) and (
+        waits = len(found) > len(ended) and clock - seen < 0.3 or (late or len(alike) < len(ended)) and (
             clock - seen < FLUSH_S)
         if waits or late and len(alike) > len(ended) or not ended:
             return []  # one can be the late line of a stream whose client left
@@ -3617,6 +3618,11 @@ def epoch_of(text):
 def has_counts(record):
     """True for an answer with LM Studio's usage."""
     return record.state == "done" and record.usage is not None and not record.usage.get("estimated")
+
+
+def alike(one, other):
+    """True if two sizes are known and nearly equal."""
+    return bool(one and other) and abs(one / other - 1) < TWIN_SIZE
 
 
 def median(values):
