@@ -3317,9 +3317,9 @@ class Matching(Timing):
         """Before its usage is known: another request or run of that size is out by some hundredths of a second."""
         if has_counts(record):
             return False
-        pairs = [(run, other) for other in free if other is not record and alike(other.size, record.size)]
+        pairs = [(run, other) for other in free if other is not record and nearly_equal(other.size, record.size)]
         pairs += [(other, record) for other in self._runs.values()
-                  if other is not run and other.record is None and alike(other.total, run.total)]
+                  if other is not run and other.record is None and nearly_equal(other.total, run.total)]
         return any(self._ruled_out(*pair, clock) in (5, 7) for pair in pairs)
 
 
@@ -3620,7 +3620,7 @@ def has_counts(record):
     return record.state == "done" and record.usage is not None and not record.usage.get("estimated")
 
 
-def alike(one, other):
+def nearly_equal(one, other):
     """True if two sizes are known and nearly equal."""
     return bool(one and other) and abs(one / other - 1) < TWIN_SIZE
 
