@@ -2865,6 +2865,7 @@ LEFT_LINE_S = 1.0  # LM Studio writes that a client has left within this
 LATE_END_S = 3.5  # and ends its stream within this
 TWIN_SIZE = 0.08  # prompts whose lengths differ by less are alike
 TWINS_S = 0.02  # ends so close to each other can be written in either order
+SETTLE_S = 0.05  # between two looks at all that is open, without news that can decide
 PAIR_S = 1e-4  # until the next look for each pair of a run and a request (a line and a request) of the last ...
 PAIRS_AT_ONCE, PAIRS_MOST = 200, 4000  # ... beyond so many; of more none would be certain
 OPEN_LIMIT = 512  # requests that are over and can still be bound
@@ -3023,6 +3024,7 @@ class Ledger:
         self._begun = []  # (clock, run) of prompts that begin and (clock, model) of 0 %, at one moment
         self._numbers = itertools.count(1)
         self._swept = self._settle_at = 0.0  # clock of the last _expire, of the next settle
+        self._settled = -math.inf  # clock of the last settle
         self._pairs = 0  # that the present settle has compared
         self._seen = self._live = -math.inf  # clock of the latest look at the log, of the latest with lines
         self._heard = self._bound = -math.inf  # those lines were written after _heard, the next after _bound
@@ -3488,7 +3490,8 @@ class Requests(Lines):
             elif event.name in LINES:
                 self._give(LINES[event.name](self, event, clock), event, clock)
         self._announce(clock)
-        self.settle(clock)
+        if clock - self._settled >= SETTLE_S:
+            self.settle(clock)
         told, self.told = list(self.told.values()), {}
         return told
 
@@ -3535,6 +3538,7 @@ class Requests(Lines):
 
     def settle(self, clock):
         """Bind all that is certain by now.  The more there is to compare, the less often it is done."""
+        self._settled = clock
         if clock >= self._settle_at and (self._runs or self._lines):
             self._pairs = 0
             while self._bind_one(clock):
