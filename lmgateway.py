@@ -2873,6 +2873,7 @@ NAMES_KEPT = 1000  # models by the names that clients gave them
 RUNS_OPEN = 200  # runs that are not bound, and their events
 USUAL_KEPT = 50  # of each phase on a model, from which its usual time is known
 SAME_SIZE = 1.2  # prompts of one kind have as many tokens for a character up to this factor
+ALIKE = 3  # prompts whose lengths differ by less are compared closely, others by this factor
 SIZES_KEPT = 20  # answers of a model from which its tokens for a character are learned
 FORGOTTEN_S = 3600.0  # LM Studio's own is taken for over when the log has said nothing of it for so long
 LINES_KEPT = 200  # last lines of chats that wait for their request's end
@@ -3247,12 +3248,14 @@ class Matching(Timing):
             known, slack = self._sizes.get(None), 1.3
         if not known or not run.total or not record.size:
             return False
-        known = [total / size for size, total in known if 1 / 3 < record.size / size < 3]
-        if not known:  # of another length the template weighs more or less
-            return False
-        usual = median(known)
-        slack *= max(1.07, max(known) / usual, usual / min(known)) * (1 + 0.1 / len(known))
-        return not 1 / slack < run.total / (usual * record.size) < slack
+        ratio = run.total / record.size
+        near = [total / size for size, total in known if 1 / ALIKE < record.size / size < ALIKE]
+        if not near:  # the template weighs more in a shorter prompt
+            return not all(min(1, record.size / size) / ALIKE < run.total / total < max(1, record.size / size) * ALIKE
+                           for size, total in known)
+        usual = median(near)
+        slack *= max(1.07, max(near) / usual, usual / min(near)) * (1 + 0.1 / len(near))
+        return not 1 / slack < ratio / usual < slack
 
     def _compare_sizes(self, fits):
         """4, if nothing has been learned yet: by the ratio of a pair each other prompt has a request, too."""

@@ -1707,6 +1707,18 @@ TWO = {  # of two requests ("a" was sent first), what happens before and after a
 }
 
 
+@pytest.mark.parametrize(("size", "total", "bound"), [
+    (600, 20, False), (600, 100, True), (600, 1500, True), (600, 6000, False),  # a shorter one can be all template
+    (60000, 300, False), (60000, 1500, True), (60000, 15000, True), (60000, 90000, False)])
+def test_a_prompt_of_another_length_may_have_other_tokens_for_a_character_up_to_a_factor(utc, size, total, bound):
+    office = Office()
+    learned(office)     # 6,000 characters had 1,500 tokens
+    record = office.ask("a", size=size)
+    office.log(running("m/one"), g2_run(1, total), percent("m/one", 0))
+    office.pass_s(0.1)
+    assert (record.run is not None) == bound
+
+
 @pytest.mark.parametrize(("happens", "owner", "rule"), TWO.values(), ids=TWO)
 def test_a_hard_fact_rules_a_request_out(utc, happens, owner, rule):
     office = Office()
