@@ -3358,7 +3358,8 @@ class Lines(Matching):
                  and (record.percent is None or record.percent < percent
                       or record.percent == percent < 100 and record.ended is None
                       or event.name == "lmstudio_generation_start" and record.heard == clock)
-                 and (record.ended is None or record.state == "abandoned" or clock - record.ended < LAG_S)
+                 and (record.ended is None or clock - record.ended < LAG_S
+                      or record.state == "abandoned" and not (record.told_end and record.percent is None))
                  and not (record.first and percent < 100 and record.first < clock - LAG_S)
                  and not (record.run and (record.run.over or record.run.cancelled)))
         found = [*itertools.islice(fitting, 3)]   # whether there is one, or more, is all that counts

@@ -1848,6 +1848,18 @@ def test_a_second_after_somebody_left_the_next_request_has_its_progress(utc):
     assert (gone.percent, here.percent, here.state) == (30.0, 100.0, "generating")
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_prompt_that_lm_studio_gave_up_before_it_began_is_not_read_later(utc, told):
+    office = Office()
+    gone, here = office.ask("a"), office.ask("b")
+    office.log(running("m/one"), streaming("m/one"), running("m/one"), streaming("m/one"))
+    office.leaves(gone)
+    office.log(*[GONE] * told)
+    office.pass_s(1.0)
+    office.log(percent("m/one", 0), percent("m/one", 60))
+    assert (gone.percent, here.percent) == (None, 60.0 if told else None)
+
+
 def test_an_end_is_the_one_that_ended_then_and_an_answer_the_one_with_its_id(utc):
     office = Office()
     stream, whole = office.ask("a"), office.ask("b", stream=False)
