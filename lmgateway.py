@@ -78,6 +78,7 @@ import random
 import re
 import secrets
 import select
+import selectors
 import shutil
 import socket
 import socketserver
@@ -4095,10 +4096,11 @@ def json_line(event_id, event):
 # --- 3.12 WebSocket: the protocol of LM Studio's own SDKs ---------------------
 
 NAMESPACES = ("llm", "embedding", "system", "files", "diagnostics", "repository", "plugins", "runtime")
-CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes (RFC 6455, 5.2)
+OPCODES = CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # RFC 6455, 5.2
 LONGEST_CONTROL = 125  # bytes of a control frame's payload (RFC 6455, 5.5)
 LONGEST_MESSAGE = 128 * 1024 * 1024  # bytes of one of LM Studio's: its `ws` refuses more than 100 MiB
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))  # RFC 6455, 7.4; IANA
+SDK_TOKEN = re.compile(r"sk-lm-(\w{8}):(\w{20})").fullmatch  # a client shows its halves
 
 
 class FrameError(GatewayError):
@@ -4126,13 +4128,13 @@ class Frames:
         self._masked, self.limit = masked, limit
         self.rest = bytearray()  # of a frame that has not ended
         self._need = 2  # bytes that rest must have before another look is worth it
-        # Of the message whose pieces are coming:
-        self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
+        self._pieces: list[Message] = []    # of a message that has not ended
+        self._size = 0  # bytes of their payloads
 
     @property
     def between(self):
         """True when neither a frame nor a message is under way."""
-        return not (self.rest or self._opcode)
+        return not (self.rest or self._pieces)
 
     @property
     def held(self):
@@ -4141,37 +4143,31 @@ class Frames:
 
     def feed(self, data):
         """The Messages that data completes.  Raises FrameError, at the first fault."""
-        size = len(data)
-        if (not self._masked and self.between and size > 4 and data[0] == 0x81  # one whole small text, as
-                and (size == data[1] + 2 < 128                                  # most of an answer's are
-                     or data[1] == 126 and size == (data[2] << 8 | data[3]) + 4 >= 130)):
-            return [Message(TEXT, data[2 if size < 128 else 4:], data)]
+        size = len(data) - 4
+        if not self._masked and self.between and 125 < size < 1 << 16 and (    # one whole text, as most of an
+                data[:4] == b"\x81\x7e" + size.to_bytes(2, "big")):            # answer's are
+            return [Message(TEXT, data[4:], data)]
         self.rest += data
         found: list[Message] = []
         while len(self.rest) >= self._need:
-            start, end = self._bounds()
-            self._need = end or start
-            if end and len(self.rest) >= end:
-                self._take(start, end, found)
+            start, self._need = self._bounds()
+            if start and len(self.rest) >= self._need:
+                found += self._take(start, self._need)
         return found
 
     def _bounds(self):
-        """(start, end) of the payload of the frame that rest begins with; the end is 0 while its head is not
-        whole.  Raises FrameError."""
+        """(start, end) of the payload of the frame that rest begins with; of its head (0, end) while that is
+        not whole.  Raises FrameError."""
         rest = self.rest
         final, opcode, size = rest[0] >> 7, rest[0] & 15, rest[1] & 127
-        if rest[0] & 0x70 or CONTINUATION < opcode > BINARY and opcode not in (CLOSE, PING, PONG):
-            raise FrameError(1002, "reserved bits or a reserved opcode")
-        if rest[1] >> 7 != self._masked:
-            raise FrameError(1002, "a frame without a mask" if self._masked else "a frame with a mask")
-        if opcode >= CLOSE and (not final or size > LONGEST_CONTROL):
-            raise FrameError(1002, "a control frame in pieces, or too long")
-        if opcode < CLOSE and bool(opcode) == bool(self._opcode):
-            raise FrameError(1002, "a message that begins inside another, or a piece of none")
+        misplaced = (not final or size > LONGEST_CONTROL) if opcode >= CLOSE else (
+            (opcode == CONTINUATION) != bool(self._pieces))
+        if misplaced or rest[0] & 0x70 or opcode not in OPCODES or rest[1] >> 7 != self._masked:
+            raise FrameError(1002, f"a frame that cannot begin with {rest[:2].hex()} here")
         extra = {126: 2, 127: 8}.get(size, 0)
         start = 2 + extra + 4 * self._masked
         if len(rest) < start:
-            return start, 0
+            return 0, start
         if extra:
             size = int.from_bytes(rest[2:2 + extra], "big")
             if size < (126 if extra == 2 else 1 << 16) or size >> 63:
@@ -4180,29 +4176,25 @@ class Frames:
             raise FrameError(1009, f"a message of more than {self.limit} bytes")
         return start, start + size
 
-    def _take(self, start, end, found):
-        """Take a whole frame off rest."""
+    def _take(self, start, end):
+        """Take a whole frame off rest.  Gives the Messages that it completes: one or none."""
         with memoryview(self.rest) as rest:
-            frame = bytes(rest[:end])
+            data = bytes(rest[:end])
         del self.rest[:end]
         self._need = 2
-        final, opcode = frame[0] >> 7, frame[0] & 15
-        payload = unmasked(frame[start:], frame[start - 4:start]) if self._masked else frame[start:]
-        if opcode == CLOSE:
-            check_payload(opcode, payload)
-        if opcode >= CLOSE:
-            found.append(Message(opcode, payload, frame))
-            return
-        self._opcode = opcode or self._opcode
-        self._parts.append(payload)
-        self._raw.append(frame)
-        self._size += len(payload)
-        if final:
-            message = Message(self._opcode, b"".join(self._parts), b"".join(self._raw))
-            self._opcode, self._parts, self._raw, self._size = 0, [], [], 0
-            if self._masked and message.opcode == TEXT:
-                check_payload(TEXT, message.payload)
-            found.append(message)
+        piece = Message(data[0] & 15, unmasked(data[start:], data[start - 4:start]) if self._masked
+                        else data[start:], data)
+        if piece.opcode < CLOSE:
+            self._pieces.append(piece)
+            self._size += len(piece.payload)
+            if not data[0] >> 7:
+                return []
+            opcodes, payloads, frames = zip(*self._pieces)
+            piece = Message(opcodes[0], b"".join(payloads), b"".join(frames))
+            self._pieces, self._size = [], 0
+        if piece.opcode == CLOSE or self._masked and piece.opcode == TEXT:
+            check_payload(*piece[:2])
+        return [piece]
 
 
 def unmasked(data, mask):
@@ -4237,38 +4229,35 @@ def packet(mask=b"", **members):
     return frame(TEXT, json.dumps(members, separators=(",", ":")).encode(), mask)
 
 
-# The right that each endpoint needs; one in no row, or in another namespace than here, is admin.
+# A row: namespace, the right that its endpoints need, the dialect of those that are inferences.
 ANY_MODEL = ("listLoaded getModelInfo getLoadConfig getBasePredictionConfig getInstanceProcessingState "
              "estimateModelUsage tokenize countTokens getOrLoad ")
-ENDPOINTS = (
-    ("llm", "infer", ANY_MODEL + "predict completeRawText applyPromptTemplate preloadDraftModel"),
-    ("embedding", "infer", ANY_MODEL + "embedString"),
-    ("system", "infer", "listDownloadedModels listDownloadedModelVariants version alive"),
-    ("files", "infer", "uploadFileBase64 getDocumentParsingLibrary retrieve parseDocument"),
-    ("diagnostics", "view", "streamLogs"),  # everybody's prompts and answers
-)
-RIGHT_OF = {(space, endpoint): right for space, right, names in ENDPOINTS for endpoint in names.split()}
-OPENERS = {  # a client's message that begins something -> its id, the message that refuses it
-    "rpcCall": ("callId", "rpcError"), "channelCreate": ("channelId", "channelError"),
-    "signalSubscribe": ("subscribeId", "signalError"),
-    "writableSignalSubscribe": ("subscribeId", "writableSignalError")}
-FOLLOWERS = {  # packets that only make sense after one of these -> their id
-    "channelSend": "channelId", "channelAck": "channelId", "signalUnsubscribe": "subscribeId",
-    "writableSignalUpdate": "subscribeId", "writableSignalUnsubscribe": "subscribeId"}
-METERED = {("llm", "channelCreate", "predict"): SOCKET, ("llm", "channelCreate", "completeRawText"): SOCKET,
-           ("embedding", "rpcCall", "embedString"): EMBEDDINGS}
+ENDPOINTS = {f"/{space}/{endpoint}": (right, dialect) for space, right, dialect, endpoints in (
+    ("llm", "infer", SOCKET, "predict completeRawText"),    # channels; any other inference is a call
+    ("embedding", "infer", EMBEDDINGS, "embedString"),
+    ("llm", "infer", None, ANY_MODEL + "applyPromptTemplate preloadDraftModel"),
+    ("embedding", "infer", None, ANY_MODEL),
+    ("system", "infer", None, "listDownloadedModels listDownloadedModelVariants version alive"),
+    ("files", "infer", None, "uploadFileBase64 getDocumentParsingLibrary retrieve parseDocument"),
+    ("diagnostics", "view", None, "streamLogs"),    # everybody's prompts and answers
+) for endpoint in endpoints.split()}
+UNKNOWN_ENDPOINT = "admin", None    # one in no row, or in another namespace than here
+OPENERS = {"rpcCall": "rpcError", "channelCreate": "channelError", "signalSubscribe": "signalError",
+           "writableSignalSubscribe": "writableSignalError"}  # a packet that begins something -> its refusal
+ID_NAMES = {"rpc": "callId", "cha": "channelId", "sig": "subscribeId", "wri": "subscribeId"}  # by its type
 # As Node writes most messages of an answer: to find the id and the tokens costs a fifth of reading JSON.
 FRAGMENT = re.compile(rb'\{"type":"channelSend","channelId":(\d{1,15}),"message":\{"type":"fragment",'
                       rb'"fragment":\{"content":"[^"\\]*(?:\\.[^"\\]*)*","tokensCount":(\d{1,9})[,}]')
 
 
-def id_of(message, name):
-    """A message's id under that name; None if it is no whole number that Node keeps exact.  LM Studio
-    takes 5.0 for 5."""
-    value = message.get(name)
-    if type(value) is float and value.is_integer():
-        value = int(value)
-    return value if type(value) is int and abs(value) < UNSAFE else None
+def call_of(body):
+    """(name of its id, number) of the call, channel or signal that a packet is about.  The number is None if
+    it is no whole one that Node keeps exact.  LM Studio takes 5.0 for 5."""
+    name = ID_NAMES.get(str(body.get("type"))[:3])
+    number = body.get(name)
+    if type(number) is float and number.is_integer():
+        number = int(number)
+    return name, number if type(number) is int and abs(number) < UNSAFE else None
 
 
 def name_of(value):
@@ -4289,11 +4278,6 @@ def named_instances(body):
             content.get("modelInfo")]
     found = [(name_of(row.get("instanceReference")), name_of(row.get("identifier"))) for row in listed(rows)]
     return [(reference, model) for reference, model in found if reference and model]
-
-
-def has_files(messages):
-    """True if a history refers to uploaded files: nobody knows their size."""
-    return any(part.get("type") == "file" for message in messages for part in listed(message.get("content")))
 
 
 # --- 3.13 sharing: limits of keys, and turns -----------------------------------
@@ -5704,6 +5688,7 @@ CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 LENGTH = re.compile(r"[0-9]{1,18}")
 BROKEN = (OSError, http.client.HTTPException)  # how a connection to LM Studio fails
 TIMEOUTS = (TimeoutError, socket.timeout, BlockingIOError)   # the last one is the kernel's: set_timeout()
+NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)    # of a socket that does not wait
 
 
 class UpstreamError(HttpError):
@@ -6218,14 +6203,24 @@ class Upstream:
         raise UpstreamError(502, kind, f"LM Studio took no WebSocket on {path} ({why}): this version may not "
                                        "know it")
 
-    def introduction(self, who):
-        """The first message over a new WebSocket: the halves of LM Studio's own token, else a guest's pair.
+    def introduce(self, sock, frames, early, who):
+        """Be let in over a new WebSocket, by the halves of LM Studio's own token, else by a guest's pair.  Gives
+        LM Studio's Messages; early: bytes that came with its 101.  Raises HttpError.
+
         Uploaded files belong to such a pair: one text who has always the same one, and no other has it."""
-        token = re.fullmatch(r"sk-lm-(\w{8}):(\w{20})", self.token or "")
+        token = SDK_TOKEN(self.token or "")
         name = hmac.new(self._secret, who.encode(), hashlib.sha256).hexdigest()
         identifier, passkey = token.groups() if token else (f"guest:{name[:32]}", name[32:])
-        return packet(secrets.token_bytes(4), authVersion=1, clientIdentifier=identifier,
-                      clientPasskey=passkey)
+        try:
+            sock.sendall(packet(secrets.token_bytes(4), authVersion=1, clientIdentifier=identifier,
+                                clientPasskey=passkey))
+            answers = first_messages(sock, frames, early)
+        except (GatewayError, OSError) as error:
+            raise UpstreamError(502, "reset", f"LM Studio let nobody in ({error_text(error)})") from None
+        said = json_object(answers[0].payload) or {}
+        if said.get("success") is not True:
+            raise HttpError(403, "upstream_refused", error_message(said.get("error") or "no word of LM Studio's"))
+        return answers
 
     def done(self, call, answer=None):
         """An exchange is over: keep its connection if its answer was read to the end and allows that."""
@@ -6293,22 +6288,18 @@ def accept_key(key):
     return base64.b64encode(hashlib.sha1(salted).digest()).decode()
 
 
-def first_message(sock, frames, data=b""):
-    """(the first Message that comes and is no control frame, those that came with it); data: bytes that are
-    there.  Raises FrameError, ClientLeft at the end of the connection, TimeoutError after INTRODUCTION_S."""
+def first_messages(sock, frames, data):
+    """The Messages that come, from the first that is no ping on; data: bytes that are there.  Raises FrameError,
+    ClientLeft at the end of the connection, TimeoutError after INTRODUCTION_S."""
     deadline = time.monotonic() + INTRODUCTION_S
     while True:
-        found = frames.feed(data)
-        while found:
-            message = found.pop(0)
-            if message.opcode in (TEXT, BINARY):
-                return message, found
-            if message.opcode == CLOSE:
-                raise ClientLeft
+        found = list(itertools.dropwhile(lambda message: message.opcode in (PING, PONG), frames.feed(data)))
+        if found and found[0].opcode != CLOSE:
+            return found
         sock.settimeout(max(0.001, deadline - time.monotonic()))
-        data = sock.recv(PIECE)
+        data = b"" if found else sock.recv(PIECE)
         if not data:
-            raise ClientLeft
+            raise ClientLeft("the connection was closed")
 
 
 class LogStream:
@@ -6325,10 +6316,10 @@ class LogStream:
     def __init__(self, upstream, files, both):
         self._upstream, self._files = upstream, files
         self._by = "" if both else "stream"     # or "files", once that is known
-        self._sock, self._retry_at = None, -math.inf
+        self._sock: Any = None
         self._frames: Any = None
+        self._retry_at, self._trouble = -math.inf, ""
         self._held, self._since = b"", math.inf     # entries while _by is open, and their clock
-        self._trouble = ""
 
     def __getattr__(self, name):
         """The Follower says which file is read, and from which place on."""
@@ -6340,33 +6331,34 @@ class LogStream:
 
     def next_news(self, now):
         """As Follower.next_news()."""
-        news = self._files.next_news(now) if self._by != "stream" else b""
-        if self._by == "files" or news:
-            if isinstance(news, bytes):
-                self._by = "files"
-                self._leave()
-            return news
-        data = self._receive(now)
         if self._by == "stream":
-            return data
-        self._held += data
-        self._since = now if self._held and self._since == math.inf else self._since
-        if now - self._since > self.DOUBT_S:
-            self._by = "stream"
-            return self._held
-        return news
+            return self._receive(now)
+        news = self._files.next_news(now)
+        if news and isinstance(news, bytes):
+            self._by = "files"
+            self._leave()
+        if news or self._by:
+            return news
+        self._held += self._receive(now)
+        self._since = min(self._since, now) if self._held else math.inf
+        if now - self._since <= self.DOUBT_S:
+            return b""
+        self._by = "stream"
+        return self._held
 
     def _receive(self, now):
         """The lines that have come; b"" for none."""
+        if not self._sock and now < self._retry_at:
+            return b""
         try:
-            if self._sock is None and now >= self._retry_at:
+            if not self._sock:
                 self._retry_at = now + self.RETRY_S
                 self._connect()
-            data = self._sock.recv(PIECE) if self._sock else b""
-            if self._sock and not data:
+            data = self._sock.recv(PIECE)
+            if not data:
                 raise ConnectionError("LM Studio closed the stream")
-            return b"".join(map(self._line, self._frames.feed(data))) if data else b""
-        except (BlockingIOError, ssl.SSLWantReadError):
+            return b"".join(map(self._line, self._frames.feed(data)))
+        except NOT_NOW:
             return b""
         except (GatewayError, OSError) as error:
             self._trouble = f"LM Studio's log stream: {error_text(error)}"
@@ -6381,10 +6373,7 @@ class LogStream:
         """Raises OSError, GatewayError."""
         self._sock, early = self._upstream.upgrade("/diagnostics")
         self._frames = Frames(False, WHOLE_LIMIT)
-        self._sock.sendall(self._upstream.introduction("lmgateway"))
-        said = json_object(first_message(self._sock, self._frames, early)[0].payload) or {}
-        if said.get("success") is not True:
-            raise ConnectionError(f"LM Studio lets no guest read it ({error_message(said.get('error'))})")
+        self._upstream.introduce(self._sock, self._frames, early, "lmgateway")
         self._sock.sendall(packet(secrets.token_bytes(4), type="channelCreate", endpoint="streamLogs",
                                   channelId=0))
         self._sock.setblocking(False)
@@ -6841,9 +6830,9 @@ class Connection:
         self.request = request if streams else None
         self.state = STREAMING if streams else WORKING
 
-    def tunnels(self, request):
+    def tunnels(self, request, leave):
         """It is a WebSocket from now on: TUNNELLING, or WORKING while it has an inference."""
-        self.request, self.state, self.deadline = request, TUNNELLING, math.inf
+        self.request, self.state, self.deadline, self.leave = request, TUNNELLING, math.inf, leave
 
     def rests(self):
         """Its request has been answered."""
@@ -8304,18 +8293,19 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 
 FIRST_LIMIT = 4096  # bytes of a client's first message
 PARTING_S = 0.5  # for the other side's close frame once one side has sent its own
+LOOK_S = 3600.0  # a longer wait would be none that every system can count
 UNREAD_LIMIT = 2 * PIECE  # bytes that a client has not taken: beyond them its calls are not read
 REFUSALS_KEPT = 1000  # of calls that must send nothing more
-READ, WRITE = 1, 4  # of poll(2)
-NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-OPERATIONS = {1001: "gateway_stopped", 1008: "key_revoked", 1011: "upstream_reset"}  # by close code
+OPERATIONS = {None: "client_disconnected", 1001: "gateway_stopped", 1008: "key_revoked",
+              1011: "upstream_reset"}  # by close code
 KEY_REMEDY = ("this gateway asks for a key: give a client that takes a token (apiToken, LM_API_TOKEN) one of "
               "its sk-lm- keys, or let the key lead the path, as in HOST:PORT/key/KEY")
 
 
-def check_upgrade(access, request):
-    """Raises HttpError for anything but an opening handshake (RFC 6455, 4.2.1), and for a page of another
-    origin: a browser asks nobody before it opens a WebSocket."""
+def open_tunnel(gateway, request):
+    """The Response 101 to an opening handshake (RFC 6455, 4.2.1), with a Tunnel for its body.  Raises HttpError
+    for anything else, and for a page of another origin: a browser asks nobody before it opens a WebSocket."""
+    key = request.header("sec-websocket-key")
     if request.path[1:] not in NAMESPACES:
         raise HttpError(404, "namespace_unknown", "a WebSocket leads to /" + ", /".join(NAMESPACES))
     if request.method != "GET" or request.version < (1, 1) or "upgrade" not in listing(
@@ -8324,25 +8314,13 @@ def check_upgrade(access, request):
     if request.header("sec-websocket-version") != "13":
         raise HttpError(426, "version_unknown", "use version 13 of WebSocket",
                         [("Sec-WebSocket-Version", "13")])
-    if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", request.header("sec-websocket-key")):
+    if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", key):
         raise bad("Sec-WebSocket-Key must be 16 bytes of base64")
-    access.check_origin(request)
-
-
-def open_tunnel(gateway, request):
-    """The Response 101 with a Tunnel for its body.  Raises HttpError."""
-    check_upgrade(gateway.access, request)
+    gateway.access.check_origin(request)
     request.forwarded = True
     tunnel = Tunnel(gateway, request, *gateway.upstream.upgrade(request.path))
     return Response(101, [("Upgrade", "websocket"), ("Connection", "Upgrade"),
-                          ("Sec-WebSocket-Accept", accept_key(request.header("sec-websocket-key")))], tunnel)
-
-
-def key_in(first):
-    """The key that a client's first message has in two halves; "" for none."""
-    identifier, passkey = first.get("clientIdentifier"), first.get("clientPasskey")
-    both = isinstance(identifier, str) and isinstance(passkey, str)
-    return f"sk-lm-{identifier}:{passkey}" if both and len(identifier) == 8 and len(passkey) == 20 else ""
+                          ("Sec-WebSocket-Accept", accept_key(key))], tunnel)
 
 
 class Prediction(Exchange):
@@ -8351,21 +8329,21 @@ class Prediction(Exchange):
 
     first = last = None
 
-    def __init__(self, talk, kind, body, message):
+    def __init__(self, talk, path, dialect, body, message):
         """Raises HttpError if it is not let in."""
         super().__init__(talk.gateway, talk.request)
-        self.kind, self.bell = kind, lambda: talk.bell
+        self.dialect, self.stream, self.bell = dialect, dialect is SOCKET, lambda: talk.bell
         self.cancelled = False  # by the client
         self.usage, self.pieces, self._begun = Usage(), 0, None     # begun: clock of the first token
-        endpoint = body["endpoint"]
-        self.dialect = METERED[talk.namespace, kind, endpoint]
-        asked = member(body, "parameter" if kind == "rpcCall" else "creationParameter")
-        path, messages = f"/{talk.namespace}/{endpoint}", member(asked, "history").get("messages")
+        asked = member(body, "creationParameter" if self.stream else "parameter")
+        messages = member(asked, "history").get("messages")
+        files = any(part.get("type") == "file" for said in listed(messages)     # nobody knows their size
+                    for part in listed(said.get("content")))
         self.enter(
-            method="GET", path=path, target=path, dialect=self.dialect.name, stream=kind == "channelCreate",
+            method="GET", path=path, target=path, dialect=dialect.name, stream=self.stream,
             messages=len(messages) if isinstance(messages, list) else None,
             model_asked=model_named(member(asked, "modelSpecifier"), talk.gateway.instances),
-            size=None if has_files(listed(messages)) else text_size([messages, asked.get("rawPrompt")]),
+            size=None if files else text_size([messages, asked.get("rawPrompt")]),
             tools=b'"llm.prediction.tools"' in message.payload)
         self.held = message.raw if self.turn.bell else b""  # while it waits for its turn
 
@@ -8374,12 +8352,17 @@ class Prediction(Exchange):
         self.bell().set()
 
     def take(self, body, now):
-        """Learn from a message of LM Studio's that answers it."""
+        """Learn from a packet of LM Studio's that answers it."""
         kind, content = body.get("type"), member(body, "message")
-        if kind == "channelSend":
-            learn = PACKETS.get(str(content.get("type")))
-            if learn:
-                learn(self, content, now)
+        kind = str(content.get("type") if kind == "channelSend" else kind)
+        if kind == "promptProcessingProgress":
+            self._take_progress(content)
+        elif kind == "fragment":
+            self.more(count(member(content, "fragment"), "tokensCount", default=1), now)
+        elif kind.startswith("toolCallGeneration"):
+            self.more(0, now)
+        elif kind == "success":
+            self._take_result(member(content, "stats"), member(content, "modelInfo").get("identifier"))
         elif kind == "rpcResult":
             self.end()
         elif kind in ("rpcError", "channelError"):
@@ -8393,7 +8376,7 @@ class Prediction(Exchange):
         self.pieces, self._begun = self.pieces + tokens, self._begun or now
         self.generated(self.pieces, self._begun, now)
 
-    def on_progress(self, content, now):
+    def _take_progress(self, content):
         """How much of the prompt has been read; only here is said how much of it came from the cache."""
         read, details = usable(content.get("progress")), member(content, "details")
         cached, total = count(details, "cachedTokenCount"), count(details, "totalPromptTokenCount")
@@ -8406,8 +8389,7 @@ class Prediction(Exchange):
             events.append(Event("lmstudio_prompt_progress", {"progress": round(100 * min(read, 1), 2)}))
         self._gateway.hub.learned(self.record, events)
 
-    def on_success(self, content, now):
-        stats, model = member(content, "stats"), member(content, "modelInfo").get("identifier")
+    def _take_result(self, stats, model):
         self.usage.take({"stats": stats, "stop_reason": stats.get("stopReason"), "model": model})
         self.pieces = 0  # estimates are for requests without figures
         self.cancelled = self.usage.finish == "userStopped"
@@ -8423,21 +8405,14 @@ class Prediction(Exchange):
             self.conclude(error, operation, None if error else 200, self)
 
 
-PACKETS: dict[str, Callable] = {  # of a prediction's channel
-    "promptProcessingProgress": Prediction.on_progress, "success": Prediction.on_success,
-    "fragment": lambda prediction, content, now: prediction.more(
-        count(member(content, "fragment"), "tokensCount", default=1), now),
-    **dict.fromkeys(("toolCallGenerationStart", "toolCallGenerationArgumentFragmentGenerated"),
-                    lambda prediction, content, now: prediction.more(0, now))}
-
-
 class Conversation:
-    """The talk over one socket: which calls may go on, and when, and their cost."""
+    """The talk over one socket: which calls may go on, and when, and their cost.  A call is known by
+    call_of()."""
 
     def __init__(self, gateway, request, bell):
         self.gateway, self.request, self.bell, self.namespace = gateway, request, bell, request.path[1:]
-        self.running = {}  # (name of the id, id) -> Prediction
-        self._refused: dict = {}  # ids of calls that LM Studio never heard of, in the same form
+        self.running = {}   # call -> Prediction
+        self._refused: dict = {}    # the calls that LM Studio never heard of, or must hear no more of
         self.words = bytearray()  # packets of ours for the client
 
     @property
@@ -8460,96 +8435,82 @@ class Conversation:
         body = json_object(text)
         if body is None and "admin" not in self.request.identity.rights:
             raise FrameError(1008, "a message that is no JSON object")
-        kind = str((body or {}).get("type"))
-        if kind in OPENERS:
-            return self._opens(kind, body, message)
-        return kind not in FOLLOWERS or self._follows(kind, body)
-
-    def _opens(self, kind, body, message):
-        name, endpoint = OPENERS[kind][0], str(body.get("endpoint"))
-        key = name, id_of(body, name)
-        before, metered = self.running.get(key), (self.namespace, kind, endpoint) in METERED
-        if key[1] is None or before and (kind == "rpcCall" or before.held):
-            return False    # LM Studio drops such a call, too
-        try:
-            right = RIGHT_OF.get((self.namespace, endpoint), "admin")
-            if not self.request.identity.rights & {right, "admin"}:
-                raise right_missing(self.request.identity, right)
-            self._refused.pop(key, None)
-            if metered and not before:
-                self.running[key] = Prediction(self, kind, body, message)
-                self.running[key].begin()
-                return not self.running[key].held
-            return True
-        except HttpError as error:
-            self.gateway.hub.reject(error.code)
-            remember(self._refused, key, True, REFUSALS_KEPT)
-            self._refuse(kind, key[1], f"{bounded_text(endpoint, 60)}: {error}")
-            return False
-
-    def _refuse(self, kind, number, title):
-        name, refusal = OPENERS[kind]
-        self.words += packet(type=refusal, **{name: number}, error={"title": title})
-
-    def _follows(self, kind, body):
-        key = FOLLOWERS[kind], id_of(body, FOLLOWERS[kind])
-        prediction = self.running.get(key)
+        body = body or {}
+        call = call_of(body)
+        if body.get("type") in list(OPENERS):
+            return self._opens(call, body, message)
+        prediction = self.running.get(call)
         if prediction and member(body, "message").get("type") == "cancel":
             prediction.cancelled = True
             if prediction.held:
-                self._drop(key, "it was cancelled while it waited for its turn")
-                return False
-        return key not in self._refused and not (prediction and prediction.held)
+                self._drop(call, "it was cancelled while it waited for its turn")
+        return call not in self._refused and not (prediction and prediction.held)
 
-    def _drop(self, key, title):
-        """A call ends here; its client is told why."""
-        prediction = self.running.pop(key)
+    def _opens(self, call, body, message):
+        """True when a new call may go on now."""
+        kind, path, identity = body["type"], f"/{self.namespace}/{body.get('endpoint')}", self.request.identity
+        right, dialect = ENDPOINTS.get(path, UNKNOWN_ENDPOINT)
+        if call[1] is None or call in self.running:
+            return False    # LM Studio drops such a call, too
+        try:
+            if not identity.rights & {right, "admin"}:
+                raise right_missing(identity, right)
+            self._refused.pop(call, None)
+            if not dialect or (dialect is SOCKET) != (kind == "channelCreate"):
+                return True
+            prediction = self.running[call] = Prediction(self, path, dialect, body, message)
+            prediction.begin()
+            return not prediction.held
+        except HttpError as error:
+            self.gateway.hub.reject(error.code)
+            self._refuse(call, OPENERS[kind], f"{bounded_text(path, 60)}: {error}")
+            return False
+
+    def _refuse(self, call, kind, title):
+        remember(self._refused, call, True, REFUSALS_KEPT)
+        self.words += packet(type=kind, **dict([call]), error={"title": title})
+
+    def _drop(self, call, title):
+        """A prediction ends here; its client is told why."""
+        prediction = self.running.pop(call)
         prediction.end(title)
-        self._refuse(prediction.kind, key[1], title)
+        self._refuse(call, "channelError" if prediction.stream else "rpcError", title)
 
     def tend(self):
         """Frames for LM Studio: of the calls whose turn has come, and to cancel those that somebody has
         stopped."""
-        frames = []
-        for key, prediction in list(self.running.items()):
+        for call, prediction in list(self.running.items()):
             if prediction.cause:
-                self._drop(key, str(prediction.cause))
-                if not prediction.held and prediction.kind == "channelCreate":
-                    frames.append(packet(secrets.token_bytes(4), type="channelSend", channelId=key[1],
-                                         message={"type": "cancel"}))
+                self._drop(call, str(prediction.cause))
+                if not prediction.held and prediction.stream:
+                    yield packet(secrets.token_bytes(4), type="channelSend", channelId=call[1],
+                                 message={"type": "cancel"})
             elif prediction.held and prediction.turn.began is not None:
-                frames.append(prediction.held)
+                yield prediction.held
                 prediction.held = b""
                 prediction.go()
-        return frames
 
-    def heard(self, messages, now):
-        """LM Studio's messages, before the client has them: a client may leave the moment it has the last."""
-        for message in messages:
-            fragment = FRAGMENT.match(message.payload)
-            if fragment:
-                prediction = self.running.get(("channelId", int(fragment[1])))
-                if prediction:
-                    prediction.more(int(fragment[2]), now)
-            elif message.opcode in (TEXT, BINARY):
-                self._take(json_object(message.payload) or {}, now)
-
-    def _take(self, body, now):
-        name = "callId" if "callId" in body else "channelId"
-        key = name, id_of(body, name)
-        prediction = self.running.get(key)
-        if prediction:
+    def hear(self, message, now):
+        """LM Studio's message, before the client has it: a client may leave the moment it has the last."""
+        fragment = FRAGMENT.match(message.payload)
+        body = {} if fragment else json_object(message.payload) or {}
+        call = ("channelId", int(fragment[1])) if fragment else call_of(body)
+        prediction = self.running.get(call)
+        if prediction and fragment:
+            prediction.more(int(fragment[2]), now)
+        elif prediction:
             prediction.take(body, now)
             if prediction.over:
-                del self.running[key]
+                del self.running[call]
         for reference, model in named_instances(body):
             remember(self.gateway.instances, reference, model)
 
-    def end(self, error, operation):
+    def end(self, fault):
         """The socket is over, and with it all that runs or waits."""
+        operation = OPERATIONS.get(getattr(fault, "code", None), "protocol_error")
         with contextlib.ExitStack() as stack:   # each of them, also if another fails
             while self.running:
-                stack.callback(self.running.popitem()[1].end, error, operation)
+                stack.callback(self.running.popitem()[1].end, str(fault), operation)
 
 
 class Bell:
@@ -8557,8 +8518,7 @@ class Bell:
 
     def __init__(self):
         self.sock, self._rope = socket.socketpair()
-        for end in (self.sock, self._rope):
-            end.setblocking(False)
+        self._rope.setblocking(False)
 
     def set(self):
         with contextlib.suppress(OSError):  # it rings already, or there is nobody left
@@ -8574,26 +8534,32 @@ class Side:
     is."""
 
     def __init__(self, sock, frames, gone):
-        self.sock, self.frames, self._gone = sock, frames, gone
+        self.sock, self.frames, self.gone = sock, frames, gone
         self.pending = bytearray()  # bytes that it has not taken
+        self._wanted = 0
+
+    def watch(self, selector, reads):
+        """Have a selector look for bytes that have come, if reads, and for room while some are pending."""
+        wanted = selectors.EVENT_READ * reads | selectors.EVENT_WRITE * bool(self.pending)
+        if wanted != self._wanted:
+            if self._wanted:
+                selector.unregister(self.sock)
+            if wanted:
+                selector.register(self.sock, wanted, self)
+            self._wanted = wanted
 
     def receive(self):
         """The bytes that have come, b"" for none."""
         data = self._call(self.sock.recv, PIECE)
         if data == b"":
-            raise self._gone
+            raise self.gone
         return data or b""
 
     def send(self, data=b""):
         """Send as much as there is room for, and keep the rest."""
+        self.pending += data
         if self.pending:
-            self.pending += data
-            data = self.pending
-        sent = self._call(self.sock.send, data) or 0 if data else 0
-        if data is self.pending:
-            del data[:sent]
-        elif sent < len(data):
-            self.pending += data[sent:]
+            del self.pending[:self._call(self.sock.send, self.pending) or 0]
 
     def _call(self, function, argument):
         """None if that would have to wait."""
@@ -8602,23 +8568,7 @@ class Side:
         except NOT_NOW:
             return None
         except OSError:
-            raise self._gone from None
-
-
-def ready_sockets(wanted, timeout_s):
-    """The set of sockets that can be read or written, or have ended, within timeout_s, None for ever; wanted:
-    {socket: READ, WRITE, both or 0}."""
-    if not hasattr(select, "poll"):
-        reads, writes, _ = select.select([sock for sock in wanted if wanted[sock] & READ],
-                                         [sock for sock in wanted if wanted[sock] & WRITE], [], timeout_s)
-        return {*reads, *writes}
-    look, socks = select.poll(), {}
-    for sock, mask in wanted.items():
-        if mask:
-            socks[sock.fileno()] = sock
-            look.register(sock, mask)
-    timeout_ms = None if timeout_s is None else math.ceil(1000 * timeout_s)
-    return {socks[number] for number, _ in look.poll(timeout_ms)}
+            raise self.gone from None
 
 
 class Tunnel:
@@ -8627,87 +8577,62 @@ class Tunnel:
 
     def __init__(self, gateway, request, studio, early):
         self._gateway, self._request, self._bell = gateway, request, Bell()
-        self.client = Side(request.connection.sock, Frames(True, FIRST_LIMIT), ClientLeft())
+        self.client = Side(request.connection.sock, Frames(True, FIRST_LIMIT), ClientLeft("the client left"))
         self.studio = Side(studio, Frames(False, LONGEST_MESSAGE),
-                           FrameError(1011, "LM Studio closed the connection"))
+                           FrameError(1011, "LM Studio closed the socket"))
         self._early = early  # bytes of LM Studio's that came with its 101
         self.talk = Conversation(gateway, request, self._bell)
-        self._memory, self._held = BodyMemory(0), 0     # held: bytes of messages that it counts
+        self._selector = getattr(selectors, "PollSelector", selectors.SelectSelector)()     # without a file
+        self._server: Any = None
+        self._held = 0  # bytes of messages that the budget of all bodies counts
         self._dismissed = False     # the client has left, or is to go
         self._parting = math.inf  # clock when it is over in any case: one side has closed
 
     def serve(self, server, head, early):
         """Answer the upgrade with head, and pass messages on until one side ends it; early: bytes of the
-        client's that came with its request.  Gives the exception that ended it, if one did."""
-        fault: Any = None
+        client's that came with its request.  Gives the exception that ended it."""
+        self._server, request, fault = server, self._request, self.studio.gone
         try:
             self.client.sock.sendall(head)
-            self._admit(early)
-            server.prove(self._request.connection)
-            self._request.connection.tunnels(self._request)
-            self._run(self._request.connection, server.memory)
-        except HttpError as error:
-            fault = error
+            calls = self._admit(early)
+            server.prove(request.connection)
+            request.connection.tunnels(request, self.dismiss)
+            self._selector.register(self._bell.sock, selectors.EVENT_READ)
+            self._pass_on(calls)
+            while time.monotonic() < self._parting:
+                self._step()
+        except HttpError as error:  # as LM Studio refuses: in a string, but in an object to its Python SDK
+            fault, text = error, KEY_REMEDY if error.status == 401 else str(error)
             self._gateway.hub.reject(error.code)
-            self._refuse(str(error))
+            plain = not request.header("user-agent").startswith("python-httpx")
+            self.client.pending += packet(success=False, error=text if plain else {"title": text})
+            self.client.pending += frame(CLOSE, b"")
         except (FrameError, ClientLeft, OSError) as error:  # an OSError is the client's
             fault = error
         finally:
             self._part(fault)
         return fault
 
-    # --- the two sides
-
     def _admit(self, early):
-        """Take the client's first message, early the bytes of it that are there, and give LM Studio one of
-        ours, until LM Studio has let it in.  Raises HttpError with why not, FrameError, ClientLeft."""
+        """Take the client's first message, early the bytes of it that are there, and have LM Studio let it in.
+        Gives the Messages that came behind.  Raises HttpError with why not, FrameError, ClientLeft."""
         request = self._request
         try:
-            first, calls = first_message(self.client.sock, self.client.frames, early)
+            first, *calls = first_messages(self.client.sock, self.client.frames, early)
         except TIMEOUTS:
             raise HttpError(408, "authentication_timeout", "authentication timed out") from None
         said = json_object(first.payload) or {}
-        request.key = request.key or key_in(said)
-        try:
-            request.identity = self._gateway.access.identify(request, credentials(request))
-        except HttpError as error:
-            text = KEY_REMEDY if error.code in ("key_wrong", "key_needed") else str(error)
-            raise HttpError(error.status, error.code, text) from None
-        who = [request.identity.name, said.get("clientIdentifier"), said.get("clientPasskey")]
-        try:
-            self.studio.sock.sendall(self._gateway.upstream.introduction(json.dumps(who)))
-            answer, news = first_message(self.studio.sock, self.studio.frames, self._early)
-        except (ClientLeft, FrameError, OSError):
-            raise FrameError(1011, "LM Studio let nobody in") from None
-        said = json_object(answer.payload) or {}
-        if said.get("success") is not True:
-            raise HttpError(403, "upstream_refused", str(said.get("error") or "LM Studio let nobody in"))
-        self.client.sock.sendall(b"".join(message.raw for message in (answer, *news)))
+        halves = said.get("clientIdentifier"), said.get("clientPasskey")
+        token = SDK_TOKEN("sk-lm-{}:{}".format(*halves))
+        request.key = request.key or (token[0] if token else "")
+        request.identity = self._gateway.access.identify(request, credentials(request))
+        answers = self._gateway.upstream.introduce(self.studio.sock, self.studio.frames, self._early,
+                                                   json.dumps([request.identity.name, *halves]))
+        self.client.sock.sendall(b"".join(message.raw for message in answers))
         self.client.frames.limit = self._gateway.config.max_body
         for side in (self.client, self.studio):
             side.sock.setblocking(False)
-        self._pass_on(calls)
-
-    def _refuse(self, text):
-        """Say why nobody is let in, as LM Studio does: in a string, but in an object to its Python SDK."""
-        plain = not self._request.header("user-agent").startswith("python-httpx")
-        self.client.sock.sendall(packet(success=False, error=text if plain else {"title": text})
-                                 + frame(CLOSE, b""))
-
-    # --- the bytes between them
-
-    def _run(self, connection, memory):
-        """Until one side ends it.  Raises FrameError with the close code for the client, ClientLeft."""
-        self._memory, talk = memory, self.talk
-        connection.leave = self.dismiss
-        while time.monotonic() < self._parting:
-            connection.state = WORKING if talk.running else TUNNELLING
-            if self._gateway.stopping and not talk.running:
-                raise FrameError(1001, "lmgateway stops")
-            try:
-                self._step()
-            except HttpError as error:  # of the memory for bodies
-                raise FrameError(1009, str(error)) from None
+        return calls
 
     def dismiss(self):
         """Any thread.  The client has left, or is to go."""
@@ -8715,45 +8640,55 @@ class Tunnel:
         self._bell.set()
 
     def _step(self):
+        """Wait for news, and pass them on.  Raises FrameError with the close code for the client,
+        ClientLeft."""
         client, studio, talk = self.client, self.studio, self.talk
+        self._request.connection.state = WORKING if talk.running else TUNNELLING
+        if self._gateway.stopping and not talk.running:
+            raise FrameError(1001, "lmgateway stops")
         if talk.words and studio.frames.between:    # ours stand between two messages of LM Studio's
-            client.send(bytes(talk.words))
+            client.send(talk.words)
             talk.words.clear()
-        reads = not studio.pending and len(client.pending) + len(talk.words) <= UNREAD_LIMIT
-        found = ready_sockets({
-            self._bell.sock: READ, client.sock: READ * reads | WRITE * bool(client.pending),
-            studio.sock: READ * (not client.pending) | WRITE * bool(studio.pending)},
-            max(0.0, self._parting - time.monotonic()) if self._parting < math.inf else None)
+        client.watch(self._selector,
+                     not studio.pending and len(client.pending) + len(talk.words) <= UNREAD_LIMIT)
+        studio.watch(self._selector, not client.pending)
+        news = {key.data: events & selectors.EVENT_READ for key, events in self._selector.select(
+            min(self._parting - time.monotonic(), LOOK_S))}
         client.send()
         studio.send()
-        if self._bell.sock in found:
-            self._bell.sock.recv(PIECE)
+        if None in news:
             self._wake()
-        if studio.sock in found:
-            self._from_studio(studio.receive())
-        if client.sock in found and reads:
+        if news.get(studio):
+            self._hear(studio.receive())
+        if news.get(client):
             self._pass_on(client.frames.feed(client.receive()))
-        held = client.frames.held + talk.held
-        self._memory.take(held - self._held)
+        self._count(client.frames.held + talk.held)
+
+    def _count(self, held):
+        """Bytes of messages are held, so many."""
+        try:
+            self._server.memory.take(held - self._held)
+        except HttpError as error:
+            raise FrameError(1009, str(error)) from None
         self._held = held
 
     def _wake(self):
         """Another thread has rung."""
+        self._bell.sock.recv(PIECE)
         if self._dismissed and not self._gateway.stopping:
             self.talk.check_key()
-            raise ClientLeft
+            raise self.client.gone
         for data in self.talk.tend():
             self.studio.send(data)
 
-    def _from_studio(self, data):
-        try:
-            messages = self.studio.frames.feed(data)
-        except FrameError as fault:
-            raise FrameError(1011, f"LM Studio sent {fault}") from None
-        self.talk.heard(messages, time.monotonic())
+    def _hear(self, data):
+        """LM Studio's bytes: metered, then on their way."""
+        now = time.monotonic()
+        for message in self.studio.frames.feed(data):
+            if message.opcode == CLOSE:
+                self._close(self.studio)
+            self.talk.hear(message, now)
         self.client.send(data)
-        if messages and messages[-1].opcode == CLOSE:
-            self._closes()
 
     def _pass_on(self, messages):
         """A client's messages, to LM Studio or not."""
@@ -8761,36 +8696,28 @@ class Tunnel:
             if message.opcode >= CLOSE or self.talk.admits(message):
                 self.studio.send(message.raw)
             if message.opcode == CLOSE:
-                self.talk.end("the client closed the socket", "client_disconnected")
-                return self._closes()
+                return self._close(self.client)
 
-    def _closes(self):
+    def _close(self, side):
         """One side has sent its close frame; after both, or soon, all is over."""
-        both = self._parting < math.inf
-        self._parting = 0.0 if both else time.monotonic() + PARTING_S
-
-    # --- the end
+        self.talk.end(side.gone)
+        self._parting = 0.0 if self._parting < math.inf else time.monotonic() + PARTING_S
 
     def _part(self, fault):
-        """It is over, for the exception given, or because a side has closed."""
+        """It is over, for the exception given."""
+        if self._gateway.cutting_off:
+            fault = FrameError(1001, "lmgateway stopped during the answer")
         self._request.connection.leave = None
-        self._memory.give_back(self._held)
+        self._server.memory.give_back(self._held)
         close_quietly(self.studio.sock)
+        self.talk.end(fault)
+        self._bell.close()
         if isinstance(fault, FrameError) and self._parting == math.inf:
             log.debug("%s %s: closed with %d: %s", self._request.client, self._request.path, fault.code,
                       fault)
-            why = str(fault), OPERATIONS.get(fault.code, "protocol_error")
             if not self.studio.frames.rest:
                 self.client.pending += frame(CLOSE, fault.code.to_bytes(2, "big")
                                              + str(fault).encode()[:LONGEST_CONTROL - 2])
-        elif self._gateway.cutting_off:
-            why = "lmgateway stopped during the answer", "gateway_stopped"
-        elif isinstance(fault, (ClientLeft, OSError)):
-            why = "the client left", "client_disconnected"
-        else:
-            why = "LM Studio closed the socket", "upstream_reset"
-        self.talk.end(*why)
-        self._bell.close()
         with contextlib.suppress(OSError):
             self.client.sock.settimeout(PARTING_S)
             self.client.sock.sendall(self.client.pending)

@@ -1519,7 +1519,7 @@ def test_a_servers_frame_has_no_mask_and_a_limit_too(code, data):
     (1, 1), (5.0, 5), (0, 0), (-3, -3), (2**53 - 1, 2**53 - 1), (2**53, None), (True, None), (1.5, None),
     ("1", None), (None, None), ([], None), ({}, None), (float("inf"), None)])
 def test_ids_are_whole_numbers(value, found):
-    assert lmgateway.id_of({"callId": value}, "callId") == found
+    assert lmgateway.call_of({"type": "rpcCall", "callId": value}) == ("callId", found)
 
 
 # --- 3.8 the join
@@ -7239,6 +7239,7 @@ def test_at_the_end_idle_sockets_are_told_and_predictions_may_finish(fronts, joi
 def test_a_system_without_poll_serves_sockets_too(joined, monkeypatch):
     monkeypatch.delattr(lmgateway.select, "POLLRDHUP", raising=False)
     monkeypatch.delattr(lmgateway.select, "poll")
+    monkeypatch.delattr(lmgateway.selectors, "PollSelector")
     test_megabytes_pass_in_one_frame(joined, 0)
     client, studio = joined()
     studio.say({"a": 1})
