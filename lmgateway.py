@@ -8357,10 +8357,8 @@ class Prediction(Exchange):
         kind = str(content.get("type") if kind == "channelSend" else kind)
         if kind == "promptProcessingProgress":
             self._take_progress(content)
-        elif kind == "fragment":
+        elif kind == "fragment" or kind.startswith("toolCallGeneration"):     # of a tool call, a token each
             self.more(count(member(content, "fragment"), "tokensCount", default=1), now)
-        elif kind.startswith("toolCallGeneration"):
-            self.more(0, now)
         elif kind == "success":
             self._take_result(member(content, "stats"), member(content, "modelInfo").get("identifier"))
         elif kind == "rpcResult":
