@@ -6183,7 +6183,7 @@ class Upstream:
         return self._opener.open(call)
 
     def upgrade(self, path):
-        """(socket, bytes that came with its 101) of a new WebSocket.  Raises HttpError.
+        """A Side: LM Studio's of a new WebSocket.  Raises HttpError.
 
         LM Studio never answers for a namespace that it does not know (lmstudio-js, WsServer.ts)."""
         key = base64.b64encode(secrets.token_bytes(16)).decode()
@@ -6195,7 +6195,8 @@ class Upstream:
         try:
             answer = self.send(call).begin()
             if answer.status == 101 and answer.header("sec-websocket-accept") == accept_key(key):
-                return call.use(None), answer.rest
+                return Side(call.use(None), Frames(False, LONGEST_MESSAGE),
+                            FrameError(1011, "LM Studio closed the socket"), answer.rest)
             kind, why = "reset", f"{answer.status} {answer.reason}"
         except BROKEN as error:
             kind, why = "timeout" if isinstance(error, TIMEOUTS) else "reset", error_text(error)
@@ -6203,18 +6204,18 @@ class Upstream:
         raise UpstreamError(502, kind, f"LM Studio took no WebSocket on {path} ({why}): this version may not "
                                        "know it")
 
-    def introduce(self, sock, frames, early, who):
+    def introduce(self, side, who):
         """Be let in over a new WebSocket, by the halves of LM Studio's own token, else by a guest's pair.  Gives
-        LM Studio's Messages; early: bytes that came with its 101.  Raises HttpError.
+        LM Studio's Messages.  Raises HttpError.
 
         Uploaded files belong to such a pair: one text who has always the same one, and no other has it."""
         token = SDK_TOKEN(self.token or "")
         name = hmac.new(self._secret, who.encode(), hashlib.sha256).hexdigest()
         identifier, passkey = token.groups() if token else (f"guest:{name[:32]}", name[32:])
         try:
-            sock.sendall(packet(secrets.token_bytes(4), authVersion=1, clientIdentifier=identifier,
-                                clientPasskey=passkey))
-            answers = first_messages(sock, frames, early)
+            side.sock.sendall(packet(secrets.token_bytes(4), authVersion=1, clientIdentifier=identifier,
+                                     clientPasskey=passkey))
+            answers = side.first_messages()
         except (GatewayError, OSError) as error:
             raise UpstreamError(502, "reset", f"LM Studio let nobody in ({error_text(error)})") from None
         said = json_object(answers[0].payload) or {}
@@ -6288,18 +6289,63 @@ def accept_key(key):
     return base64.b64encode(hashlib.sha1(salted).digest()).decode()
 
 
-def first_messages(sock, frames, data):
-    """The Messages that come, from the first that is no ping on; data: bytes that are there.  Raises FrameError,
-    ClientLeft at the end of the connection, TimeoutError after INTRODUCTION_S."""
-    deadline = time.monotonic() + INTRODUCTION_S
-    while True:
-        found = list(itertools.dropwhile(lambda message: message.opcode in (PING, PONG), frames.feed(data)))
-        if found and found[0].opcode != CLOSE:
-            return found
-        sock.settimeout(max(0.001, deadline - time.monotonic()))
-        data = b"" if found else sock.recv(PIECE)
-        if not data:
-            raise ClientLeft("the connection was closed")
+class Side:
+    """One of the two connections of a socket, read and written without waiting once its first_messages() are
+    there.
+
+    gone: the error that its end is.  early: bytes that are there already."""
+
+    def __init__(self, sock, frames, gone, early):
+        self.sock, self.frames, self.gone, self._early = sock, frames, gone, early
+        self.pending = bytearray()  # bytes that it has not taken
+        self._wanted = 0
+
+    def first_messages(self):
+        """The Messages that come, from the first that is no ping on.  Raises FrameError, TimeoutError after
+        INTRODUCTION_S, gone."""
+        deadline, data = time.monotonic() + INTRODUCTION_S, self._early
+        while True:
+            found = list(itertools.dropwhile(lambda message: message.opcode in (PING, PONG),
+                                             self.frames.feed(data)))
+            if found and found[0].opcode != CLOSE:
+                self.sock.setblocking(False)
+                return found
+            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+            data = b"" if found else self.sock.recv(PIECE)
+            if not data:
+                raise self.gone
+
+    def watch(self, selector, reads):
+        """Have a selector look for bytes that have come, if reads, and for room while some are pending."""
+        wanted = selectors.EVENT_READ * reads | selectors.EVENT_WRITE * bool(self.pending)
+        if wanted != self._wanted:
+            if self._wanted:
+                selector.unregister(self.sock)
+            if wanted:
+                selector.register(self.sock, wanted, self)
+            self._wanted = wanted
+
+    def receive(self):
+        """The Messages that have come, and their bytes.  Raises FrameError, gone."""
+        data = self._call(self.sock.recv, PIECE)
+        if data == b"":
+            raise self.gone
+        return self.frames.feed(data or b""), data or b""
+
+    def send(self, data=b""):
+        """Send as much as there is room for, and keep the rest.  Raises gone."""
+        self.pending += data
+        if self.pending:
+            del self.pending[:self._call(self.sock.send, self.pending) or 0]
+
+    def _call(self, function, argument):
+        """None if that would have to wait."""
+        try:
+            return function(argument)
+        except NOT_NOW:
+            return None
+        except OSError:
+            raise self.gone from None
 
 
 class LogStream:
@@ -6316,8 +6362,7 @@ class LogStream:
     def __init__(self, upstream, files, both):
         self._upstream, self._files = upstream, files
         self._by = "" if both else "stream"     # or "files", once that is known
-        self._sock: Any = None
-        self._frames: Any = None
+        self._side: Any = None  # LM Studio's, while there is one
         self._retry_at, self._trouble = -math.inf, ""
         self._held, self._since = b"", math.inf     # entries while _by is open, and their clock
 
@@ -6348,36 +6393,26 @@ class LogStream:
 
     def _receive(self, now):
         """The lines that have come; b"" for none."""
-        if not self._sock and now < self._retry_at:
+        if not self._side and now < self._retry_at:
             return b""
         try:
-            if not self._sock:
+            if not self._side:
                 self._retry_at = now + self.RETRY_S
-                self._connect()
-            data = self._sock.recv(PIECE)
-            if not data:
-                raise ConnectionError("LM Studio closed the stream")
-            return b"".join(map(self._line, self._frames.feed(data)))
-        except NOT_NOW:
-            return b""
-        except (GatewayError, OSError) as error:
-            self._trouble = f"LM Studio's log stream: {error_text(error)}"
+                self._side = self._upstream.upgrade("/diagnostics")
+                self._upstream.introduce(self._side, "lmgateway")
+                self._side.send(packet(secrets.token_bytes(4), type="channelCreate", endpoint="streamLogs",
+                                       channelId=0))
+                self._trouble = ""
+            return b"".join(map(self._line, self._side.receive()[0]))
+        except GatewayError as error:
+            self._trouble = f"LM Studio's log stream: {error}"
             self._leave()
             return b""
 
     def _leave(self):
-        close_quietly(self._sock)
-        self._sock = None
-
-    def _connect(self):
-        """Raises OSError, GatewayError."""
-        self._sock, early = self._upstream.upgrade("/diagnostics")
-        self._frames = Frames(False, WHOLE_LIMIT)
-        self._upstream.introduce(self._sock, self._frames, early, "lmgateway")
-        self._sock.sendall(packet(secrets.token_bytes(4), type="channelCreate", endpoint="streamLogs",
-                                  channelId=0))
-        self._sock.setblocking(False)
-        self._trouble = ""
+        if self._side:
+            self._side.sock.close()
+        self._side = None
 
     @classmethod
     def _line(cls, message):
@@ -6543,17 +6578,13 @@ class BodyMemory:
         self._lock = threading.Lock()   # guards used
 
     def take(self, size):
-        """Raises HttpError 503 if there is no room for so many bytes more."""
+        """Raises HttpError 503 if there is no room for so many bytes more; a negative size gives back."""
         with self._lock:
             if self.used + size > self._limit:
                 raise HttpError(503, "bodies_too_large",
                                 "the bodies of the running requests take all of MAX_BODY_MEMORY: try again, "
                                 "or raise it", [("Retry-After", "5")], close=True)
             self.used += size
-
-    def give_back(self, size):
-        with self._lock:
-            self.used -= size
 
 
 class Wire:
@@ -6572,7 +6603,7 @@ class Wire:
         self.sock, self._memory = sock, memory
         self.buffer = bytearray()
         self._timeout_s = 0.0  # of the socket
-        self._held = 0  # bytes of the present body that the budget counts
+        self._held = 0  # bytes that the budget counts
 
     def _set_timeout(self, seconds):
         """For each read and write from now on, the Handler's writes included."""
@@ -6650,8 +6681,7 @@ class Wire:
                 part = decoder.feed(piece)
                 if len(data) + len(part) + decoder.left > limit:
                     raise too_large(limit)
-                self._memory.take(len(part))
-                self._held += len(part)
+                self.hold(len(data) + len(part))
                 data += part
                 if time.monotonic() - began > self.BODY_S + len(data) / self.BODY_RATE:
                     raise TimeoutError
@@ -6666,11 +6696,11 @@ class Wire:
         self.buffer += decoder.rest
         return data
 
-    def release(self):
-        """The body of the last request is no longer needed."""
-        if self._held:
-            self._memory.give_back(self._held)
-            self._held = 0
+    def hold(self, size):
+        """So many bytes of this connection are kept from now on.  Raises HttpError 503 if that is too much."""
+        if size != self._held:
+            self._memory.take(size - self._held)
+            self._held = size
 
     def linger(self):
         """Read the rest of a refused request, for a moment: closing at once would destroy the answer
@@ -8302,7 +8332,7 @@ KEY_REMEDY = ("this gateway asks for a key: give a client that takes a token (ap
               "its sk-lm- keys, or let the key lead the path, as in HOST:PORT/key/KEY")
 
 
-def open_tunnel(gateway, request):
+def open_tunnel(gateway, request, wire):
     """The Response 101 to an opening handshake (RFC 6455, 4.2.1), with a Tunnel for its body.  Raises HttpError
     for anything else, and for a page of another origin: a browser asks nobody before it opens a WebSocket."""
     key = request.header("sec-websocket-key")
@@ -8318,7 +8348,7 @@ def open_tunnel(gateway, request):
         raise bad("Sec-WebSocket-Key must be 16 bytes of base64")
     gateway.access.check_origin(request)
     request.forwarded = True
-    tunnel = Tunnel(gateway, request, *gateway.upstream.upgrade(request.path))
+    tunnel = Tunnel(gateway, request, wire, gateway.upstream.upgrade(request.path))
     return Response(101, [("Upgrade", "websocket"), ("Connection", "Upgrade"),
                           ("Sec-WebSocket-Accept", accept_key(key))], tunnel)
 
@@ -8527,78 +8557,34 @@ class Bell:
         self._rope.close()
 
 
-class Side:
-    """One of a tunnel's two connections, read and written without waiting.  gone: the error that its end
-    is."""
-
-    def __init__(self, sock, frames, gone):
-        self.sock, self.frames, self.gone = sock, frames, gone
-        self.pending = bytearray()  # bytes that it has not taken
-        self._wanted = 0
-
-    def watch(self, selector, reads):
-        """Have a selector look for bytes that have come, if reads, and for room while some are pending."""
-        wanted = selectors.EVENT_READ * reads | selectors.EVENT_WRITE * bool(self.pending)
-        if wanted != self._wanted:
-            if self._wanted:
-                selector.unregister(self.sock)
-            if wanted:
-                selector.register(self.sock, wanted, self)
-            self._wanted = wanted
-
-    def receive(self):
-        """The bytes that have come, b"" for none."""
-        data = self._call(self.sock.recv, PIECE)
-        if data == b"":
-            raise self.gone
-        return data or b""
-
-    def send(self, data=b""):
-        """Send as much as there is room for, and keep the rest."""
-        self.pending += data
-        if self.pending:
-            del self.pending[:self._call(self.sock.send, self.pending) or 0]
-
-    def _call(self, function, argument):
-        """None if that would have to wait."""
-        try:
-            return function(argument)
-        except NOT_NOW:
-            return None
-        except OSError:
-            raise self.gone from None
-
-
 class Tunnel:
     """Both connections of a socket, served by one thread that waits for none of them alone: what one side has
     not taken holds up the other.  TLS would not bear two threads (SSL_read(3) beside SSL_write(3))."""
 
-    def __init__(self, gateway, request, studio, early):
-        self._gateway, self._request, self._bell = gateway, request, Bell()
-        self.client = Side(request.connection.sock, Frames(True, FIRST_LIMIT), ClientLeft("the client left"))
-        self.studio = Side(studio, Frames(False, LONGEST_MESSAGE),
-                           FrameError(1011, "LM Studio closed the socket"))
-        self._early = early  # bytes of LM Studio's that came with its 101
+    def __init__(self, gateway, request, wire, studio):
+        self._gateway, self._request, self._wire, self._bell = gateway, request, wire, Bell()
+        self.client = Side(wire.sock, Frames(True, FIRST_LIMIT), ClientLeft("the client left"),
+                           bytes(wire.buffer))
+        self.studio = studio
         self.talk = Conversation(gateway, request, self._bell)
         self._selector = getattr(selectors, "PollSelector", selectors.SelectSelector)()     # without a file
-        self._server: Any = None
-        self._held = 0  # bytes of messages that the budget of all bodies counts
         self._dismissed = False     # the client has left, or is to go
         self._parting = math.inf  # clock when it is over in any case: one side has closed
 
-    def serve(self, server, head, early):
-        """Answer the upgrade with head, and pass messages on until one side ends it; early: bytes of the
-        client's that came with its request.  Gives the exception that ended it."""
-        self._server, request, fault = server, self._request, self.studio.gone
+    def serve(self, server, head):
+        """Answer the upgrade with head, and pass messages on until one side ends it.  Gives the exception that
+        ended it."""
+        request, fault = self._request, self.studio.gone
         try:
             self.client.sock.sendall(head)
-            calls = self._admit(early)
+            calls = self._admit()
             server.prove(request.connection)
             request.connection.tunnels(request, self.dismiss)
             self._selector.register(self._bell.sock, selectors.EVENT_READ)
             self._pass_on(calls)
             while time.monotonic() < self._parting:
                 self._step()
+                self._count()
         except HttpError as error:  # as LM Studio refuses: in a string, but in an object to its Python SDK
             fault, text = error, KEY_REMEDY if error.status == 401 else str(error)
             self._gateway.hub.reject(error.code)
@@ -8611,12 +8597,12 @@ class Tunnel:
             self._part(fault)
         return fault
 
-    def _admit(self, early):
-        """Take the client's first message, early the bytes of it that are there, and have LM Studio let it in.
-        Gives the Messages that came behind.  Raises HttpError with why not, FrameError, ClientLeft."""
+    def _admit(self):
+        """Take the client's first message, and have LM Studio let it in.  Gives the Messages that came behind.
+        Raises HttpError with why not, FrameError, ClientLeft."""
         request = self._request
         try:
-            first, *calls = first_messages(self.client.sock, self.client.frames, early)
+            first, *calls = self.client.first_messages()
         except TIMEOUTS:
             raise HttpError(408, "authentication_timeout", "authentication timed out") from None
         said = json_object(first.payload) or {}
@@ -8624,12 +8610,9 @@ class Tunnel:
         token = SDK_TOKEN("sk-lm-{}:{}".format(*halves))
         request.key = request.key or (token[0] if token else "")
         request.identity = self._gateway.access.identify(request, credentials(request))
-        answers = self._gateway.upstream.introduce(self.studio.sock, self.studio.frames, self._early,
-                                                   json.dumps([request.identity.name, *halves]))
-        self.client.sock.sendall(b"".join(message.raw for message in answers))
+        answers = self._gateway.upstream.introduce(self.studio, json.dumps([request.identity.name, *halves]))
+        self.client.send(b"".join(message.raw for message in answers))
         self.client.frames.limit = self._gateway.config.max_body
-        for side in (self.client, self.studio):
-            side.sock.setblocking(False)
         return calls
 
     def dismiss(self):
@@ -8657,18 +8640,16 @@ class Tunnel:
         if None in news:
             self._wake()
         if news.get(studio):
-            self._hear(studio.receive())
+            self._hear(*studio.receive())
         if news.get(client):
-            self._pass_on(client.frames.feed(client.receive()))
-        self._count(client.frames.held + talk.held)
+            self._pass_on(client.receive()[0])
 
-    def _count(self, held):
-        """Bytes of messages are held, so many."""
+    def _count(self):
+        """What is kept counts in the budget of all bodies."""
         try:
-            self._server.memory.take(held - self._held)
+            self._wire.hold(self.client.frames.held + self.talk.held)
         except HttpError as error:
             raise FrameError(1009, str(error)) from None
-        self._held = held
 
     def _wake(self):
         """Another thread has rung."""
@@ -8679,10 +8660,10 @@ class Tunnel:
         for data in self.talk.tend():
             self.studio.send(data)
 
-    def _hear(self, data):
-        """LM Studio's bytes: metered, then on their way."""
+    def _hear(self, messages, data):
+        """LM Studio's messages are metered, then their bytes go on their way."""
         now = time.monotonic()
-        for message in self.studio.frames.feed(data):
+        for message in messages:
             if message.opcode == CLOSE:
                 self._close(self.studio)
             self.talk.hear(message, now)
@@ -8706,7 +8687,6 @@ class Tunnel:
         if self._gateway.cutting_off:
             fault = FrameError(1001, "lmgateway stopped during the answer")
         self._request.connection.leave = None
-        self._server.memory.give_back(self._held)
         close_quietly(self.studio.sock)
         self.talk.end(fault)
         self._bell.close()
@@ -8791,7 +8771,7 @@ class Handler(socketserver.BaseRequestHandler):
                                           close=True))
         finally:
             self.seen = None    # its body can be large
-            self.wire.release()
+            self.wire.hold(0)
             self.connection.rests()
 
     def _refuse(self, error):
@@ -8822,7 +8802,7 @@ class Handler(socketserver.BaseRequestHandler):
         if request.method == "OPTIONS" and request.header("access-control-request-method"):
             return preflight(access, request)
         if asks_websocket(request):     # a key may come later
-            return open_tunnel(gateway, request)
+            return open_tunnel(gateway, request, self.wire)
         route = find_route(request)
         request.forwarded = route is FORWARD
         offered = credentials(request) if access.need_key else []
@@ -8887,7 +8867,7 @@ class Handler(socketserver.BaseRequestHandler):
         """HTTP is over: both connections pass on WebSocket frames until one side ends them.  False."""
         self.begun = True
         head = head_bytes(101, response.headers)
-        fault = response.body.serve(self.server, head, bytes(self.wire.buffer))
+        fault = response.body.serve(self.server, head)
         self._note(request, 101)
         if not isinstance(fault, (ClientLeft, OSError)) and not self.server.gateway.stopping:
             self.wire.linger()
