@@ -8438,7 +8438,7 @@ class Conversation:
     call_of()."""
 
     def __init__(self, gateway, request, bell):
-        self.gateway, self.request, self.bell, self.namespace = gateway, request, bell, request.path[1:]
+        self.gateway, self.request, self.bell = gateway, request, bell
         self.running = {}   # call -> Prediction
         self._refused: dict = {}    # the calls that LM Studio never heard of, or must hear no more of
         self.words = bytearray()  # packets of ours for the client
@@ -8476,7 +8476,7 @@ class Conversation:
 
     def _opens(self, call, body, message):
         """True when a new call may go on now."""
-        kind, path, identity = body["type"], f"/{self.namespace}/{body.get('endpoint')}", self.request.identity
+        kind, path, identity = body["type"], f"{self.request.path}/{body.get('endpoint')}", self.request.identity
         right, dialect = ENDPOINTS.get(path, UNKNOWN_ENDPOINT)
         if call[1] is None or call in self.running:
             return False    # LM Studio drops such a call, too

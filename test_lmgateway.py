@@ -6915,6 +6915,15 @@ def test_bytes_in_a_call_are_judged_as_lm_studio_reads_them(joined, limited):
     assert client.hear()["type"] == "rpcError"
 
 
+def test_the_number_of_a_refused_call_may_be_used_again(joined, limited):
+    client, studio = joined(f"/key/{ANNA}/llm", limited)
+    client.say(channel("loadModel", 1))
+    assert client.hear()["type"] == "channelError"
+    for said in (channel("getOrLoad", 1), sent(1, type="cancel")):
+        client.say(said)
+        assert studio.hear() == said
+
+
 def test_a_revoked_keys_socket_ends(joined, limited):
     client, studio = joined(f"/key/{ANNA}/llm", limited)
     client.say(channel("predict"))
@@ -7031,6 +7040,13 @@ def test_an_embedding_is_one_too(front, joined):
     (over,) = front.events(mark, "inference_complete")
     assert over["tokenUsage"] is None
     assert [(e["path"], e["stream"]) for e in front.events(mark, "inference_start")] == [("/embedding/embedString", False)]
+
+
+def test_a_call_that_lm_studio_does_not_know_in_this_form_is_no_inference(front, joined):
+    for path, said in (("/llm", call("predict")), ("/embedding", channel("embedString"))):
+        client, studio = joined(path)
+        client.say(said)
+        assert studio.hear() == said and not front.gateway.inferences
 
 
 def leaves(client, studio):
