@@ -1492,7 +1492,7 @@ def test_a_control_frame_may_stand_between_the_pieces_of_a_message():
 
 
 @pytest.mark.parametrize(("code", "faulty"), [
-    (1002, "8100"), (1002, "c180 00000000"), (1002, "9180 00000000"), (1002, "8380 00000000"), (1002, "8b80 00000000"),
+    (1002, "8100"), (1002, "817e 0080" + 128 * "41"), (1002, "c180 00000000"), (1002, "9180 00000000"), (1002, "8380 00000000"), (1002, "8b80 00000000"),
     (1002, "0980 00000000"), (1002, "89fe 0080 00000000"), (1002, "8080 00000000"),
     (1002, "0180 00000000 8180 00000000"), (1002, "81fe 007d 00000000"), (1002, "81ff 000000000000ffff 00000000"),
     (1002, "81ff 8000000000000000 00000000"), (1002, "8881 00000000 03"), (1002, "8882 00000000 03ee"),
@@ -1502,7 +1502,7 @@ def test_a_control_frame_may_stand_between_the_pieces_of_a_message():
     (1009, "82ff 7fffffffffffffff 00000000")])
 def test_faulty_frames_have_their_close_code(code, faulty):
     data = bytes.fromhex(faulty)
-    for size in (1, 2, 100):
+    for size in (1, 2, 1000):
         with pytest.raises(lmgateway.FrameError) as fault:
             fed(lmgateway.Frames(True, 1000), data, size)
         assert fault.value.code == code
@@ -7112,6 +7112,14 @@ def test_faulty_frames_end_their_connection_alone(joined, data, code):
     assert others_studio.hear() == {"type": "keepAlive"}
 
 
+def test_no_close_frame_stands_inside_a_frame_of_lm_studios(joined):
+    client, studio = joined()
+    studio.sock.sendall(b"\x81\x05ab")
+    assert client.sock.recv(100) == b"\x81\x05ab"
+    client.sock.sendall(b"\x81\x00")
+    assert client.sock.recv(100) == b""
+
+
 def test_a_message_that_is_coming_counts_in_the_budget_of_all_bodies(fronts, joined):
     front = fronts(max_body_memory=1_000_000)
     client, studio = joined("/files", front)
@@ -7254,6 +7262,16 @@ def test_at_the_end_idle_sockets_are_told_and_predictions_may_finish(fronts, joi
     ending.join(PATIENCE_S)
 
 
+def test_a_prediction_that_outlasts_the_end_is_cut(fronts, joined):
+    front = fronts()
+    client, studio = joined("/llm", front)
+    client.say(channel("predict"))
+    studio.hear()
+    until(lambda: front.server.working)
+    front.server.finish_requests(0)
+    assert front.events(0, "error")[0]["operation"] == "gateway_stopped"
+
+
 def test_a_system_without_poll_serves_sockets_too(joined, monkeypatch):
     monkeypatch.delattr(lmgateway.select, "POLLRDHUP", raising=False)
     monkeypatch.delattr(lmgateway.select, "poll")
@@ -7352,6 +7370,16 @@ def test_files_that_grow_go_before_the_stream(studio, scripted, tmp_path):
         assert stream.next_news(1.0) + stream.next_news(3.0) == by
         stream._leave()
         side.over.set()
+
+
+def test_a_source_is_chosen_once_it_speaks_and_files_for_good(studio, scripted):
+    news = iter([b"", b"", b"line\n", b""])
+    files = types.SimpleNamespace(next_news=lambda now: next(news), problem=None)
+    stream = lmgateway.LogStream(lmgateway.Upstream(studio.url), files, True)
+    assert [stream.next_news(now) for now in (0.0, 9.0, 18.0, 27.0)] == [b"", b"", b"line\n", b""]
+    assert len(scripted.paths) == 1     # it is not asked again
+
+
 # --- sharing one machine
 
 
