@@ -2858,7 +2858,7 @@ AT_ONCE_S = 0.06  # two lines that tell of one moment are read so close to each 
 EXACT_S = 0.12  # how far a time can be off if the engine wrote it, and ...
 SURE_READS = 15  # ... one of so many reads of its lines was not late
 DRIFT = 2e-4  # seconds a second between two clocks
-HTTP_S = 0.5  # news of an answer is noted here at most so much later
+HTTP_S = 1.0  # news of an answer is noted here at most so much later
 CLEAR_S = 0.3  # of two requests sent so far apart the first reaches the engine first ...
 CLEAR_S_PER_CHARACTER = 1e-6  # ... and so much later if it is longer, for its template and its tokens
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its run, for so long
@@ -3075,11 +3075,13 @@ class Ledger:
             self.told[record.id] = record
 
     def _give(self, record, event, clock):
-        """An event is a record's."""
-        if record is None:
-            return
-        if record.source == "gateway":
+        """An event is a record's, and says so."""
+        if record and record.source == "gateway":
             event.data["requestId"] = record.id
+        if record:
+            self._note(record, event, clock)
+
+    def _note(self, record, event, clock):
         record.model = record.model or event.data.get("model")
         self._show(record, record.take(event, clock))
         if record.ended is not None:
@@ -3394,14 +3396,14 @@ class Lines(Matching):
             event, seen = line
             alike = [other for other in self._lines if self._is_like(other, line)]
             records = self._match_line(event, seen, clock, alike) if alike and alike[0] is line else []
-            if len(records) == 1:
-                alike = [line]
-                self._mark(records[0], "14" if "counts" in (event.about or "counts") else "13")
-                self._give(records[0], event, seen)
-            if 0 < len(records) <= len(alike):  # of several that ended at once nobody can say which is whose
-                for record, other in zip(records, alike):
-                    record.told_end |= event.name == "lmstudio_chat_end"
-                    self._lines.remove(other)
+            give = self._give if len(records) == 1 else self._note  # of several nobody can say which is whose
+            is_equal = all(other.data == event.data for other, _ in alike[:len(records)])
+            for record, other in zip(records, alike if len(records) <= len(alike) else ()):
+                record.told_end |= event.name == "lmstudio_chat_end"
+                self._lines.remove(other)
+                if is_equal:
+                    self._mark(record, "14" if "counts" in (event.about or "counts") else "13")
+                    give(record, *other)
         while self._lines and clock - self._lines[0][1] > LAG_S:
             self._lines.popleft()
 

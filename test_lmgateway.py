@@ -1961,10 +1961,10 @@ def test_a_token_that_came_before_a_line_can_have_been_written_is_of_another_run
     assert early.run is None and late.run.total == 1000 and late.bound_by == "5"
 
 
-@pytest.mark.parametrize("apart_s, lines, told", [
-    (0.1, 2, [True, True]), (0.1, 1, [False, True]),    # the first one's line was not seen
-    (0.01, 2, [False, False])], ids=["in their order", "the nearest", "at once"])
-def test_ends_are_told_in_the_order_of_the_answers(utc, apart_s, lines, told):
+@pytest.mark.parametrize("apart_s, lines, told, claimed", [
+    (0.1, 2, [True, True], {"a", "b"}), (0.1, 1, [False, True], {"b"}),    # the first one's line was not seen
+    (0.01, 2, [True, True], set())], ids=["in their order", "the nearest", "at once: one each, nobody can say which"])
+def test_ends_are_told_in_the_order_of_the_answers(utc, apart_s, lines, told, claimed):
     office = Office()
     records = [office.ask(name) for name in "ab"]
     office.log(*[running("m/one"), streaming("m/one")] * 2)
@@ -1975,7 +1975,9 @@ def test_ends_are_told_in_the_order_of_the_answers(utc, apart_s, lines, told):
         office.log(finished("m/one"))
     for _ in range(5):
         office.pass_s(0.1)
-    assert [record.told_end and record.bound_by == "13" for record in records] == told
+    assert [record.told_end and record.bound_by == "13" and record.timeline[-1][1] == "lmstudio_chat_end"
+            for record in records] == told
+    assert office.claimed() == claimed
 
 
 @pytest.mark.parametrize("more, told", [(1, True), (2, False)])    # 2: one that nobody expects
