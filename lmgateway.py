@@ -2859,12 +2859,12 @@ EXACT_S = 0.12  # how far a time can be off if the engine wrote it, and ...
 SURE_READS = 15  # ... one of so many reads of its lines was not late
 DRIFT = 2e-4  # seconds a second between two clocks
 HTTP_S = 1.0  # news of an answer is noted here at most so much later
-CLEAR_S = 0.3  # of two requests sent so far apart the first reaches the engine first ...
-CLEAR_S_PER_CHARACTER = 1e-6  # ... and so much later if it is longer, for its template and its tokens
+CLEAR_S = 0.3  # of two requests sent so far apart the first reaches the engine first
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its run, for so long
 LEFT_LINE_S = 1.0  # LM Studio writes that a client has left within this
 LATE_END_S = 3.5  # and ends its stream within this
 TWIN_SIZE = 0.08  # prompts whose lengths differ by less are alike
+MOMENT_S = 0.3  # and so much time decides nothing between them before their usage does
 TWINS_S = 0.02  # ends so close to each other can be written in either order
 SETTLE_S = 0.05  # between two looks at all that is open, without news that can decide
 PAIR_S = 1e-4  # until the next look for each pair of a run and a request (a line and a request) of the last ...
@@ -2912,7 +2912,6 @@ class Process:
 
     def __init__(self, offset, clock):
         self.offset, self.reads, self._latest = offset, 0, clock
-        self.model: Any = None  # False once two were seen
 
     def takes(self, apart, clock):
         """True if a line is its own, by how far its clock is apart from ours."""
@@ -2921,9 +2920,6 @@ class Process:
         self.offset = min(apart, self.offset + DRIFT * (clock - self._latest))
         self.reads, self._latest = self.reads + (clock > self._latest), clock
         return True
-
-    def learn(self, model):
-        self.model = model if self.model in (None, model) else False
 
 
 class OpenRun:
@@ -2941,25 +2937,15 @@ class OpenRun:
         self.cancelled: Any = None
         self.ran = -math.inf  # it surely was neither of both before
         self.heard = -math.inf  # clock of its latest line
-        self.engine = self._model = self.total = self.written = self.epoch = None
+        self.engine = self.model = self.total = self.written = self.epoch = None
         self.in_app = self.is_announced = self.is_mixed = False
         self.record: Any = None
         self.held = []  # [(event, clock)] until it is bound
 
     # Lines of the app are about it; G1, which has no tasks, works on one chat after the other.
-    is_of_api = property(lambda self: self._model is not None or self.is_announced
+    is_of_api = property(lambda self: self.model is not None or self.is_announced
                          or self.engine == "G1" and not self.in_app)
     base = property(lambda self: self.process.offset if self.process else 0.0)  # its time to ours
-
-    @property
-    def model(self):
-        return self._model or self.process and self.process.model or None
-
-    @model.setter
-    def model(self, model):
-        self._model = model
-        if self.process:
-            self.process.learn(model)
 
     def learn(self, fact, about, time, since):
         """Take in one fact of its engine, of a time of its own, not before since."""
@@ -3023,6 +3009,7 @@ class Ledger:
         self._readers: dict[Any, OpenRun] = {}  # model -> run of MLX that reads its prompt
         self._readings: dict[Any, deque] = {}  # model -> [clock of 0 %, clock of 100 %] of its latest prompts
         self._stray: dict[Any, float] = {}  # model -> clock of its latest percent that named no run
+        self._unequal = -math.inf  # clock of the latest moment when these were not as many as those
         self._begun = []  # (clock, run) of prompts that begin and (clock, model) of 0 %, at one moment
         self._numbers = itertools.count(1)
         self._swept = self._settle_at = 0.0  # clock of the last _expire, of the next settle
@@ -3164,11 +3151,6 @@ class Timing(Ledger):
         run = self._runs.get(event.run)
         if run is None and model in self._readers:
             return event._replace(run=self._readers[model].number)
-        if run is None and model and (percent == 100 or event.name == "lmstudio_generation_start"):
-            unread = [run for run in self._runs.values() if run.over is None and run.cancelled is None
-                      and run.model in (None, model) and run.read in (None, clock - run.base)]
-            if len(unread) == 1 and unread[0].sampled is not None:
-                return event._replace(run=unread[0].number)
         if run and percent and model and run.engine not in UNTIMED and clock - run.heard > AT_ONCE_S:
             event, run = event._replace(run=None), None
         if run is None and len(self._stray) < NAMES_KEPT:
@@ -3181,23 +3163,18 @@ class Timing(Ledger):
 
     def _announce(self, clock):
         """The app writes 0 % when an engine begins with a prompt of the API: if there are as many of both at one
-        moment, none of these runs is of a chat inside the app."""
-        asked = {record.model_asked for record in self._open.values() if record.ended is None}
-        while self._begun and clock - self._begun[-1][0] >= AT_ONCE_S:
-            runs = [thing for _, thing in self._begun if isinstance(thing, OpenRun)]
-            models = [thing for _, thing in self._begun if not isinstance(thing, OpenRun)]
-            if len(runs) == len(models):
-                self._begun = []
-                self._tell_announced(runs, set(models))
-            elif len(asked) != 1:
-                self._begun = []
-            elif clock - self._begun[0][0] < FLUSH_S:  # with one model at work the other half can be late
-                break
-            else:
-                del self._begun[0]
-
-    def _tell_announced(self, runs, models):
-        for run in runs:
+        moment, none of these runs is of a chat inside the app; unless others just before were not as many, and
+        the late half of one of them is here."""
+        if not self._begun or clock - self._begun[-1][0] < AT_ONCE_S:
+            return
+        latest = self._begun[-1][0]
+        runs = [thing for _, thing in self._begun if isinstance(thing, OpenRun)]
+        models = {thing for _, thing in self._begun if not isinstance(thing, OpenRun)}
+        is_announced = 2 * len(runs) == len(self._begun) and latest - self._unequal > FLUSH_S
+        self._begun = []
+        if not is_announced:
+            self._unequal = latest
+        for run in runs if is_announced else ():
             run.is_announced = True
             if len(models) == 1:
                 model = run.model = run.model or min(models)
@@ -3216,8 +3193,9 @@ class Timing(Ledger):
 class Matching(Timing):
     """Rules 1 to 10: which request caused a run."""
 
-    def _ruled_out(self, run, record, clock):
-        """The number of the rule by which a run is not a request's; 0 if it can be."""
+    def _ruled_out(self, run, record, clock, slack=0.0):
+        """The number of the rule by which a run is not a request's; 0 if it can be.  Times may be off by slack
+        seconds more."""
         done, left = record.state == "done", record.state in LEFT_STATES
         now = clock - run.base
         ended: Any = None if record.ended is None else record.ended - run.base
@@ -3230,17 +3208,17 @@ class Matching(Timing):
             return 3
         if self._other_size(run, record):
             return 4
-        if record.stream and self._other_first(run, record, now):
+        if record.stream and self._other_first(run, record, now, slack):
             return 5
         if self._other_usage(run, record):
             return 6
         if run.cancelled:
             until, early_s = (now, 0.3) if ended is None else (ended, 0.1)
-            return 8 if done or run.cancelled < until - early_s or not left and run.ran > until else 0
-        if run.over and (now > run.over + LAG_S if ended is None else
-                         ended > run.over + HTTP_S or not left and ended < run.ran - AT_ONCE_S):
+            return 8 if done or run.cancelled < until - early_s else 0
+        if run.over and (now > run.over + LAG_S + slack if ended is None else
+                         ended > run.over + HTTP_S + slack or not left and ended < run.ran - AT_ONCE_S - slack):
             return 7
-        if run.over is None and done and run.engine not in UNTIMED and now > ended + LAG_S:
+        if run.over is None and done and run.engine not in UNTIMED and now > ended + LAG_S + slack:
             return 7
         return 0
 
@@ -3281,12 +3259,12 @@ class Matching(Timing):
             fits.update(kept)
 
     @staticmethod
-    def _other_first(run, record, now):
+    def _other_first(run, record, now, slack):
         """5: an answer of tool calls begins late, so its first token says less."""
-        read_by = math.inf if run.read is None or record.tools else run.read + HTTP_S
+        read_by = math.inf if run.read is None or record.tools else run.read + HTTP_S + slack
         if record.first is None:
             return (now if record.ended is None else record.ended - run.base) > read_by + LAG_S
-        return not run.unread <= record.first - run.base <= read_by
+        return not run.unread - slack <= record.first - run.base <= read_by
 
     @staticmethod
     def _other_usage(run, record):
@@ -3302,17 +3280,11 @@ class Matching(Timing):
         for other in waiting:
             if other.sent >= record.sent - CLEAR_S:
                 break
-            if (other is not record and other.model_asked == record.model_asked
-                    and self._is_clearly_before(other, record)
+            if (other.model_asked == record.model_asked
                     and not any(one.record is None and one.number < run.number
                                 and not self._ruled_out(one, other, clock) for one in self._runs.values())):
                 return True
         return False
-
-    @staticmethod
-    def _is_clearly_before(one, other):
-        longer = max(0, (one.size or 0) - (other.size or 0))
-        return one.sent < other.sent - CLEAR_S - CLEAR_S_PER_CHARACTER * longer
 
     def _is_certain(self, run, record, records, runs, clock):
         """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
@@ -3322,13 +3294,13 @@ class Matching(Timing):
         return records == runs == 1 and run.is_of_api and record.dialect != SOCKET.name
 
     def _has_twin(self, run, record, free, clock):
-        """Before its usage is known: another request or run of that size is out by some hundredths of a second."""
+        """Before its usage is known: another request or run of that size is out by some tenths of a second."""
         if has_counts(record):
             return False
         pairs = [(run, other) for other in free if other is not record and nearly_equal(other.size, record.size)]
         pairs += [(other, record) for other in self._runs.values()
                   if other is not run and other.record is None and nearly_equal(other.total, run.total)]
-        return any(self._ruled_out(*pair, clock) in (5, 7) for pair in pairs)
+        return any(self._ruled_out(*pair, clock) and not self._ruled_out(*pair, clock, MOMENT_S) for pair in pairs)
 
 
 class Lines(Matching):
@@ -3363,11 +3335,8 @@ class Lines(Matching):
                       or event.name == "lmstudio_generation_start" and record.heard == clock)
                  and (record.ended is None or clock - record.ended < LAG_S
                       or record.state == "abandoned" and not (record.told_end and record.percent is None))
-                 and not (record.first and percent < 100 and record.first < clock - LAG_S)
-                 and not (record.run and (record.run.over or record.run.cancelled)))
-        found = [*itertools.islice(fitting, 3)]   # whether there is one, or more, is all that counts
-        if len(found) == 2 and percent:  # of two it is the one whose reading has begun
-            found = [record for record in found if record.percent is not None] or found
+                 and not (record.first and percent < 100 and record.first < clock - LAG_S))
+        found = [*itertools.islice(fitting, 2)]   # whether there is one, or more, is all that counts
         model = event.data.get("model")
         if own or any(record.model == model and record.ended is None and clock - record.heard < LATE_S
                       for record in self._own.values()):

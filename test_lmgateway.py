@@ -1611,9 +1611,10 @@ def received(body, path="/v1/chat/completions"):
     return f"[DEBUG] Received request: POST to {path} with body {json.dumps(body, indent=2)}"
 
 
-def engine_run(task, prompt, cached=0):
-    """What G3 writes before it reads a prompt."""
-    slot = f"1.02.003.004 I slot   operator(): id  {task % 4} | task {task} | "
+def engine_run(task, prompt, cached=0, at=62.003004):
+    """What G3 writes before it reads a prompt; at: seconds of its own clock."""
+    slot = (f"{int(at // 60)}.{int(at % 60):02d}.{int(at % 1 * 1000):03d}.004 I slot   operator(): "
+            f"id  {task % 4} | task {task} | ")
     return (f"[DEBUG] {slot.replace('  operator()', 'launch_slot_')}processing task, is_child = 0\n"
             f"{slot}new prompt, n_ctx_slot = 8192, n_keep = 4, task.n_tokens = {prompt}\n"
             f"{slot}cached n_tokens = {cached}, memory_seq_rm [{cached}, end)")
@@ -1912,6 +1913,34 @@ def test_mlx_reads_one_prompt_of_a_model_from_its_0_percent_on(utc, inside):
             if event.name == "lmstudio_prompt_progress" and event.data.get("requestId") == "a"]
     assert told == ([] if inside else [0.0, 60.0, 100.0])
     assert (record.run and record.run.total) == (None if inside else 1000)
+
+
+def test_a_late_half_of_an_announcement_is_not_taken_for_the_next_ones(utc):
+    office = Office()
+    learned(office)
+    office.ask("a", size=4000), office.ask("b", size=8000)
+    office.log(MLX_LINE.format(0, 999))
+    office.pass_s(0.2)
+    office.log(percent("m/one", 0), MLX_LINE.format(0, 1999))   # 0 % of the first, and the second begins
+    office.pass_s(0.1)
+    office.log(percent("m/one", 60))
+    assert office.claimed() == set()
+
+
+@pytest.mark.parametrize("reads", [2, 20])
+def test_an_engines_own_clock_says_that_a_failed_request_was_over_before_a_run_began(utc, reads):
+    office = Office()
+    for number in range(reads):
+        office.pass_s(0.1)
+        office.log(engine_run(number, 40, at=office.clock))
+    office.pass_s(1.0)
+    failed = office.ask("a", size=4000)
+    office.over(failed, state="failed", status=400)
+    office.pass_s(0.3)
+    office.log(engine_run(90, 1000, at=office.clock))
+    office.log(percent("m/one", 0))
+    office.pass_s(0.1)
+    assert (failed.run is None) == (reads == 20)    # after a few reads all of them can have been late
 
 
 def test_tasks_of_two_engines_with_one_number_and_slot_are_nobodys(utc):
