@@ -3008,7 +3008,6 @@ class Ledger:
         self._processes: deque[Process] = deque(maxlen=8)
         self._readers: dict[Any, OpenRun] = {}  # model -> run of MLX that reads its prompt
         self._readings: dict[Any, deque] = {}  # model -> [clock of 0 %, clock of 100 %] of its latest prompts
-        self._stray: dict[Any, float] = {}  # model -> clock of its latest percent that named no run
         self._unequal = -math.inf  # clock of the latest moment when these were not as many as those
         self._begun = []  # (clock, run) of prompts that begin and (clock, model) of 0 %, at one moment
         self._numbers = itertools.count(1)
@@ -3152,9 +3151,7 @@ class Timing(Ledger):
         if run is None and model in self._readers:
             return event._replace(run=self._readers[model].number)
         if run and percent and model and run.engine not in UNTIMED and clock - run.heard > AT_ONCE_S:
-            event, run = event._replace(run=None), None
-        if run is None and len(self._stray) < NAMES_KEPT:
-            self._stray[model] = clock
+            return event._replace(run=None)
         return event
 
     def _see_begun(self, thing, clock):
@@ -3487,8 +3484,6 @@ class Requests(Lines):
         run.chat = event.chat
         if event.name == "":
             about, fact = event.about, event.about["fact"]
-            if fact == "model" and clock - self._stray.get(about["model"], -math.inf) > AT_ONCE_S:
-                return  # the app's line was of another batch
             run.learn(fact, about, *self._time_of(run, about["clock"], clock))
             if fact == "prompt":
                 self._see_begun(run, clock)
