@@ -4777,9 +4777,7 @@ class Hub(Ring):
             end = record.end_event(self.now())
             record.note(end, clock)
             self._figures.count_request(record)
-            rows = self._changed_rows()
             self._append(self._encoded(end))
-        self._give(rows)
 
     def publish_log(self, events):
         """Tail thread.  Joins the log's events with requests, then publishes them and the progress made.
@@ -4792,16 +4790,16 @@ class Hub(Ring):
             for event in events:
                 self._figures.count_event(event)
                 self.loads += event.name == "lmstudio_log" and bool(self.LOADS.match(event.data["message"]))
-            rows = self._changed_rows()
+            self._count_changed()
         self.publish(events)
         with self._changing():
             for record in told:
                 if record.ended is None or record.source == "lmstudio":
                     self._tell(record, clock)
-        self._give(rows)
 
-    def _changed_rows(self):  # lock held
-        """The history rows of requests that changed after their end; figures and series learn from them."""
+    def _count_changed(self):  # lock held
+        """Figures, series and history learn of requests that are over, or changed after their end.  No client
+        waits for that: the tail thread does it at its next look, or whoever asks for the figures before."""
         changed = {record.id: record for record in self._requests.changed}
         self._requests.changed = []
         rows = [history_row(record) for record in changed.values()]
@@ -4810,11 +4808,17 @@ class Hub(Ring):
                 self._figures.count_tokens(record)
             record.tallied = self._series.take(dict(zip(HISTORY_NAMES, row), agent=record.agent),
                                                record.tallied)
-        return rows
-
-    def _give(self, rows):
         if rows and self._keep:
             self._keep(rows)
+
+    def count(self):
+        """Any thread.  What is over by now is in figures, series and history."""
+        with self._lock:
+            self._count_changed()
+
+    def close(self):
+        self.count()
+        super().close()
 
     def reject(self, code):
         """Any thread.  A request was turned away here; code is our error's."""
@@ -4871,11 +4875,13 @@ class Hub(Ring):
 
     def series(self, begin):
         """Any thread.  (since when it knows every request, the cells of those that ended from begin on)."""
+        self.count()
         with self._lock:
             return self._series.since, self._series.cells(begin)
 
     def models(self):
         """Any thread.  {model: (running, waiting, when it last answered or None, its state is loading)}."""
+        self.count()
         with self._lock:
             found: dict[Any, list] = {name: [0, 0, used, False] for name, used in self._series.used.items()}
             for record in self._requests.running.values():
@@ -4887,12 +4893,14 @@ class Hub(Ring):
 
     def performance(self):
         """Any thread.  `performance` of /debug/metrics."""
+        self.count()
         with self._lock:
             ours = [record for record in self._requests.finished if record.source == "gateway"]
             return performance(ours, self._requests, self._figures.tokens())
 
     def exposition(self, gauges):
         """Any thread.  All figures as Prometheus text; gauges are those that others know."""
+        self.count()
         with self._lock:
             return self._figures.exposition({**gauges, **self._figures.gauges(self._requests)})
 
@@ -9785,7 +9793,7 @@ class LogWriter(logging.handlers.QueueListener):
     It gathers lines: to be woken for each, and to let others in while each is written, would cost a request
     more than all else here."""
 
-    GATHER_S, BATCH = 0.01, 1000    # for a batch of lines; the most of them
+    GATHER_S, BATCH = 0.05, 1000    # for a batch of lines; the most of them
     END_S = 0.5     # to write the rest
 
     def __init__(self, handler):

@@ -2412,6 +2412,7 @@ def test_a_request_ends_once_and_what_the_log_adds_later_reaches_history_and_fig
         hub.publish_log([])
     for _ in range(2):
         hub.end(record, lmgateway.Outcome("abandoned", None, "it left", "client_disconnected"))
+    hub.count()
     log(engine_end(1, 400, 12), finished("m/one"))
     log(running("m/two"), streaming("m/two"), engine_run(2, 70), percent("m/two", 100),
         engine_end(2, 70, 9), finished("m/two"))
@@ -5508,6 +5509,7 @@ def test_usage_comes_from_the_history_as_json_and_csv(fronts, studio, tmp_path):
     front.gateway.history, front.hub._keep = history, history.keep
     studio.script = lambda peer: peer.send(plain(CHAT_WHOLE))
     talk(front.port, request("POST /v1/chat/completions", b'{"model":"=cmd"}'))
+    front.hub.count()
     history.close()
     answer = json.loads(fetched(front, "/debug/usage?by=model&since=1h")[2])
     assert [(row["model"], row["requests"], row["promptTokens"])
