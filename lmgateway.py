@@ -4377,7 +4377,7 @@ class Scheduler:
 
     def __init__(self, slots=0):
         self._slots = slots or math.inf
-        self._lines: dict = {}  # model -> Line, while there is something in it
+        self._lines: defaultdict = defaultdict(Line)  # by model, while there is something in it
         self._of_who: Counter[Any] = Counter()  # how many run
         self._of_key: Counter[Any] = Counter()
         self._served: dict = {}  # who -> number of the latest start, longest ago first
@@ -4390,7 +4390,7 @@ class Scheduler:
     def join(self, turn, clock):
         """A request has come.  Gives the Turns that begin now, among them maybe this one."""
         turn.number = next(self._numbers)
-        line = self._lines.setdefault(turn.model, Line())
+        line = self._lines[turn.model]
         if not self.waiting and len(line.running) < self._slots and self._may_run(turn):
             self._begin(turn, clock)    # without a detour over the queue
             return [turn]
@@ -4432,7 +4432,7 @@ class Scheduler:
         return begun
 
     def _begin(self, turn, clock):
-        self._lines.setdefault(turn.model, Line()).running.add(turn)
+        self._lines[turn.model].running.add(turn)
         turn.began = clock
         self._served.pop(turn.who, None)
         self._served[turn.who] = next(self._numbers)
@@ -4463,7 +4463,8 @@ class Scheduler:
             counter[name] += more
             if not counter[name]:
                 del counter[name]
-        self._rank(turn.who)
+        if self.waiting:
+            self._rank(turn.who)
 
     def _rank(self, who):
         """Somebody's rank may be another, in every line."""
@@ -4481,7 +4482,7 @@ class Scheduler:
                 turn.number, turn)
 
     def _enqueue(self, turn):
-        self._lines.setdefault(turn.model, Line()).queues.setdefault(turn.who, deque()).append(turn)
+        self._lines[turn.model].queues.setdefault(turn.who, deque()).append(turn)
         self.waiting.add(turn)
         self._rank(turn.who)
 
@@ -4502,7 +4503,7 @@ class Scheduler:
         running = self._lines.pop(old, Line()).running
         for turn in (*moved, *running):
             turn.model = new
-        self._lines.setdefault(new, Line()).running.update(running)
+        self._lines[new].running.update(running)
         for turn in moved:
             self._enqueue(turn)
         self._times.setdefault(new, deque(maxlen=TIMES_KEPT)).extend(self._times.pop(old, ()))
@@ -7229,7 +7230,7 @@ class AccessControl:
 def this_day():
     """(this day, here: 2026-12-31, the seconds that are left of it)."""
     now = time.localtime()
-    return time.strftime("%Y-%m-%d", now), max(1, 86400 - 3600 * now.tm_hour - 60 * now.tm_min - now.tm_sec)
+    return "%04d-%02d-%02d" % now[:3], max(1, 86400 - 3600 * now.tm_hour - 60 * now.tm_min - now.tm_sec)
 
 
 def remember(table, name, value, limit=10_000):
