@@ -1416,7 +1416,9 @@ class Runs:
         """Tell the stats that have waited long enough, by default those whose answer cannot come any more."""
         held, self._held = self._held, []
         for since, chat in held:
-            if final or (moment.epoch - since.epoch > HELD_S if moment else chat.ended or chat.answered):
+            works = chat.run and not chat.run.over and chat.run.engine not in UNTIMED   # its figures will come
+            if final or (moment.epoch - since.epoch > HELD_S if moment else
+                         (chat.ended or chat.answered) and not works):
                 self._tell_stats(chat, since)
             else:
                 self._held.append((since, chat))

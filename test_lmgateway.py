@@ -827,6 +827,14 @@ def test_runs_at_once_keep_their_own_figures(utc, lines, expected):
             ] == expected
 
 
+def test_an_answer_that_is_read_long_before_its_engines_figures_waits_for_them(utc):
+    parser, stats = Parser(), []
+    for lines in ([START, PROMPT, ANSWER], [TIMED, RELEASE]):
+        stats.append([event.data.get("totalMs") for event in parser.feed(entries_as_log(*lines)) + parser.quiet()
+                      if event.name == "lmstudio_prediction_stats"])
+    assert stats == [[], [1500.0]]
+
+
 def test_one_request_of_two_is_plain_while_the_other_streams(utc):
     others = [line.replace("id  1 | task 7", "id  2 | task 9") for line in (PROMPT, TIMED, RELEASE)]
     events = told(START, STREAM, PROMPT, START, *others, ANSWER, TIMED, RELEASE, FINISH)
