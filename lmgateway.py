@@ -1090,9 +1090,9 @@ class Run:
     """One prediction, as an engine's lines tell it.  G2 and G3 number it, G1 begins one with its sampling
     block, MLX has a cache line for each, Splash a line when it is over."""
 
-    def __init__(self, number, engine, task, born):
-        self.number, self.engine, self.task = number, engine, task
-        self.born = born  # epoch of its first line
+    def __init__(self, number, engine, born):
+        self.number, self.engine, self.born = number, engine, born  # born: epoch of its first line
+        self.task: Any = None  # (slot, task)
         self.chat: Any = None  # the Chat that it is taken for
         self.model = None  # once an app line has named it (3)
         self.tokens = {}  # of lmstudio_token_info
@@ -1102,7 +1102,6 @@ class Run:
         self.waiting = None  # (Moment, percent) of the engine's progress while the app's own can follow
         self.stats = {}  # of lmstudio_prediction_stats
         self.stops = False  # its number has been cancelled
-        self.claimed = False  # a last line of the app has been taken for its
         self.over = None  # the Moment of its last figures
         self.said = set()  # names of the events that it gave and that come once
 
@@ -1146,16 +1145,11 @@ class Chat:
         """The engine has taken it up."""
         return self.run is not None or self.percent is not None
 
-    def began(self, created):
-        """True if an answer's "created" (UTC) is the second of its start; the log's zone can be another."""
-        return (isinstance(created, int) and self.started is not None
-                and abs((created - self.started.epoch + 450) % 900 - 450) <= 1)
-
-    def may_be_answer_of(self, run, slack=1):
+    def may_be_answer_of(self, run):
         """True if its answer has a run's counts.  MLX counts a token less, G1 writes one more or less."""
         pairs = ((self.counts.get("promptTokens"), run.total),
                  (self.counts.get("completionTokens"), run.stats.get("completionTokens")))
-        return not any(None not in pair and abs(pair[0] - pair[1]) > slack for pair in pairs)
+        return not any(None not in pair and abs(pair[0] - pair[1]) > 1 for pair in pairs)
 
     @property
     def abandoned(self):
@@ -1285,7 +1279,6 @@ class Runs:
         self._launching: dict[str, Run] = {}  # slot -> run whose task is not known yet
         self._latest: dict[str, Run] = {}  # engine -> the run that its lines were about last
         self._runs: deque[Run] = deque(maxlen=RUNS_KEPT)
-        self._engines: dict[str, str] = {}  # model -> the engine that runs it, once that was certain
         self._sampling: Any = None  # (run, Moment, parameters so far) while the block is open
         self._timing: Any = None  # G2: fields of the line before bare timing lines
         self._timed_run: Any = None  # G1: (run, Moment) whose figures are whole unless a timing line follows
@@ -1320,18 +1313,12 @@ class Runs:
 
     # --- runs
 
-    def _begin(self, task=None, chat=None):
+    def _begin(self, chat=None):
         """A new run, taken for the oldest chat that can have it (2)."""
-        waiting = [other for other in self.running if other.api and other.run is None
-                   and self._engines.get(other.model, self._engine) == self._engine]
-        left = [other for other in self._ended
-                if other.abandoned and other.run is None and other.percent is None]
-        run = Run(next(self._numbers), self._engine, task, self._now)
-        chat = (chat or pick(waiting, lambda c: c.percent is None) or pick(left)
-                or self._new_chat(None, None, api=False))
+        waiting = [chat for chat in self.running if chat.api and chat.run is None]
+        run = Run(next(self._numbers), self._engine, self._now)
+        chat = chat or pick(waiting, lambda c: c.percent is None) or self._new_chat(None, None, api=False)
         run.chat, chat.run = chat, run
-        if chat.model and sum(other.api for other in self.running) == 1:
-            self._engines[chat.model] = self._engine
         self._runs.append(run)
         self._latest[self._engine] = run
         self._emit.fact("launch", run, engine=run.engine, epoch=run.born, api=chat.api)
@@ -1366,9 +1353,7 @@ class Runs:
             return run
         run = self._latest.get(self._engine)
         if run is None or lacks and not lacks(run):
-            others = [run for run in self._runs if run.engine == self._engine and not run.task and not run.over
-                      and lacks and lacks(run)]
-            run = self._latest[self._engine] = others[0] if others else self._begin()
+            run = self._begin()
         return run
 
     def _close_timings(self):
@@ -1560,11 +1545,6 @@ class EngineLines(Runs):
 
     def on_prompt_eval(self, fields, moment):
         run, tokens = self._timed(fields), int(fields["tokens"])
-        if not run.task:  # G1: the one that had so many to decode
-            fitting = [other for other in self._runs if other.engine == self._engine and not other.over
-                       and other.tokens.get("promptTokensToDecode") == tokens]
-            if fitting and run not in fitting:
-                run = self._latest[self._engine] = fitting[0]
         run.stats.update(evaluated=tokens, promptMs=number(fields["ms"]), promptTokensPerSecond=rate(fields))
 
     def on_eval(self, fields, moment):
@@ -1589,8 +1569,7 @@ class EngineLines(Runs):
     # --- MLX and Splash
 
     def on_mlx_cache(self, fields, moment):
-        begun = [chat for chat in self.running if chat.run is None and chat.percent not in (None, 100)]
-        run, reused = self._begin(chat=pick(begun)), int(fields["reused"])
+        run, reused = self._begin(), int(fields["reused"])
         run.total = int(fields["total"]) if "total" in fields else reused + int(fields["fresh"])
         self._emit.fact("prompt", run, total=run.total)
         self._emit.cache(moment, run, self._model(run), reused, reused, 0)
@@ -1601,9 +1580,7 @@ class EngineLines(Runs):
     def on_splash(self, fields, moment):
         waiting = [chat for chat in (*self._ended, *self.running) if chat.api and chat.run is None
                    and (chat.ended is None or chat.abandoned)]
-        run = self._begin(chat=pick(waiting, lambda c: self._engines.get(c.model, "Splash") == "Splash",
-                                    lambda c: c.has_said("lmstudio_generation_start"),
-                                    lambda c: c.percent is not None))
+        run = self._begin(pick(waiting, lambda c: c.percent is not None))
         run.total = number(fields["total"])
         run.tokens["promptTokensToDecode"] = run.total - number(fields["reused"])
         self._emit.token_info(moment, run, self._model(run))
@@ -1737,8 +1714,8 @@ class AppLines(EngineLines):
 
     def on_first_token(self, entry):
         found = [chat for chat in self._of(entry) if not chat.first_token]
-        chat = pick(found, lambda c: c.stream, lambda c: c.works)
-        if chat:
+        if found:
+            chat = found[0]
             chat.first_token = True
             self._emit.generation(entry.moment, chat, model=entry.model)
 
@@ -1778,16 +1755,13 @@ class ChatTracker(AppLines):
         running = self._of(entry)
         found = [chat for chat in running if chat.stream] or [chat for chat in running if chat.stream is None]
         left = [chat for chat in self._left(entry) if chat.stream is not False]
-        chat = pick(found, lambda c: c.run and c.run.over, lambda c: c.works,
-                    lambda c: c.has_said("lmstudio_generation_start"))
-        whole = [run for run in self._runs if run.over and not run.claimed and "totalMs" in run.stats
+        chat = pick(found, lambda c: c.run and c.run.over)
+        whole = [run for run in self._runs if run.over and "totalMs" in run.stats
                  and run.model in (None, entry.model) and (run.model or run.chat.api)]
         if left and not whole and (chat is None or not (chat.run and chat.run.over)
                                    and entry.moment.epoch - left[0].ended.epoch <= LEFT_S):
             left[0].answered = True  # it finished because its client had left
             return
-        for run in [run for run in whole if chat and run is chat.run][:1] or whole[:1]:
-            run.claimed = True
         if chat is None:
             if self._has_ended(entry, "error"):
                 return
@@ -1814,20 +1788,16 @@ class ChatTracker(AppLines):
         counts, speeds = prediction_figures(body)
         running = [chat for chat in self._of(entry) if not (chat.answered or chat.stream)]
         left = [chat for chat in self._left(entry) if not chat.stream]
-        created = body.get("created", body.get("created_at")) if not body.get("runtime") else None
-        total, working = counts.get("promptTokens"), any(chat.works for chat in running)
+        total = counts.get("promptTokens")
         chat = pick([*left, *running], lambda c: c.run and total and c.run.total == total,
-                    lambda c: (c in left) == ("usage" in body and total is None), lambda c: c.began(created),
-                    lambda c: c.ended is None or not working, lambda c: c.run and c.run.over, lambda c: c.works)
+                    lambda c: (c in left) == ("usage" in body and total is None),
+                    lambda c: c.run and c.run.over)
         model = entry.model or body.get("model") or shared_model([*left, *running])
         chat = chat or self._new_chat(entry.moment, model)
         chat.counts, chat.speeds = counts, speeds
         runs = [run for run in self._runs if run.over and "lmstudio_prediction_stats" not in run.said
                 and chat.may_be_answer_of(run)]
-        runs = [run for run in runs if chat.may_be_answer_of(run, slack=0)] or runs
         other = runs[0].chat if runs else chat
-        for run in runs[:1]:
-            run.claimed = True
         if runs and chat.run not in runs:
             self._pair(runs[0], chat)
         if chat.ended is None:
