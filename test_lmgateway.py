@@ -10315,7 +10315,7 @@ def test_page_is_small_and_plain():
 # What the sections may know besides what stands above them, and all that CORE may use from outside: it is pure.
 SECTIONS = ["ERRORS", "CONFIG", "CORE", "HUB", "TAIL", "UPSTREAM", "HTTP", "DEMO", "COMMAND", "DASHBOARD"]
 CORE_MAY_IMPORT = {"Any", "Callable", "Counter", "NamedTuple", "OrderedDict", "annotations", "bisect", "codecs", "datetime",
-                   "deque", "functools", "hashlib", "itertools", "json", "math", "re", "string", "time", "zlib"}
+                   "defaultdict", "deque", "functools", "hashlib", "itertools", "json", "math", "re", "string", "time", "zlib"}
 CORE_MAY_ASK_TIME = {"gmtime", "strftime"}      # how to write a moment, never which moment it is
 
 
