@@ -457,7 +457,7 @@ class Rule(NamedTuple):
     """One wording.  The pattern is matched behind the line's tags, clock and slot."""
 
     fact: str  # its statement: on_<fact> takes the pattern's named groups (engine) or the Entry
-    where: str  # "app": first line of an entry; "error": all of an ERROR entry; "engine": any line of a DEBUG entry
+    where: str  # "app": first line of an entry; "error": all of an ERROR entry; "engine": a DEBUG line
     shape: str  # "line", "json" (on to a brace in column 1), "text" (all of its entry), "half" (a line)
     engines: str  # its writer: App, or the engine generations named below
     pattern: str
@@ -499,14 +499,16 @@ RULES = (
     Rule("", "app", "text", "App", r"Received request for .* with invalid JSON",
          "Received request for /v1/models with invalid JSON"),
     Rule("", "app", "line", "App", r"Start thinking\.\.\.|Done (?:thinking|reasoning)\.|Tool name generated: "
-         r"|Start to generate a tool call|Model generated a tool call\.", "Done reasoning. Reasoned for 6.13 seconds."),
+         r"|Start to generate a tool call|Model generated a tool call\.",
+         "Done reasoning. Reasoned for 6.13 seconds."),
     Rule("respond", "app", "line", "App", r"Generating synchronous v1/responses response",
          "Generating synchronous v1/responses response..."),
     Rule("", "app", "line", "App", r"Returning \d+ models", "Returning 5 models from v1 API"),
     Rule("", "app", "text", "App", r"Returning \{", "Returning {"),
     Rule("", "app", "line", "App",
          r"A value was passed to the 'Authorization' header|Developer role detected|Received OPTIONS request"
-         r"|At least one tool has 'strict' set to true|Client disconnected: Error|Failed to generate a tool call",
+         r"|At least one tool has 'strict' set to true|Client disconnected: Error"
+         r"|Failed to generate a tool call",
          "Developer role detected - replacing it with system role."),
     Rule("load", "app", "line", "App", r"Requested model \((?P<asked>.*)\) is not loaded\. Loading ",
          'Requested model (quillon/moraine-30b) is not loaded. Loading "quillon/moraine-30b" now...'),
@@ -516,7 +518,8 @@ RULES = (
          r"Server started\.|Success! HTTP server listening|Logs are saved into |The server can be reached"
          r"|Server accepting connections from the local network",
          "Success! HTTP server listening on port 1234"),
-    Rule("", "app", "line", "App", r"Supported endpoints:|  OpenAI-compatible|  LM Studio API| *->\s+[A-Z]+ +http",
+    Rule("", "app", "line", "App",
+         r"Supported endpoints:|  OpenAI-compatible|  LM Studio API| *->\s+[A-Z]+ +http",
          "   ->  GET  http://localhost:1234/v1/models"),
     # --- errors: the whole text of an ERROR entry, 02-2025 to 09-2026.  Most of streams end in "Error Data".
     Rule("", "error", "text", "App", r"Failed to generate a tool call",
@@ -546,7 +549,8 @@ RULES = (
          r"/ (?P<rate>[\d.]+))?",
          "1.02.003.004 I slot print_timing: id  2 | task 9 | prompt processing, n_tokens =   1024, "
          "progress = 0.39, t =   0.44 s / 2337.12 tokens per second"),
-    Rule("decoded", "engine", "line", "G3", r"n_(?:decoded|gen) = +(?P<tokens>\d+), tg = +(?P<rate>[\d.]+) t/s",
+    Rule("decoded", "engine", "line", "G3",
+         r"n_(?:decoded|gen) = +(?P<tokens>\d+), tg = +(?P<rate>[\d.]+) t/s",
          "1.02.003.004 I slot print_timing: id  2 | task 9 | n_decoded =    197, tg =  32.55 t/s, tg_3s = "
          " 32.18 t/s"),
     Rule("prompt_eval", "engine", "line", "G1 G2 G3",
@@ -585,7 +589,8 @@ RULES = (
          "0.55.924.848 W common_chat_peg_parse: unparsed peg-native output: <answer>"),
     Rule("", "engine", "line", "G2 G3",
          r"prompt processing done|selected slot by|sampler chain:|updating prompt cache|prompt cache "
-         r"update took|all slots are idle|cache reuse is not supported|n_past = |restored context|created context"
+         r"update took|all slots are idle|cache reuse is not supported|n_past = |restored context"
+         r"|created context"
          r"|erased invalidated|checking checkpoint|- cache state: |- prompt [0-9A-F]+:|saving idle slot"
          r"|- saving prompt|clearing prompt|chat format: |graphs reused|loading model|initializing, n_slots"
          r"|prompt_save: |statistics |- looking for better prompt|- skipping",
@@ -598,9 +603,11 @@ RULES = (
     Rule("", "engine", "text", "App", r"\[LM Studio\]|1 Error predicting: |\[LLMProcess\]|\[SamplingSwitch\]"
          r"|lmstudio-llama-cpp: failed to load model|SpeculativeDecodingNotSupportedError|CUDA error",
          "1 Error predicting: Error: the prompt does not fit."),
-    Rule("", "engine", "line", "App", r"llama_model_load|llama_context|llama_kv_cache|llama_memory|print_info:|load_tensors:"
-         r"|load_hparams:|load:|validate_override:|ggml_|common_init|GgmlThreadpools:|Metal :|warning: failed to mlock"
-         r"|Try increasing RLIMIT_MEMLOCK|Prompt successfully formatted with Harmony|Failed to remove tokens from cache"
+    Rule("", "engine", "line", "App",
+         r"llama_model_load|llama_context|llama_kv_cache|llama_memory|print_info:|load_tensors:|load_hparams:"
+         r"|load:|validate_override:|ggml_|common_init|GgmlThreadpools:|Metal :|warning: failed to mlock"
+         r"|Try increasing RLIMIT_MEMLOCK|Prompt successfully formatted with Harmony"
+         r"|Failed to remove tokens from cache"
          r"|\[(?:batched_model_kit|ModelKit|CacheWrapper|transformers)\]|\[\d+:\d{4}/\d{6}",
          "llama_model_loader: loaded meta data with 33 key-value pairs"),
     # --- sampling parameters: G1 writes the first on the heading's line, G3 on lines of their own
@@ -687,7 +694,8 @@ def fields_of(pattern, name):
 # G3 puts its clock (minutes.seconds.ms.us since the engine started) and a level before each line;
 # G2 and G3 say which slot and task a line is about; G1 says which printer wrote it.
 ENGINE_PREFIX = (r"(?P<clock>\d+\.\d\d\.\d{3}\.\d{3} ?)?(?:[IWED] )?"
-                 r"(?:slot +[^:\n]*: +id +(?P<slot>\d+) \| +task +(?P<task>-?\d+) \| *|(?P<server>srv) +[^:\n]*: *"
+                 r"(?:slot +[^:\n]*: +id +(?P<slot>\d+) \| +task +(?P<task>-?\d+) \| *"
+                 r"|(?P<server>srv) +[^:\n]*: *"
                  r"|(?P<printer>llama_perf\w*): *|[ \t]+)?")
 
 APP, APP_ROWS = compile_rules("app")
@@ -841,7 +849,7 @@ class EngineReader:
         return [redacted(line) for line in tuple(self._strange)]
 
     def _tell(self, listener, *news):
-        """Tell the tracker something.  A fault there costs these events, is counted and stops nothing else."""
+        """Tell the tracker something.  A fault there costs these events and is counted."""
         try:
             listener(*news)
         except Exception:  # lines that nobody foresaw; CORE has no log to say it in, the status shows it
@@ -883,7 +891,8 @@ class EngineReader:
         blank = line.endswith(" ") or match[0].startswith(" ")
         for glue in ("",) if blank else (" ", ""):
             joined = ENGINE.match(line + glue + match[0])
-            if (joined.lastgroup not in ("unknown", ANY_WORDING, group) or group == joined.lastgroup in GROWING
+            if (joined.lastgroup not in ("unknown", ANY_WORDING, group)
+                    or group == joined.lastgroup in GROWING
                     or group == ANY_WORDING and match.lastgroup == "unknown"):
                 if group == "unknown":
                     self.unknown -= 1
@@ -907,8 +916,8 @@ class Parser(EngineReader):
     HEADER = re.compile(r"\n(\[)?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?(1)\]|  ?)\[(DEBUG|INFO|WARN|ERROR)\] ?"
                         r"(?(1)|(?=\n|\Z))", re.ASCII)
     # The panel's header with its text on the same line; inside a log of another look it is a plugin's text.
-    ONE_LINE_HEADER = re.compile(r"\n()(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?(?=\S)",
-                                 re.ASCII)
+    ONE_LINE_HEADER = re.compile(r"\n()(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ?\[(DEBUG|INFO|WARN|ERROR)\] ?"
+                                 r"(?=\S)", re.ASCII)
 
     def __init__(self):
         super().__init__()
@@ -1401,7 +1410,7 @@ class Runs:
         """Tell the stats that have waited long enough, by default those whose answer cannot come any more."""
         held, self._held = self._held, []
         for since, chat in held:
-            works = chat.run and not chat.run.over and chat.run.engine not in UNTIMED   # its figures will come
+            works = chat.run and not chat.run.over and chat.run.engine not in UNTIMED   # figures will come
             if final or (moment.epoch - since.epoch > HELD_S if moment else
                          (chat.ended or chat.answered) and not works):
                 self._tell_stats(chat, since)
@@ -1520,7 +1529,7 @@ class EngineLines(Runs):
         self._emit.fact("read", run, total=run.total)
 
     def on_cancel(self, fields, moment):
-        """The number can be of another engine's task that has not begun.  The run in question has no timings."""
+        """The number can be of another engine's task that has not begun: its run has no timings."""
         for run in self._runs:
             if run.task and run.task[1] == fields["cancelled"] and "totalMs" not in run.stats:
                 run.stops, run.positions = True, {}
@@ -1685,9 +1694,10 @@ class AppLines(EngineLines):
         run = self._run_at(percent, entry.model)
         found = [chat for chat in self._of(entry) if chat.percent != 100]
         chat = (run.chat if run and run.chat in found else
-                pick(found, lambda c: (c.percent or 0) <= percent, lambda c: (c.percent is None) == (percent == 0),
-                     lambda c: c.run)
-                or pick([chat for chat in self._left(entry) if chat.percent != 100]) or self._adopt(entry, percent))
+                pick(found, lambda c: (c.percent or 0) <= percent,
+                     lambda c: (c.percent is None) == (percent == 0), lambda c: c.run)
+                or pick([chat for chat in self._left(entry) if chat.percent != 100])
+                or self._adopt(entry, percent))
         if run:
             self._pair(run, chat)
             run.model = entry.model or run.model
@@ -1818,7 +1828,7 @@ class ChatTracker(AppLines):
                     and now - chat.ended.epoch <= SWALLOW_S):
                 chat.left = True  # the connection of an answer that is whole
                 return
-        chat = pick(found, lambda c: not (c.run and c.run.over), lambda c: c.works)
+        chat = pick(found, lambda c: not (c.run and c.run.over))
         if chat is None and (self._has_ended(entry, "error") or now - self._unseen_end <= SWALLOW_S):
             self._unseen_end = -math.inf
             return
@@ -1850,7 +1860,7 @@ class ChatTracker(AppLines):
     def on_empty_error(self, entry):
         found = [chat for chat in self._of(entry) if chat.model is None]
         if found:
-            self._end(pick(found, lambda c: c.works), entry, "error", None)
+            self._end(found[0], entry, "error", None)
 
     def on_crash(self, entry):
         for chat in self._of(entry):
@@ -2376,8 +2386,8 @@ def json_hash(value):
 
 
 def log_text(text, keeps=100):
-    """A string of a request body as the log shows it, without the mark for its missing middle: 50 UTF-16 units
-    (100 bytes) before and after it."""
+    """A string of a request body as the log shows it, without the mark for its missing middle: 50 UTF-16
+    units (100 bytes) before and after it."""
     head, cut, tail = text.partition(LOG_CUT)
     if cut:
         return head + tail
@@ -2652,7 +2662,8 @@ class Record(LoggedState):
     def progress(self, clock):
         """The known progress of a running request, {} of none; speeds per second, etaMs in ms."""
         run = self.run  # if it is known, its first token tells that its prompt has been read
-        percent: Any = 100 if run and self.state == "generating" and (self.first or run.read) else self.percent
+        is_read = run and self.state == "generating" and (self.first or run.read)
+        percent: Any = 100 if is_read else self.percent
         known = without_none(percent=percent, promptTokens=self.prompt_tokens)
         if len(known) == 2:
             known["promptTokensRead"] = round(self.prompt_tokens * percent / 100)
@@ -2728,7 +2739,7 @@ class Record(LoggedState):
         return round(1000 * tokens / self.speed, 1) if self.speed and tokens else self._phase_ms("generating")
 
     def queued_ms(self):
-        """How long it waited here for its turn; if it did not, in LM Studio's queue as far as the log shows."""
+        """How long it waited here for its turn; if it did not, in LM Studio's queue as the log shows."""
         return self._phase_ms("queued") if self.waited_ms is None else self.waited_ms
 
     def _phase_ms(self, name):
@@ -2751,8 +2762,9 @@ class Record(LoggedState):
                 "operation": self.operation, "binding": self.binding, "boundBy": self.bound_by,
                 "progress": self.progress(clock) if self.ended is None else {}, "cache": self.cache,
                 "context": self.context(), "phases": self.phases(clock),
-                **(self.place or {}), **without_none(queuedMs=self.waited_ms, by=self.by, draftTokens=self.drafted,
-                                                     acceptedDraftTokens=self.accepted)}
+                **(self.place or {}),
+                **without_none(queuedMs=self.waited_ms, by=self.by, draftTokens=self.drafted,
+                               acceptedDraftTokens=self.accepted)}
 
     def token_usage(self):
         """tokenUsage with its three counts, None if one is unknown; beside it those that only some answers
@@ -2795,8 +2807,8 @@ RECORD_HANDLERS: dict[str, Any] = {  # what a record learns from the events of i
 
 
 # --- 3.8 join: runs and lines of the log to requests ---------------------------
-# A run is bound to a request if it fits no other request and that request fits no other run.  These hard facts
-# rule a request out for a run:
+# A run is bound to a request if it fits no other request and that request fits no other run.  These hard
+# facts rule a request out for a run:
 #
 #   1. It was sent after the run's first line was read.
 #   2. The run was seen at work well after its answer had ended.
@@ -2808,22 +2820,22 @@ RECORD_HANDLERS: dict[str, Any] = {  # what a record learns from the events of i
 #   8. The run was cancelled and its client did not leave, nor did it fail.
 #   9. A request of its model that was clearly sent before it has no run yet.
 #
-# As long as its usage is not known a run can be of a chat inside the app, of which the app writes no line (10).  So
-# it waits until the app has told of it, or until the request's first token is so old that its own run must have
-# been seen.
+# As long as its usage is not known a run can be of a chat inside the app, of which the app writes no line
+# (10).  So it waits until the app has told of it, or until the request's first token is so old that its own
+# run must have been seen.
 # A run that no request fits is LM Studio's own: a chat inside the app or of a client beside us.
 #
 # A line of the app that surely is a run's (3.3) goes with the run.  Other lines:
 #
 #  11. A chat's start: the one request with that fingerprint, else the one that has no start yet.
 #  12. Progress: the one request of its model that can go on to this percent.
-#  13. An end: the request that ended in that way then; of several the first, as LM Studio writes them in order.
+#  13. An end: the request that ended in that way then; of several the first, as they are written in order.
 #  14. An answer: the request whose answer has that id, or alone has these counts.
 #
 # Assumed of LM Studio, as seen: a line is read at most FLUSH_S late, and not later than others that were read
-# before it; the app writes 0 % when an engine begins with a prompt; MLX reads one prompt of a model at a time.
-# What is open is published without an id and held; once it is certain the request's record takes it in with its
-# own clocks.  Nothing that was published is taken back.
+# before it; the app writes 0 % when an engine begins with a prompt; MLX reads one prompt of a model at a
+# time.  What is open is published without an id and held; once it is certain the request's record takes it in
+# with its own clocks.  Nothing that was published is taken back.
 
 LAG_S = 0.6  # a line is read at most so long after its moment, and an HTTP moment noted
 AT_ONCE_S = 0.06  # two lines that tell of one moment are read so close to each other
@@ -2839,7 +2851,7 @@ TWIN_SIZE = 0.08  # prompts whose lengths differ by less are alike
 MOMENT_S = 0.3  # and so much time decides nothing between them before their usage does
 TWINS_S = 0.02  # ends so close to each other can be written in either order
 SETTLE_S = 0.05  # between two looks at all that is open, without news that can decide
-PAIR_S = 1e-4  # until the next look for each pair of a run and a request (a line and a request) of the last ...
+PAIR_S = 1e-4  # until the next look for each pair of a run (or a line) and a request of the last ...
 PAIRS_AT_ONCE, PAIRS_MOST = 200, 4000  # ... beyond so many; of more none would be certain
 OPEN_LIMIT = 512  # requests that are over and can still be bound
 NAMES_KEPT = 1000  # models by the names that clients gave them
@@ -2879,8 +2891,8 @@ def logged_request(logged):
 
 
 class Process:
-    """An engine's process, known by its clock (G3).  offset turns that into ours; a line read late makes it too
-    large for a while, and clocks may drift apart."""
+    """An engine's process, known by its clock (G3).  offset turns that into ours; a line read late makes it
+    too large for a while, and clocks may drift apart."""
 
     def __init__(self, offset, clock):
         self.offset, self.reads, self._latest = offset, 0, clock
@@ -2950,7 +2962,7 @@ class OpenRun:
             self.unread = max(self.unread, since)
 
     def phases(self, readings):
-        """(state, clock of ours) that its lines show; readings: those of its model, one of which can be its."""
+        """(state, clock of ours) that its lines show; readings: of its model, one of which can be its."""
         same = next((end for begin, end in readings if self.engine == "MLX" and self.began is not None
                      and -AT_ONCE_S < begin - self.began < FLUSH_S), None)
         last = self.sampled if self.over else None  # its last batch has been read for sure
@@ -2966,14 +2978,14 @@ class Ledger:
         self._epoch = epoch
         self.running = {}  # id -> Record, of both sources, oldest first
         self.finished: deque[Record] = deque(maxlen=keep)
-        self.total = self.errors = self.abandoned = 0  # requests through us; failed ones; left or stopped ones
+        self.total = self.errors = self.abandoned = 0  # requests through us; failed ones; left ones
         self.bindings: Counter[str] = Counter()  # of requests that are over for good: exact, none
         self.changed = []  # records that changed after their end, until somebody takes them
         self.told = {}  # id -> Record of which listeners should hear
         self._open = {}  # id -> Record that can still be bound, or learn
         self._runs: dict[int, OpenRun] = {}
         self._own = {}  # chat number -> Record of LM Studio's own
-        self._lines: deque[tuple] = deque(maxlen=LINES_KEPT)  # (event, clock): ends that wait for their request's
+        self._lines: deque[tuple] = deque(maxlen=LINES_KEPT)  # (event, clock): they wait for their request's
         self._names = {}  # model asked for -> model that answered
         self._sizes = {}  # model asked for -> tokens for a character, of its latest answers
         self._usual = {}  # model -> phase -> deque of ms
@@ -3094,8 +3106,8 @@ class Timing(Ledger):
         self._seen = clock
 
     def _time_of(self, run, stamp, clock):
-        """The time of an engine's line, by the engine's own clock (minutes.seconds.ms.us) if it wrote one; and
-        the earliest time that it can be."""
+        """The time of an engine's line, by the engine's own clock (minutes.seconds.ms.us) if it wrote one;
+        and the earliest time that it can be."""
         if not stamp:
             return clock - run.base, clock - run.base - self._gap
         minutes, *parts = map(int, stamp.split("."))
@@ -3108,8 +3120,8 @@ class Timing(Ledger):
         return at, at - (EXACT_S if run.process.reads >= SURE_READS else FLUSH_S)
 
     def _see_progress(self, event, clock):
-        """The event with the run that it is of, as far as that is certain.  MLX reads one prompt of a model at a
-        time; llama.cpp writes of a batch when the app does."""
+        """The event with the run that it is of, as far as that is certain.  MLX reads one prompt of a model
+        at a time; llama.cpp writes of a batch when the app does."""
         model, percent = event.data.get("model"), event.data.get("progress")
         if len(self._readings) < NAMES_KEPT and percent in (0, 100):
             readings = self._readings.setdefault(model, deque([[-math.inf, None]], maxlen=SIZES_KEPT))
@@ -3131,9 +3143,9 @@ class Timing(Ledger):
         self._begun.append((clock, thing))
 
     def _announce(self, clock):
-        """The app writes 0 % when an engine begins with a prompt of the API: if there are as many of both at one
-        moment, none of these runs is of a chat inside the app; unless others just before were not as many, and
-        the late half of one of them is here."""
+        """The app writes 0 % when an engine begins with a prompt of the API: if there are as many of both at
+        one moment, none of these runs is of a chat inside the app; unless others just before were not as
+        many, and the late half of one of them is here."""
         if not self._begun or clock - self._begun[-1][0] < AT_ONCE_S:
             return
         latest = self._begun[-1][0]
@@ -3163,8 +3175,8 @@ class Matching(Timing):
     """Rules 1 to 10: which request caused a run."""
 
     def _ruled_out(self, run, record, clock, slack=0.0):
-        """The number of the rule by which a run is not a request's; 0 if it can be.  Times may be off by slack
-        seconds more."""
+        """The number of the rule by which a run is not a request's; 0 if it can be.  Times may be off by
+        slack seconds more."""
         done, left = record.state == "done", record.state in LEFT_STATES
         now = clock - run.base
         ended: Any = None if record.ended is None else record.ended - run.base
@@ -3185,7 +3197,8 @@ class Matching(Timing):
             until, early_s = (now, 0.3) if ended is None else (ended, 0.1)
             return 8 if done or run.cancelled < until - early_s else 0
         if run.over and (now > run.over + LAG_S + slack if ended is None else
-                         ended > run.over + HTTP_S + slack or not left and ended < run.ran - AT_ONCE_S - slack):
+                         ended > run.over + HTTP_S + slack
+                         or not left and ended < run.ran - AT_ONCE_S - slack):
             return 7
         if run.over is None and done and run.engine not in UNTIMED and now > ended + LAG_S + slack:
             return 7
@@ -3201,8 +3214,8 @@ class Matching(Timing):
         ratio = run.total / record.size
         near = [total / size for size, total in known if 1 / ALIKE < record.size / size < ALIKE]
         if not near:  # the template weighs more in a shorter prompt
-            return not all(min(1, record.size / size) / ALIKE < run.total / total < max(1, record.size / size) * ALIKE
-                           for size, total in known)
+            return not all(min(1, longer) / ALIKE < run.total / total < max(1, longer) * ALIKE
+                           for longer, total in ((record.size / size, total) for size, total in known))
         usual = median(near)
         slack *= max(1.07, max(near) / usual, usual / min(near)) * (1 + 0.1 / len(near))
         return not 1 / slack < ratio / usual < slack
@@ -3222,8 +3235,9 @@ class Matching(Timing):
                 is_possible(ratio, rest[1:], {*taken, record.id})
                 for record in fits[rest[0]] if record.size and record.id not in taken)
 
+        others = {run: [other for other in runs if other is not run] for run in runs}
         kept = {run: [record for record in fits[run] if record.size and is_possible(
-            run.total / record.size, [other for other in runs if other is not run], {record.id})] for run in runs}
+            run.total / record.size, others[run], {record.id})] for run in runs}
         if all(kept.values()):
             fits.update(kept)
 
@@ -3256,20 +3270,23 @@ class Matching(Timing):
         return False
 
     def _is_certain(self, run, record, records, runs, clock):
-        """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its usage is
-        known the app must have told of the run, which it does not of a chat inside the app or an SDK's."""
+        """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its
+        usage is known the app must have told of the run, as it does not of a chat inside the app or an SDK's.
+        """
         if runs == 1 and (has_counts(record) or record.first and record.first < clock - LAG_S):
             return True
         return records == runs == 1 and run.is_of_api and record.dialect != SOCKET.name
 
     def _has_twin(self, run, record, free, clock):
-        """Before its usage is known: another request or run of that size is out by some tenths of a second."""
+        """Before its usage is known: another request or run of that size is out by tenths of a second."""
         if has_counts(record):
             return False
-        pairs = [(run, other) for other in free if other is not record and nearly_equal(other.size, record.size)]
+        pairs = [(run, other) for other in free
+                 if other is not record and nearly_equal(other.size, record.size)]
         pairs += [(other, record) for other in self._runs.values()
                   if other is not run and other.record is None and nearly_equal(other.total, run.total)]
-        return any(self._ruled_out(*pair, clock) and not self._ruled_out(*pair, clock, MOMENT_S) for pair in pairs)
+        return any(self._ruled_out(*pair, clock) and not self._ruled_out(*pair, clock, MOMENT_S)
+                   for pair in pairs)
 
 
 class Lines(Matching):
@@ -3290,21 +3307,16 @@ class Lines(Matching):
             record.begun = True
             record.model = record.model or data.get("model")
         elif not found:
-            record = self._own_record(event.chat, clock, epoch_of(data["timestamp"]), messages=data["messages"],
-                                      model=data.get("model"))
+            record = self._own_record(event.chat, clock, epoch_of(data["timestamp"]),
+                                      messages=data["messages"], model=data.get("model"))
         return record
 
     def _line_of_progress(self, event, clock):
         """12."""
         percent = event.data.get("progress", 0 if event.name == "lmstudio_processing_start" else 100)
         own = self._own.get(event.chat)
-        fitting = (record for record in self._of_model(event) if not (record.silent and record.ended is not None)
-                 and (record.percent is None or record.percent < percent
-                      or record.percent == percent < 100 and record.ended is None
-                      or event.name == "lmstudio_generation_start" and record.heard == clock)
-                 and (record.ended is None or clock - record.ended < LAG_S
-                      or record.state == "abandoned" and not (record.told_end and record.percent is None))
-                 and not (record.first and percent < 100 and record.first < clock - LAG_S))
+        fitting = (record for record in self._of_model(event)
+                   if self._may_reach(record, event, percent, clock))
         found = [*itertools.islice(fitting, 2)]   # whether there is one, or more, is all that counts
         model = event.data.get("model")
         if own or any(record.model == model and record.ended is None and clock - record.heard < LATE_S
@@ -3321,6 +3333,18 @@ class Lines(Matching):
             record.silent = record is not found[0]  # another prompt begins
         self._mark(found[0], "12")
         return found[0]
+
+    @staticmethod
+    def _may_reach(record, event, percent, clock):
+        """True if a request's prompt can be read so far now."""
+        if record.ended is not None and (record.silent or clock - record.ended >= LAG_S and (
+                record.state != "abandoned" or record.told_end and record.percent is None)):
+            return False
+        if record.first and percent < 100 and record.first < clock - LAG_S:
+            return False
+        return (record.percent is None or record.percent < percent
+                or record.percent == percent < 100 and record.ended is None
+                or event.name == "lmstudio_generation_start" and record.heard == clock)
 
     def _line_of_end(self, event, clock):
         """13 and 14, when the request's own end is known."""
@@ -3350,7 +3374,8 @@ class Lines(Matching):
         about, data = event.about or {}, event.data
         if event.name == "lmstudio_prediction_stats":  # 14, of an answer without a run
             counts = data.get("promptTokens"), data.get("completionTokens")
-            found = [record for record in self._of_model(event) if record.state == "done" and record.run is None
+            found = [record for record in self._of_model(event)
+                     if record.state == "done" and record.run is None
                      and counts == (record.used("promptTokens"), record.used("completionTokens"))
                      and abs(record.ended - seen) < LAG_S]
             return found if len(found) == 1 else []
@@ -3383,8 +3408,8 @@ class Lines(Matching):
     @staticmethod
     def _is_like(one, other):
         """True if two last lines are of one kind and model and were read at about the same time."""
-        kinds = [(event.name, event.data.get("outcome"), event.data.get("model"), "counts" in (event.about or ()))
-                 for event, _ in (one, other)]
+        kinds = [(event.name, event.data.get("outcome"), event.data.get("model"),
+                  "counts" in (event.about or ())) for event, _ in (one, other)]
         return kinds[0] == kinds[1] and abs(one[1] - other[1]) < FLUSH_S
 
     def _mark(self, record, rule):
@@ -3506,9 +3531,9 @@ class Requests(Lines):
         waiting = sorted((record for record in free if record.ended is None), key=lambda record: record.sent)
         for run, records in fits.items():
             records = [record for record in records if not self._overtakes(run, record, waiting, clock)]
-            record = only([
-                record for record in records if self._is_certain(run, record, len(records), wanted[record.id], clock)
-                and not self._has_twin(run, record, free, clock)])
+            record = only([record for record in records
+                           if self._is_certain(run, record, len(records), wanted[record.id], clock)
+                           and not self._has_twin(run, record, free, clock)])
             if record:
                 self._bind(run, record, free, clock)
                 return True
@@ -3618,8 +3643,8 @@ A_SECOND = (1, 2, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300, 500, 1000, 2000
 A_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 OVERHEAD_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 
-# lmstudio_* are figures of the log and of LM Studio's REST API, whether a request came through us or not, with
-# lmstudio-exporter's names; lmstudio_gateway_* are of requests through us.  Base units, ratios from 0 to 1.
+# lmstudio_* are figures of the log and of LM Studio's REST API, whether a request came through us or not,
+# with lmstudio-exporter's names; lmstudio_gateway_* are of requests through us.  Base units, ratios up to 1.
 METRICS = (
     Metric("lmstudio_up", "", "1 when LM Studio answered when last asked"),
     Metric("lmstudio_loaded_models", "", "Models that are loaded; absent when unknown"),
@@ -6152,8 +6177,8 @@ class Upstream:
                                        "know it")
 
     def introduce(self, side, who):
-        """Be let in over a new WebSocket, by the halves of LM Studio's own token, else by a guest's pair.  Gives
-        LM Studio's Messages.  Raises HttpError.
+        """Be let in over a new WebSocket, by the halves of LM Studio's own token, else by a guest's pair.
+        Gives LM Studio's Messages.  Raises HttpError.
 
         Uploaded files belong to such a pair: one text who has always the same one, and no other has it."""
         token = SDK_TOKEN(self.token or "")
@@ -6167,7 +6192,8 @@ class Upstream:
             raise UpstreamError(502, "reset", f"LM Studio let nobody in ({error_text(error)})") from None
         said = json_object(answers[0].payload) or {}
         if said.get("success") is not True:
-            raise HttpError(403, "upstream_refused", error_message(said.get("error") or "no word of LM Studio's"))
+            raise HttpError(403, "upstream_refused",
+                            error_message(said.get("error") or "no word of LM Studio's"))
         return answers
 
     def done(self, call, answer=None):
@@ -6644,7 +6670,7 @@ class Wire:
         return data
 
     def hold(self, size):
-        """So many bytes of this connection are kept from now on.  Raises HttpError 503 if that is too much."""
+        """So many bytes of this connection are kept from now on.  Raises HttpError 503 beyond the budget."""
         if size != self._held:
             self._memory.take(size - self._held)
             self._held = size
@@ -8280,8 +8306,8 @@ KEY_REMEDY = ("this gateway asks for a key: give a client that takes a token (ap
 
 
 def open_tunnel(gateway, request, wire):
-    """The Response 101 to an opening handshake (RFC 6455, 4.2.1), with a Tunnel for its body.  Raises HttpError
-    for anything else, and for a page of another origin: a browser asks nobody before it opens a WebSocket."""
+    """The Response 101 to an opening handshake (RFC 6455, 4.2.1), with a Tunnel for its body.  Raises
+    HttpError for anything else, and for a page of another origin: a browser asks nobody before that."""
     key = request.header("sec-websocket-key")
     if request.path[1:] not in NAMESPACES:
         raise HttpError(404, "namespace_unknown", "a WebSocket leads to /" + ", /".join(NAMESPACES))
@@ -8423,7 +8449,8 @@ class Conversation:
 
     def _opens(self, call, body, message):
         """True when a new call may go on now."""
-        kind, path, identity = body["type"], f"{self.request.path}/{body.get('endpoint')}", self.request.identity
+        kind, path = body["type"], f"{self.request.path}/{body.get('endpoint')}"
+        identity = self.request.identity
         right, dialect = ENDPOINTS.get(path, UNKNOWN_ENDPOINT)
         if call[1] is None or call in self.running:
             return False    # LM Studio drops such a call, too
@@ -8519,8 +8546,8 @@ class Tunnel:
         self._parting = math.inf  # clock when it is over in any case: one side has closed
 
     def serve(self, server, head):
-        """Answer the upgrade with head, and pass messages on until one side ends it.  Gives the exception that
-        ended it."""
+        """Answer the upgrade with head, and pass messages on until one side ends it.  Gives the exception
+        that ended it."""
         request, fault = self._request, self.studio.gone
         try:
             self.client.sock.sendall(head)
@@ -8545,8 +8572,8 @@ class Tunnel:
         return fault
 
     def _admit(self):
-        """Take the client's first message, and have LM Studio let it in.  Gives the Messages that came behind.
-        Raises HttpError with why not, FrameError, ClientLeft."""
+        """Take the client's first message, and have LM Studio let it in.  Gives the Messages that came
+        behind.  Raises HttpError with why not, FrameError, ClientLeft."""
         request = self._request
         try:
             first, *calls = self.client.first_messages()
@@ -11187,8 +11214,8 @@ def prune(args, config):
 def old_logs(directory, days, today):
     """[(LogFile, bytes)] of the logs that are, by their names, more than so many days old.
 
-    Never the newest.  Only plain files in plain directories, with names of server logs.  Raises OSError if the
-    directory cannot be listed."""
+    Never the newest.  Only plain files in plain directories, with names of server logs.  Raises OSError if
+    the directory cannot be listed."""
     first_kept = (today - datetime.timedelta(days=days)).isoformat()
     old = [(log_file, os.lstat(log_file.path)) for log_file in list_logs(directory)[:-1]
            if log_file.day < first_kept and log_file.day[:7] == log_file.month
