@@ -2818,7 +2818,7 @@ RECORD_HANDLERS: dict[str, Any] = {  # what a record learns from the events of i
 #   6. Its usage has other counts.
 #   7. It goes on although the run is over, or the run is over well before or after it.
 #   8. The run was cancelled and its client did not leave, nor did it fail.
-#   9. A request of its model that was clearly sent before it has no run yet.
+#   9. Another has no other run that it fits, and its usage is known or its first token is old.
 #
 # As long as its usage is not known a run can be of a chat inside the app, of which the app writes no line
 # (10).  So it waits until the app has told of it, or until the request's first token is so old that its own
@@ -2843,7 +2843,6 @@ EXACT_S = 0.12  # how far a time can be off if the engine wrote it, and ...
 SURE_READS = 15  # ... one of so many reads of its lines was not late
 DRIFT = 2e-4  # seconds a second between two clocks
 HTTP_S = 1.0  # news of an answer is noted here at most so much later
-CLEAR_S = 0.3  # of two requests sent so far apart the first reaches the engine first
 LATE_S = 10.0  # a request that is over can still be bound, and learn from its run, for so long
 LEFT_LINE_S = 1.0  # LM Studio writes that a client has left within this
 LATE_END_S = 3.5  # and ends its stream within this
@@ -3258,17 +3257,6 @@ class Matching(Timing):
                   (run.written, record.used("completionTokens"), run.engine == "G1"))
         return any(None not in (told, used) and abs(told - used) > slack for told, used, slack in counts)
 
-    def _overtakes(self, run, record, waiting, clock):
-        """9: a request that was clearly sent before this one has no run yet."""
-        for other in waiting:
-            if other.sent >= record.sent - CLEAR_S:
-                break
-            if (other.model_asked == record.model_asked
-                    and not any(one.record is None and one.number < run.number
-                                and not self._ruled_out(one, other, clock) for one in self._runs.values())):
-                return True
-        return False
-
     def _is_certain(self, run, record, records, runs, clock):
         """True if a run fits so many requests, and this one so many runs, that it is this one's.  Before its
         usage is known the app must have told of the run, as it does not of a chat inside the app or an SDK's.
@@ -3528,9 +3516,7 @@ class Requests(Lines):
                 for run in open_runs}
         self._compare_sizes(fits)
         wanted = Counter(record.id for records in fits.values() for record in records)
-        waiting = sorted((record for record in free if record.ended is None), key=lambda record: record.sent)
         for run, records in fits.items():
-            records = [record for record in records if not self._overtakes(run, record, waiting, clock)]
             record = only([record for record in records
                            if self._is_certain(run, record, len(records), wanted[record.id], clock)
                            and not self._has_twin(run, record, free, clock)])

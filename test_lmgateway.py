@@ -1791,15 +1791,6 @@ def test_who_left_is_told_by_the_cancelled_task_and_by_the_order_of_the_lines(ut
     assert all([name for _, name, _ in record.timeline].count("lmstudio_chat_end") == 1 for record in (one, other))
 
 
-def test_a_request_does_not_overtake_one_that_was_sent_clearly_before(utc):
-    office = Office()
-    first = office.ask("a", size=4000)
-    office.pass_s(1.0)
-    second = office.ask("b", size=4000)
-    office.log(g2_run(1, 1000), g2_at(1, 512), percent("m/one", 51.2))
-    assert (first.run and first.run.total, first.bound_by, second.run) == (1000, "9", None)
-
-
 def test_what_no_request_can_have_caused_is_lm_studios_own(utc):
     office = Office()
     office.log(running("m/one", 3), streaming("m/one"), g2_run(1, 1000), g2_at(1, 512), percent("m/one", 51.2))
