@@ -3094,7 +3094,7 @@ class Ledger:
 class Timing(Ledger):
     """When the lines were written, and which run a line about a prompt means."""
 
-    def _look(self, events, clock):
+    def _look(self, events, clock, looked):
         """The log has been read.  Lines that were not there when it was read before are not older than that,
         unless they are the rest of lines that were written a moment ago."""
         if any(event.name in LIVE for event in events):
@@ -3102,7 +3102,7 @@ class Timing(Ledger):
                 self._heard = self._bound
             self._bound, self._live = self._seen, clock
             self._gap = min(LAG_S, clock - self._heard) + AT_ONCE_S
-        self._seen = clock
+        self._seen = looked
 
     def _time_of(self, run, stamp, clock):
         """The time of an engine's line, by the engine's own clock (minutes.seconds.ms.us) if it wrote one;
@@ -3433,11 +3433,12 @@ class Requests(Lines):
         self.settle(clock)
         return True
 
-    def see(self, events, clock):
+    def see(self, events, clock, looked=math.inf):
         """Take the log's events in, and write requestId into those that surely are a request's of ours.
 
-        Gives the records of which listeners should hear; clock: monotonic seconds."""
-        self._look(events, clock)
+        Gives the records of which listeners should hear; clock: monotonic seconds; looked: when the log began
+        to be read for this, if that was before."""
+        self._look(events, clock, min(clock, looked))
         for event in events:
             if event.name in OF_PROMPTS:
                 event = self._see_progress(event, clock)
@@ -4763,14 +4764,15 @@ class Hub(Ring):
             self._figures.count_request(record)
             self._append(self._encoded(end))
 
-    def publish_log(self, events):
+    def publish_log(self, events, looked=math.inf):
         """Tail thread.  Joins the log's events with requests, then publishes them and the progress made.
+        looked: as for Requests.see().
 
         The lock is free between the two, because a batch takes long to encode: a request can end there, and
         nothing may be told of its progress then."""
         with self._lock:
             clock = self._clock()
-            told = self._requests.see(events, clock)
+            told = self._requests.see(events, clock, looked)
             for event in events:
                 self._figures.count_event(event)
                 self.loads += event.name == "lmstudio_log" and bool(self.LOADS.match(event.data["message"]))
@@ -5496,7 +5498,7 @@ class Monitor:
     def __init__(self, follower, clock=time.monotonic, now=time.time):
         self.follower, self.parser = follower, Parser()
         self._clock, self._now = clock, now
-        self._last_news = -math.inf  # when bytes came last
+        self._last_news = self.looked = -math.inf  # when bytes came last; when it looked last
         self._settled = True  # quiet() has been told since then
         self.read = 0  # bytes
         self.switches: Counter[str] = Counter()
@@ -5517,8 +5519,8 @@ class Monitor:
 
     def step(self):
         """(events, seconds to wait before the next step)."""
-        now, old = self._clock(), self.follower.file
-        news = self.follower.next_news(now)
+        self.looked = now = self._clock()
+        old, news = self.follower.file, self.follower.next_news(now)
         if news:
             return self._take(news, old, now), self.YIELD_S
         if news is None:
@@ -10741,7 +10743,7 @@ def run_monitor(monitor, hub, stop):
     """Body of the tail thread.  A fault of ours costs the events of one step, not the monitor."""
     while True:
         try:
-            return monitor.run(hub.publish_log, stop.wait)
+            return monitor.run(lambda events: hub.publish_log(events, monitor.looked), stop.wait)
         except Exception:  # the end of the line for the thread: it says so and goes on
             log.exception("a fault in lmgateway's log monitor: please report it")
             if stop.wait(1.0):

@@ -1554,10 +1554,10 @@ class Office:
         self.asked[name] = record
         return record
 
-    def pass_s(self, seconds):
-        """Time goes on, and the join looks again."""
+    def pass_s(self, seconds, late_s=0.0):
+        """Time goes on, and the join looks again, at a log that was read late_s before."""
         self.clock += seconds
-        self.requests.see([], self.clock)
+        self.requests.see([], self.clock, self.clock - late_s)
 
     def first(self, name):
         """The first token of a stream."""
@@ -1987,6 +1987,23 @@ def test_a_token_that_came_before_a_line_can_have_been_written_is_of_another_run
     office.pass_s(0.1)
     office.log(g2_at(1, 512), percent("m/one", 51.2))
     assert early.run is None and late.run.total == 1000 and late.bound_by == "5"
+
+
+@pytest.mark.parametrize("late_s, rule", [(0.0, "2"), (0.3, None)])
+def test_a_line_can_have_been_written_since_the_log_was_read_before(utc, late_s, rule):
+    """Not since the join heard that nothing was read: a thread that is held up between the two is late."""
+    office = Office()
+    learned(office)
+    early, late = office.ask("a", size=4000, stream=False), office.ask("b", size=4100, stream=False)
+    office.log(g2_run(9, 40))
+    office.pass_s(0.5)
+    office.over(early, state="failed", status=500)
+    office.pass_s(0.2, late_s)
+    office.log(g2_at(9, 20))
+    office.pass_s(0.1)
+    office.log(g2_run(1, 1000), percent("m/one", 0))
+    office.pass_s(0.1)
+    assert (early.run, late.bound_by) == (None, rule)
 
 
 @pytest.mark.parametrize("apart_s, lines, told, claimed", [
@@ -9864,8 +9881,8 @@ def test_the_monitor_of_the_server_follows_from_now_on_survives_a_fault_and_can_
     hub, stop, config = lmgateway.Hub(), threading.Event(), lmgateway.Config(log_dir=str(tmp_path / "server-logs"))
     faults, take = [ZeroDivisionError()], hub.publish_log
 
-    def publish(events):
-        take(events)
+    def publish(events, looked):
+        take(events, looked)
         if faults:
             raise faults.pop()
 
